@@ -1,4 +1,4 @@
-"""Checks the addresses to which content goes that others than the machine's administrator choose."""
+"""Checks addresses before the machine sends logs or notifications to them."""
 
 import errno
 import ipaddress

@@ -1,8 +1,8 @@
-"""Begins, reminds of and ends incidents, and says what each target is told about them.  Pure.
+"""Incidents: when they begin and end, and which notices their targets get.  Pure.
 
 A problem begins an incident once it has lasted ``SETTLE_S``, and ends it once it has been absent for ``RESOLVE_S``.  So
-a problem that comes and goes is one incident.  The store keeps open incidents, and one transaction changes an incident
-and queues its notices.  So a new leader neither repeats nor loses a notice.
+a problem that returns soon is the same incident.  The store keeps open incidents, and one transaction changes an
+incident and queues its notices.  So a new leader neither repeats nor loses a notice.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ from skep.manager.notify.records import OPEN_MAX, WAITING_MAX, Delivery, Inciden
 from skep.model.values.times import SECOND_NS
 
 SETTLE_S = 10.0
-"""Seconds for which a problem must last.  A restarted daemon and a task that is replaced at once are no incidents."""
+"""Seconds for which a problem must last.  Restarts of a daemon, and tasks that are replaced at once, are shorter."""
 RESOLVE_S = 30.0
 """Seconds for which a problem must be absent.  A crash loop is shorter than that between two failures."""
 REMIND_NS = 24 * 3600 * SECOND_NS
@@ -34,7 +34,7 @@ class IncidentChanges(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProblemTimes:
-    """Since when this leader has seen problems that are no incident yet, and incidents without their problem."""
+    """Times since when this leader has seen problems without an incident, and incidents without their problem."""
 
     def __init__(self) -> None:
         self._present_since: dict[str, float] = {}
@@ -49,7 +49,7 @@ class ProblemTimes:
         now: float,
         now_ns: int,
     ) -> tuple[IncidentChanges, float]:
-        """Return the changes that are due, and the monotonic time of the next one (infinity if there is none).
+        """Return the due changes, and the monotonic time of the next one, or infinity.
 
         Args:
             unknown: Keys of incidents whose object was not read yet.  They do not end.

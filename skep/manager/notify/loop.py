@@ -1,4 +1,4 @@
-"""The leader's loop for notifications: reads changed objects, keeps incidents, and sends what is due.  Leader only."""
+"""The leader's loop for notifications: reads changed objects, keeps incidents, and sends due messages.  Leader only."""
 
 from collections.abc import Awaitable, Callable
 from random import Random
@@ -96,7 +96,7 @@ class Notifications:
         return list(problems_of_service(service, status.health or ServiceHealth()))
 
     async def _step(self) -> None:
-        """Begin and end incidents, and start to send what is due."""
+        """Begin and end incidents, and start to send due messages."""
         view = self._term.view()
         targets, incidents = targets_in(view), incidents_in(view)
         if not targets:

@@ -39,7 +39,7 @@ async def send_mail(address: TargetAddress, password: str, message: Message, gua
         OSError: The server cannot be reached, refuses the mail, or offers no TLS although there is a password.
     """
     context = await asyncio.to_thread(ssl.create_default_context)
-    async with _connected(address, guard, context if address.is_tls else None) as connection:
+    async with _connect(address, guard, context if address.is_tls else None) as connection:
         await connection.expect(220)
         extensions = await connection.greet()
         if not address.is_tls and "STARTTLS" in extensions:
@@ -119,7 +119,7 @@ class _Connection:
 
 
 @asynccontextmanager
-async def _connected(
+async def _connect(
     address: TargetAddress, guard: Guard, tls: ssl.SSLContext | None
 ) -> AsyncIterator[_Connection]:
     """Connect to the first address that ``guard`` allows and that responds.  The name is not resolved again."""

@@ -22,7 +22,7 @@ Send = Callable[[Target, Message], Awaitable[str]]
 
 
 async def skip_sending(target: Target, message: Message) -> str:
-    """Send nothing.  Used where there is no network."""
+    """Send nothing.  The simulation has no network."""
     return ""
 
 

@@ -25,7 +25,7 @@ _DISK = (
     ConditionName.STORE_FULL,
     ConditionName.DISK_SPACE,
 )
-"""Conditions about disks.  The first one that a node reports is its problem."""
+"""Conditions about disks.  Only the first condition that a node reports becomes its problem."""
 _UPDATES = {
     UpdateState.PAUSED: "was paused",
     UpdateState.ROLLBACK_STARTED: "is being rolled back",
@@ -51,7 +51,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LastBackup(msgspec.Struct, frozen=True):
-    """The last complete backup and the last failed one, as Unix times, or 0 if there was none."""
+    """The last complete backup and the last failed one, as Unix times, or 0 if it is unknown."""
 
     complete_ns: int = 0
     failed_ns: int = 0

@@ -1,4 +1,4 @@
-"""What the store keeps about notifications: targets, open incidents, and what each target was told.
+"""Records of notifications in the store: targets, open incidents, and deliveries to each target.
 
 Each record is a payload, so no API shows it, and managers of older versions ignore it.  Targets are written by the API,
 the other records by the leader.  All of them are bounded.
@@ -85,7 +85,7 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """What one target was told, and what it is to be told.
+    """Messages to one target: sent, being sent, and waiting.
 
     Attributes:
         sending: Notices of message ``number``, from before the first attempt until it is delivered or given up.  So a

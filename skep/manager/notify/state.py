@@ -29,13 +29,13 @@ STEP: Final = "step"
 GATHER_S = 1.0
 """Seconds from a change of an object until it is read.  During a deploy, a service changes many times in a second."""
 RECHECK_S = 15.0
-"""Seconds after which an object with a problem is read again.  The end of a crash loop is no change in the store."""
+"""Seconds after which an object with a problem is read again.  The end of a crash loop does not change the store."""
 CLUSTER_S = 60.0
 """Seconds between two checks of certificates and backups, which are days before they expire."""
 
 
 class NotifyState:
-    """Problems of all objects.  Empty while there are no targets."""
+    """Problems of all objects.  Empty without targets."""
 
     def __init__(self, view: Callable[[], View], clock: Clock, random: Random) -> None:
         self._view = view

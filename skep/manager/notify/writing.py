@@ -80,14 +80,14 @@ def write_changes(tx: Transaction, changes: IncidentChanges, now_ns: int) -> Non
 
 
 def forget_incidents(tx: Transaction) -> None:
-    """Forget all incidents if there are no targets.  A later target is told about the problems of its time."""
+    """Forget all incidents after the last target was removed.  A later target starts with its own."""
     tx.rely_on(Payload, TARGETS_ID)
     if not targets_in(tx) and tx.rely_on(Payload, INCIDENTS_ID) is not None:
         tx.delete(Payload, INCIDENTS_ID)
 
 
 def claim(tx: Transaction, target: Target, now_ns: int) -> Delivery | None:
-    """Record the next message to a target before it is sent.  Returns None if there is none, or no such target."""
+    """Record the next message to a target before it is sent.  Returns None without one, or without the target."""
     delivery = _delivery(tx, target)
     if delivery is None:
         return None

@@ -71,7 +71,8 @@ def test_a_node_that_dies_and_returns_is_told_once_with_any_leader(tmp_path: Pat
         wait_managers(m1, *ALL)
         with a_receiver(w2, received):
             url = f"http://{w2.description['addr']}:8080/"
-            assert skep(m1, "notify", "add", "ops", url).returncode == 0
+            added = skep(m1, "notify", "add", "ops", url)
+            assert added.returncode == 0, added.stderr
             refused = skep(m1, "notify", "test", "ops")
             assert refused.returncode == 1
             assert "is an address of another node, which needs --allow-internal" in refused.stderr
@@ -79,7 +80,7 @@ def test_a_node_that_dies_and_returns_is_told_once_with_any_leader(tmp_path: Pat
             added = skep(m1, "notify", "add", "ops", url, "--allow-internal", "--on", "node,service")
             assert added.returncode == 0, added.stderr
             tested = skep(m1, "notify", "test", "ops")
-            assert tested.stdout == "ops accepted the test message\n", tested.stderr
+            assert tested.stdout.startswith("ops accepted the test message "), tested.stderr
 
             cluster.skep("kill", "w1")
             watcher = next(cluster.node(name) for name in ALL if name != leader(m1))
