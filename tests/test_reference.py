@@ -84,6 +84,7 @@ ACTIONS = {
         "job": "retry run",
         "stack quota": "set rm",
         "user": "add renew rm token update",
+        "notify": "add rm test",
         "secret": "prune rotate",
         "config": "prune rotate",
         "stack": "deploy rm rollback start stop unfreeze",

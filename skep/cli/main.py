@@ -77,6 +77,7 @@ GROUPS = {
         "network": Command("skep.cli.cluster.network:network", "Manage networks."),
         "volume": Command("skep.cli.cluster.volume:volume", "Manage volumes."),
         "user": Command("skep.cli.cluster.user:user", "Manage users of the API."),
+        "notify": Command("skep.cli.cluster.notify:notify", "Manage notifications about problems."),
     },
     "Maintain": {
         "upgrade": Command("skep.cli.maintain.upgrade:upgrade", "Upgrade all nodes one after the other."),

@@ -13,6 +13,7 @@ from skep.manager.journal.loop import Journal
 from skep.manager.link.loop import ManagerLink
 from skep.manager.manager_status import ManagerStatusWriter
 from skep.manager.membership.loop import ManagerReconciler
+from skep.manager.notify.sending import MessageSender
 from skep.manager.observation import ManagerObservation
 from skep.manager.store_member import StoreMember
 from skep.store.interface import NotLeader, Term
@@ -79,6 +80,7 @@ class Leader:
                     confirm=term.confirm,
                     collect_usages=self._observation.usages.collect,
                     counts=self._observation.autoscaling,
+                    send=MessageSender(store.view, clock).send,
                 ):
                     group.create_task(loop.run(), name=type(loop).__name__)
         except* NotLeader:

@@ -38,6 +38,9 @@ PLACEMENTS: Final = 6
 leader of a lower level would not start tasks with such constraints, and would ignore the labels.
 """
 
+NOTIFICATIONS: Final = 6
+"""From this level on there may be targets of notifications.  A leader of a lower level would not notify them."""
+
 LOWEST: Final = 1
 """The level of managers that do not report one."""
 

@@ -14,7 +14,8 @@ from skep.engine.containers.container import StandardStream
 from skep.engine.log_drivers.drivers import SINKS
 from skep.engine.log_drivers.facts import LogFacts
 from skep.engine.log_drivers.message import LogMessage, LogSink
-from skep.engine.log_drivers.transport import ANYWHERE, Guard, RemoteAddress, connect
+from skep.engine.log_drivers.transport import ANYWHERE, RemoteAddress, connect
+from skep.linux.network.guard import Guard
 
 FACTS = LogFacts(
     id="1" * 64, name="web", image_id="sha256:2", image="web", command="sh", created="", hostname="node1"

@@ -86,7 +86,7 @@ class Rig:
         writer.write(f"{request} HTTP/1.1\r\n{head}\r\n".encode() + data)
         try:
             answered = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-            length = int(answered.partition("content-length: ")[2].split("\r\n")[0])
+            length = int(answered.partition("content-length: ")[2].split("\r\n")[0] or 0)  # 204 has none
             text = (await reader.readexactly(length)).decode()
             return int(answered.split()[1]), text, "connection: close" in answered
         finally:

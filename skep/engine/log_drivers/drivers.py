@@ -7,7 +7,7 @@ from skep.engine.log_drivers import fluentd, gelf, journald, splunk, syslog
 from skep.engine.log_drivers.facts import LogFacts
 from skep.engine.log_drivers.message import LogSink
 from skep.engine.log_drivers.options import FILE_DRIVERS, Check, Options
-from skep.engine.log_drivers.transport import Guard
+from skep.linux.network.guard import Guard
 
 SINKS: Mapping[str, Callable[[Options, LogFacts, Guard], LogSink]] = MappingProxyType(
     {

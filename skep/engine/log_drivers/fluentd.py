@@ -20,13 +20,13 @@ from skep.engine.log_drivers.message import LogMessage
 from skep.engine.log_drivers.options import Options, boolean, refuse_unknown
 from skep.engine.log_drivers.transport import (
     ANYWHERE,
-    Guard,
     LogConnection,
     RemoteAddress,
     RemoteTlsFiles,
     connect,
 )
 from skep.errors import InvalidArgument
+from skep.linux.network.guard import Guard
 from skep.model.values.times import SECOND_NS, duration_ns
 
 KNOWN = frozenset(

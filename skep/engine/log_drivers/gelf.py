@@ -17,13 +17,13 @@ from skep.engine.log_drivers.message import LogMessage, Undeliverable, text_of
 from skep.engine.log_drivers.options import Options, integer, refuse_unknown
 from skep.engine.log_drivers.transport import (
     ANYWHERE,
-    Guard,
     LogConnection,
     RemoteAddress,
     connect,
     host_and_port,
 )
 from skep.errors import InvalidArgument
+from skep.linux.network.guard import Guard
 
 KNOWN = frozenset(
     f"gelf-{name}"

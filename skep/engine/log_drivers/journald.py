@@ -11,7 +11,8 @@ from skep.engine.containers.container import StandardStream
 from skep.engine.log_drivers.facts import LogFacts, tag_of
 from skep.engine.log_drivers.message import LogMessage
 from skep.engine.log_drivers.options import Options, refuse_unknown
-from skep.engine.log_drivers.transport import ANYWHERE, Guard, LogConnection, RemoteAddress, connect
+from skep.engine.log_drivers.transport import ANYWHERE, LogConnection, RemoteAddress, connect
+from skep.linux.network.guard import Guard
 from skep.model.values.times import timestamp
 
 SOCKET = Path("/run/systemd/journal/socket")

@@ -19,8 +19,8 @@ from skep.engine.log_drivers.forwarder import Forwarder
 from skep.engine.log_drivers.options import buffer_bytes
 from skep.engine.log_drivers.orders import Done, End, Forward, Held, Hold, Order, Peers, Report, Response
 from skep.engine.log_drivers.spool import Spool
-from skep.engine.log_drivers.transport import Guard
 from skep.linux.filewatch import FileWatch
+from skep.linux.network.guard import Guard
 
 LINE_BYTES_MAX = 4 << 20
 """Limit in bytes for an order, which contains a container's labels and variables."""

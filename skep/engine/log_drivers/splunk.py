@@ -15,8 +15,9 @@ import msgspec
 from skep.engine.log_drivers.facts import LogFacts, tag_of
 from skep.engine.log_drivers.message import LogMessage, text_of
 from skep.engine.log_drivers.options import Options, boolean, integer, refuse_unknown
-from skep.engine.log_drivers.transport import ANYWHERE, SEND_S, Guard, RemoteTlsFiles, client_context
+from skep.engine.log_drivers.transport import ANYWHERE, SEND_S, RemoteTlsFiles, client_context
 from skep.errors import InvalidArgument
+from skep.linux.network.guard import Guard
 from skep.model.values.times import SECOND_NS
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from skep.engine.log_drivers.message import LogMessage
 from skep.engine.log_drivers.options import Options, refuse_unknown
 from skep.engine.log_drivers.transport import (
     ANYWHERE,
-    Guard,
     LogConnection,
     RemoteAddress,
     RemoteTlsFiles,
@@ -23,6 +22,7 @@ from skep.engine.log_drivers.transport import (
     host_and_port,
 )
 from skep.errors import InvalidArgument
+from skep.linux.network.guard import Guard
 from skep.model.values.times import SECOND_NS
 
 KNOWN = frozenset(

@@ -2,13 +2,11 @@
 
 import asyncio
 import errno
-import ipaddress
 import os
-import re
 import socket
 import ssl
 import stat
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -17,7 +15,7 @@ import msgspec
 from skep.api.formats.gosyntax import parse_port
 from skep.engine.log_drivers.message import Undeliverable
 from skep.errors import InvalidArgument
-from skep.linux.network.route_lookup import route_to
+from skep.linux.network.guard import Guard
 
 CONNECT_S = 10.0
 """Time limit in seconds for one attempt to connect."""
@@ -56,55 +54,8 @@ class RemoteAddress(msgspec.Struct, frozen=True, kw_only=True):
     tls: RemoteTlsFiles | None = None
 
 
-class Guard:
-    """Checks the addresses to which a container's log may be sent, after names are resolved.
-
-    A log driver sends from the machine's network.  There, services on loopback, a cloud's metadata service (link-local)
-    and the other nodes trust every client that can connect.  Users below administrator control the content that a log
-    driver sends, so their logs must not reach any of these.
-    """
-
-    def __init__(self, peers: Callable[[], Collection[str]] = tuple, *, is_restricted: bool = True) -> None:
-        """``peers`` returns the other nodes' addresses.
-
-        ``is_restricted`` is False if an administrator chose the driver.
-        """
-        self._peers = peers
-        self._is_restricted = is_restricted
-
-    def check_socket(self, path: str) -> None:
-        """Raise PermissionError if the Unix socket ``path`` may not be used."""
-        if self._is_restricted:
-            raise PermissionError(errno.EACCES, f"{path} is the machine's own, which {_WHO}")
-
-    def check(self, address: str) -> None:
-        """Raise PermissionError if logs may not be sent to ``address``."""
-        if not self._is_restricted:
-            return
-        found = ipaddress.ip_address(address.partition("%")[0])
-        found = getattr(found, "ipv4_mapped", None) or found
-        route = route_to(found)
-        if found.is_loopback or found.is_unspecified or route.is_own:
-            raise PermissionError(errno.EACCES, f"{address} is an address of this machine, which {_WHO}")
-        if found.is_link_local:
-            raise PermissionError(errno.EACCES, f"{address} is a link-local address, which {_WHO}")
-        if _CONTAINER_INTERFACES.fullmatch(route.device):
-            raise PermissionError(errno.EACCES, f"{address} is a container of this machine, which {_WHO}")
-        if str(found) in self._peers():
-            raise PermissionError(errno.EACCES, f"{address} is an address of another node, which {_WHO}")
-
-
-_WHO = "only an administrator may choose for logs"
-
 ANYWHERE = Guard(is_restricted=False)
 """Guard for containers whose log driver an administrator chose."""
-
-
-_CONTAINER_INTERFACES = re.compile(r"skep-.*|docker\d+|docker_gwbridge|br-[0-9a-f]{12}")
-"""Names of container interfaces in the machine's own namespace, of Skep and of a Docker Engine.
-
-Through these interfaces, even unpublished ports of containers can be reached.
-"""
 
 
 class LogConnection(Protocol):

@@ -10,6 +10,8 @@ from skep.manager.autoscaling.state import AutoscalingCounts, Quota
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.control.quotas import check_quota
 from skep.manager.gossip.keys import GossipKeyRotation
+from skep.manager.notify.loop import Notifications
+from skep.manager.notify.outbox import Send, skip_sending
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.orchestrator.reaper.node_loop import LostNodes
@@ -42,6 +44,7 @@ def loops(
     confirm: Confirm = skip_confirmation,
     collect_usages: Collect = no_usages,
     counts: AutoscalingCounts | None = None,
+    send: Send = skip_sending,
 ) -> list[Loop]:
     """Return the loops of one term.  Each runs as a task of its own.
 
@@ -51,6 +54,7 @@ def loops(
         confirm: Confirms the term before an action that no fence covers.
         collect_usages: Collects the resource usage of tasks of autoscaled services.
         counts: Counters of changes by autoscaling.
+        send: Sends notifications to their targets.
     """
     kinds = (Orchestrator, Allocator, Scheduler, Reaper, LostNodes, GossipKeyRotation, CertificateAuthority)
     return [
@@ -66,4 +70,5 @@ def loops(
             Quota(replicas_within_quota, check_quota),
             counts or AutoscalingCounts(),
         ),
+        Notifications(term, clock, random, send, confirm),
     ]

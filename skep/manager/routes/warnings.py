@@ -8,6 +8,7 @@ from skep.api.http.server import Routes, json_response
 from skep.errors import Unavailable
 from skep.manager.ca.expiry import expiring
 from skep.manager.control.tasks import damage_of
+from skep.manager.notify.showing import delivery_warnings
 from skep.manager.routes.access import manager_of
 from skep.model.networks.data_planes import (
     DATA_PATH_LABEL,
@@ -45,6 +46,7 @@ async def warnings_of(store: Store, now_ns: int) -> list[str]:
         *(expiry.warning for expiry in expiring(view, moment(now_ns))),
         *damage_warnings(view),
         *await _space_warnings(store),
+        *delivery_warnings(view),
         *data_path_warnings(view.find(Node)),
         *freeze_warnings(view),
     ]

@@ -21,6 +21,7 @@ from skep.errors import SkepError
 from skep.manager.autoscaling.state import AutoscalingCounts
 from skep.manager.control_loops.informer import batches_of
 from skep.manager.diagnosis.service_health import status_with_health
+from skep.manager.notify.showing import delivery_families
 from skep.manager.services.job_runs import has_last_failed
 from skep.manager.telemetry.starting_tasks import StartingTasks
 from skep.model.network import Network
@@ -127,6 +128,7 @@ class ClusterMetrics:
             gauge("swarm_manager_configs_total", "The number of configs.", len(view.ids(Config))),
             *service_families(await self._statuses(services)),
             job_family(services),
+            *delivery_families(view),
             self._starts.histogram.family(
                 "skep_task_start_seconds", "From the creation of a task until it runs, as this manager sees it."
             ),

@@ -66,7 +66,7 @@ VERBS = frozenset(
             "Restore",
             "Resume",
         ),
-        *("Retry", "Run", "Set", "Show", "Start", "Take", "Test", "Turn", "Upgrade", "Wait"),
+        *("Retry", "Run", "Send", "Set", "Show", "Start", "Take", "Test", "Turn", "Upgrade", "Wait"),
     }
 )
 PLACES = {"start", "see", "apps", "cluster", "maintain"}

@@ -3,21 +3,29 @@
 An eviction removes a node and revokes every secret it has had.  All three are Skep extensions.
 """
 
+import asyncio
+from contextlib import suppress
+
 import structlog
 from aiohttp import web
 
 from skep.api.backups import BackupRequest
 from skep.api.http.server import Routes, flag, json_response, read_json
-from skep.errors import NotFound
+from skep.errors import NotFound, SkepError
 from skep.manager.eviction.steps import TEXTS, Eviction, begin, eviction_of
-from skep.manager.routes.access import current_view, manager_of
+from skep.manager.notify.records import note_backup
+from skep.manager.routes.access import ManagerApi, current_view, manager_of
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.times import Timestamp
+from skep.store.level import NOTIFICATIONS
 
 log = structlog.get_logger(__name__)
 
 BY_CHARACTERS_MAX = 200
 """Characters of the requesting user's name."""
+
+_BACKUP_RECORD_S = 5.0
+"""Time limit in seconds for the record of a backup.  The backup itself is complete by then."""
 
 routes = Routes()
 
@@ -126,10 +134,24 @@ async def backup(request: web.Request) -> web.StreamResponse:
     sealer = backups.begin(await read_json(request, BackupRequest))
     response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
     await response.prepare(request)
-    async for piece in backups.pieces(sealer):
-        await response.write(piece)
-    await response.write_eof()
+    try:
+        async for piece in backups.pieces(sealer):
+            await response.write(piece)
+        await response.write_eof()
+    except SkepError as error:
+        await _record(manager_of(request), str(error))
+        raise
+    await _record(manager_of(request))
     return response
+
+
+async def _record(manager: ManagerApi, error: str = "") -> None:
+    """Record the end of a backup for notifications, unless the managers have no quorum: a backup needs none."""
+    if manager.store.view().level < NOTIFICATIONS:
+        return
+    with suppress(SkepError, TimeoutError):
+        async with asyncio.timeout(_BACKUP_RECORD_S):
+            await manager.update(note_backup, error, manager.clock.now_ns())
 
 
 @routes.post("/skep/cluster/rotate-keys")

@@ -1,0 +1,1 @@
+"""Notifications: tells people about problems of the cluster, by webhook, chat or mail."""

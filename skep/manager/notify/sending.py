@@ -1,0 +1,155 @@
+"""Sends one message to one target, over HTTP or as mail.
+
+Every attempt has one deadline, connects only to addresses that the target may have, and follows no redirect.
+Connections are not kept, because messages are rare and an address may change.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import socket
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+import msgspec
+from yarl import URL
+
+from skep.aio.clock import Clock
+from skep.errors import InvalidArgument
+from skep.linux.network.guard import Guard
+from skep.manager.notify.addresses import TargetAddress, TargetKind, parsed_address
+from skep.manager.notify.mail import send_mail
+from skep.manager.notify.messages import Message
+from skep.manager.notify.records import Target
+from skep.model.history import cut
+from skep.model.networks.addresses import parted
+from skep.model.node import Node
+from skep.model.task_end import on_one_line
+from skep.model.values.times import SECOND_NS
+from skep.store.interface import View
+
+SEND_S = 20.0
+"""Time limit in seconds for one attempt: connection, TLS, request and response.  Chat services respond in one."""
+_RESPONSE_BYTES_MAX = 1024
+"""Bytes of a response that are read.  The rest is not needed, however long it is."""
+_REASON_CHARACTERS_MAX = 200
+"""Longest reason of a failure.  A web server may respond with a page."""
+_RULE = "needs --allow-internal"
+ID_HEADER, SIGNATURE_HEADER = "Skep-Notification-Id", "Skep-Signature"
+
+
+class SendFailed(Exception):
+    """The target did not accept the message."""
+
+
+class MessageSender:
+    """Sends messages from this manager."""
+
+    def __init__(self, view: Callable[[], View], clock: Clock) -> None:
+        self._view = view
+        self._clock = clock
+
+    async def send(self, target: Target, message: Message) -> str:
+        """Send a message within ``SEND_S``.  Returns the reason of a failure, without credentials, or an empty text."""
+        try:
+            async with asyncio.timeout(SEND_S):
+                await self._send(target, message)
+        except TimeoutError:
+            return f"it did not respond within {SEND_S:g} s"
+        except (
+            aiohttp.ClientError,
+            EOFError,
+            InvalidArgument,
+            OSError,
+            SendFailed,
+            UnicodeError,
+            ValueError,
+        ) as error:
+            reason = on_one_line(str(error)) or type(error).__name__
+            return cut(_without_credentials(reason, target), _REASON_CHARACTERS_MAX)
+        return ""
+
+    async def _send(self, target: Target, message: Message) -> None:
+        address = parsed_address(target.url)
+        guard = Guard(
+            lambda: node_addresses(self._view()), is_restricted=not target.allows_internal, rule=_RULE
+        )
+        if address.kind is TargetKind.MAIL:
+            await send_mail(address, target.secret, message, guard)
+            return
+        method, url, body, headers = request_of(
+            address, target.secret, message, self._clock.now_ns() // SECOND_NS
+        )
+
+        def allowed(info: tuple[Any, ...]) -> socket.socket:
+            guard.check(str(info[4][0]))
+            return socket.socket(info[0], info[1], info[2])
+
+        connector = aiohttp.TCPConnector(socket_factory=allowed, force_close=True)
+        async with (
+            aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as session,
+            session.request(
+                method, URL(url, encoded=True), data=body, headers=headers, allow_redirects=False
+            ) as response,
+        ):
+            if 300 <= response.status < 400:
+                host = urlsplit(response.headers.get("Location", "")).hostname or "another address"
+                raise SendFailed(f"it redirects to {host}, which is not followed: use the final URL")
+            if not 200 <= response.status < 300:
+                text = (await response.content.read(_RESPONSE_BYTES_MAX)).decode(errors="replace")
+                raise SendFailed(f"it responded {response.status} {response.reason}: {text}".rstrip(": "))
+
+
+def node_addresses(view: View) -> Collection[str]:
+    """Return the addresses of all nodes of the cluster."""
+    found = set()
+    for node in view.find(Node):
+        manager = node.manager_status
+        found.add(node.status.addr)
+        found.add(parted(manager.addr)[0] if manager is not None and manager.addr else "")
+    return found
+
+
+def request_of(
+    address: TargetAddress, secret: str, message: Message, now_s: int
+) -> tuple[str, str, bytes, Mapping[str, str]]:
+    """Return method, URL, body and headers of the request with a message."""
+    headers = {"Content-Type": "application/json", "User-Agent": "skep", ID_HEADER: message.id}
+    match address.kind:
+        case TargetKind.SLACK:
+            return "POST", address.url, msgspec.json.encode({"text": _escaped(message.text)}), headers
+        case TargetKind.MATRIX:
+            path = f"_matrix/client/v3/rooms/{quote(address.room, safe='')}/send/m.room.message/{quote(message.id)}"
+            content = {"msgtype": "m.notice", "body": message.text}
+            headers["Authorization"] = f"Bearer {secret}"
+            return "PUT", f"{address.url.rstrip('/')}/{path}", msgspec.json.encode(content), headers
+        case _:
+            body = msgspec.json.encode(message.body)
+            if secret:
+                headers[SIGNATURE_HEADER] = signature(secret, body, now_s)
+            return "POST", address.url, body, headers
+
+
+def signature(secret: str, body: bytes, now_s: int) -> str:
+    """Return the signature of a webhook: its time, and the HMAC-SHA256 of time and body, as Stripe's webhooks have."""
+    digest = hmac.new(secret.encode(), b"%d." % now_s + body, hashlib.sha256).hexdigest()
+    return f"t={now_s},v1={digest}"
+
+
+def _escaped(text: str) -> str:
+    """Return ``text`` for Slack, where ``<!channel>`` would notify everyone.
+
+    Source: https://api.slack.com/reference/surfaces/formatting (Escaping text).
+    """
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _without_credentials(reason: str, target: Target) -> str:
+    """Return ``reason`` without the parts of the target's URL that may be credentials, and without its secret."""
+    parts = urlsplit(target.url)
+    for text in sorted({target.secret, parts.path.strip("/"), parts.query, parts.username or ""}, key=len):
+        if len(text) > 1:
+            reason = reason.replace(text, "***")
+    return reason

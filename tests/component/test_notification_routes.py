@@ -1,0 +1,156 @@
+"""Targets of notifications in the API: for administrators only, and never with their credentials."""
+
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+
+from skep.manager.notify.incidents import IncidentChanges
+from skep.manager.notify.problems import Problem
+from skep.manager.notify.records import delivery_in, targets_in
+from skep.manager.notify.showing import delivery_families, delivery_warnings
+from skep.manager.notify.writing import claim, settle, write_changes
+from skep.manager.routes.access import ManagerApi
+from skep.model.options.notifications import Topic
+from skep.store.interface import Transaction
+from skep.store.level import LEVEL, NOTIFICATIONS
+from tests.component.test_notification_targets import a_receiver
+from tests.component.test_users_on_a_manager import Rig, _a_rig
+
+SECRET = "hush-hush"
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    async with _a_rig() as made:
+        await made.api.store.update(raise_level, LEVEL)
+        yield made
+
+
+def raise_level(tx: Transaction, level: int) -> None:
+    tx.raise_level(level)
+
+
+def a_body(url: str, **fields: object) -> dict[str, object]:
+    return {"Name": "ops", "URL": url, "Secret": SECRET, **fields}
+
+
+async def fail(api: ManagerApi, reason: str) -> None:
+    """Let the leader fail to send a first message to the first target."""
+    [target], now_ns = targets_in(api.store.view()), api.clock.now_ns()
+    problem = Problem(key="node/n1", topic=Topic.NODE, message="node n1 is down")
+    await api.store.update(write_changes, IncidentChanges(began=(problem,)), now_ns)
+    await api.store.update(claim, target, now_ns)
+    await api.store.update(settle, target, 1, reason, now_ns, 0.5)
+
+
+async def test_a_target_is_added_tested_listed_and_removed(rig: Rig) -> None:
+    async with a_receiver() as receiver:
+        url = receiver.url
+        status, text, _ = await rig.exchange(
+            "admin", "POST /skep/notify/create", a_body(url, On=["node"], AllowInternal=True)
+        )
+        assert status == 201, text
+        status, text, _ = await rig.exchange("admin", "POST /skep/notify/ops/test")
+        assert status == 200, text
+        assert json.loads(receiver.requests[0][3])["Test"] is True
+        status, listed, _ = await rig.exchange("admin", "GET /skep/notify")
+        [shown] = json.loads(listed)
+        assert (shown["Name"], shown["Kind"], shown["On"], shown["HasSecret"]) == (
+            "ops",
+            "webhook",
+            ["node"],
+            True,
+        )
+        assert SECRET not in text + listed
+        assert "path-key" not in text + listed
+        assert (await rig.exchange("admin", "POST /skep/notify/create", a_body(url)))[0] == 409
+    assert SECRET not in repr(rig.journal.entries)
+    assert (await rig.exchange("admin", "DELETE /skep/notify/ops"))[0] == 204
+    assert (await rig.exchange("admin", "DELETE /skep/notify/ops"))[0] == 404
+    assert (await rig.exchange("admin", "POST /skep/notify/ops/test"))[0] == 404
+
+
+@pytest.mark.parametrize("role", ["viewer", "operator", "operator:shop"])
+async def test_only_administrators_see_and_change_targets(rig: Rig, role: str) -> None:
+    for request in (
+        "GET /skep/notify",
+        "POST /skep/notify/create",
+        "POST /skep/notify/ops/test",
+        "DELETE /skep/notify/ops",
+    ):
+        assert (await rig.exchange(role, request, {}))[0] == 403, request
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"Name": ""}, "name must be provided"),
+        ({"Name": "../x"}, "invalid name"),
+        ({"URL": "ftp://example.org/"}, "unknown scheme"),
+        ({"URL": "slack+https://example.org/"}, "leave out --secret"),
+        ({"On": ["weather"]}, "weather"),
+        ({"On": ["disk"], "Stacks": ["shop"]}, "no stack has problems of the topic disk"),
+    ],
+)
+async def test_a_target_that_cannot_work_is_refused(rig: Rig, fields: dict[str, object], reason: str) -> None:
+    body = a_body("https://example.org/") | fields
+    status, text, _ = await rig.exchange("admin", "POST /skep/notify/create", body)
+    assert status == 400
+    assert reason in text
+    assert SECRET not in text
+
+
+async def test_the_number_of_targets_is_bounded(rig: Rig) -> None:
+    statuses = [
+        (
+            await rig.exchange(
+                "admin", "POST /skep/notify/create", a_body("https://e.org/", Name=f"t{number}")
+            )
+        )[0]
+        for number in range(17)
+    ]
+    assert statuses == [201] * 16 + [400]
+
+
+async def test_a_test_of_an_internal_target_shows_the_reason(rig: Rig) -> None:
+    async with a_receiver() as receiver:
+        assert (await rig.exchange("admin", "POST /skep/notify/create", a_body(receiver.url)))[0] == 201
+        status, text, _ = await rig.exchange("admin", "POST /skep/notify/ops/test")
+    assert status == 400
+    assert "127.0.0.1 is an address of this machine, which needs --allow-internal" in text
+    assert receiver.requests == []
+
+
+async def test_a_target_that_fails_is_a_warning_a_metric_and_in_the_list(rig: Rig) -> None:
+    await rig.exchange("admin", "POST /skep/notify/create", a_body("https://example.org/path-key"))
+    assert list(delivery_warnings(rig.api.store.view())) == []
+    await fail(rig.api, "it responded 503")
+    view = rig.api.store.view()
+    [warning] = delivery_warnings(view)
+    assert warning.startswith("WARNING: notifications to ops fail since ")
+    assert warning.endswith(" UTC: it responded 503 (skep notify ls)")
+    [shown] = json.loads((await rig.exchange("admin", "GET /skep/notify"))[1])
+    assert (shown["Error"], shown["Waiting"], shown["Failed"]) == ("it responded 503", 1, 1)
+    samples = {family.name: [one.value for one in family.samples] for family in delivery_families(view)}
+    assert samples["skep_notify_failures_total"] == [1]
+    assert samples["skep_notify_waiting"] == [1]
+
+
+async def test_older_managers_get_no_targets(rig: Rig) -> None:
+    async with _a_rig() as older:
+        await older.api.store.update(raise_level, NOTIFICATIONS - 1)
+        status, text, _ = await older.exchange(
+            "admin", "POST /skep/notify/create", a_body("https://example.org/")
+        )
+        assert status == 400
+        assert "upgrade the others first" in text
+
+
+async def test_a_target_added_again_under_its_name_starts_over(rig: Rig) -> None:
+    for _ in range(2):
+        await rig.exchange("admin", "POST /skep/notify/create", a_body("https://example.org/"))
+        [target] = targets_in(rig.api.store.view())
+        assert delivery_in(rig.api.store.view(), target) is None
+        await fail(rig.api, "it responded 503")
+        await rig.exchange("admin", "DELETE /skep/notify/ops")
