@@ -17,8 +17,7 @@ from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.orchestrator.reaper.node_loop import LostNodes
 from skep.manager.probes.loop import OverlayAvoidance
 from skep.manager.scheduler.loop import Scheduler
-from skep.manager.schedules.freezes import ChangeFreezes
-from skep.manager.schedules.loop import Schedules
+from skep.manager.schedules.loop import ChangeFreezes, Schedules
 from skep.manager.services.quotas import replicas_within_quota
 from skep.manager.telemetry.task_usages import no_usages
 from skep.manager.volumes.driver_calls import Confirm, FindDriver, no_drivers, skip_confirmation

@@ -27,7 +27,6 @@ from skep.manager.routes.access import MANAGER, ManagerApi
 from skep.manager.routes.extensions import (
     doctor,
     explain,
-    freezes,
     history,
     jobs,
     maintenance,
@@ -64,7 +63,6 @@ _TABLES = (
     notifications.routes,
     explain.routes,
     placement.routes,
-    freezes.routes,
     reach.routes,
     doctor.routes,
     state.routes,

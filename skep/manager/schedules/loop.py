@@ -1,17 +1,22 @@
-"""The leader's loop for scheduled jobs: starts due runs, and sleeps until the next due time.  Leader only."""
+"""The leader's loops for what is due by the wall clock: runs of scheduled jobs, and ends of change freezes.
+
+Leader only.
+"""
 
 from random import Random
 
 import structlog
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock, tick
 from skep.errors import SkepError
 from skep.manager.control_loops.loop_driver import LoopDriver
 from skep.manager.schedules.state import Restored, SchedulesState, note_incarnation, write_decision
+from skep.manager.services.freezes import bring_up_to_date, has_freezes, is_out_of_date
 from skep.model.service import Service
 from skep.model.values.ids import ServiceId
 from skep.model.values.times import SECOND_NS
-from skep.store.interface import LoopStore, Transaction
+from skep.store.interface import LoopStore, NotLeader, Transaction
 
 log = structlog.get_logger(__name__)
 
@@ -21,6 +26,14 @@ CLOCK_CHECK_S = 20.0
 """Seconds between checks whether the wall clock was set."""
 CLOCK_SET_S = 1.0
 """Minimum seconds by which the wall clock must have been set to matter."""
+FREEZE_CHECK_S = 1.0
+"""Seconds between two checks of freezes, which only read one object.  The wall clock may be set, so no check waits for
+a due time.
+"""
+NO_FREEZE_CHECK_S = 5.0
+"""The same without any freeze or window.  An idle leader shall wake up rarely, and a freeze lasts longer."""
+FREEZE_RETRY_S = 1.0, 10.0
+"""First and longest delay in seconds, with jitter, until the next attempt to write the end of a freeze."""
 
 
 class Schedules:
@@ -78,6 +91,32 @@ class Schedules:
                 note_incarnation, self._incarnation, self._clock.now_ns()
             )
         return self._restored
+
+
+class ChangeFreezes:
+    """Keeps the freezes and the window in the store up to date, so that no other loop needs their times."""
+
+    def __init__(self, term: LoopStore, clock: Clock, random: Random) -> None:
+        self._term = term
+        self._clock = clock
+        self._random = random
+
+    async def run(self) -> None:
+        """Keep them up to date until cancelled."""
+        backoff = Backoff(*FREEZE_RETRY_S, rng=self._random.random)
+        while True:
+            view, now_ns = self._term.view(), self._clock.now_ns()
+            if is_out_of_date(view, now_ns):
+                try:
+                    await self._term.update(bring_up_to_date, now_ns)
+                    backoff.reset()
+                except NotLeader:
+                    raise
+                except SkepError as error:
+                    log.warning("end of a freeze not written, will retry", reason=str(error))
+                    await self._clock.sleep(backoff.next_delay_s())
+                    continue
+            await tick(self._clock, FREEZE_CHECK_S if has_freezes(view) else NO_FREEZE_CHECK_S)
 
 
 def _log(service: Service) -> None:

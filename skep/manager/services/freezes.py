@@ -1,7 +1,7 @@
 """Change freezes and the maintenance window: whether Skep may act by itself now, and who may change what.
 
 They are a part of the cluster object.  A freeze holds as long as it is there, because the leader removes it at its end
-(``schedules.freezes``).  So decisions need no clock, and each change is a commit.
+(``schedules.loop``).  So decisions need no clock, and each change is a commit.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -169,6 +169,11 @@ def set_window(tx: Transaction, wanted: MaintenanceWindow | None, *, now_ns: int
     window = checked_window(wanted, now_ns) if wanted is not None else None
     tx.put(replace(swarm, window=window))
     return window
+
+
+def has_freezes(view: View) -> bool:
+    """Return whether there is a freeze or a window, so that one may begin or end."""
+    return any(swarm.change_freezes or swarm.window is not None for swarm in view.find(Swarm))
 
 
 def is_out_of_date(view: View, now_ns: int) -> bool:

@@ -20,7 +20,7 @@ from skep.manager.orchestrator.global_services import reconcile
 from skep.manager.orchestrator.reaper.node_loop import remove_lost
 from skep.manager.routes import application
 from skep.manager.routes.warnings import freeze_warnings
-from skep.manager.schedules.freezes import ChangeFreezes
+from skep.manager.schedules.loop import ChangeFreezes
 from skep.manager.services.freezes import (
     end_freeze,
     freeze_changes,
