@@ -251,7 +251,7 @@ def explain_service(
     running = _running(tasks) if running is None else running
     active = len({slot_of(task) for task in tasks if task.is_active}) if active is None else active
     ports = host_ports(service.spec)
-    problems = problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns, every=every)
+    problems = problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns, every=every if is_job else ())
     if is_job:
         text, reason, is_healthy = _of_job(service, tasks, running, problems, nodes)
     else:
