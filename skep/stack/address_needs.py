@@ -30,9 +30,10 @@ def shortages(stack: Stack, existing: Sequence[Mapping[str, Any]]) -> Iterator[F
         tasks = sum(map(_tasks, specs))
         virtual = sum(not _has_no_address(spec) for spec in specs)
         if tasks + virtual > size:
-            short = tasks + virtual - size
+            short = min(tasks + virtual - size, tasks)
+            counted = "1 address," if size == 1 else f"{size} addresses,"
             text = (
-                f"the network {network.name} has {size} addresses, and its services need {tasks + virtual}, one for "
+                f"the network {network.name} has {counted} and its services need {tasks + virtual}, one for "
                 f"each task and each service. {short} {'task' if short == 1 else 'tasks'} will wait. Choose a larger "
                 "subnet or fewer replicas."
             )

@@ -528,8 +528,8 @@ async def _restore(
 
 
 def _except(new: Collection[str], kept: Mapping[str, str]) -> str:
-    """Return a clause about services that an undo leaves: ``new`` ones, as no response has confirmed that the deploy
-    created them, and those that keep their spec for the given reasons.
+    """Return a clause about services that an undo leaves: ``new`` services, as no response has confirmed that the
+    deploy created them, and services that keep their spec for the given reasons.
     """
     left = [f"{', '.join(sorted(new))}, which another deploy may have created"] if new else []
     left += [f"{name} ({why})" for name, why in kept.items()]

@@ -240,6 +240,16 @@ async def test_only_administrators_publish_on_ports_of_the_cluster(rig: Rig, mod
         assert (await create("admin", "udp", 4789))[0] == 201
 
 
+async def test_the_entry_of_a_deploy_names_the_services_that_it_changed(rig: Rig) -> None:
+    def spec(name: str, image: str = "app:1") -> Mapping[str, Any]:
+        return {"Name": name, "Labels": SHOP, "TaskTemplate": {"ContainerSpec": {"Image": image}}}
+
+    changes = [{"Spec": spec(f"shop_{name}")} for name in "abcdefg"] + [{"Spec": spec("shop_bad", "UPPER:1")}]
+    assert (await rig.exchange("operator:shop", "POST /skep/services/changes", changes))[0] == 200
+    messages = [one.message for one in rig.journal.entries]
+    assert messages == ["change service shop_a, shop_b, shop_c, shop_d, shop_e and 2 more"]
+
+
 async def test_an_operator_changes_a_service_whose_log_driver_an_administrator_chose(rig: Rig) -> None:
     def spec(driver: str, image: str = "app:1") -> Mapping[str, Any]:
         template = {"ContainerSpec": {"Image": image}, "LogDriver": {"Name": driver}}

@@ -252,7 +252,8 @@ def explain_service(
     running = _running(tasks) if running is None else running
     active = len({slot_of(task) for task in tasks if task.is_active}) if active is None else active
     ports = host_ports(service.spec)
-    found = problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns, every=every)
+    everything = every if is_job else ()
+    found = problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns, every=everything)
     problems, hint = split_off_replacements(found, service, tasks, nodes)
     if is_job:
         text, reason, is_healthy = _of_job(service, tasks, running, problems, nodes)

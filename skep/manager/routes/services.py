@@ -34,7 +34,7 @@ from skep.manager.control.validation.new_objects import stack_of, visible_to
 from skep.manager.diagnosis.service_health import service_status, status_with_health
 from skep.manager.diagnosis.service_warnings import spec_warnings
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
-from skep.manager.routes.guard.audit import author_of
+from skep.manager.routes.guard.audit import CHANGED_SERVICES, author_of
 from skep.manager.routes.guard.strict_freezes import unfrozen
 from skep.manager.routes.representations import has_labels, problems_of, shown_service
 from skep.manager.services.registry_auth import dropped_warnings, shown_auth
@@ -265,6 +265,7 @@ async def change_services(request: web.Request) -> web.StreamResponse:
 
     results = await manager.store.update_each(unless_frozen, changes)
     after = manager.store.view()
+    request[CHANGED_SERVICES] = [one.spec.name for one in results if isinstance(one, Service)]
 
     def changed(one: ServiceChange, result: Service | SkepError) -> ServiceChanged:
         if isinstance(result, SkepError):

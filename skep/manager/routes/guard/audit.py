@@ -10,7 +10,7 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 from aiohttp import web
 from msgspec.structs import replace
@@ -87,6 +87,12 @@ async def record_request(request: web.Request, handler: Handler) -> web.StreamRe
     return response
 
 
+CHANGED_SERVICES = web.RequestKey("changed_services", list[str])
+"""Key of a request with the names of the services that it has changed."""
+_NAMED_MAX: Final = 5
+"""Most services that an entry names."""
+
+
 class _Record:
     """Journal entry of one request, recorded concurrently with its handler.  No request waits for its entry."""
 
@@ -108,6 +114,11 @@ class _Record:
     def responded(self, response: web.StreamResponse) -> None:
         """Record the handler's response."""
         entry = _created(self.begin(), response, manager_of(self._request).store.view())
+        if names := self._request.get(CHANGED_SERVICES):
+            more = len(names) - _NAMED_MAX
+            entry = replace(
+                entry, name=", ".join(names[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
+            )
         self._journal.record(with_outcome(entry, response.status))
 
     def failed(self, status: int, error: str) -> None:
@@ -165,6 +176,8 @@ def about(path: str, method: str, view: View, among: Callable[[Any], bool] | Non
     entry = JournalEntry(type=name, action=action)
     if not rest or rest == ["create"]:
         return replace(entry, action="create")
+    if noun == "services" and rest == ["changes"]:  # the names are in the body
+        return replace(entry, action="change")
     for seen in (among, None) if among is not None and kind is not Node else (None,):
         with suppress(SkepError):
             return _about_object(entry, view.resolve(kind, rest[0], seen), view)

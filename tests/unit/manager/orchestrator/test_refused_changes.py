@@ -116,7 +116,7 @@ def test_a_refused_change_is_asked_again_later_and_later_and_no_other_waits_for_
     assert {task.slot for task in led.store.view().find(Task)} == {1, 3}
     assert len(tried) < 25
     assert tried[-1] - tried[-2] > 25
-    message = "orchestration failed: ResourceExhausted: transaction too large"
+    message = "orchestration failed: transaction too large"
     assert led.service.update_status is not None
     assert led.service.update_status.message == message
     monkeypatch.undo()
@@ -137,7 +137,7 @@ def test_an_error_leaves_what_a_paused_update_says(led: Led, monkeypatch: pytest
     led.run_for(120)
     assert led.service.update_status == replace(
         status,
-        message=f"orchestration failed: ResourceExhausted: transaction too large; the update: {cause}",
+        message=f"orchestration failed: transaction too large; the update: {cause}",
     )
     monkeypatch.undo()
     led.run_for(61)
@@ -158,7 +158,7 @@ def test_an_error_that_the_store_does_not_clear_is_cleared_later(
         clear_error(tx, id)
 
     monkeypatch.setattr(orchestrator_loop, "clear_error", clear)
-    status = UpdateStatus(message="orchestration failed: ResourceExhausted: transaction too large")
+    status = UpdateStatus(message="orchestration failed: transaction too large")
     led.write(lambda tx: tx.put(replace(a_service(replicas=0), update_status=status)))
     led.run_for(5)
     assert led.service.update_status is None
