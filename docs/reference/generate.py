@@ -527,11 +527,13 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
     ),
     "Networks": (
         Limit(
-            "DNS queries forwarded at a time", "skep.dataplane.dns.upstream:IN_FLIGHT_MAX", "the query fails"
+            "DNS queries forwarded at a time",
+            "skep.dataplane.dns.upstream:ForwardingLimits.in_flight",
+            "the query fails",
         ),
         Limit(
             "of these, from one container",
-            "skep.dataplane.dns.upstream:IN_FLIGHT_PER_CONTAINER_MAX",
+            "skep.dataplane.dns.upstream:ForwardingLimits.in_flight_per_container",
             "the query fails",
         ),
         Limit("time to live of names", "skep.dataplane.dns.resolution:TTL_S", "", "s"),
@@ -760,7 +762,7 @@ def events() -> str:
             "",
             *paragraph(
                 f"You can read at most {from_nodes.NODES_MAX} nodes, and a manager has at most",
-                f"{from_nodes.STREAMS_MAX} such clients. Any client gets the same with `docker events --filter",
+                f"{from_nodes.LIMITS.streams} such clients. Any client gets the same with `docker events --filter",
                 "scope=swarm --filter type=container` (or `image`, `volume`). Without the scope, you see this node's",
                 "events, as in Docker. Events of Docker Engines are not included. Clients of workers do not see these",
                 "events, because they have the command lines of every `docker exec`.",
