@@ -137,7 +137,7 @@ class StubRuntime:
     """Stub of ``Runtime``, in which ``end`` ends the process.
 
     ``during``: called in ``runc pause|resume``.  ``frozen``: calls of both.  ``is_all_frozen``: what the kernel says of
-    each container, None for its record.  ``signals``: those that were sent, without effect.  ``has_all``: whether there
+    each container, None for its record.  ``signals``: the sent signals, which have no effect.  ``has_all``: whether there
     is state of each container.
     """
 
