@@ -81,7 +81,7 @@ class ClientLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FrontOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a front treats connections."""
+    """Settings of a front for its connections."""
 
     divert: Callable[[socket.socket], bool] = lambda _: False
     """Takes over a new connection to a Unix socket if a container made it.  Returns whether it did."""
