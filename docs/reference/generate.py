@@ -470,15 +470,20 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         Limit("head of a request", "skep.api.http.framing:HEAD_BYTES_MAX", "431", "bytes"),
         Limit(
             "connections by TCP of clients without an identity",
-            "skep.node.front.server:STRANGERS_MAX",
+            "skep.node.front.server:ClientLimits.strangers",
             "the oldest of the address with most is closed",
         ),
         Limit(
             "of these, from one address",
-            "skep.node.front.server:STRANGERS_PER_SOURCE_MAX",
+            "skep.node.front.server:ClientLimits.strangers_per_source",
             "the oldest of it is closed",
         ),
-        Limit("time for such a client to send its token", "skep.node.front.server:STRANGER_S", "closed", "s"),
+        Limit(
+            "time for such a client to send its token",
+            "skep.node.front.server:ClientLimits.stranger_s",
+            "closed",
+            "s",
+        ),
     ),
     "Containers": (
         Limit(

@@ -10,7 +10,6 @@ from skep.aio.groups import first_alone
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.commands import communicate
 
-_PATH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
 _POLL_S = 0.02
 """Seconds between two checks of a condition."""
 
@@ -20,7 +19,8 @@ def find(command: str) -> str:
 
     Raises: FailedPrecondition: it is not installed.
     """
-    if path := shutil.which(command, path=_PATH):
+    places = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
+    if path := shutil.which(command, path=places):
         return path
     raise FailedPrecondition(
         f"The command {command} is not installed. Run make setup, or install its package."

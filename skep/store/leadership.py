@@ -43,7 +43,8 @@ def leader_named(record: bytes | None) -> NodeId | None:
 class TermState:
     """The state of a term.  ``fence`` is the revision of the leader key that began it."""
 
-    def __init__(self, number: int, fence: int) -> None:
+    def __init__(self, number: int, fence: int, settle_s: float = SETTLE_S) -> None:
+        self._settle_s = settle_s
         self.number = number
         self.fence = fence
         self._lost = asyncio.Event()
@@ -75,11 +76,11 @@ class TermState:
             return
         is_settled = False
         try:
-            async with asyncio.timeout(SETTLE_S):
+            async with asyncio.timeout(self._settle_s):
                 await settled()
             is_settled = True
         except (TimeoutError, SkepError) as error:
-            log.warning("term ends: outcome of a write unknown", waited_s=SETTLE_S, reason=str(error))
+            log.warning("term ends: outcome of a write unknown", waited_s=self._settle_s, reason=str(error))
         finally:
             if not is_settled:
                 self.abandon()

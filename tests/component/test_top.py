@@ -67,10 +67,9 @@ async def test_no_format_shows_processes_of_others(processes: Processes, argumen
 
 
 async def test_a_container_with_more_processes_than_one_ps_is_asked_for_has_all_its_rows(
-    processes: Processes, monkeypatch: pytest.MonkeyPatch
+    processes: Processes,
 ) -> None:
-    monkeypatch.setattr(top, "_PIDS_MAX", 1)
-    listed = await top.processes(processes.own, "-eo pid,args")
+    listed = await top.processes(processes.own, "-eo pid,args", pids_max=1)
     assert {int(row[0]) for row in listed.processes} == processes.own
 
 

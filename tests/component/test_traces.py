@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from skep.aio.clock import SystemClock
-from skep.api.telemetry import otlp
 from skep.api.telemetry.exposition import render
 from skep.api.telemetry.otlp import WAITING_MAX, TraceExporter
 from skep.tracing import Span
+from tests.support.harness.clocks import FastClock
 from tests.support.telemetry.otlp_receiver import Receiver
 
 
@@ -28,11 +27,6 @@ def receiver(tmp_path: Path) -> Iterator[Receiver]:
         thread.join()
 
 
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(otlp, "_GATHER_S", 0.0)
-
-
 def a_span(number: int, **more: Any) -> Span:
     return Span(
         trace="a" * 32, id=f"{number:016x}", name=f"step {number}", begin_ns=10**18, end_ns=10**18 + 5, **more
@@ -41,7 +35,7 @@ def a_span(number: int, **more: Any) -> Span:
 
 @asynccontextmanager
 async def exporting(port: int) -> AsyncIterator[TraceExporter]:
-    exporter = TraceExporter(f"http://127.0.0.1:{port}", "node", "m1", SystemClock(), lambda: 0.0)
+    exporter = TraceExporter(f"http://127.0.0.1:{port}", "node", "m1", FastClock(1000), lambda: 0.0)
     task = asyncio.create_task(exporter.run())
     yield exporter
     task.cancel()

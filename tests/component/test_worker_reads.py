@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,8 +16,7 @@ from skep.aio.clock import SystemClock
 from skep.api.client.client import ApiClient
 from skep.api.http.framing import is_readable
 from skep.errors import NotFound, PermissionDenied, ResourceExhausted, Unimplemented
-from skep.manager.nodes import worker_reads
-from skep.manager.nodes.worker_reads import WorkerReads
+from skep.manager.nodes.worker_reads import READS_PER_NODE_MAX, WorkerReads
 from skep.manager.routes.access import WORKER_HEADER
 from skep.model.node import NodeRole
 from skep.model.values.ids import NodeId
@@ -169,10 +168,11 @@ async def test_a_manager_sees_that_the_client_is_a_workers(cluster, reads):
     assert cluster.of_workers == [True]
 
 
-async def test_one_node_does_not_take_all_places(cluster, reads, monkeypatch):
+async def test_one_node_does_not_take_all_places(cluster, reads):
     await cluster.allow("true")
-    monkeypatch.setattr(worker_reads, "READS_PER_NODE_MAX", 1)
-    async with reads.pieces("/events"):
+    async with AsyncExitStack() as open_reads:
+        for _ in range(READS_PER_NODE_MAX):
+            await open_reads.enter_async_context(reads.pieces("/events"))
         with pytest.raises(ResourceExhausted, match="too many clients of workers"):
             await reads.body("/services")
     await until(lambda: not cluster.reads.reading)

@@ -40,7 +40,7 @@ class Faults:
         self.hits: list[str] = []
         self._first, self._count, self._number = -1, 0, 0
         self.before_each: Callable[[str, Path], object] = lambda _call, _path: None
-        """Called before each call, with its name and path.  The error that it raises is that of the call."""
+        """Called before each call, with its name and path.  The call fails with an error that it raises."""
         self._lock = threading.Lock()
 
     def plan(self, first: int, number: int, count: int = 1) -> None:

@@ -9,12 +9,8 @@ from enum import Enum
 
 import msgspec
 
-HAND_OVER_S = 3.0
-"""Seconds of silence after which another manager is made the leader."""
 AGAIN_S = 2.0
 """Seconds between two hand-overs in one silence.  A second one is needed if the first failed or leadership returned."""
-END_S = 15.0
-"""Seconds of silence after which the process is killed."""
 CALM_S = 600.0
 """After this many seconds without a hand-over, the next one is as fast as the first."""
 
@@ -54,20 +50,33 @@ class HangAction(Enum):
     """Kill the process, so that its supervisor restarts it."""
 
 
+class HangLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of silence of a process."""
+
+    hand_over_s: float = 3.0
+    """Afterwards, another manager is made the leader."""
+    end_s: float = 15.0
+    """Afterwards, the process is killed."""
+
+
+LIMITS = HangLimits()
+
+
 class HangDetector:
     """Observes one process, which its owner probes every ``tick_s``.
 
     While the process is silent, it loses its leadership every ``AGAIN_S``, because it may have been elected again.  If
     it responds after a hand-over, the hand-over was unnecessary, and the silence before the next one is doubled, up to
-    ``END_S``.  So a manager on a machine that is slow now and then stays the leader.
+    ``end_s``.  So a manager on a machine that is slow now and then stays the leader.
     """
 
-    def __init__(self, tick_s: float, now: float) -> None:
+    def __init__(self, tick_s: float, now: float, limits: HangLimits = LIMITS) -> None:
         """``now`` is a monotonic time."""
         self._tick_s = tick_s
+        self._limits = limits
         self._time = RunningTime(seen_at=now)
         self._responded_at = 0.0
-        self._after_s = HAND_OVER_S
+        self._after_s = limits.hand_over_s
         self._handed_over_at: float | None = None
         self._again_at: float | None = None
         """Time of the next hand-over, or None before the first one of a silence."""
@@ -85,7 +94,7 @@ class HangDetector:
             self._again_at = None
             return HangAction.WAIT
         now_s = self._time.seconds
-        if self.silent_s >= END_S:
+        if self.silent_s >= self._limits.end_s:
             return HangAction.END
         if self._again_at is None:
             if self.silent_s < self._wait_s():
@@ -99,5 +108,5 @@ class HangDetector:
 
     def _wait_s(self) -> float:
         if self._handed_over_at is not None and self._time.seconds - self._handed_over_at > CALM_S:
-            self._after_s, self._handed_over_at = HAND_OVER_S, None
+            self._after_s, self._handed_over_at = self._limits.hand_over_s, None
         return self._after_s

@@ -15,6 +15,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
@@ -44,16 +45,6 @@ from skep.linux.unix_sockets import private_socket
 
 log = structlog.get_logger(__name__)
 
-REQUEST_S = 60.0
-"""Seconds in which a head and a small body must arrive, and in which the next bytes of a longer body with a length must
-arrive.
-
-A body without a length is a stream and has no limit.
-"""
-IDLE_S = 300.0
-"""Seconds between two requests of a client on another machine.  A local client has no limit, as with Docker."""
-CHECK_S = 5.0
-"""Seconds between checks of the limits of all connections.  The limits are minutes."""
 SMALL_BODY = 64 * 1024
 _BUFFER_BYTES_MAX = 256 * 1024
 """Largest number of bytes that are buffered of requests that a client sends before it gets a response."""
@@ -64,7 +55,7 @@ _CLOSED_S = 0.02
 while clients reconnect.
 """
 _FOREVER_S = 1e9
-"""Disables aiohttp's limit for idle connections, because ``REQUEST_S`` and ``IDLE_S`` replace it."""
+"""Disables aiohttp's limit for idle connections, because ``RequestTimes`` replaces it."""
 
 _read_buffer = memoryview(bytearray(_READ_BYTES))
 """Shared by all connections, because received data is copied at once."""
@@ -117,6 +108,23 @@ def take_over(request: web.Request, protocol: asyncio.Protocol) -> None:
     hook.connection.take_over(protocol)
 
 
+class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Times of the clients of passed connections, in seconds."""
+
+    request_s: float = 60.0
+    """A head and a small body must arrive within this time, and so must the next bytes of a longer body with a length.
+
+    A body without a length is a stream and has no limit.
+    """
+    idle_s: float = 300.0
+    """Time between two requests of a client on another machine.  A local client has no limit, as with Docker."""
+    check_s: float = 5.0
+    """Time between checks of the limits of all connections.  The limits are minutes."""
+
+
+TIMES = RequestTimes()
+
+
 class PassedConnections:
     """Accepts connections that node processes pass, and serves them.
 
@@ -124,8 +132,9 @@ class PassedConnections:
         new_handler: The server of an application with ``begin_response``, run with ``HOOKS``.
     """
 
-    def __init__(self, new_handler: Callable[[], RequestHandler]) -> None:
+    def __init__(self, new_handler: Callable[[], RequestHandler], times: RequestTimes = TIMES) -> None:
         self.new_handler = new_handler
+        self.times = times
         self._peers: list[_Peer] = []
         """Node processes, the newest last.  A new one may connect before the end of the previous one is noticed."""
         self._open: set[_Connection] = set()
@@ -181,7 +190,7 @@ class PassedConnections:
     async def _check_limits(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(CHECK_S)
+            await asyncio.sleep(self.times.check_s)
             for connection in tuple(self._open):
                 connection.close_if_overdue(loop.time())
 
@@ -469,11 +478,11 @@ class _Connection(asyncio.BufferedProtocol):
 
     def close_if_overdue(self, now: float) -> None:
         """Close the connection if its client started a request too long ago, or has been idle for too long."""
-        limit_s = None
+        times, limit_s = self._owner.times, None
         if self._exchange is None:
-            limit_s = REQUEST_S if self._unread else IDLE_S if self._is_remote else None
+            limit_s = times.request_s if self._unread else times.idle_s if self._is_remote else None
         elif isinstance(self._exchange.body, Sized) and not self._exchange.body.is_complete:
-            limit_s = REQUEST_S
+            limit_s = times.request_s
         if limit_s is not None and now - self._since >= limit_s:
             self._transport.close()
 

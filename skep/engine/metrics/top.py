@@ -23,7 +23,7 @@ _PIDS_MAX = 10_000
 """Limit for the processes in one call of ps, because the kernel does not accept an argument of 128 KiB."""
 
 
-async def processes(pids: AbstractSet[int], ps_args: str) -> Top:
+async def processes(pids: AbstractSet[int], ps_args: str, pids_max: int = _PIDS_MAX) -> Top:
     """Return the rows of ``pids`` in the output of ``ps`` with the user's arguments.
 
     Raises: InvalidArgument: ps rejects the arguments, or its output has no column PID; Unavailable.
@@ -36,8 +36,8 @@ async def processes(pids: AbstractSet[int], ps_args: str) -> Top:
     except ValueError as error:
         raise InvalidArgument(f"Error running ps: {error}") from error
     ordered = sorted(pids)
-    begins = range(0, max(len(ordered), 1), _PIDS_MAX)
-    tops = [await _list(arguments, ordered[begin : begin + _PIDS_MAX]) for begin in begins]
+    begins = range(0, max(len(ordered), 1), pids_max)
+    tops = [await _list(arguments, ordered[begin : begin + pids_max]) for begin in begins]
     return Top(tops[0].titles, tuple(row for top in tops for row in top.processes))
 
 

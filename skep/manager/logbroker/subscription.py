@@ -24,7 +24,7 @@ BEHIND_NS_MAX = 600 * SECOND_NS
 
 
 class LogLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """How long a reader waits for nodes, in seconds."""
+    """Waiting times of a reader for nodes, in seconds."""
 
     hold_s: float = 1.0
     """Lines wait as long for a node that sends nothing, so that lines stay in order."""

@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.event_loop.hang_detection import HangAction, HangDetector
+from skep.aio.event_loop.hang_detection import LIMITS, HangAction, HangDetector, HangLimits
 from skep.errors import SkepError
 
 log = structlog.get_logger(__name__)
@@ -54,8 +54,11 @@ class Watchdog:
         hand_over: HandOver,
         end: Callable[[str], None],
         clock: Clock,
+        tick_s: float = TICK_S,
+        limits: HangLimits = LIMITS,
     ) -> None:
-        """``end`` ends the process and is called with the reason."""
+        """``end`` ends the process and is called with the reason.  ``tick_s`` is the time between two probes."""
+        self._tick_s, self._limits = tick_s, limits
         self._loop = loop
         self._hand_over = hand_over
         self._end = end
@@ -74,8 +77,8 @@ class Watchdog:
         self._stopped.set()
 
     def _run(self) -> None:
-        patience = HangDetector(TICK_S, self._clock.monotonic())
-        while not self._stopped.wait(TICK_S):
+        patience = HangDetector(self._tick_s, self._clock.monotonic(), self._limits)
+        while not self._stopped.wait(self._tick_s):
             has_response = self._answered.is_set()
             if has_response and not self._ask():
                 return

@@ -46,26 +46,6 @@ _CONNECTIONS_MAX = 4096
 
 Includes connections that wait for routing, and those served by the manager process or the engine.
 """
-_TCP_CONNECTIONS_MAX = 2048
-"""Limit for TCP connections, whichever process serves them.
-
-Counted separately from Unix sockets, so that TCP clients cannot lock out root.
-"""
-_TCP_PER_SOURCE_MAX = 512
-"""Limit for the TCP connections of one source address.  Generous, because many clients may share an address."""
-STRANGERS_MAX = 256
-"""Limit for connections whose client has shown neither a certificate nor a token."""
-STRANGERS_PER_SOURCE_MAX = 32
-"""The same limit for one source address.
-
-More than a few are open only while several clients behind one address connect at the same moment.
-"""
-STRANGER_S = 10.0
-"""Seconds for the head with the token to start, and then to arrive.  Clients send it at once."""
-_REQUEST_TIMEOUT_S = 60.0
-"""Seconds for the head of a request to arrive."""
-_IDLE_S = 300.0
-"""Seconds that a TCP connection may be idle before a request.  Docker waits forever."""
 _ACCEPTED_AT_ONCE = 64
 """Number of connections accepted in a row before other work of the event loop."""
 _FIRST_BYTES = 64 * 1024
@@ -73,6 +53,42 @@ _FIRST_BYTES = 64 * 1024
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 9}
 """Keepalive settings that detect TCP clients that vanish without closing.  Docker uses the same values (Go's defaults).
 """
+
+
+class ClientLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of TCP clients."""
+
+    connections: int = 2048
+    """Limit for TCP connections, whichever process serves them.
+
+    Counted separately from Unix sockets, so that TCP clients cannot lock out root.
+    """
+    connections_per_source: int = 512
+    """Limit for the connections of one source address.  Generous, because many clients may share an address."""
+    strangers: int = 256
+    """Limit for connections whose client has shown neither a certificate nor a token."""
+    strangers_per_source: int = 32
+    """The same limit for one source address.
+
+    More than a few are open only while several clients behind one address connect at the same moment.
+    """
+    stranger_s: float = 10.0
+    """Seconds for the head with the token to start, and then to arrive.  Clients send it at once."""
+    request_s: float = 60.0
+    """Seconds for the head of a request to arrive, also of local clients."""
+    idle_s: float = 300.0
+    """Seconds that a connection may be idle before a request.  Docker waits forever."""
+
+
+class FrontOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of a front for its connections."""
+
+    divert: Callable[[socket.socket], bool] = lambda _: False
+    """Takes over a new connection to a Unix socket if a container made it.  Returns whether it did."""
+    limits: ClientLimits = ClientLimits()
+
+
+OPTIONS = FrontOptions()
 
 
 class SwarmMembership(Protocol):
@@ -121,7 +137,6 @@ class Front:
     Args:
         here: The application with the node's own routes.
         users: Identities of the clients of TCP hosts.
-        divert: Takes over a new connection to a Unix socket if a container made it.  Returns whether it did.
     """
 
     def __init__(
@@ -133,7 +148,7 @@ class Front:
         membership: SwarmMembership,
         docker: DockerSocket,
         users: KnownUsers,
-        divert: Callable[[socket.socket], bool] = lambda _: False,
+        options: FrontOptions = OPTIONS,
     ) -> None:
         self._here = here
         self._handover = handover
@@ -141,7 +156,8 @@ class Front:
         self._membership = membership
         self._docker = docker
         self._users = users
-        self._divert = divert
+        self._divert = options.divert
+        self._limits = limits = options.limits
         self._servers: list[asyncio.Server] = []
         self._background: list[asyncio.Task[None]] = []
         self._unread: set[socket.socket] = set()
@@ -150,10 +166,13 @@ class Front:
         """Tasks that serve clients of Unix sockets."""
         self._tcp_tasks: set[asyncio.Task[None]] = set()
         """Tasks that serve clients of TCP hosts."""
-        self._remote = Admission("api", _TCP_CONNECTIONS_MAX, _TCP_PER_SOURCE_MAX)
+        self._remote = Admission("api", limits.connections, limits.connections_per_source)
         """TCP connections of clients with an identity."""
         self._strangers: Newcomers[Connection] = Newcomers(
-            "api connections without an identity", STRANGERS_MAX, STRANGERS_PER_SOURCE_MAX, Connection.abort
+            "api connections without an identity",
+            limits.strangers,
+            limits.strangers_per_source,
+            Connection.abort,
         )
         self._group: asyncio.TaskGroup | None = None
         """The task group while the front listens."""
@@ -340,7 +359,7 @@ class Front:
         After that, the connection belongs to another process or is closed.
         """
         try:
-            raw = client.head() or await _head(client, properties)
+            raw = client.head() or await _head(client, properties, self._limits)
             if raw:
                 if properties.is_relayed:
                     properties, raw = self._identify(client, properties, raw)
@@ -449,14 +468,14 @@ def _probe_when_idle(client: Connection) -> None:
         connected.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-async def _head(client: Connection, properties: _Properties) -> bytes:
+async def _head(client: Connection, properties: _Properties, limits: ClientLimits) -> bytes:
     """Return the head of the next request, or nothing if it takes too long or the client has closed.
 
     Raises: Malformed, Gone.
     """
-    idle_s, request_s = _IDLE_S if properties.is_remote else None, _REQUEST_TIMEOUT_S
+    idle_s, request_s = limits.idle_s if properties.is_remote else None, limits.request_s
     if properties.is_stranger:
-        idle_s = request_s = STRANGER_S
+        idle_s = request_s = limits.stranger_s
     try:
         async with asyncio.timeout(idle_s):
             await client.wait_begun()

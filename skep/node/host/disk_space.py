@@ -146,7 +146,7 @@ def sources_of(containers: Iterable[Container]) -> list[str]:
 
 
 class DiskReader(msgspec.Struct, frozen=True, kw_only=True):
-    """How disks are measured."""
+    """Measures disks."""
 
     measure: Callable[[str, bool], FileSystemUse | None] = lambda path, is_own: space_of(path, is_own=is_own)
     """Measures the disk of a path, and whether the path is the node's own.  It may block."""

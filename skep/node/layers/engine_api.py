@@ -24,7 +24,7 @@ from skep.node.docker.engine_images import EngineImages
 from skep.node.front.application import Application, close_after_response, tls_of
 from skep.node.front.handover import Handover
 from skep.node.front.routing import LocalObjects
-from skep.node.front.server import DockerSocket, Front
+from skep.node.front.server import DockerSocket, Front, FrontOptions
 from skep.node.front.users import KnownUsers
 from skep.node.host.disk_space import DiskSpace
 from skep.node.layers.agent_parts import AgentParts
@@ -175,7 +175,7 @@ class EngineApi:
                 images.hand_over_given if images is not None else None,
             ),
             users=users,
-            divert=self._runtime.apis.divert,
+            options=FrontOptions(divert=self._runtime.apis.divert),
         )
 
     def _warnings(self) -> tuple[str, ...]:

@@ -19,8 +19,9 @@ def rig() -> Iterator[DaemonRig]:
 
 
 @pytest.fixture
-async def front_rig(tmp_path: Path) -> AsyncIterator[Rig]:
-    rig = Rig(tmp_path)
+async def front_rig(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
+    """Its parameters are those of the rig."""
+    rig = Rig(tmp_path, **getattr(request, "param", {}))
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(rig.front())
         yield rig

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from skep.api.http import connection, handover_server
+from skep.api.http import connection
 from skep.api.http.connection import Connection
+from skep.api.http.handover_server import RequestTimes
 from skep.model.node import NodeRole
 from skep.model.values.ids import ClusterId, NodeId
-from skep.node.front import server
+from skep.node.front.server import ClientLimits
 from skep.node.front.splice import relay
 from skep.node.front.users import ApiTls
 from skep.security.authority import Authority
@@ -29,14 +30,11 @@ from tests.support.security.api_authority import an_authority
 PATIENCE_S = 10.0
 
 
-@pytest.fixture
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short limits for what clients may take, in both processes."""
-    for module, name in (
-        *((server, "_REQUEST_TIMEOUT_S"), (server, "_IDLE_S")),
-        *((handover_server, "CHECK_S"), (handover_server, "REQUEST_S"), (handover_server, "IDLE_S")),
-    ):
-        monkeypatch.setattr(module, name, 0.05)
+HURRIED = {
+    "limits": ClientLimits(request_s=0.05, idle_s=0.05),
+    "times": RequestTimes(check_s=0.05, request_s=0.05, idle_s=0.05),
+}
+"""Short limits for what clients may take, in both processes."""
 
 
 async def is_answered(rig: Rig) -> bool:
@@ -53,12 +51,7 @@ async def ended(reader: asyncio.StreamReader) -> bool:
             return True
 
 
-@pytest.fixture
-def few_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_TCP_CONNECTIONS_MAX", 5)
-
-
-@pytest.mark.usefixtures("few_connections")
+@pytest.mark.parametrize("front_rig", [{"limits": ClientLimits(connections=5)}], indirect=True)
 async def test_connections_by_tcp_are_bounded_and_leave_roots_socket_free(front_rig: Rig) -> None:
     opened = [await asyncio.open_connection("127.0.0.1", front_rig.port) for _ in range(6)]
     assert await ended(opened[5][0])
@@ -72,12 +65,7 @@ async def test_connections_by_tcp_are_bounded_and_leave_roots_socket_free(front_
         each.close()
 
 
-@pytest.fixture
-def few_of_one_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_TCP_PER_SOURCE_MAX", 3)
-
-
-@pytest.mark.usefixtures("few_of_one_address")
+@pytest.mark.parametrize("front_rig", [{"limits": ClientLimits(connections_per_source=3)}], indirect=True)
 async def test_one_address_does_not_take_all_connections(front_rig: Rig) -> None:
     greedy = [
         await asyncio.open_connection("127.0.0.1", front_rig.port, local_addr=("127.0.0.7", 0))
@@ -91,6 +79,7 @@ async def test_one_address_does_not_take_all_connections(front_rig: Rig) -> None
         each.close()
 
 
+@pytest.mark.parametrize("front_rig", [HURRIED], indirect=True)
 @pytest.mark.parametrize(
     "begun",
     [
@@ -102,7 +91,7 @@ async def test_one_address_does_not_take_all_connections(front_rig: Rig) -> None
     ids=["nothing", "a head", "a small body", "a long body"],
 )
 async def test_a_request_that_is_not_finished_is_not_waited_for_without_end(
-    front_rig: Rig, hurried: None, begun: bytes
+    front_rig: Rig, begun: bytes
 ) -> None:
     async def reads(request: web.Request) -> web.Response:
         return web.Response(body=await request.read())
@@ -114,7 +103,8 @@ async def test_a_request_that_is_not_finished_is_not_waited_for_without_end(
         writer.close()
 
 
-async def test_a_stream_takes_its_time(front_rig: Rig, hurried: None) -> None:
+@pytest.mark.parametrize("front_rig", [HURRIED], indirect=True)
+async def test_a_stream_takes_its_time(front_rig: Rig) -> None:
     """Longer than any patience with requests: answers, and bodies without a length."""
     going_on = asyncio.Event()
 
@@ -160,14 +150,9 @@ async def test_handshakes_are_bounded_and_delay_no_others(
             writer.close()
 
 
-async def test_strangers_take_no_place_of_a_client_with_an_identity(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server, "STRANGERS_PER_SOURCE_MAX", 3)
-    monkeypatch.setattr(server, "_TCP_CONNECTIONS_MAX", 2)
-    monkeypatch.setattr(server, "STRANGER_S", 1.0)
+async def test_strangers_take_no_place_of_a_client_with_an_identity(tmp_path: Path) -> None:
     authority = an_authority(tmp_path / "ca")
-    rig = Rig(tmp_path)
+    rig = Rig(tmp_path, ClientLimits(strangers_per_source=3, connections=2, stranger_s=1.0))
     trust = ssl.create_default_context(cafile=str(authority.root))
     with_certificate = ssl.create_default_context(cafile=str(authority.root))
     with_certificate.load_cert_chain(*authority.pair("client"))

@@ -8,7 +8,6 @@ import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
@@ -28,6 +27,7 @@ from tests.integration.node.conftest import eventually
 from tests.support.builds.build_lab import BuildLab, build_lab
 from tests.support.images.archives import a_file, a_tar, an_entry
 from tests.support.machines.playground_rig import CLIS
+from tests.support.managers.counted_calls import calls_of
 
 pytestmark = [pytest.mark.needs("root", "runc", "conmon", "docker"), pytest.mark.timeout(180)]
 
@@ -240,20 +240,12 @@ async def test_a_dockerfile_comes_by_standard_input_beside_its_context(node: Bui
 async def test_a_context_that_comes_again_is_unpacked_only_for_steps_that_are_not_cached(
     node: BuildLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unpacked: list[Path] = []
-    unpack = workers.unpack
-
-    async def counted(source: Any, target: Path, **options: Any) -> Any:
-        unpacked.append(target)
-        return await unpack(source, target, **options)
-
-    monkeypatch.setattr(contexts, "unpack", counted)
     context = node.context("FROM busybox:1\nCOPY a /x/\nADD b c /x/\n", {"a": "1", "b": "2", "c": "3"})
 
     async def build(*options: str) -> tuple[int, int]:
         """How often it was unpacked, and how many steps were cached."""
-        unpacked.clear()
-        said = await node.build(context, "-t", "mine", *options)
+        with calls_of(workers.unpack) as unpacked:
+            said = await node.build(context, "-t", "mine", *options)
         assert said.exit == 0, said.output
         return len(unpacked), said.output.count("Using cache")
 

@@ -13,13 +13,13 @@ from aiohttp.web_protocol import RequestHandler
 
 from skep.aio.clock import SystemClock
 from skep.api.client.client import ApiClient
-from skep.api.http.handover_server import HOOKS, PassedConnections, begin_response
+from skep.api.http.handover_server import HOOKS, TIMES, PassedConnections, RequestTimes, begin_response
 from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.errors import NotFound
 from skep.model.permissions.access import Identity
 from skep.node.front.application import Application, Ping, no_ping
 from skep.node.front.handover import Handover
-from skep.node.front.server import DockerSocket, Front
+from skep.node.front.server import OPTIONS, ClientLimits, DockerSocket, Front, FrontOptions
 from skep.node.front.task_requests import TaskContainer
 from skep.node.front.users import ApiTls, KnownUsers
 
@@ -74,7 +74,11 @@ async def application(answer: Answer, **options: Any) -> AsyncIterator[web.AppRu
 class Rig:
     """A front on its own socket, with a manager and an engine behind it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, limits: ClientLimits = OPTIONS.limits, times: RequestTimes = TIMES
+    ) -> None:
+        """``limits`` are the front's, ``times`` the manager's."""
+        self._limits, self._times = limits, times
         self.socket = directory / "api.sock"
         self.handover_socket = directory / "handover.sock"
         self.engine_socket = directory / "engine.sock"
@@ -107,6 +111,7 @@ class Rig:
                 users=KnownUsers(
                     ApiClient.local(self.handover_socket, "no manager"), SystemClock(), lambda: 0.5, tls
                 ),
+                options=FrontOptions(limits=self._limits),
             )
             hosts: list[Host] = [UnixHost(self.socket), TcpHost("127.0.0.1", self.port)]
             async with front.listening(hosts):
@@ -123,7 +128,7 @@ class Rig:
                 self.connections += 1
                 return serve()
 
-            passed = PassedConnections(counted)
+            passed = PassedConnections(counted, self._times)
             async with passed.listening(self.handover_socket):
                 yield
             await runner.cleanup()

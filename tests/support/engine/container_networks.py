@@ -153,10 +153,10 @@ class Home:
         self.steps = Steps()
 
     def set_part(self, *_: object) -> None:
-        """Do nothing, because there are no rules."""
+        """Do nothing, without rules."""
 
     def expect_removal(self, _: str) -> None:
-        """Do nothing, because there are no links."""
+        """Do nothing, without links."""
 
     async def apply(self) -> None:
         await self.steps.begin("apply")
@@ -173,7 +173,7 @@ class MemoryGateway(Gateway):
         self.steps = Steps()
 
     async def cut(self, container_id: ContainerId, sandbox: Sandbox) -> None:
-        """Disconnect the container, because there is no link to remove."""
+        """Disconnect the container, whose link does not exist."""
         await self.disconnect(container_id)
 
     async def _choose_subnets(self) -> tuple[IPv4Network, IPv6Network | None]:

@@ -54,7 +54,7 @@ class Machine:
         self.attached: set[str] = set()
         self.fault: Fault = _none
         self.unapplied: Sequence[str] = ()
-        """What the runtime says of limits that it could not apply."""
+        """Warnings of the runtime about limits that it could not apply."""
         self.steps = Steps()
 
     def end(self, id: str) -> None:

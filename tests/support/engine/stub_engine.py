@@ -65,9 +65,9 @@ def a_container(**fields: Any) -> Container:
 
 
 class Steps(dict[str, Callable[..., Any]]):
-    """What a test does at the beginning of a stub's step, by the step's name: it waits, records or fails.
+    """Actions of a test at the beginning of a stub's steps, by the step's name: they wait, record or fail.
 
-    The step follows if it returns.
+    The step follows the action.
     """
 
     async def begin(self, name: str, *arguments: object) -> None:
@@ -137,8 +137,8 @@ class StubRuntime:
     """Stub of ``Runtime``, in which ``end`` ends the process.
 
     ``during``: called in ``runc pause|resume``.  ``frozen``: calls of both.  ``is_all_frozen``: what the kernel says of
-    each container, None for its record.  ``signals``: those that were sent, without effect.  ``has_all``: whether there
-    is state of each container.
+    each container, None for its record.  ``signals``: the sent signals, which have no effect.  ``has_all``: whether
+    there is state of each container.
     """
 
     def __init__(self, bundles: StubBundles, steps: Steps) -> None:

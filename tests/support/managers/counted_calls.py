@@ -5,7 +5,7 @@ import sys
 from asyncio import Handle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import CO_GENERATOR
+from inspect import CO_COROUTINE, CO_GENERATOR
 from types import CodeType, FrameType
 from typing import Any
 
@@ -52,7 +52,7 @@ class Calls:
         if calls is None or event != "call" or frame in self._generators:
             return
         calls.append(dict(frame.f_locals))
-        if frame.f_code.co_flags & CO_GENERATOR:  # each step is an event, and one of them is the call
+        if frame.f_code.co_flags & (CO_GENERATOR | CO_COROUTINE):  # each step is an event
             self._generators.add(frame)
 
 

@@ -40,7 +40,6 @@ async def test_a_handshake_that_meets_a_bug_ends_alone(monkeypatch: pytest.Monke
 async def test_without_a_free_descriptor_connections_wait_until_there_is_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(handshakes, "ACCEPT_RETRY_S", 0.001)
     accepted = asyncio.Event()
 
     async def accept(*_: object, **__: object) -> None:

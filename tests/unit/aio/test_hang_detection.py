@@ -1,6 +1,8 @@
 """When one who does not answer leads no more, and when its process is ended."""
 
-from skep.aio.event_loop.hang_detection import AGAIN_S, CALM_S, END_S, HAND_OVER_S, HangAction, HangDetector
+from skep.aio.event_loop.hang_detection import AGAIN_S, CALM_S, LIMITS, HangAction, HangDetector
+
+HAND_OVER_S, END_S = LIMITS.hand_over_s, LIMITS.end_s
 
 TICK_S = 0.5
 

@@ -7,16 +7,12 @@ from collections.abc import Callable
 import pytest
 
 from skep.aio.clock import SystemClock
+from skep.aio.event_loop.hang_detection import HangLimits
 from skep.errors import Unavailable
-from skep.manager.telemetry import watchdog
 from skep.manager.telemetry.watchdog import Watchdog
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "TICK_S", 0.02)
-    monkeypatch.setattr("skep.aio.event_loop.hang_detection.HAND_OVER_S", 0.2)
-    monkeypatch.setattr("skep.aio.event_loop.hang_detection.END_S", 0.6)
+LIMITS = HangLimits(hand_over_s=0.2, end_s=0.6)
+TICK_S = 0.02
 
 
 class Observed:
@@ -50,7 +46,9 @@ def work(seconds: float) -> None:
 @pytest.mark.parametrize("fails", [False, True])
 async def test_a_loop_that_hangs_has_another_lead_and_then_ends(fails: bool) -> None:
     reported = Observed(fails=fails)
-    watch = Watchdog(asyncio.get_running_loop(), reported.hand_over, reported.end, SystemClock())
+    watch = Watchdog(
+        asyncio.get_running_loop(), reported.hand_over, reported.end, SystemClock(), TICK_S, LIMITS
+    )
     watch.start()
     await asyncio.sleep(0.1)
     assert reported.said == []
@@ -62,7 +60,9 @@ async def test_a_loop_that_hangs_has_another_lead_and_then_ends(fails: bool) -> 
 
 async def test_a_loop_that_works_and_waits_is_left_alone() -> None:
     reported = Observed()
-    watch = Watchdog(asyncio.get_running_loop(), reported.hand_over, reported.end, SystemClock())
+    watch = Watchdog(
+        asyncio.get_running_loop(), reported.hand_over, reported.end, SystemClock(), TICK_S, LIMITS
+    )
     watch.start()
     until = time.monotonic() + 1.5
     while time.monotonic() < until:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.playground import commands, docker, names
+from skep.playground import docker, names
 from skep.playground.description import PlaygroundNode
 from skep.playground.node import described
 
@@ -24,7 +24,7 @@ def dockerd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "bin/dockerd"
     place.parent.mkdir()
     place.touch(0o755)
-    monkeypatch.setattr(commands, "_PATH", str(place.parent))
+    monkeypatch.setenv("PATH", str(place.parent))
 
 
 def test_an_engine_keeps_its_data_on_the_nodes_disk_and_its_containers_in_the_nodes_cgroup(

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import SystemClock
-from skep.store import leadership
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.batcher import (
     BATCH_BYTES_MAX,
@@ -412,10 +411,9 @@ async def test_a_writer_that_goes_waits_for_what_came_of_its_write_and_its_term_
         assert tasks["first"].cancelled()
 
 
-async def test_a_writer_that_goes_ends_its_term_where_nothing_is_known(monkeypatch):
-    monkeypatch.setattr(leadership, "SETTLE_S", 0.05)
+async def test_a_writer_that_goes_ends_its_term_where_nothing_is_known():
     client = Taking()
-    terms = {name: TermState(1, 1) for name in ("first", "second", "waiting")}
+    terms = {name: TermState(1, 1, settle_s=0.05) for name in ("first", "second", "waiting")}
     async with a_batcher(client) as batcher, asyncio.timeout(5):
         tasks, _ = await leaving(client, batcher, terms)
         await asyncio.wait(tasks.values())

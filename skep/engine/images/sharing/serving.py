@@ -51,7 +51,7 @@ ARRIVING_AFTER_S = 0.5
 
 
 class PaceLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """How slowly another node may receive a blob before it loses its slot."""
+    """Slowest pace at which another node keeps its slot for a blob."""
 
     stalled_s: float = 60.0
     """Seconds after which a node that receives nothing loses its slot."""

@@ -1,7 +1,10 @@
 """Ports that the routing mesh has on its node."""
 
 import asyncio
+import os
+import resource
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -182,11 +185,16 @@ async def test_a_kernel_that_gets_ipv6_nat_later_is_given_the_rules_with_the_nex
     assert kernel.tables == ["ip skep_ingress", "ip6 skep_ingress"]
 
 
-def test_a_want_of_descriptors_is_no_refusal_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skep.linux.descriptors.lowest_free", lambda: 1 << 20)
-    with pytest.raises(nft.NftUnavailable, match="too many open files"):
-        ipv6_nat_refusal()
-    assert ipv6_refusal()
+def test_a_want_of_descriptors_is_no_refusal_of_the_kernels() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with ExitStack() as opened:
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1100):  # libraries that use select(2) take no number above 1023
+            opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(nft.NftUnavailable, match="too many open files"):
+            ipv6_nat_refusal()
+        assert ipv6_refusal()
 
 
 async def test_a_port_that_cannot_be_held_keeps_no_other_from_being_published(tmp_path: Path) -> None:

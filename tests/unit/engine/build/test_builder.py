@@ -1,31 +1,19 @@
 """A build beside the other work of its process."""
 
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
-import pytest
-
 from skep.aio.clock import SystemClock
 from skep.engine.build.builder import Builder
 from skep.engine.build.dockerfile.config import expanded
-from skep.engine.build.dockerfile.instructions import Instruction
 from skep.engine.build.interface import BuildRequest
 from skep.engine.images.store import ImageStore
+from tests.support.managers.counted_calls import calls_of
 
 
-async def test_variables_are_substituted_outside_of_the_event_loop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    threads = dict[str, int]()
-
-    def noted(instruction: Instruction, *arguments: Any) -> Any:
-        threads[instruction.text] = threading.get_ident()
-        return expanded(instruction, *arguments)
-
-    monkeypatch.setattr("skep.engine.build.builder.expanded", noted)
+async def test_variables_are_substituted_outside_of_the_event_loop(tmp_path: Path) -> None:
     images = ImageStore(tmp_path / "images")
     await images.open()
     engine: Any = SimpleNamespace(images=images)
@@ -34,8 +22,9 @@ async def test_variables_are_substituted_outside_of_the_event_loop(
     async def no_context() -> Path:
         raise AssertionError("no step needs a file")
 
-    built = await Builder(engine, tmp_path / "builds", SystemClock()).build(request, no_context, MagicMock())
+    builder = Builder(engine, tmp_path / "builds", SystemClock())
+    with calls_of(expanded) as here:
+        built = await builder.build(request, no_context, MagicMock())
     env = images.get(built.image_id).config.defaults.env or ()
     assert env[1:] == ("A=aaaa", "B=bbbb")
-    assert set(threads) == {"ENV A=aaaa", "ENV B=${A//a/b}"}
-    assert threads["ENV B=${A//a/b}"] != threading.get_ident()
+    assert "ENV B=${A//a/b}" not in [call["instruction"].text for call in here.of(expanded)]

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 from msgspec.structs import replace
 
-from skep.aio.clock import SystemClock
+from skep.aio.clock import Clock, SystemClock
 from skep.errors import Unavailable
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
@@ -23,6 +23,7 @@ from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
 from skep.wire.client import ManagerChannel
 from tests.support.builders import a_node, a_service, a_task, an_overlay
+from tests.support.harness.clocks import FastClock
 from tests.support.managers.wire_rig import until
 
 NET = an_overlay("net1")
@@ -47,8 +48,8 @@ class Link:
 class Rig:
     """This manager, the leader, with links to two others; ``n1`` runs the task that stops, ``n2`` uses it."""
 
-    def __init__(self) -> None:
-        clock = SystemClock()
+    def __init__(self, clock: Clock | None = None) -> None:
+        clock = clock or SystemClock()
         self.store = MemoryStore(clock)
         self.other = MemoryStore(clock, cluster=self.store.cluster)  # another manager's replica
         self.links = {SECOND: Link(), THIRD: Link()}
@@ -108,8 +109,8 @@ class Rig:
 
 
 @pytest.fixture
-async def rig() -> AsyncIterator[Rig]:
-    rig = Rig()
+async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
+    rig = Rig(getattr(request, "param", None))
     running = asyncio.create_task(rig.discovery.run())
     yield rig
     running.cancel()
@@ -281,11 +282,9 @@ async def test_what_a_manager_said_is_asked_again_for_a_node_that_came_since(rig
     assert len(rig.links[SECOND].asked) == 2
 
 
-async def test_a_manager_whose_replica_is_behind_does_not_say_that_it_has_no_such_node(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("rig", [FastClock(20)], indirect=True)
+async def test_a_manager_whose_replica_is_behind_does_not_say_that_it_has_no_such_node(rig: Rig) -> None:
     await rig.place_users(SECOND)
-    monkeypatch.setattr("skep.manager.discovery.draining.WAIT_S", 0.05)
     request = skep.AwaitTablesRequest(network_id=NET.id, revision=rig.revision)
     caller = cast("Caller", None)
     assert (await rig.draining.await_tables(request, caller)).applied == rig.revision  # it has none

@@ -19,6 +19,7 @@ from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability
 from skep.model.service import (
+    REPLICAS_MAX,
     Placement,
     ResourceRequirements,
     Resources,
@@ -300,17 +301,13 @@ async def test_too_many_at_once_are_refused(cluster) -> None:
             assert "too much at once" in (await response.json())["message"]
 
 
-async def test_services_on_all_nodes_count_against_the_bound_as_often_as_there_are_nodes(
-    cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_services_on_all_nodes_count_against_the_bound_as_often_as_there_are_nodes(cluster) -> None:
     api, client = cluster
     await two_nodes(api)
-    monkeypatch.setattr(placement, "_TASKS_MAX", 5)  # three nodes, with the manager
     everywhere = {"Mode": {"Global": {}}}
     assert [one["Desired"] for one in await asked(cluster, a_spec("a", **everywhere))] == [2]
-    async with client.post(
-        "/skep/services/placement", json=[a_spec(n, **everywhere) for n in "ab"]
-    ) as response:
+    almost = a_spec("b", replicas=REPLICAS_MAX - 2)  # there are three nodes, with the manager
+    async with client.post("/skep/services/placement", json=[almost, a_spec("a", **everywhere)]) as response:
         assert "too much at once" in (await response.json())["message"]
 
 
