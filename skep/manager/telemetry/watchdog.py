@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, until_tick
 from skep.aio.event_loop.hang_detection import HangAction, HangDetector
 from skep.errors import SkepError
 
@@ -75,7 +75,8 @@ class Watchdog:
 
     def _run(self) -> None:
         patience = HangDetector(TICK_S, self._clock.monotonic())
-        while not self._stopped.wait(TICK_S):
+        # The loop wakes for its own timers at the same times.
+        while not self._stopped.wait(until_tick(self._clock.monotonic(), TICK_S)):
             has_response = self._answered.is_set()
             if has_response and not self._ask():
                 return
