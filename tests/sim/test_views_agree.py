@@ -24,7 +24,7 @@ from skep.model.service import PAUSED, HealthState, Service
 from skep.store.interface import View
 from skep.top.snapshot import Snapshot, health_of, states_of
 
-CLUSTERS = 25
+CLUSTERS = 30
 SITUATIONS = 10
 """Situations of each cluster, in which each service is compared."""
 

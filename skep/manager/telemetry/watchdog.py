@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, until_tick
 from skep.aio.event_loop.hang_detection import LIMITS, HangAction, HangDetector, HangLimits
 from skep.errors import SkepError
 
@@ -78,7 +78,8 @@ class Watchdog:
 
     def _run(self) -> None:
         patience = HangDetector(self._tick_s, self._clock.monotonic(), self._limits)
-        while not self._stopped.wait(self._tick_s):
+        # The loop wakes for its own timers at the same times.
+        while not self._stopped.wait(until_tick(self._clock.monotonic(), self._tick_s)):
             has_response = self._answered.is_set()
             if has_response and not self._ask():
                 return
