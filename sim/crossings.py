@@ -37,9 +37,11 @@ from skep.manager.control.quotas import set_quota
 from skep.manager.control.services import create_service, update_service
 from skep.manager.control.swarm import Rotations, update_swarm
 from skep.manager.control.volumes import create_volume
+from skep.manager.services.freezes import set_freeze
 from skep.model.container import ContainerSpec, Mount, SecretFileTarget, SecretReference
 from skep.model.node import Availability, Node
 from skep.model.options.dependencies import DEPENDS_ON
+from skep.model.options.freezes import FreezeRequest
 from skep.model.options.labels import (
     FORGET_NODES,
     JOB_TTL,
@@ -260,6 +262,36 @@ def _relabeled_at_once(cluster: SimulatedCluster) -> None:
         for id in cluster.workers:
             cluster.label(id, zone="north" if id in other else "south")
     _expect(cluster, "web does not run at the end", partial(_runs_only_on, cluster, north))
+
+
+def _frozen(cluster: SimulatedCluster) -> None:
+    """Tasks stay on relabeled nodes until the freeze ends, while failed tasks and tasks of lost nodes are replaced."""
+    north, south = cluster.workers[::2], cluster.workers[1::2]
+    for id in cluster.workers:
+        cluster.label(id, zone="north")
+    spec = _a_spec("web", _replicas(3))
+    template = replace(spec.task_template, placement=Placement(constraints=("node.labels.zone==north",)))
+    _create(cluster, replace(spec, task_template=template))
+    _expect(cluster, "web does not run", lambda: cluster.running("web") == 3)
+    until = FreezeRequest(until=timestamp(_now_ns(cluster) + 60 * SECOND_NS))
+    cluster.write(lambda tx: set_freeze(tx, "", until, by="", now_ns=_now_ns(cluster)))
+    cluster.run_for(1.0)  # until every manager's replica shows it
+    for id in south:
+        cluster.label(id, zone="south")
+    cluster.run_for(5.0)
+    for task in cluster.wanted("web")[:1]:
+        cluster.kill_container(task)
+    lost = north[0]
+    cluster.kill_node(lost)
+    cluster.run_for(5.0)
+    _expect(cluster, "web is not repaired during the freeze", lambda: _runs_off(cluster, lost))
+    cluster.run_for(60.0)
+    _expect(cluster, "web does not run in the north", partial(_runs_only_on, cluster, north[1:]))
+
+
+def _runs_off(cluster: SimulatedCluster, lost: NodeId) -> bool:
+    homes = [task.node_id for task in cluster.wanted("web") if task.status.state is TaskState.RUNNING]
+    return len(homes) == 3 and lost not in homes
 
 
 def _runs_only_on(cluster: SimulatedCluster, nodes: Collection[NodeId]) -> bool:
@@ -597,6 +629,7 @@ CROSSINGS: Mapping[str, Simulate] = {
         ("drained often", _drained_often),
         ("drained and updated", _drained_and_updated),
         ("relabeled at once", _relabeled_at_once),
+        ("frozen", _frozen),
         ("dependency that removes itself", _depends_on_a_job_that_removes_itself),
         ("shrinks under a quota", _shrinks_under_a_quota),
         ("task of higher priority", partial(_waits_for_resources, priority=10, allows=True)),

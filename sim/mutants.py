@@ -385,6 +385,13 @@ def _has_no_budget_for_labels() -> list[Patch]:
     return [*_has_no_budget(), Patch(decision_inputs, "required", lambda _: None)]
 
 
+def _moves_during_freezes() -> list[Patch]:
+    return [
+        Patch(orchestrator_state, "held_by", lambda *_: ""),
+        Patch(changes, "is_held_at_commit", lambda *_: False),
+    ]
+
+
 def _may_not_shrink() -> list[Patch]:
     real = quotas.check_quota
 
@@ -1022,6 +1029,12 @@ MUTANTS: tuple[Mutant, ...] = (
                 "changed node labels leave a service's least number of tasks available",
                 _has_no_budget_for_labels,
                 "relabeled at once",
+            ),
+            (
+                "freezes",
+                "tasks leave relabeled nodes during a freeze",
+                _moves_during_freezes,
+                "frozen",
             ),
             (
                 "start first",

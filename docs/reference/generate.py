@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import click
 import msgspec
@@ -26,6 +26,7 @@ from skep.cli.main import main
 from skep.configuration.configuration import Configuration
 from skep.configuration.settings import SETTINGS, Setting
 from skep.configuration.sources import DEFAULT_DAEMON_JSON, DEFAULT_TOML
+from skep.manager.services import freezes
 from skep.manager.telemetry import events as manager_events
 from skep.manager.telemetry import node_events as from_nodes
 from skep.model.permissions import field_rights, value_rights
@@ -654,6 +655,12 @@ CLUSTER_EVENTS = (
         ("_dockers",),
     ),
     ClusterEvent(
+        ("swarm",),
+        ("begin-freeze", "end-freeze", "open-window", "close-window", "remove-window"),
+        "[a freeze](../guide/freezes.md) of the cluster or a stack, or the maintenance window (*Skep*)",
+        ("freeze_changes",),
+    ),
+    ClusterEvent(
         ("task",),
         ("create", "start", "die", "reject", "lost", "remove"),
         "*Skep*, only in `skep events` and with the filter `type=task`. `start`: its process runs and is healthy. "
@@ -816,11 +823,12 @@ def _quoted(words: Iterable[str]) -> str:
 
 
 def cluster_attributes() -> dict[str, set[str]]:
-    """Attributes by the function of ``skep.manager.telemetry.events`` that gives them."""
+    """Attributes by the function of ``skep.manager.telemetry.events`` or ``services.freezes`` that gives them."""
     found: dict[str, set[str]] = {}
-    for function in ast.walk(parsed(Path(manager_events.__file__))):
-        if isinstance(function, ast.FunctionDef):
-            found[function.name] = set(_attributes_in(function)) - {"name"}
+    for module in (manager_events, freezes):
+        for function in ast.walk(parsed(Path(module.__file__))):
+            if isinstance(function, ast.FunctionDef):
+                found[function.name] = set(_attributes_in(function)) - {"name"}
     return found
 
 
@@ -838,7 +846,7 @@ def _attributes_in(function: ast.FunctionDef) -> Iterator[str]:
 
 def cluster_actions() -> set[str]:
     """Actions of all messages that ``skep.manager.telemetry.events`` makes."""
-    found = set(manager_events.TASK_ACTIONS.values())
+    found = {*manager_events.TASK_ACTIONS.values(), *get_args(freezes.FreezeAction)}
     for call in ast.walk(parsed(Path(manager_events.__file__))):
         match call:
             case ast.Call(func=ast.Name(id="_message" | "_task"), args=[ast.Constant(value=str(action)), *_]):

@@ -9,6 +9,7 @@ from sim.invariants.budget import minimum_stays_available
 from sim.invariants.causes import UpdateEndsHaveCauses, replacements_are_recorded
 from sim.invariants.committed import Change, CommittedState
 from sim.invariants.failures import FailedServices
+from sim.invariants.freezes import FreezesHold
 from sim.invariants.liveness import NoFalseDown
 from sim.invariants.nodes.affinity import AffinitiesHold
 from sim.invariants.nodes.allocations import UniqueAllocations, networks_are_apart
@@ -124,6 +125,7 @@ class Observer:
             UniqueAllocations(),
             networks_are_apart,
             minimum_stays_available,
+            FreezesHold(),
             LocalVolumesStay(),
             FullNodesGetNoNewTasks(),
             AutoscalingIsCalm(),

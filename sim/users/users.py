@@ -39,7 +39,7 @@ from sim.users.upgrades import Upgrades
 from sim.world.certificates import root
 from sim.world.storage import DRIVER
 from skep.api.errors import status_of
-from skep.errors import SkepError, Unavailable
+from skep.errors import NotFound, SkepError, Unavailable
 from skep.manager.control.files import create_secret, remove_secret
 from skep.manager.control.jobs import retry_job, run_job
 from skep.manager.control.networks import create_network, remove_network
@@ -50,9 +50,11 @@ from skep.manager.control.swarm import Rotations, update_swarm
 from skep.manager.control.users import create_user, remove_user, set_roles
 from skep.manager.control.volumes import create_volume, remove_volume
 from skep.manager.membership.service import resign
+from skep.manager.services.freezes import end_freeze, set_freeze, set_window
 from skep.manager.services.quotas import quota_of
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
+from skep.model.options.freezes import FreezeRequest, MaintenanceWindow
 from skep.model.options.labels import (
     DRAIN_NOW,
     FORGET_NODES,
@@ -76,7 +78,7 @@ from skep.model.service import (
 from skep.model.swarm import Swarm
 from skep.model.values.ids import NodeId, ServiceId, VolumeId
 from skep.model.values.meta import Driver
-from skep.model.values.times import moment, timestamp
+from skep.model.values.times import SECOND_NS, moment, timestamp
 from skep.model.volume import AccessMode, TypeMount, Volume, VolumeScope, VolumeSharing, VolumeSpec
 from skep.store.etcd.store import EtcdStore
 from skep.store.interface import Transaction, View
@@ -420,7 +422,10 @@ class Users:
         await self._set_availability(id, availability)
 
     async def _label(self) -> None:
-        """Set the zone label of a node, or remove it."""
+        """Set the zone label of a node, or remove it, perhaps after a freeze."""
+        if self._extensions is not None:
+            with suppress(SkepError):
+                await self._freeze(await self._store(creates=False), Random(self._now_ns()))
         zone = self._random.choice((*ZONES, ""))
 
         def labeled(spec: NodeSpec) -> NodeSpec:
@@ -472,7 +477,13 @@ class Users:
     # -- requests that Docker does not have ------------------------------------------------------------------------
 
     async def settle(self) -> None:
-        """Suspend every schedule and end the measurements of tasks, so that the cluster can come to rest."""
+        """Suspend every schedule, and end all freezes and the measurements of tasks, so that the cluster can come to
+        rest.
+        """
+        while any(one.change_freezes or one.window for one in self._cluster.view.find(Swarm)):
+            with suppress(SkepError):
+                await (await self._store()).update(_unfrozen)
+            await asyncio.sleep(0.2)
         self._cluster.nano_cpus = lambda _: None
         if self._upgrades is not None:
             await self._upgrades.end()
@@ -614,6 +625,30 @@ class Users:
         store = await self._store(creates=False)
         self._cluster.trace.add(f"user: the cluster has {labels}")
         await store.update(_relabeled, labels)
+        await self._freeze(store, Random(self._now_ns()))
+
+    async def _freeze(self, store: EtcdStore, random: Random) -> None:
+        """Freeze the cluster or a stack, end the cluster's freeze, or set a window.  Sometimes do nothing.
+
+        Args:
+            random: Draws the request.  It is separate, so that other requests of a seed stay the same.
+        """
+        now_ns = self._now_ns()
+        until = FreezeRequest(until=timestamp(now_ns + random.randint(2, 40) * SECOND_NS))
+        stack = random.choice(STACKS)
+        window = MaintenanceWindow(cron="*/2 * * * *", length=60 * SECOND_NS)
+        requests: dict[str, Callable[[Transaction], object]] = {
+            "freeze": lambda tx: set_freeze(tx, "", until, by="", now_ns=now_ns),
+            "freeze a stack": lambda tx: set_freeze(tx, stack, until, by="", now_ns=now_ns),
+            "unfreeze": lambda tx: end_freeze(tx, ""),
+            "window": lambda tx: set_window(tx, window, now_ns=now_ns),
+            "no window": lambda tx: set_window(tx, None, now_ns=now_ns),
+        }
+        name = random.choice([*requests, "", "", ""])
+        if name:
+            self._cluster.trace.add(f"user: {name}")
+            with suppress(NotFound):
+                await store.update(requests[name])
 
     async def _rotate_root(self) -> None:
         """Run ``docker swarm ca --rotate``, perhaps while the root is being rotated."""
@@ -725,6 +760,11 @@ def _relabeled(tx: Transaction, labels: Mapping[str, str]) -> None:
     (swarm,) = found
     kept = {name: text for name, text in swarm.spec.labels.items() if name == MAINTENANCE}
     tx.put(replace(swarm, spec=replace(swarm.spec, labels={**labels, **kept})))
+
+
+def _unfrozen(tx: Transaction) -> None:
+    for swarm in tx.find(Swarm):
+        tx.put(replace(swarm, change_freezes={}, window=None))
 
 
 def _of_another_mode(spec: ServiceSpec) -> ServiceSpec:

@@ -28,7 +28,9 @@ from skep.model.swarm import Swarm
 from skep.store.interface import Transaction, View
 from skep.store.schema import stack_index
 
-FreezeAction: TypeAlias = Literal["freeze", "unfreeze", "open-window", "close-window", "remove-window"]
+FreezeAction: TypeAlias = Literal[
+    "begin-freeze", "end-freeze", "open-window", "close-window", "remove-window"
+]
 """Actions of events."""
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -65,10 +67,10 @@ def freeze_changes(old: Swarm, new: Swarm) -> Iterator[tuple[FreezeAction, Mappi
         facts = {"stack": scope} if scope else {}
         if after is not None and after != before:
             facts |= {"until": after.until, "by": after.by, "reason": after.reason}
-            yield "freeze", {**facts, "message": after.words(scope)}
+            yield "begin-freeze", {**facts, "message": after.words(scope)}
         elif after is None:
             yield (
-                "unfreeze",
+                "end-freeze",
                 {**facts, "message": f"{f'stack {scope}' if scope else 'the cluster'} is not frozen"},
             )
     if old.window != new.window and new.window is not None:

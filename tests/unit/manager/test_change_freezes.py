@@ -247,7 +247,7 @@ def test_the_leader_ends_freezes_and_opens_the_window_at_their_times() -> None:
 def test_each_change_is_an_event() -> None:
     frozen = Swarm(id=ClusterId("c"), change_freezes={"shop": a_freeze()})
     free = replace(frozen, change_freezes={})
-    assert [action for action, _ in freeze_changes(free, frozen)] == ["freeze"]
+    assert [action for action, _ in freeze_changes(free, frozen)] == ["begin-freeze"]
     assert [facts["stack"] for _, facts in freeze_changes(frozen, free)] == ["shop"]
     assert list(freeze_changes(frozen, frozen)) == []
     window = MaintenanceWindow(cron="0 2 * * *", length=HOUR_NS)
