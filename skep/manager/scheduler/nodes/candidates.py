@@ -153,7 +153,7 @@ def fill(requirements: Requirements, account: Account) -> float:
 
     Other resources are ignored, because a task that reserves no memory does not change the used share of memory.
     """
-    has = account.node.description.resources
+    has = account.capacity
     share = 0.0
     if requirements.nano_cpus and has.nano_cpus:
         share = 1 - (account.free_nano_cpus - requirements.nano_cpus) / has.nano_cpus
