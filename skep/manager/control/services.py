@@ -303,15 +303,11 @@ def _check_level(view: View, spec: ServiceSpec) -> None:
             f"{VOLUME_AFFINITY} needs managers of this version: use {FORMER_VOLUMES} (return, keep, spread) until all "
             "managers are upgraded"
         )
-    if view.level < PLACEMENTS:
-        for name in PLACEMENT_LABELS:
-            if name in spec.labels:
-                raise FailedPrecondition(f"{name} needs managers of this version: upgrade the others first")
-        for one in parsed((spec.task_template.placement or Placement()).constraints):
-            if not is_dockers(one):
-                raise FailedPrecondition(
-                    f"the constraint {one.text} needs managers of this version: upgrade the others first"
-                )
+    constraints = parsed((spec.task_template.placement or Placement()).constraints)
+    new = [name for name in PLACEMENT_LABELS if name in spec.labels]
+    new += [f"the constraint {one.text}" for one in constraints if not is_dockers(one)]
+    if new and view.level < PLACEMENTS:
+        raise FailedPrecondition(f"{new[0]} needs managers of this version: upgrade the others first")
 
 
 def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:

@@ -263,8 +263,6 @@ def forget_nodes_s(labels: Mapping[str, str]) -> float | None:
 
 def system_reserve(node_labels: Mapping[str, str]) -> tuple[int, int]:
     """Return the nano CPUs and bytes of memory that tasks cannot reserve on the node."""
-    if RESERVE_CPUS not in node_labels and RESERVE_MEMORY not in node_labels:
-        return 0, 0  # the usual case, for each change of each node
     try:
         return _reserved_nano_cpus(node_labels), _reserved_bytes(node_labels)
     except InvalidArgument:

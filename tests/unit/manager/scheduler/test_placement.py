@@ -18,6 +18,7 @@ from skep.manager.scheduler.placement import Placed, PlacementRefused, confirm, 
 from skep.model.container import ContainerSpec, Mount
 from skep.model.needs import needs_of
 from skep.model.node import Availability, EngineDescription, EnginePlugin, Node, NodeRole, NodeState
+from skep.model.node_reports.node_refusals import placement_text
 from skep.model.options.labels import check_node_labels
 from skep.model.service import (
     DiscreteResource,
@@ -419,3 +420,28 @@ def test_a_reserve_that_cannot_be_read_is_refused() -> None:
     for label in ("skep.reserve.cpus", "skep.reserve.memory"):
         with pytest.raises(InvalidArgument, match=f"invalid label {label}=much"):
             check_node_labels({label: "much"})
+
+
+def test_a_task_records_why_it_got_its_node() -> None:
+    """Counts of refused nodes, and the figures of the chosen one."""
+    down = replace(a_node("n4"), status=replace(a_node("n4").status, state=NodeState.DOWN))
+    has = Resources(nano_cpus=4 * 10**9)
+    nodes = [a_node("n1", labels={"disk": "hdd"}), *(a_node(name, has=has) for name in ("n2", "n3")), down]
+    accounting = accounting_of(nodes, [a_task(node="n3", service="other")])
+    service = a_service(constraints=("node.labels.disk != hdd",), reserve=Resources(nano_cpus=10**9))
+    first, second = placed(service, accounting, count=2).assignments
+    assert [first.record, second.record] == [
+        "2/4,CONSTRAINTS=1,NOT_READY=1|0|0|25%",
+        "2/4,CONSTRAINTS=1,NOT_READY=1|1|0|25%",
+    ]
+    assert placement_text(second.record) == (
+        "2 of 4 nodes suitable; scheduling constraints not satisfied on 1 node; 1 node not available for new tasks; "
+        "the chosen node had 1 task, 0 of its service, and is then 25% reserved"
+    )
+    assert placement_text("1/2,NEWER=1,FULL=1|2|1|") == (
+        "1 of 2 nodes suitable; NEWER=1; at least 1 full; the chosen node had 2 tasks, 1 of its service"
+    )
+    accounting.remove_node(NodeId("n1"))
+    accounting.set_node(a_node("n4"))
+    (third,) = placed(service, accounting, count=1).assignments
+    assert third.record.startswith("3/3|0|0|")
