@@ -40,6 +40,8 @@ from skep.model.options.labels import (
     PRIORITY_MAX,
     PROGRESS_DEADLINE,
     PUBLISH_NOT_READY,
+    RESERVE_CPUS,
+    RESERVE_MEMORY,
     ROTATION_OF,
     SHARE_IMAGES,
     STACK_CHANGES,
@@ -489,6 +491,20 @@ LABELS = (
     ),
     Label(
         LabelTarget.REVISION, STACK_CHANGES, "`2 created, 1 updated`", "", "Objects that its deploy changed."
+    ),
+    Label(
+        LabelTarget.NODE,
+        RESERVE_CPUS,
+        "number of processors, such as `0.5`",
+        "`0`",
+        "Processors that tasks cannot reserve on the node, because the system needs them.",
+    ),
+    Label(
+        LabelTarget.NODE,
+        RESERVE_MEMORY,
+        "bytes, or `512MiB`, `2GiB`",
+        "`0`",
+        "Memory that tasks cannot reserve on the node. Tasks without a reservation are not limited by it.",
     ),
     Label(
         LabelTarget.NODE,

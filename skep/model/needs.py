@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.model.container import ConfigReference, ContainerSpec, SecretReference
 from skep.model.node import Node
+from skep.model.options.labels import RESERVE_CPUS, RESERVE_MEMORY, system_reserve
 from skep.model.options.secret_env import PLUGIN as SECRET_ENV_PLUGIN
 from skep.model.options.secret_env import SECRET_ENV_LABEL
 from skep.model.options.slot_volumes import local_volumes
@@ -195,6 +197,19 @@ def reservations_of(spec: TaskSpec) -> Resources:
     """Return the reservations of a task with this spec."""
     resources = spec.resources
     return (resources.reservations if resources else None) or Resources()
+
+
+def capacity_of(node: Node) -> Resources:
+    """Return the resources that tasks can reserve on the node: its own without what its labels keep for the system."""
+    has, labels = node.description.resources, node.spec.labels
+    if RESERVE_CPUS not in labels and RESERVE_MEMORY not in labels:
+        return has  # the usual case, for each node that is compared
+    nano_cpus, memory_bytes = system_reserve(labels)
+    return replace(
+        has,
+        nano_cpus=max(0, has.nano_cpus - nano_cpus),
+        memory_bytes=max(0, has.memory_bytes - memory_bytes),
+    )
 
 
 def kind_and_amount(resource: GenericResource) -> tuple[str, int]:

@@ -196,6 +196,8 @@ class Task(ApiObject):
     """Not in Docker's API."""
     preemption: Preemption | None = None
     """Set by the scheduler, so that the orchestrator stops the task.  Not in Docker's API."""
+    placement_record: str = ""
+    """Why the scheduler chose the node, at the time of the decision.  Not in Docker's API."""
 
     @property
     def shown_slot(self) -> int:

@@ -146,7 +146,7 @@ def test_no_block_is_forgotten() -> None:
         *((VOLUMES, number) for number in range(2)),
         (CSI, 0),
         *((IMAGES, number) for number in range(2)),
-        *((PLACEMENT, number) for number in range(2)),
+        *((PLACEMENT, number) for number in range(3)),
         *((page, 0) for page in (EXEC, PRIORITIES, SECRETS, DEVICES, UPDATES)),
         *((STACKS, number) for number in range(6)),
         (LOGS, 0),
@@ -261,12 +261,13 @@ def test_the_guide_to_priorities(m1: TestNode, checkout: Path) -> None:
 
 
 def test_the_guide_to_placement(m1: TestNode, checkout: Path) -> None:
-    constraints, affinity = shell_blocks(PLACEMENT)
+    constraints, affinity, reserve = shell_blocks(PLACEMENT)
     run(constraints, checkout, DOCKER_HOST=m1.socket)
     wait_running(m1, "report", 1)
     run(affinity, checkout, DOCKER_HOST=m1.socket)
     wait_running(m1, "cache", 1)
     wait_running(m1, "batch", 1)
+    run(reserve, checkout, DOCKER_HOST=m1.socket)
 
 
 def test_the_guide_to_nodes(m1: TestNode, checkout: Path) -> None:

@@ -217,6 +217,8 @@ def about_task(name: str, explanation: Mapping[str, Any], now: float) -> Iterato
 
 def _task_lines(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:
     yield f"{name}: {explanation['Summary']}"
+    if record := explanation.get("Placement"):
+        yield f"  placed: {record}"
     state, wanted = explanation["State"], explanation["DesiredState"]
     yield f"  {state} for {age(explanation['Since'], now)}" + (
         f", desired: {wanted}" if wanted != state else ""

@@ -14,7 +14,7 @@ from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unav
 from skep.manager.nodes.revocation import revoke
 from skep.model.networks.data_planes import is_docker_node
 from skep.model.node import Availability, Node, NodeRole, NodeSpec, NodeState
-from skep.model.options.labels import DRAIN_NOW
+from skep.model.options.labels import DRAIN_NOW, check_node_labels
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.values.encoding import ApiObject, always
@@ -61,10 +61,12 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
     Raises:
         NotFound: The node does not exist.
         OutOfSequence: The node is at another version.
+        InvalidArgument: A label cannot be read.
         FailedPrecondition: A Docker Engine would become a manager, or the last manager would be demoted, or the
             remaining managers would have no quorum.
     """
     node = tx.get(Node, id)
+    check_node_labels(spec.labels)
     if spec.role is NodeRole.MANAGER and is_docker_node(node):
         raise FailedPrecondition(
             f"node {node.description.hostname or id} is a Docker Engine and cannot manage this cluster: "

@@ -31,6 +31,7 @@ from skep.manager.scheduler.explaining.explain import NodeVerdict
 from skep.manager.services.job_runs import of_present_run, restarts_in
 from skep.model.needs import HostPort, host_ports, needs_of
 from skep.model.node import Node
+from skep.model.node_reports.node_refusals import placement_text
 from skep.model.options.autoscaling import TaskUsage, autoscaling_of
 from skep.model.options.dependencies import WAITS_FOR, is_wait
 from skep.model.options.labels import is_stopped
@@ -77,6 +78,8 @@ class TaskExplanation(ApiObject):
     predecessor failed.
     """
     nodes: tuple[NodeVerdict, ...] = ()
+    placement: str = ""
+    """Why its node was chosen, at the time of the decision."""
 
 
 class Reason(ApiObject):
@@ -207,6 +210,7 @@ def explain_task(
         signal=signal_of(code) if code is not None and not _is_killed_by_skep(task) else "",
         end=task.status.end or _last_end_of(task, slot),
         nodes=tuple(verdicts),
+        placement=placement_text(task.placement_record) if task.placement_record else "",
     )
 
 

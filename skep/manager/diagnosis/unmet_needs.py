@@ -14,6 +14,7 @@ from skep.model.needs import (
     CPU_NANO,
     HostPort,
     Plugin,
+    capacity_of,
     cluster_mounts,
     has_plugin,
     kind_and_amount,
@@ -69,8 +70,8 @@ def fits_no_node(task: Task, nodes: Collection[Node]) -> str:
     needs = reservations_of(task.spec)
     by_name = sorted(nodes, key=lambda node: (node.description.hostname, node.id))
     sizes: list[tuple[int, Callable[[Node], int], Callable[[int], str], str]] = [
-        (needs.nano_cpus, lambda node: node.description.resources.nano_cpus, _cpus, " CPUs"),
-        (needs.memory_bytes, lambda node: node.description.resources.memory_bytes, _memory, " of memory"),
+        (needs.nano_cpus, lambda node: capacity_of(node).nano_cpus, _cpus, " CPUs"),
+        (needs.memory_bytes, lambda node: capacity_of(node).memory_bytes, _memory, " of memory"),
     ]
     for kind, amount in _amounts(needs.generic_resources).items():
         sizes.append((amount, lambda node, kind=kind: _offered(node, kind), str, f" {kind}"))  # type: ignore[misc]

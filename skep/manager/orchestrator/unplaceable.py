@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from skep.model.needs import Needs, kind_and_amount
+from skep.model.needs import Needs, capacity_of, kind_and_amount
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.options.constraints import is_satisfied
@@ -73,7 +73,7 @@ def is_unplaceable(task: Task, needs: Needs, nodes: Callable[[], Iterable[Node]]
 
 def is_large_enough(node: Node, needs: Needs) -> bool:
     """Return whether ``node`` has the resources of ``needs`` when it runs no tasks."""
-    has = node.description.resources
+    has = capacity_of(node)
     offered: Counter[str] = Counter()
     for one in has.generic_resources:
         kind, amount = kind_and_amount(one)

@@ -174,6 +174,7 @@ def shown_task(view: View, now_ns: int, task: Task) -> Task:
         status=status,
         restart=None,
         preemption=None,
+        placement_record="",
         slot=task.shown_slot,
         spec_version=None,
         spec=replace(task.spec, runtime=""),

@@ -88,6 +88,7 @@ class DecisionWriter:
                         node_id=decision.node_id,
                         generic_resources=decision.generic_resources,
                         volumes=decision.volumes,
+                        placement_record=decision.record,
                         status=self._status(decision.message),
                     )
                 )

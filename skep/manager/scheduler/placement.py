@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Final
 
 import msgspec
 
 from skep.aio.time_slices import SlicedWork, run_at_once
 from skep.manager.scheduler.nodes.accounting import Account, Accounting
+from skep.manager.scheduler.nodes.candidates import fill
 from skep.manager.scheduler.nodes.filters import explaining, explanation, filters_for
 from skep.manager.scheduler.nodes.requirements import Requirements
 from skep.manager.scheduler.nodes.spread import CachedSpreads
@@ -19,6 +21,8 @@ from skep.model.values.ids import NodeId
 from skep.store.interface import View
 
 ASSIGNED = "scheduler assigned task to node"
+RECORD_CHARACTERS_MAX: Final = 200
+"""Longest record of a placement, because every task has one in the store and in each of its commits."""
 CONFIRMED = "scheduler confirmed task can run on preassigned node"
 
 
@@ -30,6 +34,8 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     generic_resources: tuple[GenericResource, ...] = ()
     volumes: tuple[VolumeAttachment, ...] = ()
     message: str = ASSIGNED
+    record: str = ""
+    """Nodes that were refused, and the chosen node's figures (``placement_text``), or empty without a choice."""
 
 
 class PlacementRefused(msgspec.Struct, frozen=True, gc=False):
@@ -103,12 +109,18 @@ def placing(
     accounting = choices.accounting
     choice = yield from choices.spreading(requirements, now, is_last=is_last, leaving=leaving)
     assignments: list[Assignment] = []
+    summary = choice.candidates.summary()[:RECORD_CHARACTERS_MAX]
+    reserves = requirements.nano_cpus or requirements.memory_bytes
+    copies = accounting.copies(requirements.service_id)
     try:
         for task in batch:
             account = yield from choice.choosing()
             if account is None:
                 break
-            assignments.append(assigned(task, account, requirements, accounting, ASSIGNED))
+            own = copies.get(account.node.id, 0)
+            share = f"{fill(requirements, account):.0%}" if reserves else ""
+            record = f"{summary}|{account.active}|{own}|{share}"
+            assignments.append(assigned(task, account, requirements, accounting, ASSIGNED, record))
     finally:
         choice.close()
     refused = batch[len(assignments) :]
@@ -148,7 +160,12 @@ def confirm(task: Task, requirements: Requirements, accounting: Accounting) -> A
 
 
 def assigned(
-    task: Task, account: Account, requirements: Requirements, accounting: Accounting, message: str
+    task: Task,
+    account: Account,
+    requirements: Requirements,
+    accounting: Accounting,
+    message: str,
+    record: str = "",
 ) -> Assignment:
     """Return the assignment of ``task`` to a node, reserved in ``accounting``."""
     node_id = account.node.id
@@ -168,7 +185,14 @@ def assigned(
         volumes=volume_uses(volumes, requirements.cluster_volumes) if volumes else (),
     )
     accounting.reserve(task.id, node_id, usage)
-    return Assignment(task=task, node_id=node_id, generic_resources=generic, volumes=volumes, message=message)
+    return Assignment(
+        task=task,
+        node_id=node_id,
+        generic_resources=generic,
+        volumes=volumes,
+        message=message,
+        record=record,
+    )
 
 
 def reasoning(requirements: Requirements, accounting: Accounting) -> SlicedWork[str]:

@@ -58,6 +58,32 @@ def refusals_text(refused: Iterable[tuple[NodeRefusal, int]]) -> str:
     return _SEPARATOR.join(one.text(nodes) for one, nodes in refused)
 
 
+FULL: Final = "FULL"
+"""Key of the nodes without free resources in the record of a placement."""
+
+
+def placement_text(record: str) -> str:
+    """Return the record of a placement in words.
+
+    ``2/4,CONSTRAINTS=2|5|1|25%`` says that 2 of 4 nodes were suitable, and that the chosen one had 5 tasks, one of them
+    of the same service, and was 25 % reserved afterwards.  An unknown key of another version stays as it is.
+    """
+    summary, _, figures = record.partition("|")
+    suitable, *refused = summary.split(",")
+    number, _, total = suitable.partition("/")
+    parts = [f"{number} of {total} nodes suitable"]
+    for one in refused:
+        name, _, count = one.partition("=")
+        if name in NodeRefusal.__members__ and count.isdigit():
+            parts.append(NodeRefusal[name].text(int(count)))
+        else:
+            parts.append(f"at least {count} full" if name == FULL else one)
+    tasks, _, rest = figures.partition("|")
+    own, _, share = rest.partition("|")
+    chosen = f"the chosen node had {tasks} task{'' if tasks == '1' else 's'}, {own} of its service"
+    return _SEPARATOR.join([*parts, f"{chosen}, and is then {share} reserved" if share else chosen])
+
+
 def no_node_text(refusals: str) -> str:
     """Return the error of a task that no node can run.  ``refusals`` is empty if the cluster has no node."""
     return f"{NO_NODE} ({refusals})" if refusals else NO_NODE

@@ -4,6 +4,7 @@
 store nevertheless counts as absent.
 """
 
+import re
 from collections.abc import Mapping
 from enum import Enum
 from typing import TypeVar
@@ -111,6 +112,10 @@ EXEC = "skep.exec"
 DRAIN_NOW = "skep.drain-now"
 """On nodes: ``true`` lets a drain stop tasks before their replacements run, as in Docker.  Managers remove the label
 when the node is no longer drained."""
+RESERVE_CPUS = "skep.reserve.cpus"
+RESERVE_MEMORY = "skep.reserve.memory"
+"""On nodes: processors (``0.5``) and memory (``512MiB``) that tasks cannot reserve, because the system needs them."""
+_MEMORY_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 IGNORE_PATHS = "skep.ignore-paths"
 """On nodes: ``true`` places tasks on overlay networks on the node even if other nodes do not reach it."""
 
@@ -256,6 +261,14 @@ def forget_nodes_s(labels: Mapping[str, str]) -> float | None:
         return None
 
 
+def system_reserve(node_labels: Mapping[str, str]) -> tuple[int, int]:
+    """Return the nano CPUs and bytes of memory that tasks cannot reserve on the node."""
+    try:
+        return _reserved_nano_cpus(node_labels), _reserved_bytes(node_labels)
+    except InvalidArgument:
+        return 0, 0
+
+
 def ignores_paths(node_labels: Mapping[str, str]) -> bool:
     """Return whether the node gets tasks on overlay networks even if other nodes do not reach it."""
     return node_labels.get(IGNORE_PATHS, "").lower() == "true"
@@ -372,6 +385,12 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
     parsed_affinities(labels)
     _check_switch(labels, PUBLISH_NOT_READY)
     _check_switch(labels, STOPPED)
+
+
+def check_node_labels(labels: Mapping[str, str]) -> None:
+    """Check the ``skep.reserve.*`` labels of a node.  Raises: InvalidArgument."""
+    _reserved_nano_cpus(labels)
+    _reserved_bytes(labels)
 
 
 def check_container_labels(labels: Mapping[str, str]) -> None:
@@ -513,6 +532,23 @@ def _history_entries(labels: Mapping[str, str]) -> int:
             f"invalid label {HISTORY}={text}: expected a number of entries from 0 to {HISTORY_MAX}"
         )
     return int(text)
+
+
+def _reserved_nano_cpus(labels: Mapping[str, str]) -> int:
+    text = labels.get(RESERVE_CPUS, "0")
+    if re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", text, re.ASCII) is None:
+        raise InvalidArgument(
+            f"invalid label {RESERVE_CPUS}={text}: expected a number of processors like 0.5"
+        )
+    return round(float(text) * 1_000_000_000)
+
+
+def _reserved_bytes(labels: Mapping[str, str]) -> int:
+    text = labels.get(RESERVE_MEMORY, "0")
+    found = re.fullmatch(r"([0-9]{1,15})([KMG]iB)?", text, re.ASCII)
+    if found is None:
+        raise InvalidArgument(f"invalid label {RESERVE_MEMORY}={text}: expected bytes, or a size like 512MiB")
+    return int(found[1]) * _MEMORY_UNITS[found[2] or ""]
 
 
 def _seconds(labels: Mapping[str, str], name: str, largest_s: float) -> float | None:

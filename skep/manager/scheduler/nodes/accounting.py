@@ -17,7 +17,7 @@ from skep.manager.scheduler.nodes.load import MeanLoad
 from skep.manager.scheduler.nodes.requirements import Requirements
 from skep.manager.scheduler.nodes.volumes import VolumeUses
 from skep.manager.services.resources import GenericStock
-from skep.model.needs import ClusterMount, Holdings, HostPort, holds_of, host_ports
+from skep.model.needs import ClusterMount, Holdings, HostPort, capacity_of, holds_of, host_ports
 from skep.model.networks.data_planes import is_docker_node
 from skep.model.networks.used_ports import used_ports_of
 from skep.model.node import Node
@@ -117,7 +117,7 @@ class Account:
             self.generic.take(usage.generic)
 
     def _set_resources(self, node: Node) -> None:
-        resources = node.description.resources
+        resources = self.capacity = capacity_of(node)
         self.free_nano_cpus = resources.nano_cpus
         self.free_memory_bytes = resources.memory_bytes
         self.generic = GenericStock(resources.generic_resources)

@@ -5,6 +5,7 @@ checked only when the node changes, and not for each task.  So assigning the onl
 operation instead of a loop over all nodes.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from msgspec.structs import replace
@@ -16,6 +17,7 @@ from skep.manager.scheduler.nodes.filters import filters_for
 from skep.manager.scheduler.nodes.load import effective_tasks, used_share
 from skep.manager.scheduler.nodes.ranking import Rank, Ranking
 from skep.manager.scheduler.nodes.requirements import Requirements
+from skep.model.node_reports.node_refusals import FULL, NodeRefusal
 from skep.model.options.affinity import is_label
 from skep.model.options.constraints import label_of
 from skep.model.values.ids import NodeId, ServiceId
@@ -48,6 +50,9 @@ class Candidates:
         self.leaf_of: dict[NodeId, Leaf] = {}
         """Preference branch of every node, including nodes that do not pass."""
         self.can_pass: dict[NodeId, bool] = {}
+        self.refused: Counter[NodeRefusal] = Counter()
+        """Number of nodes by the first lasting filter that they do not pass."""
+        self._refusal_of: dict[NodeId, NodeRefusal] = {}
         self.revision = 0
         """Incremented when a node is created or removed, or changes its branch or whether it passes."""
         self._requirements = requirements
@@ -99,9 +104,10 @@ class Candidates:
                 self.leaves[before].leave(id)
                 del self.leaf_of[id], self.can_pass[id]
                 self.revision += 1
+                self._forget_refusal(id)
             return
         leaf = tuple(label_of(account.node, level) or "" for level in self.levels)
-        passes = all(one.passes(self._requirements, account, 0) for one in self._lasting)
+        passes = self._note_refusal(id, account)
         if before is not None and before != leaf:
             self.leaves[before].leave(id)
         if before != leaf or self.can_pass[id] != passes:
@@ -117,6 +123,32 @@ class Candidates:
             ranking.enter(account)
         else:
             ranking.leave(id)
+
+    def summary(self) -> str:
+        """Return how many nodes can run such tasks, and how many each filter refuses, for ``placement_text``.
+
+        Nodes count as full as far as earlier choices have found them full.
+        """
+        suitable = len(self.can_pass) - self.refused.total()
+        refused = sorted(self.refused.items(), key=lambda item: (-item[1], item[0].value))
+        full = suitable - sum(map(len, self.leaves.values()))
+        parts = [f"{suitable}/{len(self.can_pass)}"]
+        parts += [f"{refusal.name}={count}" for refusal, count in refused if count]
+        return ",".join([*parts, f"{FULL}={full}"] if full > 0 else parts)
+
+    def _note_refusal(self, id: NodeId, account: Account) -> bool:
+        """Count the first lasting filter that the node does not pass.  Returns whether it passes all."""
+        self._forget_refusal(id)
+        for one in self._lasting:
+            if not one.passes(self._requirements, account, 0):
+                self._refusal_of[id] = one.refusal
+                self.refused[one.refusal] += 1
+                return False
+        return True
+
+    def _forget_refusal(self, id: NodeId) -> None:
+        if (before := self._refusal_of.pop(id, None)) is not None:
+            self.refused[before] -= 1
 
     def _has_capacity_for_first(self, account: Account) -> bool:
         return self.has_capacity(account, 0)
@@ -153,7 +185,7 @@ def fill(requirements: Requirements, account: Account) -> float:
 
     Other resources are ignored, because a task that reserves no memory does not change the used share of memory.
     """
-    has = account.node.description.resources
+    has = account.capacity
     share = 0.0
     if requirements.nano_cpus and has.nano_cpus:
         share = 1 - (account.free_nano_cpus - requirements.nano_cpus) / has.nano_cpus

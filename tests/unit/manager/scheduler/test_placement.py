@@ -8,12 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from skep.errors import InvalidArgument
+from skep.manager.orchestrator.replacement.enforcement import overcommitted
+from skep.manager.orchestrator.unplaceable import is_large_enough
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.manager.scheduler.nodes.requirements import requirements_of
 from skep.manager.scheduler.nodes.spread import MAX_FAILURES, CachedSpreads
 from skep.manager.scheduler.placement import Placed, PlacementRefused, confirm, place
 from skep.model.container import ContainerSpec, Mount
+from skep.model.needs import needs_of
 from skep.model.node import Availability, EngineDescription, EnginePlugin, Node, NodeRole, NodeState
+from skep.model.node_reports.node_refusals import placement_text
+from skep.model.options.labels import check_node_labels
 from skep.model.service import (
     DiscreteResource,
     GenericResource,
@@ -390,3 +396,52 @@ def with_mounts(service: Service, *mounts: Mount) -> Service:
     return replace(
         service, spec=replace(service.spec, task_template=replace(template, container_spec=container))
     )
+
+
+def test_what_a_node_keeps_for_the_system_is_not_given_out() -> None:
+    """Tasks that run already keep it.  The node is as full as its rest."""
+    has = Resources(nano_cpus=4 * 10**9, memory_bytes=4 << 30)
+    node = a_node("n1", has=has, labels={"skep.reserve.cpus": "1.5", "skep.reserve.memory": "1GiB"})
+    accounting = accounting_of([node])
+    service = a_service(replicas=4, reserve=Resources(nano_cpus=10**9))
+    result = placed(service, accounting)
+    assert len(result.assignments) == 2
+    assert reason(result) == "no suitable node (insufficient resources on 1 node)"
+    assert accounting.accounts[NodeId("n1")].free_nano_cpus == 5 * 10**8
+    accounting.set_node(replace(node, spec=replace(node.spec, labels={})))
+    assert len(placed(service, accounting).assignments) == 2
+    small = a_service("db", reserve=Resources(memory_bytes=3 << 30))
+    assert not is_large_enough(node, needs_of(a_service("x", reserve=Resources(memory_bytes=4 << 30)).spec))
+    assert is_large_enough(node, needs_of(small.spec))
+    assert not overcommitted(node, [a_task(node="n1", service=service) for _ in range(4)])
+
+
+def test_a_reserve_that_cannot_be_read_is_refused() -> None:
+    for label in ("skep.reserve.cpus", "skep.reserve.memory"):
+        with pytest.raises(InvalidArgument, match=f"invalid label {label}=much"):
+            check_node_labels({label: "much"})
+
+
+def test_a_task_records_why_it_got_its_node() -> None:
+    """Counts of refused nodes, and the figures of the chosen one."""
+    down = replace(a_node("n4"), status=replace(a_node("n4").status, state=NodeState.DOWN))
+    has = Resources(nano_cpus=4 * 10**9)
+    nodes = [a_node("n1", labels={"disk": "hdd"}), *(a_node(name, has=has) for name in ("n2", "n3")), down]
+    accounting = accounting_of(nodes, [a_task(node="n3", service="other")])
+    service = a_service(constraints=("node.labels.disk != hdd",), reserve=Resources(nano_cpus=10**9))
+    first, second = placed(service, accounting, count=2).assignments
+    assert [first.record, second.record] == [
+        "2/4,CONSTRAINTS=1,NOT_READY=1|0|0|25%",
+        "2/4,CONSTRAINTS=1,NOT_READY=1|1|0|25%",
+    ]
+    assert placement_text(second.record) == (
+        "2 of 4 nodes suitable; scheduling constraints not satisfied on 1 node; 1 node not available for new tasks; "
+        "the chosen node had 1 task, 0 of its service, and is then 25% reserved"
+    )
+    assert placement_text("1/2,NEWER=1,FULL=1|2|1|") == (
+        "1 of 2 nodes suitable; NEWER=1; at least 1 full; the chosen node had 2 tasks, 1 of its service"
+    )
+    accounting.remove_node(NodeId("n1"))
+    accounting.set_node(a_node("n4"))
+    (third,) = placed(service, accounting, count=1).assignments
+    assert third.record.startswith("3/3|0|0|")
