@@ -3,7 +3,7 @@
 They also detect mutants of the rules that they exercise.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -72,7 +72,7 @@ from skep.model.service import (
     UpdateState,
 )
 from skep.model.swarm import Swarm
-from skep.model.task import Task
+from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, SecretId, ServiceId
 from skep.model.values.meta import Driver
 from skep.model.values.times import SECOND_NS, moment, timestamp
@@ -245,6 +245,26 @@ def _drained_and_updated(cluster: SimulatedCluster) -> None:
     for id in cluster.workers:
         cluster.set_availability(id, Availability.ACTIVE)
     _expect(cluster, "db does not run at the end", lambda: cluster.running("db") == 3)
+
+
+def _relabeled_at_once(cluster: SimulatedCluster) -> None:
+    """A service keeps two of three tasks although all its nodes get other labels at the same moment."""
+    north, south = cluster.workers[::2], cluster.workers[1::2]
+    for id in cluster.workers:
+        cluster.label(id, zone="north" if id in north else "south")
+    spec = _a_spec("web", _replicas(3))
+    template = replace(spec.task_template, placement=Placement(constraints=("node.labels.zone==north",)))
+    _create(cluster, with_labels(replace(spec, task_template=template), {MIN_AVAILABLE: "2"}))
+    for place, other in ((north, south), (south, north)):
+        _expect(cluster, "web does not run in the north", partial(_runs_only_on, cluster, place))
+        for id in cluster.workers:
+            cluster.label(id, zone="north" if id in other else "south")
+    _expect(cluster, "web does not run at the end", partial(_runs_only_on, cluster, north))
+
+
+def _runs_only_on(cluster: SimulatedCluster, nodes: Collection[NodeId]) -> bool:
+    homes = [task.node_id for task in cluster.wanted("web") if task.status.state is TaskState.RUNNING]
+    return len(homes) == 3 and {*homes} <= {*nodes}
 
 
 def _depends_on_a_job_that_removes_itself(cluster: SimulatedCluster) -> None:
@@ -576,6 +596,7 @@ CROSSINGS: Mapping[str, Simulate] = {
         ("lost before its report", _lost_before_its_report),
         ("drained often", _drained_often),
         ("drained and updated", _drained_and_updated),
+        ("relabeled at once", _relabeled_at_once),
         ("dependency that removes itself", _depends_on_a_job_that_removes_itself),
         ("shrinks under a quota", _shrinks_under_a_quota),
         ("task of higher priority", partial(_waits_for_resources, priority=10, allows=True)),

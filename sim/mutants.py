@@ -381,6 +381,10 @@ def _has_no_budget() -> list[Patch]:
     return [Patch(convergence, "within_budget", lambda steps, _: allowance.Allowed(list(steps)))]
 
 
+def _has_no_budget_for_labels() -> list[Patch]:
+    return [*_has_no_budget(), Patch(decision_inputs, "required", lambda _: None)]
+
+
 def _may_not_shrink() -> list[Patch]:
     real = quotas.check_quota
 
@@ -1012,6 +1016,12 @@ MUTANTS: tuple[Mutant, ...] = (
                 "drains and updates together leave a service's least number of tasks available",
                 _has_no_budget,
                 "drained and updated",
+            ),
+            (
+                "budget of labels",
+                "changed node labels leave a service's least number of tasks available",
+                _has_no_budget_for_labels,
+                "relabeled at once",
             ),
             (
                 "start first",

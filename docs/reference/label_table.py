@@ -6,6 +6,7 @@ import msgspec
 
 from skep.model.node_reports.conditions import ConditionName
 from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY
+from skep.model.options.constraints import FACT_LABEL
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import (
     ALLOW_CREDENTIAL_HELPERS,
@@ -141,7 +142,7 @@ LABELS = (
         MIN_AVAILABLE,
         "number of tasks, or percentage such as `80%`",
         "see text",
-        "How many tasks of a replicated service drains, updates and preemption leave available ([guide]"
+        "How many tasks of a replicated service drains, updates, preemption and changed nodes leave available ([guide]"
         "(../guide/nodes.md#limit-how-many-tasks-are-away-at-once)). A percentage is rounded up. If it is all tasks, "
         "updates start new tasks first, unless the tasks write data. By default, drains that have to stop tasks first "
         "stop as many at a time as updates do.",
@@ -572,6 +573,14 @@ LABELS = (
         "",
         "The kernel lacks a feature: `bridge`, `ipv6-egress`, `nftables`, `overlayfs`, `route-localnet`, `seccomp`, "
         "`tun`, `veth`, `vxlan`, `wireguard` and others.",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        f"{FACT_LABEL}NAME",
+        "a text",
+        "",
+        "A fact about the machine, which constraints read as `node.facts.NAME`: `kernel`, `cgroup` (1 or 2), "
+        "`distribution` and `distribution-version`.",
     ),
     Label(
         LabelTarget.ENGINE,

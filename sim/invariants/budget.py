@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 from sim.invariants.committed import Change
-from sim.invariants.nodes.placement import meets
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import drains_now, min_available
 from skep.model.options.overlap import why_stop_first, written_data
@@ -13,9 +12,10 @@ from skep.store.interface import Updated, View
 
 
 def minimum_stays_available(change: Change, view: View) -> Iterable[str]:
-    """Check that no drain, update or preemption leaves fewer tasks available than ``skep.min-available`` says.
+    """Check that nothing but users and failures leaves fewer tasks available than ``skep.min-available`` says.
 
-    Lost nodes, users who scale down, constraints and drains with ``--now`` may.
+    Drains, updates, preemption and changes of nodes may not.  Lost nodes, users who scale down, and drains with
+    ``--now`` may.
     """
     for event in change.events:
         match event:
@@ -29,11 +29,7 @@ def minimum_stays_available(change: Change, view: View) -> Iterable[str]:
                     continue
                 minimum = min_available(service.spec.labels, service.spec.replicas)
                 is_now = node.spec.availability is Availability.DRAIN and drains_now(node.spec.labels)
-                if (
-                    minimum is None
-                    or is_now
-                    or not meets(task.spec.placement.constraints if task.spec.placement else (), node)
-                ):
+                if minimum is None or is_now:
                     continue
                 left = {one.slot for one in view.find(Task, service_id=service.id) if _serves(one)}
                 if minimum == service.spec.replicas and task.spec != service.spec.task_template:

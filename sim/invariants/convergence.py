@@ -19,7 +19,8 @@ from sim.users.random_specs import HOPELESS
 from sim.world.node import image_of
 from skep.manager.services.job_runs import is_over, nodes_of
 from skep.model.node import Node
-from skep.model.options.labels import PROGRESS_DEADLINE
+from skep.model.options.labels import PROGRESS_DEADLINE, min_available
+from skep.model.options.overlap import written_data
 from skep.model.options.schedules import CRON
 from skep.model.service import UNDER_WAY, Service, UpdateState
 from skep.model.task import Task, TaskState
@@ -63,9 +64,10 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
         return
     for task in wanted:
         node = view.lookup(Node, task.node_id)
-        if node is not None and not meets(
-            task.spec.placement.constraints if task.spec.placement else (), node
-        ):
+        placement = task.spec.placement
+        if node is None or meets(placement.constraints if placement is not None else (), node):
+            continue
+        if not _keeps_tasks(service, wanted, view):
             yield f"task {task.id} of {service.id} is on {node.id}, which does not meet its constraints"
     if status is not None and status.state in _PAUSED:
         lacking = [
@@ -90,6 +92,15 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
         right = [task for task in slot if _runs(task) and image_of(task) == container.image]
         if not (right and len(slot) == 1) and not any(task in waiting for task in slot):
             yield f"slot {key} of {service.id} does not run {container.image}: {[_told(task) for task in slot]}"
+
+
+def _keeps_tasks(service: Service, wanted: Iterable[Task], view: View) -> bool:
+    """Return whether the disruption budget may keep a running task on a node that does not meet its constraints."""
+    minimum = min_available(service.spec.labels, service.spec.replicas)
+    if service.spec.mode.replicated is None or not minimum:
+        return False
+    is_kept = minimum >= service.spec.replicas and bool(written_data(service.spec.task_template))
+    return is_kept or any(_waits(task, service, view) for task in wanted)
 
 
 def _waits_for_its_turn(

@@ -68,6 +68,14 @@ MORE_NAMES = ("mail", "queue", "cache")
 ZONE, ZONES = "zone", ("north", "south")
 HOST_PORTS = (8080, 8081)
 INGRESS_PORTS = (90, 91, 8081)
+MORE_CONSTRAINTS = (
+    "node.labels.zone in (north, south)",
+    "node.labels.zone not in (north)",
+    "node.labels.zone exists",
+    "node.labels.zone not exists",
+    "node.hostname like w*",
+)
+"""Constraints that Docker does not have."""
 CONSTRAINTS = (
     "node.labels.zone==north",
     "node.labels.zone != north",
@@ -79,6 +87,8 @@ CONSTRAINTS = (
 
 OFF = 0.6
 """Probability that a spec lacks an extension that its mode can have, so that many specs combine two or three."""
+RARE = 0.2
+"""Probability of an extension that limits the nodes.  With more, many services would have no node."""
 PRIORITIES = (-10, 5, 10)
 STACKS = ("shop", "blog")
 MEMORY_BYTES = 512 << 20
@@ -250,6 +260,11 @@ def extended(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
     for addition in additions:
         if random.random() >= OFF:
             spec = addition(spec, random, known)
+    # Drawn by the spec, so that the other draws of a seed stay the same.
+    by_spec = Random(str(spec))
+    for addition in (_a_constraint,):
+        if by_spec.random() < RARE:
+            spec = addition(spec, by_spec, known)
     return spec
 
 
@@ -258,6 +273,12 @@ _Addition = Callable[[ServiceSpec, Random, Dependencies], ServiceSpec]
 
 def _a_minimum(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
     return with_labels(spec, {MIN_AVAILABLE: random.choice(("1", "2", "50%", "80%", "100%"))})
+
+
+def _a_constraint(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    placement = spec.task_template.placement or Placement()
+    placement = replace(placement, constraints=(*placement.constraints, random.choice(MORE_CONSTRAINTS)))
+    return replace(spec, task_template=replace(spec.task_template, placement=placement))
 
 
 def _a_priority(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:

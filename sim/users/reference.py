@@ -23,8 +23,10 @@ BAD, FORBIDDEN, MISSING, TAKEN, UNKNOWN, NOT_OFFERED = 400, 403, 404, 409, 500, 
 """UNKNOWN is for errors of SwarmKit without a code, such as invalid constraints and updates out of sequence."""
 
 _NAME = re.compile(r"[a-zA-Z0-9]+(?:[a-zA-Z0-9-_]*[a-zA-Z0-9]+)?")
-_CONSTRAINT = re.compile(r"\s*[a-z_][\w.]*\s*(==|!=)\s*\w[\w.-]*\s*")
-"""Only the part of Docker's syntax that simulated users write."""
+_CONSTRAINT = re.compile(
+    r"\s*[a-z_][\w.]*\s*((==|!=)\s*\w[\w.-]*| (not )?(in \([\w, ]+\)|exists|like [\w*]+))\s*"
+)
+"""Only the part of the syntax that simulated users write."""
 _MEMORY_MIN = 4 << 20
 _STACK = "com.docker.stack.namespace"
 _DISCONNECT_WORDS = (None, "keep", "replace", "stop")

@@ -120,6 +120,15 @@ class VolumeAttachment(ApiObject):
     target: str = ""
 
 
+class StopCause(Enum):
+    """Reason why the leader retired a task because of its node."""
+
+    NODE_DOWN = "node-down"
+    NODE_REMOVED = "node-removed"
+    NODE_DRAINED = "node-drained"
+    NODE_UNFIT = "node-unfit"
+
+
 class Restart(ApiObject):
     """The restarts in a slot before a task: all data for restart decisions, even if earlier tasks are removed.
 
@@ -131,6 +140,7 @@ class Restart(ApiObject):
             up.
         was_stopped: the leader retired the task before it had ended.  This is the cause of its end, whatever state its
             node reports, as the stop itself can fail.
+        stop_cause: a ``StopCause`` if the leader retired the task because of its node, for display only.
         since: time of the first of the failures in a row by its node's clock, for display only.
     """
 
@@ -139,6 +149,7 @@ class Restart(ApiObject):
     not_before: Timestamp = always(ZERO_TIME)
     is_due: bool = False
     was_stopped: bool = False
+    stop_cause: str = ""
     since: Timestamp | None = None
 
 

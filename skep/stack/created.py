@@ -1,20 +1,22 @@
-"""The objects that a deploy has created, which its undo may remove."""
+"""The objects that a deploy has created, and the services that it has updated, for its undo."""
 
 import msgspec
 from msgspec.structs import replace
 
-from skep.model.service import Service
+from skep.model.service import Service, ServiceSpec
 from skep.stack.claims import DeployClaim
 from skep.stack.planning import PlannedChange
 
 
 class CreatedObjects(msgspec.Struct):
-    """The objects that a deploy has created so far.  An undo of the deploy removes only these."""
+    """The objects that a deploy has created or updated so far.  An undo of the deploy removes only created ones."""
 
     began_ns: int = 0
     """Time at which the deploy began, in nanoseconds since 1970, or 0 if it does not matter (``unfinished_of``)."""
     services: list[Service] = []
     """Created services with their last written specs, which name networks instead of giving ids."""
+    updated: dict[str, tuple[ServiceSpec, ServiceSpec]] = {}
+    """Spec before the deploy and last written spec of each updated service, by name, also with names of networks."""
     files: list[tuple[str, str, str]] = []
     """Kind, name and id of each created network, secret and config."""
     revision: str = ""
@@ -29,7 +31,12 @@ class CreatedObjects(msgspec.Struct):
     """Whether unfinished deploys have created all services that the stack had before this deploy."""
 
     def note_updated(self, change: PlannedChange) -> None:
-        """Note the new spec of a service that an unfinished deploy had created."""
+        """Note the specs of an updated service, which this or an unfinished deploy may have created."""
+        if change.spec is None:
+            return
         for at, one in enumerate(self.services):
-            if one.id == change.id and change.spec is not None:
+            if one.id == change.id:
                 self.services[at] = replace(one, spec=change.spec)
+        before, _ = self.updated.get(change.name, (change.rolls_back_to, None))
+        if before is not None:
+            self.updated[change.name] = before, change.spec

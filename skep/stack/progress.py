@@ -12,6 +12,7 @@ from skep.model.node_reports.node_refusals import is_no_node
 from skep.model.options.labels import is_stopped
 from skep.model.service import RestartCondition, Service, UpdateState
 from skep.model.task import Task, TaskState
+from skep.model.values.times import SECOND_NS
 
 UP_TO_DATE: Final[Mapping[str, Sequence[str]]] = {"_up-to-date": ["true"]}
 """The filter of ``GET /tasks`` for tasks that match the present spec, including its ports."""
@@ -25,18 +26,21 @@ UNPREPARED_MAX: Final = 2
 to a registry that was unavailable for a moment.
 """
 STEADY_S: Final = 5.0
-"""Seconds for which a service has to run after a failure.  Source: docker/cli, cli/command/service/progress
-(verification).
+"""Seconds for which a service has to run after a start or a failure, unless its update settings have a monitor time.
+Source: docker/cli, cli/command/service/progress (verification).
 """
 UNPLACED_S: Final = 60.0
 """Seconds for which a task may lack a node before a wait ends.  Tasks that an update stops have left their nodes by
 then.
 """
 TOO_LARGE_S: Final = 10.0
-"""The same if no node is as large as the task needs.  A node that is just joining has reported its size by then."""
+"""The same if no node is as large as the task needs, or no task will free an address of its network.  A node that is
+just joining has reported its size by then.
+"""
 UNPLACED: Final[Mapping[str, tuple[float, str]]] = {
     "no-node": (UNPLACED_S, "no node has accepted a task for {s:.0f} s"),
     "too-large": (TOO_LARGE_S, "no node can accept a task"),
+    "no-address": (TOO_LARGE_S, "no task on its network is stopping"),
     "not-allocated": (UNPLACED_S, "a task has waited for its networks and ports for {s:.0f} s"),
 }
 """Seconds until a wait ends, and the text of its error, by the kind of the problem."""
@@ -51,6 +55,7 @@ _STUCK = (
     UpdateState.ROLLBACK_COMPLETED,
 )
 _ROLLBACK: Final = (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_COMPLETED)
+_MONITORED: Final = (UpdateState.COMPLETED, UpdateState.ROLLBACK_COMPLETED)
 _BY_HAND: Final = ("manually requested rollback", "rollback completed")
 """Messages of a rollback that a user requested.  After a failed update, they name its cause."""
 _FAILED: Final = (TaskState.FAILED, TaskState.REJECTED)
@@ -82,6 +87,10 @@ class ServiceProgress(msgspec.Struct, frozen=True):
     """Whether it cannot converge without a user's action."""
     is_final: bool = False
     """Whether its tasks have ended as intended, so that none can fail again."""
+    steady_s: float = 0.0
+    """Seconds for which a service that is done has to stay so before a wait ends."""
+    started_at: str = ""
+    """Start of its youngest task, which is another one after a restart between two looks."""
     is_updating: bool = False
     """Whether an update is under way.  Its settings then decide what follows a failure."""
     problem: ServiceProblem = ServiceProblem()
@@ -203,7 +212,12 @@ def progress_of(
     is_updating = update is not None and update.state in under_way
     is_all = updated == count == len(wanted)
     if is_all and not is_updating and (count or mode.global_ is None):
-        return ServiceProgress(f"{updated} of {count} tasks run", is_done=True)
+        return ServiceProgress(
+            f"{updated} of {count} tasks run",
+            is_done=True,
+            steady_s=_steady_s(service, tasks, current),
+            started_at=max((task.status.timestamp for task in wanted), default=""),
+        )
     of_spec = [task for task in tasks if task.id in current]
     cause = _cause(of_spec) if updated < count else ""
     problem = _problem(of_spec)
@@ -212,6 +226,19 @@ def progress_of(
     if any(task.id not in current for task in wanted):
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
     return ServiceProgress(text, cause, problem=problem, is_updating=is_updating)
+
+
+def _steady_s(service: Service, tasks: Iterable[Task], current: Collection[str]) -> float:
+    """Return for how many seconds the running tasks have to stay so, as a task may end a moment after its start.
+
+    The leader has monitored the tasks of a completed update itself.  A wait does not compare the times of starts with
+    its own clock, so it also verifies tasks that have run for long.
+    """
+    update, config = service.update_status, service.spec.update_config
+    is_monitored = update is not None and update.state in _MONITORED
+    if is_monitored and not any(task.id in current and task.status.state in _FAILED for task in tasks):
+        return 0.0
+    return config.monitor / SECOND_NS if config is not None and config.monitor else STEADY_S
 
 
 def is_rolled_back_by_hand(service: Service) -> bool:

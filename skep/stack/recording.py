@@ -15,13 +15,15 @@ from skep.errors import (
     AlreadyExists,
     FailedPrecondition,
     InvalidArgument,
+    NotFound,
     PermissionDenied,
     SkepError,
     Unavailable,
 )
+from skep.model.options.autoscaling import with_present_number
 from skep.model.options.labels import DEPLOYING, REPLACED, STACK_STATE
 from skep.model.permissions.access import Binding, Role
-from skep.model.service import Service
+from skep.model.service import Service, ServiceSpec
 from skep.model.values.encoding import to_json
 from skep.model.values.times import unix_ns
 from skep.stack.claims import DeployClaim, Replaced
@@ -32,10 +34,11 @@ from skep.stack.cluster_state import (
     config_names,
     existing_of,
     known_revisions,
+    services_of,
 )
 from skep.stack.created import CreatedObjects
 from skep.stack.deploying import Deployment, Show
-from skep.stack.planning import PlanAction, StackPlan, plan_of, planned_again, with_network_names
+from skep.stack.planning import PlanAction, StackPlan, is_still, plan_of, planned_again, with_network_names
 from skep.stack.progress import FAILURES_MAX
 from skep.stack.project import NAMESPACE, Stack
 from skep.stack.removing import unmake
@@ -54,7 +57,7 @@ from skep.stack.revisions import (
     unfinished_of,
     with_part,
 )
-from skep.stack.waiting import look_at
+from skep.stack.waiting import look_at, wait_for
 
 _ENDED: Final = (DEPLOYED, REPLACED, *UNDOINGS)
 """States of revisions that a failure of another deploy does not change."""
@@ -446,11 +449,13 @@ async def undo(
 ) -> str:
     """Undo a failed deploy: deploy the newest deployed revision again, or remove the created objects of a new stack.
 
+    Updated services that no deployed revision has get the spec that they had before the deploy.
+
     Returns:
         A sentence about the result.
 
     Raises:
-        InvalidArgument: the stack has no deployed revision, or it is damaged.
+        InvalidArgument: the stack has no deployed revision and no updated service, or the revision is damaged.
         Problems: a secret or config of the revision no longer exists.
         PermissionDenied: the writer of the revision lacks the rights for it.  Nothing was changed.
     """
@@ -462,28 +467,72 @@ async def undo(
     if failed.is_new or (created.is_whole and not any(one.state == DEPLOYED for one in revisions)):
         text = await _unmade(client, name, created, show, wait_s, warn)
         there = {one.spec.name for one in (await existing_of(client, name)).services}
-        return text + _unsure(new_services & there)
+        return text + _except(new_services & there, {})
+    updated = {one.name for one in failed.of("service", PlanAction.UPDATE)}
+    updated -= {one.spec.name for one in created.services}
+    if not any(one.state == DEPLOYED for one in revisions) and updated:
+        kept = await _restore(client, created, updated, show, wait_s)
+        text = f"no earlier revision of {name} was deployed, so its updated services have their previous specs again"
+        return text + _except(new_services, kept)
     revision = newest_deployed(name, revisions)
     found = await return_plan(client, revision, removable={one.id for one in created.services})
     if found.beyond:
         raise PermissionDenied(refused(revision, found.beyond))
     await carry_out(found.client, found.stack, found.plan, show, wait_s, warn)
-    updated = {one.name for one in failed.of("service", PlanAction.UPDATE)}
-    updated -= {one.spec.name for one in created.services}
-    return f"{name} is back at revision {revision.number}" + _unsure(
-        new_services & found.left, updated - {one.spec.name for one in found.stack.services.values()}
-    )
+    others = updated - {one.spec.name for one in found.stack.services.values()}
+    kept = await _restore(client, created, others, show, wait_s)
+    return f"{name} is back at revision {revision.number}" + _except(new_services & found.left, kept)
 
 
-def _unsure(names: Collection[str], updated: Collection[str] = ()) -> str:
-    """Return a clause about services that an undo leaves because no response has confirmed that the deploy created
-    them, and about ``updated`` services that the revision does not have.
+async def _restore(
+    client: Requests, created: CreatedObjects, names: Collection[str], show: Show, wait_s: float
+) -> Mapping[str, str]:
+    """Give services the spec that they had before a failed deploy, and wait until they run.
+
+    Returns: The reasons why services keep their spec, by name.
+    Raises: Unavailable: a restored service does not run.
     """
-    left = [f"{', '.join(sorted(names))}, which another deploy may have created"] if names else []
-    if updated:
-        left.append(
-            f"{', '.join(sorted(updated))}, which it does not have (docker service rollback {min(updated)})"
-        )
+    kept: dict[str, str] = {}
+    restoring: list[str] = []
+    networks = await client.get("/networks", timeout_s=RESPONSE_TIMEOUT_S)
+    by_id = {str(one["Id"]): str(one["Name"]) for one in networks}
+    for name in sorted(names):
+        if name not in created.updated:
+            continue  # the deploy ended before it updated the service
+        before, written = created.updated[name]
+
+        def restored(
+            found: Mapping[str, Any],
+            name: str = name,
+            before: ServiceSpec = before,
+            written: ServiceSpec = written,
+        ) -> msgspec.Raw | None:
+            (service,) = services_of([found])
+            present = with_network_names(service, by_id).spec
+            if is_still(before, present):
+                return None  # by the service's own rollback
+            if not is_still(written, present):
+                kept[name] = "someone else has changed it"
+                return None
+            return msgspec.Raw(to_json(with_present_number(before, present)))
+
+        try:
+            await update(client, "services", name, restored, timeout_s=RESPONSE_TIMEOUT_S)
+        except (NotFound, PermissionDenied) as error:
+            kept[name] = str(error)
+        if name not in kept:
+            show(name, "previous spec restored")
+            restoring.append(name)
+    await wait_for(client, restoring, show, wait_s)
+    return kept
+
+
+def _except(new: Collection[str], kept: Mapping[str, str]) -> str:
+    """Return a clause about services that an undo leaves: ``new`` ones, as no response has confirmed that the deploy
+    created them, and those that keep their spec for the given reasons.
+    """
+    left = [f"{', '.join(sorted(new))}, which another deploy may have created"] if new else []
+    left += [f"{name} ({why})" for name, why in kept.items()]
     return f", except for {' and '.join(left)}" if left else ""
 
 

@@ -15,6 +15,7 @@ from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.values.unknown import leniently
 from skep.stack.progress import (
+    FAILURES_MAX,
     STEADY_S,
     UNPLACED,
     UP_TO_DATE,
@@ -175,20 +176,31 @@ def _is_open(progress: ServiceProgress) -> bool:
 
 
 class Steadiness:
-    """Tracks the services that have failed since the wait began, and since when they run again."""
+    """Tracks since when the services of a wait run, and which of them have failed since it began."""
 
     def __init__(self) -> None:
         self._failed: set[str] = set()
-        self._done = HeldTimes()
+        self._since: dict[str, tuple[str, float]] = {}
+        """Start of the youngest task, and the time of the first look at it, by service."""
 
     def is_steady(self, name: str, found: ServiceProgress, now: float) -> bool:
         """Return whether a service that is done at ``now`` needs no further look.  ``now``: seconds of one clock."""
-        done_s = self._done.held_s(name, now, holds=found.is_done)
         if not found.is_done:
+            self._since.pop(name, None)
             if found.problem.failures:
                 self._failed.add(name)
             return False
-        return found.is_final or name not in self._failed or done_s >= STEADY_S
+        started_at, since = self._since.get(name, ("", now))
+        if started_at != found.started_at:
+            since = now
+        self._since[name] = found.started_at, since
+        return found.is_final or now - since >= max(
+            found.steady_s, STEADY_S if self.has_failed(name) else 0.0
+        )
+
+    def has_failed(self, name: str) -> bool:
+        """Return whether the service has failed since the wait began."""
+        return name in self._failed
 
 
 async def wait_done(
@@ -198,7 +210,7 @@ async def wait_done(
 ) -> None:
     """Look at the services ``names`` until all are done, and pass each service's progress to ``show``.
 
-    A service that failed meanwhile has to run for ``STEADY_S``, because it may be in a crash loop.
+    A service has to run for its monitor time, because its tasks may end a moment after their start.
 
     Raises: Unavailable: a service is stuck, or waiting cannot help.  Errors of the first ``look`` are raised too.
     """
@@ -212,14 +224,48 @@ async def wait_done(
             if found.is_stuck:
                 raise Unavailable(_stuck(name, looked, waiting))
             is_steady = steadiness.is_steady(name, found, now)
-            show(
-                name, found.text if is_steady or not found.is_done else f"{found.text} again after a failure"
-            )
-            if found.is_done and is_steady:
+            text = found.text
+            if found.is_done and not is_steady:
+                again = " again after a failure" if steadiness.has_failed(name) else ""
+                text = f"{text}{again}, verifying that they keep running"
+            show(name, text)
+            if is_steady:
                 waiting.discard(name)
         if waiting:
             await asyncio.sleep(_LOOK_S)
             looked = await persistently(partial(look, waiting), partial(show, "managers"))
+
+
+async def wait_for(
+    client: Requests,
+    names: Sequence[str],
+    show: Callable[[str, str], None],
+    wait_s: float,
+    failures_max: int = FAILURES_MAX,
+) -> None:
+    """Wait until services are in their desired state, and pass the progress of each to ``show``.
+
+    Raises: Unavailable: they are not within ``wait_s``, or waiting cannot help.
+    """
+    reasons, open_, shown = Reasons(client, failures_max), set(names), dict[str, str]()
+
+    async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
+        looks = {name: await look_at(client, name) for name in sorted(waiting, key=names.index)}
+        found = await reasons.explain(looks)
+        open_.intersection_update(name for name, progress in found.items() if not progress.is_done)
+        return found
+
+    def noted(name: str, text: str) -> None:
+        shown[name] = text
+        show(name, text)
+
+    try:
+        async with asyncio.timeout(wait_s):
+            await wait_done(names, look, noted)
+    except TimeoutError:
+        unknown = shown.get("managers", "no manager has responded")
+        texts = {name: shown.get(name, unknown) for name in sorted(open_)}
+        raise Unavailable(unfinished(texts, wait_s)) from None
 
 
 def _stuck(name: str, looked: Mapping[str, ServiceProgress], waiting: Collection[str]) -> str:
@@ -240,6 +286,6 @@ def _stuck(name: str, looked: Mapping[str, ServiceProgress], waiting: Collection
 def unfinished(texts: Mapping[str, str], wait_s: float) -> str:
     """Return the error of a wait that took too long.  ``texts``: progress of the unfinished services, by name."""
     if not texts:
-        return f"not done within {wait_s:g} s"
+        return f"not done within {wait_s:g} s: all tasks run, but not long enough to verify that they keep running"
     named = "; ".join(f"{name}: {text}" for name, text in texts.items())
     return f"not done within {wait_s:g} s: {named}. Run skep explain {next(iter(texts))}."

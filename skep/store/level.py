@@ -36,6 +36,11 @@ STOPS: Final = 6
 NOTIFICATIONS: Final = 6
 """From this level on there may be targets of notifications.  A leader of a lower level would not notify them."""
 
+PLACEMENTS: Final = 6
+"""From this level on services may have constraints that Docker does not have, and labels about their placement.  A
+leader of a lower level would not start tasks with such constraints, and would ignore the labels.
+"""
+
 LOWEST: Final = 1
 """The level of managers that do not report one."""
 

@@ -42,8 +42,8 @@ LAYER = a_tar(a_file("hello", b"world"))
 
 
 @pytest.fixture
-async def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+async def engine(tmp_path: Path) -> Engine:
+    engine = memory_engine(tmp_path, Machine())
     engine.images = ImageStore(tmp_path / "images")
     await engine.images.open()
     return engine

@@ -103,7 +103,7 @@ async def a_cluster(
         manager = runner(manager_app)
         await manager.setup()
         await web.UnixSite(manager, str(directory / "manager.sock")).start()
-        engine = memory_engine(directory, Machine(), patch)
+        engine = memory_engine(directory, Machine())
         async with engine.running(), ApiClient.local(directory / "manager.sock", "the manager") as own:
             clock = SystemClock()
             member = SimpleNamespace(node=SimpleNamespace(node_id="m1", is_manager=True))

@@ -6,7 +6,7 @@ Each request is sent to two nodes.  One of them also has containers, an exec and
 import asyncio
 import re
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +30,7 @@ from skep.engine.api.routes import absent_routes
 from skep.engine.api.volumes import volume_routes
 from skep.engine.containers.container import ExecConfig
 from skep.engine.engine import Engine
+from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from skep.model.options.labels import LABEL_TASK_ID
 from skep.model.permissions.access import Identity, Origin, parse_binding
@@ -40,6 +41,7 @@ from skep.node.front.server import refusal
 from skep.node.front.task_requests import as_task_request
 from skep.node.routes.cluster_networks import ClusterNetworks
 from tests.support.engine.oci_rig import Machine, memory_engine, new_container
+from tests.support.engine.stub_engine import NoImages
 
 ROLES = ("viewer:shop", "operator:shop", "viewer:shop operator:news")
 FOREIGN = ("blog.1", "tool")
@@ -98,11 +100,15 @@ class Node:
         return re.sub(r"/[^\s\"]*/(with|without)/", "/", text)
 
 
+class NamedImages(NoImages):
+    """A store that finds images by their names."""
+
+    def __init__(self, images: Mapping[str, object]) -> None:
+        self.lookup = images.get
+
+
 @asynccontextmanager
-async def a_node(
-    directory: Path, patch: pytest.MonkeyPatch, *, has_foreign: bool, has_docker_engine: bool
-) -> AsyncIterator[Node]:
-    engine = memory_engine(directory, Machine(), patch)
+async def a_node(directory: Path, *, has_foreign: bool, has_docker_engine: bool) -> AsyncIterator[Node]:
     images = {
         "shop/app:1": SimpleNamespace(id="sha256:" + "aa" * 32, references=(), size_bytes=1),
         "blog/app:1": SimpleNamespace(id="sha256:" + "aa" * 32, references=(), size_bytes=1),
@@ -110,7 +116,7 @@ async def a_node(
     }
     if not has_foreign:
         del images["blog/app:1"]
-    patch.setattr(engine.images, "lookup", images.get, raising=False)
+    engine = memory_engine(directory, Machine(), images=cast("ImageStore", NamedImages(images)))
     async with engine.running():
         # ``since`` and ``limit`` count in the order of creation.
         for name, stack in (("blog.1", "blog"), ("shop.1", "shop"), ("tool", ""), ("shop.2", "shop")):
@@ -181,14 +187,12 @@ def requests(words: list[str], execs: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("has_docker_engine", [False, True])
 async def test_an_object_of_others_is_answered_as_a_missing_one(
-    has_docker_engine: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    has_docker_engine: bool, tmp_path: Path
 ) -> None:
     different = []
     async with (
-        a_node(tmp_path / "with", monkeypatch, has_foreign=True, has_docker_engine=has_docker_engine) as one,
-        a_node(
-            tmp_path / "without", monkeypatch, has_foreign=False, has_docker_engine=has_docker_engine
-        ) as other,
+        a_node(tmp_path / "with", has_foreign=True, has_docker_engine=has_docker_engine) as one,
+        a_node(tmp_path / "without", has_foreign=False, has_docker_engine=has_docker_engine) as other,
     ):
         foreign = [one.engine.get(name) for name in FOREIGN]
         words = [*FOREIGN, *(each.id for each in foreign), *(each.id[:12] for each in foreign), "nosuch"]
@@ -205,7 +209,7 @@ async def test_an_object_of_others_is_answered_as_a_missing_one(
 
 
 async def test_docker_inspect_of_a_service_name_passes_each_kind_that_its_user_may_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """The command stops its search at the first error other than 404."""
     search = {
@@ -215,7 +219,7 @@ async def test_docker_inspect_of_a_service_name_passes_each_kind_that_its_user_m
         "/volumes/shop_web": "get shop_web: no such volume",
         "/plugins/shop_web/json": 'plugin \\"shop_web\\" not found (the role viewer of the whole cluster is needed',
     }
-    async with a_node(tmp_path, monkeypatch, has_foreign=True, has_docker_engine=False) as node:
+    async with a_node(tmp_path, has_foreign=True, has_docker_engine=False) as node:
         for path, message in search.items():
             answer = await node.answer("operator:shop", f"GET {path}")
             assert answer.startswith("HTTP/1.1 404 "), (path, answer)

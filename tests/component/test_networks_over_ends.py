@@ -5,33 +5,30 @@ A container that does not run holds nothing, one that runs holds what its record
 
 import asyncio
 import errno
+import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterable
-from contextlib import nullcontext, suppress
-from ipaddress import IPv4Network
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skep.dataplane.container_network import ContainerNetwork
 from skep.engine.containers.container import Container
 from skep.engine.runtime.conmon import StartError
 from skep.errors import SkepError, Unavailable
 from skep.model.networks.sandbox import PublishedPort
 from skep.model.service import PublishMode
 from skep.model.values.ids import ContainerId
-from tests.support.engine.container_networks import PORT, Lab, NetPorts, nothing
+from tests.support.engine.container_networks import PORT, Lab, NetPorts
 from tests.support.engine.oci_rig import Machine
-from tests.support.engine.stub_engine import disk_full
+from tests.support.file_faults import file_faults
 
 
 @pytest.fixture
-async def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lab]:
-    async with Lab(tmp_path, monkeypatch, Machine(), NetPorts()).running() as made:
+async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
+    async with Lab(tmp_path, Machine(), NetPorts()).running() as made:
         yield made
 
 
@@ -39,17 +36,15 @@ def nothing_is_held(lab: Lab) -> bool:
     return not any(lab.held().values())
 
 
-def slow_reservations(lab: Lab, patch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
+def slow_reservations(lab: Lab) -> tuple[asyncio.Event, asyncio.Event]:
     """From now on a port is held (the first event is set then) before that is answered (once the second is set)."""
-    reserve, is_held, is_answered = lab.ports.reserve, asyncio.Event(), asyncio.Event()
+    is_held, is_answered = asyncio.Event(), asyncio.Event()
 
-    async def slow(*arguments: Any) -> int:
-        number = await reserve(*arguments)
+    async def slow() -> None:
         is_held.set()
         await is_answered.wait()
-        return number
 
-    patch.setattr(lab.ports, "reserve", slow)
+    lab.ports.steps["answer reservation"] = slow
     return is_held, is_answered
 
 
@@ -156,7 +151,7 @@ async def test_a_change_whose_caller_leaves_is_over_before_the_next(lab: Lab) ->
 
 @pytest.mark.parametrize("operation", ["connect", "disconnect"])
 async def test_a_change_whose_caller_leaves_once_it_is_made_is_that_of_the_next_run_too(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, operation: str
+    lab: Lab, operation: str
 ) -> None:
     id = await lab.run("c")
     if operation == "disconnect":
@@ -167,7 +162,7 @@ async def test_a_change_whose_caller_leaves_once_it_is_made_is_that_of_the_next_
     def leave(*_: object) -> None:
         loop.call_soon_threadsafe(leaving.cancel)
 
-    monkeypatch.setattr(lab.engine.bundles, "refresh_name_files", leave)
+    lab.machine.steps["bundles.refresh_name_files"] = leave
     await asyncio.wait([leaving])
     assert leaving.cancelled()
     is_there = operation == "connect"
@@ -218,20 +213,17 @@ async def test_what_a_failed_change_could_not_undo_goes_with_the_end(lab: Lab) -
     assert nothing_is_held(lab)
 
 
-async def test_on_a_full_disk_every_network_of_an_ended_container_is_left(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_on_a_full_disk_every_network_of_an_ended_container_is_left(lab: Lab) -> None:
     first, second = await lab.run("a"), await lab.create("b", publishes=False)
     for network in ("front", "back", "over"):
         await lab.connect(first, network)
         await lab.connect(second, network)
     await lab.engine.start(second)  # the names of the others are written when one leaves
 
-    def refuse(*_: object, **__: object) -> None:
-        raise disk_full()
-
-    monkeypatch.setattr("skep.dataplane.local.endpoints.replace_file", refuse)
-    await lab.end(first)
+    with file_faults(lab.gateway.state.parent / "tables") as disk:
+        disk.plan(0, errno.ENOSPC, sys.maxsize)
+        await lab.end(first)
+        assert disk.hits
     assert lab.held() == lab.recorded()
 
 
@@ -287,21 +279,16 @@ async def test_a_container_that_could_not_be_cut_off_a_network_keeps_its_address
 
 
 @pytest.mark.parametrize("step", ["remove", "choose"])
-async def test_after_a_failed_move_of_the_bridge_containers_start_as_before(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
+async def test_after_a_failed_move_of_the_bridge_containers_start_as_before(lab: Lab, step: str) -> None:
     async def refuse(*_: object) -> None:
         raise Unavailable("the kernel does not answer")
 
-    monkeypatch.setattr(lab.gateway.home, "remove", refuse if step == "remove" else nothing, raising=False)
-    monkeypatch.setattr(lab.gateway, "_choose_addresses", refuse)
-    spaces = SimpleNamespace(home=Path("/none"), netlink=lambda _: nullcontext(object()))
-    monkeypatch.setattr(lab.gateway, "_namespaces", spaces)
-    monkeypatch.setattr("skep.dataplane.gateway._index", nothing)
-    monkeypatch.setattr("skep.dataplane.gateway._networks_except", no_networks)
+    if step == "remove":
+        lab.home.steps["remove"] = refuse
+    lab.gateway.steps["choose"] = refuse
     before = lab.gateway.subnet
     with pytest.raises(Unavailable):
-        await lab.gateway.move(IPv4Network("10.77.0.0/24"))
+        await lab.gateway.move(None)
     assert lab.gateway.subnet == before
     if step == "choose":
         assert lab.gateway.state.read_text().strip() == str(before), "as the next process has it"
@@ -309,23 +296,14 @@ async def test_after_a_failed_move_of_the_bridge_containers_start_as_before(
     assert lab.held() == lab.recorded()
 
 
-async def no_networks(*_: object) -> tuple[()]:
-    return ()
-
-
-async def test_a_port_whose_reservation_was_never_answered_is_released_by_the_sweep(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reserve = lab.ports.reserve
-
-    async def unanswered(*arguments: Any) -> int:
-        await reserve(*arguments)
+async def test_a_port_whose_reservation_was_never_answered_is_released_by_the_sweep(lab: Lab) -> None:
+    async def unanswered() -> None:
         raise Unavailable("the net process does not answer")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(lab.ports, "reserve", unanswered)
-        with pytest.raises(SkepError, match="does not answer"):
-            await lab.run("a")
+    lab.ports.steps["answer reservation"] = unanswered
+    with pytest.raises(SkepError, match="does not answer"):
+        await lab.run("a")
+    del lab.ports.steps["answer reservation"]
     assert PORT in lab.ports.keys
     await lab.engine.sweep()
     assert nothing_is_held(lab)
@@ -334,10 +312,8 @@ async def test_a_port_whose_reservation_was_never_answered_is_released_by_the_sw
     assert lab.held() == lab.recorded(), "what a container has is no leftover"
 
 
-async def test_a_sweep_leaves_the_port_that_is_being_reserved(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    is_held, is_answered = slow_reservations(lab, monkeypatch)
+async def test_a_sweep_leaves_the_port_that_is_being_reserved(lab: Lab) -> None:
+    is_held, is_answered = slow_reservations(lab)
     starting = asyncio.create_task(lab.run("a"))
     await is_held.wait()
     await lab.engine.sweep()
@@ -346,43 +322,33 @@ async def test_a_sweep_leaves_the_port_that_is_being_reserved(
     assert lab.held() == lab.recorded()
 
 
-async def test_a_sweep_leaves_ports_of_containers_that_could_not_be_taken_over_so_far(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_sweep_leaves_ports_of_containers_that_could_not_be_taken_over_so_far(lab: Lab) -> None:
     id = await lab.run("a")
     live = {id: lab.engine.get(id).sandbox}
 
-    async def unanswered() -> Iterable[tuple[str, int, str]]:
+    async def unanswered() -> None:
         raise Unavailable("the net process does not answer")
 
-    after = Lab(lab.gateway.state.parent, monkeypatch, lab.machine, lab.ports)
-    with monkeypatch.context() as patch:
-        patch.setattr(lab.ports, "list_held", unanswered)
-        with pytest.raises(Unavailable):
-            await after.gateway.restore(live)
+    after = Lab(lab.gateway.state.parent, lab.machine, lab.ports)
+    lab.ports.steps["list"] = unanswered
+    with pytest.raises(Unavailable):
+        await after.gateway.restore(live)
+    del lab.ports.steps["list"]
     await after.gateway.sweep()
     assert PORT in lab.ports.keys
 
 
-async def test_a_container_that_comes_as_the_bridge_moves_keeps_its_port(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_container_that_comes_as_the_bridge_moves_keeps_its_port(lab: Lab) -> None:
     moves, goes_on = asyncio.Event(), asyncio.Event()
-    home, held = lab.gateway.home, lab.ports.list_held
 
     async def slow_move() -> None:
-        monkeypatch.setattr(home, "apply", nothing)
+        lab.home.steps.pop("apply", None)
         moves.set()
         await goes_on.wait()
 
-    async def slow_list() -> Iterable[tuple[str, int, str]]:
-        await slow_move()
-        return await held()
-
-    is_held, is_answered = slow_reservations(lab, monkeypatch)
-    monkeypatch.setattr(home, "remove", nothing, raising=False)
-    monkeypatch.setattr(home, "apply", slow_move)
-    monkeypatch.setattr(lab.ports, "list_held", slow_list)
+    is_held, is_answered = slow_reservations(lab)
+    lab.home.steps["apply"] = slow_move
+    lab.ports.steps["list"] = slow_move
     moving = asyncio.create_task(lab.gateway.move(None))
     await moves.wait()
     starting = asyncio.create_task(lab.run("a"))
@@ -413,10 +379,8 @@ async def test_what_cannot_be_freed_for_one_container_keeps_no_sweep_from_the_ot
     assert lab.held()["gateway"] == ids[:1]
 
 
-async def test_a_port_that_is_reserved_when_the_caller_leaves_is_released(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    is_held, is_answered = slow_reservations(lab, monkeypatch)
+async def test_a_port_that_is_reserved_when_the_caller_leaves_is_released(lab: Lab) -> None:
+    is_held, is_answered = slow_reservations(lab)
     port = PublishedPort(protocol="tcp", target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
     leaving = asyncio.create_task(lab.gateway.connect(ContainerId("c"), Path("/none"), "eth0", [port]))
     await is_held.wait()
@@ -428,40 +392,36 @@ async def test_a_port_that_is_reserved_when_the_caller_leaves_is_released(
     assert nothing_is_held(lab)
 
 
-async def test_a_start_waits_for_the_sweep_of_what_the_last_run_left(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_start_waits_for_the_sweep_of_what_the_last_run_left(lab: Lab) -> None:
     """Or the sweep would free what the next run has."""
     id, starts = await lab.run("c"), list[asyncio.Task[Container]]()
     lab.ports.fails.append(Unavailable("the net process is not reached"))
     await lab.end(id)
-    release, locks = lab.ports.release, lab.engine.lifecycle.locks
+    locks = lab.engine.lifecycle.locks
 
-    async def start_meanwhile(*key: Any) -> None:
+    async def start_meanwhile() -> None:
         assert locks.is_held(id)
         starts.append(asyncio.create_task(lab.engine.start(id)))
         await asyncio.sleep(0)
-        await release(*key)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(lab.ports, "release", start_meanwhile)
-        assert await lab.engine.sweep() == [id]
+    lab.ports.steps["release"] = start_meanwhile
+    assert await lab.engine.sweep() == [id]
+    del lab.ports.steps["release"]
     assert (await starts[0]).is_running
     assert await lab.engine.sweep() == []
     assert lab.held() == lab.recorded()
 
 
-async def test_the_next_node_process_frees_what_the_record_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_next_node_process_frees_what_the_record_has(tmp_path: Path) -> None:
     machine, ports = Machine(), NetPorts()
-    async with Lab(tmp_path, monkeypatch, machine, ports).running() as first:
+    async with Lab(tmp_path, machine, ports).running() as first:
         id = await first.run("c")
         await first.connect(id, "front", "10.5.0.10")
         await first.connect(id, "over")
         before = first.held()
-    monkeypatch.setattr(ContainerNetwork, "is_present", lambda *_: True)
-    async with Lab(tmp_path, monkeypatch, machine, ports).running() as second:
+    second = Lab(tmp_path, machine, ports)
+    second.network.has_all = True
+    async with second.running():
         held = second.held()
         assert {**held, "wires": before["wires"]} == before
         await second.connect(id, "back")
@@ -514,8 +474,8 @@ async def perform(lab: Lab, operation: str, id: ContainerId, *, ends: bool) -> N
 @settings(max_examples=60, deadline=None)
 @given(steps=STEPS)
 def test_in_any_order_each_container_holds_what_its_record_says(steps: list[tuple[str, str, bool]]) -> None:
-    async def life(directory: Path, patch: pytest.MonkeyPatch) -> None:
-        async with asyncio.timeout(30), Lab(directory, patch, Machine(), NetPorts()).running() as lab:
+    async def life(directory: Path) -> None:
+        async with asyncio.timeout(30), Lab(directory, Machine(), NetPorts()).running() as lab:
             ids = {name: await lab.create(name) for name in "ab"}
             for operation, name, ends in steps:
                 await perform(lab, operation, ids[name], ends=ends)
@@ -524,5 +484,5 @@ def test_in_any_order_each_container_holds_what_its_record_says(steps: list[tupl
                 await lab.engine.remove(id, force=True)
             assert nothing_is_held(lab)
 
-    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        asyncio.run(life(Path(directory), patch))
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(life(Path(directory)))

@@ -169,19 +169,21 @@ async def test_a_deploy_that_took_over_a_killed_one_records_its_failure(cluster:
     assert listed.startswith("1 failed: not done within 2 s: shop_db: 0 of 1 tasks run"), listed
 
 
-async def test_an_undo_names_the_services_that_the_revision_does_not_have(cluster: Cluster) -> None:
+def image_of(cluster: Cluster, name: str) -> str:
+    (found,) = (one for one in cluster.store.view().find(Service) if one.spec.name == name)
+    assert found.spec.task_template.container_spec is not None
+    return found.spec.task_template.container_spec.image.partition(":")[0]
+
+
+async def test_an_undo_restores_the_services_that_the_revision_does_not_have(cluster: Cluster) -> None:
     cluster.write(file(web="busybox", old="busybox"))
     assert (await cluster.deploy())[0] == 0
     cluster.write(file(web="busybox:2"))
     assert (await cluster.deploy())[0] == 0
     cluster.write(file(web="busybox:2", old=FAILS))
     code, _, err = await cluster.deploy("--rollback-on-failure", "--max-failures", "3")
-    assert code == 1
-    kept = "shop_old, which it does not have (docker service rollback shop_old)"
-    assert f"shop is back at revision 2, except for {kept}" in err
-    (old,) = (one for one in cluster.store.view().find(Service) if one.spec.name == "shop_old")
-    assert old.spec.task_template.container_spec is not None
-    assert old.spec.task_template.container_spec.image.startswith(FAILS)
+    assert (code, "shop is back at revision 2. Reason: shop_old" in err) == (1, True), err
+    assert image_of(cluster, "shop_old") == "busybox"
 
 
 def with_image(image: str) -> Callable[[Mapping[str, Any]], Any]:
@@ -201,5 +203,9 @@ async def test_an_undo_keeps_the_services_of_a_killed_deploy_that_run(cluster: C
     assert code == 0, err
     cluster.write(file(web=FAILS, db="busybox"))
     code, _, err = await cluster.deploy("--rollback-on-failure", "--max-failures", "3")
-    assert (code, "no earlier revision of shop was deployed" in err) == (1, True), err
+    words = (
+        "no earlier revision of shop was deployed, so its updated services have their previous specs again"
+    )
+    assert (code, words in err) == (1, True), err
+    assert image_of(cluster, "shop_web") == "busybox"
     assert (cluster.names(), networks(cluster)) == (["shop_db", "shop_web"], ["shop_default"])

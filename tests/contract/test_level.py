@@ -14,6 +14,7 @@ from skep.manager.manager_status import write_manager_status
 from skep.manager.membership.data_level import lowest_level, write_level
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
 from skep.model.options.labels import VOLUME_AFFINITY
+from skep.model.service import ServiceSpec
 from skep.model.values.ids import NodeId, new_id
 from skep.model.values.times import Timestamp
 from skep.store import keys
@@ -23,7 +24,7 @@ from skep.store.etcd.initialize import initialize
 from skep.store.etcd.requests import etcd_key
 from skep.store.etcd.store import open_store
 from skep.store.interface import Transaction
-from skep.store.level import LEVEL, VOLUME_AFFINITIES
+from skep.store.level import LEVEL, PLACEMENTS, VOLUME_AFFINITIES
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service_spec
 from tests.support.store.etcd_rig import a_member, member_settings
@@ -123,3 +124,20 @@ async def test_a_label_that_an_older_leader_does_not_know_waits_for_all_managers
         await try_create()
     await store.update(lambda tx: tx.raise_level(VOLUME_AFFINITIES))
     await try_create()
+
+
+async def test_a_constraint_that_an_older_leader_does_not_know_waits_for_all_managers() -> None:
+    """It would not start the tasks, and fail each decision about the service."""
+    store = MemoryStore(SystemClock())
+    spec = a_service_spec("db", constraints=("node.labels.cores  >= 8",))
+    now = Timestamp("2026-11-24T09:30:00Z")
+
+    async def try_create(spec: ServiceSpec) -> None:
+        await store.update(create_service, spec, new_id=new_id, new_name=lambda: "", now=now)
+
+    await store.update(lambda tx: tx.raise_level(PLACEMENTS - 1))
+    await try_create(a_service_spec("web", constraints=("node.labels.cores == 8",)))
+    with pytest.raises(FailedPrecondition, match=r"the constraint node\.labels\.cores >= 8 needs managers"):
+        await try_create(spec)
+    await store.update(lambda tx: tx.raise_level(PLACEMENTS))
+    await try_create(spec)

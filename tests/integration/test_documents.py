@@ -57,6 +57,7 @@ STATUS = "docs/guide/status.md"
 NOTIFICATIONS = "docs/guide/notifications.md"
 EXEC = "docs/guide/exec.md"
 NODES = "docs/guide/nodes.md"
+PLACEMENT = "docs/guide/placement.md"
 PRIORITIES = "docs/guide/priorities.md"
 MIGRATE = "docs/guide/migrate.md"
 IMAGES = "docs/guide/images.md"
@@ -148,7 +149,7 @@ def test_no_block_is_forgotten() -> None:
         *((VOLUMES, number) for number in range(2)),
         (CSI, 0),
         *((IMAGES, number) for number in range(2)),
-        *((page, 0) for page in (EXEC, PRIORITIES, SECRETS, DEVICES, UPDATES)),
+        *((page, 0) for page in (EXEC, PLACEMENT, PRIORITIES, SECRETS, DEVICES, UPDATES)),
         *((STACKS, number) for number in range(6)),
         (LOGS, 0),
         *((HISTORY, number) for number in range(2)),
@@ -270,6 +271,12 @@ def test_the_guide_to_commands_in_containers(m1: TestNode, checkout: Path) -> No
 def test_the_guide_to_priorities(m1: TestNode, checkout: Path) -> None:
     (block,) = shell_blocks(PRIORITIES)
     assert "checkout: " in run(block, checkout, DOCKER_HOST=m1.socket)
+
+
+def test_the_guide_to_placement(m1: TestNode, checkout: Path) -> None:
+    (block,) = shell_blocks(PLACEMENT)
+    run(block, checkout, DOCKER_HOST=m1.socket)
+    wait_running(m1, "report", 1)
 
 
 def test_the_guide_to_nodes(m1: TestNode, checkout: Path) -> None:

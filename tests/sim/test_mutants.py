@@ -55,7 +55,7 @@ def by_name(name: str) -> Mutant:
                 *((name, 1) for name in ("volume sharing", "volume writers", "start first", "job TTL kept")),
                 *((name, 1) for name in ("overdue update", "updates end", "spec versions", "history")),
                 *((name, 1) for name in ("preemption off", "preemption on", "waiting tasks", "quota")),
-                *((name, 1) for name in ("attempts", "visits of a task")),
+                *((name, 1) for name in ("attempts", "visits of a task", "budget of labels")),
                 *((name, 40) for name in ("scaling range", "scaling window", "scaling updates")),
                 *((name, 60) for name in ("causes", "adopt", "address held", "subnet released")),
                 ("subnet held", 100),

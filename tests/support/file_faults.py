@@ -31,7 +31,7 @@ class Faults:
     """Chooses the calls that fail.
 
     It counts calls on files below ``directory``, and in a process without other work on all descriptors.  From the
-    call ``first`` on, ``count`` calls fail with the error ``number``.
+    call ``first`` on, ``count`` calls fail with the error ``number``, and so do all calls that a test chooses.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -39,6 +39,7 @@ class Faults:
         self.calls = 0
         self.hits: list[str] = []
         self._first, self._count, self._number = -1, 0, 0
+        self._chosen: Callable[[str, Path], bool] = lambda _call, _path: False
         self._lock = threading.Lock()
 
     def plan(self, first: int, number: int, count: int = 1) -> None:
@@ -46,9 +47,15 @@ class Faults:
             self.calls, self.hits = 0, []
             self._first, self._count, self._number = first, count, number
 
+    def choose(self, number: int, chosen: Callable[[str, Path], bool]) -> None:
+        """Let the calls that are ``chosen``, by their name and path, fail with the error ``number``."""
+        with self._lock:
+            self._number, self._chosen = number, chosen
+
     def end(self) -> None:
         with self._lock:
             self._count = 0
+            self._chosen = lambda _call, _path: False
 
     def met(self, name: str, target: object) -> None:
         if isinstance(target, bytes):
@@ -60,7 +67,8 @@ class Faults:
             return
         with self._lock:
             self.calls += 1
-            if self._first <= self.calls - 1 < self._first + self._count:
+            is_chosen = not isinstance(target, int) and self._chosen(name, Path(str(target)))
+            if is_chosen or self._first <= self.calls - 1 < self._first + self._count:
                 self.hits.append(f"{name} {target}")
                 raise OSError(self._number, os.strerror(self._number), str(target))
 

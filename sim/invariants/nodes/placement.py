@@ -30,18 +30,30 @@ def meets(constraints: Iterable[str], node: Node) -> bool:
 
 
 def _is_met(constraint: str, node: Node) -> bool:
-    is_different = "!=" in constraint
-    key, _, value = (part.strip() for part in constraint.partition("!=" if is_different else "=="))
+    words = constraint.replace("!=", " not equals ").replace("==", " equals ").split(maxsplit=1)
+    key, rest = words[0], words[1].strip()
     match key.split(".", 2):
         case ["node", "labels", label]:
-            actual = node.spec.labels.get(label, "")
+            actual = node.spec.labels.get(label)
         case ["node", "hostname"]:
             actual = node.description.hostname
         case ["node", "role"]:
             actual = node.spec.role.value
         case _:
             return False
-    return (actual.lower() == value.lower()) is not is_different
+    is_negated, text = rest.startswith("not "), (actual or "").lower()
+    operator, _, value = rest.removeprefix("not ").strip().partition(" ")
+    value = value.strip().lower()
+    match operator:
+        case "exists":
+            is_met = actual is not None
+        case "in":
+            is_met = text in value.strip("()").split(", ")
+        case "like":
+            is_met = text.startswith(value.rstrip("*"))
+        case _:
+            is_met = text == value
+    return is_met is not is_negated
 
 
 def may_have_tasks(node: Node, spec: ServiceSpec) -> bool:

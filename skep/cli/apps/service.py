@@ -1,6 +1,5 @@
 """``skep service``: docker's commands, and wait, stop, start, history, diff and rollback."""
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -16,13 +15,13 @@ from skep.cli.formatting import age
 from skep.cli.output import OutputOptions, Shown, shows, table
 from skep.cli.running import run_requests
 from skep.cli.stack.stack_screens import differing, max_failures
-from skep.errors import InvalidArgument, Unavailable
+from skep.errors import InvalidArgument
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.schedules import stop_labels, without_stop
 from skep.model.service import ServiceSpec
 from skep.model.values.unknown import leniently
-from skep.stack.progress import FAILURES_MAX, ServiceProgress
-from skep.stack.waiting import Reasons, look_at, unfinished, wait_done
+from skep.stack.progress import FAILURES_MAX
+from skep.stack.waiting import wait_for
 
 
 @click.group(cls=passthrough.WithDockers)
@@ -267,7 +266,6 @@ async def _wait(
     host: HostOptions, names: tuple[str, ...], timeout_s: float, failures_max: int, *, is_quiet: bool = False
 ) -> None:
     shown: dict[str, str] = {}
-    open_ = set(names)
 
     def show(name: str, text: str) -> None:
         if shown.get(name) != text:
@@ -276,18 +274,4 @@ async def _wait(
                 click.echo(f"{name}: {text}", err=True)
 
     async with host.client() as client:
-        reasons = Reasons(client, failures_max)
-
-        async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
-            looks = {name: await look_at(client, name) for name in sorted(waiting, key=names.index)}
-            found = await reasons.explain(looks)
-            open_.intersection_update(name for name, progress in found.items() if not progress.is_done)
-            return found
-
-        try:
-            async with asyncio.timeout(timeout_s):
-                await wait_done(names, look, show)
-        except TimeoutError:
-            unknown = shown.get("managers", "no manager has responded")
-            texts = {name: shown.get(name, unknown) for name in sorted(open_)}
-            raise Unavailable(unfinished(texts, timeout_s)) from None
+        await wait_for(client, names, show, timeout_s, failures_max)

@@ -236,7 +236,7 @@ class Bundles:
         check_propagation(config.mounts)
         found = devices.look_up(config.machine, self._capacity.cdi_directories)
         with self._mounts:
-            self._mount(container)
+            self.mount(container)
             image_mounts.mount_all(
                 config.mounts, self._images(container.id), self.path(container.id) / "images"
             )
@@ -331,7 +331,7 @@ class Bundles:
         id = container.id
         with self._mounts:
             if not os.path.ismount(self.rootfs(id)):
-                self._mount(container)
+                self.mount(container)
                 self._to_release.add(id)
             self._borrowers[id] += 1
         return RootFiles(self.rootfs(id), self._binds(container))
@@ -406,7 +406,8 @@ class Bundles:
         if self._capacity.has_apparmor and config.apparmor == "default":
             apparmor.load_default()
 
-    def _mount(self, container: Container) -> None:
+    def mount(self, container: Container) -> None:
+        """Mount the root file system.  Idempotent.  Raises: OSError."""
         path = self.path(container.id)
         target = self.rootfs(container.id)
         target.mkdir(mode=0o755, parents=True, exist_ok=True)

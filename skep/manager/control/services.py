@@ -33,12 +33,14 @@ from skep.manager.services.spec_history import comparable, keep_spec
 from skep.model.needs import cannot_share, needs_of
 from skep.model.network import Network, is_ingress
 from skep.model.options.autoscaling import with_number_kept
+from skep.model.options.constraints import is_dockers, parsed
 from skep.model.options.labels import FORMER_VOLUMES, VOLUME_AFFINITY, is_stopped
 from skep.model.options.schedules import CRON
 from skep.model.permissions.rights import allowed_by, rights_of, rights_text
 from skep.model.secret import Config, Secret
 from skep.model.service import (
     NetworkAttachmentConfig,
+    Placement,
     PublishMode,
     Service,
     ServiceSpec,
@@ -54,7 +56,7 @@ from skep.model.values.times import Timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Transaction, View
 from skep.store.kinds import previous_registry_auth_id, registry_auth_id
-from skep.store.level import SCHEDULES, STOPS, VOLUME_AFFINITIES
+from skep.store.level import PLACEMENTS, SCHEDULES, STOPS, VOLUME_AFFINITIES
 
 AuthSource = Literal["spec", "previous-spec"]
 """Source of the registry credentials of an update that has no credentials."""
@@ -302,6 +304,12 @@ def check_level(view: View, spec: ServiceSpec) -> None:
         )
     if is_stopped(spec.labels) and view.level < STOPS:
         raise FailedPrecondition("a stopped service needs managers of this version: upgrade the others first")
+    constraints = parsed((spec.task_template.placement or Placement()).constraints)
+    new = next((one for one in constraints if not is_dockers(one)), None)
+    if new is not None and view.level < PLACEMENTS:
+        raise FailedPrecondition(
+            f"the constraint {new.text} needs managers of this version: upgrade the others first"
+        )
 
 
 def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:

@@ -1,26 +1,43 @@
-"""Reason why a task is still on its drained node.  Pure."""
+"""Reason why a task is still on a node that it must leave.  Pure."""
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from skep.manager.diagnosis.reasons import hostname, problem_of, slot_of
-from skep.manager.services.disruption_budget import budget_of
+from skep.manager.diagnosis.reasons import (
+    CauseKind,
+    SlotId,
+    TaskProblem,
+    hostname,
+    name_of,
+    problem_of,
+    slot_of,
+)
+from skep.manager.orchestrator.replacement.enforcement import violates_constraints
+from skep.manager.services.disruption_budget import budget_of, required
 from skep.model.needs import host_ports
 from skep.model.node import Availability, Node
 from skep.model.node_reports.departures import STAYS
 from skep.model.options.labels import drains_now
 from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.task import Task, TaskState
-from skep.model.values.ids import NodeId
+from skep.model.values.ids import NodeId, TaskId
 
 
-def why_it_stays(task: Task, service: Service, tasks: Iterable[Task], nodes: Mapping[NodeId, Node]) -> str:
-    """Return why the running ``task`` of a replicated service is still on its drained node, or nothing.
+def why_it_stays(
+    task: Task,
+    service: Service,
+    tasks: Iterable[Task],
+    nodes: Mapping[NodeId, Node],
+    surplus: Collection[TaskId] = (),
+) -> str:
+    """Return why the running ``task`` of a replicated service is still on a node that it must leave, or nothing.
 
     Args:
         tasks: All tasks of the service.
+        surplus: Tasks that exceed the resources of the node.
     """
     node = nodes.get(task.node_id)
-    if node is None or node.spec.availability is not Availability.DRAIN or drains_now(node.spec.labels):
+    if node is None or not (cause := _why_it_leaves(task, service, node, surplus)):
         return ""
     if (
         task.status.state is not TaskState.RUNNING
@@ -40,7 +57,47 @@ def why_it_stays(task: Task, service: Service, tasks: Iterable[Task], nodes: Map
         why = "the update replaces it in its turn"
     else:
         why = budget_of(service, tasks, nodes.get).reason or "its replacement starts first"
-    return f"{STAYS} {where}, which is drained: {why}"
+    return f"{STAYS} {where}, {cause}: {why}"
+
+
+def split_off_replacements(
+    problems: Sequence[TaskProblem], service: Service, tasks: Iterable[Task], nodes: Mapping[NodeId, Node]
+) -> tuple[list[TaskProblem], str]:
+    """Return ``problems`` without those of waiting replacements, and a hint about these.
+
+    The service lacks nothing while the tasks before them run.  A replacement that fails remains a problem.
+    """
+    slots: dict[SlotId, list[Task]] = defaultdict(list)
+    if any(map(_is_waiting, problems)):
+        for task in tasks:
+            if task.is_active:
+                slots[slot_of(task)].append(task)
+    slot_by_id = {task.id: slot for slot in slots.values() for task in slot}
+    rest, hint, number = [], "", 0
+    for problem in problems:
+        slot = slot_by_id.get(problem.pending_task_id, []) if _is_waiting(problem) else []
+        stays = ((task, why_it_stays(task, service, slot, nodes)) for task in slot)
+        if (found := next(((task, why) for task, why in stays if why), None)) is None:
+            rest.append(problem)
+            continue
+        number += 1
+        hint = hint or f"{name_of(found[0], service, nodes)}: {found[1]}"
+    return rest, f"{hint}; {number - 1} more" if number > 1 else hint
+
+
+def _is_waiting(problem: TaskProblem) -> bool:
+    return 0 < problem.weight < CauseKind.PROGRESSING.weight
+
+
+def _why_it_leaves(task: Task, service: Service, node: Node, surplus: Collection[TaskId]) -> str:
+    """Return why ``task`` must leave its node when its replacement runs, or nothing."""
+    if node.spec.availability is Availability.DRAIN:
+        return "" if drains_now(node.spec.labels) else "which is drained"
+    if not required(service):
+        return ""
+    if violates_constraints(task, node):
+        return "which no longer meets its constraints"
+    return "which has too few resources for it" if task.id in surplus else ""
 
 
 def _is_outdated(task: Task, service: Service) -> bool:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from skep.manager.autoscaling.decision import blocked, readings_of, recommendation, shown_reason
+from skep.manager.diagnosis.departures import split_off_replacements
 from skep.manager.diagnosis.reasons import (
     LOOP_FROM,
     CauseKind,
@@ -251,11 +252,12 @@ def explain_service(
     running = _running(tasks) if running is None else running
     active = len({slot_of(task) for task in tasks if task.is_active}) if active is None else active
     ports = host_ports(service.spec)
-    problems = problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns)
+    every = problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns)
+    problems, hint = split_off_replacements(every, service, tasks, nodes)
     if is_job:
         text, reason, is_healthy = _of_job(service, tasks, running, problems, nodes)
     else:
-        text, reason, is_healthy = _of_service(service, running, wanted, done, problems, active)
+        text, reason, is_healthy = _of_service(service, running, wanted, done, problems, active, hint)
     worst = problems[0] if problems and not is_healthy else None
     state = _state(update, worst, is_healthy=is_healthy)
     return ServiceExplanation(
@@ -404,10 +406,12 @@ def _of_service(
     done: int,
     problems: Sequence[TaskProblem],
     active: int,
+    hint: str,
 ) -> tuple[str, str, bool]:
     """Return the summary, the reason, and whether the service is in its desired state.
 
-    ``done`` counts the tasks that ended and that their restart policy does not restart.
+    ``hint`` is about tasks that must leave their node.  ``done`` counts the tasks that ended and that their restart
+    policy does not restart.
     """
     update = service.update_status or UpdateStatus()
     is_updating = update.state in UNDER_WAY
@@ -416,8 +420,10 @@ def _of_service(
         if is_stopped(service.spec.labels):
             return f"{IS_STOPPED}: skep service start {service.spec.name} starts its tasks", IS_STOPPED, True
         if done:
-            return f"{done} of {wanted} tasks done" + (f", {running} running" if running else ""), "", True
-        return f"{running} of {wanted} tasks run" + ("" if update.state in PAUSED else ": healthy"), "", True
+            text = f"{done} of {wanted} tasks done" + (f", {running} running" if running else "")
+        else:
+            text = f"{running} of {wanted} tasks run" + ("" if update.state in PAUSED else ": healthy")
+        return f"{text}; {hint}" if hint else text, hint, True
     count = f"{running} of {wanted} tasks run" + (f", {done} done" if done else "")
     if not problems:
         if active + done < wanted:

@@ -71,6 +71,8 @@ class CauseKind(Enum):
     """No node of the cluster is as large as the task needs, or has its plugins."""
     NOT_ALLOCATED = "not-allocated"
     """A network has no address left for the task, or another service has its port."""
+    NO_ADDRESS = "no-address"
+    """The network has no address left, and no task on it is stopping."""
     NODE_LOST = "node-lost"
     """The node is down."""
     WAITING = "waiting"
@@ -93,6 +95,7 @@ _WEIGHTS: Final[Mapping[CauseKind, int]] = {
     CauseKind.TOO_LARGE: 1,
     CauseKind.NO_NODE: 1,
     CauseKind.NOT_ALLOCATED: 1,
+    CauseKind.NO_ADDRESS: 1,
     CauseKind.NODE_LOST: 2,
     CauseKind.WAITING: 3,
     CauseKind.PROGRESSING: 4,

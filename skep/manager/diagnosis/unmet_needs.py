@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final
 
+from skep.aio.clock import Clock
+from skep.aio.time_slices import TimeSlices
 from skep.manager.services.resources import GenericStock
 from skep.model.needs import (
     CPU_NANO,
@@ -24,8 +26,31 @@ from skep.model.permissions.rights import missing_devices, rights_of, rights_tex
 from skep.model.service import GenericResource, Placement
 from skep.model.task import Task
 
+NO_ADDRESSES: Final = "no available IPv"
+"""Start of the allocator's error about a network without free addresses."""
 _MEBIBYTE: Final = 1 << 20
 _PLUGIN_TYPES: Final = {"Log": "log driver", "Network": "network driver", "Volume": "volume driver"}
+
+
+async def has_full_network(task: Task, tasks: Iterable[Task], clock: Clock) -> bool:
+    """Return whether ``task`` waits for an address of a network on which no task is stopping.  Yields to the event
+    loop between ``tasks``, which are all tasks of the cluster.
+    """
+    if not task.status.err.startswith(NO_ADDRESSES):
+        return False
+    slices = TimeSlices(clock)
+    for one in tasks:
+        if not one.is_wanted and not one.status.state.is_terminal and _is_on(one, task.status.err):
+            return False
+        await slices.yield_if_due()
+    return True
+
+
+def _is_on(task: Task, err: str) -> bool:
+    """Return whether the task has an address of the network that ``err`` ends with."""
+    return any(
+        one.network is not None and err.endswith(f"({one.network.id})") for one in task.networks_attachments
+    )
 
 
 def fits_no_node(task: Task, nodes: Collection[Node]) -> str:

@@ -23,7 +23,7 @@ from skep.model.options.schedules import without_stop
 from skep.model.secret import Config, Secret
 from skep.model.service import Service, ServiceSpec, UpdateState
 from skep.model.swarm import Swarm
-from skep.model.task import Task, TaskState
+from skep.model.task import StopCause, Task, TaskState
 from skep.model.task_end import words_of
 from skep.model.values.times import unix_ns
 from skep.model.volume import Volume
@@ -40,6 +40,12 @@ _ENDS = {
     TaskState.FAILED: ("fail", Severity.ERROR),
     TaskState.REJECTED: ("reject", Severity.ERROR),
     TaskState.ORPHANED: ("lost", Severity.ERROR),
+}
+_STOPS = {
+    StopCause.NODE_DOWN.value: ("its node {node} was down", Severity.WARNING),
+    StopCause.NODE_REMOVED.value: ("its node was removed", Severity.WARNING),
+    StopCause.NODE_DRAINED.value: ("its node {node} was drained", Severity.INFO),
+    StopCause.NODE_UNFIT.value: ("its node {node} no longer met its constraints", Severity.INFO),
 }
 _UPDATES = {
     UpdateState.UPDATING: ("update-started", Severity.INFO, "update started"),
@@ -118,6 +124,12 @@ def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Se
         before, after = _image(last), _image(successor)
         image = f": image {before} → {after}" if before != after else ""
         return f"its service was updated{image}", Severity.INFO
+    name = _hostname(node) if node is not None else last.node_id
+    stop_cause = last.restart.stop_cause if last.restart is not None else ""
+    is_down = node is not None and node.status.state is NodeState.DOWN
+    if stop_cause in _STOPS and not is_down:
+        words, severity = _STOPS[stop_cause]
+        return words.format(node=name), severity
     if state in (TaskState.FAILED, TaskState.REJECTED):
         was = "was " if state is TaskState.REJECTED else ""
         return f"it {was}{state.value}: {end_of(last)}", Severity.WARNING
@@ -128,7 +140,6 @@ def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Se
     if last.node_id and node is None:
         return "its node was removed", Severity.WARNING
     if node is not None:
-        name = _hostname(node)
         if node.status.state is NodeState.DOWN:
             because = f": {node.status.message}" if node.status.message else ""
             return f"its node {name} is down{because}", Severity.WARNING

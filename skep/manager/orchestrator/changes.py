@@ -26,7 +26,7 @@ from skep.manager.services.spec_history import keep_spec
 from skep.model.history import stack_of
 from skep.model.node import Availability, Node
 from skep.model.service import ENDED, PAUSED, Service, SpecAuthor, UpdateState, UpdateStatus
-from skep.model.task import Restart, Task, TaskState, TaskStatus
+from skep.model.task import Restart, StopCause, Task, TaskState, TaskStatus
 from skep.model.values.ids import IdSource, NodeId, TaskId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
@@ -42,6 +42,7 @@ class FillSlot(msgspec.Struct, frozen=True):
         desired: READY only prepares the task, and ``start_steps`` starts it later.  For a job, RUNNING means COMPLETE.
         delay_s: Seconds from the task's creation until it may start.
         failures: Number of tasks before it that failed in a row.
+        beside: The slot's tasks on nodes that no longer fit, which run until the new task does (``evacuation``).
     """
 
     service: Service
@@ -50,6 +51,7 @@ class FillSlot(msgspec.Struct, frozen=True):
     desired: TaskState = TaskState.RUNNING
     delay_s: float = 0.0
     failures: int = 0
+    beside: tuple[TaskId, ...] = ()
 
 
 class Cause(Enum):
@@ -206,12 +208,14 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
             if (cause is not None and _has_passed(tx, cause, task)) or not _are_available(tx, keeps):
                 return
             if successor is None or _can_take_over(tx, successor, is_refused=is_refused):
-                _retire(tx, task.id, desired, now, is_due)
+                _retire(tx, task.id, desired, now, is_due=is_due, cause=cause)
         case ReplaceTask(task, successor, cause, keeps):
             if (cause is not None and _has_passed(tx, cause, task)) or not _are_available(tx, keeps):
                 return
             # Both or neither, because a slot that was only emptied would be filled at once, without the restart delay.
-            if _is_current(tx, successor.service) and _retire(tx, task.id, TaskState.SHUTDOWN, now):
+            if _is_current(tx, successor.service) and _retire(
+                tx, task.id, TaskState.SHUTDOWN, now, cause=cause
+            ):
                 if _is_assigned_since(tx, task):
                     successor = replace(successor, desired=TaskState.READY)
                 _fill(tx, successor, new_id, now)
@@ -251,7 +255,8 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
     if any(
         task.is_active
         and (task.spec_version, task.job_iteration) == (service.spec_version, iteration)
-        and not _is_on_drained_node(tx, task)  # it runs until the new task does (``evacuation``)
+        # Such a task runs until the new one does (``evacuation``).
+        and not (task.id in change.beside or _is_on_drained_node(tx, task))
         for task in rivals
     ):
         return
@@ -396,7 +401,29 @@ def _can_take_over(tx: Transaction, successor: TaskId, *, is_refused: bool) -> b
     return not is_refused or task.status.state <= TaskState.PENDING
 
 
-def _retire(tx: Transaction, id: TaskId, desired: TaskState, now: Timestamp, is_due: bool = False) -> bool:
+def _stop_cause(tx: Transaction, task: Task, cause: Cause | None) -> str:
+    """Return what the history says about a task that leaves its node.  The node may be another one later."""
+    if cause not in (Cause.NODE_IS_LOST, Cause.NODE_IS_UNFIT) or not task.node_id:
+        return ""
+    node = tx.lookup(Node, task.node_id)
+    if node is None:
+        return StopCause.NODE_REMOVED.value
+    if cause is Cause.NODE_IS_LOST:
+        return StopCause.NODE_DOWN.value
+    is_drained = node.spec.availability is Availability.DRAIN
+    cause_there = StopCause.NODE_DRAINED if is_drained else StopCause.NODE_UNFIT
+    return str(cause_there.value)
+
+
+def _retire(
+    tx: Transaction,
+    id: TaskId,
+    desired: TaskState,
+    now: Timestamp,
+    *,
+    is_due: bool = False,
+    cause: Cause | None = None,
+) -> bool:
     """Retire the task.  Returns False if it was retired before."""
     task = tx.lookup(Task, id)
     if task is None or task.desired_state >= desired:
@@ -412,7 +439,10 @@ def _retire(tx: Transaction, id: TaskId, desired: TaskState, now: Timestamp, is_
         task = replace(
             task,
             restart=replace(
-                restart, is_due=restart.is_due or is_due, was_stopped=restart.was_stopped or was_stopped
+                restart,
+                is_due=restart.is_due or is_due,
+                was_stopped=restart.was_stopped or was_stopped,
+                stop_cause=_stop_cause(tx, task, cause) if was_stopped else restart.stop_cause,
             ),
         )
     if task.status.state < TaskState.ASSIGNED:

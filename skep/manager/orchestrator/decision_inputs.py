@@ -110,18 +110,27 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
             return True
         if task.preemption is not None:
             return True
-        return violates_constraints(task, node) or task.id in self.overcommitted(task.node_id)
+        return self.is_unfit(task, node)
+
+    def is_unfit(self, task: Task, node: Node) -> bool:
+        """Return whether the active ``node`` no longer meets the constraints of ``task`` or is too small for it."""
+        return violates_constraints(task, node) or task.id in self.overcommitted(node.id)
 
     def moves_start_first(self, task: Task) -> bool:
-        """Return whether a drained node keeps the task until its replacement runs (``evacuation``).
+        """Return whether the task runs on until its replacement runs (``evacuation``), although it must leave its node.
+
+        The node is drained.  Or the node no longer fits, and the service has a minimum of available tasks.
 
         Other tasks stop first.  These are tasks without a process, tasks with a volume or host path to write to, tasks
         without restarts, and tasks of a node that is down or drained at once.
         """
         node = self.node_of(task)
-        if node is None or node.spec.availability is not Availability.DRAIN or drains_now(node.spec.labels):
+        if node is None or node.status.state is NodeState.DOWN or self.service.spec.mode.name != "replicated":
             return False
-        if node.status.state is NodeState.DOWN or self.service.spec.mode.name != "replicated":
+        if node.spec.availability is Availability.DRAIN:
+            if drains_now(node.spec.labels):
+                return False
+        elif not required(self.service) or not self.is_unfit(task, node):
             return False
         may_run = task.status.state is TaskState.RUNNING or self.has_unknown_status(task)
         if task.desired_state is not TaskState.RUNNING or not task.is_active or not may_run:

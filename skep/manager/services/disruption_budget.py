@@ -1,10 +1,10 @@
-"""How many tasks of a service may be taken away now, by drains, updates and preemption together.
+"""How many tasks of a service may be taken away now, by drains, updates, preemption and changed nodes together.
 
 The budget is not stored.  It follows from the desired and observed states of the service's tasks, so a task that one
 action has taken away counts against every other action.  The orchestrator is the only writer of desired states, and
 decides about all tasks of a service at once.
 
-Actions that a user asks for (scaling down, new constraints) and failures do not wait for the budget, but count.
+Actions that a user asks for (scaling down, `drain --now`) and failures do not wait for the budget, but count.
 """
 
 from collections.abc import Callable, Iterable

@@ -16,6 +16,7 @@ from skep.model.networks.used_ports import PORTS_LABEL, UsedPort, ports_label
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
 from skep.model.node_reports.conditions import ConditionName
 from skep.model.node_reports.description_size import size_condition, within_size
+from skep.model.options.constraints import FACT_LABEL
 from skep.model.options.secret_env import PLUGIN as SECRET_ENV
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, slot_volumes_label
 from skep.model.permissions.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL, MORE, reported_rights
@@ -119,6 +120,17 @@ def listed(names: Iterable[str]) -> str:
     return ",".join(kept)
 
 
+def _fact_labels(machine: Machine, features: Features) -> Mapping[str, str]:
+    """Return the labels that constraints read as ``node.facts.NAME``."""
+    facts = {
+        "kernel": machine.kernel,
+        "cgroup": str(features.cgroup_version),
+        "distribution": machine.distribution,
+        "distribution-version": machine.os_version,
+    }
+    return {FACT_LABEL + name: value for name, value in facts.items() if value}
+
+
 class NodeDescriber:
     """Builds the node's description on request.
 
@@ -174,6 +186,7 @@ class NodeDescriber:
             NODE_LABEL: "true",
             **self._offer_labels(configuration),
             ROUTES_LABEL: routes_label(self._offers.present.routes),
+            **_fact_labels(self._machine, self._features),
         }
         if self._has_probes:
             own[PATHS_LABEL] = "1"

@@ -25,6 +25,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     os_name: str
     """For example ``Debian GNU/Linux 12 (bookworm)``."""
     os_version: str
+    distribution: str = ""
+    """Short name of the distribution, such as ``debian``."""
     cpus: int
     memory_bytes: int
 
@@ -51,6 +53,7 @@ def this_machine() -> Machine:
         kernel=platform.release(),
         os_name=release.get("PRETTY_NAME", "Linux"),
         os_version=release.get("VERSION_ID", ""),
+        distribution=release.get("ID", ""),
         cpus=processors(),
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
     )

@@ -91,7 +91,7 @@ async def test_following_ends_when_the_container_ended_just_before_the_wait(
     )  # fmt: skip
     looks = iter([running, running])
 
-    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+    engine = memory_engine(tmp_path, Machine())
     store = engine.store
     ended = msgspec.structs.replace(running, state=ContainerState.EXITED)
     monkeypatch.setattr(store, "lookup", lambda _: next(looks, ended))

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
@@ -20,7 +19,6 @@ from skep.dataplane.gateway import Gateway
 from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.networks import LocalNetworks
 from skep.engine.containers.container import Container, PlainOptions
-from skep.engine.lifecycle import driver
 from skep.errors import AlreadyExists, NotFound
 from skep.model.networks.sandbox import (
     Endpoint,
@@ -34,6 +32,7 @@ from skep.model.networks.tables import NetworkHead, Segment
 from skep.model.service import PublishMode
 from skep.model.values.ids import ContainerId, NetworkId, TaskId, new_container_id
 from tests.support.engine.oci_rig import Machine, memory_engine, new_container
+from tests.support.engine.stub_engine import Steps
 from tests.support.managers.wire_rig import until
 
 PORT = ("tcp", 8080, "")
@@ -48,6 +47,7 @@ class NetPorts:
     """Stub of the net process, which outlives the node process.  ``fails``: errors of the next releases."""
 
     def __init__(self) -> None:
+        self.steps = Steps()
         self.keys: set[tuple[str, int, str]] = set()
         self.fails: list[Exception] = []
 
@@ -57,14 +57,17 @@ class NetPorts:
         if (protocol, port, address) in self.keys:
             raise AlreadyExists(f"Bind for {address}:{port} failed: port is already allocated")
         self.keys.add((protocol, port, address))
+        await self.steps.begin("answer reservation")
         return port
 
     async def release(self, protocol: str, port: int, address: str = "") -> None:
         if self.fails:
             raise self.fails.pop()
+        await self.steps.begin("release")
         self.keys.discard((protocol, port, address))
 
     async def list_held(self) -> Iterable[tuple[str, int, str]]:
+        await self.steps.begin("list")
         return tuple(self.keys)
 
 
@@ -143,19 +146,56 @@ class Wires:
         return tuple(one for (_, owner), one in self.ports.items() if owner == id)
 
 
+class Home:
+    """Stub of the node's own namespace."""
+
+    def __init__(self) -> None:
+        self.steps = Steps()
+
+    def set_part(self, *_: object) -> None:
+        """Do nothing, because there are no rules."""
+
+    def expect_removal(self, _: str) -> None:
+        """Do nothing, because there are no links."""
+
+    async def apply(self) -> None:
+        await self.steps.begin("apply")
+
+    async def remove(self, _: str) -> None:
+        await self.steps.begin("remove")
+
+
 class MemoryGateway(Gateway):
     """A gateway without the kernel."""
 
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.steps = Steps()
+
+    async def cut(self, container_id: ContainerId, sandbox: Sandbox) -> None:
+        """Disconnect the container, because there is no link to remove."""
+        await self.disconnect(container_id)
+
     async def _choose_subnets(self) -> tuple[IPv4Network, IPv6Network | None]:
+        await self.steps.begin("choose")
         return IPv4Network("172.18.0.0/16"), None
+
+
+class LabNetwork(ContainerNetwork):
+    """The container network of a ``Lab``.  ``has_all``: whether the namespace of each container exists."""
+
+    has_all = False
+
+    def is_present(self, sandbox: Sandbox) -> bool:
+        return self.has_all
 
 
 class Lab:
     """One node process.  ``machine`` and ``ports`` outlive it."""
 
-    def __init__(self, directory: Path, patch: pytest.MonkeyPatch, machine: Machine, ports: NetPorts) -> None:
+    def __init__(self, directory: Path, machine: Machine, ports: NetPorts) -> None:
         self.machine, self.ports, self.cluster, self.wires = machine, ports, Cluster(), Wires()
-        home: Any = SimpleNamespace(set_part=lambda *_: None, apply=nothing, expect_removal=lambda _: None)
+        self.home = Home()
         spaces: Any = SimpleNamespace(
             home=Path("/none"),
             path=lambda name: Path("/none", name),
@@ -166,7 +206,7 @@ class Lab:
         self.spaces = spaces
         deferred: Any = SimpleNamespace(soon=lambda *_: None)
         self.gateway = MemoryGateway(
-            namespaces=spaces, home=home, deferred=deferred, ports=ports, state=directory / "gateway"
+            namespaces=spaces, home=self.home, deferred=deferred, ports=ports, state=directory / "gateway"
         )
         self.local = LocalNetworks(
             directory / "local", self.gateway, clock=SystemClock(), new_id=new_container_id
@@ -174,7 +214,7 @@ class Lab:
         self.endpoints = LocalEndpoints(self.local, directory / "tables", None)
         overlays: Any = self.wires
         replies: Any = SimpleNamespace(remove=lambda _: None)
-        network = ContainerNetwork(
+        self.network = LabNetwork(
             namespaces=spaces,
             gateway=self.gateway,
             overlays=overlays,
@@ -183,9 +223,8 @@ class Lab:
             naming=None,
             show_condition=lambda _: None,
         )
-        self.engine = memory_engine(directory, machine, patch, network)
-        patch.setattr(driver, "SWEEP_SECONDS", 1e9)  # leftovers must stay visible
-        patch.setattr("skep.dataplane.gateway.apply_operations", nothing)
+        # A quick clock's sweeps would hide leftovers.
+        self.engine = memory_engine(directory, machine, self.network, clock=SystemClock())
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Lab"]:

@@ -6,28 +6,24 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import pytest
-
 from skep.agent.executor.interface import Controller, Running, TaskExit
-from skep.aio.clock import SystemClock
+from skep.aio.clock import Clock, SystemClock
 from skep.engine.capacity import Programs, capacity_of
 from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.containers.container import Container, ContainerConfig, NewContainer, ProcessName
 from skep.engine.engine import Engine, EngineConfig
 from skep.engine.images.store import ImageStore
 from skep.engine.networks.networking import Networking
-from skep.engine.runtime import overlay
 from skep.engine.runtime.bundle import Bundles
 from skep.engine.runtime.runtime import CreatedProcess, Ended, Runtime
-from skep.engine.volumes.volumes import Volumes
+from skep.engine.runtime.runtime_spec import NOTHING_SHARED, Shared
 from skep.errors import NotFound
-from skep.linux import syscalls
 from skep.model.networks.sandbox import EndpointRequest, Sandbox, SandboxConfig
 from skep.model.options.labels import LABEL_TASK_ID
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.model.task_end import TaskEnd
 from skep.model.values.ids import ContainerId, TaskId
-from tests.support.engine.stub_engine import NoImages
+from tests.support.engine.stub_engine import NoImages, Steps, StepVolumes
 
 Fault = Callable[[str, str], None]
 """Called with a verb and the container's id before each call.  Raises the error that the call should meet."""
@@ -45,14 +41,21 @@ class QuickClock(SystemClock):
 
 
 class Machine:
-    """State that outlives the node process: processes, and the network's record of them."""
+    """State that outlives the node process: processes, and the network's record of them.
+
+    ``is_stuck``: whether processes ignore all signals.
+    """
 
     def __init__(self) -> None:
         self.ended: dict[str, asyncio.Event] = {}
+        self.is_stuck = False
         self.next_pid = 1 << 24
         self.by_pid: dict[int, str] = {}
         self.attached: set[str] = set()
         self.fault: Fault = _none
+        self.unapplied: Sequence[str] = ()
+        """What the runtime says of limits that it could not apply."""
+        self.steps = Steps()
 
     def end(self, id: str) -> None:
         self.ended[id].set()
@@ -73,6 +76,8 @@ class MemoryRuntime:
         return requested or "runc"
 
     def signal(self, process: ProcessName, number: int) -> None:
+        if self._machine.is_stuck:
+            return
         self._machine.end(self._machine.by_pid[process.pid])
 
     def has(self, id: ContainerId) -> bool:
@@ -94,6 +99,7 @@ class MemoryRuntime:
 
     async def start(self, id: ContainerId, process: ProcessName) -> None:
         self._machine.fault("start", id)
+        await self._machine.steps.begin("runtime.start")
 
     async def wait(self, container: Container) -> Ended:
         self._machine.fault("wait", container.id)
@@ -118,7 +124,8 @@ class MemoryRuntime:
 
     async def update(self, container: Container) -> Sequence[str]:
         self._machine.fault("update", container.id)
-        return ()
+        await self._machine.steps.begin("runtime.update", container)
+        return self._machine.unapplied
 
     def expect_exec(self) -> None:
         """Do nothing, because no program is prepared."""
@@ -167,30 +174,59 @@ class MemoryNetwork:
         self._machine.attached.discard(container_id)
 
 
+class MemoryBundles(Bundles):
+    """Bundles in which nothing is mounted, with a test's steps."""
+
+    def __init__(self, directory: Path, cgroups: Cgroups, steps: Steps) -> None:
+        super().__init__(
+            directory / "containers",
+            directory / "bundles",
+            cgroups,
+            capacity_of(cgroups, Programs()),
+            directory / "resolv.conf",
+        )
+        self._steps = steps
+
+    def mount(self, container: Container) -> None:
+        self.rootfs(container.id).mkdir(parents=True, exist_ok=True)
+
+    def prepare(self, container: Container, shared: Shared = NOTHING_SHARED) -> tuple[str, ...]:
+        self._steps.begin_now("bundles.prepare")
+        return super().prepare(container, shared)
+
+    def refresh_name_files(self, before: Container, after: Container) -> None:
+        self._steps.begin_now("bundles.refresh_name_files")
+        super().refresh_name_files(before, after)
+
+    async def discard(self, id: ContainerId) -> None:
+        await self._steps.begin("bundles.discard", id)
+        await super().discard(id)
+
+
 def memory_engine(
-    directory: Path, machine: Machine, patch: pytest.MonkeyPatch, network: Networking | None = None
+    directory: Path,
+    machine: Machine,
+    network: Networking | None = None,
+    *,
+    images: ImageStore | None = None,
+    clock: Clock | None = None,
 ) -> Engine:
     """Return an engine with its files below ``directory``.  Nothing is mounted, and signals end processes of
     ``machine``.
 
-    ``network``: None for a network in memory.
+    Args:
+        network: None for a network in memory.
+        images: None for a store without images.
+        clock: None for a quick one.
     """
-    patch.setattr(overlay, "mount_layers", lambda *_: None)
-    patch.setattr(syscalls, "unmount_if_mounted", lambda *_: None)
     cgroups = Cgroups("none")
-    bundles = Bundles(
-        directory / "containers",
-        directory / "bundles",
-        cgroups,
-        capacity_of(cgroups, Programs()),
-        directory / "resolv.conf",
-    )
+    bundles = MemoryBundles(directory, cgroups, machine.steps)
     return Engine(
         runtime=cast("Runtime", MemoryRuntime(machine, bundles, cgroups)),
-        images=cast("ImageStore", NoImages()),
-        volumes=Volumes(directory / "volumes"),
+        images=images or cast("ImageStore", NoImages()),
+        volumes=StepVolumes(directory / "volumes", machine.steps),
         network=network or MemoryNetwork(machine),
-        clock=QuickClock(),
+        clock=clock or QuickClock(),
         config=EngineConfig(starts_max=4),
     )
 

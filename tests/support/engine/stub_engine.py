@@ -2,11 +2,13 @@
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias, cast
+
+from msgspec.structs import replace
 
 from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio.clock import Clock
@@ -14,6 +16,7 @@ from skep.engine.containers.container import (
     Container,
     ContainerConfig,
     ContainerState,
+    MountPoint,
     PlainOptions,
     ProcessName,
 )
@@ -22,9 +25,11 @@ from skep.engine.images.store import ImageStore
 from skep.engine.networks.networking import Networking
 from skep.engine.runtime.bundle import FoundContainers
 from skep.engine.runtime.runtime import CreatedProcess, Ended, Runtime
-from skep.engine.volumes.volumes import Volumes
-from skep.model.networks.sandbox import Sandbox
-from skep.model.values.ids import ContainerId
+from skep.engine.volumes.volumes import Volumes, VolumeSubpath
+from skep.model.container import Mount
+from skep.model.networks.sandbox import Endpoint, EndpointConfig, EndpointRequest, Sandbox, SandboxConfig
+from skep.model.networks.tables import NetworkHead
+from skep.model.values.ids import ContainerId, NetworkId
 from skep.model.values.times import timestamp
 
 ID = ContainerId("c" * 64)
@@ -42,6 +47,11 @@ def a_process(number: int = 0) -> ProcessName:
     return ProcessName(NO_PROCESS + number, 1, "no boot")
 
 
+def an_endpoint(name: str, id: str = "") -> Endpoint:
+    head = NetworkHead(id=NetworkId(id or name), name=name)
+    return Endpoint(config=EndpointConfig(head=head, addresses=()), interface="", port="", mac_address="")
+
+
 def a_container(**fields: Any) -> Container:
     """Return a plain running container, unless ``fields`` change that."""
     present: dict[str, Any] = {
@@ -54,16 +64,40 @@ def a_container(**fields: Any) -> Container:
     return Container(id=ID, name="c", image="i", image_id="sha256:i", **{**present, **fields})
 
 
+class Steps(dict[str, Callable[..., Any]]):
+    """What a test does at the beginning of a stub's step, by the step's name: it waits, records or fails.
+
+    The step follows if it returns.
+    """
+
+    async def begin(self, name: str, *arguments: object) -> None:
+        if name in self:
+            await self[name](*arguments)
+
+    def begin_now(self, name: str, *arguments: object) -> None:
+        """Begin a step that cannot wait."""
+        if name in self:
+            self[name](*arguments)
+
+
 class StubBundles:
     """Stub of ``Bundles``.  ``is_full``: whether all writes fail."""
 
-    def __init__(self, *containers: Container) -> None:
+    def __init__(self, *containers: Container, steps: Steps, unreadable: Container | None = None) -> None:
+        """``unreadable``: its record could not be read when the process began, and can be read later."""
         self.saved = {one.id: one for one in containers}
         self.is_full = False
-        self.apis = SimpleNamespace(adopt=lambda *_: None)
+        self.adopted: list[ContainerId] = []
+        self.apis = SimpleNamespace(adopt=lambda one, _: self.adopted.append(one.id))
+        self._steps, self._unreadable = steps, unreadable
 
     def load(self) -> FoundContainers:
-        return FoundContainers(known=list(self.saved.values()))
+        unreadable = [self._unreadable.id] if self._unreadable else []
+        return FoundContainers(known=list(self.saved.values()), unreadable=unreadable)
+
+    def read(self, id: ContainerId) -> Container:
+        assert self._unreadable is not None
+        return self._unreadable
 
     def save(self, container: Container) -> None:
         if self.is_full:
@@ -83,12 +117,14 @@ class StubBundles:
         return ()
 
     def release(self, id: ContainerId) -> None:
-        pass
+        self._steps.begin_now("bundles.release", id)
 
     def is_mounted(self, id: ContainerId) -> bool:
+        self._steps.begin_now("bundles.is_mounted", id)
         return False
 
     async def discard(self, id: ContainerId) -> None:
+        await self._steps.begin("bundles.discard", id)
         del self.saved[id]
 
     def bundle(self, id: ContainerId) -> Path:
@@ -100,26 +136,34 @@ class StubBundles:
 class StubRuntime:
     """Stub of ``Runtime``, in which ``end`` ends the process.
 
-    ``during``: called in ``runc pause|resume``.  ``frozen``: calls of both.
+    ``during``: called in ``runc pause|resume``.  ``frozen``: calls of both.  ``is_all_frozen``: what the kernel says of
+    each container, None for its record.  ``signals``: those that were sent, without effect.  ``has_all``: whether there
+    is state of each container.
     """
 
-    def __init__(self, bundles: StubBundles) -> None:
+    def __init__(self, bundles: StubBundles, steps: Steps) -> None:
         self.bundles, self.cgroups = bundles, SimpleNamespace()
         self.during: Callable[[], Awaitable[object]] | None = None
         self.starts = self.frozen = 0
+        self.is_all_frozen: bool | None = None
+        self.has_all = False
+        self.signals: list[int] = []
+        self._steps = steps
         self._exits: asyncio.Queue[Ended] = asyncio.Queue()
 
     def name_of(self, requested: str) -> str:
         return requested or "runc"
 
     def signal(self, process: ProcessName, number: int) -> None:
-        """Do nothing, because the test ends processes."""
+        """Record it, because the test ends processes."""
+        self.signals.append(number)
 
     def has(self, id: ContainerId) -> bool:
-        return False
+        return self.has_all
 
     def is_frozen(self, container: Container) -> bool:
-        return container.state is ContainerState.PAUSED
+        in_record = container.state is ContainerState.PAUSED
+        return in_record if self.is_all_frozen is None else self.is_all_frozen
 
     def end(self, exit_code: int = 0) -> None:
         self._exits.put_nowait(Ended(exit_code))
@@ -137,15 +181,28 @@ class StubRuntime:
     resume = pause
 
     async def create(self, container: Container) -> CreatedProcess:
+        await self._steps.begin("runtime.create", container)
         return CreatedProcess(a_process(self.starts + 1), a_process())
 
     async def start(self, id: ContainerId, process: ProcessName) -> None:
+        await self._steps.begin("runtime.start")
         self.starts += 1
+
+    async def status(self, id: ContainerId) -> str:
+        await self._steps.begin("runtime.status")
+        return "running"
 
     async def clear(self, container: Container) -> None:
         pass
 
-    delete = clear
+    async def delete(self, container: Container) -> None:
+        await self._steps.begin("runtime.delete", container)
+
+    async def delete_unknown(self, id: ContainerId) -> None:
+        pass
+
+    def forget_environment(self, *_: object) -> None:
+        self._steps.begin_now("runtime.forget_environment")
 
     def close(self) -> None:
         pass
@@ -164,27 +221,89 @@ class StubImages:
 
 
 class StubNetwork:
-    """Stub of the data plane that provides everything at once."""
+    """Stub of the data plane that provides everything at once.
+
+    ``has_all``: whether each sandbox is present.  ``changes``: of running containers.
+    """
 
     predefined_ids: Mapping[str, str] = {}
 
-    def is_present(self, sandbox: Sandbox) -> bool:
-        return False
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self.has_all = False
+        self.changes: list[str] = []
 
-    async def attach(self, config: object) -> Sandbox:
+    def is_present(self, sandbox: Sandbox) -> bool:
+        return self.has_all
+
+    async def attach(self, config: SandboxConfig) -> Sandbox:
+        await self._steps.begin("network.attach", config)
         return Sandbox(netns="/nonexistent")
 
     async def restore(self, live: object) -> None:
-        pass
+        await self._steps.begin("network.restore")
 
     async def detach(self, id: ContainerId, sandbox: Sandbox) -> None:
         pass
+
+    async def connect(self, config: SandboxConfig, sandbox: Sandbox, request: EndpointRequest) -> Sandbox:
+        self._change(f"connect {request.network}")
+        return replace(sandbox, endpoints=(*sandbox.endpoints, an_endpoint(request.network)))
+
+    async def disconnect(self, config: SandboxConfig, sandbox: Sandbox, network_id: str) -> Sandbox:
+        self._change(f"disconnect {network_id}")
+        kept = tuple(one for one in sandbox.endpoints if one.network_id != network_id)
+        return replace(sandbox, endpoints=kept)
+
+    async def change_bridge(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
+        self._change("bridge")
+        return sandbox
+
+    def _change(self, text: str) -> None:
+        self.changes.append(text)
+        self._steps.begin_now("network.change")
 
     async def holders(self) -> tuple[()]:
         return ()
 
     async def sweep(self) -> None:
         pass
+
+
+class StepVolumes(Volumes):
+    """Volumes with a test's steps."""
+
+    def __init__(self, directory: Path, steps: Steps) -> None:
+        super().__init__(directory)
+        self._steps = steps
+
+    def adopt(self, user: str, points: Iterable[MountPoint]) -> None:
+        self._steps.begin_now("volumes.adopt")
+        super().adopt(user, points)
+
+    async def create_of_plugins(self, mounts: Iterable[Mount], stack: str = "") -> None:
+        await self._steps.begin("volumes.create_of_plugins")
+        await super().create_of_plugins(mounts, stack)
+
+    async def fill(
+        self, user: str, points: Sequence[MountPoint], mounts: Iterable[Mount], root: Path
+    ) -> None:
+        await self._steps.begin("volumes.fill", user)
+        await super().fill(user, points, mounts, root)
+
+    async def mount(
+        self, user: str, points: Iterable[MountPoint], parts: Sequence[VolumeSubpath] = ()
+    ) -> None:
+        await self._steps.begin("volumes.mount", user)
+        await super().mount(user, points, parts)
+
+    async def unmount(self, user: str, parts: Iterable[VolumeSubpath] = ()) -> None:
+        await self._steps.begin("volumes.unmount", user)
+        await super().unmount(user, parts)
+
+    async def unmount_unused(self) -> None:
+        await self._steps.begin("volumes.unmount_unused")
+        await super().unmount_unused()
 
 
 class NoImages:
@@ -197,15 +316,18 @@ class NoImages:
 class StubEngine:
     """The engine with its stubs, and a record of operations on its container."""
 
-    def __init__(self, clock: Clock, directory: Path, *containers: Container) -> None:
-        self.bundles = StubBundles(*containers)
-        self.runtime = StubRuntime(self.bundles)
-        self.network = StubNetwork()
+    def __init__(
+        self, clock: Clock, directory: Path, *containers: Container, unreadable: Container | None = None
+    ) -> None:
+        self.steps = Steps()
+        self.bundles = StubBundles(*containers, steps=self.steps, unreadable=unreadable)
+        self.runtime = StubRuntime(self.bundles, self.steps)
+        self.network = StubNetwork(self.steps)
         self.clock = clock
         self.engine = Engine(
             runtime=cast("Runtime", self.runtime),
             images=cast("ImageStore", StubImages()),
-            volumes=Volumes(directory / "volumes"),
+            volumes=StepVolumes(directory / "volumes", self.steps),
             network=cast("Networking", self.network),
             clock=clock,
             config=EngineConfig(starts_max=1),
@@ -220,12 +342,23 @@ class StubEngine:
 Body: TypeAlias = Callable[[StubEngine], Coroutine[Any, Any, None]]
 
 
-def on_virtual_time(body: Body, directory: Path, *containers: Container, within_s: float = 3600) -> None:
-    """Run a test's ``body`` with an engine that has ``containers``.  ``within_s``: virtual time."""
+def on_virtual_time(
+    body: Body,
+    directory: Path,
+    *containers: Container,
+    within_s: float = 3600,
+    before: Callable[[StubEngine], object] = lambda _: None,
+    unreadable: Container | None = None,
+) -> None:
+    """Run a test's ``body`` with an engine that has ``containers``.
+
+    ``within_s``: virtual time.  ``before``: what the test arranges before the engine adopts its containers.
+    """
     loop = VirtualLoop()
 
     async def whole() -> None:
-        stubs = StubEngine(VirtualClock(loop), directory, *containers)
+        stubs = StubEngine(VirtualClock(loop), directory, *containers, unreadable=unreadable)
+        before(stubs)
         async with asyncio.timeout(within_s), stubs.engine.running():
             await body(stubs)
 

@@ -116,7 +116,7 @@ async def test_a_profile_that_is_refused_keeps_containers_from_starting_unconfin
     a_machine_with_apparmor(monkeypatch, tmp_path, parser="cat > /dev/null; echo 'syntax error' >&2; exit 1")
     refused = "AppArmor enabled on system but the docker-default profile could not be loaded: syntax error"
     assert apparmor.problem() == refused
-    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+    engine = memory_engine(tmp_path, Machine())
     async with engine.running():
         with pytest.raises(FailedPrecondition, match="could not be loaded: syntax error"):
             await engine.add(new_container("confined"))
@@ -136,7 +136,7 @@ async def test_a_profile_that_was_unloaded_is_loaded_for_the_next_container(
         tmp_path,
         parser=f"cat > {tmp_path}/told; echo 'docker-default (enforce)' > {profiles}",
     )
-    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+    engine = memory_engine(tmp_path, Machine())
     async with engine.running():
         await engine.add(new_container("first"))
         reported.unlink()

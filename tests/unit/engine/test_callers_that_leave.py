@@ -19,20 +19,11 @@ from skep.engine.api import containers
 from skep.engine.containers.container import ContainerState, MountPoint
 from skep.engine.lifecycle.driver import KILLED_S_MAX
 from skep.errors import Unavailable
-from skep.model.values.ids import ContainerId
-from tests.support.engine.stub_engine import ID, Body, StubEngine, StubRuntime, a_container, on_virtual_time
+from tests.support.engine.stub_engine import ID, Body, StubEngine, a_container, on_virtual_time
 
 Run: TypeAlias = Callable[[Body], None]
 
 VOLUME = MountPoint(type="volume", name="v" * 64, source="", destination="/data", anonymous=True)
-
-
-@pytest.fixture
-def signals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Those that were sent, with no effect."""
-    sent: list[int] = []
-    monkeypatch.setattr(StubRuntime, "signal", lambda _, process, number: sent.append(number))
-    return sent
 
 
 @pytest.fixture
@@ -60,13 +51,13 @@ async def abandoned(work: Coroutine[Any, Any, Any]) -> None:
     assert task.cancelled()
 
 
-def test_a_stop_whose_client_goes_kills_after_the_grace_period(simulated: Run, signals: list[int]) -> None:
+def test_a_stop_whose_client_goes_kills_after_the_grace_period(simulated: Run) -> None:
     async def body(stubs: StubEngine) -> None:
         await abandoned(requested(stubs, "stop", 10))
         await asyncio.sleep(8)
-        assert signals == [signal.SIGTERM]
+        assert stubs.runtime.signals == [signal.SIGTERM]
         await asyncio.sleep(2)
-        assert signals == [signal.SIGTERM, signal.SIGKILL]
+        assert stubs.runtime.signals == [signal.SIGTERM, signal.SIGKILL]
         await stubs.end(137)
         await asyncio.sleep(1)
         actions = [event.action for event in stubs.engine.events.recent(0) if event.type == "container"]
@@ -75,21 +66,21 @@ def test_a_stop_whose_client_goes_kills_after_the_grace_period(simulated: Run, s
     simulated(body)
 
 
-def test_a_restart_whose_client_goes_starts_the_container(simulated: Run, signals: list[int]) -> None:
+def test_a_restart_whose_client_goes_starts_the_container(simulated: Run) -> None:
     async def body(stubs: StubEngine) -> None:
         await abandoned(requested(stubs, "restart", 10))
         await stubs.end(0)
         await asyncio.sleep(1)
         assert stubs.engine.get(ID).state is ContainerState.RUNNING
         assert stubs.runtime.starts == 1
-        assert signals == [signal.SIGTERM]
+        assert stubs.runtime.signals == [signal.SIGTERM]
 
     simulated(body)
 
 
 @pytest.mark.parametrize("leaves", [False, True])
 def test_the_error_of_a_stop_is_its_callers_and_logged_only_if_that_has_gone(
-    simulated: Run, signals: list[int], *, leaves: bool
+    simulated: Run, *, leaves: bool
 ) -> None:
     async def body(stubs: StubEngine) -> None:
         with capture_logs() as lines:
@@ -106,9 +97,7 @@ def test_the_error_of_a_stop_is_its_callers_and_logged_only_if_that_has_gone(
 
 
 @pytest.mark.parametrize("leaves", [False, True])
-def test_the_end_of_the_engine_does_not_wait_for_a_stop(
-    tmp_path: Path, signals: list[int], *, leaves: bool
-) -> None:
+def test_the_end_of_the_engine_does_not_wait_for_a_stop(tmp_path: Path, *, leaves: bool) -> None:
     loop = VirtualLoop()
 
     async def whole() -> None:
@@ -128,9 +117,7 @@ def test_the_end_of_the_engine_does_not_wait_for_a_stop(
         loop.close()
 
 
-def test_a_stop_that_begins_with_the_end_of_the_engine_warns_of_nothing(
-    tmp_path: Path, signals: list[int]
-) -> None:
+def test_a_stop_that_begins_with_the_end_of_the_engine_warns_of_nothing(tmp_path: Path) -> None:
     loop = VirtualLoop()
 
     async def whole() -> None:
@@ -140,7 +127,7 @@ def test_a_stop_that_begins_with_the_end_of_the_engine_warns_of_nothing(
             await asyncio.sleep(0)  # its work would begin with the next step
         await asyncio.wait([stopping])
         assert stopping.cancelled()
-        assert not signals
+        assert not stubs.runtime.signals
 
     try:
         with warnings.catch_warnings(record=True) as found:
@@ -151,17 +138,10 @@ def test_a_stop_that_begins_with_the_end_of_the_engine_warns_of_nothing(
         loop.close()
 
 
-def test_a_removal_whose_caller_goes_removes_the_record_and_the_volumes(
-    simulated: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_removal_whose_caller_goes_removes_the_record_and_the_volumes(simulated: Run) -> None:
     async def body(stubs: StubEngine) -> None:
-        gate, discard = asyncio.Event(), stubs.bundles.discard
-
-        async def slow(id: ContainerId) -> None:
-            await gate.wait()
-            await discard(id)
-
-        monkeypatch.setattr(stubs.bundles, "discard", slow)
+        gate = asyncio.Event()
+        stubs.steps["bundles.discard"] = lambda _: gate.wait()
         stubs.engine.volumes.ensure(VOLUME.name)
         await stubs.end()
         await abandoned(stubs.engine.remove(ID, with_volumes=True))

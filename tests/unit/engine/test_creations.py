@@ -6,20 +6,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from skep.engine import engine as engine_module
 from skep.engine.containers.request import CreateRequest
 from skep.engine.engine import Engine
-from skep.engine.log_drivers.facts import with_attributes
 from skep.errors import SkepError
 from tests.support.engine.oci_rig import Machine, memory_engine
 from tests.support.engine.runc_lab import IMAGE, TreeImages
 
 REQUEST = CreateRequest(image=IMAGE, cmd=("true",), volumes={"/data": {}})
-STAGES = ("attributes", "prepare", "pins", "fill")
+STAGES = ("create", "prepare", "pins", "fill")
+"""Steps of a creation: create the plug-in volumes, prepare the bundle, release the layers, fill the volumes."""
 
 
 class SlowImages(TreeImages):
@@ -36,39 +34,32 @@ class SlowImages(TreeImages):
 class Creating:
     """An engine whose creations stop at ``stage``, where ``reached`` is set, until ``open`` is called."""
 
-    def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.engine: Engine = memory_engine(directory, Machine(), patch)
-        images = SlowImages(directory / "tree")
+        machine, images = Machine(), SlowImages(directory / "tree")
         images.unpin = partial(self.stop_at, "pins")
-        self.engine.images = images
+        self.engine: Engine = memory_engine(directory, machine, images=images)
         self.stage, self.error = "", SkepError("no")
         self.fails = False
         self.filled: list[str] = []
         self.reached = asyncio.Event()
         self._gate, self._thread_gate = asyncio.Event(), threading.Event()
         self._loop = asyncio.get_running_loop()
-        prepare = self.engine.bundles.prepare
+        machine.steps["volumes.create_of_plugins"] = partial(self.stop_at, "create")
+        machine.steps["bundles.prepare"] = self._stop_preparing
+        machine.steps["volumes.fill"] = self._fill
 
-        async def attributes(*arguments: Any) -> Any:
-            await self.stop_at("attributes")
-            return await with_attributes(*arguments)
+    def _stop_preparing(self) -> None:
+        """Stop a thread."""
+        if self.stage == "prepare":
+            self._loop.call_soon_threadsafe(self.reached.set)
+            assert self._thread_gate.wait(10)
+            if self.fails:
+                raise self.error
 
-        def prepare_slowly(*arguments: Any) -> Any:
-            if self.stage == "prepare":
-                self._loop.call_soon_threadsafe(self.reached.set)
-                assert self._thread_gate.wait(10)
-                if self.fails:
-                    raise self.error
-            return prepare(*arguments)
-
-        async def fill(id: str, *_: Any) -> None:
-            await self.stop_at("fill")
-            self.filled.append(id)
-
-        patch.setattr(engine_module, "with_attributes", attributes)
-        patch.setattr(self.engine.bundles, "prepare", prepare_slowly)
-        patch.setattr(self.engine.volumes, "fill", fill)
+    async def _fill(self, id: str) -> None:
+        await self.stop_at("fill")
+        self.filled.append(id)
 
     async def stop_at(self, stage: str) -> None:
         if self.stage == stage:
@@ -90,8 +81,8 @@ class Creating:
 
 
 @pytest.fixture
-async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Creating]:
-    rig = Creating(tmp_path, monkeypatch)
+async def rig(tmp_path: Path) -> AsyncIterator[Creating]:
+    rig = Creating(tmp_path)
     async with asyncio.timeout(30), rig.engine.running():
         yield rig
         rig.open()

@@ -168,21 +168,19 @@ def test_a_removal_that_cannot_kill_ends_in_time_and_frees_the_container_for_oth
     simulated(body)
 
 
-def test_a_stop_lets_a_paused_container_go_on_so_that_it_ends_by_its_signal(
-    simulated: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_lets_a_paused_container_go_on_so_that_it_ends_by_its_signal(simulated: Run) -> None:
     async def body(stubs: StubEngine) -> None:
         await stubs.engine.pause(ID)
-        calls: list[object] = []
-        monkeypatch.setattr(stubs.runtime, "signal", lambda process, number: calls.append(number))
+        sent: list[int] = []
 
         async def resumed() -> None:
-            calls.append("resume")
+            sent.extend(stubs.runtime.signals)
             asyncio.get_running_loop().call_later(1, stubs.runtime.end, 5)
 
         stubs.runtime.during = resumed
         assert (await stubs.engine.stop(ID, 10.0)).exit_code == 5
-        assert calls == [signal.SIGTERM, "resume"]
+        assert sent == [signal.SIGTERM], "before it was resumed"
+        assert stubs.runtime.signals == sent
         assert actions(stubs) == ["pause", "kill", "unpause", "die", "stop"]
 
     simulated(body)
@@ -224,17 +222,15 @@ def test_nothing_is_kept_of_a_container_that_was_removed(simulated: Run) -> None
     simulated(body)
 
 
-def test_a_signal_that_resumes_a_container_records_that_although_the_command_fails(
-    simulated: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_that_resumes_a_container_records_that_although_the_command_fails(simulated: Run) -> None:
     async def body(stubs: StubEngine) -> None:
         await stubs.engine.pause(ID)
 
-        async def fail(*_: object) -> None:
+        async def fail() -> None:
             raise Unavailable("it did not end in time")
 
-        monkeypatch.setattr(stubs.runtime, "resume", fail)
-        monkeypatch.setattr(stubs.runtime, "is_frozen", lambda *_: False)
+        stubs.runtime.during = fail
+        stubs.runtime.is_all_frozen = False
         await stubs.engine.kill(ID, "SIGTERM")
         assert stubs.engine.get(ID).state is ContainerState.RUNNING
 

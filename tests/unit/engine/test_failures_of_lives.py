@@ -24,10 +24,9 @@ from skep.engine.containers.container import (
     RestartPolicy,
     WaitCondition,
 )
-from skep.engine.runtime.bundle import Bundles, FoundContainers, forget_environment
+from skep.engine.runtime.bundle import Bundles, forget_environment
 from skep.engine.runtime.conmon import RuntimeFailed, StartError
 from skep.engine.runtime.runtime import Runtime
-from skep.engine.volumes.volumes import Volumes
 from skep.errors import Unavailable
 from skep.linux.files import NEW_SUFFIX
 from skep.model.networks.sandbox import NetworkMode, Sandbox, SandboxConfig
@@ -36,10 +35,7 @@ from skep.model.values.times import ZERO_TIME
 from tests.support.engine.stub_engine import (
     ID,
     Body,
-    StubBundles,
     StubEngine,
-    StubNetwork,
-    StubRuntime,
     a_container,
     disk_full,
     on_virtual_time,
@@ -55,9 +51,7 @@ def simulated(tmp_path: Path) -> Run:
     return lambda body: on_virtual_time(body, tmp_path, a_container())
 
 
-def test_a_failed_start_is_cleaned_up_although_its_secrets_cannot_be_forgotten(
-    simulated: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_start_is_cleaned_up_although_its_secrets_cannot_be_forgotten(simulated: Run) -> None:
     async def body(stubs: StubEngine) -> None:
         await stubs.end(0)
         await asyncio.sleep(1)  # everything of its run is freed
@@ -72,10 +66,10 @@ def test_a_failed_start_is_cleaned_up_although_its_secrets_cannot_be_forgotten(
         def full(*_: object) -> None:
             raise disk_full()
 
-        monkeypatch.setattr(stubs.runtime, "start", refuse)
-        monkeypatch.setattr(stubs.runtime, "delete", delete)
-        monkeypatch.setattr(stubs.bundles, "release", lambda _: done.append("release"))
-        monkeypatch.setattr(stubs.runtime, "forget_environment", full, raising=False)
+        stubs.steps["runtime.start"] = refuse
+        stubs.steps["runtime.delete"] = delete
+        stubs.steps["bundles.release"] = lambda _: done.append("release")
+        stubs.steps["runtime.forget_environment"] = full
         with pytest.raises(StartError):
             await stubs.engine.start(ID, secret_env=("A=b",))
         assert done == ["delete", "release"]
@@ -128,9 +122,7 @@ def test_a_container_that_ends_at_the_end_of_its_grace_period_was_stopped(
     simulated(body)
 
 
-def test_a_signal_to_a_container_that_ends_at_this_moment_watches_no_run(
-    simulated: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_to_a_container_that_ends_at_this_moment_watches_no_run(simulated: Run) -> None:
     async def body(stubs: StubEngine) -> None:
         driver = stubs.engine.lifecycle
         await stubs.end(7)
@@ -149,7 +141,7 @@ def test_a_signal_to_a_container_that_ends_at_this_moment_watches_no_run(
 
 
 class Refusing:
-    """In the place of ``Runtime.delete``: a process does not end, as often as ``times`` says."""
+    """A step of ``Runtime.delete``: a process does not end, as often as ``times`` says."""
 
     def __init__(self, times: int) -> None:
         self.times = times
@@ -160,12 +152,10 @@ class Refusing:
             raise Unavailable("the container's processes do not end")
 
 
-def test_a_removal_keeps_the_record_of_a_process_that_does_not_end(
-    simulated: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_removal_keeps_the_record_of_a_process_that_does_not_end(simulated: Run) -> None:
     async def body(stubs: StubEngine) -> None:
         await stubs.end()
-        monkeypatch.setattr(stubs.runtime, "delete", Refusing(1))
+        stubs.steps["runtime.delete"] = Refusing(1)
         with pytest.raises(Unavailable, match="processes do not end"):
             await stubs.engine.remove(ID)
         kept = stubs.engine.get(ID)
@@ -180,11 +170,11 @@ def test_a_removal_keeps_the_record_of_a_process_that_does_not_end(
     simulated(body)
 
 
-def test_the_next_process_repeats_a_removal_until_the_process_has_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_next_process_repeats_a_removal_until_the_process_has_ended(tmp_path: Path) -> None:
     refusing = Refusing(3)
-    monkeypatch.setattr(StubRuntime, "delete", refusing)
+
+    def refuse(stubs: StubEngine) -> None:
+        stubs.steps["runtime.delete"] = refusing
 
     async def body(stubs: StubEngine) -> None:
         assert stubs.engine.get(ID).state is ContainerState.REMOVING
@@ -193,15 +183,12 @@ def test_the_next_process_repeats_a_removal_until_the_process_has_ended(
         assert not stubs.bundles.saved
         assert not refusing.times
 
-    on_virtual_time(body, tmp_path, a_container(state=ContainerState.REMOVING, process=None))
+    on_virtual_time(body, tmp_path, a_container(state=ContainerState.REMOVING, process=None), before=refuse)
 
 
-def test_an_ended_container_with_rm_is_removed_once_its_process_has_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_ended_container_with_rm_is_removed_once_its_process_has_ended(tmp_path: Path) -> None:
     async def body(stubs: StubEngine) -> None:
-        refusing = Refusing(3)
-        monkeypatch.setattr(stubs.runtime, "delete", refusing)
+        refusing = stubs.steps["runtime.delete"] = Refusing(3)
         async with restart_policies(stubs):
             await stubs.end()
             async with asyncio.timeout(60):
@@ -267,25 +254,24 @@ async def test_an_unknown_container_with_processes_is_said_to_be_left(tmp_path: 
 class SlowRestore:
     """An engine that waits for its networks, while its users can already send requests."""
 
-    def __init__(self, stubs: StubEngine, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, stubs: StubEngine) -> None:
         self.stubs = stubs
         self.restored = asyncio.Event()
         self.deleted: list[ContainerId] = []
         self.namespaces: set[ContainerId] = set()
-        patch.setattr(stubs.network, "attach", self.attach)
-        patch.setattr(stubs.network, "restore", self.restore)
-        patch.setattr(stubs.runtime, "has", lambda _: True)
-        patch.setattr(stubs.runtime, "delete", self.delete)
+        stubs.runtime.has_all = True
+        stubs.steps["network.attach"] = self.attach
+        stubs.steps["network.restore"] = self.restore
+        stubs.steps["runtime.delete"] = self.delete
 
     async def delete(self, container: Container) -> None:
         self.deleted.append(container.id)
 
-    async def attach(self, config: SandboxConfig) -> Sandbox:
+    async def attach(self, config: SandboxConfig) -> None:
         self.namespaces.add(config.id)
-        return Sandbox(netns="/nonexistent")
 
-    async def restore(self, live: object) -> None:
-        """Free all namespaces, as the data plane does with those that are not among the ``live`` ones."""
+    async def restore(self) -> None:
+        """Free all namespaces, as the data plane does with those that no live container has."""
         await self.restored.wait()
         self.namespaces.clear()
 
@@ -297,13 +283,11 @@ class SlowRestore:
 SlowBody: TypeAlias = Callable[[SlowRestore], Coroutine[Any, Any, None]]
 
 
-def with_slow_restore(
-    body: SlowBody, directory: Path, patch: pytest.MonkeyPatch, container: Container
-) -> None:
+def with_slow_restore(body: SlowBody, directory: Path, container: Container) -> None:
     loop = VirtualLoop()
 
     async def whole() -> None:
-        slow = SlowRestore(StubEngine(VirtualClock(loop), directory, container), patch)
+        slow = SlowRestore(StubEngine(VirtualClock(loop), directory, container))
         running = asyncio.create_task(slow.run())
         await asyncio.sleep(1)
         try:
@@ -322,9 +306,7 @@ def with_slow_restore(
 ENDED = a_container(state=ContainerState.EXITED, process=None, is_at_rest=True)
 
 
-def test_a_start_keeps_its_namespace_while_networks_of_earlier_processes_are_restored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_start_keeps_its_namespace_while_networks_of_earlier_processes_are_restored(tmp_path: Path) -> None:
     async def body(slow: SlowRestore) -> None:
         starting = asyncio.create_task(slow.stubs.engine.start(ID))
         await asyncio.sleep(1)
@@ -332,12 +314,10 @@ def test_a_start_keeps_its_namespace_while_networks_of_earlier_processes_are_res
         assert (await starting).is_running
         assert slow.namespaces == {ID}
 
-    with_slow_restore(body, tmp_path, monkeypatch, ENDED)
+    with_slow_restore(body, tmp_path, ENDED)
 
 
-def test_the_volumes_of_a_run_that_is_adopted_later_stay_mounted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_volumes_of_a_run_that_is_adopted_later_stay_mounted(tmp_path: Path) -> None:
     async def body(stubs: StubEngine) -> None:
         await asyncio.sleep(30)
         assert stubs.engine.get(ID).is_running
@@ -346,16 +326,18 @@ def test_the_volumes_of_a_run_that_is_adopted_later_stay_mounted(
     answers: list[Exception] = [OSError(12, "Cannot allocate memory") for _ in range(3)]
     unmounted: list[bool] = []
 
-    def adopt(*_: object) -> None:
+    def adopt() -> None:
         if answers:
             raise answers.pop()
 
-    async def unmount(_: Volumes) -> None:
+    async def unmount() -> None:
         unmounted.append(not answers)
 
-    monkeypatch.setattr(Volumes, "adopt", adopt)
-    monkeypatch.setattr(Volumes, "unmount_unused", unmount)
-    on_virtual_time(body, tmp_path, a_container())
+    def before(stubs: StubEngine) -> None:
+        stubs.steps["volumes.adopt"] = adopt
+        stubs.steps["volumes.unmount_unused"] = unmount
+
+    on_virtual_time(body, tmp_path, a_container(), before=before)
 
 
 @pytest.mark.parametrize("is_stopped_again", [True, False])
@@ -389,30 +371,25 @@ def test_a_start_by_its_user_before_policies_apply_ends_the_stop_before_it(tmp_p
     on_virtual_time(body, tmp_path, a_container(state=ContainerState.EXITED, process=None, plain=plain))
 
 
-def test_a_start_says_that_networks_are_not_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_says_that_networks_are_not_restored(tmp_path: Path) -> None:
     async def body(slow: SlowRestore) -> None:
         with pytest.raises(Unavailable, match="are not restored yet"):
             await slow.stubs.engine.start(ID)
         assert not slow.stubs.engine.get(ID).is_running
 
-    with_slow_restore(body, tmp_path, monkeypatch, ENDED)
+    with_slow_restore(body, tmp_path, ENDED)
 
 
-def test_a_container_on_the_host_network_starts_without_waiting_for_networks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_container_on_the_host_network_starts_without_waiting_for_networks(tmp_path: Path) -> None:
     async def body(slow: SlowRestore) -> None:
         assert (await slow.stubs.engine.start(ID)).is_running
 
     host = replace(ENDED, plain=PlainOptions(mode=NetworkMode.HOST))
-    with_slow_restore(body, tmp_path, monkeypatch, host)
+    with_slow_restore(body, tmp_path, host)
 
 
-def test_a_container_that_is_created_before_the_adoption_is_not_taken_for_leftovers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_container_that_is_created_before_the_adoption_is_not_taken_for_leftovers(tmp_path: Path) -> None:
     async def body(slow: SlowRestore) -> None:
-        monkeypatch.setattr(slow.stubs.bundles, "make", lambda _: None, raising=False)
         new = NewContainer(
             name="new",
             image="i",
@@ -426,15 +403,13 @@ def test_a_container_that_is_created_before_the_adoption_is_not_taken_for_leftov
         await asyncio.sleep(1)
         assert created.id not in slow.deleted
 
-    with_slow_restore(body, tmp_path, monkeypatch, ENDED)
+    with_slow_restore(body, tmp_path, ENDED)
 
 
-def test_a_start_before_the_adoption_is_not_taken_for_leftovers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_start_before_the_adoption_is_not_taken_for_leftovers(tmp_path: Path) -> None:
     async def body(slow: SlowRestore) -> None:
         stubs, gate = slow.stubs, asyncio.Event()
-        monkeypatch.setattr(stubs.runtime, "start", lambda *_: gate.wait())
+        stubs.steps["runtime.start"] = gate.wait
         starting = asyncio.create_task(stubs.engine.start(ID))
         await asyncio.sleep(1)
         slow.restored.set()
@@ -446,16 +421,12 @@ def test_a_start_before_the_adoption_is_not_taken_for_leftovers(
         assert stubs.engine.get(ID).is_running
         assert slow.deleted == before
 
-    with_slow_restore(body, tmp_path, monkeypatch, ENDED)
+    with_slow_restore(body, tmp_path, ENDED)
 
 
-def test_a_run_that_began_before_the_adoption_is_watched_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_began_before_the_adoption_is_watched_once(tmp_path: Path) -> None:
     async def body(slow: SlowRestore) -> None:
-        adopted: list[ContainerId] = []
         stubs = slow.stubs
-        monkeypatch.setattr(stubs.bundles.apis, "adopt", lambda one, _: adopted.append(one.id))
         starting = asyncio.create_task(stubs.engine.start(ID))
         await asyncio.sleep(1)
         slow.restored.set()
@@ -466,14 +437,12 @@ def test_a_run_that_began_before_the_adoption_is_watched_once(
             await asyncio.sleep(1)
         assert [line["event"] for line in lines] == []
         assert stubs.engine.get(ID).exit_code == 7
-        assert not adopted, "this process has opened its socket"
+        assert not stubs.bundles.adopted, "this process has opened its socket"
 
-    with_slow_restore(body, tmp_path, monkeypatch, ENDED)
+    with_slow_restore(body, tmp_path, ENDED)
 
 
-def test_a_forced_removal_before_the_adoption_ends_a_running_container(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forced_removal_before_the_adoption_ends_a_running_container(tmp_path: Path) -> None:
     """It holds the container's lock while it waits for the end, which only the adoption can see."""
 
     async def body(slow: SlowRestore) -> None:
@@ -486,24 +455,19 @@ def test_a_forced_removal_before_the_adoption_ends_a_running_container(
             await removing
         assert not stubs.bundles.saved
 
-    with_slow_restore(body, tmp_path, monkeypatch, a_container())
+    with_slow_restore(body, tmp_path, a_container())
 
 
-def test_an_adoption_that_fails_at_first_leaves_a_container_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adoption_that_fails_at_first_leaves_a_container_its_name(tmp_path: Path) -> None:
     found, tries = a_container(state=ContainerState.EXITED, process=None), [True, True]
 
-    def adopted_later(_: ContainerId) -> bool:
+    def adopted_later(_: ContainerId) -> None:
         if tries:
             tries.pop()
             raise Unavailable("no memory")
-        return False
 
-    monkeypatch.setattr(StubBundles, "load", lambda _: FoundContainers(unreadable=[ID]))
-    monkeypatch.setattr(StubBundles, "read", lambda *_: found, raising=False)
-    monkeypatch.setattr(StubRuntime, "delete_unknown", StubRuntime.clear, raising=False)
-    monkeypatch.setattr(StubBundles, "is_mounted", lambda _, id_: adopted_later(id_))
+    def before(stubs: StubEngine) -> None:
+        stubs.steps["bundles.is_mounted"] = adopted_later
 
     async def body(stubs: StubEngine) -> None:
         await asyncio.sleep(60)
@@ -512,7 +476,7 @@ def test_an_adoption_that_fails_at_first_leaves_a_container_its_name(
         await stubs.engine.remove(ID)
         assert not stubs.engine.has(found.name)
 
-    on_virtual_time(body, tmp_path)
+    on_virtual_time(body, tmp_path, before=before, unreadable=found)
 
 
 @pytest.mark.parametrize("refuses", [False, True])
@@ -536,14 +500,12 @@ def test_a_signal_that_ends_a_paused_container_leaves_no_warning(simulated: Run,
 
 
 @pytest.mark.parametrize("error", [disk_full(), StartError("no such file")])
-def test_a_container_with_rm_that_cannot_be_started_is_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_a_container_with_rm_that_cannot_be_started_is_removed(tmp_path: Path, error: Exception) -> None:
     async def body(stubs: StubEngine) -> None:
         async def refuse(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr(stubs.network, "attach", refuse)
+        stubs.steps["network.attach"] = refuse
         with pytest.raises(type(error)):
             await stubs.engine.start(ID)
         assert not stubs.bundles.saved
@@ -557,11 +519,9 @@ def test_a_container_with_rm_that_cannot_be_started_is_removed(
     on_virtual_time(body, tmp_path, created)
 
 
-def test_a_start_says_why_it_failed_although_its_container_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_start_says_why_it_failed_although_its_container_is_gone(tmp_path: Path) -> None:
     async def body(stubs: StubEngine) -> None:
-        monkeypatch.setattr(stubs.engine.volumes, "mount", lambda *_: asyncio.Event().wait())
+        stubs.steps["volumes.mount"] = lambda _: asyncio.Event().wait()
         starting = asyncio.create_task(stubs.engine.start(ID))
         await asyncio.sleep(1)
         await stubs.engine.remove(ID, force=True)
@@ -572,20 +532,17 @@ def test_a_start_says_why_it_failed_although_its_container_is_gone(
     on_virtual_time(body, tmp_path, ended)
 
 
-def test_a_container_that_cannot_be_looked_at_is_adopted_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_container_that_cannot_be_looked_at_is_adopted_later(tmp_path: Path) -> None:
     """The machine may have no memory for a process at the moment."""
-    answers: list[str | Exception] = [OSError(12, "Cannot allocate memory"), Unavailable("slow"), "running"]
+    answers: list[Exception] = [OSError(12, "Cannot allocate memory"), Unavailable("slow")]
 
-    async def status(*_: object) -> str:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    async def status() -> None:
+        if answers:
+            raise answers.pop(0)
 
-    monkeypatch.setattr(StubRuntime, "status", status, raising=False)
-    monkeypatch.setattr(StubNetwork, "is_present", lambda *_: True)
+    def before(stubs: StubEngine) -> None:
+        stubs.network.has_all = True
+        stubs.steps["runtime.status"] = status
 
     async def body(stubs: StubEngine) -> None:
         assert not stubs.engine.get(ID).is_running
@@ -599,4 +556,4 @@ def test_a_container_that_cannot_be_looked_at_is_adopted_later(
     started = a_container(
         state=ContainerState.CREATED, started_at=ZERO_TIME, sandbox=Sandbox(netns="/nonexistent")
     )
-    on_virtual_time(body, tmp_path, started)
+    on_virtual_time(body, tmp_path, started, before=before)

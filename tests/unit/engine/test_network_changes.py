@@ -12,61 +12,27 @@ from skep.engine.runtime.conmon import StartError
 from skep.errors import Unavailable
 from skep.model.networks.sandbox import (
     Endpoint,
-    EndpointConfig,
     EndpointRequest,
     NetworkMode,
     Sandbox,
-    SandboxConfig,
 )
-from skep.model.networks.tables import NetworkHead
-from skep.model.values.ids import NetworkId
 from skep.model.values.times import ZERO_TIME
 from tests.support.engine.stub_engine import (
     ID,
     StubEngine,
-    StubNetwork,
-    StubRuntime,
     a_container,
+    an_endpoint,
     on_virtual_time,
 )
 
 
-class Networks(StubNetwork):
-    """A data plane that connects at once.  If ``fills``, the disk is full from then on."""
+def fill_disk_at_change(stubs: StubEngine) -> None:
+    """Let the disk be full from the data plane's next change on."""
 
-    def __init__(self, stubs: StubEngine, *, fills: bool) -> None:
-        self._stubs = stubs
-        self._fills = fills
-        self.changes: list[str] = []
+    def fill() -> None:
+        stubs.bundles.is_full = True
 
-    async def connect(self, config: SandboxConfig, sandbox: Sandbox, request: EndpointRequest) -> Sandbox:
-        self._change(f"connect {request.network}")
-        return replace(sandbox, endpoints=(*sandbox.endpoints, an_endpoint(request.network)))
-
-    async def disconnect(self, config: SandboxConfig, sandbox: Sandbox, network_id: str) -> Sandbox:
-        self._change(f"disconnect {network_id}")
-        kept = tuple(one for one in sandbox.endpoints if one.network_id != network_id)
-        return replace(sandbox, endpoints=kept)
-
-    async def change_bridge(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
-        self._change("bridge")
-        return sandbox
-
-    def _change(self, text: str) -> None:
-        self.changes.append(text)
-        self._stubs.bundles.is_full = self._fills
-
-
-def an_endpoint(name: str, id: str = "") -> Endpoint:
-    head = NetworkHead(id=NetworkId(id or name), name=name)
-    return Endpoint(config=EndpointConfig(head=head, addresses=()), interface="", port="", mac_address="")
-
-
-def networks_of(stubs: StubEngine, *, fills: bool, monkeypatch: pytest.MonkeyPatch) -> Networks:
-    """Replace the data plane of an engine."""
-    networks = Networks(stubs, fills=fills)
-    monkeypatch.setattr(stubs.engine.lifecycle.effects, "_network", networks)
-    return networks
+    stubs.steps["network.change"] = fill
 
 
 RUNNING = a_container(
@@ -85,16 +51,13 @@ async def change(stubs: StubEngine, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", CHANGES)
-def test_a_change_that_cannot_be_written_is_refused_before_it_is_made(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_that_cannot_be_written_is_refused_before_it_is_made(text: str, tmp_path: Path) -> None:
     async def body(stubs: StubEngine) -> None:
-        networks = networks_of(stubs, fills=False, monkeypatch=monkeypatch)
         before = stubs.engine.get(ID)
         stubs.bundles.is_full = True
         with pytest.raises(OSError, match="No space left"):
             await change(stubs, text)
-        assert networks.changes == []
+        assert stubs.network.changes == []
         assert stubs.engine.get(ID) == before
         stubs.bundles.is_full = False
 
@@ -102,16 +65,14 @@ def test_a_change_that_cannot_be_written_is_refused_before_it_is_made(
 
 
 @pytest.mark.parametrize("text", CHANGES)
-def test_a_change_fails_if_the_disk_fills_meanwhile_and_is_written_later(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_fails_if_the_disk_fills_meanwhile_and_is_written_later(text: str, tmp_path: Path) -> None:
     """As in Docker, the request fails and the container is connected.  A crash may still lose that."""
 
     async def body(stubs: StubEngine) -> None:
-        networks = networks_of(stubs, fills=True, monkeypatch=monkeypatch)
+        fill_disk_at_change(stubs)
         with pytest.raises(OSError, match="No space left"):
             await change(stubs, text)
-        assert len(networks.changes) == 1
+        assert len(stubs.network.changes) == 1
         changed = stubs.engine.get(ID)
         assert changed.plain != RUNNING.plain
         assert stubs.bundles.saved[ID].plain == RUNNING.plain
@@ -128,7 +89,7 @@ def test_a_change_fails_if_the_disk_fills_meanwhile_and_is_written_later(
     [("a1", "a1", "a1"), ("a1", "", "a1"), ("other", "", "b2"), ("other", "b2", "b2")],
 )
 def test_a_network_with_this_id_is_left_before_one_with_this_name(
-    word: str, network_id: str, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    word: str, network_id: str, left: str, tmp_path: Path
 ) -> None:
     """Source: moby, daemon/network.go (FindNetwork: full id, then full name)."""
     endpoints: Sequence[Endpoint] = (
@@ -140,9 +101,8 @@ def test_a_network_with_this_id_is_left_before_one_with_this_name(
     requests = tuple(EndpointRequest(network=one) for one in ("c3", "front", "other"))
 
     async def body(stubs: StubEngine) -> None:
-        networks = networks_of(stubs, fills=False, monkeypatch=monkeypatch)
         await stubs.engine.networks.disconnect(ID, word, network_id)
-        assert networks.changes == [f"disconnect {left}"]
+        assert stubs.network.changes == [f"disconnect {left}"]
         changed = stubs.engine.get(ID)
         assert changed.plain is not None
         assert {one.network for one in changed.plain.networks} == {"c3", "front", "other"} - {name_left}
@@ -155,13 +115,12 @@ def test_a_network_with_this_id_is_left_before_one_with_this_name(
 @pytest.mark.parametrize("is_running", [True, False])
 @pytest.mark.parametrize("word", ["front", "5d3f0c8b9a7e", "5d3f0c8b9a7e" + "0" * 52])
 def test_a_network_that_was_connected_by_its_short_id_is_left_by_any_word(
-    word: str, is_running: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    word: str, is_running: bool, tmp_path: Path
 ) -> None:
     """Otherwise the next start would connect it again.  ``5d`` is the name of another network."""
     id = "5d3f0c8b9a7e" + "0" * 52
 
     async def body(stubs: StubEngine) -> None:
-        networks_of(stubs, fills=False, monkeypatch=monkeypatch)
         await stubs.engine.networks.disconnect(ID, word, id)
         changed = stubs.engine.get(ID)
         assert changed.plain is not None
@@ -178,33 +137,30 @@ def test_a_network_that_was_connected_by_its_short_id_is_left_by_any_word(
     on_virtual_time(body, tmp_path, container)
 
 
-def test_a_change_adopts_a_run_that_earlier_processes_have_not_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_adopts_a_run_that_earlier_processes_have_not_recorded(tmp_path: Path) -> None:
     """Otherwise the run would keep its old limits, name and networks, and its record would have the new ones."""
     is_seen = False
 
-    async def status(*_: object) -> str:
+    async def status() -> None:
         if not is_seen:
             raise Unavailable("slow")
-        return "running"
 
-    monkeypatch.setattr(StubRuntime, "status", status, raising=False)
-    monkeypatch.setattr(StubNetwork, "is_present", lambda *_: True)
+    def before(stubs: StubEngine) -> None:
+        stubs.network.has_all = True
+        stubs.steps["runtime.status"] = status
 
     async def body(stubs: StubEngine) -> None:
         nonlocal is_seen
-        networks = networks_of(stubs, fills=False, monkeypatch=monkeypatch)
         with pytest.raises(Unavailable):
             await change(stubs, "connect back")
         assert not stubs.engine.get(ID).is_running
         is_seen = True
         await change(stubs, "connect back")
-        assert networks.changes == ["connect back"]
+        assert stubs.network.changes == ["connect back"]
         assert stubs.engine.get(ID).is_running
 
     started = replace(RUNNING, state=ContainerState.CREATED, started_at=ZERO_TIME)
-    on_virtual_time(body, tmp_path, started)
+    on_virtual_time(body, tmp_path, started, before=before)
 
 
 def test_a_disk_that_is_full_is_named_in_the_systems_words(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 from msgspec.structs import replace
 
 from skep.engine.containers.container import PlainOptions
@@ -15,11 +14,9 @@ from tests.unit.dataplane.test_container_network import on_the_ingress_network
 from tests.unit.engine.test_records import a_container
 
 
-async def test_names_are_checked_in_the_sandboxes_of_running_containers_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_names_are_checked_in_the_sandboxes_of_running_containers_alone(tmp_path: Path) -> None:
     machine = Machine()
-    engine = memory_engine(tmp_path, machine, monkeypatch)
+    engine = memory_engine(tmp_path, machine)
     async with engine.running():
         runs, ends, _created = [await engine.add(new_container(name)) for name in ("a", "b", "c")]
         for one in (runs, ends):

@@ -63,8 +63,8 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 
 @pytest.fixture
-async def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
-    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
+    engine = memory_engine(tmp_path, Machine())
     (engine.volumes.ensure("data") / "old").write_text("data")
     async with engine.running():
         yield engine
@@ -110,9 +110,9 @@ async def test_a_volume_whose_removal_is_given_up_goes_whole(engine: Engine, gat
 
 
 async def test_what_an_earlier_process_has_not_deleted_is_no_volume_and_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate
+    tmp_path: Path, gate: Gate
 ) -> None:
-    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+    engine = memory_engine(tmp_path, Machine())
     engine.volumes.ensure("data")
     removal = asyncio.create_task(removed(engine.volumes))
     await until(gate.reached.is_set)

@@ -37,10 +37,10 @@ class Names(MemoryNetwork):
 class Renaming:
     """An engine with the running containers ``one`` and ``two``."""
 
-    def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, directory: Path) -> None:
         machine = Machine()
         self.names = Names(machine)
-        self.engine: Engine = memory_engine(directory, machine, patch, self.names)
+        self.engine: Engine = memory_engine(directory, machine, self.names)
 
     async def begun(self, name: str) -> Container:
         new = replace(new_container(name), plain=PlainOptions())
@@ -51,8 +51,8 @@ class Renaming:
 
 
 @pytest.fixture
-async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Renaming]:
-    rig = Renaming(tmp_path, monkeypatch)
+async def rig(tmp_path: Path) -> AsyncIterator[Renaming]:
+    rig = Renaming(tmp_path)
     async with asyncio.timeout(30), rig.engine.running():
         for name in ("one", "two"):
             await rig.begun(name)

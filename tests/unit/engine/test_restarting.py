@@ -92,11 +92,11 @@ def filters(**wanted: str) -> str:
     return f"filters={quote(json.dumps({name: [value] for name, value in wanted.items()}))}"
 
 
-def refuse_starts(stubs: StubEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def refuse_starts(stubs: StubEngine) -> None:
     async def refuse(_: Container) -> None:
         raise StartError("exec: nosuch: executable file not found in $PATH")
 
-    monkeypatch.setattr(stubs.runtime, "create", refuse)
+    stubs.steps["runtime.create"] = refuse
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------
@@ -216,17 +216,10 @@ def test_a_signal_that_ends_no_container_leaves_it_restarting(simulated: Run) ->
 
 
 @pytest.mark.parametrize("command", ["kill", "stop"])
-def test_a_run_that_its_policy_is_starting_is_ended_too(
-    simulated: Run, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
+def test_a_run_that_its_policy_is_starting_is_ended_too(simulated: Run, command: str) -> None:
     async def body(stubs: StubEngine) -> None:
-        gate, start = asyncio.Event(), stubs.runtime.start
-
-        async def slow(*arguments: Any) -> None:
-            await gate.wait()
-            await start(*arguments)
-
-        monkeypatch.setattr(stubs.runtime, "start", slow)
+        gate = asyncio.Event()
+        stubs.steps["runtime.start"] = gate.wait
         await stubs.end(7)
         await asyncio.sleep(1)
         assert stubs.engine.get(ID).is_restarting
@@ -246,9 +239,7 @@ def test_a_run_that_its_policy_is_starting_is_ended_too(
     simulated(body, RUNNING, is_monitored=True)
 
 
-def test_it_is_restarting_until_its_last_attempt_runs_or_has_failed(
-    simulated: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_restarting_until_its_last_attempt_runs_or_has_failed(simulated: Run) -> None:
     once = PlainOptions(restart=RestartPolicy(name="on-failure", attempts_max=1))
 
     async def body(stubs: StubEngine) -> None:
@@ -258,7 +249,7 @@ def test_it_is_restarting_until_its_last_attempt_runs_or_has_failed(
             states.append(stubs.engine.get(ID).status)
             raise StartError("no such file")
 
-        monkeypatch.setattr(stubs.runtime, "create", refuse)
+        stubs.steps["runtime.create"] = refuse
         await stubs.end(7)
         await asyncio.sleep(3600)
         assert states == ["restarting"]
@@ -269,13 +260,11 @@ def test_it_is_restarting_until_its_last_attempt_runs_or_has_failed(
 
 
 @pytest.mark.parametrize("policy", ["always", "unless-stopped", "on-failure"])
-def test_one_whose_user_could_not_start_it_has_exited(
-    simulated: Run, monkeypatch: pytest.MonkeyPatch, policy: str
-) -> None:
+def test_one_whose_user_could_not_start_it_has_exited(simulated: Run, policy: str) -> None:
     plain = PlainOptions(restart=RestartPolicy(name=policy), is_stopped=True)
 
     async def body(stubs: StubEngine) -> None:
-        refuse_starts(stubs, monkeypatch)
+        refuse_starts(stubs)
         with pytest.raises(StartError):
             await stubs.engine.start(ID)
         failed = stubs.engine.get(ID)
@@ -344,9 +333,7 @@ def test_with_a_policy_that_does_not_want_it_it_is_not_started_any_more(simulate
     simulated(body, RUNNING, is_monitored=True)
 
 
-def test_a_restart_by_its_user_that_fails_ends_its_restarting(
-    simulated: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_restart_by_its_user_that_fails_ends_its_restarting(simulated: Run) -> None:
     attempts: list[object] = []
 
     async def refuse(container: Container) -> None:
@@ -355,7 +342,7 @@ def test_a_restart_by_its_user_that_fails_ends_its_restarting(
 
     async def body(stubs: StubEngine) -> None:
         await stubs.end(7)
-        monkeypatch.setattr(stubs.runtime, "create", refuse)
+        stubs.steps["runtime.create"] = refuse
         with pytest.raises(StartError):
             await stubs.engine.stop_and_start(ID)
         assert stubs.engine.get(ID).status == "exited"

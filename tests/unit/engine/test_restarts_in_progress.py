@@ -7,25 +7,24 @@ import pytest
 
 from skep.engine.containers.container import ContainerState, PlainOptions, RestartPolicy
 from skep.errors import Unavailable
-from skep.model.networks.sandbox import Sandbox, SandboxConfig
+from skep.model.networks.sandbox import SandboxConfig
 from tests.support.engine.stub_engine import ID, StubEngine, a_container, on_virtual_time, restart_policies
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_restart_in_progress_uses_up_no_attempt_of_a_start_by_its_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, fails: bool
+    tmp_path: Path, *, fails: bool
 ) -> None:
     async def body(stubs: StubEngine) -> None:
-        attach, gate = stubs.network.attach, asyncio.Event()
+        gate = asyncio.Event()
 
-        async def wait(config: SandboxConfig) -> Sandbox:
-            monkeypatch.setattr(stubs.network, "attach", attach)
+        async def wait(_: SandboxConfig) -> None:
+            del stubs.steps["network.attach"]
             await gate.wait()
             if fails:
                 raise Unavailable("no address")
-            return await attach(config)
 
-        monkeypatch.setattr(stubs.network, "attach", wait)
+        stubs.steps["network.attach"] = wait
         async with restart_policies(stubs):
             await asyncio.sleep(1)  # the policy's start is in progress
             starting = asyncio.create_task(stubs.engine.start(ID))

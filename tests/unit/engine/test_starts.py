@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +12,12 @@ from msgspec.structs import replace
 from skep.engine.containers.container import (
     BeingRemoved,
     Container,
-    MountPoint,
     NotRunning,
     PlainOptions,
-    ProcessName,
     StillRunning,
 )
 from skep.engine.engine import Engine
-from skep.engine.volumes.volumes import MountFailed, VolumeSubpath
+from skep.engine.volumes.volumes import MountFailed
 from skep.errors import SkepError, Unavailable
 from skep.model.networks.sandbox import EndpointRequest, NetworkMode
 from skep.model.values.ids import ContainerId
@@ -33,38 +31,32 @@ PLACES = 4
 class Rig:
     """An engine whose volumes, and whose runtime's starts, wait for a gate if they are told to."""
 
-    def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
-        self.machine, self.patch = Machine(), patch
-        self.engine: Engine = memory_engine(directory, self.machine, patch)
+    def __init__(self, directory: Path) -> None:
+        self.machine = Machine()
+        self.steps = self.machine.steps
+        self.engine: Engine = memory_engine(directory, self.machine)
         self.gates = {name: asyncio.Event() for name in ("mount", "unmount", "start")}
         self.waiting = Counter[str]()
         self.free: set[str] = set()
         """Users whose mounts do not wait."""
         self.calls: list[tuple[str, str]] = []
-        self._start = self.engine.runtime.start
-        patch.setattr(self.engine.volumes, "mount", self.mount)
-        patch.setattr(self.engine.volumes, "unmount", self.unmount)
-        patch.setattr(self.engine.runtime, "start", self.start)
+        self.steps["volumes.mount"] = self.mount
+        self.steps["volumes.unmount"] = self.unmount
+        self.steps["runtime.start"] = partial(self._pass, "start")
         self.open(*self.gates)
 
     def open(self, *names: str) -> None:
         for name in names:
             self.gates[name].set()
 
-    async def mount(
-        self, user: str, points: Iterable[MountPoint], parts: Sequence[VolumeSubpath] = ()
-    ) -> None:
+    async def mount(self, user: str) -> None:
         self.calls.append(("mount", user))
         if user not in self.free:
             await self._pass("mount")
 
-    async def unmount(self, user: str, parts: Iterable[VolumeSubpath] = ()) -> None:
+    async def unmount(self, user: str) -> None:
         await self._pass("unmount")
         self.calls.append(("unmounted", user))
-
-    async def start(self, id: ContainerId, process: ProcessName) -> None:
-        await self._pass("start")
-        await self._start(id, process)
 
     async def _pass(self, name: str) -> None:
         self.waiting[name] += 1
@@ -80,8 +72,8 @@ class Rig:
 
 
 @pytest.fixture
-async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
-    rig = Rig(tmp_path, monkeypatch)
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    rig = Rig(tmp_path)
     async with rig.engine.running():
         yield rig
         rig.open(*rig.gates)
@@ -91,7 +83,7 @@ async def test_a_start_that_waits_for_a_removal_takes_no_place(rig: Rig) -> None
     *stuck, other = await rig.containers(PLACES + 1)
     for one in stuck:
         await rig.started(one)
-    rig.patch.setattr(rig.engine.runtime, "signal", lambda *_: None)  # their processes do not even die
+    rig.machine.is_stuck = True  # their processes do not even die
     removals = [asyncio.create_task(rig.engine.remove(one.id, force=True)) for one in stuck]
     await until(lambda: all(rig.engine.lifecycle.locks.is_held(one.id) for one in stuck))
     starts = [asyncio.create_task(rig.engine.start(one.id)) for one in stuck]
@@ -182,12 +174,11 @@ async def test_a_mount_that_fails_is_the_error_of_its_container(rig: Rig) -> Non
     async def refuse(*_: object) -> None:
         raise MountFailed("error while mounting volume")
 
-    rig.patch.setattr(rig.engine.volumes, "mount", refuse)
+    rig.steps["volumes.mount"] = refuse
     with pytest.raises(MountFailed):
         await rig.started(container)
     failed = rig.engine.get(container.id)
     assert (failed.error, failed.exit_code, failed.is_running) == ("error while mounting volume", 128, False)
-    rig.patch.setattr(rig.engine.volumes, "mount", rig.mount)
     assert not rig.engine.lifecycle.locks.is_held(container.id)
 
 
@@ -228,17 +219,17 @@ async def test_a_removal_that_is_given_up_leaves_a_forced_one_its_means(rig: Rig
 
 async def test_a_start_that_has_waited_for_a_removal_that_failed_is_refused(rig: Rig) -> None:
     (container,) = await rig.containers(1)
-    gate, discard = asyncio.Event(), rig.engine.bundles.discard
+    gate = asyncio.Event()
 
-    async def refuse_once(id: ContainerId) -> None:
-        rig.patch.setattr(rig.engine.bundles, "discard", discard)
+    async def refuse_once(_: ContainerId) -> None:
+        del rig.steps["bundles.discard"]
         await gate.wait()
         raise OSError("busy")
 
-    rig.patch.setattr(rig.engine.bundles, "discard", refuse_once)
+    rig.steps["bundles.discard"] = refuse_once
     lifecycle = rig.engine.lifecycle
     refused = asyncio.create_task(lifecycle.remove(container.id, force=True))
-    await until(lambda: rig.engine.bundles.discard == discard)
+    await until(lambda: "bundles.discard" not in rig.steps)
     starting = asyncio.create_task(lifecycle.start(container.id))
     await asyncio.wait([starting], timeout=0)
     removing = asyncio.create_task(lifecycle.remove(container.id, force=True))
@@ -277,10 +268,10 @@ async def test_a_container_whose_removal_failed_or_goes_on_is_not_started_and_st
             await rig.engine.start(container.id)
         raise OSError("busy")
 
-    with rig.patch.context() as patch:
-        patch.setattr(rig.engine.bundles, "discard", refuse)
-        with pytest.raises(Unavailable):
-            await rig.engine.remove(container.id, force=True)
+    rig.steps["bundles.discard"] = refuse
+    with pytest.raises(Unavailable):
+        await rig.engine.remove(container.id, force=True)
+    del rig.steps["bundles.discard"]
     with refused():
         await rig.engine.start(container.id)
     with refused():
@@ -298,23 +289,21 @@ async def test_a_container_whose_removal_failed_or_goes_on_is_not_started_and_st
     assert not rig.engine.list()
 
 
-async def test_a_removal_of_an_earlier_process_ends_when_the_container_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, tries = Rig(tmp_path, monkeypatch), 0
+async def test_a_removal_of_an_earlier_process_ends_when_the_container_is_gone(tmp_path: Path) -> None:
+    first, tries = Rig(tmp_path), 0
 
     async def refuse(*_: object) -> None:
         nonlocal tries
         tries += 1
         raise OSError("busy")
 
-    monkeypatch.setattr(first.engine.bundles, "discard", refuse)
+    first.steps["bundles.discard"] = refuse
     async with first.engine.running():
         (container,) = await first.containers(1)
         with pytest.raises(Unavailable):
             await first.engine.remove(container.id)
-    second = Rig(tmp_path, monkeypatch)
-    monkeypatch.setattr(second.engine.bundles, "discard", refuse)
+    second = Rig(tmp_path)
+    second.steps["bundles.discard"] = refuse
     async with second.engine.running():
         await until(lambda: tries > 1)
         second.engine.store.forget(container.id)  # its user's `docker rm` went better
@@ -322,10 +311,8 @@ async def test_a_removal_of_an_earlier_process_ends_when_the_container_is_gone(
         await until(lambda: name not in {task.get_name() for task in asyncio.all_tasks()})
 
 
-async def test_a_start_that_ends_while_the_process_ends_does_not_hold_that_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rig = Rig(tmp_path, monkeypatch)
+async def test_a_start_that_ends_while_the_process_ends_does_not_hold_that_up(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
     rig.gates["start"].clear()
     lifecycle = rig.engine.lifecycle
 

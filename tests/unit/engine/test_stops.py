@@ -15,18 +15,10 @@ from skep.api.http import server
 from skep.api.http.versions import ApiVersion
 from skep.engine.api import containers
 from skep.engine.containers.container import Container, ContainerConfig, ContainerState, PlainOptions
-from tests.support.engine.stub_engine import ID, Body, StubEngine, StubRuntime, a_container, on_virtual_time
+from tests.support.engine.stub_engine import ID, Body, StubEngine, a_container, on_virtual_time
 
 DAY_S = 86_400
 Run: TypeAlias = Callable[[Body, Container], None]
-
-
-@pytest.fixture
-def signals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Those that were sent, with no effect."""
-    sent: list[int] = []
-    monkeypatch.setattr(StubRuntime, "signal", lambda _, process, number: sent.append(number))
-    return sent
 
 
 @pytest.fixture
@@ -47,12 +39,12 @@ async def ask(stubs: StubEngine, action: str, query: str, version: str = "1.42")
 @pytest.mark.parametrize("action", ["stop", "restart"])
 @pytest.mark.parametrize(("version", "sent"), [("1.42", signal.SIGQUIT), ("1.41", signal.SIGINT)])
 def test_the_signal_of_the_request_is_sent_since_version_1_42(
-    simulated: Run, signals: list[int], action: str, version: str, sent: int
+    simulated: Run, action: str, version: str, sent: int
 ) -> None:
     async def body(stubs: StubEngine) -> None:
         asking = asyncio.create_task(ask(stubs, action, "signal=SIGQUIT&t=5", version))
         await asyncio.sleep(1)
-        assert signals == [sent]
+        assert stubs.runtime.signals == [sent]
         await stubs.end(0)
         assert await asking == 204
 
@@ -62,26 +54,22 @@ def test_the_signal_of_the_request_is_sent_since_version_1_42(
 @pytest.mark.parametrize(
     ("action", "words"), [("stop", "cannot stop container"), ("restart", "Cannot restart container")]
 )
-def test_a_signal_that_there_is_not_stops_nothing(
-    simulated: Run, signals: list[int], action: str, words: str
-) -> None:
+def test_a_signal_that_there_is_not_stops_nothing(simulated: Run, action: str, words: str) -> None:
     async def body(stubs: StubEngine) -> None:
         with pytest.raises(Untranslated, match=f"^{words}:? {ID}: Invalid signal: BOGUS$"):
             await ask(stubs, action, "signal=BOGUS")
-        assert not signals
+        assert not stubs.runtime.signals
         assert stubs.engine.get(ID).plain == PlainOptions()
 
     simulated(body, a_container())
 
 
 @pytest.mark.parametrize(("of_container_s", "query"), [(-1, ""), (10, "t=-1")])
-def test_a_negative_time_kills_never(
-    simulated: Run, signals: list[int], of_container_s: int, query: str
-) -> None:
+def test_a_negative_time_kills_never(simulated: Run, of_container_s: int, query: str) -> None:
     async def body(stubs: StubEngine) -> None:
         asking = asyncio.create_task(ask(stubs, "stop", query))
         await asyncio.sleep(DAY_S)
-        assert signals == [signal.SIGTERM]
+        assert stubs.runtime.signals == [signal.SIGTERM]
         await stubs.end(0)
         assert await asking == 204
 

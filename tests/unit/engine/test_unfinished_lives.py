@@ -7,14 +7,12 @@ import pytest
 
 from skep.engine.containers.container import Container, ContainerState, PlainOptions, RestartPolicy
 from skep.engine.lifecycle.driver import KILLED_S_MAX
-from skep.engine.volumes.volumes import Volumes
 from skep.errors import Unavailable
 from skep.model.values.ids import ContainerId
 from skep.model.values.times import ZERO_TIME
 from tests.support.engine.stub_engine import (
     ID,
     StubEngine,
-    StubRuntime,
     a_container,
     on_virtual_time,
     restart_policies,
@@ -39,17 +37,16 @@ def test_a_container_that_ends_after_its_forced_removal_has_failed_is_not_restar
     on_virtual_time(body, tmp_path, a_container(plain=always))
 
 
-def test_a_task_is_retired_with_the_process_that_its_adoption_could_not_delete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task_is_retired_with_the_process_that_its_adoption_could_not_delete(tmp_path: Path) -> None:
     calls: list[ContainerId] = []
 
-    async def delete(_: StubRuntime, container: Container) -> None:
+    async def delete(container: Container) -> None:
         calls.append(container.id)
         if len(calls) == 1:
             raise Unavailable("runc delete did not end in time")
 
-    monkeypatch.setattr(StubRuntime, "delete", delete)
+    def before(stubs: StubEngine) -> None:
+        stubs.steps["runtime.delete"] = delete
 
     async def body(stubs: StubEngine) -> None:
         assert calls == [ID], "its adoption has tried that"
@@ -57,31 +54,27 @@ def test_a_task_is_retired_with_the_process_that_its_adoption_could_not_delete(
         assert calls == [ID, ID]
         assert stubs.engine.get(ID).is_retired
 
-    on_virtual_time(
-        body, tmp_path, a_container(state=ContainerState.CREATED, plain=None, started_at=ZERO_TIME)
-    )
+    created = a_container(state=ContainerState.CREATED, plain=None, started_at=ZERO_TIME)
+    on_virtual_time(body, tmp_path, created, before=before)
 
 
-def test_a_run_that_was_thawed_before_a_crash_is_adopted_as_running(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(StubRuntime, "is_frozen", lambda *_: False)
+def test_a_run_that_was_thawed_before_a_crash_is_adopted_as_running(tmp_path: Path) -> None:
+    def thaw(stubs: StubEngine) -> None:
+        stubs.runtime.is_all_frozen = False
 
     async def body(stubs: StubEngine) -> None:
         assert stubs.engine.get(ID).state is ContainerState.RUNNING
         assert stubs.bundles.saved[ID].state is ContainerState.RUNNING
 
-    on_virtual_time(body, tmp_path, a_container(state=ContainerState.PAUSED))
+    on_virtual_time(body, tmp_path, a_container(state=ContainerState.PAUSED), before=thaw)
 
 
-def test_a_removal_waits_until_everything_of_the_last_run_is_freed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_removal_waits_until_everything_of_the_last_run_is_freed(tmp_path: Path) -> None:
     """Otherwise its volumes would stay in use after the removal."""
-    gate = asyncio.Event()
-    monkeypatch.setattr(Volumes, "unmount", lambda *_: gate.wait())
 
     async def body(stubs: StubEngine) -> None:
+        gate = asyncio.Event()
+        stubs.steps["volumes.unmount"] = lambda _: gate.wait()
         await stubs.end()
         removing = asyncio.create_task(stubs.engine.remove(ID))
         await asyncio.sleep(10)
@@ -93,15 +86,13 @@ def test_a_removal_waits_until_everything_of_the_last_run_is_freed(
     on_virtual_time(body, tmp_path, a_container())
 
 
-def test_a_pause_that_failed_after_it_has_frozen_the_container_is_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def late(_: ContainerId) -> None:
+def test_a_pause_that_failed_after_it_has_frozen_the_container_is_shown(tmp_path: Path) -> None:
+    async def late() -> None:
         raise Unavailable("runc pause did not end in time")
 
     async def body(stubs: StubEngine) -> None:
-        monkeypatch.setattr(stubs.runtime, "pause", late)
-        monkeypatch.setattr(stubs.runtime, "is_frozen", lambda *_: True)
+        stubs.runtime.during = late
+        stubs.runtime.is_all_frozen = True
         with pytest.raises(Unavailable, match="did not end in time"):
             await stubs.engine.pause(ID)
         assert stubs.engine.get(ID).state is ContainerState.PAUSED

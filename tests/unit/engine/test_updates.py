@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -249,20 +249,19 @@ def test_the_container_of_a_task_gets_no_restart_policy() -> None:
 class Updating:
     """An engine with a running container, whose runtime's updates wait for ``gate``."""
 
-    def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
-        self.engine: Engine = memory_engine(directory, Machine(), patch)
+    def __init__(self, directory: Path) -> None:
+        self.machine = Machine()
+        self.engine: Engine = memory_engine(directory, self.machine)
         self.gate = asyncio.Event()
         self.calls: list[ContainerConfig] = []
-        self.found: Sequence[str] = ()
         self.error: SkepError | None = None
-        patch.setattr(self.engine.runtime, "update", self._update)
+        self.machine.steps["runtime.update"] = self._update
 
-    async def _update(self, container: Container) -> Sequence[str]:
+    async def _update(self, container: Container) -> None:
         self.calls.append(container.config)
         await self.gate.wait()
         if self.error is not None:
             raise self.error
-        return self.found
 
     async def begun(self) -> Container:
         new = replace(new_container("c"), plain=PlainOptions())
@@ -273,8 +272,8 @@ class Updating:
 
 
 @pytest.fixture
-async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Updating]:
-    rig = Updating(tmp_path, monkeypatch)
+async def rig(tmp_path: Path) -> AsyncIterator[Updating]:
+    rig = Updating(tmp_path)
     async with rig.engine.running():
         await rig.begun()
         yield rig
@@ -329,7 +328,7 @@ async def test_a_restart_policy_alone_asks_nothing_of_the_runtime(rig: Updating)
 
 
 async def test_what_the_node_cannot_set_is_a_warning(rig: Updating) -> None:
-    rig.found = ("Weight discarded.",)
+    rig.machine.unapplied = ("Weight discarded.",)
     rig.gate.set()
     assert (await rig.update(BlkioWeight=300)).warnings == ("Weight discarded.",)
     assert (await rig.update(BlkioWeight=400)).warnings == ("Weight discarded.",)

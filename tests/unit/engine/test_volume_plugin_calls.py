@@ -135,9 +135,9 @@ async def test_an_unmount_that_failed_is_tried_again(tmp_path: Path) -> None:
     assert not volumes.mounts_of("data")
 
 
-async def test_the_engine_tries_it_again_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_engine_tries_it_again_by_itself(tmp_path: Path) -> None:
     server = TestPlugin(tmp_path / "disks")
-    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+    engine = memory_engine(tmp_path, Machine())
     volumes = engine.volumes
     async with server.listening(tmp_path / "sockets" / "disks.sock"), asyncio.timeout(20), engine.running():
         volumes.plugins = VolumePlugins(tmp_path / "sockets", ())

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from skep.manager.diagnosis.departures import why_it_stays
 from skep.model.node import Availability
-from skep.model.options.labels import DRAIN_NOW
+from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
 from skep.model.service import UpdateState, UpdateStatus
 from skep.model.values.ids import NodeId
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
@@ -34,3 +34,20 @@ def test_a_node_that_is_drained_at_once_keeps_nothing() -> None:
     task = a_task(node="n1", service=SERVICE)
     node = a_node("n1", availability=Availability.DRAIN, labels={DRAIN_NOW: "true"})
     assert why_it_stays(task, SERVICE, [task], {node.id: node}) == ""
+
+
+def test_a_node_that_no_longer_fits_keeps_only_tasks_with_a_minimum() -> None:
+    spec = a_service_spec(constraints=("node.labels.zone == north",))
+    with_minimum = a_service(spec=replace(spec, labels={MIN_AVAILABLE: "1"}))
+    task = a_task(node="n1", service=with_minimum)
+    nodes = {NodeId("n1"): a_node("n1", labels={"zone": "south"})}
+    assert why_it_stays(task, a_service(spec=spec), [task], nodes) == ""
+    why = why_it_stays(task, with_minimum, [task], nodes)
+    assert why == (
+        "it stays on n1, which no longer meets its constraints: 1 task is available, and 1 must stay available "
+        "(skep.min-available)"
+    )
+    north = {NodeId("n1"): a_node("n1", labels={"zone": "north"})}
+    assert why_it_stays(task, with_minimum, [task], north) == ""
+    small = why_it_stays(task, with_minimum, [task], north, {task.id})
+    assert small.startswith("it stays on n1, which has too few resources for it: ")

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.diagnosis.service_health import explanation_of, service_status, status_with_health
-from skep.model.node import Node, NodeState, NodeStatus
+from skep.model.node import Availability, Node, NodeState, NodeStatus
 from skep.model.service import (
     HealthState,
     JobStatus,
@@ -22,7 +22,7 @@ from skep.model.service import (
 from skep.model.task import Restart, Task, TaskState, TaskStatus
 from skep.model.values.ids import TaskId
 from skep.model.values.meta import Version
-from skep.model.values.times import SECOND_NS, timestamp
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from skep.store.interface import View
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
@@ -97,6 +97,30 @@ async def test_a_task_without_a_suitable_node_or_on_a_lost_node_degrades_its_ser
     assert (await health(web(), [one, homeless])).state is HealthState.DEGRADED
     down = replace(M1, status=NodeStatus(state=NodeState.DOWN))
     assert (await health(web(), tasks(web(), RUNNING, RUNNING), down)).state is HealthState.DEGRADED
+
+
+def a_replacement(state: TaskState, err: str = "no suitable node (no space)", **changes: object) -> Task:
+    task = a_task("new", service=web(1), state=state)
+    made_at = Timestamp("2026-05-05T05:05:05Z")
+    return replace(task, created_at=made_at, status=replace(task.status, err=err), **changes)
+
+
+async def test_a_replacement_that_no_node_takes_leaves_the_service_of_a_drained_node_healthy() -> None:
+    """Its task runs until the replacement does."""
+    drained = a_node("m1", availability=Availability.DRAIN)
+    old, new = tasks(web(1), RUNNING)[0], a_replacement(TaskState.PENDING)
+    found = await health(web(1), [old, new], drained)
+    assert (found.state, found.reason) == (
+        HealthState.HEALTHY,
+        "web.1: it stays on m1, which is drained: its replacement does not run yet: no suitable node (no space)",
+    )
+    assert (await health(web(1), [old, new])).state is HealthState.DEGRADED, "the node is not drained"
+    missing = await health(web(2), [old, new], drained)
+    assert missing.state is not HealthState.HEALTHY, "another task is missing"
+    starting = await health(web(1), [old, a_replacement(STARTING, "")], drained)
+    assert starting.state is HealthState.CONVERGING
+    failing = a_replacement(STARTING, "", restart=Restart(failures=3))
+    assert (await health(web(1), [old, failing], drained)).state is HealthState.DEGRADED
 
 
 async def test_surplus_tasks_make_a_service_converge() -> None:

@@ -15,10 +15,8 @@ from skep.node.visible_containers import visible_container
 from tests.support.engine.oci_rig import Machine, memory_engine, new_container
 
 
-async def test_a_container_is_of_the_stack_of_its_service_whatever_its_labels_say(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+async def test_a_container_is_of_the_stack_of_its_service_whatever_its_labels_say(tmp_path: Path) -> None:
+    engine = memory_engine(tmp_path, Machine())
     async with engine.running():
         objects = NodeObjects(engine, cast("ClusterNetworks", None))
         claimed = {STACK_LABEL: "blog"}  # an image may have the label, too
@@ -32,10 +30,8 @@ async def test_a_container_is_of_the_stack_of_its_service_whatever_its_labels_sa
         assert objects.stack_of("volume", {"Name": "data", "Labels": claimed}) == "blog"
 
 
-async def test_a_container_that_a_user_does_not_see_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+async def test_a_container_that_a_user_does_not_see_is_missing(tmp_path: Path) -> None:
+    engine = memory_engine(tmp_path, Machine())
     async with engine.running():
         own = await engine.add(replace(new_container("web"), stack="shop"))
         other = await engine.add(replace(new_container("blog"), stack="blog"))
@@ -52,11 +48,9 @@ async def test_a_container_that_a_user_does_not_see_is_missing(
                 found("viewer:shop", word)
 
 
-async def test_a_prefix_is_of_the_containers_that_a_user_sees(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_prefix_is_of_the_containers_that_a_user_sees(tmp_path: Path) -> None:
     """An ambiguous prefix must not say that another stack has a container with it."""
-    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+    engine = memory_engine(tmp_path, Machine())
     async with engine.running():
         shop = Identity(name="bob", origin=Origin.TOKEN, bindings=(parse_binding("viewer:shop"),))
         by_letter: dict[str, list[str]] = {}

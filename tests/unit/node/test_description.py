@@ -10,11 +10,13 @@ from skep.configuration.configuration import Configuration
 from skep.engine.log_drivers import journald
 from skep.model.node import NodeDescription
 from skep.model.node_reports.conditions import condition_messages
+from skep.model.options.constraints import is_satisfied
 from skep.node.host.conditions import Conditions
 from skep.node.host.description import NodeDescriber, within_bounds
 from skep.node.host.features import Features
 from skep.node.host.machine import Machine
 from skep.node.host.machine_resources import ResourceReader
+from tests.support.builders import a_node
 
 MACHINE = Machine(
     hostname="w1",
@@ -24,6 +26,7 @@ MACHINE = Machine(
     os_version="12",
     cpus=2,
     memory_bytes=1 << 30,
+    distribution="debian",
 )
 
 
@@ -59,6 +62,18 @@ def test_a_description_that_is_cut_is_a_condition_of_the_node_until_it_fits() ->
     assert warning in condition_messages(cut)
     assert within_bounds(small, conditions) is small
     assert conditions.warnings() == ()
+
+
+def test_constraints_read_the_facts_that_a_node_announces() -> None:
+    node = replace(a_node("w1"), description=described(Features(cgroup_version=1)))
+    for met in (
+        "kernel == 6.1",
+        "cgroup < 2",
+        "distribution in (debian)",
+        "distribution-version >= 12",
+        "cpus == 2",
+    ):
+        assert is_satisfied((f"node.facts.{met}",), node), met
 
 
 def test_what_every_node_has_is_announced() -> None:

@@ -36,16 +36,15 @@ VERBS = ["attach", "create", "start", "wait", "ended", "detach", "clear", "delet
 class Life:
     """A node: its worker comes and goes, its files and its machine stay."""
 
-    def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.machine = Machine()
-        self.patch = patch
         self.reports = Reports()
         self.tasks: list[str] = []
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[Worker]:
-        engine = memory_engine(self.directory, self.machine, self.patch)
+        engine = memory_engine(self.directory, self.machine)
         worker = Worker(
             executor=EngineExecutor(engine),
             files=TaskFiles(self.directory / "tasks", QuickClock()),
@@ -84,34 +83,33 @@ class Life:
 async def test_whatever_is_raised_about_one_container_the_others_go_on(
     tmp_path_factory: pytest.TempPathFactory, verb: str, error: type[Exception], times: int, crashes: bool
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        life = Life(tmp_path_factory.mktemp("life"), patch)
-        left = [times]
-        is_begun: list[str] = []
+    life = Life(tmp_path_factory.mktemp("life"))
+    left = [times]
+    is_begun: list[str] = []
 
-        def fault(at: str, container: str) -> None:
-            if is_begun and at == verb and container not in is_begun and left[0]:
-                left[0] -= 1
-                raise error("injected")
+    def fault(at: str, container: str) -> None:
+        if is_begun and at == verb and container not in is_begun and left[0]:
+            left[0] -= 1
+            raise error("injected")
 
-        life.machine.fault = fault
-        async with life.working() as worker:
-            await worker.assign(complete(assigned("good")))
-            assert await life.settled("good") is TaskState.RUNNING
-            good = next(iter(life.machine.ended))
-            is_begun.append(good)
-            await worker.assign(difference(assigned("bad")))
-            await life.settled("bad")
-            if not crashes:
-                await worker.assign(difference(removed=("bad",)))
-                await life.wait_empty(left=1)
-            assert life.reports.states("good")[-1] is TaskState.RUNNING
-        async with life.working() as worker:
-            await worker.assign(complete(assigned("good")))
+    life.machine.fault = fault
+    async with life.working() as worker:
+        await worker.assign(complete(assigned("good")))
+        assert await life.settled("good") is TaskState.RUNNING
+        good = next(iter(life.machine.ended))
+        is_begun.append(good)
+        await worker.assign(difference(assigned("bad")))
+        await life.settled("bad")
+        if not crashes:
+            await worker.assign(difference(removed=("bad",)))
             await life.wait_empty(left=1)
-            assert not life.machine.ended[good].is_set()
-            await worker.assign(complete())
-            await life.wait_empty()
+        assert life.reports.states("good")[-1] is TaskState.RUNNING
+    async with life.working() as worker:
+        await worker.assign(complete(assigned("good")))
+        await life.wait_empty(left=1)
+        assert not life.machine.ended[good].is_set()
+        await worker.assign(complete())
+        await life.wait_empty()
 
 
 async def a_life(life: Life, faults: Faults) -> None:
@@ -133,13 +131,11 @@ async def a_life(life: Life, faults: Faults) -> None:
         await life.wait_empty()
 
 
-async def walk(
-    tmp_path: Path, patch: pytest.MonkeyPatch, numbers: tuple[int, ...], count: int, step: int
-) -> int:
+async def walk(tmp_path: Path, numbers: tuple[int, ...], count: int, step: int) -> int:
     """The n-th call on a file fails, for every n; gives how many there were."""
     errnos = itertools.cycle(numbers)
     for n in itertools.count(0, step):
-        life = Life(tmp_path / str(n), patch)
+        life = Life(tmp_path / str(n))
         life.directory.mkdir()
         with file_faults(life.directory) as faults:
             faults.plan(n, next(errnos), count)
@@ -155,19 +151,17 @@ async def walk(
 
 
 @pytest.mark.parametrize("count", [1, 25])
-async def test_calls_on_files_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+async def test_calls_on_files_may_fail(tmp_path: Path, count: int) -> None:
     """A part of the walk below, for each day."""
-    assert await walk(tmp_path, monkeypatch, ERRNOS, count, 17) > 100
+    assert await walk(tmp_path, ERRNOS, count, 17) > 100
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
-async def test_every_call_on_a_file_may_fail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+async def test_every_call_on_a_file_may_fail(tmp_path: Path, number: int) -> None:
     """Each call in a whole life of tasks, with each error."""
-    assert await walk(tmp_path, monkeypatch, (number,), 1, 1) > 100
+    assert await walk(tmp_path, (number,), 1, 1) > 100
 
 
 async def test_a_task_whose_file_cannot_be_written_is_written_when_there_is_room(tmp_path: Path) -> None:
@@ -185,33 +179,24 @@ async def test_a_task_whose_file_cannot_be_written_is_written_when_there_is_room
             running.cancel()
 
 
-async def test_a_container_that_cannot_be_removed_says_why_and_goes_when_it_can(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    life = Life(tmp_path, monkeypatch)
+async def test_a_container_that_cannot_be_removed_says_why_and_goes_when_it_can(tmp_path: Path) -> None:
+    life = Life(tmp_path)
     async with life.working() as worker:
         await worker.assign(complete(assigned("a")))
         await life.settled("a")
         (container,) = worker.executor.engine.list()  # type: ignore[attr-defined]
         upper = life.directory / "containers" / container.id / "upper"
         (upper / "stuck").touch()
-        remove, is_stuck = __import__("os").unlink, [True]
-
-        def unlink(name: str, *words: object, **options: object) -> None:
-            if name == "stuck" and is_stuck[0]:
-                raise OSError(5, "Input/output error")
-            remove(name, *words, **options)
-
-        monkeypatch.setattr("os.unlink", unlink)
-        await worker.assign(complete())
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                (left,) = worker.executor.engine.list()  # type: ignore[attr-defined]
-                if left.error:
-                    break
-                await asyncio.sleep(0.001)
-        assert left.state is ContainerState.REMOVING
-        assert left.error.endswith("'stuck' cannot be removed: Input/output error")
-        assert (upper.parent / "record").exists()
-        is_stuck[0] = False
+        with file_faults(tmp_path) as faults:
+            faults.choose(errno.EIO, lambda call, path: (call, path.name) == ("unlink", "stuck"))
+            await worker.assign(complete())
+            async with asyncio.timeout(DEADLINE_S):
+                while True:
+                    (left,) = worker.executor.engine.list()  # type: ignore[attr-defined]
+                    if left.error:
+                        break
+                    await asyncio.sleep(0.001)
+            assert left.state is ContainerState.REMOVING
+            assert left.error.endswith("'stuck' cannot be removed: Input/output error")
+            assert (upper.parent / "record").exists()
         await life.wait_empty()

@@ -41,10 +41,10 @@ odd = pytest.mark.parametrize("make", ODD.values(), ids=list(ODD))
 
 @odd
 async def test_in_the_place_of_a_container_and_of_its_record(
-    tmp_path: Path, make: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Callable[[Path], object]
 ) -> None:
     machine = Machine()
-    first = memory_engine(tmp_path, machine, monkeypatch)
+    first = memory_engine(tmp_path, machine)
     async with first.running():
         sound = await first.add(new_container("sound"))
         damaged = await first.add(new_container("damaged"))
@@ -52,7 +52,7 @@ async def test_in_the_place_of_a_container_and_of_its_record(
     make(tmp_path / "containers" / damaged.id / "record")
     make(tmp_path / "containers" / ("0" * 64))
     make(tmp_path / "containers" / "lost+found")
-    second = memory_engine(tmp_path, machine, monkeypatch)
+    second = memory_engine(tmp_path, machine)
     async with EngineExecutor(second).running(), asyncio.timeout(30):
         assert [one.id for one in second.list()] == [sound.id]
         left = {sound.id, "lost+found"}
@@ -78,9 +78,9 @@ async def test_in_the_place_of_a_file_that_is_being_written_it_keeps_no_other_fr
 
 
 async def test_in_the_place_of_a_record_that_is_being_written_it_keeps_no_other_from_being_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+    engine = memory_engine(tmp_path, Machine())
     async with engine.running(), asyncio.timeout(30):
         made = [await engine.add(new_container(name)) for name in ("one", "two", "three")]
         records = [tmp_path / "containers" / one.id / "record" for one in made]

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from skep.engine.volumes.volume_plugins import VolumePlugins
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
 from skep.node.host.description import volume_labels, with_plugins
@@ -18,10 +16,8 @@ def test_slots_with_data_in_volumes_are_reported() -> None:
     assert volume_labels({}) == {}
 
 
-async def test_volume_plug_ins_are_reported_beside_the_other_drivers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+async def test_volume_plug_ins_are_reported_beside_the_other_drivers(tmp_path: Path) -> None:
+    engine = memory_engine(tmp_path, Machine())
     engine.volumes.plugins = VolumePlugins(tmp_path / "sockets", ())
     before = NodeDescription(engine=EngineDescription(plugins=(EnginePlugin(type="Volume", name="local"),)))
     assert with_plugins(before, engine) is with_plugins(before, None) is before

@@ -20,15 +20,18 @@ from skep.model.service import (
     ServiceMode,
     ServiceSpec,
     TaskSpec,
+    UpdateConfig,
     UpdateState,
     UpdateStatus,
 )
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS
 from skep.stack.progress import (
     FAILURES_MAX,
     GIVEN_UP_S,
+    STEADY_S,
     TOO_LARGE_S,
     UNPLACED_S,
     Explanation,
@@ -288,6 +291,8 @@ def test_the_time_until_the_next_attempt_is_no_cause() -> None:
         ("not-allocated", 0, UNPLACED_S, True),
         ("too-large", 0, TOO_LARGE_S - 1, False),
         ("too-large", 0, TOO_LARGE_S, True),
+        ("no-address", 0, TOO_LARGE_S - 1, False),
+        ("no-address", 0, TOO_LARGE_S, True),
         ("waiting", 0, 900.0, False),
         ("progressing", 0, 900.0, False),
     ],
@@ -377,3 +382,22 @@ def test_a_global_task_that_waits_for_its_restart_counts_as_one_that_does_not_ru
     assert (found.text, found.is_done) == ("1 of 2 tasks run: port is already allocated", False)
     found = progress_of(service, [on("m1", TaskState.RUNNING), failed, on("w1", TaskState.RUNNING)])
     assert (found.text, found.is_done) == ("2 of 2 tasks run", True)
+
+
+@pytest.mark.parametrize(
+    ("state", "monitor_s", "has_failed", "steady_s"),
+    [
+        (None, 0, False, STEADY_S),
+        (None, 2, False, 2.0),
+        (UpdateState.COMPLETED, 0, False, 0.0),
+        (UpdateState.COMPLETED, 0, True, STEADY_S),
+    ],
+)
+def test_the_leader_has_monitored_a_completed_update(
+    state: UpdateState | None, monitor_s: int, has_failed: bool, steady_s: float
+) -> None:
+    status = UpdateStatus(state=state) if state is not None else None
+    spec = replace(SERVICE.spec, update_config=UpdateConfig(monitor=monitor_s * SECOND_NS))
+    service = replace(SERVICE, spec=spec, update_status=status)
+    found = progress_of(service, [RUNS, NEW_SUFFIX, *[FAILED][:has_failed]])
+    assert (found.is_done, found.steady_s) == (True, steady_s)

@@ -5,6 +5,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sim.world.time import VirtualLoop
 from skep.api.client import waiting as api_waiting
@@ -152,7 +153,8 @@ def test_the_error_of_a_wait_names_the_first_service_to_explain() -> None:
         "not done within 600 s: shop_db: 0 of 1 tasks run: exit 1; shop_web: 0 of 2 tasks run. "
         "Run skep explain shop_db."
     )
-    assert unfinished({}, 9.0) == "not done within 9 s"
+    text = "not done within 9 s: all tasks run, but not long enough to verify that they keep running"
+    assert unfinished({}, 9.0) == text
 
 
 def test_a_service_that_has_failed_has_to_run_for_a_while() -> None:
@@ -168,6 +170,33 @@ def test_a_service_that_has_failed_has_to_run_for_a_while() -> None:
     assert not steadiness.is_steady("db", runs, 7.0)
     assert not steadiness.is_steady("db", runs, 7.0 + STEADY_S - 0.1)
     assert steadiness.is_steady("db", runs, 7.0 + STEADY_S)
+
+
+def test_a_service_that_has_just_started_has_to_run_for_its_monitor_time() -> None:
+    first = ServiceProgress("1 of 1 tasks run", is_done=True, steady_s=3.0, started_at="t1")
+    steadiness = Steadiness()
+    assert not steadiness.is_steady("web", first, 0.0)
+    assert not steadiness.is_steady("web", first, 2.9)
+    assert steadiness.is_steady("web", first, 3.0)
+    again = replace(first, started_at="t2")
+    assert not steadiness.is_steady("web", again, 3.5), "restarted between two looks"
+    assert not steadiness.is_steady("web", again, 6.0)
+    assert steadiness.is_steady("web", again, 6.5)
+
+
+def test_a_task_that_fails_a_moment_after_a_look_ends_no_wait_with_success() -> None:
+    runs = ServiceProgress("1 of 1 tasks run", is_done=True, steady_s=STEADY_S)
+    stuck = ServiceProgress("0 of 1 tasks run", "5 failures in a row: exit 4", is_stuck=True)
+    shown: list[str] = []
+
+    async def main() -> list[bool]:
+        managers = Managers(runs, runs, ServiceProgress("0 of 1 tasks run", "exit 4"), stuck)
+        with pytest.raises(Unavailable, match="5 failures in a row: exit 4"):
+            await wait_done(["web"], managers.look, lambda _, text: shown.append(text))
+        return []
+
+    in_virtual_time(main())
+    assert shown[1:] == ["1 of 1 tasks run, verifying that they keep running", "0 of 1 tasks run: exit 4"]
 
 
 async def test_failures_are_counted_though_few_ended_tasks_are_kept() -> None:

@@ -60,7 +60,7 @@ def within_budget(decided: Sequence[Step], situation: Situation) -> Allowed:
         assert isinstance(step, ReplaceTask | RetireTask)
         slot = step.task.slot
         rest = serving.get(slot, set()) - {step.task.id}
-        if len(serving) - (slot in serving and not rest) < _minimum_for(step.task, minimum, situation):
+        if not rest and len(serving) - (slot in serving) < _minimum_for(step.task, minimum, situation):
             held.add(number)
         else:
             _take(step.task, serving)
@@ -130,7 +130,7 @@ def _takes_away(step: Step, situation: Situation) -> bool:
     """Return whether the step stops a running task and draws on the budget.
 
     A service without a minimum of its own has one for the tasks that a drain replaces.  Otherwise the parallelism
-    limits its updates, and nothing limits preemption.
+    limits its updates, and nothing limits preemption and changes of nodes.
     """
     if situation.service.spec.mode.name != "replicated" or not isinstance(step, ReplaceTask | RetireTask):
         return False
@@ -143,4 +143,5 @@ def _takes_away(step: Step, situation: Situation) -> bool:
     has_minimum = required(situation.service) is not None
     if node.spec.availability is Availability.DRAIN:
         return not drains_now(node.spec.labels) and (has_minimum or isinstance(step, ReplaceTask))
-    return has_minimum and (task.preemption is not None or not situation.is_misplaced(task))
+    may_wait = task.preemption is not None or situation.is_unfit(task, node)
+    return has_minimum and (may_wait or not situation.is_misplaced(task))

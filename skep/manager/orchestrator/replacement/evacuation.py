@@ -1,5 +1,8 @@
 """Moves the running tasks of a drained node: each stops only when its replacement runs on another node.
 
+The tasks of a service with ``skep.min-available`` also move in this way if their node no longer meets their constraints
+or has become too small for them.
+
 The replacement is a second wanted task in the slot, as in a start-first update, whatever the service's update order.
 If no node takes it, or it fails, the old task stays.  A task of an older spec is replaced by the update, in its turn,
 also while the update is paused (``update``).  If the drain is undone, the update's rules keep the older task and remove
@@ -10,16 +13,17 @@ Difference from swarmkit: swarmkit stops the old task first.  The node's label `
 
 from collections.abc import Iterator
 
-from skep.manager.orchestrator.changes import Cause, FillSlot, ReplaceTask, RetireTask, Step
+from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, Step, cause_to_leave
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
 from skep.manager.orchestrator.replacement.restart import failures_in_a_row, should_restart
 from skep.manager.orchestrator.slots import Slot, history, wanted
+from skep.model.node import Availability
 from skep.model.task import TaskState
 
 
 def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
-    """Start a replacement for the slot's running task on a drained node, or retire that task once it is replaced.
+    """Start a replacement for the slot's running task that must leave its node, or retire that task once replaced.
 
     ``restart_steps`` replaces the other tasks of the slot, such as a replacement that failed.
     """
@@ -34,9 +38,10 @@ def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
     for old in leaving:
         heirs = (one for one in serving if is_dirty(old, situation) or not is_dirty(one, situation))
         if (heir := next(heirs, None)) is not None:
-            yield RetireTask(old, successor=heir.id, cause=Cause.NODE_IS_UNFIT)
+            yield RetireTask(old, successor=heir.id, cause=cause_to_leave(old, situation.node_of(old)))
     *surplus, last = sorted(leaving, key=lambda old: not is_dirty(old, situation))
-    yield from (RetireTask(old, successor=last.id, cause=Cause.NODE_IS_UNFIT) for old in surplus)
+    for old in surplus:
+        yield RetireTask(old, successor=last.id, cause=cause_to_leave(old, situation.node_of(old)))
     if is_dirty(last, situation):
         return  # the update replaces it, with as many slots at a time as it may
     if any(
@@ -47,6 +52,14 @@ def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
     youngest = history(slot)[-1]
     if youngest.ended_by_itself and not should_restart(youngest, slot, situation.seen):
         return  # the replacement failed for good
-    fill = FillSlot(situation.service, last.slot, failures=failures_in_a_row(last, situation))
+    nodes = ((old.id, situation.node_of(old)) for old in leaving)
+    fill = FillSlot(
+        situation.service,
+        last.slot,
+        failures=failures_in_a_row(last, situation),
+        beside=tuple(
+            id for id, node in nodes if node is not None and node.spec.availability is not Availability.DRAIN
+        ),
+    )
     yield ReplaceTask(others.pop(), fill) if others else fill
     yield from map(RetireTask, others)

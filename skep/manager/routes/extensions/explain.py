@@ -19,7 +19,10 @@ from skep.manager.diagnosis.explanations import (
     explain_autoscaling,
     explain_task,
 )
+from skep.manager.diagnosis.reasons import CauseKind
 from skep.manager.diagnosis.service_health import explanation_of, service_status
+from skep.manager.diagnosis.unmet_needs import has_full_network
+from skep.manager.orchestrator.replacement.enforcement import overcommitted
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.extensions.placement import accounting_of, names_for
 from skep.manager.routes.representations import slot_in
@@ -79,10 +82,10 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
         task, nodes.get(task.node_id), verdicts, slot, nodes, now_ns, host_ports(spec_of(view, task))
     )
     service = view.lookup(Service, task.service_id)
-    if service is not None and (
-        stays := why_it_stays(task, service, view.find(Task, service_id=service.id), nodes)
-    ):
-        explanation = replace(explanation, summary=stays)
+    if service is not None and (node := nodes.get(task.node_id)) is not None:
+        surplus = overcommitted(node, view.find(Task, node_id=node.id))
+        stays = why_it_stays(task, service, view.find(Task, service_id=service.id), nodes, surplus)
+        explanation = replace(explanation, summary=stays or explanation.summary)
     if priority:
         explanation = replace(explanation, summary=f"{explanation.summary}; {priority}")
     if task.node_id and elsewhere:
@@ -121,6 +124,12 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         explanation = _with_figures(
             explanation, await _read_verdicts(view, waiting, names_for(identity_of(request)))
         )
+    problem = explanation.problem
+    blocked = view.lookup(Task, problem.task_id) if problem is not None else None
+    if problem is not None and blocked is not None and problem.kind == CauseKind.NOT_ALLOCATED.value:
+        is_full = await has_full_network(blocked, view.find(Task), clock)
+        kind = CauseKind.NO_ADDRESS.value if is_full else problem.kind
+        explanation = replace(explanation, problem=replace(problem, kind=kind))
     damage = damage_of(view, Service, service.id)
     return json_response(
         replace(explanation, summary=f"{explanation.summary}; {damage}") if damage else explanation

@@ -52,8 +52,7 @@ def amounts_left(requirements: Requirements, account: Account) -> str:
 def unmet_constraints(requirements: Requirements, account: Account, copies: int) -> str:
     """Return the constraints that the node does not meet."""
     unmet = [one for one in requirements.constraints if not meets((one,), account.node)]
-    words = (f"{one.key} {'!=' if one.negated else '=='} {one.value}" for one in unmet)
-    return f"constraints not satisfied: {', '.join(words)}"
+    return f"constraints not satisfied: {', '.join(one.text for one in unmet)}"
 
 
 def plugins(requirements: Requirements, account: Account, copies: int) -> str:

@@ -15,7 +15,7 @@ from skep.manager.scheduler.nodes.filters import filters_for
 from skep.manager.scheduler.nodes.load import effective_tasks, used_share
 from skep.manager.scheduler.nodes.ranking import Rank, Ranking
 from skep.manager.scheduler.nodes.requirements import Requirements
-from skep.model.options.constraints import ENGINE_LABEL, NODE_LABEL, label_of
+from skep.model.options.constraints import is_label, label_of
 from skep.model.values.ids import NodeId, ServiceId
 
 KEPT = 32
@@ -37,7 +37,7 @@ class Candidates:
             requirements: The requirements of any service.  The service and its tasks are not used.
             accounting: All nodes.
         """
-        self.levels: Sequence[str] = [over for over in requirements.spread_over if _is_label(over)]
+        self.levels: Sequence[str] = [over for over in requirements.spread_over if is_label(over)]
         self.leaves: dict[Leaf, Ranking] = {}
         self.leaf_of: dict[NodeId, Leaf] = {}
         """Preference branch of every node, including nodes that do not pass."""
@@ -154,7 +154,3 @@ def fill(requirements: Requirements, account: Account) -> float:
     if requirements.memory_bytes and has.memory_bytes:
         share = max(share, 1 - (account.free_memory_bytes - requirements.memory_bytes) / has.memory_bytes)
     return share
-
-
-def _is_label(descriptor: str) -> bool:
-    return descriptor.lower().startswith((NODE_LABEL, ENGINE_LABEL))

@@ -51,40 +51,36 @@ async def pruned(stubs: StubEngine) -> list[str]:
     return [id[0] for id in json.loads(response.body)["ContainersDeleted"] or ()]
 
 
-def test_one_that_cannot_be_removed_keeps_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_cannot_be_removed_keeps_no_other(tmp_path: Path) -> None:
     async def body(stubs: StubEngine) -> None:
-        discard, stuck = stubs.bundles.discard, numbered(2).id
+        stuck = numbered(2).id
 
         async def refuse(id: ContainerId) -> None:
             if id == stuck:
                 raise disk_full()
-            await discard(id)
 
-        monkeypatch.setattr(stubs.bundles, "discard", refuse)
+        stubs.steps["bundles.discard"] = refuse
         with capture_logs() as lines:
             assert await pruned(stubs) == ["3", "1"]
             assert await pruned(stubs) == []
         warnings = [line["container"] for line in lines if line["event"] == "container not pruned"]
         assert warnings == [stuck, stuck]
-        monkeypatch.undo()
+        stubs.steps.clear()
         assert await pruned(stubs) == ["2"]
 
     pruning(tmp_path, body)
 
 
 @pytest.mark.parametrize("is_started", [False, True])
-def test_what_is_removed_or_started_meanwhile_keeps_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_started: bool
-) -> None:
+def test_what_is_removed_or_started_meanwhile_keeps_no_other(tmp_path: Path, *, is_started: bool) -> None:
     async def body(stubs: StubEngine) -> None:
-        discard, other = stubs.bundles.discard, numbered(2).id
+        other = numbered(2).id
 
-        async def meanwhile(id: ContainerId) -> None:
-            monkeypatch.undo()
+        async def meanwhile(_: ContainerId) -> None:
+            stubs.steps.clear()
             await (stubs.engine.start(other) if is_started else stubs.engine.remove(other))
-            await discard(id)
 
-        monkeypatch.setattr(stubs.bundles, "discard", meanwhile)
+        stubs.steps["bundles.discard"] = meanwhile
         assert await pruned(stubs) == ["3", "1"]
         assert [one.name for one in stubs.engine.list()] == (["c2"] if is_started else [])
 

@@ -19,8 +19,8 @@ Api = TestClient[Any, Any]
 
 
 @pytest.fixture
-async def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+async def engine(tmp_path: Path) -> Engine:
+    engine = memory_engine(tmp_path, Machine())
     engine.images = ImageStore(tmp_path / "images")
     await engine.images.open()
     return engine

@@ -88,9 +88,9 @@ async def test_an_image_that_comes_again_is_not_swept(store: ImageStore, tmp_pat
 
 
 async def test_the_layers_of_a_removed_image_go_with_its_last_container(
-    store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: ImageStore, tmp_path: Path
 ) -> None:
-    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+    engine = memory_engine(tmp_path, Machine())
     engine.images = store
     async with engine.running():
         containers = [

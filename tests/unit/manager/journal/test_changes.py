@@ -19,7 +19,7 @@ from skep.model.node import (
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Autoscaled, UpdateState, UpdateStatus
-from skep.model.task import ContainerStatus, Preemption, Task, TaskState, TaskStatus
+from skep.model.task import ContainerStatus, Preemption, Restart, StopCause, Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, TaskEnd
 from skep.model.values.ids import SecretId, TaskId
 from skep.model.values.times import SECOND_NS, Timestamp
@@ -99,6 +99,26 @@ def test_every_task_that_is_replaced_has_a_reason() -> None:
     assert replaced(replace(last, status=at(TaskState.COMPLETE))) == "its process ended with code 0"
     assert replaced(last, a_node("n1")) == f"it no longer fits its node {name}, or was stopped"
     assert replaced(replace(last, node_id="")) == "it had no node yet"
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (StopCause.NODE_DOWN, "its node {name} was down"),
+        (StopCause.NODE_DRAINED, "its node {name} was drained"),
+        (StopCause.NODE_UNFIT, "its node {name} no longer met its constraints"),
+    ],
+)
+def test_a_task_that_left_its_node_has_the_cause_after_the_node_is_back(cause: StopCause, words: str) -> None:
+    node = a_node("n1")
+    last = replace(
+        a_task("t1", service="web", node="n1"),
+        restart=Restart(was_stopped=True, stop_cause=cause.value),
+        status=at(TaskState.FAILED, err="task: non-zero exit (143)"),
+    )
+    assert replaced(last, node) == words.format(name=node.description.hostname or node.id)
+    down = replace(node, status=NodeStatus(state=NodeState.DOWN, message="heartbeat failure"))
+    assert replaced(replace(last, status=at(TaskState.RUNNING)), down).endswith(" is down: heartbeat failure")
 
 
 def test_a_task_that_left_for_another_one_says_for_which() -> None:

@@ -1,4 +1,4 @@
-"""Whatever the order of drains, updates, pauses, failures and changes of leader, each slot ends with one right task."""
+"""Whatever the order of drains, relabeled nodes, updates, pauses and failures, each slot ends with one right task."""
 
 from typing import TypeAlias
 
@@ -27,6 +27,7 @@ from skep.model.service import (
 )
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
+from skep.model.values.times import SECOND_NS, timestamp
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.managers.worlds import World
 
@@ -35,6 +36,8 @@ NODES = ("n1", "n2", "n3")
 ROUNDS = 60
 ROUND_S = 15.0
 """Longer than every restart delay and monitor time here."""
+OUTSIDE = {"zone": "outside"}
+"""Labels of a node on which no task may run."""
 Happening: TypeAlias = tuple[str, int]
 
 configs = st.builds(
@@ -48,7 +51,7 @@ happenings = st.lists(
         st.sampled_from(
             ["goes on"] * 4
             + ["drain", "drain", "drain now", "activate", "down", "fails", "is rejected"]
-            + ["image", "pause", "resume", "scale", "leader"]
+            + ["relabel", "relabel", "image", "pause", "resume", "scale", "leader"]
         ),
         st.integers(0, 30),
     ),
@@ -65,7 +68,7 @@ def begun(config: UpdateConfig, minimum: str | None, per_node: int, *, data: boo
     labels = {MIN_AVAILABLE: minimum} if minimum is not None else {}
     mounts = (Mount(type="volume", source="data", target="/data"),) if data else ()
     container = replace(spec.task_template.container_spec or ContainerSpec(), mounts=mounts)
-    placement = Placement(max_replicas=per_node)
+    placement = Placement(max_replicas=per_node, constraints=("node.labels.zone != outside",))
     template = replace(spec.task_template, container_spec=container, placement=placement)
     service = a_service(spec=replace(spec, labels=labels, task_template=template))
     world = World(service, nodes=map(a_node, NODES))
@@ -88,6 +91,8 @@ def happen(world: World, what: str, which: int, *, per_node: int) -> None:
             put_node(world, a_node(name, availability=Availability.DRAIN))
         case "drain now":
             put_node(world, a_node(name, availability=Availability.DRAIN, labels={DRAIN_NOW: "true"}))
+        case "relabel":
+            put_node(world, a_node(name, labels=OUTSIDE))
         case "activate":
             put_node(world, a_node(name))
         case "down":
@@ -110,7 +115,11 @@ def with_image(spec: ServiceSpec, image: str) -> ServiceSpec:
 
 def set_update(world: World, state: UpdateState) -> None:
     if world.service.update_status is not None and world.service.update_status.state is not None:
-        world.put(replace(world.service, update_status=UpdateStatus(state=state)))
+        # As a user who resumes an update, tolerate the failures until now.  Tasks are created from this second on.
+        until = (
+            None if state is UpdateState.PAUSED else timestamp((2 * 10**9 + 1 + int(world.now)) * SECOND_NS)
+        )
+        world.put(replace(world.service, update_status=UpdateStatus(state=state, tolerated_until=until)))
 
 
 def put_node(world: World, node: Node) -> None:
@@ -141,6 +150,7 @@ def place(world: World, task: Task, which: int, per_node: int) -> None:
         if (
             node.spec.availability is Availability.ACTIVE
             and node.status.state is not NodeState.DOWN
+            and node.spec.labels != OUTSIDE
             and len(held) < per_node
         ):
             status = replace(task.status, state=TaskState.ASSIGNED, err="")

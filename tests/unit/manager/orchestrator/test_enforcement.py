@@ -7,20 +7,24 @@ from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import Cause, ReplaceTask, RetireTask
 from skep.manager.orchestrator.replacement.enforcement import overcommitted
+from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, Node, NodeDescription, NodeStatus
-from skep.model.options.labels import DRAIN_NOW
+from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
 from skep.model.service import (
     DiscreteResource,
     GenericResource,
     NamedResource,
+    ReplicatedService,
     Resources,
     RestartCondition,
     RestartPolicy,
+    ServiceMode,
+    ServiceSpec,
 )
 from skep.model.task import Preemption, Task, TaskState
-from skep.model.values.ids import TaskId
+from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.times import SECOND_NS
-from tests.support.builders import a_node, a_service, a_task
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.managers.worlds import World
 
 NORTH = a_service("web", constraints=("node.labels.zone == north",))
@@ -114,6 +118,64 @@ def test_fewer_countable_resources_than_given_out_take_the_youngest_task_along()
 
     tasks = [replace(a_task(node="n1"), generic_resources=chips(2)) for _ in range(2)]
     assert overcommitted(a_node("n1", has=Resources(generic_resources=chips(3))), tasks) == {tasks[1].id}
+
+
+def a_labeled_world(minimum: str | None, *, data: bool = False) -> World:
+    """Three tasks run on three nodes, of which the third and a fourth one are in the north."""
+    spec = with_minimum(NORTH.spec, minimum)
+    if data:
+        mounted = replace(
+            spec.task_template.container_spec or ContainerSpec(),
+            mounts=(Mount(type="volume", source="data", target="/data"),),
+        )
+        spec = replace(spec, task_template=replace(spec.task_template, container_spec=mounted))
+    service = replace(NORTH, spec=replace(spec, mode=ServiceMode(replicated=ReplicatedService(replicas=3))))
+    tasks = [a_task(f"old{slot}", slot=slot, service=service, node=f"n{slot}") for slot in (1, 2, 3)]
+    zones = {"n1": "south", "n2": "south", "n3": "north", "n4": "north"}
+    return World(service, tasks, [a_node(name, labels={"zone": zone}) for name, zone in zones.items()])
+
+
+def with_minimum(spec: ServiceSpec, minimum: str | None) -> ServiceSpec:
+    return replace(spec, labels={MIN_AVAILABLE: minimum} if minimum is not None else {})
+
+
+def running_after(world: World) -> set[str]:
+    world.settle()
+    return {
+        task.id for task in world.tasks.values() if task.is_wanted and task.status.state is TaskState.RUNNING
+    }
+
+
+@pytest.mark.parametrize("minimum", [None, "0"])
+def test_all_tasks_of_relabeled_nodes_stop_at_once_without_a_minimum(minimum: str | None) -> None:
+    assert running_after(a_labeled_world(minimum)) == {"old3"}
+
+
+def test_a_task_with_a_minimum_leaves_a_relabeled_node_when_its_replacement_runs() -> None:
+    world = a_labeled_world("1")
+    assert running_after(world) == {"old1", "old2", "old3"}
+    assert len([task for task in world.tasks.values() if task.is_active]) == 5
+    for id in [id for id in world.tasks if id.startswith("new")]:
+        world.put(replace(world.tasks[id], node_id=NodeId("n4")))
+        world.report(id, TaskState.RUNNING)
+    assert {world.tasks[TaskId(id)].node_id for id in running_after(world)} == {"n3", "n4"}
+
+
+def test_tasks_that_write_data_leave_relabeled_nodes_as_the_budget_allows() -> None:
+    assert running_after(a_labeled_world("2", data=True)) == {"old2", "old3"}
+    assert running_after(a_labeled_world("3", data=True)) == {"old1", "old2", "old3"}
+
+
+def test_tasks_of_a_node_that_shrank_stop_only_when_their_replacements_run() -> None:
+    spec = a_service_spec("web", replicas=2, reserve=Resources(nano_cpus=1))
+    service = replace(a_service("web"), spec=with_minimum(spec, "2"))
+    tasks = [a_task(f"old{slot}", slot=slot, service=service, node="n1") for slot in (1, 2)]
+    world = World(service, tasks, [a_node("n1", has=Resources(nano_cpus=1)), a_node("n2")])
+    assert running_after(world) == {"old1", "old2"}
+    (new,) = [task for task in world.tasks.values() if task.id.startswith("new")]
+    world.put(replace(new, node_id=NodeId("n2")))
+    world.report(new.id, TaskState.RUNNING)
+    assert running_after(world) == {"old1", new.id}
 
 
 sizes = st.lists(st.integers(0, 4), max_size=8)

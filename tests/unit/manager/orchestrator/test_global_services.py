@@ -11,7 +11,7 @@ from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.node import Availability, Node, NodeDescription, NodeState, NodeStatus
 from skep.model.options.labels import STOPPED
 from skep.model.service import RestartCondition, RestartPolicy, Service, UpdateState, UpdateStatus
-from skep.model.task import Task, TaskState
+from skep.model.task import StopCause, Task, TaskState
 from skep.model.values.ids import TaskId
 from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_task
@@ -193,3 +193,22 @@ def test_a_stopped_service_has_no_tasks_and_no_history_of_them() -> None:
         RetireTask(task, TaskState.REMOVE) for task in tasks
     ]
     assert reconcile(AGENT, [], [a_node("n1")]) != []
+
+
+@pytest.mark.parametrize(
+    ("away", "cause"),
+    [
+        (a_node("n1", state=NodeState.DOWN), StopCause.NODE_DOWN),
+        (a_node("n1", availability=Availability.DRAIN), StopCause.NODE_DRAINED),
+    ],
+)
+def test_a_task_that_leaves_its_node_keeps_the_cause_after_the_node_is_back(
+    away: Node, cause: StopCause
+) -> None:
+    world = World(WINDOWED, [a_task("t", slot=0, node="n1", service=WINDOWED)], [away])
+    world.settle()
+    world.nodes[away.id] = a_node("n1")
+    world.settle()
+    restart = world.tasks[TaskId("t")].restart
+    assert restart is not None
+    assert restart.stop_cause == cause.value

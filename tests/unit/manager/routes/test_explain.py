@@ -3,14 +3,17 @@
 import asyncio
 from typing import Any
 
+import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from msgspec.structs import replace
 
 from skep.manager.routes import application
+from skep.model.network import Network
 from skep.model.node import Availability
 from skep.model.node_reports.node_refusals import NodeRefusal, no_node_text
 from skep.model.service import Resources
-from skep.model.task import Task, TaskState
+from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.model.values.ids import NetworkId, NodeId
 from skep.store.interface import Object
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_task
@@ -59,3 +62,23 @@ def test_figures_are_not_shown_for_nodes_that_other_filters_refuse() -> None:
     )
     found = asyncio.run(explained(node, db, used, *waiting))
     assert found["Reason"] == f"{REFUSED}; it needs 800 MiB of memory"
+
+
+@pytest.mark.parametrize(
+    ("other", "is_stopping", "kind"),
+    [("tiny", False, "no-address"), ("tiny", True, "not-allocated"), ("other", True, "no-address")],
+)
+def test_a_network_without_addresses_is_full_for_good_unless_a_task_on_it_stops(
+    other: str, is_stopping: bool, kind: str
+) -> None:
+    web, db = a_service("web", replicas=1), a_service("db")
+    task = a_task("t1", service=web, state=TaskState.NEW)
+    err = "no available IPv4 addresses on this network's address pools: tiny (tiny)"
+    task = replace(task, status=replace(task.status, err=err), node_id=NodeId(""))
+    desired = TaskState.SHUTDOWN if is_stopping else TaskState.RUNNING
+    on = replace(
+        a_task("d1", service=db, node="n1", desired=desired),
+        networks_attachments=(NetworkAttachment(network=Network(id=NetworkId(other))),),
+    )
+    found = asyncio.run(explained(a_node("n1"), web, db, task, on))
+    assert (found["Problem"]["Kind"], found["Reason"]) == (kind, err)
