@@ -210,6 +210,7 @@ class SimulatedManager:
             find_driver=self._find_driver or no_drivers,
             confirm=term.confirm,
             collect_usages=usages.collect,
+            send=self._network.notify,
         )
         own = self.loops = (*control, adoption, managers)
         try:

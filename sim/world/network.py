@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 
 from sim.world.links import Links, Machine
 from skep.errors import SkepError, Unavailable, Unimplemented
+from skep.manager.notify.outbox import Send, skip_sending
 from skep.model.values.ids import NodeId
 from skep.rpc.errors import from_status
 from skep.rpc.status import CallFailed
@@ -126,6 +127,8 @@ class Network:
         """Additional latency of a machine's messages, in seconds."""
         self.accepts: Callable[[Machine, Machine], bool] = lambda source, target: True
         """Whether both ends of a new connection trust each other's certificates."""
+        self.notify: Send = skip_sending
+        """Delivers the managers' notifications."""
         self.held: HeldDirections = HeldDirections()
         self._listeners: dict[str, Listener] = {}
         self._channels: dict[MemoryChannel, tuple[Machine, Machine]] = {}

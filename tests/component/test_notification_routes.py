@@ -2,20 +2,29 @@
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
+import msgspec
 import pytest
+from aiohttp import ClientError
+from aiohttp.test_utils import TestClient, TestServer
+from msgspec.structs import replace
 
+from skep.api.backups import BackupRequest, Sealer, new_header
+from skep.errors import Unavailable
 from skep.manager.notify.incidents import IncidentChanges
 from skep.manager.notify.problems import Problem
-from skep.manager.notify.records import delivery_in, targets_in
+from skep.manager.notify.records import backup_in, delivery_in, targets_in
 from skep.manager.notify.showing import delivery_families, delivery_warnings
 from skep.manager.notify.writing import claim, settle, write_changes
+from skep.manager.routes import application
 from skep.manager.routes.access import ManagerApi
 from skep.model.options.notifications import Topic
 from skep.store.interface import Transaction
 from skep.store.level import LEVEL, NOTIFICATIONS
 from tests.component.test_notification_targets import a_receiver
 from tests.component.test_users_on_a_manager import Rig, _a_rig
+from tests.conformance.manager import a_manager_api
 
 SECRET = "hush-hush"
 
@@ -154,3 +163,35 @@ async def test_a_target_added_again_under_its_name_starts_over(rig: Rig) -> None
         assert delivery_in(rig.api.store.view(), target) is None
         await fail(rig.api, "it responded 503")
         await rig.exchange("admin", "DELETE /skep/notify/ops")
+
+
+class Backing:
+    """Creates backups of one piece, or fails after it."""
+
+    def __init__(self, error: str = "") -> None:
+        self._error = error
+
+    def check(self) -> None:
+        pass
+
+    def begin(self, request: BackupRequest) -> Sealer:
+        return Sealer(request.header, request.key)
+
+    async def pieces(self, sealer: Sealer) -> AsyncIterator[bytes]:
+        yield sealer.end()
+        if self._error:
+            raise Unavailable(self._error)
+
+
+@pytest.mark.parametrize("error", ["", "the key of the cluster's store is being replaced"])
+async def test_the_end_of_a_backup_is_recorded(error: str) -> None:
+    async with a_manager_api() as api:
+        await api.store.update(raise_level, LEVEL)
+        body = BackupRequest(header=new_header("hkdf"), key=bytes(32))
+        async with TestClient(TestServer(application(replace(api, backups=Backing(error))))) as client:
+            with suppress(ClientError):
+                response = await client.post("/skep/backup", data=msgspec.json.encode(body))
+                assert response.status == 200
+                await response.read()
+            last = backup_in(api.store.view())
+    assert (last.complete_ns > 0, last.failed_ns > 0, last.error) == (not error, bool(error), error)

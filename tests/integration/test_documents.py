@@ -23,6 +23,7 @@ from tests.support.machines.playground_rig import (
     wait_running,
     wait_until,
 )
+from tests.support.machines.webhook_receiver import a_receiver
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -53,6 +54,7 @@ DOCTOR = "docs/guide/doctor.md"
 INSTALL = "docs/guide/install.md"
 UPGRADE = "docs/guide/upgrade.md"
 STATUS = "docs/guide/status.md"
+NOTIFICATIONS = "docs/guide/notifications.md"
 EXEC = "docs/guide/exec.md"
 NODES = "docs/guide/nodes.md"
 PLACEMENT = "docs/guide/placement.md"
@@ -142,6 +144,7 @@ def test_no_block_is_forgotten() -> None:
         *((INSTALL, number) for number in range(2)),
         *((UPGRADE, number) for number in range(2)),
         *((STATUS, number) for number in range(3)),
+        *((NOTIFICATIONS, number) for number in range(2)),
         *((NODES, number) for number in range(4)),
         *((VOLUMES, number) for number in range(2)),
         (CSI, 0),
@@ -248,6 +251,17 @@ def test_the_guide_to_status(m1: TestNode, checkout: Path) -> None:
     assert "scheduling constraints not satisfied on 1 node" in run(why, checkout, **where)
     wait_running(m1, "report", 1)
     run(private, checkout, **where)
+
+
+def test_the_guide_to_notifications(m1: TestNode, checkout: Path, tmp_path: Path) -> None:
+    """The page's receiver does not exist, so the target is one on this node."""
+    add, choose = shell_blocks(NOTIFICATIONS)
+    where, url = {"DOCKER_HOST": m1.socket}, "https://hooks.example.org/skep"
+    with a_receiver(m1, tmp_path / "received"):
+        here = add.replace(url, "http://127.0.0.1:8080/ --allow-internal")
+        assert "http://127.0.0.1:8080" in run(here, checkout, **where)
+    assert run(choose, checkout, **where).split() == ["disks", "shop", "disks", "shop"]
+    run("skep notify rm ops", checkout, **where)
 
 
 def test_the_guide_to_commands_in_containers(m1: TestNode, checkout: Path) -> None:

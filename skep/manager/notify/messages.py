@@ -80,9 +80,12 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def message_of(delivery: Delivery, cluster: str, cluster_id: str) -> Message:
-    """Return the message that is being sent.  It is the same at every attempt."""
+    """Return the message that is being sent.  It is the same at every attempt.
+
+    Its id has a time, because numbers repeat after a restore of an older backup, and receivers drop known ids.
+    """
     return Message(
-        id=f"{delivery.target_id}-{delivery.number}",
+        id=f"{delivery.target_id}-{delivery.number}-{delivery.sending[0].at_ns // SECOND_NS}",
         cluster=cluster,
         cluster_id=cluster_id,
         at_ns=delivery.sending[-1].at_ns,

@@ -73,9 +73,9 @@ class Outbox:
         swarm = next(iter(self._term.view().find(Swarm)), None)
         name, id = (swarm.spec.name, str(swarm.id)) if swarm is not None else ("", "")
         error = await self._send(target, message_of(delivery, name, id))
-        if error:
+        if error and not delivery.attempts:
             log.warning("notification not delivered, will retry", target=target.name, reason=error)
-        else:
+        elif not error:
             log.info("notification delivered", target=target.name, notices=len(delivery.sending))
         body = partial(
             settle,

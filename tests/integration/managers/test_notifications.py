@@ -2,52 +2,24 @@
 
 import json
 import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.machines.playground_rig import SKEP, TestNode, a_playground, wait_until
+from tests.support.machines.webhook_receiver import a_receiver
 from tests.support.managers.managers_rig import leader, wait_managers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 ALL = ("m1", "m2", "m3")
-_RECEIVE = """
-import http.server, sys
-
-class Receiver(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        with open(sys.argv[1], "ab") as file:
-            file.write(body + b"\\n")
-        self.send_response(204)
-        self.end_headers()
-
-http.server.HTTPServer(("", 8080), Receiver).serve_forever()
-"""
 
 
 def skep(node: TestNode, *words: str) -> subprocess.CompletedProcess[str]:
     command = [SKEP, "--host", node.socket, *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
-@contextmanager
-def a_receiver(node: TestNode, path: Path) -> Iterator[None]:
-    """Receive webhooks on port 8080 of a node, into lines of a file."""
-    path.touch()
-    inside = ("nsenter", f"--net={node.description['netns']}")
-    with subprocess.Popen(
-        [*inside, sys.executable, "-c", _RECEIVE, str(path)], stderr=subprocess.DEVNULL
-    ) as process:
-        try:
-            yield
-        finally:
-            process.kill()
 
 
 def notices(path: Path, subject: str) -> list[Mapping[str, Any]]:

@@ -14,6 +14,7 @@ from skep.manager.notify.deliveries import (
     settled,
 )
 from skep.manager.notify.incidents import with_notices
+from skep.manager.notify.messages import message_of
 from skep.manager.notify.records import MESSAGE_NOTICES_MAX, WAITING_MAX, Delivery, Incident, Notice
 from skep.model.options.notifications import Topic
 from skep.model.values.times import SECOND_NS
@@ -106,6 +107,16 @@ def test_a_clock_that_was_set_back_does_not_delay_a_message() -> None:
     day_before_ns = NOW_NS - 24 * 3600 * SECOND_NS
     assert due_at_ns(failed, day_before_ns) == day_before_ns
     assert due_at_ns(failed, NOW_NS) == failed.retry_at_ns
+
+
+def test_after_a_restore_no_new_message_has_the_id_of_one_that_was_sent() -> None:
+    backup = with_notices(NOTHING, [])
+    first = claimed(with_notices(backup, [a_notice(1)]), NOW_NS)
+    restored = claimed(with_notices(backup, [a_notice(1, after(3600))]), after(3600))
+    assert first.number == restored.number
+    assert message_of(first, "default", "c").id != message_of(restored, "default", "c").id
+    retried = settled(first, 1, "503", NOW_NS, 0.5)
+    assert message_of(retried, "default", "c") == message_of(first, "default", "c")
 
 
 @given(st.lists(st.sampled_from(["add", "claim", "fail", "succeed", "stale"]), max_size=60))

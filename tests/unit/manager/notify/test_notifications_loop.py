@@ -20,15 +20,16 @@ from skep.manager.notify.writing import add_target, remove_target
 from skep.model.node import Node, NodeState
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.options.notifications import Topic
-from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.service import UpdateState, UpdateStatus
 from skep.model.swarm import Swarm, SwarmSpec
+from skep.model.task import TaskState
 from skep.model.values.ids import ClusterId, NodeId
 from skep.model.values.times import SECOND_NS, timestamp
 from skep.store.interface import Transaction
 from skep.store.kinds import Payload
 from skep.store.level import LEVEL
 from skep.store.memory import MemoryStore
-from tests.support.builders import a_node, a_service
+from tests.support.builders import a_node, a_service, a_task
 
 DAY_S = 86_400.0
 
@@ -312,20 +313,27 @@ def test_services_are_degraded_as_status_shows_it(rig: Rig) -> None:
     async def body() -> None:
         await rig.found(a_target())
         async with rig.leading():
-            await rig.store.update(lambda tx: tx.put(a_service("web", replicas=1)))
+            web = a_service("web", replicas=1)
+            await rig.store.update(lambda tx: tx.put(web))
             await asyncio.sleep(120)
-            assert [
-                line for line in rig.told() if "web" in line
-            ] == []  # it is converging, and nothing failed
-            await rig.store.update(lambda tx: tx.delete(Service, "web"))
+            assert rig.told() == []  # it is converging, and nothing failed
+            task = a_task("t1", service=web, state=TaskState.PENDING)
+            status = replace(task.status, err="no suitable node (insufficient resources on 2 nodes)")
+            await rig.store.update(lambda tx: tx.put(replace(task, status=status)))
             await asyncio.sleep(60)
+            [line] = rig.told()
+            assert line.startswith("began service web is degraded: no suitable node")
+            running = replace(task.status, state=TaskState.RUNNING)
+            await rig.store.update(lambda tx: tx.put(replace(task, node_id=NodeId("n2"), status=running)))
+            await asyncio.sleep(120)
+            assert rig.told()[1:] == [line.replace("began", "ended", 1)]
 
     rig.run(body)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.floats(0.01, 60), min_size=1, max_size=12),
+    st.lists(st.one_of(st.floats(0.01, 60), st.floats(15, 20)), min_size=1, max_size=12),
     st.sampled_from([0.1, 4.0]),
     st.sampled_from(["", "it responded 503"]),
 )
