@@ -3,10 +3,7 @@
 from collections.abc import Awaitable, Callable
 from random import Random
 
-import structlog
-
 from skep.aio.clock import Clock
-from skep.errors import SkepError
 from skep.manager.control_loops.loop_driver import LoopDriver
 from skep.manager.diagnosis.service_health import status_with_health
 from skep.manager.notify.deliveries import due_at_ns
@@ -30,9 +27,7 @@ from skep.manager.notify.writing import forget_incidents, write_changes
 from skep.model.node import Node
 from skep.model.service import Service, ServiceHealth
 from skep.model.values.times import SECOND_NS
-from skep.store.interface import LoopStore, NotLeader
-
-log = structlog.get_logger(__name__)
+from skep.store.interface import LoopStore
 
 BATCH = 50
 """Objects read before a step.  A step follows each batch, so a batch takes about as long as a step."""
@@ -65,19 +60,15 @@ class Notifications:
 
     async def _work(self, keys: list[str]) -> None:
         began = self._clock.monotonic()
-        for key in keys:
-            if key != STEP and self.state.is_active:
-                with self.state.failures.caught(key):
+        failures = self.state.failures
+        for key in (*(key for key in keys if key != STEP and self.state.is_active), STEP):
+            with failures.caught(key):
+                if key == STEP:
+                    await self._step()
+                else:
                     self.state.note(key, await self._problems(key))
-                if (failure := self.state.failures.of(key)) is not None:
-                    self.state.queue.add_at(key, failure.retry_at)
-        try:
-            await self._step()
-        except NotLeader:
-            raise
-        except SkepError as error:
-            log.warning("incidents not written, will retry", reason=str(error))
-            self.state.queue.add_at(STEP, self._clock.monotonic() + RETRY_S)
+            if (failure := failures.of(key)) is not None:
+                self.state.queue.add_at(key, failure.retry_at)
         cost_s = self._clock.monotonic() - began
         await self._clock.sleep(min(REST * cost_s, REST_S_MAX))
 

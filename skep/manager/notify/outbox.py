@@ -7,7 +7,7 @@ from random import Random
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.failures import retry
+from skep.aio.failures import isolate, retry
 from skep.errors import SkepError
 from skep.manager.notify.messages import Message, message_of
 from skep.manager.notify.records import Delivery, Target
@@ -72,7 +72,10 @@ class Outbox:
     async def _attempt(self, target: Target, delivery: Delivery) -> None:
         swarm = next(iter(self._term.view().find(Swarm)), None)
         name, id = (swarm.spec.name, str(swarm.id)) if swarm is not None else ("", "")
-        error = await self._send(target, message_of(delivery, name, id))
+        sending = self._send(target, message_of(delivery, name, id))
+        error = await isolate(sending, "notification not sent", target=target.name)
+        if error is None:
+            error = "internal error: see the log of the leader"
         if error and not delivery.attempts:
             log.warning("notification not delivered, will retry", target=target.name, reason=error)
         elif not error:

@@ -15,7 +15,14 @@ from skep.manager.notify.incidents import REMIND_NS, RESOLVE_S, SETTLE_S
 from skep.manager.notify.loop import Notifications
 from skep.manager.notify.messages import Message
 from skep.manager.notify.problems import BACKUP_DAYS
-from skep.manager.notify.records import Target, delivery_in, incidents_in, note_backup, targets_in
+from skep.manager.notify.records import (
+    Target,
+    delivery_id,
+    delivery_in,
+    incidents_in,
+    note_backup,
+    targets_in,
+)
 from skep.manager.notify.writing import add_target, remove_target
 from skep.model.node import Node, NodeState
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
@@ -45,9 +52,12 @@ class Rig:
         self.messages: list[tuple[str, Message]] = []
         self.failing: dict[str, str] = {}
         self.hanging: set[str] = set()
+        self.broken: set[str] = set()
         self.takes_s = 0.1
 
     async def send(self, target: Target, message: Message) -> str:
+        if target.name in self.broken:
+            raise RuntimeError("a defect")
         if target.name in self.hanging:
             await asyncio.sleep(20)
             return "it did not respond within 20 s"
@@ -216,6 +226,27 @@ def test_targets_are_told_what_they_want_and_a_hanging_one_delays_nobody(rig: Ri
             rig.hanging.clear()
             await asyncio.sleep(600)
             assert len(rig.told("hangs")) == 3
+
+    rig.run(body)
+
+
+def test_a_defect_in_sending_or_in_a_record_neither_ends_the_loop_nor_concerns_others(rig: Rig) -> None:
+    async def body() -> None:
+        rig.broken = {"bad"}
+        await rig.found(a_target("bad"), a_target("ops"))
+        rotten = Payload(id=delivery_id("bad"), data=b"{")
+        await rig.store.update(lambda tx: tx.put(rotten))
+        async with rig.leading():
+            await rig.set_node("n1", NodeState.DOWN)
+            await asyncio.sleep(120)
+            assert rig.told() == ["began node n1 is down"]
+            view = rig.store.view()
+            bad = delivery_in(view, targets_in(view)[0])
+            assert bad is not None
+            assert bad.error == "internal error: see the log of the leader"
+            rig.broken.clear()
+            await asyncio.sleep(600)
+            assert rig.told("bad") == ["began node n1 is down"]
 
     rig.run(body)
 
