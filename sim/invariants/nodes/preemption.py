@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from sim.invariants.committed import Change
+from sim.invariants.nodes.affinity import exceeds_skew, forbidden
 from sim.invariants.nodes.placement import homes_of, host_ports, may_have_tasks
 from sim.invariants.services.dependencies import missing_dependencies
 from sim.invariants.services.tasks import reservations
@@ -111,7 +112,10 @@ def _shares(task: Task) -> bool:
 
 
 def _would_fit(task: Task, service: Service, node: Node, view: View) -> bool:
-    if not may_have_tasks(node, service.spec):
+    if not may_have_tasks(node, service.spec) or any(forbidden(task, node, service, view)):
+        return False
+    open_nodes = [one for one in view.find(Node) if may_have_tasks(one, service.spec)]
+    if exceeds_skew(task, node, service, open_nodes, view):
         return False
     own = _priority(task, view)
     staying = [

@@ -251,13 +251,11 @@ def explain_service(
         active: Number of slots with a task that should run and has not ended.  Counted in ``tasks`` if None.
     """
     is_job, update = service.job_status is not None, service.update_status or UpdateStatus()
-    every = tasks
-    tasks = of_present_run(service, tasks) if is_job else tasks
+    every, tasks = (tasks, of_present_run(service, tasks)) if is_job else ((), tasks)
     running = _running(tasks) if running is None else running
     active = len({slot_of(task) for task in tasks if task.is_active}) if active is None else active
     ports = host_ports(service.spec)
-    everything = every if is_job else ()
-    found = problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns, every=everything)
+    found = problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns, every=every)
     problems, hint = split_off_replacements(found, service, tasks, nodes)
     if is_job:
         text, reason, is_healthy = _of_job(service, tasks, running, problems, nodes)

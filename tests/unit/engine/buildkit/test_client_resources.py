@@ -25,6 +25,8 @@ _LIMIT_S = 60.0
 class Client:
     """The calls of a session whose client sends ``packets``, all of which have come."""
 
+    silent_s = None
+
     def __init__(self, packets: Sequence[pb.Packet] = ()) -> None:
         self._packets = [packet.SerializeToString() for packet in packets]
 
