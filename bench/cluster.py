@@ -134,7 +134,7 @@ class Round:
         self._remove(service)
 
     def _drain(self) -> None:
-        """Measure the drain of a worker with many tasks, beside the start of as many tasks on it."""
+        """Measure the drain of a worker with many tasks, compared with the start of as many tasks on it."""
         first, second = self.lab.workers
         ids, via = self.lab.ids(), engine(self.lab.nodes[0])
         self._set_availability(second.name, "pause")

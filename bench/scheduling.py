@@ -269,7 +269,7 @@ def limit_s(kind: str, nodes: int, tasks: int) -> float | None:
     """Return half of SwarmKit's time, or all of it with constraints.  None for sizes without a SwarmKit
     measurement.
     """
-    if kind == "affinity":  # beside SwarmKit without affinity, which it does not have
+    if kind == "affinity":  # compared with SwarmKit without affinity, which it does not have
         theirs = SWARMKIT_S.get(("plain", nodes, tasks), SWARMKIT_S.get(("plugin", nodes, tasks)))
         return theirs / 2 if theirs is not None else None
     theirs = SWARMKIT_S.get(("plain" if kind in ("constraints", "services") else kind, nodes, tasks))

@@ -56,7 +56,7 @@ def until_tick(now: float, period_s: float) -> float:
 async def tick(clock: Clock, period_s: float) -> None:
     """Return at the next multiple of ``period_s``.
 
-    Periodic loops use it instead of ``sleep``, so that those of a process wake it together: in an idle process, a
+    Periodic loops use it instead of ``sleep``, so that the loops of a process wake it together: in an idle process, a
     wakeup costs more than what most loops then do.
     """
     await clock.sleep(until_tick(clock.monotonic(), period_s))

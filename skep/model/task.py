@@ -197,7 +197,7 @@ class Task(ApiObject):
     preemption: Preemption | None = None
     """Set by the scheduler, so that the orchestrator stops the task.  Not in Docker's API."""
     placement_record: str = ""
-    """Why the scheduler chose the node, at the time of the decision.  Not in Docker's API."""
+    """Reason for the scheduler's choice of the node, at the time of the decision.  Not in Docker's API."""
 
     @property
     def shown_slot(self) -> int:

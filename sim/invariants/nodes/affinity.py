@@ -99,6 +99,6 @@ class AffinitiesHold:
                     node, service = view.lookup(Node, task.node_id), view.lookup(Service, task.service_id)
                     if node is None or service is None or service.removed_at is not None:
                         continue
-                    # Of two tasks in one slot, one leaves.
+                    # One of two tasks in a slot leaves.
                     for why in forbidden(task, node, service, view, own=False):
                         yield f"task {task.id} of {service.spec.name} is assigned to {node.id}: {why}"

@@ -166,7 +166,7 @@ def _differs(before: Node, node: Node) -> bool:
 class RetriesAreBounded:
     """A slot of a job's run, or of its retry, has at most the failures that its policy or its schedule allows.
 
-    Tasks of another spec version count anew, because a user has then changed the job or rolled it back.
+    Tasks of another spec version start a new count, because a user has then changed the job or rolled it back.
     """
 
     def __init__(self) -> None:

@@ -252,7 +252,7 @@ async def drain_and_wait(client: Requests, name: str, within_s: float, *, now: b
 
 
 class _Stays(NamedTuple):
-    """Why tasks are still on a drained node: the first one with a reason, and whether no node takes replacements."""
+    """The first known reason for tasks on a drained node, and whether no node takes replacements."""
 
     name: str = ""
     why: str = ""

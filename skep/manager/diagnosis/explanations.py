@@ -79,7 +79,7 @@ class TaskExplanation(ApiObject):
     """
     nodes: tuple[NodeVerdict, ...] = ()
     placement: str = ""
-    """Why its node was chosen, at the time of the decision."""
+    """Reason for the choice of its node, at the time of the decision."""
 
 
 class Reason(ApiObject):

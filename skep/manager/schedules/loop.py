@@ -1,4 +1,4 @@
-"""The leader's loops for what is due by the wall clock: runs of scheduled jobs, and ends of change freezes.
+"""The leader's loops for due times of the wall clock: runs of scheduled jobs, and ends of change freezes.
 
 Leader only.
 """

@@ -1,4 +1,4 @@
-"""How many tasks of a service may be taken away now, by drains, updates, preemption and changed nodes together.
+"""Limit on a service's tasks that may be taken away now, by drains, updates, preemption and changed nodes together.
 
 The budget is not stored.  It follows from the desired and observed states of the service's tasks, so a task that one
 action has taken away counts against every other action.  The orchestrator is the only writer of desired states, and

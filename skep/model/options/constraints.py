@@ -34,7 +34,7 @@ FACT_LABEL: Final = "skep.fact."
 
 
 class Test(Enum):
-    """What a constraint tests.  The value is the operator without ``not``."""
+    """Test of a constraint.  The value is the operator without ``not``."""
 
     EQUAL = "=="
     IN = "in"

@@ -54,7 +54,7 @@ class AffinityRules(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
 
     @property
     def topologies(self) -> tuple[str, ...]:
-        """Labels whose values matter, besides those of ``skews``."""
+        """Labels whose values matter, in addition to the labels of ``skews``."""
         found = dict.fromkeys(one.topology for one in (*self.hard, *self.soft) if one.topology)
         return tuple(one for one in found if one not in {skew.topology for skew in self.skews})
 
@@ -125,7 +125,7 @@ class AffinityIndex:
         return rules
 
     def _drop(self, had_some: bool) -> bool:
-        """Drop what was derived.  Returns whether there are or were any affinities."""
+        """Drop all derived state.  Returns whether there are or were any affinities."""
         self._resolved.clear()
         self._by_target = None
         return had_some or bool(self._declared)

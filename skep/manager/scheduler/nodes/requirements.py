@@ -59,7 +59,7 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     rules: AffinityRules = NO_RULES
     """Affinities to other services, and their anti-affinities to this one."""
     topologies: tuple[str, ...] = ()
-    """Labels by which the rules divide the nodes, besides those in ``spread_over``."""
+    """Labels by which the rules divide the nodes, in addition to ``spread_over``."""
     needs_disk: bool = True
     """Whether the node's disk must have free space.  True for every new task (``staying``)."""
 
