@@ -16,7 +16,9 @@ from google.protobuf.message import Message
 
 from sim.world.links import Links, Machine
 from skep.errors import SkepError, Unavailable, Unimplemented
+from skep.manager.notify import messages
 from skep.manager.notify.outbox import Send, skip_sending
+from skep.manager.notify.records import Target
 from skep.model.values.ids import NodeId
 from skep.rpc.errors import from_status
 from skep.rpc.status import CallFailed
@@ -127,12 +129,16 @@ class Network:
         """Additional latency of a machine's messages, in seconds."""
         self.accepts: Callable[[Machine, Machine], bool] = lambda source, target: True
         """Whether both ends of a new connection trust each other's certificates."""
-        self.notify: Send = skip_sending
-        """Delivers the managers' notifications."""
+        self.receive_notification: Send = skip_sending
+        """The target of the managers' notifications."""
         self.held: HeldDirections = HeldDirections()
         self._listeners: dict[str, Listener] = {}
         self._channels: dict[MemoryChannel, tuple[Machine, Machine]] = {}
         links.changed.append(self.held.flush)
+
+    async def notify(self, target: Target, message: messages.Message) -> str:
+        """Deliver a notification to the present receiver."""
+        return await self.receive_notification(target, message)
 
     def delay_s(self, source: Machine, target: Machine) -> float:
         """Return the current latency of a message."""

@@ -83,7 +83,7 @@ def disturb(cluster: SimulatedCluster, receiver: Receiver, step: int) -> None:
 def test_every_incident_is_told_once_whoever_leads(seed: int) -> None:
     with SimulatedCluster(managers=3, workers=3, seed=seed) as cluster:
         receiver = Receiver(cluster)
-        cluster.network.notify = receiver.notify
+        cluster.network.receive_notification = receiver.notify
         cluster.run_until(lambda: cluster.view.level >= NOTIFICATIONS, within_s=120)
         cluster.write(add)
         cluster.create(a_service_spec(replicas=3))

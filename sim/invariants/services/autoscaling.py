@@ -8,6 +8,9 @@ from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.values.ids import ServiceId
 from skep.store.interface import Deleted, Updated, View
 
+COMMITTED_S = 1.0
+"""Seconds from a decision to its commit, by which the time between two commits may be shorter."""
+
 
 class AutoscalingIsCalm:
     """Autoscaling keeps within its range, and at most doubles the number of tasks in a step.
@@ -43,5 +46,5 @@ class AutoscalingIsCalm:
                 yield f"{new.id} is scaled from {before} to {after} at once"
         elif before <= scaling.most:
             since = now - self._added_at.get(new.id, float("-inf"))
-            if since < scaling.down_after_s:
+            if since < scaling.down_after_s - COMMITTED_S:
                 yield f"{new.id} is scaled down {since:.0f} s after it was scaled up"

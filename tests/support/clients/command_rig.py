@@ -18,6 +18,7 @@ from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.store.interface import Store, Transaction
+from skep.store.level import LEVEL
 from tests.conformance.manager import CannedLogs, a_manager_api
 from tests.support.builders import a_docker_node
 from tests.support.machines.playground_rig import SKEP
@@ -70,7 +71,8 @@ class Cluster:
 
 
 def _with_plugins(tx: Transaction) -> None:
-    """Add the plugins that a stack needs to the node's description."""
+    """Add the plugins that a stack needs to the node's description, and allow all kinds of data."""
+    tx.raise_level(LEVEL)
     (node,) = tx.find(Node)
     described = a_docker_node().description
     engine = replace(described.engine, labels={NODE_LABEL: "1"})
