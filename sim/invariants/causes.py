@@ -1,12 +1,13 @@
 """Rules on reasons: no update stops without a cause, and the history records why each task was replaced."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from sim.invariants.committed import Change
 from skep.manager.journal.changes import entries_of
 from skep.manager.orchestrator.changes import ROLLED_BACK
 from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S
+from skep.model.node import Node
 from skep.model.options.labels import PROGRESS_DEADLINE
 from skep.model.service import (
     UNDER_WAY,
@@ -18,7 +19,7 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Task, TaskState
-from skep.model.values.ids import ServiceId
+from skep.model.values.ids import ServiceId, TaskId
 from skep.store.interface import Created, Deleted, Updated, View
 
 STOPPED = (ROLLED_BACK, "update paused", "rollback paused")
@@ -60,11 +61,15 @@ class UpdateEndsHaveCauses:
                     if _is_stopped(before, after) and not self._has_cause(before, change.time_s):
                         assert after.update_status is not None
                         yield f"{after.id}: {after.update_status.message}, though no task of it has failed"
-                    if _has_completed(before, after) and self._never_ran(after, view):
+                    if _has_completed(before, after) and self._never_ran(after, view, _created(change)):
                         yield f"{after.id}: the update has completed, though no task of it has run"
 
-    def _never_ran(self, service: Service, view: View) -> bool:
-        """Return whether the service has tasks of its current version, and none of them has run."""
+    def _never_ran(self, service: Service, view: View, created: Collection[TaskId]) -> bool:
+        """Return whether the service has tasks of its current version, and none of them has run.
+
+        Tasks of removed nodes do not count, because they are retired next, nor tasks that are ``created`` in the same
+        commit: they replace a task that has ended, of an earlier version with the same template.
+        """
         version, config = service.spec_version, service.spec.update_config or UpdateConfig()
         if (
             version is None
@@ -73,7 +78,13 @@ class UpdateEndsHaveCauses:
         ):
             return False
         tasks = view.find(Task, service_id=service.id)
-        is_made = any(task.is_wanted and task.spec_version == version for task in tasks)
+        is_made = any(
+            task.is_wanted
+            and task.id not in created
+            and task.spec_version == version
+            and (not task.node_id or view.lookup(Node, task.node_id) is not None)
+            for task in tasks
+        )
         return is_made and (service.id, version.index) not in self._ran
 
     def _has_cause(self, service: Service, now: float) -> bool:
@@ -82,6 +93,14 @@ class UpdateEndsHaveCauses:
         key = service.id, service.spec_version.index
         deadline_s = shortest_deadline_s(service.spec)
         return key in self._failed or now - self._begun.get(key, now) >= TOLERANCE * deadline_s
+
+
+def _created(change: Change) -> frozenset[TaskId]:
+    return frozenset(
+        event.object.id
+        for event in change.events
+        if isinstance(event, Created) and isinstance(event.object, Task)
+    )
 
 
 def shortest_deadline_s(spec: ServiceSpec) -> float:

@@ -89,13 +89,15 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
         ):
             # not updated yet, because the update waits for as many unplaceable tasks as its parallelism allows
             continue
+        if any(map(_runs, slot)) and _keeps_tasks(service, wanted, view):
+            continue
         right = [task for task in slot if _runs(task) and image_of(task) == container.image]
         if not (right and len(slot) == 1) and not any(task in waiting for task in slot):
             yield f"slot {key} of {service.id} does not run {container.image}: {[_told(task) for task in slot]}"
 
 
 def _keeps_tasks(service: Service, wanted: Iterable[Task], view: View) -> bool:
-    """Return whether the disruption budget may keep a running task on a node that does not meet its constraints."""
+    """Return whether the budget may keep running tasks of an earlier spec, or on a node that does not fit."""
     minimum = min_available(service.spec.labels, service.spec.replicas)
     if service.spec.mode.replicated is None or not minimum:
         return False

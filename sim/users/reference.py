@@ -141,6 +141,8 @@ def rejection_of(spec: ServiceSpec) -> int | None:
         return BAD
     if "skep.cron" in spec.labels and not is_job(spec):
         return BAD
+    if "skep.max-skew" in spec.labels and spec.mode.name in ("global", "global-job"):
+        return BAD
     reserved = template.resources.reservations if template.resources is not None else None
     if reserved is not None and 0 != reserved.memory_bytes < _MEMORY_MIN:
         return BAD

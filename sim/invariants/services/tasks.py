@@ -5,10 +5,12 @@ from collections.abc import Callable, Collection, Iterable
 from math import inf
 
 from sim.invariants.committed import Change
+from sim.invariants.nodes.affinity import forbidden
 from sim.invariants.nodes.disks import has_full_disk
 from sim.invariants.nodes.placement import constraints_of, host_ports, meets
 from skep.manager.orchestrator.slots import age
 from skep.model.node import Availability, Node, NodeState
+from skep.model.options.affinity import has_affinities
 from skep.model.options.labels import VolumeAffinity, min_available, volume_affinity
 from skep.model.options.overlap import written_data
 from skep.model.service import Resources, Service, ServiceSpec, UpdateConfig, UpdateOrder
@@ -175,6 +177,7 @@ class TasksAreSpread:
             reservations(task) != Resources()
             or has_placement(task)
             or service is None
+            or has_affinities(service.spec.labels)
             or host_ports(service.spec)
             or _may_return_to_data(task, service)
         ):
@@ -195,6 +198,7 @@ class TasksAreSpread:
             if _takes_tasks(node)
             and not has_full_disk(node)
             and node.id not in unreadable
+            and not any(forbidden(task, node, service, view))
             and all(self._can_have(view, VolumeId(one.id), node, now) for one in task.volumes)
         ]
         if not nodes:
