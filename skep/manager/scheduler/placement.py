@@ -9,12 +9,13 @@ import msgspec
 
 from skep.aio.time_slices import SlicedWork, run_at_once
 from skep.manager.scheduler.nodes.accounting import Account, Accounting
+from skep.manager.scheduler.nodes.affinity import NO_RULES
 from skep.manager.scheduler.nodes.candidates import fill
 from skep.manager.scheduler.nodes.filters import explaining, explanation, filters_for
 from skep.manager.scheduler.nodes.requirements import Requirements
 from skep.manager.scheduler.nodes.spread import CachedSpreads
 from skep.model.needs import Holdings, volume_uses
-from skep.model.node_reports.node_refusals import no_node_text
+from skep.model.node_reports.node_refusals import BY_RULES, no_node_text
 from skep.model.service import GenericResource
 from skep.model.task import Task, VolumeAttachment
 from skep.model.values.ids import NodeId
@@ -110,6 +111,8 @@ def placing(
     choice = yield from choices.spreading(requirements, now, is_last=is_last, leaving=leaving)
     assignments: list[Assignment] = []
     summary = choice.candidates.summary()[:RECORD_CHARACTERS_MAX]
+    if requirements.rules != NO_RULES:
+        summary += f",{BY_RULES}"
     reserves = requirements.nano_cpus or requirements.memory_bytes
     copies = accounting.copies(requirements.service_id)
     try:

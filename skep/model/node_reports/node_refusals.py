@@ -60,6 +60,8 @@ def refusals_text(refused: Iterable[tuple[NodeRefusal, int]]) -> str:
 
 FULL: Final = "FULL"
 """Key of the nodes without free resources in the record of a placement."""
+BY_RULES: Final = "RULES"
+"""Key in the record of a placement if affinities or the largest skew then chose among the suitable nodes."""
 
 
 def placement_text(record: str) -> str:
@@ -76,6 +78,8 @@ def placement_text(record: str) -> str:
         name, _, count = one.partition("=")
         if name in NodeRefusal.__members__ and count.isdigit():
             parts.append(NodeRefusal[name].text(int(count)))
+        elif one == BY_RULES:
+            parts.append("affinities or the largest skew chose among them")
         else:
             parts.append(f"at least {count} full" if name == FULL else one)
     tasks, _, rest = figures.partition("|")

@@ -441,6 +441,10 @@ def test_a_task_records_why_it_got_its_node() -> None:
     assert placement_text("1/2,NEWER=1,FULL=1|2|1|") == (
         "1 of 2 nodes suitable; NEWER=1; at least 1 full; the chosen node had 2 tasks, 1 of its service"
     )
+    assert placement_text("2/2,RULES|0|0|") == (
+        "2 of 2 nodes suitable; affinities or the largest skew chose among them; the chosen node had 0 tasks, 0 of its "
+        "service"
+    )
     accounting.remove_node(NodeId("n1"))
     accounting.set_node(a_node("n4"))
     (third,) = placed(service, accounting, count=1).assignments
