@@ -83,7 +83,8 @@ class Cluster:
 def test_tasks_run_only_where_the_other_service_runs() -> None:
     cluster = Cluster(nodes("a", "a", "b", "b"))
     cluster.place(cluster.service("db"), 2)
-    cluster.place(cluster.service("web", {AFFINITY: "DB"}), 4)
+    placed = cluster.place(cluster.service("web", {AFFINITY: "DB"}), 4)
+    assert {one.record.partition("|")[0] for one in placed.assignments} == {"4/4,RULES"}
     assert cluster.on("db") == {"n1": 1, "n2": 1}
     assert cluster.on("web") == {"n1": 2, "n2": 2}
 
