@@ -23,6 +23,11 @@ def cluster_of(view: View) -> Swarm:
     raise FailedPrecondition("this node is not part of a swarm")
 
 
+def known_cluster(view: View) -> Swarm | None:
+    """Return the cluster object, or None if it does not exist yet or cannot be read."""
+    return next(iter(view.find(Swarm)), None)
+
+
 def reserved_ports_of(view: View) -> ReservedPorts:
     """Return the ports that the cluster itself uses."""
     return of_cluster(data_path_port(view.find(Swarm)), view.find(Node))

@@ -6,12 +6,12 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
+from skep.manager.cluster import known_cluster
 from skep.manager.dispatcher.node_sessions.registration import RegistrationRate, describe_node
 from skep.manager.dispatcher.node_sessions.sessions import Sessions
 from skep.manager.dispatcher.repeated_reports import RepeatedReports
 from skep.manager.dispatcher.statuses import StatusReport, bounded, record_status, record_unpublished
 from skep.model.options.labels import last_lines
-from skep.model.swarm import Swarm
 from skep.model.task import TaskStatus
 from skep.model.task_end import LAST_LINES_MAX
 from skep.model.values.ids import TaskId, VolumeId
@@ -89,7 +89,7 @@ class NodeReports:
         return pb.UpdateVolumeStatusResponse()
 
     def _last_lines_max(self) -> int:
-        swarm = next(iter(self._store.view().find(Swarm)), None)
+        swarm = known_cluster(self._store.view())
         return last_lines(swarm.spec.labels) if swarm is not None else LAST_LINES_MAX
 
     async def _describe(self, request: skep.DescribeRequest, caller: Caller) -> skep.DescribeResponse:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from skep.manager.cluster import known_cluster
 from skep.manager.journal import chunks
 from skep.manager.journal.changes import folded, folded_requests
 from skep.model.history import JournalEntry
 from skep.model.options.labels import history_entries
-from skep.model.swarm import Swarm
 from skep.model.values.ids import NodeId
 from skep.store.interface import Transaction, View
 from skep.store.kinds import JournalChunk
@@ -17,7 +17,7 @@ def history_limit(view: View) -> int:
     """Return how many entries the cluster keeps.  0 if none, or while a manager has no journal yet."""
     if view.level < JOURNAL:
         return 0
-    swarm = next(iter(view.find(Swarm)), None)
+    swarm = known_cluster(view)
     return history_entries(swarm.spec.labels) if swarm is not None else 0
 
 

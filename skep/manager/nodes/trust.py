@@ -10,12 +10,12 @@ import ipaddress
 from collections.abc import Iterable, Mapping
 
 from skep.errors import InvalidArgument
+from skep.manager.cluster import known_cluster
 from skep.model.history import stack_of
 from skep.model.options.labels import allowed_repositories, allows_machine_logs
 from skep.model.permissions.access import EVERY_STACK, Role
 from skep.model.permissions.user import User
 from skep.model.service import Service, ServiceSpec, TaskSpec, Trusted
-from skep.model.swarm import Swarm
 from skep.model.task import Task, Trust
 from skep.model.values.images import registry_of
 from skep.model.values.meta import Driver
@@ -132,7 +132,7 @@ def _writes(user: User) -> bool:
 
 
 def _cluster_labels(view: View) -> Mapping[str, str]:
-    swarm = next(iter(view.find(Swarm)), None)
+    swarm = known_cluster(view)
     return swarm.spec.labels if swarm is not None else {}
 
 

@@ -15,10 +15,10 @@ from skep.api.client.client import ApiClient
 from skep.api.formats.container_requests import TASK_CONTAINER
 from skep.api.http.framing import is_readable, path_of
 from skep.errors import PermissionDenied, ResourceExhausted
+from skep.manager.cluster import known_cluster
 from skep.manager.routes.access import WORKER_HEADER
 from skep.model.options.labels import allows_worker_reads
 from skep.model.permissions.access import Binding, Identity, Origin, Role
-from skep.model.swarm import Swarm
 from skep.store.interface import View
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -80,7 +80,7 @@ class WorkerReads:
         """
         if _CONTAINER_TARGET.fullmatch(target):
             return  # a node that knows the id of a container may tell its clients where it runs
-        swarm = next(iter(self._view().find(Swarm)), None)
+        swarm = known_cluster(self._view())
         if swarm is None or not allows_worker_reads(swarm.spec.labels):
             raise PermissionDenied("this cluster does not allow clients of workers to read it")
         if not target.startswith("/") or not is_readable("GET", path_of(target)):

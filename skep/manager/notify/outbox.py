@@ -9,10 +9,10 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.errors import SkepError
+from skep.manager.cluster import known_cluster
 from skep.manager.notify.messages import Message, message_of
 from skep.manager.notify.records import Delivery, Target
 from skep.manager.notify.writing import claim, settle
-from skep.model.swarm import Swarm
 from skep.store.interface import LoopStore, NotLeader
 
 log = structlog.get_logger(__name__)
@@ -70,7 +70,7 @@ class Outbox:
         return True
 
     async def _attempt(self, target: Target, delivery: Delivery) -> None:
-        swarm = next(iter(self._term.view().find(Swarm)), None)
+        swarm = known_cluster(self._term.view())
         name, id = (swarm.spec.name, str(swarm.id)) if swarm is not None else ("", "")
         sending = self._send(target, message_of(delivery, name, id))
         error = await isolate(sending, "notification not sent", target=target.name)

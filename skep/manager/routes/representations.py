@@ -7,6 +7,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from skep.api.formats.service_form import with_defaults
+from skep.manager.cluster import known_cluster
 from skep.manager.control.swarm import frozen_message
 from skep.manager.control.tasks import damage_of, known_status, with_damage
 from skep.manager.diagnosis.explanations import next_attempt
@@ -40,7 +41,7 @@ class Problems(Struct, frozen=True):
 
 def problems_of(view: View, kind: type[Struct]) -> Problems:
     """Return the problems of all objects of ``kind``."""
-    swarm = next(iter(view.find(Swarm)), None)
+    swarm = known_cluster(view)
     ids = {*view.damaged(kind), *view.unreadable(kind)}
     return Problems(
         swarm.freeze if swarm is not None else None,

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import FailedPrecondition, NotFound, PermissionDenied, ResourceExhausted
-from skep.manager.cluster import cluster_of
+from skep.manager.cluster import cluster_of, known_cluster
 from skep.model.options.freezes import (
     CLUSTER,
     STACKS_MAX,
@@ -41,7 +41,7 @@ R = TypeVar("R")
 
 def held_by(view: View, stack: str = "") -> str:
     """Return why Skep does not change objects of ``stack`` by itself now, or an empty text if it does."""
-    swarm = next(iter(view.find(Swarm)), None)
+    swarm = known_cluster(view)
     return why_held(swarm, stack) if swarm is not None else ""
 
 
@@ -83,7 +83,7 @@ def freeze_changes(old: Swarm, new: Swarm) -> Iterator[tuple[FreezeAction, Mappi
 
 def frozen_stacks(view: View) -> Collection[str]:
     """Return the stacks that have a freeze of their own."""
-    swarm = next(iter(view.find(Swarm)), None)
+    swarm = known_cluster(view)
     return {*swarm.change_freezes} - {CLUSTER} if swarm is not None else ()
 
 
@@ -118,9 +118,11 @@ def require_unfrozen(view: View, stack: str, *, is_override: bool, is_admin: boo
         FailedPrecondition: There is one.
         PermissionDenied: The user may not override it.
     """
-    swarm = next(iter(view.find(Swarm)), None)
-    for scope in (CLUSTER, stack) if swarm is not None else ():
-        freeze = swarm.change_freezes.get(scope) if swarm is not None else None
+    swarm = known_cluster(view)
+    if swarm is None:
+        return
+    for scope in (CLUSTER, stack):
+        freeze = swarm.change_freezes.get(scope)
         if freeze is None or not freeze.is_strict:
             continue
         if not is_override:

@@ -10,6 +10,7 @@ from ipaddress import IPv4Network, IPv6Network
 import msgspec
 from msgspec.structs import replace
 
+from skep.manager.cluster import known_cluster
 from skep.model.history import stack_of
 from skep.model.network import IPAMOptions, Network, NetworkSpec, network_of
 from skep.model.node import Node
@@ -17,7 +18,7 @@ from skep.model.options.autoscaling import autoscaling_of, with_replicas
 from skep.model.quota import QuotaSpec, StackQuota
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
-from skep.model.swarm import DEFAULT_SUBNET_SIZE, Swarm
+from skep.model.swarm import DEFAULT_SUBNET_SIZE
 from skep.model.values.ids import ServiceId
 from skep.store.interface import Transaction, View
 from skep.store.kinds import Payload, users_claim_id
@@ -92,7 +93,7 @@ def usage_of_network(view: View, spec: NetworkSpec, given: Network | None = None
     """
     requested, blank = _ipv4(spec.ipam_options)
     allocated, _ = _ipv4(given.ipam_options if given is not None else None)
-    swarm = next(iter(view.find(Swarm)), None)
+    swarm = known_cluster(view)
     of_pool = 1 << (32 - (swarm.subnet_size if swarm is not None else DEFAULT_SUBNET_SIZE))
     is_overlay = spec.driver_configuration is None or spec.driver_configuration.name == "overlay"
     # The pool provides a subnet if the spec has none, and for each config without a subnet.

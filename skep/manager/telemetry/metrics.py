@@ -19,6 +19,7 @@ from skep.api.telemetry.exposition import Histogram, Kind, MetricFamily, Sample,
 from skep.api.telemetry.process_metrics import process_families
 from skep.errors import SkepError
 from skep.manager.autoscaling.state import AutoscalingCounts
+from skep.manager.cluster import known_cluster
 from skep.manager.control_loops.informer import batches_of
 from skep.manager.diagnosis.service_health import status_with_health
 from skep.manager.notify.showing import delivery_families
@@ -29,7 +30,6 @@ from skep.model.node import Node, NodeState
 from skep.model.options.freezes import CLUSTER
 from skep.model.secret import Config, Secret
 from skep.model.service import HealthState, Service, ServiceStatus
-from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.store.interface import Store, View
 
@@ -188,7 +188,7 @@ def autoscaling_families(counts: AutoscalingCounts) -> list[MetricFamily]:
 
 def freeze_families(view: View) -> list[MetricFamily]:
     """Return the numbers of freezes in force, and whether the maintenance window is closed."""
-    swarm = next(iter(view.find(Swarm)), None)
+    swarm = known_cluster(view)
     freezes = swarm.change_freezes.keys() if swarm is not None else ()
     window = swarm.window if swarm is not None else None
     return [

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
+from skep.manager.cluster import known_cluster
 from skep.manager.control.swarm import frozen_message
 from skep.manager.quorum import Quorum
 from skep.manager.routes.warnings import warnings_of
 from skep.manager.view.rows import ClusterRow, ManagersRow
 from skep.model.node import Node, Reachability
-from skep.model.swarm import Swarm
 from skep.store.interface import Store, View
 
 _WARNINGS_MAX = 20
@@ -51,7 +51,7 @@ class ClusterRows:
 
 def stored_cluster_row(view: View) -> ClusterRow:
     """Return the row of a state, which may be an earlier one.  Warnings exist only for the current state."""
-    swarm = next(iter(view.find(Swarm)), None)
+    swarm = known_cluster(view)
     managers = {node.id: node.manager_status for node in view.find(Node) if node.manager_status is not None}
     freeze = swarm.freeze if swarm is not None else None
     return ClusterRow(

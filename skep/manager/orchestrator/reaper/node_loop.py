@@ -7,6 +7,7 @@ import structlog
 
 from skep.aio.clock import Clock, tick
 from skep.errors import SkepError
+from skep.manager.cluster import known_cluster
 from skep.manager.control_loops.informer import run_informer
 from skep.manager.nodes.revocation import revoke
 from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
@@ -14,7 +15,6 @@ from skep.manager.orchestrator.reaper.lost_nodes import is_disrupted, is_lost_wo
 from skep.manager.services.freezes import held_by, is_held_at_commit
 from skep.model.node import Node
 from skep.model.options.labels import forget_nodes_s
-from skep.model.swarm import Swarm
 from skep.model.values.ids import IdSource, NodeId
 from skep.store.interface import Commit, Created, Deleted, LoopStore, NotLeader, Transaction, Updated, View
 
@@ -62,7 +62,7 @@ class LostNodes:
 
     async def _remove(self) -> None:
         view, now, now_ns = self._term.view(), self._clock.monotonic(), self._clock.now_ns()
-        swarm = next(iter(view.find(Swarm)), None)
+        swarm = known_cluster(view)
         if swarm is None:
             return
         nodes, is_frozen = view.find(Node), swarm.freeze is not None

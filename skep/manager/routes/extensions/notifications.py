@@ -4,6 +4,7 @@ from aiohttp import web
 
 from skep.api.http.server import Routes, json_list_response, json_response, read_json
 from skep.errors import FailedPrecondition
+from skep.manager.cluster import known_cluster
 from skep.manager.notify.addresses import check_secret, parsed_address
 from skep.manager.notify.messages import Message
 from skep.manager.notify.records import Target, delivery_in, targets_in
@@ -12,7 +13,6 @@ from skep.manager.notify.showing import state_of_target
 from skep.manager.notify.writing import add_target, find_target, remove_target
 from skep.manager.routes.access import current_view, manager_of
 from skep.model.options.notifications import STACK_TOPICS, SentTest, TargetSpec
-from skep.model.swarm import Swarm
 
 routes = Routes()
 
@@ -61,7 +61,7 @@ async def test_target(request: web.Request) -> web.StreamResponse:
     manager = manager_of(request)
     view = await current_view(request)
     target = find_target(targets_in(view), request.match_info["name"])
-    swarm = next(iter(view.find(Swarm)), None)
+    swarm = known_cluster(view)
     message = Message(
         id=f"{target.id}-test-{manager.new_id()[:_ID_CHARACTERS]}",
         cluster=swarm.spec.name if swarm is not None else "",
