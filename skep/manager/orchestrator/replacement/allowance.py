@@ -55,20 +55,22 @@ def within_budget(decided: Sequence[Step], situation: Situation) -> Allowed:
         if isinstance(step, ReplaceTask | RetireTask) and number not in limited:
             _take(step.task, serving)  # it does not wait for the budget, but counts
     held: set[int] = set()
+    minimums: dict[int, int] = {}
     for number in limited:
         step = steps[number]
         assert isinstance(step, ReplaceTask | RetireTask)
         slot = step.task.slot
+        minimums[number] = _minimum_for(step.task, minimum, situation)
         rest = serving.get(slot, set()) - {step.task.id}
-        if not rest and len(serving) - (slot in serving) < _minimum_for(step.task, minimum, situation):
+        if not rest and len(serving) - (slot in serving) < minimums[number]:
             held.add(number)
         else:
             _take(step.task, serving)
+    witnesses = {one: _witnesses(serving, one) for one in set(minimums.values())}
     for number in limited:
         step = steps[number]
         assert isinstance(step, ReplaceTask | RetireTask)
-        keeps = _witnesses(serving, _minimum_for(step.task, minimum, situation))
-        steps[number] = replace(step, keeps=keeps)
+        steps[number] = replace(step, keeps=witnesses[minimums[number]])
     allowed = [step for number, step in enumerate(steps) if number not in held]
     if held and not any(_may_serve_soon(task, serving, situation) for task in situation.tasks):
         allowed += _started_first([steps[number] for number in sorted(held)], situation)
@@ -81,9 +83,10 @@ def _minimum_for(task: Task, minimum: int, situation: Situation) -> int:
     If the service must keep all tasks, and they write data, its updates still stop one task at a time: the successor
     must not start first, so that such an update would never end.
     """
-    if situation.may_overlap(task) or not is_dirty(task, situation):
+    replicas = situation.service.spec.replicas
+    if minimum < replicas or situation.may_overlap(task) or not is_dirty(task, situation):
         return minimum
-    return min(minimum, situation.service.spec.replicas - 1)
+    return replicas - 1
 
 
 def _take(task: Task, serving: dict[int, set[TaskId]]) -> None:
