@@ -263,6 +263,11 @@ class Node(ApiObject):
         return status is not None and status.reachability is Reachability.REACHABLE
 
 
+def takes_tasks(node: Node) -> bool:
+    """Return whether the node takes new tasks: it is ready, and neither paused nor drained."""
+    return node.status.state is NodeState.READY and node.spec.availability is Availability.ACTIVE
+
+
 def differ_in_load_alone(one: Node, other: Node) -> bool:
     """Return whether two states of a node differ in their load only, which concerns nothing but placement."""
     return one.load != other.load and replace(one, load=other.load) == other

@@ -15,7 +15,7 @@ from skep.manager.scheduler.preemption.preemption import Preempt, is_leaving
 from skep.manager.services.freezes import is_held_at_commit, stack_of_service
 from skep.model.network import Network
 from skep.model.networks.data_planes import PLANE_OPTION, plane_of, plane_of_node
-from skep.model.node import Availability, Node, NodeState
+from skep.model.node import Node, takes_tasks
 from skep.model.service import Service
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.values.ids import NetworkId
@@ -76,7 +76,7 @@ class DecisionWriter:
         match decision:
             case Assignment():
                 node = tx.lookup(Node, decision.node_id)
-                if node is None or not _is_available(node):
+                if node is None or not takes_tasks(node):
                     return
                 if not all(still_fits(tx.rely_on(Volume, one.id), node.id) for one in decision.volumes):
                     return
@@ -173,7 +173,3 @@ class _Planes:
                 options = {**network.driver_state.options, PLANE_OPTION: plane}
                 self.tx.put(replace(network, driver_state=replace(network.driver_state, options=options)))
         return True
-
-
-def _is_available(node: Node) -> bool:
-    return node.status.state is NodeState.READY and node.spec.availability is Availability.ACTIVE

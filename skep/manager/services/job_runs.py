@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from skep.errors import Unavailable
 from skep.model.needs import references_of
-from skep.model.node import Availability, Node, NodeState
+from skep.model.node import Node, NodeState, takes_tasks
 from skep.model.options.constraints import is_satisfied
 from skep.model.options.schedules import CRON, JOB_MODES, same_schedule, schedule_of
 from skep.model.service import (
@@ -359,8 +359,7 @@ def is_candidate(node: Node, service: Service) -> bool:
     asked_at = service.job_status.last_execution if service.job_status is not None else None
     constraints = (service.spec.task_template.placement or Placement()).constraints
     return (
-        node.spec.availability is Availability.ACTIVE
-        and node.status.state is NodeState.READY
+        takes_tasks(node)
         and is_satisfied(constraints, node)
         and (asked_at is None or unix_ns(node.created_at) < unix_ns(asked_at))
     )

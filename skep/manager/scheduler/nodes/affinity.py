@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from skep.model.node import Availability, Node, NodeState
+from skep.model.node import Node, takes_tasks
 from skep.model.options.affinity import AffinityTerm, DeclaredAffinities, Skew, affinities_of, has_affinities
 from skep.model.options.constraints import Constraint, label_of, meets
 from skep.model.service import Service
@@ -257,7 +257,7 @@ class Domains:
             found = frozenset(
                 domain
                 for account in self._accounts.values()
-                if is_open(account.node) and meets(constraints, account.node)
+                if takes_tasks(account.node) and meets(constraints, account.node)
                 if (domain := domain_of(account.node, topology))
             )
             if len(self._eligible) >= WATCHED_MAX:
@@ -269,11 +269,6 @@ class Domains:
 def domain_of(node: Node, topology: str) -> str:
     """Return the node's value of the topology's label, or an empty text if it belongs to no domain."""
     return label_of(node, topology) or ""
-
-
-def is_open(node: Node) -> bool:
-    """Return whether the node takes new tasks."""
-    return node.status.state is NodeState.READY and node.spec.availability is Availability.ACTIVE
 
 
 def has_same_labels(one: Node, other: Node) -> bool:

@@ -17,7 +17,7 @@ from skep.manager.scheduler.nodes.accounting import Account
 from skep.manager.scheduler.nodes.requirements import Requirements
 from skep.model.needs import has_plugin
 from skep.model.networks.data_planes import DOCKER, SKEP, plane_of_node
-from skep.model.node import Availability, NodeState
+from skep.model.node import takes_tasks
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.node_reports.node_refusals import NodeRefusal, refusals_text
 from skep.model.options.constraints import meets
@@ -44,8 +44,7 @@ class Filter(msgspec.Struct, frozen=True):
 
 
 def _is_ready(requirements: Requirements, account: Account, copies: int) -> bool:
-    node = account.node
-    return node.status.state is NodeState.READY and node.spec.availability is Availability.ACTIVE
+    return takes_tasks(account.node)
 
 
 def _has_disk(requirements: Requirements, account: Account, copies: int) -> bool:
