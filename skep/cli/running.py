@@ -2,12 +2,14 @@
 
 import asyncio
 import re
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import click
 
+from skep.cli.endpoint import HostOptions
 from skep.errors import SkepError
 from skep.model.task_end import printable
 
@@ -25,6 +27,14 @@ def run_requests(work: Coroutine[Any, Any, T]) -> T:
     """Run ``work`` and return its result."""
     with errors_shown():
         return asyncio.run(work)
+
+
+async def delete_each(host: HostOptions, path: str, names: Iterable[str]) -> None:
+    """Delete the objects below ``path`` one after the other, and print each name.  Raises: SkepError."""
+    async with host.requests() as client:
+        for name in names:
+            await client.delete(f"{path}/{quote(name, safe='')}")
+            click.echo(name)
 
 
 def say(text: str) -> None:

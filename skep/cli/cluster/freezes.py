@@ -157,7 +157,7 @@ def window(
         run_requests(_delete(host, "/skep/cluster/window"))
     elif length is not None:
         wanted = MaintenanceWindow(cron=cron, time_zone=time_zone, length=round(length * SECOND_NS))
-        run_requests(_put_window(host, wanted))
+        run_requests(_put(host, "/skep/cluster/window", wanted))
     output.show(lambda: _fetch_window(host))
 
 
@@ -176,19 +176,16 @@ def _wanted(length: float | None, until: str, reason: str, *, strict: bool) -> F
     return FreezeRequest(until=end, reason=reason, is_strict=strict)
 
 
-async def _put(host: HostOptions, path: str, wanted: FreezeRequest, length_s: float | None) -> None:
+async def _put(
+    host: HostOptions, path: str, wanted: FreezeRequest | MaintenanceWindow, length_s: float | None = None
+) -> None:
+    """Send a freeze or a window.  ``length_s``: seconds until the end of the freeze, on the manager's clock."""
     async with host.client() as client:
         if length_s is not None:
             _, now = await nodes_and_time(client)
             end_ns = round((now.timestamp() + length_s) * SECOND_NS)
             wanted = msgspec.structs.replace(wanted, until=timestamp(end_ns))
         await client.request("PUT", path, body=msgspec.to_builtins(wanted), timeout_s=RESPONSE_TIMEOUT_S)
-
-
-async def _put_window(host: HostOptions, wanted: MaintenanceWindow) -> None:
-    async with host.client() as client:
-        body = msgspec.to_builtins(wanted)
-        await client.request("PUT", "/skep/cluster/window", body=body, timeout_s=RESPONSE_TIMEOUT_S)
 
 
 async def _delete(host: HostOptions, path: str) -> None:
@@ -210,8 +207,7 @@ async def fetch_freezes(client: Requests) -> FreezesResponse:
 async def _fetch(host: HostOptions, stack: str | None = None) -> Shown:
     found = (await _freezes(host)).freezes
     shown = {scope: one for scope, one in found.items() if stack is None or scope == stack}
-    subject = f"Stack {stack} is" if stack is not None else "Nothing is"
-    none = f"{subject} {'not ' if stack is not None else ''}frozen."
+    none = "Nothing is frozen." if stack is None else f"Stack {stack} is not frozen."
 
     def lines() -> Iterator[str]:
         for scope, one in shown.items():

@@ -9,7 +9,7 @@ import click
 
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
-from skep.cli.running import run_requests
+from skep.cli.running import delete_each, run_requests
 from skep.model.options.notifications import Topic
 from skep.model.task_end import printable
 
@@ -174,13 +174,7 @@ def rm(options: HostOptions, names: tuple[str, ...]) -> None:
       skep notify rm ops
     """
 
-    async def remove() -> None:
-        async with options.requests() as client:
-            for name in names:
-                await client.delete(f"/skep/notify/{quote(name, safe='')}")
-                click.echo(name)
-
-    run_requests(remove())
+    run_requests(delete_each(options, "/skep/notify", names))
 
 
 @notify.command()

@@ -16,7 +16,7 @@ from skep.api.client.raw import RawClient
 from skep.cli import options
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
-from skep.cli.running import run_requests, say
+from skep.cli.running import delete_each, run_requests, say
 from skep.cli.start.contexts import DockerContext, DockerContexts
 from skep.errors import InvalidArgument, SkepError, Unauthenticated, Unavailable
 from skep.linux.files import replace_file
@@ -213,13 +213,7 @@ def rm(options: HostOptions, names: tuple[str, ...]) -> None:
       skep user rm ann
     """
 
-    async def remove() -> None:
-        async with options.requests() as client:
-            for name in names:
-                await client.delete(f"/skep/users/{quote(name)}")
-                click.echo(name)
-
-    run_requests(remove())
+    run_requests(delete_each(options, "/skep/users", names))
 
 
 @user.command()
