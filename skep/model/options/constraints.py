@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from functools import lru_cache
+from operator import ge, gt, le, lt
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -48,10 +49,10 @@ class Test(Enum):
 
 _EQUALITIES = ("==", "!=")
 _COMPARISONS: Final[dict[Test, Callable[[Any, Any], bool]]] = {
-    Test.AT_LEAST: lambda one, other: one >= other,
-    Test.AT_MOST: lambda one, other: one <= other,
-    Test.MORE: lambda one, other: one > other,
-    Test.LESS: lambda one, other: one < other,
+    Test.AT_LEAST: ge,
+    Test.AT_MOST: le,
+    Test.MORE: gt,
+    Test.LESS: lt,
 }
 """In the order in which they are looked for, because ``>=`` contains ``>``."""
 _KEY = re.compile(r"[a-z_][a-z0-9\-_.]+", re.IGNORECASE | re.ASCII)
