@@ -307,6 +307,7 @@ async def test_a_follower_is_told_of_a_node_that_does_not_answer_any_more(cluste
             worker.lines.append(replace(a_line(task, b"two\n"), timestamp_ns=6))
             worker.more_lines.set()
             assert (await anext(lines)).data == b"two\n"
+            await until(lambda: cluster.node(agent.node_id).status.state is NodeState.READY)
         assert (await anext(lines)).data == b"skep: node worker does not answer\n"
 
 
