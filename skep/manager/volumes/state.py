@@ -51,6 +51,8 @@ class VolumesState:
         self._inherited: frozenset[VolumeId] | None = None
         """Volumes for which an earlier leader's calls may be in progress, or None before the first snapshot."""
         self._settled_at = 0.0
+        self._stopped_at: dict[tuple[VolumeId, NodeId], float] = {}
+        """When the removed nodes that hold volumes will have stopped their containers, in monotonic seconds."""
         self.doubted: set[VolumeId] = set()
         """Volumes that all nodes were asked to unpublish.
 
@@ -80,10 +82,12 @@ class VolumesState:
                 case Deleted(Task() as task):
                     self._leave(task)
                 case Updated(Volume() as old, Volume() as new):
+                    self._forget(old, but=new)
                     self._by_node.change(old, new)
                     if _decides(old) != _decides(new):
                         self.queue.add((new.id,))
                 case Deleted(Volume() as volume):
+                    self._forget(volume)
                     self._by_node.change(volume, None)
                     self.failures.clear(volume.id)
                     self.doubted.discard(volume.id)
@@ -128,7 +132,17 @@ class VolumesState:
             return Wait(_HELD, self._settled_at)
         revocation = self._view().lookup(Revocation, step.node_id) if isinstance(step, Unpublish) else None
         wait_s = removal_wait_s(step, volume, removal_of(revocation), self._clock.now_ns())
-        return Wait(_STOPPING, now + wait_s) if wait_s else None
+        if not isinstance(step, Unpublish) or not wait_s:
+            return None
+        # Only the first look compares wall clocks: with a clock that was set back, each look would find the whole wait.
+        stopped_at = self._stopped_at.setdefault((volume.id, step.node_id), now + wait_s)
+        return Wait(_STOPPING, stopped_at) if now < stopped_at else None
+
+    def _forget(self, volume: Volume, but: Volume | None = None) -> None:
+        """Forget the waits for nodes that ``volume`` has entries for, unless ``but`` has them too."""
+        for status in volume.publish_status:
+            if but is None or but.status_on(status.node_id) is None:
+                self._stopped_at.pop((volume.id, status.node_id), None)
 
 
 def _decides(volume: Volume) -> tuple[object, ...]:

@@ -352,6 +352,34 @@ def test_a_volume_for_one_node_is_taken_from_a_removed_node_once_its_containers_
     simulated(body)
 
 
+def test_a_clock_that_is_set_back_does_not_prolong_the_wait_for_a_removed_node(
+    simulated: Callable[[Body], None],
+) -> None:
+    async def body(rig: Rig) -> None:
+        volumes = VolumeManager(rig.store, rig.clock, Random(1), rig.find, rig.confirm)
+        running = asyncio.ensure_future(volumes.run())
+        mode = AccessMode(scope=VolumeScope.SINGLE, sharing=VolumeSharing.ALL, mount_volume=TypeMount())
+        await rig.put("a", access_mode=mode)
+        await rig.clock.sleep(1)
+        await rig.store.update(_with_task, "n1")
+        await rig.clock.sleep(1)
+
+        def remove(tx: Transaction) -> None:
+            remove_node(tx, NodeId("n1"), force=True, now_ns=rig.clock.now_ns())
+            tx.delete(Task, TaskId("t-n1"))
+
+        await rig.store.update(remove)
+        rig.clock.wall_off_s = -3600.0
+        await rig.clock.sleep(REMOVED_S - 1)
+        assert "unpublish on n1" not in rig.drivers["good"].calls
+        await rig.clock.sleep(2)
+        assert rig.volume("a").publish_status == ()
+        running.cancel()
+        await asyncio.wait([running])
+
+    simulated(body)
+
+
 def test_a_volume_of_this_term_is_deleted_at_once(simulated: Callable[[Body], None]) -> None:
     async def body(rig: Rig) -> None:
         async def user() -> None:
