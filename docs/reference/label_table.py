@@ -155,7 +155,7 @@ LABELS = (
         "see text",
         "How many tasks of a replicated service drains, updates, preemption and changed nodes leave available ([guide]"
         "(../guide/nodes.md#limit-how-many-tasks-are-away-at-once)). A percentage is rounded up. If it is all tasks, "
-        "updates start new tasks first, unless the tasks write data. By default, drains that have to stop tasks first "
+        "updates start new tasks first where they can. By default, drains that have to stop tasks first "
         "stop as many at a time as updates do.",
     ),
     Label(

@@ -1,6 +1,6 @@
 """Checks in a cluster at rest that an update gets nodes for all its tasks if the dry run accepts it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from random import Random
 
 from sim.cluster import SimulatedCluster
@@ -16,7 +16,7 @@ from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import OnDisconnect, VolumeAffinity, disconnect_policy, volume_affinity
 from skep.model.service import Service, ServiceSpec, UpdateOrder
 from skep.model.task import Task, TaskState
-from skep.model.values.ids import ServiceId
+from skep.model.values.ids import ServiceId, TaskId
 from skep.store.interface import View
 
 PLACED_S = 25.0
@@ -62,20 +62,29 @@ def check_planned(
 ) -> None:
     """Note a violation if the dry run accepts ``spec`` for a service, and a task stays without a node.
 
+    A task of another service that waits for longer may take the place first.
+
     Args:
         update: called to update the service to that spec.
     """
     planned = cluster.do(_plan(cluster.view, spec))
     is_accepted = not planned.error and not planned.preempted
+    waiting = {task.id for service in cluster.view.find(Service) for task in _pending(cluster, service.id)}
     update()
     pass_time(cluster, PLACED_S)
-    if not is_accepted:
+    if not is_accepted or _has_been_placed(cluster, waiting):
         return
     if _pending(cluster, id):
         pass_time(cluster, EARLIER_LEADER_S)
     for task in _pending(cluster, id):
         problem = f"the dry run accepts {spec.name}, and task {task.id} has no node: {task.status.err}"
         cluster.observer.note(cluster.loop.time(), [problem])
+
+
+def _has_been_placed(cluster: SimulatedCluster, waiting: Collection[TaskId]) -> bool:
+    """Return whether a task that waited for longer has taken a place that the update freed."""
+    found = (cluster.view.lookup(Task, id) for id in waiting)
+    return any(task is not None and task.node_id for task in found)
 
 
 def _pending(cluster: SimulatedCluster, id: ServiceId) -> list[Task]:

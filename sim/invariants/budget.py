@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from sim.invariants.committed import Change
+from sim.invariants.nodes.placement import host_ports
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import drains_now, min_available
 from skep.model.options.overlap import why_stop_first, written_data
@@ -15,7 +16,7 @@ def minimum_stays_available(change: Change, view: View) -> Iterable[str]:
     """Check that nothing but users and failures leaves fewer tasks available than ``skep.min-available`` says.
 
     Drains, updates, preemption and changes of nodes may not.  Lost nodes, users who scale down, and drains with
-    ``--now`` may.
+    ``--now`` may.  An update of all tasks stops one at a time where a new task cannot start before an old one stops.
     """
     for event in change.events:
         match event:
@@ -33,11 +34,22 @@ def minimum_stays_available(change: Change, view: View) -> Iterable[str]:
                     continue
                 left = {one.slot for one in view.find(Task, service_id=service.id) if _serves(one)}
                 if minimum == service.spec.replicas and task.spec != service.spec.task_template:
-                    # An update of tasks that write data stops one at a time.
-                    minimum -= bool(why_stop_first(service.spec) or written_data(task.spec))
+                    writes = why_stop_first(service.spec) or written_data(task.spec)
+                    minimum -= bool(writes or _is_awaited(task, service, view))
                 if len(left) < minimum and task.slot not in left:
                     yield f"{task.id} is stopped, and {len(left)} of {minimum} tasks of {service.id} are left"
 
 
 def _serves(task: Task) -> bool:
     return task.desired_state is TaskState.RUNNING and task.status.state is TaskState.RUNNING
+
+
+def _is_awaited(task: Task, service: Service, view: View) -> bool:
+    """Return whether every node refused the successor of ``task``, and may refuse it until ``task`` stops."""
+    placement = task.spec.placement
+    if not host_ports(service.spec) and (placement is None or not placement.max_replicas):
+        return False
+    return any(
+        one.slot == task.slot and one.is_wanted and one.status.state is TaskState.PENDING and one.status.err
+        for one in view.find(Task, service_id=task.service_id)
+    )

@@ -3,9 +3,12 @@
 A stop-first update can block itself: the new task of one slot waits for the place of another slot's old task, which the
 budget keeps.  So if no other task of the service is about to serve, the prepared task of such a slot starts before the
 old one stops, unless both would write to the same data.
+
+A service that must keep all tasks can block itself as well: its tasks write data, or hold a host port on every node.
+Its updates stop one task at a time.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import inf
 
 import msgspec
@@ -14,6 +17,7 @@ from msgspec.structs import replace
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import ReplaceTask, RetireTask, StartTask, Step
 from skep.manager.orchestrator.decision_inputs import Situation
+from skep.manager.orchestrator.replacement.held_places import excludes
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
 from skep.manager.orchestrator.replacement.restart import start_time
 from skep.manager.orchestrator.slots import group_by_slot
@@ -55,12 +59,13 @@ def within_budget(decided: Sequence[Step], situation: Situation) -> Allowed:
         if isinstance(step, ReplaceTask | RetireTask) and number not in limited:
             _take(step.task, serving)  # it does not wait for the budget, but counts
     held: set[int] = set()
+    tasks = {task.id: task for task in situation.tasks}
     minimums: dict[int, int] = {}
     for number in limited:
         step = steps[number]
         assert isinstance(step, ReplaceTask | RetireTask)
         slot = step.task.slot
-        minimums[number] = _minimum_for(step.task, minimum, situation)
+        minimums[number] = _minimum_for(step, minimum, tasks, situation)
         rest = serving.get(slot, set()) - {step.task.id}
         if not rest and len(serving) - (slot in serving) < minimums[number]:
             held.add(number)
@@ -73,20 +78,36 @@ def within_budget(decided: Sequence[Step], situation: Situation) -> Allowed:
         steps[number] = replace(step, keeps=witnesses[minimums[number]])
     allowed = [step for number, step in enumerate(steps) if number not in held]
     if held and not any(_may_serve_soon(task, serving, situation) for task in situation.tasks):
-        allowed += _started_first([steps[number] for number in sorted(held)], situation)
+        allowed += _started_first([steps[number] for number in sorted(held)], tasks, situation)
     return Allowed(allowed, is_limited=True, is_held=bool(held))
 
 
-def _minimum_for(task: Task, minimum: int, situation: Situation) -> int:
-    """Return how many tasks must stay available if ``task`` stops.
+def _minimum_for(
+    step: ReplaceTask | RetireTask, minimum: int, tasks: Mapping[TaskId, Task], situation: Situation
+) -> int:
+    """Return how many tasks must stay available if the step's task stops.
 
-    If the service must keep all tasks, and they write data, its updates still stop one task at a time: the successor
-    must not start first, so that such an update would never end.
+    If the service must keep all tasks, its updates still stop one task at a time where the successor cannot start
+    first.  Otherwise such an update would never end.
     """
     replicas = situation.service.spec.replicas
-    if minimum < replicas or situation.may_overlap(task) or not is_dirty(task, situation):
+    if minimum < replicas or not is_dirty(step.task, situation):
         return minimum
-    return replicas - 1
+    return minimum if _may_start_first(step, tasks, situation) else replicas - 1
+
+
+def _may_start_first(
+    step: ReplaceTask | RetireTask, tasks: Mapping[TaskId, Task], situation: Situation
+) -> bool:
+    """Return whether the successor of the step's task may run beside it: they write no data of their own, and at least
+    one node does not refuse the successor.
+    """
+    if not situation.may_overlap(step.task):
+        return False
+    if not isinstance(step, RetireTask):
+        return True
+    successor = tasks.get(step.successor) if step.successor else None
+    return successor is None or not excludes(step.task, successor, situation)
 
 
 def _take(task: Task, serving: dict[int, set[TaskId]]) -> None:
@@ -105,10 +126,11 @@ def _may_serve_soon(task: Task, serving: Collection[int], situation: Situation) 
     return not is_refused and (node is None or node.status.state is not NodeState.DOWN)
 
 
-def _started_first(held: Sequence[Step], situation: Situation) -> Iterator[Step]:
+def _started_first(
+    held: Sequence[Step], tasks: Mapping[TaskId, Task], situation: Situation
+) -> Iterator[Step]:
     """Start the prepared successors of tasks that may not be stopped."""
     slots = group_by_slot(situation.tasks)
-    tasks = {task.id: task for task in situation.tasks}
     for step in held:
         successor = tasks.get(step.successor) if isinstance(step, RetireTask) and step.successor else None
         if successor is None or successor.desired_state is not TaskState.READY:

@@ -9,6 +9,9 @@ from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, NodeState
 from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
 from skep.model.service import (
+    EndpointSpec,
+    PortConfig,
+    PublishMode,
     RestartCondition,
     RestartPolicy,
     Service,
@@ -499,6 +502,37 @@ def test_an_update_of_a_service_that_keeps_all_tasks_stops_tasks_that_write_data
     assert not of_image(world, "app:1")
 
 
+def test_an_update_of_a_service_that_keeps_all_tasks_stops_those_whose_host_port_all_nodes_have_in_use() -> (
+    None
+):
+    port = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
+    endpoint = EndpointSpec(ports=(port,))
+    before = replace(a_spec(2, minimum="100%", parallelism=0), endpoint_spec=endpoint)
+    after = replace(a_spec(2, minimum="100%", parallelism=0, image="app:2"), endpoint_spec=endpoint)
+    world = a_world(before, ("n1", "n2"))
+    world.update(after)
+    world.settle()
+    for task in of_image(world, "app:2"):
+        refuse(world, task, "no suitable node (host-mode port already in use on 2 nodes)")
+    assert len(of_image(world, "app:1")) == 1, "each of the new tasks waits for an old one"
+    world.settle()
+    assert len(of_image(world, "app:1")) == 1
+    world.stop_all()
+    world.settle()
+    first, _ = of_image(world, "app:2")
+    assign(world, first.id, node=world.tasks[TaskId("old1")].node_id, state=RUNNING)
+    assert not of_image(world, "app:1")
+
+
+def test_an_update_of_a_service_that_keeps_all_tasks_waits_for_what_others_may_free() -> None:
+    world = a_world(a_spec(2, minimum="100%", parallelism=0), ("n1", "n2"))
+    world.update(a_spec(2, minimum="100%", parallelism=0, image="app:2"))
+    world.settle()
+    for task in of_image(world, "app:2"):
+        refuse(world, task, "no suitable node (insufficient resources on 2 nodes)")
+    assert len(of_image(world, "app:1")) == 2
+
+
 def test_a_drain_and_an_update_together_stay_within_the_budget() -> None:
     world = a_world(a_spec(3, minimum="2", data=True, parallelism=0), ("n1", "n2", "n3"))
     world.update(a_spec(3, minimum="2", data=True, parallelism=0, image="app:2"))
@@ -553,8 +587,8 @@ def a_blocked_update(*, data: bool) -> tuple[World, Task, Task]:
     return world, first, second
 
 
-def refuse(world: World, task: Task) -> None:
-    world.put(replace(task, status=replace(task.status, state=TaskState.PENDING, err="no suitable node")))
+def refuse(world: World, task: Task, err: str = "no suitable node") -> None:
+    world.put(replace(task, status=replace(task.status, state=TaskState.PENDING, err=err)))
     world.settle()
 
 
