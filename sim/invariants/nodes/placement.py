@@ -124,7 +124,7 @@ def homes_of(task: Task, service: Service, view: View) -> set[NodeId]:
     container = task.spec.container_spec
     mounts = container.mounts if container is not None and task.slot else ()
     if volume_affinity(service.spec.labels) is not VolumeAffinity.REQUIRED or not any(
-        _is_local(one) for one in mounts
+        is_local(one) for one in mounts
     ):
         return set()
     mark = f"={service.spec.name}.{task.slot}@"
@@ -148,7 +148,8 @@ def has_left_data(task: Task) -> bool:
             return bool(task.node_id) and container is not None and bool(container.container_id)
 
 
-def _is_local(mount: Mount) -> bool:
+def is_local(mount: Mount) -> bool:
+    """Return whether the mount's data stays on its node."""
     return mount.type == "volume"
 
 

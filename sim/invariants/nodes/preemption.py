@@ -5,12 +5,12 @@ from collections.abc import Iterable
 
 from sim.invariants.committed import Change
 from sim.invariants.nodes.affinity import exceeds_skew, forbidden
-from sim.invariants.nodes.placement import homes_of, host_ports, may_have_tasks
+from sim.invariants.nodes.placement import homes_of, host_ports, is_local, may_have_tasks
 from sim.invariants.services.dependencies import missing_dependencies
 from sim.invariants.services.tasks import reservations
 from skep.manager.scheduler.preemption.preemption import AT_ONCE
 from skep.model.node import Node, NodeState
-from skep.model.options.labels import allows_preemption, priority_of
+from skep.model.options.labels import VolumeAffinity, allows_preemption, priority_of, volume_affinity
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
@@ -101,6 +101,8 @@ def held_by_lower(view: View) -> Iterable[str]:
             continue
         if any(missing_dependencies(service, view)) or homes_of(task, service, view) or _shares(task):
             continue  # it may wait for something else
+        if _returns_to_own_slot(task, service, view):
+            continue
         for node in view.find(Node):
             if task.node_id in ("", node.id) and _would_fit(task, service, node, view):
                 yield f"{task.id} of {service.spec.name} waits for what tasks of lower priority have on {node.id}"
@@ -109,6 +111,18 @@ def held_by_lower(view: View) -> Iterable[str]:
 def _shares(task: Task) -> bool:
     container = task.spec.container_spec
     return any(mount.type == "cluster" for mount in (container.mounts if container is not None else ()))
+
+
+def _returns_to_own_slot(task: Task, service: Service, view: View) -> bool:
+    """Return whether the task may wait for the place of an earlier task of its slot, whose data it uses."""
+    container = task.spec.container_spec
+    has_data = any(is_local(mount) for mount in (container.mounts if container is not None else ()))
+    if not has_data or volume_affinity(service.spec.labels) is VolumeAffinity.NONE:
+        return False
+    slot = view.find(Task, slot=f"{task.service_id}/{task.slot}")
+    return any(
+        one.id != task.id and TaskState.ASSIGNED <= one.status.state <= TaskState.RUNNING for one in slot
+    )
 
 
 def _would_fit(task: Task, service: Service, node: Node, view: View) -> bool:
