@@ -11,7 +11,7 @@ from aiohttp import web
 
 from skep.api.http.server import flag
 from skep.api.http.tables import RouteTable
-from skep.engine.api.streams.uploads import drain, pieces_of, send_piece
+from skep.engine.api.streams.uploads import TAKEN_S, drain, pieces_of, send_piece
 from skep.engine.engine import Engine
 from skep.engine.volumes.files import ArchiveTarget, PathStatus
 from skep.errors import InvalidArgument, SkepError
@@ -85,11 +85,14 @@ def _header(status: PathStatus) -> dict[str, str]:
 
 
 async def send_archive(
-    request: web.Request, pieces: AsyncIterator[bytes], headers: dict[str, str]
+    request: web.Request, pieces: AsyncIterator[bytes], headers: dict[str, str], taken_s: float = TAKEN_S
 ) -> web.StreamResponse:
-    """Send an archive.  An incomplete archive is sent without an end, so that its reader notices."""
+    """Send an archive to a client that reads a piece within ``taken_s``.
+
+    An incomplete archive is sent without an end, so that its reader notices.
+    """
     response = web.StreamResponse(headers={"Content-Type": "application/x-tar", **headers})
     await response.prepare(request)
     async for piece in pieces:
-        await send_piece(request, response, piece)
+        await send_piece(request, response, piece, taken_s)
     return response
