@@ -190,7 +190,7 @@ class _Server:
         handlers: Iterable[Handler],
         cluster_id: ClusterId,
         check_certificate: CertificateCheck,
-        node_bytes_max: int,
+        node_bytes_max: int = NODE_BYTES_MAX,
     ) -> None:
         self.node_bytes_max = node_bytes_max
         self._cluster_id = cluster_id
