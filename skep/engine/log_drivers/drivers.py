@@ -10,6 +10,8 @@ from skep.engine.log_drivers.message import LogSink
 from skep.engine.log_drivers.options import FILE_DRIVERS, Check, Options
 from skep.linux.network.guard import Guard
 
+JOURNAL = journald.SOCKET
+
 SINKS: Mapping[str, Callable[[Options, LogFacts, Guard], LogSink]] = MappingProxyType(
     {
         "fluentd": fluentd.Fluentd,
@@ -30,7 +32,7 @@ _CHECKS: Mapping[str, Check] = MappingProxyType(
 )
 
 
-def sending_drivers(journal: Path = journald.SOCKET) -> Mapping[str, Check]:
+def sending_drivers(journal: Path = JOURNAL) -> Mapping[str, Check]:
     """Return the drivers that send output to a remote, each with the function that checks its options.
 
     On a machine without the socket ``journal``, journald is left out, so that services with this driver are placed on
@@ -41,6 +43,6 @@ def sending_drivers(journal: Path = journald.SOCKET) -> Mapping[str, Check]:
     return {name: check for name, check in _CHECKS.items() if name != "journald"}
 
 
-def log_drivers(journal: Path = journald.SOCKET) -> tuple[str, ...]:
+def log_drivers(journal: Path = JOURNAL) -> tuple[str, ...]:
     """Return the drivers that the node announces.  ``none`` is available everywhere."""
     return (*FILE_DRIVERS, *sending_drivers(journal))
