@@ -93,7 +93,7 @@ def container_routes(engine: Engine, clock: Clock | None = None) -> Iterable[web
     """Return the routes ``/containers/...`` and ``/exec/...``, without ``/containers/create``."""
     clock = clock or SystemClock()
     own = _table.bound(ContainerRoutes(engine, clock))
-    return (*own, *exec_routes(engine.execs), *output_routes(engine, clock), *file_routes(engine.files))
+    return (*own, *exec_routes(engine.execs), *output_routes(engine, clock), *file_routes(engine))
 
 
 def create_routes(engine: Engine) -> Routes:

@@ -12,14 +12,15 @@ from aiohttp import web
 from skep.api.http.server import flag
 from skep.api.http.tables import RouteTable
 from skep.engine.api.streams.uploads import TAKEN_S, drain, pieces_of, send_piece
-from skep.engine.volumes.files import ArchiveTarget, ContainerFiles, PathStatus
+from skep.engine.engine import Engine
+from skep.engine.volumes.files import ArchiveTarget, PathStatus
 from skep.errors import InvalidArgument, SkepError
 
 
 class FileRoutes(msgspec.Struct, frozen=True):
     """Dependencies of these routes."""
 
-    files: ContainerFiles
+    engine: Engine
     taken_s: float
     """Seconds after which a client that reads no data of an archive is disconnected."""
 
@@ -27,16 +28,16 @@ class FileRoutes(msgspec.Struct, frozen=True):
 _table = RouteTable[FileRoutes]()
 
 
-def file_routes(files: ContainerFiles, taken_s: float = TAKEN_S) -> Iterable[web.AbstractRouteDef]:
+def file_routes(engine: Engine, taken_s: float = TAKEN_S) -> Iterable[web.AbstractRouteDef]:
     """Return the routes ``/containers/{id}/archive`` and ``/containers/{id}/export``."""
-    return _table.bound(FileRoutes(files, taken_s))
+    return _table.bound(FileRoutes(engine, taken_s))
 
 
 @_table.head("/containers/{id}/archive")
 async def show_path(served: FileRoutes, request: web.Request) -> web.StreamResponse:
     """Return the status of a path in a header, which ``docker cp`` requests before it copies."""
     word, path = _place(request)
-    status = await served.files.status(word, path)
+    status = await served.engine.files.status(word, path)
     return web.Response(headers=_header(status))
 
 
@@ -44,7 +45,7 @@ async def show_path(served: FileRoutes, request: web.Request) -> web.StreamRespo
 async def copy_out(served: FileRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker cp CONTAINER:PATH``: respond with an archive of the path."""
     word, path = _place(request)
-    async with served.files.read(word, path) as (status, pieces):
+    async with served.engine.files.read(word, path) as (status, pieces):
         return await send_archive(request, pieces, _header(status), served.taken_s)
 
 
@@ -56,7 +57,7 @@ async def copy_in(served: FileRoutes, request: web.Request) -> web.StreamRespons
         path=path, keeps_kinds=flag(request, "noOverwriteDirNonDir"), as_user=flag(request, "copyUIDGID")
     )
     try:
-        await served.files.write(word, target, pieces_of(request))
+        await served.engine.files.write(word, target, pieces_of(request))
     except SkepError:
         await drain(request)
         raise
@@ -66,7 +67,7 @@ async def copy_in(served: FileRoutes, request: web.Request) -> web.StreamRespons
 @_table.get("/containers/{id}/export")
 async def export(served: FileRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker export``: respond with an archive of the whole file system, without volumes."""
-    async with served.files.export(request.match_info["id"]) as pieces:
+    async with served.engine.files.export(request.match_info["id"]) as pieces:
         return await send_archive(request, pieces, {}, served.taken_s)
 
 

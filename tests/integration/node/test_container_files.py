@@ -316,7 +316,7 @@ async def test_a_client_that_takes_nothing_of_an_archive_gives_its_place_to_othe
 ) -> None:
     executor.engine.files.places = asyncio.Semaphore(1)
     id = await run(api, "dd if=/dev/zero of=/large bs=1M count=1 seek=500")
-    server = runner(application(file_routes(executor.engine.files, taken_s=0.3)))
+    server = runner(application(file_routes(executor.engine, taken_s=0.3)))
     await server.setup()
     await web.UnixSite(server, tmp_path / "files.sock").start()
     try:
