@@ -6,7 +6,7 @@
 import traceback
 from collections.abc import Callable, Iterable
 from random import Random
-from typing import cast
+from typing import TypeAlias, cast
 
 import msgspec
 
@@ -70,10 +70,18 @@ class RunResult(msgspec.Struct):
     """Last events before the end, or before the first violation."""
 
 
-def simulate(seed: int, steps: int = STEPS, *, extends: bool | None = None) -> RunResult:
+Live: TypeAlias = Callable[[SimulatedCluster, int, Random | None, Random | None], None]
+"""Lets steps happen to a cluster, with the random numbers of extensions and of commands."""
+
+
+def simulate(
+    seed: int, steps: int = STEPS, *, extends: bool | None = None, live: Live | None = None
+) -> RunResult:
     """Run the simulation of ``seed``.
 
-    ``extends``: whether users also request features that Docker does not have.  By default, in every second run.
+    Args:
+        extends: Whether users also request features that Docker does not have.  By default, in every second run.
+        live: What happens to the cluster, or None for users and faults.
     """
     shape = Random(seed ^ 0x5EED)
     extends = seed % 2 == 1 if extends is None else extends
@@ -93,7 +101,7 @@ def simulate(seed: int, steps: int = STEPS, *, extends: bool | None = None) -> R
     )
     try:
         with cluster:
-            _simulate(
+            (live or _simulate)(
                 cluster, steps, *((Random(seed ^ 0xE57), Random(seed ^ 0xC0D)) if extends else (None, None))
             )
     except Exception as error:

@@ -27,11 +27,13 @@ CHUNK = RUNS_PER_COLLECTION
 """Number of seeds that a process takes at a time.  With more, the last process works alone for long."""
 
 
-def results(seeds: Iterable[int], run: Simulate = simulate) -> Iterator[RunResult]:
-    """Simulate one seed after another in this process."""
+def results(
+    seeds: Iterable[int], run: Simulate = simulate, cpu_s_max: float = RUN_CPU_S_MAX
+) -> Iterator[RunResult]:
+    """Simulate one seed after another in this process, each within ``cpu_s_max`` of processor time."""
     with quiet():
         for number, seed in enumerate(seeds, 1):
-            with interrupted_if_endless():
+            with interrupted_if_endless(cpu_s_max):
                 result = run(seed)
             yield result
             if number % RUNS_PER_COLLECTION == 0:
@@ -77,14 +79,14 @@ class Endless(Exception):
 
 
 @contextmanager
-def interrupted_if_endless() -> Iterator[None]:
-    """Raise ``Endless`` in a run after ``RUN_CPU_S_MAX``, and every second from then on.  Main thread only."""
+def interrupted_if_endless(cpu_s_max: float = RUN_CPU_S_MAX) -> Iterator[None]:
+    """Raise ``Endless`` in a run after ``cpu_s_max``, and every second from then on.  Main thread only."""
 
     def interrupt(*_: object) -> None:
-        raise Endless(f"after {RUN_CPU_S_MAX:g} s of processor time")
+        raise Endless(f"after {cpu_s_max:g} s of processor time")
 
     before = signal.signal(signal.SIGVTALRM, interrupt)
-    signal.setitimer(signal.ITIMER_VIRTUAL, RUN_CPU_S_MAX, 1.0)
+    signal.setitimer(signal.ITIMER_VIRTUAL, cpu_s_max, 1.0)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ import sys
 import unicodedata
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import update_wrapper
-from typing import Any
+from typing import Any, TextIO
 
 import click
 import msgspec
@@ -37,9 +37,9 @@ class Screen(msgspec.Struct, frozen=True):
     has_colors: bool = False
 
     @classmethod
-    def present(cls, *, is_wide: bool) -> "Screen":
-        """Return the screen of this command's standard output."""
-        is_terminal = sys.stdout.isatty()
+    def present(cls, *, is_wide: bool, output: TextIO | None = None) -> "Screen":
+        """Return the screen of ``output``, by default this command's standard output."""
+        is_terminal = (output or sys.stdout).isatty()
         columns = (
             max(shutil.get_terminal_size().columns, _COLUMNS_MIN) if is_terminal and not is_wide else None
         )

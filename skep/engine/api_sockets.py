@@ -34,7 +34,7 @@ NAME: Final = "skep.sock"
 """File name of the API socket that belongs to one container."""
 _USUAL: Final = ("/var/run/docker.sock", "/run/docker.sock")
 """Docker's default paths of the API socket.  A mount of them means this node's API even if it listens elsewhere."""
-_VOLUMES: Final = "/var/lib/docker/volumes"
+_VOLUMES: Final = Path("/var/lib/docker/volumes")
 """Docker's directory of volumes.  Unless the path exists, a mount of it means this node's directory of volumes."""
 _BACKLOG = 64
 """Limit for connections that wait while the node process restarts."""
@@ -71,15 +71,22 @@ class ApiSockets:
         hosts: Sockets at which the API is served.
         run: The node's run directory.  Its other sockets are hidden from containers.
         volumes: The directory of the node's volumes.
+        docker_volumes: The directory of volumes of a Docker Engine.
     """
 
     def __init__(
-        self, hosts: Collection[Path], run: Path, server: ApiServer, volumes: Path | None = None
+        self,
+        hosts: Collection[Path],
+        run: Path,
+        server: ApiServer,
+        volumes: Path | None = None,
+        docker_volumes: Path = _VOLUMES,
     ) -> None:
         self._names = {*_USUAL, *map(str, hosts)}
         self._run = run
         self.server = server
         self._volumes = volumes
+        self._docker_volumes = str(docker_volumes)
         self._opened: dict[ContainerId, socket.socket] = {}
         """Duplicates of sockets, for the conmons of containers that have not started yet."""
 
@@ -113,8 +120,8 @@ class ApiSockets:
     def _means_volumes(self, source: str) -> bool:
         return (
             self._volumes is not None
-            and os.path.normpath(source) == _VOLUMES
-            and not os.path.exists(_VOLUMES)
+            and os.path.normpath(source) == self._docker_volumes
+            and not os.path.exists(self._docker_volumes)
         )
 
     def give(self, points: Sequence[MountPoint], own: Path) -> Given:

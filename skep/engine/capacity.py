@@ -33,6 +33,8 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     may_lower_oom_score: bool = True
     is_cgroup_v2: bool = False
     has_apparmor: bool = False
+    sysfs: Path = apparmor.SYSFS
+    """The machine's sysfs."""
     masked_paths: tuple[str, ...] = ()
     """Paths to mask on this machine, in addition to the paths that are masked on every machine."""
     has_keyrings: bool = True
@@ -86,10 +88,11 @@ def capacity_of(
     programs: Programs,
     cdi_directories: tuple[Path, ...] = cdi.DIRECTORIES,
     cpus: Path = _CPUS,
+    sysfs: Path = apparmor.SYSFS,
 ) -> Capacity:
     """Return the capacity of this process, which does not change while it lives.
 
-    ``cpus`` is the kernel's directory of processors.
+    ``cpus`` is the kernel's directory of processors, and ``sysfs`` is the machine's.
     """
     bounding = capabilities.bounding_set()
     may_raise = _CAP_SYS_RESOURCE in bounding
@@ -107,7 +110,8 @@ def capacity_of(
         is_cgroup_v2=cgroups.is_v2,
         init_binary=programs.init,
         has_x32=seccomp.runs_x32(),
-        has_apparmor=apparmor.is_supported(),
+        has_apparmor=apparmor.is_supported(sysfs),
+        sysfs=sysfs,
         masked_paths=thermal_throttles(cpus),
         has_keyrings=not is_in_user_namespace(),
         has_io_weight=cgroups.has_io_weight,

@@ -77,6 +77,12 @@ _UNIT_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 BACKLOG = 1024
 
 
+def closing_times(count: int) -> Sequence[float]:
+    """Return when each of ``count`` connections is ended, in seconds from now."""
+    apart_s = min(1 / CLOSED_PER_S, CLOSING_S_MAX / max(count, 1))
+    return [number * apart_s for number in range(count)]
+
+
 class Bound:
     """A listening server.  ``port`` is its actual port."""
 
@@ -100,11 +106,13 @@ class Bound:
         """Bytes of received requests that have no response yet."""
         return sum(connection.held for connection in self.server.connections)
 
-    def disconnect_all(self, first: Callable[[NodeIdentity], bool]) -> None:
+    def disconnect_all(
+        self, first: Callable[[NodeIdentity], bool], times: Callable[[int], Sequence[float]] = closing_times
+    ) -> None:
         """End every connection and every handshake, so that peers which reconnect are checked by the current rules.
 
         Anonymous connections, and connections whose certificate matches ``first``, are ended at once.  The others
-        are ended one after another, so that thousands do not reconnect at one moment.
+        are ended one after another at ``times``, so that thousands do not reconnect at one moment.
         """
         self.pending.give_up()
         loop, later = asyncio.get_running_loop(), []
@@ -113,7 +121,7 @@ class Bound:
                 connection.close()
             else:
                 later.append(connection)
-        for connection, after_s in zip(later, closing_times(len(later)), strict=True):
+        for connection, after_s in zip(later, times(len(later)), strict=True):
             loop.call_later(after_s, connection.close)
 
     def disconnect(self, matches: Callable[[NodeIdentity], bool]) -> None:
@@ -121,12 +129,6 @@ class Bound:
         for connection in tuple(self.server.connections):
             if connection.identity is not None and matches(connection.identity):
                 connection.close()
-
-
-def closing_times(count: int) -> Sequence[float]:
-    """Return when each of ``count`` connections is ended, in seconds from now."""
-    apart_s = min(1 / CLOSED_PER_S, CLOSING_S_MAX / max(count, 1))
-    return [number * apart_s for number in range(count)]
 
 
 @asynccontextmanager
@@ -138,6 +140,7 @@ async def serve(
     tls: ssl.SSLContext,
     cluster_id: ClusterId,
     check_certificate: CertificateCheck = accept_all,
+    node_bytes_max: int = NODE_BYTES_MAX,
 ) -> AsyncIterator[Bound]:
     """Serve calls on ``host:port`` until the context is left.  Then every connection is closed.
 
@@ -145,11 +148,12 @@ async def serve(
         tls: A context that requests client certificates (``security.tls.ServerTls.front``).
         cluster_id: The cluster that callers' certificates must name, except for open methods.
         check_certificate: Checks whether a caller's certificate is still accepted, for each call that needs one.
+        node_bytes_max: Maximum buffered request bytes of one node on all its connections together.
 
     Raises:
         Unavailable: The address cannot be bound.
     """
-    server = _Server(handlers, cluster_id, check_certificate)
+    server = _Server(handlers, cluster_id, check_certificate, node_bytes_max)
     handshakes = Handshakes(server.new_protocol, tls)
     listener = _listen(host, port)
     try:
@@ -182,8 +186,13 @@ class _Server:
     """Creates a protocol for each connection, keeps track of the connections, and finds the handler of a call."""
 
     def __init__(
-        self, handlers: Iterable[Handler], cluster_id: ClusterId, check_certificate: CertificateCheck
+        self,
+        handlers: Iterable[Handler],
+        cluster_id: ClusterId,
+        check_certificate: CertificateCheck,
+        node_bytes_max: int = NODE_BYTES_MAX,
     ) -> None:
+        self.node_bytes_max = node_bytes_max
         self._cluster_id = cluster_id
         self._check_certificate = check_certificate
         self._handlers: Mapping[str, Handler] = {
@@ -357,7 +366,7 @@ class _Connection(ServerConnection):
             return  # anonymous connections are few, and their windows are small
         held = self.server.bytes_of_node
         held[identity.node_id] += size
-        if size > 0 and held[identity.node_id] > NODE_BYTES_MAX:
+        if size > 0 and held[identity.node_id] > self.server.node_bytes_max:
             raise Violation("too many bytes of one node at a time", Code.ENHANCE_YOUR_CALM)
 
     def connection_lost(self, exc: BaseException | None) -> None:

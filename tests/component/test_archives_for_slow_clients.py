@@ -8,7 +8,6 @@ from aiohttp import web
 
 from skep.api.http.server import application
 from skep.engine.api.images import image_routes
-from skep.engine.api.streams import uploads
 from skep.engine.images.store import ImageStore
 from tests.support.images.images_rig import APP, an_image, give
 from tests.support.managers.wire_rig import until
@@ -23,14 +22,12 @@ class Node:
         self.images = images
 
 
-async def test_a_client_that_takes_nothing_of_a_saved_image_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(uploads, "TAKEN_S", 0.3)
+async def test_a_client_that_takes_nothing_of_a_saved_image_is_given_up(tmp_path: Path) -> None:
     images = ImageStore(tmp_path / "images")
     await images.open()
     image = await give(Node(images), an_image(30_000_000))  # type: ignore[arg-type]
-    runner = web.AppRunner(application(image_routes(images, lambda: ())), handler_cancellation=True)
+    routes = image_routes(images, lambda: (), taken_s=0.3)
+    runner = web.AppRunner(application(routes), handler_cancellation=True)
     await runner.setup()
     await web.UnixSite(runner, str(tmp_path / "api")).start()
     try:

@@ -22,6 +22,7 @@ from skep.engine.api import builds
 from skep.engine.build.builder import Builder
 from skep.engine.build.cache.cache import CacheKey
 from skep.engine.build.files.remotes import repository_address
+from skep.engine.build.interface import BuildResult
 from skep.engine.images.store import ImageStore
 from tests.support.images.archives import a_file, a_tar
 from tests.support.managers.wire_rig import until
@@ -32,10 +33,20 @@ EXPECTED = "filter expects a duration (e.g., '24h') or a timestamp"
 CONTEXT = a_tar(a_file("Dockerfile", b"FROM scratch\nENV A=1\n"))
 
 
+class NotingBuilder(Builder):
+    """Notes in ``found`` which files are on the disk when a build begins."""
+
+    found: list[Path]
+
+    async def build_in_slot(self, *words: Any, **options: Any) -> BuildResult:
+        self.found = [path for path in self.images.scratch.rglob("*") if path.is_file()]
+        return await super().build_in_slot(*words, **options)
+
+
 class Rig:
     """The routes of builds at a socket; no engine below, so that no step runs."""
 
-    def __init__(self, socket: Path, builder: Builder) -> None:
+    def __init__(self, socket: Path, builder: NotingBuilder) -> None:
         self.builder = builder
         self.scratch = builder.images.scratch
         self._socket = socket
@@ -61,7 +72,7 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     images = ImageStore(tmp_path / "images")
     await images.open()
     engine: Any = SimpleNamespace(images=images)
-    builder = Builder(engine, tmp_path / "builds", SystemClock())
+    builder = NotingBuilder(engine, tmp_path / "builds", SystemClock())
     builder.slots = Slots(1, 1, "builds are at work on this node")
     runner = web.AppRunner(application(builds.build_routes(builder)), handler_cancellation=True)
     await runner.setup()
@@ -246,20 +257,10 @@ def test_an_archive_of_a_site_with_repositories_is_downloaded(address: str, is_r
     assert bool(repository_address(address)) is is_repository
 
 
-async def test_the_archive_of_a_context_is_not_kept_during_the_build(
-    rig: Rig, address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found: list[Path] = []
-    run = rig.builder.build_in_slot
-
-    async def noting(*words: Any, **options: Any) -> Any:
-        found.extend(path for path in rig.scratch.rglob("*") if path.is_file())
-        return await run(*words, **options)
-
-    monkeypatch.setattr(rig.builder, "build_in_slot", noting)
+async def test_the_archive_of_a_context_is_not_kept_during_the_build(rig: Rig, address: str) -> None:
     status, said = await rig.post(b"", remote=f"{address}/c.tar.gz", dockerfile="Other")
     assert (status, "Successfully built" in said) == (200, True), said
-    assert [path.name for path in sorted(found)] == ["Other", "file"]
+    assert [path.name for path in sorted(rig.builder.found)] == ["Other", "file"]
 
 
 async def test_further_cache_sources_are_left_out(rig: Rig) -> None:

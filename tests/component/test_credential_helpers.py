@@ -15,7 +15,6 @@ from skep.agent.executor.interface import Rejected
 from skep.agent.executor.pulling import ImagePuller
 from skep.aio.clock import SystemClock
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.registry import credentials
 from skep.engine.images.registry.credentials import CredentialHelpers, RegistryCredentials
 from skep.engine.images.registry.endpoints import RegistryPolicy
 from skep.engine.images.registry.registry import DOCKER_MANIFEST
@@ -98,13 +97,10 @@ async def test_many_at_once_ask_once_and_refused_ones_ask_again(helper: Helper, 
 )
 async def test_a_helper_that_fails_gives_nothing_but_its_problem(
     helper: Helper,
-    helpers: CredentialHelpers,
-    monkeypatch: pytest.MonkeyPatch,
     lines: tuple[str, ...],
     problem: str,
 ):
-    if "0.5 s" in problem:
-        monkeypatch.setattr(credentials, "_DEADLINE_S", 0.5)
+    helpers = CredentialHelpers(SystemClock(), **({"deadline_s": 0.5} if "0.5 s" in problem else {}))
     helper.does(f"echo $$ > {helper.calls}.pid", *lines)
     provided = await helpers.provide("test", "r:5000")
     assert (provided.credentials, provided.problem) == (RegistryCredentials(), problem)

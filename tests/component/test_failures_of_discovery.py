@@ -27,7 +27,6 @@ from skep.engine.volumes.volumes import Volumes
 from skep.errors import SkepError, Unavailable
 from skep.linux.network.ports import read_listening_ports
 from skep.model.values.ids import ContainerId
-from skep.node.host import machine_resources
 from skep.node.host.machine_resources import MachineResources, ResourceReader
 from tests.support.engine.oci_rig import QuickClock
 from tests.support.file_faults import Faults, walk
@@ -54,19 +53,21 @@ def a_machine(directory: Path) -> None:
         (directory / path).write_text(content)
 
 
-async def test_offers_of_a_machine_that_cannot_be_read_are_not_taken_for_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        machine_resources, "is_listed", lambda path: path.endswith("usb0")
-    )  # else only what is below /dev
+def is_usb(path: str) -> bool:
+    """Instead of the rule for what is below /dev."""
+    return path.endswith("usb0")
+
+
+async def test_offers_of_a_machine_that_cannot_be_read_are_not_taken_for_gone(tmp_path: Path) -> None:
     a_machine(tmp_path / "template")
 
     async def life(place: Path, faults: Faults) -> None:
         os.mknod(place / "dev/serial/usb0", stat.S_IFCHR | 0o600, os.makedev(1, 3))
         configuration = Configuration(cdi_spec_dirs=(place / "cdi",))
         ports = partial(read_listening_ports, place / "proc/net", place / "proc/sys/net/ipv4", None)
-        reader = ResourceReader(QuickClock(), lambda: configuration, place / "dev", place / "proc", ports)
+        reader = ResourceReader(
+            QuickClock(), lambda: configuration, place / "dev", place / "proc", ports, is_usb
+        )
         await reader.refresh()
         first = reader.present
         await reader.refresh()
@@ -99,10 +100,9 @@ async def plugin(tmp_path: Path) -> AsyncIterator[TestPlugin]:
 
 
 async def test_what_never_can_be_read_keeps_no_other_from_being_found(
-    tmp_path: Path, plugin: TestPlugin, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, plugin: TestPlugin
 ) -> None:
     """Links that lead to themselves, here: of a plug-in that is badly installed, or a mount that is broken."""
-    monkeypatch.setattr(machine_resources, "is_listed", lambda path: path.endswith("usb0"))
     a_machine(tmp_path / "template")
     place = tmp_path / "template"
     for loop in ("sockets/bad.sock", "specs/worse", "dev/serial/broken", "cdi/broken.json"):
@@ -112,7 +112,9 @@ async def test_what_never_can_be_read_keeps_no_other_from_being_found(
     await plugins.scan()
     assert plugins.drivers == ["disks", "named"]
     configuration = Configuration(cdi_spec_dirs=(place / "cdi",))
-    reader = ResourceReader(QuickClock(), lambda: configuration, place / "dev", place / "proc")
+    reader = ResourceReader(
+        QuickClock(), lambda: configuration, place / "dev", place / "proc", may_have=is_usb
+    )
     await reader.refresh()
     assert reader.present.devices == (f"{place}/dev/serial/usb0",)
     assert reader.present.cdi_devices == ("vendor.com/gpu=one",)

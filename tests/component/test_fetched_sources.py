@@ -410,8 +410,8 @@ async def test_a_repository_or_a_part_of_it_that_is_not_there_fails_the_build(
 
 
 async def test_without_the_program_a_repository_is_refused_by_name(
-    rig: BuildRig, monkeypatch: pytest.MonkeyPatch
+    rig: BuildRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("skep.engine.build.files.git.shutil.which", lambda _: None)
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
     with pytest.raises(SkepError, match="needs the program git on this node"):
         await rig.build("FROM scratch\nADD git://127.0.0.1:1/r /r\n")

@@ -22,7 +22,7 @@ from skep.security.tls import client_context, joining_context
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import open_channel, split_address
-from skep.wire.server import NODE_CONNECTIONS_MAX
+from skep.wire.server import NODE_BYTES_MAX, NODE_CONNECTIONS_MAX
 from tests.support.managers.wire_calls import METHODS, call
 from tests.support.managers.wire_rig import Cluster, a_session, a_worker, put, service_task, until
 
@@ -30,8 +30,9 @@ MEBIBYTE = 1 << 20
 
 
 @pytest.fixture
-async def cluster():
-    async with Cluster().serving() as serving:
+async def cluster(request: pytest.FixtureRequest):
+    """Its parameter limits the bytes of one node."""
+    async with Cluster(node_bytes_max=getattr(request, "param", NODE_BYTES_MAX)).serving() as serving:
         yield serving
 
 
@@ -148,9 +149,9 @@ async def test_a_stranger_that_never_calls_is_ended_soon(cluster):
     silent.transport.abort()
 
 
-async def test_what_a_lost_connection_held_is_counted_no_more(cluster, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cluster", [128 * 1024], indirect=True)
+async def test_what_a_lost_connection_held_is_counted_no_more(cluster, tmp_path):
     """A handler has taken it when its peer goes, and the node has another connection, which is served."""
-    monkeypatch.setattr("skep.wire.server.NODE_BYTES_MAX", 128 * 1024)
     pair = await a_worker(cluster, tmp_path)
     path, padding = METHODS["LISTEN_SUBSCRIPTIONS"].path, b"\xfa\x01\xc0\xb8\x02" + bytes(40_000)
     async with open_channel(cluster.address, client_context(pair), "swarm-manager") as kept:
@@ -164,10 +165,9 @@ async def test_what_a_lost_connection_held_is_counted_no_more(cluster, tmp_path,
         assert isinstance(await call(kept, "HEARTBEAT"), NotFound)
 
 
-async def test_half_messages_of_one_node_on_many_connections_are_bounded(cluster, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cluster", [4 * MEBIBYTE], indirect=True)
+async def test_half_messages_of_one_node_on_many_connections_are_bounded(cluster, tmp_path):
     """The connection that brings more than a node may have held is ended; other nodes are served."""
-    bound = 4 * MEBIBYTE
-    monkeypatch.setattr("skep.wire.server.NODE_BYTES_MAX", bound)
     greedy, other = await a_worker(cluster, tmp_path / "greedy"), await a_worker(cluster, tmp_path / "other")
     clients = [await a_deaf_client(cluster, greedy) for _ in range(4)]
     most = 0
@@ -179,7 +179,7 @@ async def test_half_messages_of_one_node_on_many_connections_are_bounded(cluster
             await asyncio.sleep(0)
             most = max(most, cluster.bound.held_bytes)
     await until(lambda: cluster.bound.connections < 4)
-    assert MEBIBYTE < most <= bound + 16 * 1024
+    assert MEBIBYTE < most <= 4 * MEBIBYTE + 16 * 1024
     assert await is_served(cluster, other)
     for _, writer in clients:
         writer.transport.abort()

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.notify import sending
 from skep.manager.notify.messages import Message
 from skep.manager.notify.records import Target
-from skep.manager.notify.sending import MessageSender
+from skep.manager.notify.sending import SEND_S, MessageSender
 from skep.store.interface import View
 from skep.store.state import State
 from tests.support.builders import a_node
@@ -37,14 +37,17 @@ def a_target(url: str, *, secret: str = SECRET, allows_internal: bool = True) ->
 def a_view() -> View:
     view = State()
     node = a_node("n1")
+    node = replace(node, status=replace(node.status, addr="10.7.7.7"))
     view.table_by_type[type(node)].store(node.id, None, node, moves=True)
     return view
 
 
-async def send(url: str, *, secret: str = SECRET, allows_internal: bool = True) -> str:
+async def send(
+    url: str, *, secret: str = SECRET, allows_internal: bool = True, send_s: float = SEND_S
+) -> str:
     """Return the reason of a failure, which never has a credential."""
     target = a_target(url, secret=secret, allows_internal=allows_internal)
-    reason = await MessageSender(a_view, SystemClock()).send(target, MESSAGE)
+    reason = await MessageSender(a_view, SystemClock(), send_s).send(target, MESSAGE)
     assert SECRET not in reason
     assert "path-key" not in reason
     return reason
@@ -115,12 +118,12 @@ async def test_a_refusal_is_shown_shortened_and_without_the_credentials_that_it_
 
 
 @pytest.mark.parametrize("url", ["http://{}/", "slack+http://{}/", "smtp://{}?from=a@b.c&to=d@e.f"])
-async def test_a_server_that_hangs_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sending, "SEND_S", 0.3)
+async def test_a_server_that_hangs_is_given_up(url: str) -> None:
     async with asyncio.timeout(10):
         with socket.create_server(("127.0.0.1", 0)) as silent:
             address = f"127.0.0.1:{silent.getsockname()[1]}"
-            assert await send(url.format(address), secret="") == "it did not respond within 0.3 s"
+            reason = await send(url.format(address), secret="", send_s=0.3)
+            assert reason == "it did not respond within 0.3 s"
 
 
 async def test_a_server_that_never_ends_its_response_is_given_up() -> None:
@@ -150,10 +153,7 @@ async def test_a_server_that_never_ends_its_response_is_given_up() -> None:
         ("10.7.7.7", "an address of another node"),
     ],
 )
-async def test_internal_addresses_need_permission(
-    form: str, host: str, rule: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sending, "node_addresses", lambda _: {"10.7.7.7"})
+async def test_internal_addresses_need_permission(form: str, host: str, rule: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         port = server.getsockname()[1]

@@ -118,17 +118,14 @@ def untrusted_tls(directory: Path) -> ssl.SSLContext:
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("auth", [an_auth(), an_auth(username="", identitytoken="t")])
-async def test_an_insecure_registry_does_not_make_its_token_server_insecure(
-    tmp_path, servers, monkeypatch, scheme, auth
-):
-    """Anyone on the way to it can write its challenge."""
-    monkeypatch.setattr("skep.engine.images.registry.endpoints.is_loopback", lambda _: False)
+async def test_an_insecure_registry_does_not_make_its_token_server_insecure(tmp_path, servers, scheme, auth):
+    """Anyone on the way to it can write its challenge.  Both have names of this machine that are not loopback's."""
     corp = await servers.add()
     evil = await servers.add(untrusted_tls(tmp_path) if scheme == "https" else None)
-    corp.challenge = f'Bearer realm="{scheme}://localhost:{evil.port}/token"'
-    image = f"127.0.0.1:{corp.port}/x"
-    await pulled(tmp_path, image, auth, RegistryPolicy(insecure=frozenset({"127.0.0.1"})))
+    corp.challenge = f'Bearer realm="{scheme}://[::ffff:0.0.0.0]:{evil.port}/token"'
+    image = f"0.0.0.0:{corp.port}/x"
+    await pulled(tmp_path, image, auth, RegistryPolicy(insecure=frozenset({"0.0.0.0"})))
     assert corp.requests
     assert (evil.requests, evil.passwords) == (0, [])
-    await pulled(tmp_path, image, auth, RegistryPolicy(insecure=frozenset({"127.0.0.1", "localhost"})))
+    await pulled(tmp_path, image, auth, RegistryPolicy(insecure=frozenset({"0.0.0.0", "::ffff:0.0.0.0"})))
     assert evil.passwords, "the administrator has named it"

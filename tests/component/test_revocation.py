@@ -126,9 +126,7 @@ async def test_open_connections_of_a_demoted_manager_end_and_those_of_others_sta
         assert cluster.bound.connections == before - 1
 
 
-async def test_where_all_connections_end_managers_are_first_and_nodes_one_after_another(
-    cluster, tmp_path, monkeypatch
-):
+async def test_where_all_connections_end_managers_are_first_and_nodes_one_after_another(cluster, tmp_path):
     manager, pairs = await a_manager(cluster), [await a_worker(cluster, tmp_path) for _ in range(3)]
     async with AsyncExitStack() as stack:
         for pair in (manager, *pairs):
@@ -136,14 +134,13 @@ async def test_where_all_connections_end_managers_are_first_and_nodes_one_after_
             channel = await stack.enter_async_context(open_channel(cluster.address, tls, "swarm-manager"))
             await call(channel, "HEARTBEAT")
         await until(lambda: cluster.bound.connections >= 4)
-        monkeypatch.setattr(
-            server, "closing_times", lambda count: [3600.0 * number for number in range(count)]
+        cluster.bound.disconnect_all(
+            lambda caller: caller.role is NodeRole.MANAGER,
+            lambda count: [3600.0 * number for number in range(count)],
         )
-        cluster.bound.disconnect_all(lambda caller: caller.role is NodeRole.MANAGER)
         await until(lambda: cluster.bound.connections == 2)
         left = {connection.caller.identity.role for connection in cluster.bound.server.connections}
         assert left == {NodeRole.WORKER}
-        monkeypatch.undo()
         cluster.bound.disconnect_all(lambda caller: caller.role is NodeRole.MANAGER)
         await until(lambda: not cluster.bound.connections)
 

@@ -12,7 +12,6 @@ import pytest
 from msgspec.structs import replace
 
 from skep.agent.session.managers import KnownManager
-from skep.api.http import connection, tunnelling
 from skep.api.http.connection import Connection
 from skep.api.http.tunnelling import join_client
 from skep.errors import NotFound, PermissionDenied, ResourceExhausted, SkepError, Unavailable
@@ -232,13 +231,13 @@ class Client:
             self.end = socket.create_connection(listener.getsockname())
             ours, _ = listener.accept()
         self.end.setblocking(False)
-        self.joined = asyncio.ensure_future(self._join(await Connection.over(ours)))
+        self.joined = asyncio.ensure_future(self._join(await Connection.over(ours, check_s=0.05)))
         return self
 
     async def _join(self, accepted: Connection) -> None:
         try:
             async with self._cluster.tunnels.open(self._task, head=HEAD) as tunnel:
-                await join_client(accepted, tunnel, body=self.body())
+                await join_client(accepted, tunnel, body=self.body(), linger_s=0.1)
         finally:
             accepted.abort()
 
@@ -272,9 +271,8 @@ class Request(Client):
 UPGRADED = b"HTTP/1.1 101 UPGRADED\r\n\r\n"
 
 
-async def test_a_client_that_vanishes_behind_its_input_holds_no_tunnel(cluster, containers, monkeypatch):
+async def test_a_client_that_vanishes_behind_its_input_holds_no_tunnel(cluster, containers):
     """Nothing is sent to it any more, so nothing else would notice."""
-    monkeypatch.setattr(connection, "CHECK_S", 0.05)
     async with asyncio.timeout(20), Client(cluster, containers.task) as client:
         reader, writer = await containers.ends.get()
         writer.write(UPGRADED)
@@ -287,8 +285,7 @@ async def test_a_client_that_vanishes_behind_its_input_holds_no_tunnel(cluster, 
         await until(lambda: not cluster.tunnels.open_count)
 
 
-async def test_a_request_ends_with_its_client(cluster, containers, monkeypatch):
-    monkeypatch.setattr(tunnelling, "LINGER_S", 0.1)
+async def test_a_request_ends_with_its_client(cluster, containers):
     async with asyncio.timeout(20), Request(cluster, containers.task) as client:
         reader, writer = await containers.ends.get()
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")

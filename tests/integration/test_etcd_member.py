@@ -20,7 +20,6 @@ from skep.manager.ca.peer_files import PeerFiles, place_revoked
 from skep.model.secret import Secret
 from skep.store.etcd.client import EtcdClient
 from skep.store.etcd.membership import RaftMembers
-from skep.store.etcd.process import flags
 from skep.store.etcd.process.binary import find_binary
 from skep.store.etcd.process.damage import Damaged
 from skep.store.etcd.process.deadlines import end_peer_connections
@@ -86,10 +85,10 @@ async def test_etcd_dies_with_its_manager(tmp_path: Path) -> None:
 
 
 async def test_a_single_member_does_not_wait_for_its_own_election(
-    settings: MemberSettings, monkeypatch: pytest.MonkeyPatch
+    settings: MemberSettings,
 ) -> None:
     """With timers that would have it wait for ten seconds at the least, at its first start and at the next."""
-    monkeypatch.setattr(flags, "SOLO_TIMERS_MS", (10_000, 50_000))
+    settings = replace(settings, solo_timers_ms=(10_000, 50_000))
     async with asyncio.timeout(9), a_member(settings).running() as member:
         pass
     async with asyncio.timeout(9), a_member(settings).running() as member:
@@ -98,10 +97,10 @@ async def test_a_single_member_does_not_wait_for_its_own_election(
 
 
 async def test_a_member_that_takes_another_one_in_gets_the_timers_of_several_first(
-    settings: MemberSettings, monkeypatch: pytest.MonkeyPatch
+    settings: MemberSettings,
 ) -> None:
     """It does not wait for an election timeout, and writes go on, also if the other one never comes."""
-    monkeypatch.setattr(flags, "TIMERS_MS", (10_000, 50_000))
+    settings = replace(settings, timers_ms=(10_000, 50_000))
     async with a_new_cluster(settings) as (member, store), EtcdClient(settings.socket) as client:
         await store.update(put_secret, "before")
         async with asyncio.timeout(9):

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable
 from contextvars import Context, ContextVar
+from functools import partial
 from random import Random
 
 import pytest
@@ -74,16 +75,14 @@ def test_a_long_run_may_have_more_iterations_than_a_short_one() -> None:
     loop.close()
 
 
-def test_a_run_of_which_one_turn_does_not_end_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_which_one_turn_does_not_end_has_failed() -> None:
     def stand_still(
         cluster: SimulatedCluster, steps: int, extensions: Random | None, commands: Random | None
     ) -> None:
         while True:
             pass
 
-    monkeypatch.setattr(run, "_simulate", stand_still)
-    monkeypatch.setattr(seeds, "RUN_CPU_S_MAX", 0.2)
-    (result,) = seeds.results([1])
+    (result,) = seeds.results([1], partial(run.simulate, live=stand_still), cpu_s_max=0.2)
     assert "Endless: after 0.2 s of processor time" in result.violations[0]
 
 

@@ -22,7 +22,7 @@ from skep.agent.executor.ends import end_of, with_last_lines
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.agent.executor.payloads import Payloads
 from skep.agent.executor.pulling import Bring, ImagePuller, nothing_beside
-from skep.agent.tasks.cluster_volumes import ClusterVolumes, PublishedVolume
+from skep.agent.tasks.cluster_volumes import ClusterVolumes, PathQueries, PublishedVolume
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.csi.drivers import Drivers
@@ -200,9 +200,9 @@ def _cluster_volumes(paths: Paths, engine: Engine, payloads: Payloads, clock: Cl
         Drivers(paths.csi_sockets, clock),
         clock,
         secret=payloads.text_of_secret,
-        users_of=partial(_users_of, engine),
-        is_mounted=mounting.is_target,
-        device_at=_device_at,
+        paths=PathQueries(
+            users_of=partial(_users_of, engine), is_mounted=mounting.is_target, device_at=_device_at
+        ),
     )
 
 

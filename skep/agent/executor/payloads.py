@@ -6,7 +6,7 @@ template driver.  ``files/<container id>/`` has the files that are mounted into 
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,19 +25,25 @@ from skep.model.values.ids import ConfigId, SecretId
 _SECRETS_DIRECTORY = "/run/secrets"
 
 
+def _mount_ramfs(directory: Path) -> None:
+    if not os.path.ismount(directory):
+        mount("ramfs", directory, "ramfs", MS_NODEV | MS_NOEXEC | MS_NOSUID, "mode=0700")
+
+
 class Payloads:
     """The data of secrets and configs assigned to this node."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, mount_ramfs: Callable[[Path], None] = _mount_ramfs) -> None:
+        """``mount_ramfs`` mounts a ramfs at an existing directory, unless it is a mount.  Raises: OSError."""
         self._directory = directory
+        self._mount_ramfs = mount_ramfs
         self._secrets = directory / "known" / "secret"
         self._configs = directory / "known" / "config"
 
     def open(self) -> None:
         """Mount the ramfs, unless an earlier process has mounted it.  Raises: OSError."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not os.path.ismount(self._directory):
-            mount("ramfs", self._directory, "ramfs", MS_NODEV | MS_NOEXEC | MS_NOSUID, "mode=0700")
+        self._mount_ramfs(self._directory)
         for directory in (self._secrets, self._configs, self._directory / "files"):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 

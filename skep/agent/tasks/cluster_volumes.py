@@ -39,15 +39,35 @@ TASK_WAIT_S = 120.0
 """Seconds that a task waits for a volume before it fails with the driver's last error."""
 SCAN_S = 10.0
 """Seconds between two searches for volume drivers."""
-FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
-"""First and longest delay in seconds before a failed driver call is repeated."""
 DRIVER_BYTES_MAX, DESCRIPTION_BYTES_MAX = 4 * 1024, 16 * 1024
 """Limits in bytes for one driver, and for all drivers, in the node's description.
 
 A larger description would be cut (``model.node_reports.description_size``).
 """
-USED_CHECK_S = 1.0
-"""Seconds between two checks whether a container still uses a volume that a manager wants unmounted."""
+
+
+class VolumeTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Times for mounting and unmounting, in seconds."""
+
+    first_retry_s: float = 1.0
+    """First delay before a failed driver call is repeated."""
+    longest_retry_s: float = 30.0
+    used_check_s: float = 1.0
+    """Time between two checks whether a container still uses a volume that a manager wants unmounted."""
+
+
+TIMES = VolumeTimes()
+
+
+class PathQueries(msgspec.Struct, frozen=True, kw_only=True):
+    """How this node's paths are looked up."""
+
+    users_of: Callable[[Path], Collection[str]]
+    """Returns the containers that mount a directory and run or are about to run."""
+    is_mounted: Callable[[Path], bool]
+    """Returns whether a directory has a mount that this process and containers see."""
+    device_at: Callable[[Path], str]
+    """Returns ``major:minor`` of the block device at a path, or an empty text."""
 
 
 class PublishedVolume(NamedTuple):
@@ -108,23 +128,16 @@ class ClusterVolumes:
         clock: Clock,
         *,
         secret: Callable[[str], str],
-        users_of: Callable[[Path], Collection[str]],
-        is_mounted: Callable[[Path], bool],
-        device_at: Callable[[Path], str],
+        paths: PathQueries,
+        times: VolumeTimes = TIMES,
     ) -> None:
-        """Args: secret: Returns the data of a secret of this node by id.
-
-        Raises: NotFound. users_of: Returns the containers that mount a directory and run or are about to run.
-        is_mounted: Returns whether a directory has a mount that this process and containers see. device_at: Returns
-        ``major:minor`` of the block device at a path, or an empty text.
-        """
+        """Create the volumes.  ``secret`` returns the data of a secret of this node by id, or raises NotFound."""
         self._folder = folder
         self._drivers = drivers
         self._clock = clock
         self._secret = secret
-        self._users_of = users_of
-        self._is_mounted = is_mounted
-        self._device_at = device_at
+        self._paths = paths
+        self._times = times
         self._held: dict[VolumeId, _Held] = {}
         self._group: asyncio.TaskGroup | None = None
         self._ready = asyncio.Event()
@@ -205,18 +218,18 @@ class ClusterVolumes:
 
     @asynccontextmanager
     async def keep_mounted(
-        self, attachments: Sequence[VolumeAttachment]
+        self, attachments: Sequence[VolumeAttachment], wait_s: float = TASK_WAIT_S
     ) -> AsyncIterator[Sequence[PublishedVolume]]:
         """Mount a task's volumes and keep them mounted within the context.
 
         Yields them in the order of ``attachments``.
 
         Raises:
-            Unavailable: A volume was not mounted within ``TASK_WAIT_S``.  The message has the reason.
+            Unavailable: A volume was not mounted within ``wait_s``.  The message has the reason.
         """
         taken: list[_Held] = []
         try:
-            until = self._clock.monotonic() + TASK_WAIT_S
+            until = self._clock.monotonic() + wait_s
             for attachment in attachments:
                 taken.append(await self._wait_mounted(VolumeId(attachment.id), attachment.source, until))
                 taken[-1].holds += 1
@@ -237,7 +250,7 @@ class ClusterVolumes:
                 raise Unavailable(f"cluster volume {source} was not mounted in time: {why}")
             waiting = held.usable.wait() if held is not None else asyncio.Event().wait()
             with suppress(TimeoutError):
-                await asyncio.wait_for(waiting, USED_CHECK_S)
+                await asyncio.wait_for(waiting, self._times.used_check_s)
 
     # -- one volume ------------------------------------------------------------------------------------------------
 
@@ -266,7 +279,7 @@ class ClusterVolumes:
 
     async def _drive(self, id: VolumeId, held: _Held) -> None:
         """Bring the volume to its desired state until it is unmounted.  Runs again after each change and failure."""
-        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S)
+        backoff = Backoff(self._times.first_retry_s, self._times.longest_retry_s)
         while True:
             held.changed.clear()
             try:
@@ -292,7 +305,7 @@ class ClusterVolumes:
             if held.is_wanted and held.is_mounted:
                 await held.changed.wait()
             else:
-                delay_s = backoff.next_delay_s() if held.why else USED_CHECK_S
+                delay_s = backoff.next_delay_s() if held.why else self._times.used_check_s
                 with suppress(TimeoutError):
                     await asyncio.wait_for(held.changed.wait(), delay_s)
 
@@ -307,7 +320,7 @@ class ClusterVolumes:
         if volume.access_mode.block_volume is not None and not published.device:
             raise Unavailable("its driver reports it as published, but there is no block device")
         if volume.access_mode.block_volume is None and not await asyncio.to_thread(
-            self._is_mounted, published.path
+            self._paths.is_mounted, published.path
         ):
             # Tasks would otherwise write to the node's own disk.
             raise Unavailable(
@@ -321,7 +334,7 @@ class ClusterVolumes:
         """Return the volume as published on this node.  Blocks."""
         path = self._target(volume.id)
         return PublishedVolume(
-            path, self._device_at(path) if volume.access_mode.block_volume is not None else ""
+            path, self._paths.device_at(path) if volume.access_mode.block_volume is not None else ""
         )
 
     async def _give_up(self, held: _Held) -> bool:
@@ -330,7 +343,7 @@ class ClusterVolumes:
         Returns whether it is completely removed.  Raises: SkepError: the driver failed.
         """
         volume = held.volume
-        users = self._users_of(self._target(volume.id))
+        users = self._paths.users_of(self._target(volume.id))
         if held.holds or users:
             held.why = ""
             return False

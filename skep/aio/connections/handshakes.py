@@ -29,11 +29,16 @@ ACCEPT_RETRY_S = 0.1
 class Handshakes:
     """Handshakes of one listener.  ``new_protocol`` creates the protocol of a connection after its handshake."""
 
-    def __init__(self, new_protocol: Callable[[], asyncio.BaseProtocol], tls: ssl.SSLContext) -> None:
+    def __init__(
+        self,
+        new_protocol: Callable[[], asyncio.BaseProtocol],
+        tls: ssl.SSLContext,
+        handshakes_max: int = HANDSHAKES_MAX,
+    ) -> None:
         self._new_protocol = new_protocol
         self._tls = tls
         self._under_way: Newcomers[asyncio.Task[None]] = Newcomers(
-            "handshakes", HANDSHAKES_MAX, HANDSHAKES_MAX, lambda task: task.cancel()
+            "handshakes", handshakes_max, handshakes_max, lambda task: task.cancel()
         )
 
     @property

@@ -34,10 +34,14 @@ class Connection(asyncio.Protocol):
 
     Args:
         on_open: Called once the connection is established.
+        check_s: Seconds between two checks whether a client that has closed its direction is still connected.
     """
 
-    def __init__(self, on_open: "Callable[[Connection], None] | None" = None) -> None:
+    def __init__(
+        self, on_open: "Callable[[Connection], None] | None" = None, check_s: float = CHECK_S
+    ) -> None:
         self._on_open = on_open
+        self._check_s = check_s
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._ended = False
@@ -48,10 +52,14 @@ class Connection(asyncio.Protocol):
         self._closed = asyncio.Event()
 
     @classmethod
-    async def over(cls, connected: socket.socket, read: bytes = b"") -> "Connection":
+    async def over(
+        cls, connected: socket.socket, read: bytes = b"", check_s: float = CHECK_S
+    ) -> "Connection":
         """Return a connection over ``connected``, from which ``read`` was already read.  Raises: OSError."""
         connected.setblocking(False)
-        _, connection = await asyncio.get_running_loop().connect_accepted_socket(cls, connected)
+        _, connection = await asyncio.get_running_loop().connect_accepted_socket(
+            lambda: cls(check_s=check_s), connected
+        )
         connection._buffer[:0] = read
         return connection
 
@@ -153,7 +161,7 @@ class Connection(asyncio.Protocol):
         while not self._is_hung_up():
             # Once the other end has closed its direction, the event loop no longer watches the connection.
             with suppress(TimeoutError):
-                async with asyncio.timeout(CHECK_S):
+                async with asyncio.timeout(self._check_s):
                     await self._closed.wait()
 
     def _is_hung_up(self) -> bool:

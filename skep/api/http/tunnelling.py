@@ -19,6 +19,7 @@ async def join_client(
     *,
     body: Coroutine[Any, Any, None] | None = None,
     is_port: bool = False,
+    linger_s: float = LINGER_S,
 ) -> None:
     """Join a client with a tunnel at a manager until the container's side has ended.  For a port, wait for the client's
     side as well.
@@ -28,6 +29,7 @@ async def join_client(
         is_port: Whether it is a connection to a port, where the container may end its direction first.  Otherwise it is
             a request, which ends with its response, and the client's data is held back until the response upgrades the
             connection.
+        linger_s: Seconds after a request for which its client may only read.
 
     Raises:
         Unavailable: Either side was lost.  The caller drops both.
@@ -36,7 +38,9 @@ async def join_client(
     with first_alone(SkepError):
         async with asyncio.TaskGroup() as group:
             up = group.create_task(body or _from_client(client, tunnel, upgraded), name="to the container")
-            watching = group.create_task(_watch(client, up, is_request=body is not None), name="client lost")
+            watching = group.create_task(
+                _watch(client, up, linger_s, is_request=body is not None), name="client lost"
+            )
             if is_port:
                 upgraded.set()
             begin = b""
@@ -68,7 +72,7 @@ async def join_container(container: Connection, tunnel: Tunnel) -> None:
             await _to_container(tunnel, container, down)
 
 
-async def _watch(client: Connection, up: asyncio.Task[None], *, is_request: bool) -> None:
+async def _watch(client: Connection, up: asyncio.Task[None], linger_s: float, *, is_request: bool) -> None:
     """Raise if a client disconnects after it has sent everything.  Without this, it would be noticed only when output
     is sent.
     """
@@ -77,7 +81,7 @@ async def _watch(client: Connection, up: asyncio.Task[None], *, is_request: bool
         while await client.read():  # data after a request to a container is ignored
             pass
         with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_S):  # the client may have closed its direction only
+            async with asyncio.timeout(linger_s):  # the client may have closed its direction only
                 await client.wait_lost()
     else:
         await client.wait_lost()

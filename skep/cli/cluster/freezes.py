@@ -1,6 +1,6 @@
 """``skep cluster freeze`` and ``window``, and ``skep stack freeze``: times in which Skep changes nothing by itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -16,7 +16,7 @@ from skep.cli.output import OutputOptions, Shown, shows
 from skep.cli.running import run_requests
 from skep.cli.see.moments import moment_of
 from skep.errors import InvalidArgument
-from skep.model.options.freezes import FreezeRequest, FreezesResponse, MaintenanceWindow
+from skep.model.options.freezes import ChangeFreeze, FreezeRequest, FreezesResponse, MaintenanceWindow
 from skep.model.task_end import printable
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 
@@ -205,7 +205,11 @@ async def fetch_freezes(client: Requests) -> FreezesResponse:
 
 
 async def _fetch(host: HostOptions, stack: str | None = None) -> Shown:
-    found = (await _freezes(host)).freezes
+    return shown_freezes((await _freezes(host)).freezes, stack)
+
+
+def shown_freezes(found: Mapping[str, ChangeFreeze], stack: str | None = None) -> Shown:
+    """Return the freezes by their stacks, where an empty name means the cluster, or the freeze of ``stack``."""
     shown = {scope: one for scope, one in found.items() if stack is None or scope == stack}
     none = "Nothing is frozen." if stack is None else f"Stack {stack} is not frozen."
 

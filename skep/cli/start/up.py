@@ -276,9 +276,13 @@ async def _preflight(
 
 
 async def install(
-    machine: TargetMachine, facts: PreflightFacts, wanted: DesiredCluster, progress: ProgressPrinter
+    machine: TargetMachine,
+    facts: PreflightFacts,
+    wanted: DesiredCluster,
+    progress: ProgressPrinter,
+    start: str = START,
 ) -> None:
-    """Install the package if the machine has none, and start the node.  Raises: Unavailable."""
+    """Install the package if the machine has none, and start the node by the script ``start``.  Raises: Unavailable."""
     then = "starting skep"
     if not facts.skep and not facts.runs and wanted.package is not None:
         progress.show(machine.word, f"installing {wanted.package.name}")
@@ -287,7 +291,7 @@ async def install(
         then = "waiting for skep to start"  # the package starts skep
     if not facts.runs:
         progress.show(machine.word, then)
-        await machine.run(["sh", "-s"], START.encode(), timeout_s=_JOINS_WITHIN_S)
+        await machine.run(["sh", "-s"], start.encode(), timeout_s=_JOINS_WITHIN_S)
 
 
 def quoted(text: str) -> str:

@@ -178,13 +178,13 @@ class ServedContainers:
             attachment.network for one in self.served.values() for attachment in one.named.networks
         )
 
-    async def refresh(self, networks: Iterable[NetworkId]) -> None:
+    async def refresh(self, networks: Iterable[NetworkId], within_s: float = _REFRESH_S) -> None:
         """Reload the tables of ``networks``, or of all networks if empty.
 
         Returns when every namespace with virtual addresses of these networks is updated.  Namespaces that are outdated
         for another reason are not waited for.
 
-        Raises: Unavailable: some namespaces are not updated yet.  They are updated in the background.
+        Raises: Unavailable: some namespaces were not updated within ``within_s``.  They are updated in the background.
         """
         ids = frozenset(networks) or frozenset(self._networks.known())
         changed = self._networks.refresh(ids)
@@ -193,7 +193,7 @@ class ServedContainers:
             if served.has_other_subnets():
                 self._schedule(id, _Work.OPEN)
         touched = {id: served for id, served in outdated.items() if served.virtual.networks & ids}
-        done = await self._apply_all(touched)
+        done = await self._apply_all(touched, within_s)
         for id in outdated.keys() - done:
             self._schedule(id, _Work.APPLY)
         if failed := touched.keys() - done:
@@ -243,7 +243,7 @@ class ServedContainers:
             if (served := self.served.get(one.container)) is not None:
                 served.respond(one.message, (one.address, one.port))
 
-    async def _apply_all(self, served: Mapping[str, ServedContainer]) -> frozenset[str]:
+    async def _apply_all(self, served: Mapping[str, ServedContainer], within_s: float) -> frozenset[str]:
         """Apply the virtual addresses of ``served``.
 
         Return the ids of containers that were updated, or have ended, in time.
@@ -253,7 +253,7 @@ class ServedContainers:
         """
         results = {id: self._application(one) for id, one in served.items()}
         if results:
-            await asyncio.wait(results.values(), timeout=_REFRESH_S)
+            await asyncio.wait(results.values(), timeout=within_s)
         return frozenset(id for id, result in results.items() if result.done() and result.result())
 
     def _application(self, served: ServedContainer) -> asyncio.Future[bool]:

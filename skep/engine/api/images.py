@@ -30,7 +30,7 @@ from skep.api.http.tables import RouteTable
 from skep.engine.api.commits import import_image
 from skep.engine.api.responses import image_responses
 from skep.engine.api.streams.progress import respond_with_progress
-from skep.engine.api.streams.uploads import drain, pieces_of, send_piece
+from skep.engine.api.streams.uploads import TAKEN_S, drain, pieces_of, send_piece
 from skep.engine.images.digest import is_digest
 from skep.engine.images.image import Image
 from skep.engine.images.listing import ImageFilter, Listed, prunable, select
@@ -61,16 +61,18 @@ class ImageRoutes(msgspec.Struct, frozen=True):
     images: ImageStore
     users: Users
     clock: Clock
+    taken_s: float
+    """Seconds after which a client that reads no data of a saved image is disconnected."""
 
 
 _table = RouteTable[ImageRoutes]()
 
 
 def image_routes(
-    images: ImageStore, users: Users, *, clock: Clock | None = None
+    images: ImageStore, users: Users, *, clock: Clock | None = None, taken_s: float = TAKEN_S
 ) -> Iterable[web.AbstractRouteDef]:
     """Return the routes ``/images/...``, ``/distribution/...`` and ``/auth``."""
-    return _table.bound(ImageRoutes(images, users, clock or SystemClock()))
+    return _table.bound(ImageRoutes(images, users, clock or SystemClock(), taken_s))
 
 
 @_table.get("/images/json")
@@ -153,9 +155,9 @@ async def _send_images(served: ImageRoutes, request: web.Request, names: list[st
         first = await anext(pieces, b"")  # first, because an unknown image can still be reported as a status
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
         await response.prepare(request)
-        await send_piece(request, response, first)
+        await send_piece(request, response, first, served.taken_s)
         async for piece in pieces:
-            await send_piece(request, response, piece)
+            await send_piece(request, response, piece, served.taken_s)
     return response
 
 

@@ -20,8 +20,9 @@ from skep.errors import FailedPrecondition
 DEFAULT_PROFILE: Final = "docker-default"
 UNCONFINED: Final = "unconfined"
 
-_ENABLED = Path("/sys/module/apparmor/parameters/enabled")
-_KERNEL = Path("/sys/kernel/security/apparmor")
+SYSFS: Final = Path("/sys")
+_ENABLED = Path("module/apparmor/parameters/enabled")
+_KERNEL = Path("kernel/security/apparmor")
 _OWN = Path("/proc/self/attr/current")
 _INCLUDED = Path("/etc/apparmor.d")
 _TIMEOUT_S = 30.0
@@ -62,13 +63,13 @@ _RULES = """\
 
 
 @cache
-def is_supported() -> bool:
+def is_supported(sysfs: Path = SYSFS) -> bool:
     """Return whether the machine has AppArmor and can load a profile, by Docker's criteria."""
     inside = os.environ.get("container")  # noqa: SIM112  # as systemd spells it
-    if inside or shutil.which("apparmor_parser") is None or not _KERNEL.is_dir():
+    if inside or shutil.which("apparmor_parser") is None or not (sysfs / _KERNEL).is_dir():
         return False
     try:
-        return _ENABLED.read_text().startswith("Y")
+        return (sysfs / _ENABLED).read_text().startswith("Y")
     except OSError:
         return False
 
@@ -90,9 +91,9 @@ def profile_text(
     )
 
 
-def load_default() -> None:
+def load_default(sysfs: Path = SYSFS) -> None:
     """Load ``DEFAULT_PROFILE`` into the kernel.  Blocks.  Raises: FailedPrecondition: it is refused."""
-    if is_loaded(_profiles(), DEFAULT_PROFILE):
+    if is_loaded(_profiles(sysfs), DEFAULT_PROFILE):
         return
     text = profile_text(DEFAULT_PROFILE, own_profile(), is_included=lambda one: (_INCLUDED / one).exists())
     try:
@@ -112,12 +113,12 @@ def load_default() -> None:
         ) from error
 
 
-def problem() -> str:
+def problem(sysfs: Path = SYSFS) -> str:
     """Return why the default profile cannot be loaded now, or "" if it can or AppArmor is missing.  Blocks."""
-    if not is_supported():
+    if not is_supported(sysfs):
         return ""
     try:
-        load_default()
+        load_default(sysfs)
     except FailedPrecondition as error:
         return str(error)
     return ""
@@ -143,8 +144,8 @@ def label_of(context: str) -> str:
     return name if mode and text.endswith(")") else text
 
 
-def _profiles() -> str:
+def _profiles(sysfs: Path) -> str:
     try:
-        return (_KERNEL / "profiles").read_text()
+        return (sysfs / _KERNEL / "profiles").read_text()
     except OSError:
         return ""

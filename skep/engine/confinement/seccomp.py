@@ -33,6 +33,7 @@ _ARCHITECTURES = {
 
 
 _RELEASE = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})", re.ASCII)
+_HERE = platform.release()
 _X32 = "SCMP_ARCH_X32"
 _X32_PROBE = """
 import ctypes, errno, sys
@@ -73,22 +74,26 @@ def default(capabilities: frozenset[str], *, has_x32: bool = True) -> msgspec.Ra
     return _here(seccomp_default.profile(), capabilities, has_x32=has_x32)
 
 
-def custom(profile: bytes, capabilities: Collection[str], *, has_x32: bool = True) -> msgspec.Raw:
+def custom(
+    profile: bytes, capabilities: Collection[str], *, has_x32: bool = True, release: str = _HERE
+) -> msgspec.Raw:
     """Convert a profile in Docker's JSON to ``linux.seccomp``, without x32 unless ``has_x32``.
+
+    ``release`` is the kernel's (``uname -r``).
 
     Raises: InvalidArgument: the profile is invalid.
     """
     try:
-        return _here(msgspec.json.decode(profile), frozenset(capabilities), has_x32=has_x32)
+        return _here(msgspec.json.decode(profile), frozenset(capabilities), has_x32=has_x32, release=release)
     except (RecursionError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidArgument(f"Decoding seccomp profile failed: {error}") from error
 
 
-def _here(profile: Mapping[str, Any], capabilities: frozenset[str], *, has_x32: bool) -> msgspec.Raw:
+def _here(
+    profile: Mapping[str, Any], capabilities: frozenset[str], *, has_x32: bool, release: str = _HERE
+) -> msgspec.Raw:
     """Evaluate a profile for this machine and kernel."""
-    rules = for_runtime(
-        profile, capabilities, machine=platform.machine(), kernel=kernel_version(platform.release())
-    )
+    rules = for_runtime(profile, capabilities, machine=platform.machine(), kernel=kernel_version(release))
     if not has_x32:
         rules["architectures"] = [name for name in rules["architectures"] if name != _X32]
     return msgspec.Raw(msgspec.json.encode(rules))

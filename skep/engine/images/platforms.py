@@ -159,8 +159,10 @@ def require_platform(image: Image, name: str, wanted: ImagePlatform) -> None:
     )
 
 
-def choose(manifests: Sequence[Descriptor], wanted: ImagePlatform | None = None) -> Descriptor:
-    """Return the best entry of an index for ``wanted`` (None for this machine).
+def choose(
+    manifests: Sequence[Descriptor], wanted: ImagePlatform | None = None, here: ImagePlatform | None = None
+) -> Descriptor:
+    """Return the best entry of an index for ``wanted``, else for a machine ``here`` (None for this machine).
 
     An entry without a platform is used if no other fits.
 
@@ -168,12 +170,13 @@ def choose(manifests: Sequence[Descriptor], wanted: ImagePlatform | None = None)
         NotFound: no entry fits.
     """
     ranks: dict[ImagePlatform | None, int] = {}
-    for one in (*compatible(wanted or best_platform()), None):
+    here = here or best_platform()
+    for one in (*compatible(wanted or here), None):
         ranks.setdefault(one, len(ranks))
     fitting = [one for one in manifests if _platform_of(one) in ranks]
     if fitting:
         return min(fitting, key=lambda one: ranks[_platform_of(one)])
-    shown = wanted or this_platform()
+    shown = wanted or ImagePlatform(here.os, here.architecture)
     raise NotFound(f"no matching manifest for {shown} in the manifest list entries{_offered(manifests)}")
 
 

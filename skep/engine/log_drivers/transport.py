@@ -71,21 +71,24 @@ class LogConnection(Protocol):
         """Disconnect."""
 
 
-async def connect(endpoint: RemoteAddress, guard: Guard, deadline_s: float = CONNECT_S) -> LogConnection:
-    """Connect to an address that ``guard`` allows.  Raises: OSError."""
+async def connect(
+    endpoint: RemoteAddress, guard: Guard, deadline_s: float = CONNECT_S, send_s: float = SEND_S
+) -> LogConnection:
+    """Connect to an address that ``guard`` allows.  ``send_s``: time limit for one send.  Raises: OSError."""
     async with asyncio.timeout(deadline_s):
         match endpoint.network:
             case "udp":
                 family, address = (await _resolve_allowed(endpoint, socket.SOCK_DGRAM, guard))[0]
-                return await _datagrams(family, address)
+                return await _datagrams(family, address, send_s)
             case "unixgram":
                 guard.check_socket(endpoint.path)
-                return await _datagrams(socket.AF_UNIX, endpoint.path)
+                return await _datagrams(socket.AF_UNIX, endpoint.path, send_s)
             case "unix":
                 guard.check_socket(endpoint.path)
-                return _Stream(*await asyncio.open_unix_connection(endpoint.path))
+                return _Stream(*await asyncio.open_unix_connection(endpoint.path), send_s)
             case _:
-                return await _stream(endpoint, await _resolve_allowed(endpoint, socket.SOCK_STREAM, guard))
+                addresses = await _resolve_allowed(endpoint, socket.SOCK_STREAM, guard)
+                return await _stream(endpoint, addresses, send_s)
 
 
 async def _resolve_allowed(
@@ -107,7 +110,9 @@ async def _resolve_allowed(
     return found
 
 
-async def _stream(endpoint: RemoteAddress, addresses: Sequence[tuple[int, tuple[Any, ...]]]) -> "_Stream":
+async def _stream(
+    endpoint: RemoteAddress, addresses: Sequence[tuple[int, tuple[Any, ...]]], send_s: float
+) -> "_Stream":
     """Connect to the first of ``addresses`` that responds.  The name is not resolved again."""
     tls = endpoint.tls
     context = client_context(tls) if tls is not None else None
@@ -117,7 +122,8 @@ async def _stream(endpoint: RemoteAddress, addresses: Sequence[tuple[int, tuple[
         connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             await asyncio.get_running_loop().sock_connect(connection, address)
-            return _Stream(*await asyncio.open_connection(sock=connection, ssl=context, server_hostname=name))
+            streams = await asyncio.open_connection(sock=connection, ssl=context, server_hostname=name)
+            return _Stream(*streams, send_s)
         except OSError as error:
             connection.close()
             last = error
@@ -183,26 +189,27 @@ def host_and_port(text: str, default_port: int | None) -> tuple[str, int]:
     return host.strip("[]"), number
 
 
-async def _datagrams(family: int, address: "str | Sequence[object]") -> "_Datagrams":
+async def _datagrams(family: int, address: "str | Sequence[object]", send_s: float) -> "_Datagrams":
     connection = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         connection.connect(address if isinstance(address, str) else tuple(address))  # does not block
     except BaseException:
         connection.close()
         raise
-    return _Datagrams(connection)
+    return _Datagrams(connection, send_s)
 
 
 class _Datagrams:
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, send_s: float) -> None:
         self._socket = connection
+        self._send_s = send_s
 
     async def send(self, data: bytes) -> None:
         try:
             try:
                 self._socket.send(data)
             except BlockingIOError:  # the local receiver does not read
-                async with asyncio.timeout(SEND_S):
+                async with asyncio.timeout(self._send_s):
                     await asyncio.get_running_loop().sock_sendall(self._socket, data)
         except OSError as error:
             if error.errno == errno.EMSGSIZE:
@@ -217,7 +224,8 @@ class _Datagrams:
 
 
 class _Stream:
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, send_s: float) -> None:
+        self._send_s = send_s
         self._reader = reader
         self._writer = writer
         connection = writer.get_extra_info("socket")
@@ -228,12 +236,12 @@ class _Stream:
             if self._reader.at_eof():
                 raise ConnectionResetError(errno.ECONNRESET, "the remote has closed the connection")
             self._writer.write(data)
-            async with asyncio.timeout(SEND_S):
+            async with asyncio.timeout(self._send_s):
                 await self._writer.drain()
 
     async def receive(self) -> bytes:
         with self._aborted_by_error():
-            async with asyncio.timeout(SEND_S):
+            async with asyncio.timeout(self._send_s):
                 data = await self._reader.read(4096)
             if not data:
                 raise ConnectionResetError(errno.ECONNRESET, "the remote has closed the connection")
@@ -242,7 +250,7 @@ class _Stream:
     def close(self) -> None:
         self._writer.close()
         # Abort, because closing would first send the last data, which a hanging remote delays forever.
-        asyncio.get_running_loop().call_later(SEND_S, self._writer.transport.abort)
+        asyncio.get_running_loop().call_later(self._send_s, self._writer.transport.abort)
 
     @contextmanager
     def _aborted_by_error(self) -> Iterator[None]:

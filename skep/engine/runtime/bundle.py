@@ -28,7 +28,7 @@ import re
 import stat
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -412,7 +412,7 @@ class Bundles:
         Raises: FailedPrecondition: it cannot be loaded.
         """
         if self._capacity.has_apparmor and config.apparmor == "default":
-            apparmor.load_default()
+            apparmor.load_default(self._capacity.sysfs)
 
     def mount(self, container: Container) -> None:
         """Mount the root file system.  Idempotent.  Raises: OSError."""
@@ -547,7 +547,12 @@ def forget_environment(specification: Path, entries: Sequence[str]) -> None:
         specification.unlink(missing_ok=True)  # the next start writes it again
 
 
-def adapt_to_crun(mounts: Iterable[dict[str, Any]]) -> None:
+def _flags_at(path: str) -> int:
+    """Return the flags of the mount that has ``path`` (``statvfs``).  Raises: OSError."""
+    return os.statvfs(path).f_flag
+
+
+def adapt_to_crun(mounts: Iterable[dict[str, Any]], flags_at: Callable[[str], int] = _flags_at) -> None:
     """Adapt bind mounts to crun in place, so that they have the same flags as under runc.  Blocks.
 
     runc keeps the flags of the source's mount (noexec, nosuid, nodev, read-only).  crun mounts again with the requested
@@ -559,11 +564,10 @@ def adapt_to_crun(mounts: Iterable[dict[str, Any]]) -> None:
     for mount in mounts:
         if mount["type"] == "bind":
             with suppress(OSError):  # crun reports a missing source
-                _request_flags(mount["source"], mount["options"])
+                _request_flags(mount["source"], mount["options"], flags_at(mount["source"]))
 
 
-def _request_flags(source: str, options: list[str]) -> None:
-    found = os.statvfs(source).f_flag
+def _request_flags(source: str, options: list[str], found: int) -> None:
     for flag, (setting, clearing) in _MOUNT_FLAGS.items():
         if found & flag and setting not in options and clearing not in options:
             options.append(setting)

@@ -93,6 +93,7 @@ class Volumes(VolumeStore):
         command: Sequence[str] = (sys.executable, "-I", "-m", mounting.__name__),
         events: Events | None = None,
         run: Path | None = None,
+        is_mount_point: Callable[[Path], bool] = mounting.is_target,
     ) -> None:
         """Take the settings of one node.
 
@@ -100,12 +101,14 @@ class Volumes(VolumeStore):
             command: Command that mounts and unmounts.  It reads a request from its input.
             events: The engine's event bus, or None to create one.
             run: The node's run directory.  Its sockets must not appear in a volume.
+            is_mount_point: Returns whether something is mounted at a path itself.
         """
         super().__init__(directory, events)
         self.refused_paths = [str(run)] if run is not None else []
         self.plugins = plugins or VolumePlugins()
         self.mount_deadline_s = _MOUNT_DEADLINE_S
         self._command = command
+        self._is_mount_point = is_mount_point
         self.background = Background()
         """Work that continues if its caller is cancelled.  It runs while the engine runs."""
         self.bind_sources = BindSources()
@@ -190,7 +193,7 @@ class Volumes(VolumeStore):
                 require_unused()
                 if self._is_mounted(name):
                     await self._unmount_locked(name)
-                    if mounting.is_target(self.path(name)):  # mounted contents must not be removed
+                    if self._is_mount_point(self.path(name)):  # mounted contents must not be removed
                         raise Unavailable(f"cannot remove volume {name}: it is mounted")
                 if (driver := self.driver(name)) != LOCAL:
                     await self._remove_of_plugin(name, driver, force=force)
@@ -257,7 +260,7 @@ class Volumes(VolumeStore):
     async def _mount(self, user: str, point: MountPoint) -> None:
         async with self.lock_of(point.name):
             users = self.users[point.name]
-            is_mounted = mounting.is_target(Path(point.source))
+            is_mounted = self._is_mount_point(Path(point.source))
             if is_mounted and user in users:
                 return
             if is_mounted and not users:  # mounted by a killed process, perhaps incompletely
@@ -314,7 +317,7 @@ class Volumes(VolumeStore):
             self.keep_mounts(name, self.mounts_of(name) - {id})
 
     async def _bind(self, part: VolumeSubpath) -> None:
-        if not mounting.is_target(part.target):
+        if not self._is_mount_point(part.target):
             root = str(self.path(part.volume))
             await self._run({"bind": str(part.target), "root": root, "part": part.subpath})
 
@@ -342,7 +345,7 @@ class Volumes(VolumeStore):
     async def unmount_unused(self) -> None:
         """Unmount volumes whose users ended while no node process ran.  Raises: Unavailable."""
         await self._unmount_each(
-            [name for name in self.names() if mounting.is_target(self.path(name)) or self.mounts_of(name)]
+            [name for name in self.names() if self._is_mount_point(self.path(name)) or self.mounts_of(name)]
         )
 
     async def _unmount_each(self, names: Iterable[str]) -> None:
@@ -367,7 +370,7 @@ class Volumes(VolumeStore):
         """Unmount a volume unless it is used.  The caller holds its lock.  Raises: Unavailable."""
         try:
             async with asyncio.timeout(self.mount_deadline_s):
-                if not self.users[name] and mounting.is_target(self.path(name)):
+                if not self.users[name] and self._is_mount_point(self.path(name)):
                     await self._run({"unmount": str(self.path(name))})
                 await self._give_back(name)
         except (MountFailed, TimeoutError) as error:

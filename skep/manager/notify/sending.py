@@ -47,17 +47,18 @@ class SendFailed(Exception):
 class MessageSender:
     """Sends messages from this manager."""
 
-    def __init__(self, view: Callable[[], View], clock: Clock) -> None:
+    def __init__(self, view: Callable[[], View], clock: Clock, send_s: float = SEND_S) -> None:
         self._view = view
         self._clock = clock
+        self._send_s = send_s
 
     async def send(self, target: Target, message: Message) -> str:
-        """Send a message within ``SEND_S``.  Returns the reason of a failure, without credentials, or an empty text."""
+        """Send a message within ``send_s``.  Returns the reason of a failure, without credentials, or an empty text."""
         try:
-            async with asyncio.timeout(SEND_S):
+            async with asyncio.timeout(self._send_s):
                 await self._send(target, message)
         except TimeoutError:
-            return f"it did not respond within {SEND_S:g} s"
+            return f"it did not respond within {self._send_s:g} s"
         except (
             aiohttp.ClientError,
             EOFError,

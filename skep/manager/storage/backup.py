@@ -1,6 +1,7 @@
 """Online backup of a manager: one stream with a manifest of the cluster and a snapshot of the store."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from skep import __version__
@@ -35,8 +36,15 @@ class Backups:
     """Creates backups of one manager's store, with or without a quorum."""
 
     def __init__(
-        self, config: ManagerConfig, store: Store, wrapping_key: Callable[[], bytes], clock: Clock
+        self,
+        config: ManagerConfig,
+        store: Store,
+        wrapping_key: Callable[[], bytes],
+        clock: Clock,
+        connect: Callable[[Path], EtcdClient] = EtcdClient,
     ) -> None:
+        """``connect`` returns a client of etcd at a socket."""
+        self._connect = connect
         self._config = config
         self._store = store
         self._wrapping_key = wrapping_key
@@ -70,7 +78,7 @@ class Backups:
         manifest = self._manifest()
         yield sealer.manifest(manifest)
         verified = Verified()
-        async with EtcdClient(self._config.paths.etcd_socket) as client:
+        async with self._connect(self._config.paths.etcd_socket) as client:
             async for piece in client.snapshot():
                 verified.update(piece)
                 yield sealer.add(piece)

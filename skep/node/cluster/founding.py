@@ -128,18 +128,21 @@ def bind_error(addr: str) -> OSError | None:
     return None
 
 
-def check_listening(listen_addr: str, peer_addr: str = "") -> None:
+def check_listening(
+    listen_addr: str, peer_addr: str = "", refusal: Callable[[str], OSError | None] = bind_error
+) -> None:
     """Check that the manager's ports are free, before anything is created.
 
     Args:
         peer_addr: ``:port`` or ``ip:port`` that the user chose for etcd's peers, or empty for any port.
+        refusal: Returns why it is impossible to listen on ``ip:port``, or None.
 
     Raises: Untranslated: a port is not free, in Docker's words.
     """
     host, digits = parted(listen_addr)
     if parse_port(digits) is None:
         raise Untranslated(f"{_LISTEN_FAILED}: address {digits}: invalid port")
-    if (error := bind_error(listen_addr)) is not None:
+    if (error := refusal(listen_addr)) is not None:
         is_peers = int(digits) == PEER_PORT and error.errno == errno.EADDRINUSE
         hint = " (etcd of a manager at 2377 has it: choose a port from 2379 on)" if is_peers else ""
         raise Untranslated(
@@ -147,7 +150,7 @@ def check_listening(listen_addr: str, peer_addr: str = "") -> None:
         ) from error
     if peer_addr:
         wanted = _completed(peer_addr, host)
-        error = OSError(errno.EADDRINUSE, "") if wanted == listen_addr else bind_error(wanted)
+        error = OSError(errno.EADDRINUSE, "") if wanted == listen_addr else refusal(wanted)
         if error is not None:
             raise Untranslated(
                 f"manager stopped: etcd cannot listen for the other managers on {wanted} (peer-addr): bind: "

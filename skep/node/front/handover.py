@@ -67,6 +67,7 @@ class Handover:
     Args:
         path: Socket of the manager process.
         why_waiting: Returns what a starting manager process waits for, or an empty text if unknown.
+        queued_max: Limit for the messages that wait for a manager process.
     """
 
     def __init__(
@@ -75,11 +76,13 @@ class Handover:
         clock: Clock,
         rng: Callable[[], float],
         why_waiting: Callable[[], str] = str,
+        queued_max: int = _QUEUED_MAX,
     ) -> None:
         self._path = path
         self._clock = clock
         self._rng = rng
         self._why_waiting = why_waiting
+        self._queued_max = queued_max
         self.returned: asyncio.Queue[Returned] = asyncio.Queue()
         """Connections that the owner must take and serve."""
         self._managers: list[_Manager] = []
@@ -154,7 +157,7 @@ class Handover:
         except OSError:
             connected.close()
             return False
-        self._managers.append(_Manager(connected, self.returned, self._managers.remove))
+        self._managers.append(_Manager(connected, self.returned, self._managers.remove, self._queued_max))
         return True
 
 
@@ -166,7 +169,9 @@ class _Manager:
         connected: socket.socket,
         returned: asyncio.Queue[Returned],
         on_end: "Callable[[_Manager], None]",
+        queued_max: int,
     ) -> None:
+        self._queued_max = queued_max
         self._returned = returned
         self._on_end = on_end
         self._free: list[int] = []
@@ -209,7 +214,7 @@ class _Manager:
 
     @property
     def has_room(self) -> bool:
-        return len(self.passed) < SLOTS and self.channel.queued < _QUEUED_MAX
+        return len(self.passed) < SLOTS and self.channel.queued < self._queued_max
 
     def _take_slot(self) -> int:
         if self._free:

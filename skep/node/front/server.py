@@ -13,7 +13,7 @@ import structlog
 from aiohttp import web
 
 from skep.aio.connections.admission import Admission, Newcomers, peer_source
-from skep.aio.connections.handshakes import ACCEPT_RETRY_S, Handshakes
+from skep.aio.connections.handshakes import ACCEPT_RETRY_S, HANDSHAKES_MAX, Handshakes
 from skep.api.access.identity import identify
 from skep.api.errors import status_of
 from skep.api.http.connection import Connection, Gone
@@ -65,6 +65,8 @@ class ClientLimits(msgspec.Struct, frozen=True, kw_only=True):
     """
     connections_per_source: int = 512
     """Limit for the connections of one source address.  Generous, because many clients may share an address."""
+    handshakes: int = HANDSHAKES_MAX
+    """Limit for concurrent TLS handshakes."""
     strangers: int = 256
     """Limit for connections whose client has shown neither a certificate nor a token."""
     strangers_per_source: int = 32
@@ -235,7 +237,7 @@ class Front:
                 self._servers.append(server)
             else:
                 sock.setblocking(False)
-                accepting = Handshakes(new_connection, tls.front).accept(sock, group)
+                accepting = Handshakes(new_connection, tls.front, self._limits.handshakes).accept(sock, group)
                 self._background.append(group.create_task(accepting, name=f"accept connections on {host}"))
             log.info("api served", host=str(host))
         returned = group.create_task(self._take_back(group), name="connections passed back")

@@ -1,6 +1,7 @@
 """The description of a node (resources, labels, plug-ins) that it reports to the managers when it registers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from msgspec.structs import replace
 
@@ -9,7 +10,7 @@ from skep.agent.tasks.cluster_volumes import ClusterVolumes
 from skep.configuration.configuration import Configuration
 from skep.engine.containers.container import Container
 from skep.engine.engine import Engine
-from skep.engine.log_drivers.drivers import log_drivers
+from skep.engine.log_drivers.drivers import JOURNAL, log_drivers
 from skep.model.networks.data_planes import DATA_PATH_LABEL, IMAGES_LABEL, NODE_LABEL, PATHS_LABEL
 from skep.model.networks.routes import ROUTES_LABEL, routes_label
 from skep.model.networks.used_ports import PORTS_LABEL, UsedPort, ports_label
@@ -171,15 +172,15 @@ class NodeDescriber:
             CDI_LABEL: listed(self._offers.present.cdi_devices),
         }
 
-    def _plugins(self) -> tuple[EnginePlugin, ...]:
-        logs = tuple(EnginePlugin(type="Log", name=name) for name in log_drivers())
+    def _plugins(self, journal: Path) -> tuple[EnginePlugin, ...]:
+        logs = tuple(EnginePlugin(type="Log", name=name) for name in log_drivers(journal))
         return (*_PLUGINS, *logs, *((_OVERLAY,) if has_overlays(self._features) else ()))
 
-    def describe(self, data_path_addr: str = "") -> NodeDescription:
+    def describe(self, data_path_addr: str = "", journal: Path = JOURNAL) -> NodeDescription:
         """Return the description.
 
         ``data_path_addr`` is the address to which other nodes send VXLAN packets.  Empty for the address from which the
-        node connects to the managers.
+        node connects to the managers.  ``journal`` is the socket of the machine's journal, which may be missing.
         """
         configuration = self._offers.configuration()
         own = {
@@ -211,7 +212,7 @@ class NodeDescriber:
                     **own,
                     **self._conditions.labels(),
                 },
-                plugins=self._plugins(),
+                plugins=self._plugins(journal),
             ),
         )
 

@@ -46,7 +46,8 @@ class MachineResources(msgspec.Struct, frozen=True, kw_only=True):
 class ResourceReader:
     """Reads the machine's resources and keeps the last result.
 
-    ``configuration`` returns the present configuration, which may be reloaded.
+    ``configuration`` returns the present configuration, which may be reloaded.  ``may_have`` returns whether tasks may
+    have the device at a path.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class ResourceReader:
         dev: Path = DEV,
         proc: Path = Path("/proc"),
         read_ports: Callable[[], frozenset[UsedPort]] = read_listening_ports,
+        may_have: Callable[[str], bool] = is_listed,
     ) -> None:
         self._clock = clock
         self.configuration = configuration
         self._dev = dev
         self._proc = proc
         self._read_ports = read_ports
+        self._may_have = may_have
         self._device_times: _Times | None = None
         self._cdi_times: _Times | None = None
         self.present = MachineResources()
@@ -114,7 +117,7 @@ class ResourceReader:
         times = _times(device_directories(self._dev, failed.append), failed.append)
         if times == self._device_times and not failed:
             return before
-        found = {path for path in device_paths(self._dev, failed.append) if is_listed(path)}
+        found = {path for path in device_paths(self._dev, failed.append) if self._may_have(path)}
         if not self._is_whole("devices", failed):
             return tuple(sorted(found.union(before)))  # the next call reads again
         self._device_times = times

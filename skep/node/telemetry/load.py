@@ -17,6 +17,7 @@ Source: proc(5), /proc/stat and /proc/meminfo; the kernel's cgroup-v1/cpuacct an
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 import structlog
@@ -81,12 +82,17 @@ def smoothed(average: float, share: float, elapsed_s: float) -> float:
     return average + (share - average) * -math.expm1(-elapsed_s / TIME_CONSTANT_S)
 
 
-def measured(before: Measured | None, reading: LoadReading, now: float) -> Measured:
+Smoothing: TypeAlias = Callable[[float, float, float], float]
+
+
+def measured(
+    before: Measured | None, reading: LoadReading, now: float, smooth: Smoothing = smoothed
+) -> Measured:
     """Return the average with one more reading."""
     if before is None:
         return Measured(reading=reading, since=now, at=now)
     part = share(before.reading, reading)
-    load = part if before.load is None else smoothed(before.load, part, now - before.at)
+    load = part if before.load is None else smooth(before.load, part, now - before.at)
     return Measured(reading=reading, since=before.since, at=now, load=load)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from skep.api.http import connection
 from skep.api.http.connection import Connection
 from skep.api.http.handover_server import RequestTimes
 from skep.model.node import NodeRole
@@ -127,10 +126,7 @@ async def test_a_stream_takes_its_time(front_rig: Rig) -> None:
         writer.close()
 
 
-async def test_handshakes_are_bounded_and_delay_no_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("skep.aio.connections.handshakes.HANDSHAKES_MAX", 10)
+async def test_handshakes_are_bounded_and_delay_no_others(tmp_path: Path) -> None:
     authority, key = Authority.create(), new_private_key()
     identity = NodeIdentity(node_id=NodeId("n"), cluster_id=ClusterId("c"), role=NodeRole.MANAGER)
     pair = KeyPair(
@@ -138,7 +134,7 @@ async def test_handshakes_are_bounded_and_delay_no_others(
         key_pem=private_pem(key),
         root_pem=authority.root_pem,
     )
-    rig = Rig(tmp_path)
+    rig = Rig(tmp_path, ClientLimits(handshakes=10))
     async with AsyncExitStack() as stack:
         save(pair, tmp_path)
         files = (tmp_path / name for name in (CERTIFICATE_FILE, KEY_FILE, ROOT_FILE))
@@ -188,16 +184,13 @@ async def test_clients_by_tcp_that_vanish_are_noticed(front_rig: Rig) -> None:
     writer.close()
 
 
-async def test_a_client_that_breaks_off_behind_its_request_is_relayed_no_more(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(connection, "CHECK_S", 0.05)
+async def test_a_client_that_breaks_off_behind_its_request_is_relayed_no_more() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname())
         accepted, _ = listener.accept()
     ours, manager = socket.socketpair()
     with manager:
-        ends = await Connection.over(accepted), await Connection.over(ours)
+        ends = await Connection.over(accepted, check_s=0.05), await Connection.over(ours)
         client.shutdown(socket.SHUT_WR)
         relaying = asyncio.ensure_future(relay(*ends, b"", is_one_exchange=False))
         assert await asyncio.to_thread(manager.recv, 1) == b""

@@ -245,11 +245,9 @@ async def test_a_manager_that_stops_gives_its_connections_back(front_rig: Rig, t
         assert await wait_pid(idle) == manager.pid
 
 
-async def test_a_manager_that_hangs_holds_up_its_requests_alone(
-    front_rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("front_rig", [{"queued_max": 4}], indirect=True)
+async def test_a_manager_that_hangs_holds_up_its_requests_alone(front_rig: Rig, tmp_path: Path) -> None:
     """And no more than so many: further ones are refused, and it answers the others when it goes on."""
-    monkeypatch.setattr("skep.node.front.handover._QUEUED_MAX", 4)
     async with process("manager", tmp_path) as manager:
         await wait_pid(await Client.of(front_rig))
         manager.send_signal(signal.SIGSTOP)

@@ -13,7 +13,6 @@ import pytest
 from docker.errors import DockerException
 from requests.exceptions import RequestException
 
-from tests.support.machines import playground_rig as rig
 from tests.support.machines.playground_rig import (
     TestCluster,
     a_playground,
@@ -43,9 +42,9 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def a_cluster(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestCluster]:
-    monkeypatch.setattr(rig, "SKEP", str(versions.command))
-    with a_playground("roll", managers=len(MANAGERS), workers=len(WORKERS)) as cluster:
+def a_cluster(versions: Versions) -> Iterator[TestCluster]:
+    counts = {"managers": len(MANAGERS), "workers": len(WORKERS)}
+    with a_playground("roll", command=str(versions.command), **counts) as cluster:
         yield cluster
 
 
@@ -94,11 +93,9 @@ def check_unmoved(cluster: TestCluster, before: dict[str, tuple[str, str]], what
     wait_until(as_before, f"tasks are as before {what}: {before} {tasks_of(cluster)}", 60)
 
 
-def test_an_upgrade_node_by_node_moves_no_task_and_loses_nothing(
-    earlier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_upgrade_node_by_node_moves_no_task_and_loses_nothing(earlier: Path, tmp_path: Path) -> None:
     versions = Versions(tmp_path, earlier)
-    with a_cluster(versions, monkeypatch) as cluster:
+    with a_cluster(versions) as cluster:
         asked = cluster.node("m1")
         wait_managers(asked, *MANAGERS)
         for service, replicas in SERVICES.items():

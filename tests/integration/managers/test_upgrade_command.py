@@ -11,7 +11,6 @@ import pytest
 
 from skep import __version__
 from tests.integration.networks.lab import asking, outside, serve
-from tests.support.machines import playground_rig as rig
 from tests.support.machines.playground_rig import SKEP, TestCluster, a_playground, nodes_by_name, wait_running
 from tests.support.machines.versions import ROOT, Versions, package_of
 from tests.support.managers.managers_rig import wait_managers
@@ -43,9 +42,8 @@ def versions(tmp_path: Path) -> Versions:
 
 
 @pytest.fixture
-def cluster(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestCluster]:
-    monkeypatch.setattr(rig, "SKEP", str(versions.command))
-    with a_playground("upgr", managers=3, workers=2) as made:
+def cluster(versions: Versions) -> Iterator[TestCluster]:
+    with a_playground("upgr", command=str(versions.command), managers=3, workers=2) as made:
         wait_managers(made.node("m1"), "m1", "m2", "m3")
         yield made
 

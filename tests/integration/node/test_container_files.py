@@ -14,9 +14,11 @@ from urllib.parse import urlencode
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from skep.agent.executor.oci import OciExecutor
-from skep.engine.api.streams import uploads
+from skep.api.http.server import application, runner
+from skep.engine.api.files import file_routes
 from skep.engine.images.store import ImageStore
 from skep.playground.images.busybox import busybox_archive
 from tests.support.engine.api_lab import Api
@@ -310,19 +312,24 @@ async def test_a_client_that_vanishes_ends_its_copy(api: Api, lab: Lab) -> None:
 
 @pytest.mark.parametrize("path", ["archive?path=/large", "export"])
 async def test_a_client_that_takes_nothing_of_an_archive_gives_its_place_to_others(
-    api: Api, executor: OciExecutor, monkeypatch: pytest.MonkeyPatch, path: str
+    api: Api, executor: OciExecutor, tmp_path: Path, path: str
 ) -> None:
-    monkeypatch.setattr(uploads, "TAKEN_S", 0.3)
     executor.engine.files.places = asyncio.Semaphore(1)
     id = await run(api, "dd if=/dev/zero of=/large bs=1M count=1 seek=500")
-    reader, writer = await asyncio.open_unix_connection(api.socket, limit=1024)
-    writer.write(f"GET /v1.41/containers/{id}/{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
-    status, _ = await api.ask("GET", f"/containers/{id}/archive?path=/etc/passwd")
-    assert status == 200
-    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-        await reader.readexactly(500 << 20)
-    writer.close()
+    server = runner(application(file_routes(executor.engine, taken_s=0.3)))
+    await server.setup()
+    await web.UnixSite(server, tmp_path / "files.sock").start()
+    try:
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "files.sock", limit=1024)
+        writer.write(f"GET /v1.41/containers/{id}/{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        status, _ = await api.ask("GET", f"/containers/{id}/archive?path=/etc/passwd")
+        assert status == 200
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await reader.readexactly(500 << 20)
+        writer.close()
+    finally:
+        await server.cleanup()
 
 
 # --- commit, import ------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Volumes that services made, and what a node never has, as ``docker volume`` and ``docker inspect`` ask for them."""
 
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from skep.engine.api.routes import absent_routes
 from skep.engine.api.volumes import volume_routes
 from skep.engine.containers.container import Container, ContainerConfig, MountPoint
 from skep.engine.volumes.volumes import Volumes
+from tests.support.file_faults import file_faults
 
 Api = TestClient[Any, Any]
 
@@ -184,13 +186,26 @@ async def test_options_that_cannot_be_read_leave_the_other_volumes_in_the_list(
 
 
 async def test_a_volume_that_is_removed_meanwhile_is_not_listed(
-    api: Api, volumes: Volumes, monkeypatch: pytest.MonkeyPatch
+    api: Api, volumes: Volumes, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(volumes, "names", lambda: ["free", "gone", "used"])
-    listed = await (await api.get("/volumes")).json()
-    assert [one["Name"] for one in listed["Volumes"]] == ["free", "used"]
-    pruned = await (await api.post("/v1.41/volumes/prune")).json()
-    assert pruned == {"VolumesDeleted": ["free"], "SpaceReclaimed": 0}
+    gone, removed = volumes.path("gone").parent, list[str]()
+
+    def remove_first(call: str, path: Path) -> None:
+        """Once its name was listed, before anything else of it is read."""
+        if call != "listdir" and path.is_relative_to(gone) and not removed:
+            removed.append(call)
+            shutil.rmtree(gone)
+
+    for method, url, key in (("GET", "/volumes", "Volumes"), ("POST", "/v1.41/volumes/prune", "")):
+        volumes.ensure("gone")
+        removed.clear()
+        with file_faults(tmp_path) as faults:
+            faults.before_each = remove_first
+            response = await (await api.request(method, url)).json()
+        assert removed
+        if key:
+            assert [one["Name"] for one in response[key]] == ["free", "used"]
+    assert response == {"VolumesDeleted": ["free"], "SpaceReclaimed": 0}
 
 
 async def test_pruning_refuses_filters_that_it_does_not_know(api: Api, volumes: Volumes) -> None:

@@ -75,10 +75,14 @@ class Rig:
     """A front on its own socket, with a manager and an engine behind it."""
 
     def __init__(
-        self, directory: Path, limits: ClientLimits = OPTIONS.limits, times: RequestTimes = TIMES
+        self,
+        directory: Path,
+        limits: ClientLimits = OPTIONS.limits,
+        times: RequestTimes = TIMES,
+        **handover: int,
     ) -> None:
-        """``limits`` are the front's, ``times`` the manager's."""
-        self._limits, self._times = limits, times
+        """``limits`` are the front's, ``times`` the manager's, and ``handover`` those between the two."""
+        self._limits, self._times, self._handover = limits, times, handover
         self.socket = directory / "api.sock"
         self.handover_socket = directory / "handover.sock"
         self.engine_socket = directory / "engine.sock"
@@ -104,7 +108,7 @@ class Rig:
             assert runner.server is not None
             front = Front(
                 Application(runner.server, ping),
-                Handover(self.handover_socket, SystemClock(), lambda: 0.5),
+                Handover(self.handover_socket, SystemClock(), lambda: 0.5, **self._handover),
                 ownership=Owned(),
                 membership=self.member,
                 docker=DockerSocket(self.engine_socket),

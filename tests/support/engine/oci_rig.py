@@ -9,6 +9,7 @@ from typing import Any, cast
 from skep.agent.executor.interface import Controller, Running, TaskExit
 from skep.aio.clock import Clock, SystemClock
 from skep.engine.capacity import Programs, capacity_of
+from skep.engine.confinement.apparmor import SYSFS
 from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.containers.container import Container, ContainerConfig, NewContainer, ProcessName
 from skep.engine.engine import Engine, EngineConfig
@@ -43,10 +44,11 @@ class QuickClock(SystemClock):
 class Machine:
     """State that outlives the node process: processes, and the network's record of them.
 
-    ``is_stuck``: whether processes ignore all signals.
+    ``is_stuck``: whether processes ignore all signals.  ``sysfs`` is its directory of the kernel's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sysfs: Path = SYSFS) -> None:
+        self.sysfs = sysfs
         self.ended: dict[str, asyncio.Event] = {}
         self.is_stuck = False
         self.next_pid = 1 << 24
@@ -177,15 +179,15 @@ class MemoryNetwork:
 class MemoryBundles(Bundles):
     """Bundles in which nothing is mounted, with a test's steps."""
 
-    def __init__(self, directory: Path, cgroups: Cgroups, steps: Steps) -> None:
+    def __init__(self, directory: Path, cgroups: Cgroups, machine: Machine) -> None:
         super().__init__(
             directory / "containers",
             directory / "bundles",
             cgroups,
-            capacity_of(cgroups, Programs()),
+            capacity_of(cgroups, Programs(), sysfs=machine.sysfs),
             directory / "resolv.conf",
         )
-        self._steps = steps
+        self._steps = machine.steps
 
     def mount(self, container: Container) -> None:
         self.rootfs(container.id).mkdir(parents=True, exist_ok=True)
@@ -220,7 +222,7 @@ def memory_engine(
         clock: None for a quick one.
     """
     cgroups = Cgroups("none")
-    bundles = MemoryBundles(directory, cgroups, machine.steps)
+    bundles = MemoryBundles(directory, cgroups, machine)
     return Engine(
         runtime=cast("Runtime", MemoryRuntime(machine, bundles, cgroups)),
         images=images or cast("ImageStore", NoImages()),

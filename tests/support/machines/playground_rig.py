@@ -112,8 +112,8 @@ class TestCluster:
 
     __test__ = False
 
-    def __init__(self, directory: Path, name: str) -> None:
-        self.directory, self.name = directory, name
+    def __init__(self, directory: Path, name: str, command: str = SKEP) -> None:
+        self.directory, self.name, self._command = directory, name, command
 
     def up(self, **counts: int) -> subprocess.CompletedProcess[str]:
         """Start nodes: ``up(managers=1, docker_workers=2)``.  Without arguments, start only one manager."""
@@ -128,7 +128,7 @@ class TestCluster:
     def skep(self, verb: str, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run ``skep playground VERB ...`` on this playground."""
         where = ["--dir", str(self.directory), "--name", self.name]
-        command = [SKEP, "playground", verb, *where, *words]
+        command = [self._command, "playground", verb, *where, *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}{done.stdout}"
         return done
@@ -148,16 +148,21 @@ class TestCluster:
 
 @contextmanager
 def a_playground(
-    name: str, *, configured: Mapping[str, str] = MappingProxyType({}), **counts: int
+    name: str,
+    *,
+    configured: Mapping[str, str] = MappingProxyType({}),
+    command: str = SKEP,
+    **counts: int,
 ) -> Iterator[TestCluster]:
     """Run a playground for one test or module, and remove it afterwards.
 
     Args:
         configured: content of ``skep.toml``, by node.
+        command: the ``skep`` of its nodes.
         counts: see ``TestCluster.up``.
     """
     with a_directory() as directory:
-        cluster = _named(directory, name)
+        cluster = _named(directory, name, command)
         for node, configuration in configured.items():
             (directory / node).mkdir()
             (directory / node / "skep.toml").write_text(configuration)
@@ -184,8 +189,8 @@ def no_playground_yet(name: str) -> Iterator[TestCluster]:
             cluster.skep("down", check=False)
 
 
-def _named(directory: Path, name: str) -> TestCluster:
-    return TestCluster(directory, f"{name}{os.getpid()}"[:15])
+def _named(directory: Path, name: str, command: str = SKEP) -> TestCluster:
+    return TestCluster(directory, f"{name}{os.getpid()}"[:15], command)
 
 
 def nodes_by_name(seen_by: TestNode) -> dict[str, dict[str, Any]]:

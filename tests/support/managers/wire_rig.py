@@ -83,7 +83,7 @@ from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
 from skep.wire.client import ManagerChannel, open_channel
 from skep.wire.methods import UnaryMethod
-from skep.wire.server import Bound, serve
+from skep.wire.server import NODE_BYTES_MAX, Bound, serve
 from skep.wire.service import Handler, unary
 from tests.support.builders import a_service, a_task
 from tests.support.managers.fake_worker import FakeWorker
@@ -103,6 +103,7 @@ class Cluster:
         host: str = "127.0.0.1",
         logs: LogLimits = subscription.LIMITS,
         calls: CallLimits = external.LIMITS,
+        node_bytes_max: int = NODE_BYTES_MAX,
     ) -> None:
         self.id = ClusterId(new_id())
         self.host = host
@@ -111,6 +112,7 @@ class Cluster:
         self.store = MemoryStore(SystemClock())
         self.heartbeat_s = heartbeat_s
         self._log_limits, self._call_limits = logs, calls
+        self._node_bytes_max = node_bytes_max
         self.logs: LogBroker
         self.dispatcher: Dispatcher
         self.discovery: Discovery
@@ -194,6 +196,7 @@ class Cluster:
                         self.dispatcher.is_current,
                         lambda: clock.monotonic() + self.ahead_s,
                     ).require,
+                    node_bytes_max=self._node_bytes_max,
                 )
             )
             self.bound = bound

@@ -9,9 +9,8 @@ from typing import Any, cast
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.tasks import cluster_volumes
-from skep.agent.tasks.cluster_volumes import ClusterVolumes
-from skep.aio.clock import SystemClock
+from skep.agent.tasks.cluster_volumes import TASK_WAIT_S, ClusterVolumes, PathQueries, VolumeTimes
+from skep.aio.clock import Clock, SystemClock
 from skep.errors import NotFound, Unavailable
 from skep.model.assignment import AssignmentSet
 from skep.model.node import CSIInfo, Topology
@@ -22,6 +21,7 @@ from skep.model.volume import AccessMode, TypeBlock, VolumeAssignment, VolumeSec
 from tests.support.store.etcd_calls import until
 
 V1 = VolumeAssignment(id=VolumeId("v1"), volume_id="disk-1", driver=Driver(name="d"))
+HURRIED = VolumeTimes(used_check_s=0.01, first_retry_s=0.01)
 V2 = VolumeAssignment(id=VolumeId("v2"), volume_id="disk-2", driver=Driver(name="slow"))
 
 
@@ -67,22 +67,22 @@ class FakeDriver:
 
 
 class Rig:
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.monkeypatch = monkeypatch
         self.drivers = {"d": FakeDriver("d"), "slow": FakeDriver("slow")}
         self.users: list[str] = []
         self.volumes = self.made()
 
-    def made(self) -> ClusterVolumes:
+    def made(self, times: VolumeTimes = HURRIED, clock: Clock | None = None) -> ClusterVolumes:
         return ClusterVolumes(
             self.folder,
             cast("Any", self),
-            SystemClock(),
+            clock or SystemClock(),
             secret="data of {}".format,
-            users_of=lambda _: self.users,
-            is_mounted=self.is_mounted,
-            device_at=self.device_at,
+            paths=PathQueries(
+                users_of=lambda _: self.users, is_mounted=self.is_mounted, device_at=self.device_at
+            ),
+            times=times,
         )
 
     def is_mounted(self, path: Path) -> bool:
@@ -114,21 +114,17 @@ class Rig:
 
     async def refusal(self, *volumes: VolumeAssignment) -> None:
         """As ``path``, where the volumes are not expected."""
-        with self.monkeypatch.context() as patch:
-            patch.setattr(cluster_volumes, "TASK_WAIT_S", 0.5)
-            await self.path(*volumes)
+        await self.path(*volumes, wait_s=0.5)
 
-    async def path(self, *volumes: VolumeAssignment) -> list[Path]:
+    async def path(self, *volumes: VolumeAssignment, wait_s: float = TASK_WAIT_S) -> list[Path]:
         attachments = [VolumeAttachment(id=one.id, source=one.id, target="/d") for one in volumes]
-        async with self.volumes.keep_mounted(attachments) as published:
+        async with self.volumes.keep_mounted(attachments, wait_s) as published:
             return [one.path for one in published]
 
 
 @pytest.fixture
-def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
-    monkeypatch.setattr(cluster_volumes, "USED_CHECK_S", 0.01)
-    monkeypatch.setattr(cluster_volumes, "FIRST_RETRY_S", 0.01)
-    return Rig(tmp_path / "csi", monkeypatch)
+def rig(tmp_path: Path) -> Rig:
+    return Rig(tmp_path / "csi")
 
 
 def given(*volumes: VolumeAssignment, complete: bool = False) -> AssignmentSet:
@@ -222,9 +218,8 @@ async def test_the_node_describes_its_drivers(rig: Rig) -> None:
 
 
 async def test_a_task_whose_volume_is_being_given_up_or_mounted_anew_waits_without_turning(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
+    rig: Rig,
 ) -> None:
-    monkeypatch.setattr(cluster_volumes, "USED_CHECK_S", 0.1)
     looks = 0
 
     class Counting(SystemClock):
@@ -233,15 +228,7 @@ async def test_a_task_whose_volume_is_being_given_up_or_mounted_anew_waits_witho
             looks += 1
             return super().monotonic()
 
-    rig.volumes = ClusterVolumes(
-        rig.folder,
-        cast("Any", rig),
-        Counting(),
-        secret="{}".format,
-        users_of=lambda _: rig.users,
-        is_mounted=rig.is_mounted,
-        device_at=rig.device_at,
-    )
+    rig.volumes = rig.made(replace(HURRIED, used_check_s=0.1), Counting())
     async with rig.running() as volumes:
         volumes.assign(given(V1))
         await rig.path(V1)

@@ -1,12 +1,10 @@
 """Whichever call on a file of an agent fails: secrets, configs and cluster volumes are whole or said to be missing."""
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from skep.agent.executor import payloads
 from skep.agent.executor.payloads import Payloads
 from skep.agent.session.last_seen import LastSeenFile, seen_at
 from skep.errors import SkepError
@@ -49,15 +47,15 @@ def files_of(directory: Path, key: str) -> dict[str, tuple[bytes, int, int]]:
     }
 
 
-@pytest.mark.needs("root")
-async def test_what_a_container_sees_of_its_secrets_is_whole_or_it_does_not_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(payloads, "mount", lambda *_: None)
-    monkeypatch.setattr(os.path, "ismount", lambda _: False)
+def on_a_disk(directory: Path) -> Payloads:
+    """Without a mount, so that it can be copied and removed."""
+    return Payloads(directory, mount_ramfs=lambda _: None)
 
+
+@pytest.mark.needs("root")
+async def test_what_a_container_sees_of_its_secrets_is_whole_or_it_does_not_start(tmp_path: Path) -> None:
     async def life(place: Path, faults: Faults) -> None:
-        kept = Payloads(place / "secrets")
+        kept = on_a_disk(place / "secrets")
         try:
             kept.open()
             kept.put((OLD,), (CONFIG,))
@@ -71,7 +69,7 @@ async def test_what_a_container_sees_of_its_secrets_is_whole_or_it_does_not_star
             kept.materialize("one", CONTAINER, SEEN)
             is_made = True
         faults.end()
-        again = Payloads(place / "secrets")  # what the next process finds
+        again = on_a_disk(place / "secrets")  # what the next process finds
         again.open()
         whole = {"0": (b"new", 7, 0o440), "1": (b"config", 0, 0o444)}
         assert not is_made or files_of(place / "secrets", "one") == whole
@@ -84,16 +82,13 @@ async def test_what_a_container_sees_of_its_secrets_is_whole_or_it_does_not_star
 
 
 @pytest.mark.needs("root")
-async def test_a_secret_that_is_taken_back_is_gone_or_said_to_be_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(payloads, "mount", lambda *_: None)
-    first = Payloads(tmp_path / "template/secrets")
+async def test_a_secret_that_is_taken_back_is_gone_or_said_to_be_there(tmp_path: Path) -> None:
+    first = on_a_disk(tmp_path / "template/secrets")
     first.open()
     first.put((OLD, SecretFile(id=SecretId("s2"), data=b"2")), (CONFIG,))
 
     async def life(place: Path, faults: Faults) -> None:
-        kept = Payloads(place / "secrets")
+        kept = on_a_disk(place / "secrets")
         is_gone = False
         with suppress(OSError):
             kept.drop((SecretId("s1"),), ())
@@ -126,11 +121,9 @@ async def test_when_a_manager_last_responded_is_known_as_of_before_or_now(tmp_pa
     assert await walk(tmp_path / "lives", life, template=tmp_path / "template") > 4
 
 
-async def test_a_cluster_volume_that_may_be_mounted_is_remembered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_cluster_volume_that_may_be_mounted_is_remembered(tmp_path: Path) -> None:
     async def life(place: Path, faults: Faults) -> None:
-        rig = Rig(place / "volumes", monkeypatch)
+        rig = Rig(place / "volumes")
         is_remembered = False
         with suppress(SkepError):
             rig.volumes.keep(V1)

@@ -88,6 +88,8 @@ class Node:
         self.behavior = behavior
         self.reports = Reports()
         self.controllers: dict[str, type[SimulatedController]] = {}
+        self.unlisted: Exception | None = None
+        """Why its left-over tasks cannot be listed."""
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[Worker]:
@@ -116,10 +118,16 @@ class ChoosingExecutor(SimulatedExecutor):
 
     def __init__(self, node: Node) -> None:
         super().__init__(SystemClock(), random.Random(1), node.machine, node.behavior)
+        self._node = node
         self._kinds: Mapping[str, type[SimulatedController]] = node.controllers
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
         return self._kinds.get(task.task.id, SimulatedController)(self, task)
+
+    async def leftovers(self) -> Sequence[TaskId]:
+        if self._node.unlisted is not None:
+            raise self._node.unlisted
+        return await super().leftovers()
 
 
 @pytest.fixture
@@ -299,11 +307,8 @@ class Unseen(SimulatedController):
         return Running(container=ContainerStatus())
 
 
-async def test_errors_of_one_task_do_not_touch_another(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def not_listed(_: object) -> Sequence[TaskId]:
-        raise ValueError("odd folder")
-
-    monkeypatch.setattr(ChoosingExecutor, "leftovers", not_listed)
+async def test_errors_of_one_task_do_not_touch_another(node: Node) -> None:
+    node.unlisted = ValueError("odd folder")
     node.controllers |= {"refused": Refused, "broken": Broken, "late": Late}
     node.controllers |= {"unmade": Unmade, "unexplained": Unexplained, "unseen": Unseen}
     async with node.working() as worker:

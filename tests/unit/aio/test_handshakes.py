@@ -6,28 +6,25 @@ import resource
 import socket
 import ssl
 
-import pytest
 from structlog.testing import capture_logs
 
-from skep.aio.connections import handshakes
 from skep.aio.connections.handshakes import Handshakes
 
 
-async def test_a_handshake_that_meets_a_bug_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[object] = []
+async def test_a_handshake_that_meets_a_bug_ends_alone() -> None:
+    tried: list[asyncio.Protocol] = []
 
-    async def accept(*arguments: object, **_: object) -> None:
-        tried.append(arguments)
-        raise ValueError("a name that is none") if len(tried) == 1 else OSError("reset")
+    def new_protocol() -> asyncio.Protocol:
+        tried.append(asyncio.Protocol())
+        if len(tried) == 1:
+            raise ValueError("a name that is none")
+        return tried[-1]
 
-    monkeypatch.setattr(handshakes, "accept", accept)
     with socket.create_server(("127.0.0.1", 0)) as listener, capture_logs() as logs:
         listener.setblocking(False)
         async with asyncio.timeout(30), asyncio.TaskGroup() as group:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            accepting = group.create_task(
-                Handshakes(asyncio.Protocol, context).accept(listener, group)  # type: ignore[arg-type]
-            )
+            accepting = group.create_task(Handshakes(new_protocol, context).accept(listener, group))
             for number in (1, 2):
                 _, writer = await asyncio.open_connection(*listener.getsockname())
                 while len(tried) < number:  # noqa: ASYNC110
@@ -37,15 +34,13 @@ async def test_a_handshake_that_meets_a_bug_ends_alone(monkeypatch: pytest.Monke
     assert [one["event"] for one in logs if one["log_level"] == "error"] == ["handshake failed"]
 
 
-async def test_without_a_free_descriptor_connections_wait_until_there_is_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_without_a_free_descriptor_connections_wait_until_there_is_one() -> None:
     accepted = asyncio.Event()
 
-    async def accept(*_: object, **__: object) -> None:
+    def new_protocol() -> asyncio.Protocol:
         accepted.set()
+        return asyncio.Protocol()
 
-    monkeypatch.setattr(handshakes, "accept", accept)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with socket.create_server(("127.0.0.1", 0)) as listener, capture_logs() as logs:
         listener.setblocking(False)
@@ -56,7 +51,7 @@ async def test_without_a_free_descriptor_connections_wait_until_there_is_one(
                 resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
                 try:
                     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-                    server = Handshakes(asyncio.Protocol, context)  # type: ignore[arg-type]
+                    server = Handshakes(new_protocol, context)
                     accepting = group.create_task(server.accept(listener, group))
                     while not logs:  # noqa: ASYNC110
                         await asyncio.sleep(0.001)

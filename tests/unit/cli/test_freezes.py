@@ -5,12 +5,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from skep.cli.cluster import freezes
-from skep.cli.endpoint import HostOptions
+from skep.cli.cluster.freezes import shown_freezes
 from skep.cli.main import main
 from skep.cli.maintain.maintenance import require_unfrozen
 from skep.errors import FailedPrecondition
-from skep.model.options.freezes import ChangeFreeze, FreezesResponse, MaintenanceWindow
+from skep.model.options.freezes import ChangeFreeze
 from skep.model.values.times import Timestamp
 from tests.support.managers.upgraded_clusters import UpgradedCluster
 
@@ -36,17 +35,13 @@ def test_a_freeze_without_an_end_is_refused_before_any_request(words: str, why: 
     assert why in done.output
 
 
-async def test_freezes_are_listed_with_their_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def found(_: HostOptions) -> FreezesResponse:
-        return FreezesResponse(freezes={"": FREEZE, "shop": FREEZE}, window=MaintenanceWindow())
-
-    monkeypatch.setattr(freezes, "_freezes", found)
-    shown = await freezes._fetch(HostOptions())
-    assert list(shown.lines(None)) == [  # type: ignore[arg-type]
+def test_freezes_are_listed_with_their_reasons() -> None:
+    found = {"": FREEZE, "shop": FREEZE}
+    assert list(shown_freezes(found).lines(None)) == [  # type: ignore[arg-type]
         "the cluster is frozen until 2026-12-27 05:00 UTC by alice: holidays (strict)",
         "stack shop is frozen until 2026-12-27 05:00 UTC by alice: holidays (strict)",
     ]
-    assert list((await freezes._fetch(HostOptions(), "blog")).lines(None)) == ["Stack blog is not frozen."]  # type: ignore[arg-type]
+    assert list(shown_freezes(found, "blog").lines(None)) == ["Stack blog is not frozen."]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -104,10 +104,12 @@ def test_a_narrow_terminal_cuts_the_last_column_and_colors_only_terminals() -> N
 
 
 def test_no_color_is_honored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert Screen.present(is_wide=False).has_colors
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert not Screen.present(is_wide=False).has_colors
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal, os.fdopen(ours), open(os.devnull, "w") as nothing:
+        assert Screen.present(is_wide=False, output=terminal).has_colors
+        assert not Screen.present(is_wide=False, output=nothing).has_colors
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert not Screen.present(is_wide=False, output=terminal).has_colors
 
 
 def test_a_watch_goes_on_when_the_node_does_not_answer(capsys: pytest.CaptureFixture[str]) -> None:

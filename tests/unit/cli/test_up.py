@@ -4,11 +4,13 @@ import os
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
+from skep.api.client.client import ApiClient
 from skep.cli.main import main
 from skep.cli.stack.stack_screens import ProgressPrinter
 from skep.cli.start.machines import PORTS, PREFLIGHT, START, PreflightFacts, facts_of, problems
@@ -183,11 +185,10 @@ async def test_the_package_is_sent_installed_without_a_question_and_the_node_is_
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     start = START.replace("-S /run/skep/skep.sock", f"-e {tmp_path}/skep.sock").replace("-gt 60", "-gt 1")
-    monkeypatch.setattr("skep.cli.start.up.START", start)
     package = tmp_path / "skep_1.deb"
     package.write_bytes(os.urandom(300_000))
     wanted = DesiredCluster(package=package)
-    await install(TargetMachine.of("root@m1"), replace(GOOD, skep=""), wanted, ProgressPrinter())
+    await install(TargetMachine.of("root@m1"), replace(GOOD, skep=""), wanted, ProgressPrinter(), start)
     mode, _, words = (tmp_path / "installed").read_text().strip().partition(" ")
     assert (mode, (tmp_path / "content").read_bytes()) == ("644", package.read_bytes())
     assert " install -y " in words
@@ -198,7 +199,7 @@ async def test_the_package_is_sent_installed_without_a_question_and_the_node_is_
     (tmp_path / "skep.sock").unlink()
     (tmp_path / "broken").touch()
     with pytest.raises(Unavailable, match=r"^Skep does not start\. Run journalctl -u skep on the machine\.$"):
-        await install(TargetMachine.of("root@m1"), GOOD, wanted, ProgressPrinter())
+        await install(TargetMachine.of("root@m1"), GOOD, wanted, ProgressPrinter(), start)
 
 
 class Node:
@@ -218,11 +219,19 @@ class Node:
         return {"Swarm": {"LocalNodeState": self._state, "NodeID": "theirs"}}
 
 
+class MachineInCluster(TargetMachine, frozen=True):
+    """A machine that runs a node of a cluster."""
+
+    def client(self) -> ApiClient:
+        node: Any = Node("active")
+        return cast("ApiClient", node)
+
+
 async def test_a_machine_of_another_cluster_is_refused_and_one_of_this_is_left(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(TargetMachine, "client", lambda _: Node("active"))
-    rest = (TargetMachine.of("m2"), "Manager", "192.0.2.1:2377", {})
+    machine = TargetMachine.of("m2")
+    rest = (MachineInCluster(machine.word, machine.destination), "Manager", "192.0.2.1:2377", {})
     with pytest.raises(
         FailedPrecondition, match=r"it is in another cluster \(active\)\. Run docker swarm leave there"
     ):

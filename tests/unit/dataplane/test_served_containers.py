@@ -10,7 +10,6 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from skep.dataplane.net_process import served_containers
 from skep.dataplane.net_process.protocol import ContainerEndpoint, Named
 from skep.dataplane.net_process.served_container import ContainerRecord
 from skep.dataplane.net_process.served_containers import ServedContainers
@@ -124,15 +123,14 @@ async def test_what_keeps_a_container_from_being_written_is_logged_once(
 
 
 async def test_a_hanging_container_holds_up_no_other_network_and_is_written_by_one_thread_at_a_time(
-    serving: ServedContainers, spaces: Spaces, monkeypatch: pytest.MonkeyPatch
+    serving: ServedContainers, spaces: Spaces
 ) -> None:
-    monkeypatch.setattr(served_containers, "_REFRESH_S", 0.01)
     ends = spaces.hanging["both"] = asyncio.Event()
     tasks = []
     for _ in range(3):
         with pytest.raises(Unavailable, match="1 of 1 containers do not have"):
-            await serving.refresh([FIRST])
-        await serving.refresh([SECOND])
+            await serving.refresh([FIRST], within_s=0.01)
+        await serving.refresh([SECOND], within_s=0.01)
         tasks.append(len(asyncio.all_tasks()))
     assert spaces.written == ["one"]
     assert tasks[0] == tasks[-1], "none pile up behind it"

@@ -121,13 +121,13 @@ def test_other_mounts_stay_as_they_are(apis: ApiSockets, tmp_path: Path) -> None
     assert apis.give(points, OWN) == Given(points, False)
 
 
-def test_docker_s_directory_of_volumes_is_the_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    apis = ApiSockets([], tmp_path / "run", NONE.server, tmp_path / "volumes")
-    mount = Mount(type="bind", source="/var/lib/docker/volumes/", target="/v")
-    monkeypatch.setattr("os.path.exists", lambda _: False)
+def test_docker_s_directory_of_volumes_is_the_nodes(tmp_path: Path) -> None:
+    of_docker = tmp_path / "docker/volumes"
+    apis = ApiSockets([], tmp_path / "run", NONE.server, tmp_path / "volumes", of_docker)
+    mount = Mount(type="bind", source=f"{of_docker}/", target="/v")
     assert apis.give([bind(mount.source)], OWN) == Given((bind(tmp_path / "volumes"),), False)
     assert apis.others([mount]) == []
-    monkeypatch.setattr("os.path.exists", lambda _: True)
+    of_docker.mkdir(parents=True)
     assert apis.give([bind(mount.source)], OWN) == Given((bind(mount.source),), False), "an engine's"
     assert apis.others([mount]) == [mount]
 

@@ -73,8 +73,10 @@ def test_the_kernels_words_are_read_as_they_are() -> None:
 
 
 def test_a_machine_without_apparmor_needs_no_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(apparmor, "_KERNEL", tmp_path / "none")
-    assert (apparmor.is_supported(), apparmor.problem()) == (False, "")
+    a_machine_with_apparmor(monkeypatch, tmp_path, parser="exit 1")
+    assert apparmor.is_supported(tmp_path)
+    none = tmp_path / "none"
+    assert (apparmor.is_supported(none), apparmor.problem(none)) == (False, "")
 
 
 def a_machine_with_apparmor(
@@ -83,13 +85,15 @@ def a_machine_with_apparmor(
     """Returns the path to which its parser, which runs the shell commands ``parser``, writes the profile."""
     (directory / "apparmor_parser").write_text(f"#!/bin/sh\n{parser}\n")
     (directory / "apparmor_parser").chmod(0o755)
-    (directory / "enabled").write_text("Y\n")
-    (directory / "kernel").mkdir()
-    (directory / "kernel/profiles").write_text(loaded)
+    enabled, profiles = (
+        directory / "module/apparmor/parameters/enabled",
+        directory / "kernel/security/apparmor/profiles",
+    )
+    for path, text in ((enabled, "Y\n"), (profiles, loaded)):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
     monkeypatch.delenv("container", raising=False)
     monkeypatch.setenv("PATH", str(directory), prepend=":")
-    monkeypatch.setattr(apparmor, "_KERNEL", directory / "kernel")
-    monkeypatch.setattr(apparmor, "_ENABLED", directory / "enabled")
     return directory / "told"
 
 
@@ -97,7 +101,7 @@ def test_the_profile_is_loaded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     reported = a_machine_with_apparmor(
         monkeypatch, tmp_path, parser=f'echo "$@" > {tmp_path}/told; cat >> {tmp_path}/told'
     )
-    assert (apparmor.is_supported(), apparmor.problem()) == (True, "")
+    assert (apparmor.is_supported(tmp_path), apparmor.problem(tmp_path)) == (True, "")
     assert reported.read_text().startswith("-Kr\n")
     assert 'profile "docker-default"' in reported.read_text()
 
@@ -106,7 +110,7 @@ def test_a_profile_that_is_there_stays(monkeypatch: pytest.MonkeyPatch, tmp_path
     reported = a_machine_with_apparmor(
         monkeypatch, tmp_path, parser=f"touch {tmp_path}/told", loaded="docker-default (enforce)\n"
     )
-    assert apparmor.problem() == ""
+    assert apparmor.problem(tmp_path) == ""
     assert not reported.exists()
 
 
@@ -115,8 +119,8 @@ async def test_a_profile_that_is_refused_keeps_containers_from_starting_unconfin
 ) -> None:
     a_machine_with_apparmor(monkeypatch, tmp_path, parser="cat > /dev/null; echo 'syntax error' >&2; exit 1")
     refused = "AppArmor enabled on system but the docker-default profile could not be loaded: syntax error"
-    assert apparmor.problem() == refused
-    engine = memory_engine(tmp_path, Machine())
+    assert apparmor.problem(tmp_path) == refused
+    engine = memory_engine(tmp_path, Machine(tmp_path))
     async with engine.running():
         with pytest.raises(FailedPrecondition, match="could not be loaded: syntax error"):
             await engine.add(new_container("confined"))
@@ -130,13 +134,13 @@ async def test_a_profile_that_is_refused_keeps_containers_from_starting_unconfin
 async def test_a_profile_that_was_unloaded_is_loaded_for_the_next_container(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    profiles = tmp_path / "kernel/profiles"
+    profiles = tmp_path / "kernel/security/apparmor/profiles"
     reported = a_machine_with_apparmor(
         monkeypatch,
         tmp_path,
         parser=f"cat > {tmp_path}/told; echo 'docker-default (enforce)' > {profiles}",
     )
-    engine = memory_engine(tmp_path, Machine())
+    engine = memory_engine(tmp_path, Machine(tmp_path))
     async with engine.running():
         await engine.add(new_container("first"))
         reported.unlink()

@@ -2,27 +2,29 @@
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-
-import pytest
 
 from skep.engine.runtime.bundle import adapt_to_crun
 
 
-def adapted(source: Path, *options: str) -> list[str]:
+def adapted(source: Path, *options: str, **given: Any) -> list[str]:
     mount: dict[str, Any] = {"type": "bind", "source": str(source), "options": ["rbind", *options]}
-    adapt_to_crun([{"type": "proc", "source": "proc", "options": []}, mount])
+    adapt_to_crun([{"type": "proc", "source": "proc", "options": []}, mount], **given)
     return list(mount["options"][1:])
 
 
-def test_the_flags_of_the_source_are_kept_unless_the_user_clears_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC | os.ST_RDONLY
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=flags))
-    assert adapted(tmp_path, "rprivate") == ["rprivate", "ro", "nosuid", "nodev", "noexec"]
-    assert adapted(tmp_path, "exec", "nosuid", "rw") == ["exec", "nosuid", "rw", "nodev"]
+def test_the_flags_of_the_source_are_kept_unless_the_user_clears_them(tmp_path: Path) -> None:
+    found = {str(tmp_path): os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC | os.ST_RDONLY}
+    kept = adapted(tmp_path, "rprivate", flags_at=found.__getitem__)
+    assert kept == ["rprivate", "ro", "nosuid", "nodev", "noexec"]
+    cleared = adapted(tmp_path, "exec", "nosuid", "rw", flags_at=found.__getitem__)
+    assert cleared == ["exec", "nosuid", "rw", "nodev"]
+
+
+def test_the_flags_are_those_of_the_mount_that_has_the_source() -> None:
+    flags = os.statvfs("/proc").f_flag
+    named = {"ro": os.ST_RDONLY, "nosuid": os.ST_NOSUID, "nodev": os.ST_NODEV, "noexec": os.ST_NOEXEC}
+    assert adapted(Path("/proc")) == [name for name, flag in named.items() if flags & flag]
 
 
 def test_only_a_directory_is_recursively_read_only(tmp_path: Path) -> None:

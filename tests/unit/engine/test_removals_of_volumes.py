@@ -17,10 +17,11 @@ from skep.engine.engine import Engine
 from skep.engine.volumes.volume_plugins import VolumePlugins
 from skep.engine.volumes.volumes import Listing, VolumeInUse, Volumes
 from skep.errors import NotFound
-from skep.linux import mounting, trees
+from skep.linux import trees
 from skep.model.container import Mount
 from tests.support.engine.oci_rig import Machine, memory_engine
 from tests.support.engine.stub_engine import ID, a_container
+from tests.support.file_faults import file_faults
 from tests.support.managers.wire_rig import until
 from tests.support.storage.volume_plugin import TestPlugin
 
@@ -140,14 +141,11 @@ async def test_a_volume_stays_that_a_container_has_by_the_time_it_would_go(volum
     assert (volumes.path("data") / "old").exists()
 
 
-async def test_a_volume_that_is_unmounted_for_its_removal_stays_if_a_container_comes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_volume_that_is_unmounted_for_its_removal_stays_if_a_container_comes(tmp_path: Path) -> None:
     begun, go_on = tmp_path / "begun", tmp_path / "go-on"
     unmount = ("sh", "-c", f"touch {begun}; while [ ! -e {go_on} ]; do sleep 0.01; done")
-    volumes = Volumes(tmp_path / "volumes", command=unmount)
-    path = volumes.ensure("data", None, {"type": "tmpfs", "device": "tmpfs"})
-    monkeypatch.setattr(mounting, "mount_targets", lambda: set() if go_on.exists() else {str(path)})
+    volumes = Volumes(tmp_path / "volumes", command=unmount, is_mount_point=lambda _: not go_on.exists())
+    volumes.ensure("data", None, {"type": "tmpfs", "device": "tmpfs"})
     containers: list[Container] = []
     removal = asyncio.create_task(removed(volumes, lambda: containers))
     await until(begun.exists)
@@ -178,22 +176,22 @@ async def test_an_anonymous_volume_stays_as_long_as_another_container_has_it(vol
     assert volumes.names() == []
 
 
-async def test_pruning_leaves_a_volume_that_a_container_has_by_then(
-    volumes: Volumes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    volumes.ensure("free")
+async def test_pruning_leaves_a_volume_that_a_container_has_by_then(volumes: Volumes, tmp_path: Path) -> None:
+    (volumes.ensure("free") / "file").write_text("free")
     containers: list[Container] = []
 
-    async def walk_tree(*_: object) -> int:
-        containers[:] = [a_user()]
-        return 4
+    def create_first(_call: str, path: Path) -> None:
+        if path == volumes.path("data"):
+            containers[:] = [a_user()]
 
-    monkeypatch.setattr(routes, "walk_tree", walk_tree)
     app = application(routes.volume_routes(volumes, lambda: containers))
     async with TestClient(TestServer(app)) as api:
         twice = await api.post('/v1.42/volumes/prune?filters={"all":["1","true"]}')
         refusal = "invalid filter 'all=[1 true]': only one value is expected"
         assert (twice.status, (await twice.json())["message"]) == (400, refusal)
-        response = await api.post('/v1.42/volumes/prune?filters={"all":["1"]}')
+        assert containers == []
+        with file_faults(tmp_path) as faults:
+            faults.before_each = create_first
+            response = await api.post('/v1.42/volumes/prune?filters={"all":["1"]}')
         assert await response.json() == {"VolumesDeleted": ["free"], "SpaceReclaimed": 4}
     assert volumes.names() == ["data"]

@@ -1,11 +1,10 @@
 """Calls of volume plug-ins: which of them say that one does not respond, and which files they read."""
 
 import asyncio
+import errno
 import os
-import ssl
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,6 +20,7 @@ from skep.engine.volumes.volume_plugins import (
 from skep.engine.volumes.volumes import Volumes
 from skep.errors import Unavailable
 from tests.support.engine.oci_rig import Machine, memory_engine
+from tests.support.file_faults import file_faults
 from tests.support.storage.volume_plugin import TestPlugin
 
 
@@ -99,18 +99,24 @@ async def test_a_pipe_in_place_of_a_certificate_holds_nothing_up(tmp_path: Path)
         await VolumePlugins(tmp_path / "sockets", (tmp_path,)).get("disks")
 
 
-async def test_certificates_are_read_in_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[int] = []
+async def test_certificates_are_read_in_a_thread(tmp_path: Path) -> None:
+    certificate, threads = tmp_path / "ca.pem", set[int]()
+    certificate.write_text("")
+    (tmp_path / "disks.json").write_text(
+        f'{{"Addr": "tcp://127.0.0.1:9", "TLSConfig": {{"CAFile": "{certificate}"}}}}'
+    )
 
-    def read(**_: Any) -> Any:
-        threads.append(threading.get_ident())
-        raise OSError("cannot be read")
+    def is_certificate(_call: str, path: Path) -> bool:
+        if path == certificate:
+            threads.add(threading.get_ident())
+        return path == certificate
 
-    monkeypatch.setattr(ssl, "create_default_context", read)
-    (tmp_path / "disks.json").write_text('{"Addr": "tcp://127.0.0.1:9", "TLSConfig": {}}')
-    with pytest.raises(Unavailable, match="cannot be read"):
-        await VolumePlugins(tmp_path / "sockets", (tmp_path,)).get("disks")
-    assert threads != [threading.get_ident()]
+    with file_faults(tmp_path) as faults:
+        faults.choose(errno.EIO, is_certificate)
+        with pytest.raises(Unavailable, match="Input/output error"):
+            await VolumePlugins(tmp_path / "sockets", (tmp_path,)).get("disks")
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 async def test_an_unmount_that_failed_is_tried_again(tmp_path: Path) -> None:

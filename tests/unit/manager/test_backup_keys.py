@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,6 @@ from skep.aio.clock import SystemClock
 from skep.api.backups import BackupRequest, Opener, key_of, new_header
 from skep.bootstrap import ManagerConfig
 from skep.errors import Unavailable
-from skep.manager.storage import backup
 from skep.manager.storage.backup import Backups
 from skep.model.values.ids import NodeId
 from skep.store.etcd.encryption.cipher import KEY_BYTES
@@ -37,10 +37,10 @@ class Snapshots:
         yield DATABASE + hashlib.sha256(DATABASE).digest()
 
 
-async def a_backup(monkeypatch: pytest.MonkeyPatch, before: bytes, during: bytes) -> bytes:
+async def a_backup(before: bytes, during: bytes) -> bytes:
     """The wrapping keys in a backup that is whole; ``during``: those on the disk from the snapshot on."""
     kept = [before]
-    monkeypatch.setattr(backup, "EtcdClient", lambda _: Snapshots(lambda: kept.append(during)))
+    etcd: Any = Snapshots(lambda: kept.append(during))
     cluster = Cluster()
     await cluster.store.update(cluster._found)
     config = ManagerConfig(
@@ -54,7 +54,7 @@ async def a_backup(monkeypatch: pytest.MonkeyPatch, before: bytes, during: bytes
     )
     header = new_header("hkdf")
     request = BackupRequest(header=header, key=key_of(b"k" * 32, header))
-    backups = Backups(config, cluster.store, lambda: kept[-1], SystemClock())
+    backups = Backups(config, cluster.store, lambda: kept[-1], SystemClock(), connect=lambda _: etcd)
     sealer = backups.begin(request)
     opener = Opener(request.key)
     async for piece in backups.pieces(sealer):
@@ -62,9 +62,9 @@ async def a_backup(monkeypatch: pytest.MonkeyPatch, before: bytes, during: bytes
     return opener.check_whole().wrapping_key
 
 
-async def test_a_backup_during_which_the_store_may_have_come_under_another_key_is_not_whole(monkeypatch):
+async def test_a_backup_during_which_the_store_may_have_come_under_another_key_is_not_whole():
     with pytest.raises(Unavailable, match="run the backup again"):
-        await a_backup(monkeypatch, PRESENT, PRESENT + NEXT)
+        await a_backup(PRESENT, PRESENT + NEXT)
 
 
 @pytest.mark.parametrize(
@@ -72,5 +72,5 @@ async def test_a_backup_during_which_the_store_may_have_come_under_another_key_i
     [(PRESENT, PRESENT), (PRESENT + NEXT, PRESENT + NEXT), (PRESENT + NEXT, NEXT)],
     ids=["one key", "a replacement under way", "a replacement that ends"],
 )
-async def test_a_backup_has_every_key_that_the_store_may_be_under(monkeypatch, before, during):
-    assert await a_backup(monkeypatch, before, during) == before
+async def test_a_backup_has_every_key_that_the_store_may_be_under(before, during):
+    assert await a_backup(before, during) == before

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.configuration.configuration import Configuration
-from skep.engine.log_drivers import journald
+from skep.engine.log_drivers.drivers import JOURNAL
 from skep.model.node import NodeDescription
 from skep.model.node_reports.conditions import condition_messages
 from skep.model.options.constraints import is_satisfied
@@ -30,26 +30,24 @@ MACHINE = Machine(
 )
 
 
-def described(features: Features) -> NodeDescription:
+def described(features: Features, journal: Path = JOURNAL) -> NodeDescription:
     offers = ResourceReader(SystemClock(), Configuration)
     conditions = Conditions(SystemClock())
     return NodeDescriber(
         MACHINE, features, offers, conditions, dict, image_port=lambda: 0, has_probes=False
-    ).describe()
+    ).describe(journal=journal)
 
 
 def plugins(description: NodeDescription, type: str) -> set[str]:
     return {one.name for one in description.engine.plugins if one.type == type}
 
 
-def test_the_log_drivers_that_the_node_has_are_announced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(journald, "SOCKET", tmp_path / "journal")
+def test_the_log_drivers_that_the_node_has_are_announced(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
     everywhere = {"json-file", "local", "syslog", "gelf", "fluentd", "splunk"}
-    assert plugins(described(Features()), "Log") == everywhere
-    (tmp_path / "journal").touch()
-    assert plugins(described(Features()), "Log") == {*everywhere, "journald"}
+    assert plugins(described(Features(), journal), "Log") == everywhere
+    journal.touch()
+    assert plugins(described(Features(), journal), "Log") == {*everywhere, "journald"}
 
 
 def test_a_description_that_is_cut_is_a_condition_of_the_node_until_it_fits() -> None:

@@ -11,7 +11,6 @@ from skep.api.errors import Untranslated
 from skep.errors import InvalidArgument
 from skep.model.swarm import CAConfig, DispatcherConfig, SwarmSpec
 from skep.model.values.times import SECOND_NS
-from skep.node.cluster import founding
 from skep.node.cluster.founding import check_listening, check_settings, chosen_peer_addr, peer_warning
 
 
@@ -90,14 +89,12 @@ def test_managers_side_by_side_take_none_of_each_others_ports(first: int) -> Non
     assert len(listening) == 6
 
 
-def test_a_listen_port_that_is_etcds_of_the_default_manager_is_refused_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(founding, "bind_error", taken("0.0.0.0:2378", "0.0.0.0:2379"))
+def test_a_listen_port_that_is_etcds_of_the_default_manager_is_refused_with_the_reason() -> None:
+    refusal = taken("0.0.0.0:2378", "0.0.0.0:2379")
     with pytest.raises(Untranslated, match=r"address already in use .etcd of a manager at 2377 has it"):
-        check_listening("0.0.0.0:2378")
+        check_listening("0.0.0.0:2378", refusal=refusal)
     with pytest.raises(Untranslated, match=r"address already in use$"):
-        check_listening("0.0.0.0:2379")
+        check_listening("0.0.0.0:2379", refusal=refusal)
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from skep.aio.clock import SystemClock
 from skep.engine.confinement.cgroups import Cgroups
 from skep.node.host.machine import this_machine
-from skep.node.telemetry import load as module
 from skep.node.telemetry.load import (
     SAMPLE_S,
     TIME_CONSTANT_S,
     LoadMeter,
     LoadReading,
     Measured,
+    Smoothing,
     measured,
     reader_of,
     reading_of_machine,
@@ -177,9 +177,8 @@ def per_sample(average: float, share: float, elapsed_s: float) -> float:
 
 
 @pytest.mark.parametrize("twin", [undamped, per_sample])
-def test_wrong_twins_are_rejected(twin: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "smoothed", twin)
-    state: Measured = measured(None, LoadReading(busy=0, capacity=0, memory=0), 0.0)
-    state = measured(state, LoadReading(busy=0, capacity=30, memory=0), 30.0)
-    state = measured(state, LoadReading(busy=1, capacity=31, memory=0), 31.0)
+def test_wrong_twins_are_rejected(twin: Smoothing) -> None:
+    state: Measured = measured(None, LoadReading(busy=0, capacity=0, memory=0), 0.0, twin)
+    state = measured(state, LoadReading(busy=0, capacity=30, memory=0), 30.0, twin)
+    state = measured(state, LoadReading(busy=1, capacity=31, memory=0), 31.0, twin)
     assert state.load != pytest.approx(-math.expm1(-1 / TIME_CONSTANT_S))

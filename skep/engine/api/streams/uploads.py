@@ -51,10 +51,15 @@ async def drain(request: web.Request) -> None:
         return
 
 
-async def send_piece(request: web.Request, response: web.StreamResponse, piece: bytes) -> None:
-    """Send a piece of an archive.  Raises: ConnectionResetError: the client reads nothing, or has disconnected."""
+async def send_piece(
+    request: web.Request, response: web.StreamResponse, piece: bytes, taken_s: float = TAKEN_S
+) -> None:
+    """Send a piece of an archive.
+
+    Raises: ConnectionResetError: the client reads nothing for ``taken_s``, or has disconnected.
+    """
     try:
-        async with asyncio.timeout(TAKEN_S):
+        async with asyncio.timeout(taken_s):
             await response.write(piece)
     except TimeoutError as error:  # otherwise the source would stay on the disk, or mounted
         if request.transport is not None:

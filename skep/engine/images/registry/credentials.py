@@ -98,8 +98,9 @@ class _Output(msgspec.Struct, frozen=True, rename="pascal"):
 class CredentialHelpers:
     """Runs credential helpers.  Credentials stay in memory, and are never logged."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, deadline_s: float = _DEADLINE_S) -> None:
         self._clock = clock
+        self._deadline_s = deadline_s
         self._kept: dict[tuple[str, str], tuple[float, Provided]] = {}
         self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
@@ -120,7 +121,8 @@ class CredentialHelpers:
             is_recent = self._clock.monotonic() - found_at < _KEPT_S and (not fresh or found_at > asked_at)
             if found is not None and is_recent:
                 return msgspec.structs.replace(found, is_kept=True)
-            provided = await _run_helper(helper, _INDEX if domain == DEFAULT_DOMAIN else domain)
+            server = _INDEX if domain == DEFAULT_DOMAIN else domain
+            provided = await _run_helper(helper, server, self._deadline_s)
             if provided.problem:
                 log.warning(
                     "credential helper failed", helper=helper, registry=domain, reason=provided.problem
@@ -132,7 +134,7 @@ class CredentialHelpers:
             return provided
 
 
-async def _run_helper(helper: str, server: str) -> Provided:
+async def _run_helper(helper: str, server: str, deadline_s: float) -> Provided:
     """Run ``docker-credential-<helper> get``, within bounds of time and output."""
     name = f"docker-credential-{helper}"
     try:
@@ -147,11 +149,11 @@ async def _run_helper(helper: str, server: str) -> Provided:
     except OSError as error:
         return _failed(name, (error.strerror or str(error)).lower())
     try:
-        async with unless_done(partial(_end, process)), asyncio.timeout(_DEADLINE_S):
+        async with unless_done(partial(_end, process)), asyncio.timeout(deadline_s):
             output = await _output(process, server)
             status = await process.wait()
     except TimeoutError:
-        return _failed(name, f"no response within {_DEADLINE_S:g} s")
+        return _failed(name, f"no response within {deadline_s:g} s")
     except _TooLong:
         return _failed(name, f"its output is longer than {_OUTPUT_BYTES_MAX} bytes")
     text = output.decode(errors="replace").strip()

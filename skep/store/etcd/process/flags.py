@@ -68,6 +68,8 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
         joins: All members of the cluster that it joins at its first start, including itself.  Empty for a new cluster.
         has_hosts: Whether it resolves its peers with its own hosts file, which is in its directory.
         ready_s: Seconds after which a single member that is not ready has failed.
+        timers_ms: Heartbeat and election timeout among several members.
+        solo_timers_ms: The same for a single member.
         is_fsync_off: For tests.
     """
 
@@ -82,6 +84,8 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
     has_hosts: bool = False
     quota_bytes: int = QUOTA_BYTES
     ready_s: float = 30.0
+    timers_ms: tuple[int, int] = TIMERS_MS
+    solo_timers_ms: tuple[int, int] = SOLO_TIMERS_MS
     is_fsync_off: bool = False
     is_debug: bool = False
     is_sealed_off: bool = False
@@ -160,7 +164,7 @@ def arguments(settings: MemberSettings, version: tuple[int, int, int]) -> list[s
 def _timers_ms(settings: MemberSettings) -> tuple[int, int]:
     if settings.is_sealed_off:
         return SEALED_OFF_TIMERS_MS
-    return SOLO_TIMERS_MS if settings.is_solo else TIMERS_MS
+    return settings.solo_timers_ms if settings.is_solo else settings.timers_ms
 
 
 def _initial_cluster(settings: MemberSettings) -> str:

@@ -213,23 +213,22 @@ async def test_a_namespace_that_cannot_be_put_right_is_tried_less_and_less_often
     assert well.compared > 2 * broken.compared
 
 
-async def test_a_loop_that_meets_a_bug_is_begun_again_and_nothing_is_forgotten(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+class Failing(Healer):
+    """Its first rounds meet ``bugs``."""
+
+    bugs: list[Exception]
+
+    async def check_all(self) -> None:
+        if self.bugs:
+            raise self.bugs.pop()
+        await super().check_all()
+
+
+async def test_a_loop_that_meets_a_bug_is_begun_again_and_nothing_is_forgotten() -> None:
     clock = Stopwatch()
-    healing = Healer(Namespaces(Path("/none")), clock, Repairs(), rng=lambda: 0.5)
-    well, go_round, bugs = (
-        Slow(clock, 0.001),
-        healing.check_all,
-        [KeyError("bug"), OSError(24, "no descriptor")],
-    )
-
-    async def failing() -> None:
-        if bugs:
-            raise bugs.pop()
-        await go_round()
-
-    monkeypatch.setattr(healing, "check_all", failing)
+    healing = Failing(Namespaces(Path("/none")), clock, Repairs(), rng=lambda: 0.5)
+    healing.bugs = [KeyError("bug"), OSError(24, "no descriptor")]
+    well = Slow(clock, 0.001)
     healing.take_turns(well)
     task = asyncio.get_running_loop().create_task(healing.run())
     while well.compared < 5 and not task.done():  # noqa: ASYNC110  # there is no event

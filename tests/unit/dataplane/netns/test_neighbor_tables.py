@@ -1,6 +1,7 @@
 """Limits and overflows of the kernel's tables of neighbors."""
 
 import asyncio
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from skep.dataplane.netns.kernel.neighbor_tables import (
 from skep.model.node import EngineDescription, NodeDescription
 from skep.model.node_reports.conditions import ConditionName, condition_label, network_conditions
 from skep.node.host.conditions import Conditions
+from tests.support.file_faults import file_faults
 
 HEAD = (
     "entries allocs destroys hash_grows lookups hits res_failed rcv_m rcv_u periodic forced unres table_fulls"
@@ -46,14 +48,20 @@ def test_limits_are_raised_and_never_lowered(tmp_path: Path) -> None:
     }
 
 
-def test_a_limit_that_may_not_be_raised_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_that_may_not_be_raised_is_named(tmp_path: Path) -> None:
     limits(tmp_path, "ipv4", gc_thresh1=10**6, gc_thresh2=10**6, gc_thresh3=1024)
+    refused = tmp_path / "ipv4/neigh/default/gc_thresh3"
+    opened: list[str] = []
 
-    def refuse(path: Path, text: str) -> int:
-        raise PermissionError(13, "Permission denied")
+    def is_written(call: str, path: Path) -> bool:
+        """It is read first."""
+        if call == "open" and path == refused:
+            opened.append(call)
+        return len(opened) == 2 and path == refused
 
-    monkeypatch.setattr(Path, "write_text", refuse)
-    assert raised(tmp_path) == f"{tmp_path}/ipv4/neigh/default/gc_thresh3: Permission denied"
+    with file_faults(tmp_path) as faults:
+        faults.choose(errno.EACCES, is_written)
+        assert raised(tmp_path) == f"{refused}: Permission denied"
 
 
 def test_overflows_of_all_processors_and_both_versions_are_counted(tmp_path: Path) -> None:

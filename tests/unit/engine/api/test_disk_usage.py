@@ -1,5 +1,6 @@
 """``GET /system/df``: what it counts by the version, and what goes away while it counts."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from skep.engine.build.cache.cache import CacheMounts
 from skep.engine.engine import Engine
 from skep.engine.images.store import ImageStore
 from tests.support.engine.oci_rig import Machine, memory_engine
+from tests.support.file_faults import file_faults
 
 Api = TestClient[Any, Any]
 
@@ -34,17 +36,22 @@ async def api(engine: Engine, tmp_path: Path) -> AsyncIterator[Api]:
 
 
 async def test_a_volume_that_is_removed_meanwhile_is_left_out(
-    api: Api, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    api: Api, engine: Engine, tmp_path: Path
 ) -> None:
     for name in ("going", "kept"):
-        engine.volumes.ensure(name)
+        (engine.volumes.ensure(name) / "file").write_text("1234567")
+    loop, going = asyncio.get_running_loop(), engine.volumes.path("going")
+    walked: list[str] = []
 
-    async def walk_tree(*_: object) -> int:
-        await engine.volumes.remove("going", engine.list)
-        return 7
+    def remove_first(call: str, path: Path) -> None:
+        if path == going and not walked:
+            walked.append(call)
+            asyncio.run_coroutine_threadsafe(engine.volumes.remove("going", engine.list), loop).result(60)
 
-    monkeypatch.setattr(disk_usage, "walk_tree", walk_tree)
-    response = await (await api.get("/v1.47/system/df?type=volume")).json()
+    with file_faults(tmp_path) as faults:
+        faults.before_each = remove_first
+        response = await (await api.get("/v1.47/system/df?type=volume")).json()
+    assert walked
     shown = [(one["Name"], one["UsageData"]) for one in response["Volumes"]]
     assert shown == [("kept", {"RefCount": 0, "Size": 7})]
     assert response["Images"] is response["Containers"] is response["BuildCache"] is None

@@ -4,17 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import pytest
 from aiohttp import web
 
 from skep.engine.api import files
-from skep.engine.api.streams import uploads
 
 
-async def test_a_client_that_takes_nothing_of_an_archive_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(uploads, "TAKEN_S", 0.2)
+async def test_a_client_that_takes_nothing_of_an_archive_is_given_up(tmp_path: Path) -> None:
     ended = asyncio.Event()
 
     async def endless() -> AsyncIterator[bytes]:
@@ -23,7 +18,7 @@ async def test_a_client_that_takes_nothing_of_an_archive_is_given_up(
 
     async def handle(request: web.Request) -> web.StreamResponse:
         try:
-            return await files.send_archive(request, endless(), {})
+            return await files.send_archive(request, endless(), {}, taken_s=0.2)
         finally:
             ended.set()
 

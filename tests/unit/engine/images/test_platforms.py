@@ -2,7 +2,6 @@
 
 import pytest
 
-from skep.engine.images import platforms
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import Image, ImageConfig
 from skep.engine.images.platforms import (
@@ -81,14 +80,13 @@ def test_the_variant_of_a_processor_is_in_its_flags(flags: list[str], variant: s
     assert amd64_variant(flags) == variant
 
 
-def test_without_a_platform_it_is_what_this_machine_runs_at_best(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_platform_it_is_what_this_machine_runs_at_best() -> None:
     assert best_platform() == normalized(best_platform())
-    monkeypatch.setattr(platforms, "best_platform", lambda: ImagePlatform("linux", "amd64", "v3"))
-    monkeypatch.setattr(platforms, "this_platform", lambda: ImagePlatform("linux", "amd64"))
+    here = ImagePlatform("linux", "amd64", "v3")
     offered = [entry("linux/amd64/v4"), entry("linux/amd64"), entry("linux/amd64/v3")]
-    assert choose(offered).digest == "linux/amd64/v3"
+    assert choose(offered, here=here).digest == "linux/amd64/v3"
     with pytest.raises(NotFound, match=r"^no matching manifest for linux/amd64 in"):
-        choose(offered[:1])
+        choose(offered[:1], here=here)
 
 
 def test_what_a_registry_calls_a_platform_may_be_anything() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from aiohttp import web
@@ -13,10 +14,11 @@ from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument
 from skep.manager.control.validation.new_objects import visible_to
 from skep.manager.journal.reading import HistoryQuery
+from skep.manager.routes.access import MANAGER, ManagerApi
 from skep.manager.routes.extensions.history import limited, query_of
 from skep.manager.routes.guard import audit
 from skep.manager.routes.guard.audit import about, with_outcome
-from skep.model.history import By, EntryType, JournalEntry, Severity, masked, masked_text, without_credentials
+from skep.model.history import EntryType, JournalEntry, Severity, masked, masked_text, without_credentials
 from skep.model.permissions.access import ALL, Binding, Identity, Origin, Role
 from skep.model.values.ids import ServiceId
 from skep.store.state import State
@@ -168,34 +170,39 @@ def test_errors_with_urls_are_masked_and_services_of_then_as_well() -> None:
         assert one.task_template.container_spec.env == ("A_TOKEN=***", "B=y")
 
 
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[JournalEntry]:
-    """What the journal of a manager is given."""
-    entries: list[JournalEntry] = []
-    manager = SimpleNamespace(
-        journal=SimpleNamespace(record=entries.append), store=SimpleNamespace(view=a_view), own="m1"
+def a_manager(recorded: list[JournalEntry]) -> web.Application:
+    """Returns the application of a manager whose journal is given the entries ``recorded``."""
+    app = web.Application()
+    app[MANAGER] = cast(
+        "ManagerApi",
+        SimpleNamespace(
+            journal=SimpleNamespace(record=recorded.append), store=SimpleNamespace(view=a_view), own="m1"
+        ),
     )
-    monkeypatch.setattr(audit, "manager_of", lambda _: manager)
-    monkeypatch.setattr(audit, "client_of", lambda _: By())
-    return entries
+    return app
 
 
-async def test_a_response_does_not_wait_for_its_entry(recorded: list[JournalEntry]) -> None:
+async def test_a_response_does_not_wait_for_its_entry() -> None:
+    recorded: list[JournalEntry] = []
+    request = make_mocked_request("POST", "/services/create", app=a_manager(recorded))
+
     async def respond(_: web.Request) -> web.StreamResponse:
         return web.json_response({"ID": "s1"}, status=201)
 
-    response = await audit.record_request(make_mocked_request("POST", "/services/create"), respond)
+    response = await audit.record_request(request, respond)
     assert (response.status, recorded) == (201, [])
     await asyncio.sleep(0)  # one turn of the event loop
     assert [(one.status, one.object_id) for one in recorded] == [(201, "s1")]
 
 
-async def test_a_request_whose_client_has_gone_is_recorded(recorded: list[JournalEntry]) -> None:
+async def test_a_request_whose_client_has_gone_is_recorded() -> None:
+    recorded: list[JournalEntry] = []
+
     async def wait(_: web.Request) -> web.StreamResponse:
         await asyncio.Event().wait()
         raise AssertionError("unreachable")
 
-    request = make_mocked_request("DELETE", "/services/web")
+    request = make_mocked_request("DELETE", "/services/web", app=a_manager(recorded))
     serving = asyncio.ensure_future(audit.record_request(request, wait))
     await asyncio.sleep(0)
     serving.cancel()
@@ -207,11 +214,14 @@ async def test_a_request_whose_client_has_gone_is_recorded(recorded: list[Journa
     assert "refused" not in entry.message
 
 
-async def test_a_route_that_is_none_is_no_internal_error(recorded: list[JournalEntry]) -> None:
+async def test_a_route_that_is_none_is_no_internal_error() -> None:
+    recorded: list[JournalEntry] = []
+    request = make_mocked_request("POST", "/services/web/nothing", app=a_manager(recorded))
+
     async def refuse(_: web.Request) -> web.StreamResponse:
         raise web.HTTPNotFound
 
     with pytest.raises(web.HTTPNotFound):
-        await audit.record_request(make_mocked_request("POST", "/services/web/nothing"), refuse)
+        await audit.record_request(request, refuse)
     (entry,) = recorded
     assert (entry.status, entry.message) == (404, "nothing service web: refused with 404: Not Found")
