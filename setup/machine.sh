@@ -6,11 +6,11 @@ know_suite() {
     bookworm | trixie)
         distribution=debian components=main updates=$1-updates kernel=linux-image-cloud-amd64 script=sid
         ;;
-    noble)
+    noble | resolute)
         distribution=ubuntu components=main,universe updates="$1-updates $1-security" kernel=linux-image-virtual
         script=gutsy # of all of Ubuntu's
         ;;
-    *) fail "the suite $1 is not known here" "bookworm, trixie or noble" ;;
+    *) fail "the suite $1 is not known here" "bookworm, trixie, noble or resolute" ;;
     esac
 }
 
