@@ -14,6 +14,7 @@ PATH=$PATH:/usr/sbin:/sbin
 present() {
     case $1 in
     unpacked:*) [ -x "$target/${1#unpacked:}" ] ;;
+    *,*) present "${1%%,*}" || present "${1#*,}" ;;
     module:*) "$python" -c "import ${1#module:}" 2>/dev/null ;;
     # Unquoted: the pattern is expanded here; the first match has to exist.
     */*) set -- $1 && [ -e "$1" ] ;;
