@@ -121,13 +121,17 @@ with_apt() {
 }
 
 with_tarball() {
-    [ "$(uname -m)" = x86_64 ] || fail "the architecture $(uname -m) is not supported" "x86_64 is"
+    case $(uname -m) in
+    x86_64) loader=/lib64/ld-linux-x86-64.so.2 ;;
+    aarch64) loader=/lib/ld-linux-aarch64.so.1 ;;
+    *) fail "the architecture $(uname -m) is not supported" "x86_64 and aarch64 are" ;;
+    esac
     name=skep-$version-linux-$(uname -m)
     if [ "$(readlink "$place/current" 2>/dev/null)" = "$place/$name" ] && [ -x "$place/$name/bin/skep" ]; then
         say "$version is already installed in $place"
         return
     fi
-    [ -e /lib64/ld-linux-x86-64.so.2 ] || fail "this system has no GNU C library, which the tarball needs" \
+    [ -e "$loader" ] || fail "this system has no GNU C library, which the tarball needs" \
         "use a distribution with glibc (Alpine has none)"
     checked "$name.tar.gz"
     rm -rf "$place/$name.new"

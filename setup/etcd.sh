@@ -1,5 +1,5 @@
 #!/bin/bash
-# Places etcd, etcdctl and etcdutl, 3.5.16 or newer, in a directory: etcd.sh DIRECTORY
+# Places etcd, etcdctl and etcdutl, 3.5.16 or newer, in a directory: etcd.sh DIRECTORY [ARCHITECTURE]
 #
 # They are unpacked from the distribution's packages but not installed, because the installation
 # would start an etcd service on the machine.  apt checks their signatures with the distribution's
@@ -11,18 +11,22 @@ cd "$(dirname "$0")"
 
 oldest=3.5.16
 target=$1
+native=$(dpkg --print-architecture 2>/dev/null || true)
+architecture=${2:-$native}
 packages="etcd-server etcd-client"
 
-# acceptable BINARY: 3.6.0 to 3.6.4 lose members when they start on data of 3.5.
+# acceptable VERSION: 3.6.0 to 3.6.4 lose members when they start on data of 3.5.
 acceptable() {
-    local version
-    version=$("$1" --version 2>/dev/null | sed -n 's/^etcd Version: //p') || return 1
+    local version=$1
     [ -n "$version" ] && at_least "$version" "$oldest" || return 1
     ! at_least "$version" 3.6.0 || at_least "$version" 3.6.5
 }
 
+# version_of BINARY: prints the version of etcd, or nothing.
+version_of() { "$1" --version 2>/dev/null | sed -n 's/^etcd Version: //p'; }
+
 # Set-up may run at every make, and then costs only a look at the three files.
-if [ -x "$target/etcdctl" ] && [ -x "$target/etcdutl" ] && acceptable "$target/etcd"; then
+if [ -x "$target/etcdctl" ] && [ -x "$target/etcdutl" ] && acceptable "$(version_of "$target/etcd")"; then
     exit 0
 fi
 
@@ -42,7 +46,13 @@ unpack() {
     for package in "$work"/*.deb; do
         dpkg-deb -x "$package" "$work/unpacked"
     done
-    acceptable "$work/unpacked/usr/bin/etcd" && [ -x "$work/unpacked/usr/bin/etcdutl" ]
+    # A program for another processor does not run here, so its package says which version it is.
+    if [ "$architecture" = "$native" ]; then
+        version=$(version_of "$work/unpacked/usr/bin/etcd")
+    else
+        version=$(dpkg-deb -f "$work"/etcd-server_*.deb Version | sed 's/-.*//')
+    fi
+    acceptable "$version" && [ -x "$work/unpacked/usr/bin/etcdutl" ]
 }
 
 # place: puts all three into the directory, each replaced in one step.
@@ -53,14 +63,14 @@ place() {
         install -m 0755 "$work/unpacked/usr/bin/$name" "$target/.$name.new"
         mv "$target/.$name.new" "$target/$name"
     done
-    say "etcd $("$target/etcd" --version | sed -n 's/^etcd Version: //p') is in $target"
+    say "etcd $version is in $target"
 }
 
 # The user _apt may not read root's private directory.  The signatures are still checked.
 private="-o APT::Sandbox::User=root"
 
 candidate=$(apt-cache policy etcd-server 2>/dev/null | sed -n 's/^ *Candidate: //p')
-if [ -n "$candidate" ] && [ "$candidate" != "(none)" ] && at_least "${candidate%%-*}" "$oldest"; then
+if [ "$architecture" = "$native" ] && [ -n "$candidate" ] && [ "$candidate" != "(none)" ] && at_least "${candidate%%-*}" "$oldest"; then
     if unpack $private; then
         place
         exit 0
@@ -82,12 +92,12 @@ for suite in $suites; do
     say "fetching etcd from the suite $suite"
     # The options are words without blanks, meant to be split.
     # shellcheck disable=SC2086
-    if use_suite "$work" "$mirror" "$suite" "$component" "$keyring" >"$work/log" 2>&1 && unpack $suite_options; then
+    if use_suite "$work" "$mirror" "$suite" "$component" "$keyring" "$architecture" >"$work/log" 2>&1 && unpack $suite_options; then
         place
         exit 0
     fi
 done
 cat "$work/log" >&2
-fail "no suite of $name has an etcd of $oldest or newer that runs here (tried: $suites)" \
+fail "no suite of $name has an etcd of $oldest or newer for $architecture (tried: $suites)" \
     "check the machine's way to its package mirror (above: what apt said)," \
     "or put etcd, etcdctl and etcdutl into $target"

@@ -6,11 +6,11 @@ know_suite() {
     bookworm | trixie)
         distribution=debian components=main updates=$1-updates kernel=linux-image-cloud-amd64 script=sid
         ;;
-    noble)
+    noble | resolute)
         distribution=ubuntu components=main,universe updates="$1-updates $1-security" kernel=linux-image-virtual
         script=gutsy # of all of Ubuntu's
         ;;
-    *) fail "the suite $1 is not known here" "bookworm, trixie or noble" ;;
+    *) fail "the suite $1 is not known here" "bookworm, trixie, noble or resolute" ;;
     esac
 }
 
@@ -35,14 +35,38 @@ keyring_of() {
     echo "$keyring"
 }
 
-# make_system SUITE DIRECTORY [PACKAGES]: creates the suite's base system with python3 and PACKAGES (separated by commas).
+# emulate ARCHITECTURE DIRECTORY: has the kernel run programs of another processor by qemu's user emulation, which is unpacked
+# into the directory and not installed.  stop_emulation ends that.  A handler that the machine has already is used and stays.
+emulate() {
+    local handlers=/proc/sys/fs/binfmt_misc magic
+    case $1 in
+    # An ELF header: 64 bits, little endian, and the processor's number.
+    arm64) emulator=qemu-aarch64 magic='\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00' ;;
+    *) fail "$1 is not emulated here" "arm64 is" ;;
+    esac
+    [ -e $handlers/register ] || mount -t binfmt_misc binfmt_misc $handlers ||
+        fail "the kernel has no binfmt_misc, so it runs no programs of $1" "use a machine of that processor"
+    [ ! -e $handlers/$emulator ] || return 0
+    mkdir -p "$2"
+    (cd "$2" && apt-get -o APT::Sandbox::User=root -q download qemu-user-static >&2 && dpkg-deb -x qemu-user-static_*.deb .)
+    # With the flag F, the kernel opens the emulator now, so that machines with roots of their own need no copy.
+    printf ':skep-%s:M::%s:\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\x00\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xfe\\xff\\xff\\xff:%s:F' \
+        "$emulator" "$magic" "$2/usr/bin/$emulator-static" >$handlers/register
+}
+
+stop_emulation() {
+    [ ! -e "/proc/sys/fs/binfmt_misc/skep-${emulator:-}" ] || echo -1 >"/proc/sys/fs/binfmt_misc/skep-$emulator"
+}
+
+# make_system SUITE DIRECTORY [PACKAGES]: creates the suite's base system with python3 and PACKAGES (separated by commas), for
+# the processor $ARCH or this machine's.
 make_system() {
     local log=$2.log keyring suite
     know_suite "$1"
     command -v debootstrap >/dev/null || fail "debootstrap is missing" "apt-get install debootstrap"
     mkdir "$2.keys"
     keyring=$(keyring_of "$distribution" "$2.keys" 2>"$log") || { tail -5 "$log" >&2 && exit 1; }
-    debootstrap --variant=minbase --force-check-gpg --keyring "$keyring" --components "$components" \
+    debootstrap ${ARCH:+--arch "$ARCH"} --variant=minbase --force-check-gpg --keyring "$keyring" --components "$components" \
         --include="python3,ca-certificates${3:+,$3}" "$1" "$2" "$(mirror_of "$distribution")" "$script" >"$log" 2>&1 || {
         tail -5 "$log" >&2
         fail "debootstrap of $1 failed (above)"

@@ -5,11 +5,12 @@
 # The package works on every suite whose Python is in $pythons: its environment has a directory of compiled packages for each
 # Python, and one for the packages that all share.  pip fetches them for all Pythons, checked against the lock file.
 # package.sh --own DIRECTORY [VERSION] only leaves the package's tree there, without fetched parts (libraries, etcd).
+# ARCH=arm64 builds for another processor.  Nothing of the package is compiled here, so no emulator is needed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . setup/say.sh
 
-pythons="3.11 3.12 3.13" # bookworm, noble, trixie
+pythons="3.11 3.12 3.13 3.14" # bookworm, noble, trixie, resolute
 glibc="_2_34 _2_28 _2_17 2014" # of bookworm and later; the last is an older name of 2.17
 
 is_own=
@@ -17,6 +18,13 @@ is_own=
 target=$(realpath -m "${1:?which directory?}")
 venv=$PWD/.venv
 prefix=/usr/lib/skep
+native=$(dpkg --print-architecture)
+architecture=${ARCH:-$native}
+case $architecture in
+amd64) processor=x86_64 ;;
+arm64) processor=aarch64 ;;
+*) fail "no packages are built for $architecture" "amd64 or arm64" ;;
+esac
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -108,7 +116,7 @@ libraries() {
     sed '/^setuptools==/,$d' setup/requirements.lock >"$work/lock"
     for python in $pythons; do
         options=(--no-deps --only-binary :all: --implementation cp --python-version "$python")
-        for one in $glibc; do options+=(--platform "manylinux${one}_$(uname -m)"); done
+        for one in $glibc; do options+=(--platform "manylinux${one}_$processor"); done
         "${pip[@]}" download "${options[@]}" --require-hashes --requirement "$work/lock" --dest "$work/wheels-$python" </dev/null ||
             fail "pip cannot fetch the packages for Python $python (above)" "check the machine's way to its Python package index"
         mkdir -p "$work/wheels-shared"
@@ -128,10 +136,11 @@ libraries() {
 
 # etcd_programs: adds etcd (decision 2), so that an upgrade of the machine does not change its version.
 etcd_programs() {
-    setup/etcd.sh "$venv/libexec/skep"
-    local name
+    local name from=$venv/libexec/skep
+    [ "$architecture" = "$native" ] || from=$work/etcd
+    setup/etcd.sh "$from" "$architecture"
     for name in etcd etcdctl etcdutl; do
-        put 755 "$venv/libexec/skep/$name" "$prefix/libexec/skep/$name"
+        put 755 "$from/$name" "$prefix/libexec/skep/$name"
     done
 }
 
@@ -145,7 +154,7 @@ control_files() {
     (cd "$root" && find etc -type f -printf '/%p\n' | sort) >"$root/DEBIAN/conffiles"
     (cd "$root" && find . -type f -not -path './DEBIAN/*' -printf '%P\0' | sort -z | xargs -0 md5sum) >"$root/DEBIAN/md5sums"
     size=$(du -sk --apparent-size "$root" | cut -f 1)
-    sed -e "s/@VERSION@/$debian_version/; s/@ARCHITECTURE@/$(dpkg --print-architecture)/; s/@SIZE@/$size/" \
+    sed -e "s/@VERSION@/$debian_version/; s/@ARCHITECTURE@/$architecture/; s/@SIZE@/$size/" \
         -e "s/@PYTHON_MIN@/${pythons%% *}/; s/@PYTHON_BELOW@/3.$((${pythons##*.} + 1))/" packaging/debian/control >"$root/DEBIAN/control"
 }
 
@@ -178,6 +187,6 @@ mkdir -p "$target"
 "$venv/bin/python" -m pip --disable-pip-version-check --quiet wheel --no-index --no-build-isolation --no-deps \
     --wheel-dir "$target" "$work/sources" </dev/null
 source_distribution "$work/sources"
-package=$target/skep_${debian_version}_$(dpkg --print-architecture).deb
+package=$target/skep_${debian_version}_$architecture.deb
 dpkg-deb --root-owner-group -Zzstd -z12 --build "$root" "$package" >/dev/null
 say "built $package, $(du -m "$package" | cut -f 1) MiB"

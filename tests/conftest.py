@@ -32,7 +32,7 @@ structlog.configure(
     ]
 )
 
-INTEGRATION_NEEDS = ("root", "runc", "conmon", "nft", "ip", "tini-static", "busybox", "docker", "etcd")
+INTEGRATION_NEEDS = ("root", "runc", "conmon", "nft", "ip", "tini", "busybox", "docker", "etcd")
 """What every test in tests/integration needs; others say so by ``pytest.mark.needs(...)``."""
 
 NAME_OF_ONE_PROCESS = re.compile(r"frozenset\(|\{<\w+[.]| at 0x[0-9a-f]")

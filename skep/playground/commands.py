@@ -14,14 +14,15 @@ _POLL_S = 0.02
 """Seconds between two checks of a condition."""
 
 
-def find(command: str) -> str:
-    """Return the path of a command, which may also be in /usr/sbin.
+def find(command: str, *others: str) -> str:
+    """Return the path of a command or of the first of ``others``, which may also be in /usr/sbin.
 
-    Raises: FailedPrecondition: it is not installed.
+    Raises: FailedPrecondition: none of them is installed.
     """
     places = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
-    if path := shutil.which(command, path=places):
-        return path
+    for one in (command, *others):
+        if path := shutil.which(one, path=places):
+            return path
     raise FailedPrecondition(
         f"The command {command} is not installed. Run make setup, or install its package."
     )

@@ -94,7 +94,7 @@ def switch_on(directory: Path, playground: str, node: PlaygroundNode) -> Holder:
             (
                 *(find("nsenter"), f"--net={node.netns}"),
                 *(find("unshare"), "--mount", "--uts", "--propagation", "private"),
-                *(find("tini-static"), "-s", "--"),
+                *(find("tini-static", "tini"), "-s", "--"),
                 *("/bin/sh", str(HOLDER), node.name, str(home), " ".join(map(str, agents)), "--"),
                 *daemon,
             ),
