@@ -427,11 +427,13 @@ class Engine:
         await self.lifecycle.restart(id, ignore_stop=ignore_stop)
 
     async def kill(self, word: str, signal_name: str = "SIGKILL") -> None:
-        """Send a signal (``SIGTERM``, ``TERM`` or ``15``) to the first process.
+        """Send a signal (``SIGTERM``, ``TERM`` or ``15``) to the first process.  After SIGKILL, return when the
+        container has ended.
 
         A restarting container has no process, but a signal that ends a container ends its restarting.
-        Raises: NotFound; NotRunning; InvalidArgument: no such signal.
-        Source: moby, daemon/kill.go (killWithSignal).
+        Raises: NotFound; NotRunning; InvalidArgument: no such signal; Unavailable: it did not end although it was
+        killed.
+        Source: moby, daemon/kill.go (ContainerKill, Kill, killWithSignal).
         """
         number = signal_number(signal_name)
         container = self.get(word)
@@ -440,7 +442,9 @@ class Engine:
         if number in (signal.SIGKILL, signal_number(container.config.stop_signal or "SIGTERM")):
             self.restart_monitor.note_stop(container.id)
             container = await self.lifecycle.end_restarting(container)
-        if container.is_running:
+        if container.is_running and number == signal.SIGKILL:
+            await self.lifecycle.kill(container)
+        elif container.is_running:
             await self.lifecycle.signal(container, number)
 
     @continuing

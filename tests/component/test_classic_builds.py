@@ -273,3 +273,11 @@ async def test_further_cache_sources_are_left_out(rig: Rig) -> None:
         status, said = await rig.post(CONTEXT, cachefrom=json.dumps(names), **query)
         warning = "[Warning] 2 cache sources are not used: a build has at most 16"
         assert (status, warning in said) == (200, not query)
+
+
+async def test_with_cache_sources_other_steps_of_this_node_are_not_used(rig: Rig) -> None:
+    """As in moby 20.10, image/cache/cache.go (ImageCache.GetCache)."""
+    await rig.post(CONTEXT, t="first:1")
+    for names, is_used in (([], True), (["first:1"], True), (["gone:1"], False)):
+        status, said = await rig.post(CONTEXT, cachefrom=json.dumps(names))
+        assert (status, "Using cache" in said) == (200, is_used), names

@@ -68,3 +68,13 @@ def test_a_container_that_left_the_bridge_reaches_no_other_there_also_under_the_
     m1.docker("network", "disconnect", "bridge", "three")
     assert " 0% packet loss" not in inside(m1, "three", *ping)
     assert address(m1, "three", "front")
+
+
+@pytest.mark.usefixtures("containers")
+def test_the_only_container_of_a_network_leaves_and_joins_it_again_at_once(m1: TestNode) -> None:
+    api = m1.client().api
+    for _ in range(5):
+        api.disconnect_container_from_network("three", "front")
+        api.connect_container_to_network("three", "front")
+    ours = address(m1, "three", "front")
+    assert f" {ours}/" in inside(m1, "three", "ip", "-4", "-o", "addr", "show", "dev", "eth0")

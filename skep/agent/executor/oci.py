@@ -391,6 +391,10 @@ class OciController:
                 await self._engine.kill(container.id)
             except NotRunning:
                 return
+            except Unavailable as error:  # a process may wait for a device
+                log.warning(
+                    "container of a task killed, but not ended", container=container.id, reason=str(error)
+                )
             await self._engine.wait(container.id)
 
     async def update(self, task: AssignedTask) -> None:

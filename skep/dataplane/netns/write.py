@@ -89,21 +89,21 @@ _MODES: Mapping[str, Mapping[str, int | str]] = {
 """Modes of macvlan and ipvlan devices, as pyroute2 expects them."""
 
 
-async def remove_vxlans(namespaces: Namespaces, path: Path) -> None:
-    """Remove the VXLAN devices of the namespace at ``path``, which is about to be removed itself.
+async def remove_devices(namespaces: Namespaces, path: Path) -> None:
+    """Remove the VXLAN devices and ports of the namespace at ``path``, which is about to be removed itself.
 
-    The kernel frees a namespace and its devices later, but a VXLAN's id and port must be free at once.  Failures are
-    logged.
+    The kernel frees a namespace and its devices later, but a VXLAN's id and port must be free at once, and so must the
+    interface name in a running container that was disconnected.  Failures are logged.
     """
     try:
-        found = await namespaces.run(path, read.read_namespace, _is_vxlan, NamespaceState())
+        found = await namespaces.run(path, read.read_namespace, _leads_outside, NamespaceState())
         await apply_operations(namespaces, path, [DeleteLink(name) for name in found.state.links])
     except (Unavailable, OSError) as error:
         log.warning("network not cleared", path=str(path), error=str(error))
 
 
-def _is_vxlan(link: Link) -> bool:
-    return link.kind == "vxlan"
+def _leads_outside(link: Link) -> bool:
+    return link.kind in ("vxlan", "veth")
 
 
 async def _carry_out(namespaces: Namespaces, path: Path, operations: Sequence[Operation]) -> None:

@@ -243,6 +243,7 @@ def _template(request: web.Request, builder: Builder) -> BuildRequest:
     query = request.query
     _refuse(request)
     cpu_quota = integer(request, "cpuquota", 0)
+    cache_names = _decoded(query.get("cachefrom") or "[]", list[str], "cache-from")
     return BuildRequest(
         dockerfile="",
         tags=tags_of(query.getall("t", []), Untranslated),
@@ -250,9 +251,8 @@ def _template(request: web.Request, builder: Builder) -> BuildRequest:
         arguments=_decoded(query.get("buildargs") or "{}", dict[str, str | None], "build args"),
         labels=_decoded(query.get("labels") or "{}", dict[str, str], "labels"),
         use_cache=not flag(request, "nocache"),
-        step_sources=history_sources(
-            builder.images, _decoded(query.get("cachefrom") or "[]", list[str], "cache-from")
-        ),
+        step_sources=history_sources(builder.images, cache_names),
+        only_sources=bool(cache_names),
         pull=flag(request, "pull"),
         network=query.get("networkmode", ""),
         hosts=tuple(query.getall("extrahosts", [])),

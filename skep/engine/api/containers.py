@@ -213,6 +213,8 @@ async def kill(served: ContainerRoutes, request: web.Request) -> web.StreamRespo
         await served.engine.kill(word, request.query.get("signal") or "SIGKILL")
     except NotFound as error:
         raise NotFound(f"Cannot kill container: {word}: {error}") from error
+    except Unavailable as error:
+        raise Untranslated(f"Cannot kill container: {word}: {error}") from error
     return web.Response(status=204)
 
 

@@ -102,6 +102,8 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Names, in lower case, of stages whose steps are not taken from the cache."""
     step_sources: tuple[StepSource, ...] = ()
     """Cache sources for steps that are not in this node's cache."""
+    only_sources: bool = False
+    """Whether steps come only from ``step_sources``, as in classic builds with ``--cache-from``."""
     inline_cache: bool = False
     """Whether the image's configuration records the steps of the build, so that the image is a cache source."""
     images: Mapping[str, str] = {}

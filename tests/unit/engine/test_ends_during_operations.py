@@ -191,7 +191,6 @@ def test_a_stop_lets_a_paused_container_go_on_so_that_it_ends_by_its_signal(simu
     [
         ("SIGQUIT", "SIGQUIT", ContainerState.RUNNING),
         ("SIGQUIT", "SIGTERM", ContainerState.PAUSED),
-        ("SIGQUIT", "SIGKILL", ContainerState.RUNNING),
         ("", "SIGUSR1", ContainerState.RUNNING),
     ],
 )
@@ -204,6 +203,27 @@ def test_a_signal_ends_a_pause_as_in_docker(
         await stubs.engine.pause(ID)
         await stubs.engine.kill(ID, sent)
         assert stubs.engine.get(ID).state is state
+
+    simulated(body)
+
+
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_a_kill_returns_when_the_container_has_ended(simulated: Run, is_paused: bool) -> None:
+    async def body(stubs: StubEngine) -> None:
+        if is_paused:
+            await stubs.engine.pause(ID)
+        asyncio.get_running_loop().call_later(5, stubs.runtime.end, 137)
+        await stubs.engine.kill(ID)
+        killed = stubs.engine.get(ID)
+        assert (killed.state, killed.exit_code) == (ContainerState.EXITED, 137)
+
+    simulated(body)
+
+
+def test_a_kill_names_a_container_that_does_not_end(simulated: Run) -> None:
+    async def body(stubs: StubEngine) -> None:
+        with pytest.raises(Unavailable, match="did not receive an exit event"):
+            await stubs.engine.kill(ID)
 
     simulated(body)
 

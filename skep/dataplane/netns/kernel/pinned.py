@@ -5,7 +5,7 @@ import os
 from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import NetnsReconciler
-from skep.dataplane.netns.write import remove_vxlans
+from skep.dataplane.netns.write import remove_devices
 from skep.dataplane.plan.overlay import OVERLAY_SYSCTLS
 
 
@@ -24,8 +24,8 @@ async def make_where_missing(
 
 
 async def remove(pins: Namespaces, name: str) -> None:
-    """Remove the VXLAN devices of the namespace, then its pin.  Idempotent.  Raises: OSError."""
+    """Remove the VXLAN devices and ports of the namespace, then its pin.  Idempotent.  Raises: OSError."""
     path = pins.path(name)
     if os.path.ismount(path):
-        await remove_vxlans(pins, path)
+        await remove_devices(pins, path)
     await pins.destroy(name)

@@ -68,15 +68,15 @@ class Results:
         """Number of history entries that the stage's base image had before the build."""
         self.uses_cache = self._request.use_cache
         """Whether steps of the current stage may come from a cache."""
-        self._is_known_here = True
-        """Whether every step of the stage so far was found on this node."""
+        self._is_known_here = not self._request.only_sources
+        """Whether every step of the stage so far was found on this node, which may provide the next one."""
         self.records: dict[str, StepRecord] = {}
         """Steps of this build, by their shared keys."""
 
     def begin_stage(self, *, uses_cache: bool) -> None:
         """Reset the state for a new stage."""
         self.uses_cache = uses_cache
-        self._is_known_here = True
+        self._is_known_here = not self._request.only_sources
 
     @property
     def place(self) -> tuple[StagePosition, int, bool, bool]:
@@ -184,7 +184,7 @@ class Results:
             self._refused.add(source.name)
             self._bases.progress.warning(step, f"cache source {source.name} is not used: {error}")
             return False
-        self._is_known_here = True  # steps on top of it may have run here
+        self._is_known_here = not self._request.only_sources  # steps on top of it may have run here
         return True
 
     async def commit_changes(self, change: StepChange, upper: Path, *, without: Sequence[str] = ()) -> None:
