@@ -256,7 +256,7 @@ def test_every_change_of_the_api_has_a_test_that_exists_or_needs_none() -> None:
     page = ROOT / "docs" / "conformance" / "api-changes.md"
     text = page.read_text()
     versions = re.findall(r"^## (1\.\d+)$", text, re.M)
-    assert versions == [f"1.{minor}" for minor in range(48, 48 + len(versions))]
+    assert versions == [f"1.{minor}" for minor in range(42, 42 + len(versions))]
     assert versions[-1] == str(NEWEST)
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| ")]
     untested = [cells[1] for cells in rows if len(cells) != 5 or "`tests/" not in cells[3]]
