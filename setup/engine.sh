@@ -16,7 +16,7 @@ if [ ! -d "$root" ]; then
     say "$suite: fetching its Docker Engine"
     mkdir -p "${root%/*}"
     rm -rf --one-file-system "$root.new"
-    make_system "$suite" "$root.new" docker.io,iptables
+    make_system "$suite" "$root.new" docker.io,iptables,procps,xz-utils,git
     mkdir -p "$root.new/etc/docker"
     mv "$root.new" "$root"
 fi
