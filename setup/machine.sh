@@ -3,14 +3,14 @@
 # know_suite SUITE: sets $distribution, $components, $updates (suites), $kernel (package) and $script (debootstrap's).
 know_suite() {
     case $1 in
-    bookworm | trixie)
+    bookworm | trixie | forky)
         distribution=debian components=main updates=$1-updates kernel=linux-image-cloud-amd64 script=sid
         ;;
     noble | resolute)
         distribution=ubuntu components=main,universe updates="$1-updates $1-security" kernel=linux-image-virtual
         script=gutsy # of all of Ubuntu's
         ;;
-    *) fail "the suite $1 is not known here" "bookworm, trixie, noble or resolute" ;;
+    *) fail "the suite $1 is not known here" "bookworm, trixie, forky, noble or resolute" ;;
     esac
 }
 

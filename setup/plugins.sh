@@ -1,9 +1,9 @@
 #!/bin/bash
-# Places docker-buildx and docker-compose, plugins of the docker command, and Ansible's collection community.docker in a
-# directory: plugins.sh DIRECTORY
+# Places a current docker command (newest/docker), its plugins docker-buildx and docker-compose, and Ansible's collection
+# community.docker in a directory: plugins.sh DIRECTORY
 #
-# They are unpacked from signed packages of a newer suite, as etcd is (etcd.sh), but not installed, because an installed
-# plugin would change the machine's docker command.  Only tests use them.  If they cannot be fetched, set-up continues
+# They are unpacked from signed packages of a newer suite, as etcd is (etcd.sh), but not installed, because that would
+# change the machine's docker command.  Only tests use them.  If they cannot be fetched, set-up continues
 # without them and writes the reason to DIRECTORY/plugins-missing.  Those tests are skipped with that reason, and set-up
 # tries again a day later.
 set -euo pipefail
@@ -16,8 +16,15 @@ plugins="docker-buildx docker-compose"
 collection=ansible_collections/community/docker
 missing=$target/plugins-missing
 
+# has_docker DIRECTORY: succeeds if it has docker 28.3 or newer, or if the distribution has no package with the command alone.
+has_docker() {
+    ! grep -q "^$(distribution) .* docker-cli," plugin-suites.txt ||
+        at_least "$("$1/newest/docker" --version 2>/dev/null | sed -n 's/^Docker version \([0-9.]*\).*/\1/p')" 28.3
+}
+
 # works DIRECTORY: succeeds if it has plugins that run here (buildx 0.29, compose 2.40 or newer) and current modules.
 works() {
+    has_docker "$1" &&
     at_least "$(sed -n 's/^  "version": "\([0-9.]*\).*/\1/p' "$1/$collection/MANIFEST.json" 2>/dev/null)" 4.0 &&
     at_least "$("$1/docker-buildx" version 2>/dev/null | sed -n 's/^[^ ]* v\{0,1\}\([0-9.]*\).*/\1/p')" 0.29 &&
         at_least "$("$1/docker-compose" version --short 2>/dev/null | sed 's/^v//; s/[^0-9.].*//')" 2.40
@@ -75,6 +82,8 @@ unpack() {
     done
     mkdir -p "$work/found/${collection%/*}"
     find "$work/unpacked" -type d -path "*/$collection" -exec cp -r {} "$work/found/$collection" \;
+    mkdir "$work/found/newest"
+    find "$work/unpacked" -type f -path "*/usr/bin/docker" -exec cp {} "$work/found/newest/docker" \;
     for plugin in $plugins; do
         find "$work/unpacked" -type f -path "*cli-plugins/$plugin" -exec cp {} "$work/found/$plugin" \;
     done
@@ -84,16 +93,17 @@ unpack() {
 for suite in $suites; do
     say "fetching the docker command's plugins from the suite $suite"
     if use_suite "$work" "$mirror" "$suite" "$component" "$keyring" >"$work/log" 2>&1 && unpack; then
-        mkdir -p "$target"
-        for plugin in $plugins; do
-            install -m 0755 "$work/found/$plugin" "$target/.$plugin.new"
-            mv "$target/.$plugin.new" "$target/$plugin"
+        mkdir -p "$target/newest"
+        for plugin in newest/docker $plugins; do
+            [ -e "$work/found/$plugin" ] || continue
+            install -m 0755 "$work/found/$plugin" "$target/$plugin.new"
+            mv "$target/$plugin.new" "$target/$plugin"
         done
         rm -rf "${target:?}/${collection%%/*}"
         cp -r "$work/found/${collection%%/*}" "$target/"
         rm -f "$missing"
         printf '%s\n' "$wanted" >"$stamp"
-        say "docker-buildx, docker-compose and community.docker are in $target"
+        say "docker, docker-buildx, docker-compose and community.docker are in $target"
         exit 0
     fi
 done

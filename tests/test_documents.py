@@ -21,6 +21,7 @@ from tests.support.harness.documents import (
     shell_blocks,
 )
 from tests.support.harness.promises import exists
+from tests.support.machines.docker_engines import VERSIONS
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -139,11 +140,12 @@ def test_every_file_that_is_named_without_its_folder_exists(page: Path) -> None:
 def test_every_class_and_function_that_is_named_exists(page: Path) -> None:
     """``CamelCase`` and ``snake_case`` words in backquotes; of dotted ones the last part; records as above.
 
-    The table of renamed fields has names that no longer exist.
+    The table of renamed fields has names that no longer exist, and the one of Compose keys has keys of files.
     """
     form = r"(?:\w+\.)*(_?(?:[A-Z][a-z]+\w*|[a-z]+(?:_[a-z0-9]+)+))"
     named = {match[1] for word in quoted(page) if (match := re.fullmatch(form, word))}
-    assert "decisions" in page.parts or page.name == "renamed.md" or named - identifiers() == set()
+    is_exempt = "decisions" in page.parts or page.name in ("renamed.md", "compatibility.md")
+    assert is_exempt or named - identifiers() == set()
 
 
 def test_every_name_of_the_map_is_defined_in_its_file() -> None:
@@ -256,13 +258,23 @@ def test_every_change_of_the_api_has_a_test_that_exists_or_needs_none() -> None:
     page = ROOT / "docs" / "conformance" / "api-changes.md"
     text = page.read_text()
     versions = re.findall(r"^## (1\.\d+)$", text, re.M)
-    assert versions == [f"1.{minor}" for minor in range(48, 48 + len(versions))]
+    assert versions == [f"1.{minor}" for minor in range(42, 42 + len(versions))]
     assert versions[-1] == str(NEWEST)
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| ")]
     untested = [cells[1] for cells in rows if len(cells) != 5 or "`tests/" not in cells[3]]
     assert [line for line in untested if line.strip() != "entry"] == []
     named = re.findall(r"`(tests/[^`]+)`", text)
     assert [name for name in named if not exists(name)] == []
+
+
+def test_the_page_of_compatibility_names_the_newest_version_and_the_tested_engines_and_its_evidence() -> None:
+    text = (ROOT / "docs" / "reference" / "compatibility.md").read_text()
+    versions = re.findall(r"^\| (?:1\.\d+ to )?(1\.\d+) \|", text, re.M)
+    assert versions[-1] == str(NEWEST)
+    engines = text[text.index("## Docker Engines as workers") : text.index("## Distributions")]
+    assert re.findall(r"^\| (\d+\.\d+) \|", engines, re.M) == list(VERSIONS.values())
+    assert [name for name in re.findall(r"`(tests/[^`]+)`", text) if not exists(name)] == []
+    assert [name for name in re.findall(r"`(bench/[^`]+)`", text) if not (ROOT / name).exists()] == []
 
 
 def test_every_situation_that_operators_met_has_a_test_that_exists() -> None:

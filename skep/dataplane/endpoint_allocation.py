@@ -106,7 +106,9 @@ class EndpointAllocation:
         if endpoint.head.id in ids:
             await self._cluster.give_back(endpoint.attachment)
             raise _is_there(container, endpoint.head.name)
-        return msgspec.structs.replace(endpoint, links=request.links, gw_priority=request.gw_priority)
+        return msgspec.structs.replace(
+            endpoint, links=request.links, gw_priority=request.gw_priority, sysctls=request.sysctls
+        )
 
     async def leave(self, container_id: ContainerId, endpoints: Iterable[EndpointConfig]) -> None:
         """Release ``endpoints``.  Managers release a task's endpoints when the task ends.

@@ -25,6 +25,8 @@ from skep.node.host.machine import Machine
 from skep.node.host.runtime_choice import RuntimeChoice
 
 API_VERSION_MIN = "1.24"
+_V1_42 = ApiVersion("1.42")
+_V1_44 = ApiVersion("1.44")
 _V1_48 = ApiVersion("1.48")
 _V1_49 = ApiVersion("1.49")
 _V1_50 = ApiVersion("1.50")
@@ -136,6 +138,7 @@ def info(
         "Labels": [f"{key}={value}" for key, value in sorted(_labels(configuration, features).items())],
         **_runtime(node, swarm),
         "FirewallBackend": {"Driver": "nftables"},
+        "CDISpecDirs": [str(path) for path in configuration.cdi_spec_dirs],
         **({"DiscoveredDevices": [{"Source": "cdi", "ID": name} for name in devices]} if devices else {}),
         "Warnings": list(warnings) or None,
     }
@@ -148,7 +151,6 @@ def _limits(features: Features) -> dict[str, bool]:
     return {
         "MemoryLimit": has_memory,
         "SwapLimit": has_memory,
-        "KernelMemory": False,
         "CpuCfsPeriod": has_cpu,
         "CpuCfsQuota": has_cpu,
         "CPUShares": has_cpu,
@@ -197,6 +199,10 @@ def known_to(version: ApiVersion, shown: Mapping[str, Any]) -> Mapping[str, Any]
         older.pop("DiscoveredDevices", None)
     if version < _V1_52:
         older["KernelMemoryTCP"] = False
+    if version < _V1_42:
+        older["KernelMemory"] = False
+    if version < _V1_44:
+        del older["CDISpecDirs"]
     return older
 
 

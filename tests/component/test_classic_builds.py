@@ -23,6 +23,7 @@ from skep.engine.build.builder import Builder
 from skep.engine.build.cache.cache import CacheKey
 from skep.engine.build.files.remotes import repository_address
 from skep.engine.build.interface import BuildResult
+from skep.engine.images.local import ImageEvent
 from skep.engine.images.store import ImageStore
 from tests.support.images.archives import a_file, a_tar
 from tests.support.managers.wire_rig import until
@@ -46,8 +47,9 @@ class NotingBuilder(Builder):
 class Rig:
     """The routes of builds at a socket; no engine below, so that no step runs."""
 
-    def __init__(self, socket: Path, builder: NotingBuilder) -> None:
+    def __init__(self, socket: Path, builder: NotingBuilder, events: Sequence[ImageEvent]) -> None:
         self.builder = builder
+        self.events = events
         self.scratch = builder.images.scratch
         self._socket = socket
 
@@ -69,7 +71,8 @@ class Rig:
 
 @pytest.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
-    images = ImageStore(tmp_path / "images")
+    events: list[ImageEvent] = []
+    images = ImageStore(tmp_path / "images", on_event=events.append)
     await images.open()
     engine: Any = SimpleNamespace(images=images)
     builder = NotingBuilder(engine, tmp_path / "builds", SystemClock())
@@ -77,7 +80,7 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     runner = web.AppRunner(application(builds.build_routes(builder)), handler_cancellation=True)
     await runner.setup()
     await web.UnixSite(runner, str(tmp_path / "api")).start()
-    yield Rig(tmp_path / "api", builder)
+    yield Rig(tmp_path / "api", builder, events)
     await runner.cleanup()
 
 
@@ -91,6 +94,13 @@ async def test_nothing_of_a_request_is_unpacked_before_its_build_has_a_slot(rig:
     status, text = await waiting
     assert (status, "Successfully built" in text) == (200, True), text
     assert not list(rig.scratch.iterdir())
+
+
+async def test_a_new_image_has_an_event_with_or_without_a_name(rig: Rig) -> None:
+    for tags in ({}, {"t": "made:1"}):
+        assert (await rig.post(CONTEXT, **tags))[0] == 200
+    assert [one.action for one in rig.events] == ["create", "create", "tag"]
+    assert {one.id for one in rig.events} == {rig.builder.images.get("made:1").id}
 
 
 async def test_a_client_that_stops_sending_gives_its_slot_back(

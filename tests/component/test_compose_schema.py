@@ -4,6 +4,7 @@ The schema is the one that Compose's own program has in it.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from msgspec import to_builtins
 
+from docs.reference.compose_keys import rows_on_the_page
 from skep.errors import InvalidArgument
 from skep.stack.compose.conversion import stack_of
 from skep.stack.compose.document import FilePosition, YamlNode, mapping, scalar
@@ -21,6 +23,8 @@ from skep.stack.compose.reading import ProblemReport
 from tests.support.machines.plugins import plugin
 
 PLACE = FilePosition("f", 1, 1)
+SECTIONS = ("services", "networks", "volumes", "secrets", "configs")
+LABEL = re.compile(r"\bskep\.[a-z]+(?:[.-][a-z]+)*")
 
 
 @cache
@@ -79,7 +83,7 @@ def paths_of(value: Any) -> str:
     return f"[]{paths_of(value[0])}" if isinstance(value, list) and value else ""
 
 
-@pytest.mark.parametrize("section", ["services", "networks", "volumes", "secrets", "configs"])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_no_key_of_the_schema_is_unknown(section: str) -> None:
     whole = schema()
     definition = {"services": "service"}.get(section, section.removesuffix("s"))
@@ -202,7 +206,10 @@ def stack_from(section: str, document: dict[str, Any]) -> tuple[str, ProblemRepo
 
 
 def fate_of(section: str, steps: list[str]) -> str:
-    """What becomes of a key: it has an ``effect``, it is ``refused`` or ``warned`` of; else what is wrong."""
+    """What becomes of a key: it has an ``effect``, one by a label (``skep.devices``), is ``refused`` or ``warned`` of.
+
+    Else it says what is wrong.
+    """
     without, report = stack_from(section, document_of(section, steps, ABSENT))
     is_needed = bool(report.problems)
     reasons: set[str] = set()
@@ -212,24 +219,52 @@ def fate_of(section: str, steps: list[str]) -> str:
         if report.problems:
             reasons |= {one.text for one in report.problems}
         elif made != without or is_needed:
-            return "effect"
+            labels = sorted(set(LABEL.findall(made)) - set(LABEL.findall(without)))
+            return ", ".join(labels) or "effect"
         else:
             found = "warned" if report.warnings else found or "dropped without a word"
     is_refused = any(not text.startswith("expected ") for text in reasons)
     return found or ("refused" if is_refused else f"takes none of the candidates: {sorted(reasons)}")
 
 
-@pytest.mark.parametrize("section", ["services", "networks", "volumes", "secrets", "configs"])
-def test_no_key_of_the_schema_is_dropped_without_a_word(section: str) -> None:
+@cache
+def fates_of(section: str) -> dict[str, str]:
+    """What becomes of each key of a section."""
     definition = {"services": "service"}.get(section, section.removesuffix("s"))
     forms = Sampler(schema()).forms({"$ref": f"#/definitions/{definition}"})
-    fates = {
-        f"{section}{paths_of(form)}": fate_of(section, steps_of(form))
+    return {
+        f"{section}{paths_of(form)}": "effect"
+        if steps_of(form)[0] in JOINED
+        else fate_of(section, steps_of(form))
         for form in forms
-        if steps_of(form)[0] not in JOINED
     }
-    wrong = {key: fate for key, fate in fates.items() if fate not in ("effect", "refused", "warned")}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_no_key_of_the_schema_is_dropped_without_a_word(section: str) -> None:
+    known = ("effect", "refused", "warned")
+    wrong = {
+        key: fate
+        for key, fate in fates_of(section).items()
+        if fate not in known and not fate.startswith("skep.")
+    }
     assert wrong == {key: "dropped without a word" for key in AS_IT_IS if key.startswith(section)}
+
+
+def outcomes() -> Iterator[tuple[str, str]]:
+    """The rows of the page about compatibility: each key, and what becomes of it."""
+    words = {"effect": "works", "refused": "refused, by name", "warned": "no effect, with a warning"}
+    for section in SECTIONS:
+        for key, fate in sorted(fates_of(section).items()):
+            said = f"works: {AS_IT_IS[key]}" if key in AS_IT_IS else words.get(fate)
+            yield (
+                f"`{key}`",
+                said or "works, by the label " + ", ".join(f"`{one}`" for one in fate.split(", ")),
+            )
+
+
+def test_the_page_of_compatibility_has_every_key_with_what_becomes_of_it() -> None:
+    assert rows_on_the_page() == list(outcomes()), "python -m docs.reference.compose_keys writes them"
 
 
 # --- values of wrong types -------------------------------------------------------------------------------------------

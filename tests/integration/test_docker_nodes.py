@@ -11,9 +11,11 @@ from skep.playground.docker import NO_IPVS, has_ipvs
 from tests.support.machines.docker_engines import (
     ENGINES,
     FOR_ENGINES,
+    VERSIONS,
     answers,
     attachments,
     clear,
+    engine_of,
     fetched,
     inside,
     node_names,
@@ -35,8 +37,8 @@ from tests.support.machines.playground_rig import (
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.needs("root", "dockerd"),
-    pytest.mark.timeout(180),
+    pytest.mark.needs("root", "debootstrap"),
+    pytest.mark.timeout(600),
 ]
 
 ON_ENGINES = ("--constraint", "node.labels.kind==docker")
@@ -44,14 +46,16 @@ GOES_AT_ONCE = ("--stop-grace-period", "1s")
 SERVES = ("busybox", "httpd", "-f", "-p", "80", "-h", "/etc")
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[TestCluster]:
-    """One manager, one skep worker, two Docker Engines with a label."""
-    with no_playground_yet("dn") as cluster:
+@pytest.fixture(scope="module", params=VERSIONS)
+def cluster(request: pytest.FixtureRequest) -> Iterator[TestCluster]:
+    """One manager, one skep worker, two Docker Engines of a Debian suite with a label."""
+    with engine_of(request.param), no_playground_yet("dn") as cluster:
         up = cluster.up(workers=1, docker_workers=2)
         assert (NO_IPVS in up.stderr) is not has_ipvs()
         for name in ENGINES:
             cluster.node("m1").docker("node", "update", "--label-add", "kind=docker", name)
+            version = cluster.node(name).docker("version", "--format", "{{.Server.Version}}").stdout
+            assert version.startswith(VERSIONS[request.param])
         yield cluster
 
 

@@ -260,7 +260,9 @@ def test_host_names_and_short_ids_are_names_on_the_networks_of_users(
         for name in ("far", "farhost", far.stdout[:12]):
             wait_inside(m1, "asksfar", " 0% packet loss", "ping", "-c", "1", "-W", "2", name)
         (shown,) = json.loads(m1.docker("inspect", "plain").stdout)
-        assert shown["NetworkSettings"]["Networks"]["front"]["Aliases"] == ["store", here[:12], "db.inner"]
+        front = shown["NetworkSettings"]["Networks"]["front"]
+        assert front["Aliases"] == ["store"]
+        assert front["DNSNames"] == ["plain", "store", here[:12], "db.inner"]
         create(m1, "broker", 2, "--network", "wide", "--hostname", "kafka-{{.Task.Slot}}")
         wait_running(m1, "broker", 2)
         for name in ("kafka-1", "kafka-2"):
@@ -276,6 +278,17 @@ def test_a_name_on_two_networks_has_the_addresses_of_both_ip_versions(m1: TestNo
         run(m1, name, "--network", "four")
         m1.docker("network", "connect", "six", name)
     wait_inside(m1, "asks", "fd00:77::", "nslookup", "-type=aaaa", "p1", "127.0.0.11")
+
+
+def test_an_interface_has_sysctls_of_its_own(m1: TestNode) -> None:
+    m1.docker("network", "create", *LABEL, "four")
+    option = "com.docker.network.endpoint.sysctls=net.ipv4.conf.IFNAME.log_martians=1"
+    script = "cd /proc/sys/net/ipv4/conf; grep . */log_martians"
+    said = m1.docker("run", "--rm", "--network", f"name=four,driver-opt={option}", IMAGE, "sh", "-c", script)
+    assert [line for line in said.stdout.splitlines() if line.endswith("1")] == ["eth0/log_martians:1"]
+    run(m1, "late")
+    refused = m1.docker("network", "connect", "--driver-opt", option, "four", "late", check=False)
+    assert "sysctls of an interface are set when the container starts" in refused.stderr
 
 
 # --- mounts and limits ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Set-up: quick the second time, and clear about what is missing."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -70,6 +71,8 @@ def test_the_plug_ins_that_were_placed_run_or_the_reason_is_kept() -> None:
     if (directory / "plugins-missing").exists():
         assert (directory / "plugins-missing").read_text().strip()
         return
+    if platform.freedesktop_os_release()["ID"] == "debian":
+        assert run(directory / "newest/docker", "--version").stdout.startswith("Docker version ")
     assert " 0." in run(directory / "docker-buildx", "version").stdout
     assert run(directory / "docker-compose", "version", "--short").stdout.startswith("2.")
 

@@ -261,7 +261,14 @@ BODY: dict[str, tuple[Any, dict[str, Any]]] = {
         {"HostConfig": {"NetworkMode": "n"}},
     ),
     "NetworkingConfig.EndpointsConfig.n.Aliases": (["a"], {"HostConfig": {"NetworkMode": "n"}}),
-    "NetworkingConfig.EndpointsConfig.n.DriverOpts": ({"a": "b"}, {"HostConfig": {"NetworkMode": "n"}}),
+    "NetworkingConfig.EndpointsConfig.n.DriverOpts[com.docker.network.endpoint.sysctls]": (
+        {"com.docker.network.endpoint.sysctls": "net.ipv4.conf.IFNAME.log_martians=1"},
+        {"HostConfig": {"NetworkMode": "n"}},
+    ),
+    "NetworkingConfig.EndpointsConfig.n.DriverOpts[any other]": (
+        {"a": "b"},
+        {"HostConfig": {"NetworkMode": "n"}},
+    ),
     "NetworkingConfig.EndpointsConfig.n.GwPriority": (1, {"HostConfig": {"NetworkMode": "n"}}),
 }
 """Of the rest of what ``docker run`` sends."""
@@ -269,7 +276,7 @@ BODY: dict[str, tuple[Any, dict[str, Any]]] = {
 
 def with_field(body: Mapping[str, Any], path: str, value: Any) -> Any:
     changed: Any = deepcopy(body)
-    *parents, last = path.split(".")
+    *parents, last = path.partition("[")[0].split(".")
     at = changed
     for name in parents:
         at = at[int(name)] if name.isdigit() else at.setdefault(name, {})
@@ -331,14 +338,13 @@ REFUSED_BODY = {
     "Domainname": "--domainname",
     "NetworkDisabled": "networkdisabled",
     "NetworkingConfig.EndpointsConfig.n.IPAMConfig.LinkLocalIPs": "--link-local-ip",
-    "NetworkingConfig.EndpointsConfig.n.DriverOpts": "driver-opt",
+    "NetworkingConfig.EndpointsConfig.n.DriverOpts[any other]": "driver-opt",
 }
 
 IRRELEVANT = {
     "Privileges.SELinuxContext.Disable": "containers have no SELinux labels in any case",
     "Mounts.0.Consistency": "for shared folders of Docker Desktop, no engine on Linux acts on it",
     "ContainerIDFile": "the client writes the file",
-    "ConsoleSize": "for Windows, on Linux the client resizes the terminal",
     "ArgsEscaped": "for Windows",
     "OnBuild": "for images, only a build reads it",
     "Shell": "for images, only a build reads it",

@@ -110,6 +110,7 @@ class LocalEndpoints:
             mac_address=request.mac_address,
             links=request.links,
             gw_priority=request.gw_priority,
+            sysctls=request.sysctls,
         )
         try:
             self._enter(container, config)

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import structlog
 from aiohttp import web
+from msgspec.structs import replace
 
 from skep.aio.clock import Clock, SystemClock
 from skep.aio.trees import walk_tree
@@ -65,7 +66,7 @@ log = structlog.get_logger()
 
 _LINES_AT_ONCE = 128
 """Number of list entries that are rendered in a row before other requests run."""
-_WITHOUT_NULL_ERROR = _WITH_STOP_SIGNAL = ApiVersion("1.42")
+_WITHOUT_NULL_ERROR = _WITH_STOP_SIGNAL = _WITH_CONSOLE_SIZE = ApiVersion("1.42")
 _WITH_CONDITION = ApiVersion("1.30")
 _EMPTY_OBJECT_BYTES_MAX = 7
 """Longest body of a start in bytes that counts as empty, as in moby.
@@ -113,7 +114,10 @@ async def create_container(engine: Engine, request: web.Request) -> web.StreamRe
     check_cpus(body.host_config.nano_cpus, processors())
     if platform := request.query.get("platform"):
         require_platform(engine.images.get(body.image), body.image, parse_platform(platform))
-    warnings = create_warnings(body, api_version(request))
+    version = api_version(request)
+    warnings = create_warnings(body, version)
+    if version < _WITH_CONSOLE_SIZE:
+        body = replace(body, host_config=replace(body.host_config, console_size=()))
     container = await engine.create(body, name=request.query.get("name", ""))
     warnings = [*container.warnings, *warnings]
     if body.host_config.network_mode == "host" and body.host_config.port_bindings:

@@ -27,6 +27,7 @@ from skep.errors import InvalidArgument, NotFound
 _TYPES = ("container", "image", "volume", "build-cache")
 _TYPES_SINCE = ApiVersion("1.42")
 _USAGES_SINCE = ApiVersion("1.52")
+_WITHOUT_BUILDER_SIZE = _TYPES_SINCE
 _ACTIVE = ("running", "paused", "restarting")
 
 
@@ -57,10 +58,11 @@ def disk_usage_routes(engine: Engine, mounts: CacheMounts, clock: Clock) -> Rout
         if "build-cache" in wanted:
             response["BuildCache"] = await _cache_lines(mounts)
             response["BuilderSize"] = sum(one["Size"] for one in response["BuildCache"])
-        if version < _USAGES_SINCE:
-            return json_response(response)
-        is_verbose = flag(request, "verbose")
-        return json_response({**({} if is_verbose else response), **_usages(response, is_verbose=is_verbose)})
+        is_verbose = version >= _USAGES_SINCE and flag(request, "verbose")
+        usages = _usages(response, is_verbose=is_verbose) if version >= _USAGES_SINCE else {}
+        if version >= _WITHOUT_BUILDER_SIZE:
+            del response["BuilderSize"]
+        return json_response({**({} if is_verbose else response), **usages})
 
     return table
 

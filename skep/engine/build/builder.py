@@ -216,6 +216,7 @@ class Build:
         if self._request.inline_cache:
             made = await self._bases.add_cache(made, inline_cache(records, made.link, made.config.diff_ids))
         await self._images.add(made.content, self._request.tags)
+        self._images.announce("create", made.id, made.id)
         for tag in self._request.tags:
             self._images.announce("tag", made.id, tag.familiar)
         return BuildResult(

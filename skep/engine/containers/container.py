@@ -221,6 +221,8 @@ class PlainOptions(msgspec.Struct, frozen=True, kw_only=True):
     """``--volumes-from`` values as the user gave them."""
     attached: tuple[str, ...] = ()
     """Streams that the client attached at creation: stdin, stdout, stderr."""
+    console_size: tuple[int, int] = (0, 0)
+    """Rows and columns of the terminal when the command starts.  0 for the kernel's default."""
     is_step: bool = False
     """Whether a build has created the container.
 

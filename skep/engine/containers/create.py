@@ -19,6 +19,7 @@ from skep.engine.confinement.machine import MachineOptions
 from skep.engine.containers import health
 from skep.engine.containers.container import ContainerConfig, LogConfig, PlainOptions, RestartPolicy
 from skep.engine.containers.request import (
+    ENDPOINT_SYSCTLS,
     CreateRequest,
     EndpointSettings,
     HostConfig,
@@ -32,7 +33,7 @@ from skep.engine.containers.signals import signal_number
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.lifecycle.network_rules import NO_ADDRESS, NO_ALIASES
 from skep.engine.log_drivers.options import Check, log_config, with_defaults
-from skep.engine.volumes.mounts import check_paths
+from skep.engine.volumes.mounts import check_option_types, check_paths
 from skep.errors import FailedPrecondition, InvalidArgument, Unimplemented
 from skep.model.container import (
     DEFAULT_STOP_GRACE_NS,
@@ -58,6 +59,7 @@ NO_SOURCE = 'invalid mount config for type "bind": field Source must not be empt
 
 _NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}|[0-9A-Fa-f]{2}(-[0-9A-Fa-f]{2}){5}")
+_INTERFACE_SYSCTL = re.compile(r"net\.(ipv4|ipv6|mpls)\.\w+\.(IFNAME|ifname)\.\w+=[^,]+", re.ASCII)
 _LINK = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]*(:[a-zA-Z0-9][a-zA-Z0-9_.-]*)?")
 _PORT = re.compile(r"([0-9]{1,5})(?:/(tcp|udp|sctp))?")
 _PROPAGATIONS = frozenset({"rprivate", "private", "rshared", "shared", "rslave", "slave"})
@@ -93,6 +95,7 @@ def plain_options(request: CreateRequest, *, is_step: bool = False) -> PlainOpti
     check_limits(host)  # only for plain containers: managers check the limits of tasks, and are stricter
     _check_health(request.healthcheck)  # the same
     _check_shared(request)
+    check_option_types(host.mounts)
     restart = restart_policy(host)
     if host.auto_remove and restart.name != "no":
         raise InvalidArgument("can't create 'AutoRemove' container with restart policy")
@@ -113,6 +116,7 @@ def plain_options(request: CreateRequest, *, is_step: bool = False) -> PlainOpti
         security_options=host.security_opt,
         volumes_from=host.volumes_from,
         attached=tuple(name for name, is_attached in streams.items() if is_attached),
+        console_size=(host.console_size[0], host.console_size[1]) if len(host.console_size) == 2 else (0, 0),
         is_step=is_step,
     )
 
@@ -144,7 +148,7 @@ def _networks(request: CreateRequest) -> tuple[NetworkMode, tuple[EndpointReques
                 raise InvalidArgument(NO_ADDRESS)
             for name, one in endpoints.items():
                 if name not in others:
-                    _check_priority(name or "bridge", one)
+                    _check_predefined(name or "bridge", one)
             if request.host_config.links or any(one.links for one in endpoints.values()):
                 raise refused("--link on a network that containers have no names on")
             if others and kind is not NetworkMode.BRIDGE:
@@ -241,7 +245,7 @@ def endpoint_request(network: str, settings: EndpointSettings) -> EndpointReques
         if not _LINK.fullmatch(link):
             raise InvalidArgument(f"bad format for links: {link[:256]}")
     if network in BUILTIN:
-        _check_priority(network, settings)
+        _check_predefined(network, settings)
     return EndpointRequest(
         network=network,
         aliases=settings.aliases,
@@ -250,16 +254,34 @@ def endpoint_request(network: str, settings: EndpointSettings) -> EndpointReques
         mac_address=_checked_mac(settings.mac_address),
         links=settings.links,
         gw_priority=settings.gw_priority,
+        sysctls=_interface_sysctls(settings),
     )
 
 
-def _check_priority(network: str, settings: EndpointSettings) -> None:
-    """Refuse a priority for the gateway of a predefined network.  Raises: Unimplemented."""
+def _interface_sysctls(settings: EndpointSettings) -> str:
+    """Return the sysctls of one network's interface.  Raises: InvalidArgument.
+
+    Source: moby, daemon/container_operations.go (validateEndpointSettings).
+    """
+    given = settings.driver_opts.get(ENDPOINT_SYSCTLS, "")
+    for one in given.split(",") if given else ():
+        if not _INTERFACE_SYSCTL.fullmatch(one):
+            raise InvalidArgument(
+                f"invalid endpoint settings:\nunrecognised network interface sysctl '{one[:256]}'; represent "
+                "'net.X.Y.ethN.Z=V' as 'net.X.Y.IFNAME.Z=V', 'X' must be 'ipv4', 'ipv6' or 'mpls'"
+            )
+    return given
+
+
+def _check_predefined(network: str, settings: EndpointSettings) -> None:
+    """Refuse options that a predefined network does not have.  Raises: Unimplemented."""
     if settings.gw_priority:
         raise Unimplemented(
             f"GwPriority is not supported on network {network}, whose gateway has the priority 0: set the priority of "
             "the container's other networks"
         )
+    if settings.driver_opts:
+        raise Unimplemented(f"{ENDPOINT_SYSCTLS} is not supported on network {network}: use --sysctl")
 
 
 def _checked_address(text: str, version: int) -> str:

@@ -25,6 +25,7 @@ from skep.model.values.encoding import ApiObject, GoInt, Words
 from skep.model.values.times import Nanoseconds
 
 _WITH_PIDS_LIMIT = ApiVersion("1.40")
+_V1_44 = ApiVersion("1.44")
 _V1_48 = ApiVersion("1.48")
 _V1_52 = ApiVersion("1.52")
 _V1_55 = ApiVersion("1.55")
@@ -101,6 +102,8 @@ class HostConfig(MachineOptions):
     volumes_from: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
     volume_driver: str = ""
+    console_size: tuple[int, ...] = ()
+    """The terminal's first rows and columns."""
 
 
 class UpdateRequest(HostConfig):
@@ -128,6 +131,7 @@ class EndpointSettings(ApiObject):
     links: tuple[str, ...] = ()
     mac_address: str = ""
     gw_priority: GoInt = 0
+    driver_opts: Mapping[str, str] = {}
 
 
 class NetworkingConfig(ApiObject):
@@ -227,6 +231,10 @@ def create_warnings(request: CreateRequest, version: ApiVersion) -> list[str]:
             "container-wide MAC address no longer supported; use endpoint-specific MAC address instead"
         )
     host, warnings = request.host_config, []
+    if version >= _V1_44 and request.mac_address:
+        warnings.append(
+            "The container-wide MacAddress field is now deprecated. It should be specified in EndpointsConfig instead."
+        )
     undecided = [
         mount
         for mount in host.mounts
@@ -335,7 +343,7 @@ _HOST_OPTIONS: Final = frozenset(
         *("blkioweightdevice", "blkiodevicereadbps", "blkiodevicewritebps", "blkiodevicereadiops"),
         *("blkiodevicewriteiops", "memoryswap", "memoryswappiness", "oomkilldisable", "annotations"),
         *("maskedpaths", "readonlypaths", "cgroupparent"),
-        # Only clients use these fields.
+        # Only clients use the first.
         *("containeridfile", "consolesize"),
     }
 )
@@ -364,6 +372,7 @@ _CONFIG_OPTIONS: Final = frozenset(
         *("onbuild", "shell", "argsescaped"),
     }
 )
+ENDPOINT_SYSCTLS: Final = "com.docker.network.endpoint.sysctls"
 _ENDPOINT_OPTIONS: Final = frozenset(
     {
         *("ipamconfig", "aliases", "links", "macaddress", "gwpriority"),
@@ -417,6 +426,8 @@ def _check_config(config: Any) -> None:
 def _check_endpoint(endpoint: Any) -> None:
     """Check ``endpoint``, the JSON of one network.  Raises: Unimplemented."""
     for name, value in _given(endpoint):
+        if name == "driveropts" and isinstance(value, dict) and value.keys() == {ENDPOINT_SYSCTLS}:
+            continue
         if name not in _ENDPOINT_OPTIONS:
             raise refused(name)
         if name == "ipamconfig":

@@ -29,7 +29,7 @@ from skep.engine.lifecycle.life_events import LifeEvent
 from skep.engine.lifecycle.machine import INTERRUPTIBLE, Effect
 from skep.engine.networks.networking import Networking, endpoint_network, publish_networks, sandbox_config
 from skep.engine.runtime import runtime_spec
-from skep.engine.runtime.conmon import StartError
+from skep.engine.runtime.conmon import StartError, resize_terminal
 from skep.engine.runtime.runtime import Runtime
 from skep.engine.volumes.volumes import Volumes
 from skep.errors import FailedPrecondition, SkepError
@@ -178,6 +178,8 @@ class Effects:
         with within("runc create"):
             started = await self._runtime.create(container)
         self._volumes.release_parts(self._bundles.parts(container))
+        if container.plain is not None and all(container.plain.console_size):
+            resize_terminal(started.monitor, *container.plain.console_size)
         return life_events.ProcessCreated(started.process, started.monitor)
 
     async def _serve_clients(self, container: Container, _: Program) -> None:

@@ -12,7 +12,7 @@ from skep.engine.containers.container import BeingRemoved, Container
 from skep.engine.containers.state import ContainerStore
 from skep.engine.events import Events, NamedNetwork
 from skep.engine.lifecycle.life_events import Connect, Disconnect, Rename
-from skep.errors import FailedPrecondition, NotFound
+from skep.errors import FailedPrecondition, NotFound, Unimplemented
 from skep.model.networks.sandbox import Endpoint, EndpointRequest, NetworkMode, Sandbox, SandboxConfig
 from skep.model.options.labels import LABEL_TASK_ID
 from skep.model.values.ids import ContainerId, TaskId
@@ -133,9 +133,13 @@ class NetworkChanges:
         """Connect a container to another network, now or at its start.
 
         Raises: NotFound; BeingRemoved; FailedPrecondition: it is connected; Forbidden: it shares another container's
-        networks; SkepError, in Docker's words.
+        networks; Unimplemented: sysctls of an interface of a running container; SkepError, in Docker's words.
         """
         container, _ = self._store.require_plain(word)
+        if request.sysctls and container.is_active:
+            raise Unimplemented(
+                "sysctls of an interface are set when the container starts: stop it before you connect it"
+            )
         await self._lives.change_networks(container.id, Connect(request))
 
     async def disconnect(self, word: str, network: str, network_id: str = "") -> None:

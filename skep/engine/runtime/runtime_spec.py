@@ -241,7 +241,11 @@ def _linux(
         "resources": {"devices": _device_rules(config, devices.nodes)} | limits,
         "maskedPaths": [] if options.privileged else masked,
         "readonlyPaths": [] if options.privileged else read_only,
-        "sysctl": (_DEFAULT_SYSCTLS if own_network else {}) | dict(config.sysctls),
+        "sysctl": {
+            **(_DEFAULT_SYSCTLS if own_network else {}),
+            **config.sysctls,
+            **_interface_sysctls(container),
+        },
     }
     if devices.nodes:
         linux["devices"] = [_device(node) for node in devices.nodes]
@@ -253,6 +257,12 @@ def _linux(
     elif any(point.propagation in ("slave", "rslave") for point in config.mounts):
         linux["rootfsPropagation"] = "rslave"
     return linux
+
+
+def _interface_sysctls(container: Container) -> dict[str, str]:
+    """Return the sysctls of the container's single interfaces, which exist before the runtime sets them."""
+    endpoints = container.sandbox.endpoints if container.sandbox is not None else ()
+    return {name: value for endpoint in endpoints for name, value in endpoint.sysctls.items()}
 
 
 def _namespaces(container: Container, capacity: Capacity, shared: Shared) -> list[dict[str, str]]:

@@ -76,6 +76,22 @@ def check_paths(mount: Mount) -> None:
         raise InvalidArgument(f"{invalid}: field Source must not be specified")
 
 
+def check_option_types(mounts: Iterable[Mount]) -> None:
+    """Raise InvalidArgument for options of another type than the mount's.
+
+    Source: moby, daemon/server/router/container/container_routes.go (postContainersCreate, API 1.42 and later).
+    """
+    for mount in mounts:
+        given = (
+            ("VolumeOptions", "volume", mount.volume_options),
+            ("BindOptions", "bind", mount.bind_options),
+            ("TmpfsOptions", "tmpfs", mount.tmpfs_options),
+        )
+        for name, type, options in given:
+            if options is not None and mount.type != type:
+                raise InvalidArgument(f'{name} must not be specified on mount type "{mount.type}"')
+
+
 def check_subpath(type: str, subpath: str) -> None:
     """Check a subpath in a mount of a ``type``.  Raises: InvalidArgument, in Docker's words.
 

@@ -4,6 +4,7 @@ The engine records these values with each container, and the data plane creates 
 Container records are files, so serialized names never change: fields with a different attribute have ``name=``.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
 
@@ -12,6 +13,8 @@ import msgspec
 from skep.model.networks.tables import NetworkHead
 from skep.model.service import PortConfig
 from skep.model.values.ids import ContainerId, NetworkId, TaskId
+
+_IFNAME = re.compile(r"(?<=\.)(IFNAME|ifname)(?=\.)")
 
 
 class NetworkMode(Enum):
@@ -44,6 +47,8 @@ class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Links as ``container:alias``: names of other containers that only this container can resolve."""
     gw_priority: int = 0
     """Priority of this network's gateway.  The highest one becomes the container's default route."""
+    sysctls: str = ""
+    """Sysctls of its interface, with commas: ``net.ipv4.conf.IFNAME.log_martians=1``."""
 
 
 class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +64,8 @@ class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
     """See ``EndpointRequest.links``."""
     gw_priority: int = 0
     """See ``EndpointRequest.gw_priority``."""
+    sysctls: str = ""
+    """See ``EndpointRequest.sysctls``."""
     attachment: TaskId = TaskId("")
     """Attachment task by which the cluster reserves the endpoint for a plain container.  Empty without one."""
 
@@ -71,6 +78,12 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     interface: str
     port: str
     mac_address: str
+
+    @property
+    def sysctls(self) -> dict[str, str]:
+        """Return the sysctls of its interface."""
+        pairs = (one.partition("=") for one in self.config.sysctls.split(",") if one)
+        return {_IFNAME.sub(self.interface, name, count=1): value for name, _, value in pairs}
 
     @property
     def network_id(self) -> NetworkId:

@@ -59,6 +59,7 @@ from skep.node.host.description import volume_drivers
 
 log = structlog.get_logger()
 
+_V1_46 = ApiVersion("1.46")
 _V1_52 = ApiVersion("1.52")
 _V1_53 = ApiVersion("1.53")
 _NEWLINE_DELIMITED, _JSON_LINES = "application/x-ndjson", "application/jsonl"
@@ -272,6 +273,11 @@ async def show_info(system: NodeSystem, request: web.Request) -> web.StreamRespo
     return json_response(info.known_to(api_version(request), await system.info(identity_of(request))))
 
 
+def is_known_to(version: ApiVersion, message: Mapping[str, Any]) -> bool:
+    """Return whether API ``version`` has the event: since 1.46, new images without names have one."""
+    return version >= _V1_46 or (message["Type"], message["Action"]) != ("image", "create")
+
+
 def known_to(version: ApiVersion, message: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return an event in the form of API ``version``.
 
@@ -325,6 +331,8 @@ async def stream_events(system: NodeSystem, request: web.Request) -> web.StreamR
     lines = JsonLines(request, content_type=content_type_for(version, request.headers.get("Accept", "")))
 
     async def send(message: Message) -> None:
+        if not is_known_to(version, message):
+            return
         shown = without_commands(message) if READER in request.headers else message
         await lines.send(known_to(version, shown))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from skep.engine.containers.container import Container, MountPoint
+from skep.engine.containers.container import Container, MountPoint, PlainOptions
 from skep.engine.engine import Engine
 from skep.errors import InvalidArgument
 from skep.model.container import Ulimit
@@ -115,6 +115,11 @@ async def test_limits_are_applied(lab: Lab, run: Runner, engine: Engine) -> None
 async def test_no_more_processes_than_the_limit(run: Runner) -> None:
     output = await run.output("sh", "-c", "for i in 1 2 3 4 5 6 7 8; do sleep 1 & done", pids=4)
     assert "can't fork" in output
+
+
+async def test_a_terminal_has_its_size_from_its_start_on(run: Runner) -> None:
+    plain = PlainOptions(console_size=(31, 87))
+    assert await run.output("stty", "size", tty=True, plain=plain) == "31 87\r\n"
 
 
 async def test_ulimits_sysctls_and_the_oom_score(run: Runner) -> None:

@@ -1,13 +1,38 @@
 """Docker Engines of a playground, for tests: the tasks on them, and the view from inside their containers."""
 
+import os
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from tests.support.machines.directories import a_directory
 from tests.support.machines.playground_rig import TestCluster, TestNode, remove_services, running, wait_until
 
+SCRIPT = Path(__file__).resolve().parents[3] / "setup/engine.sh"
+VERSIONS = {"bookworm": "20.10", "trixie": "26.1", "forky": "28.5"}
+"""The Docker Engine that each Debian suite has, oldest first."""
 ENGINES = ("d1", "d2")
 FOR_ENGINES = ("--label", "skep.data-plane=docker")
 """Options of an overlay network for engines.  Without them the first task decides on the data plane."""
+
+
+@contextmanager
+def engine_of(suite: str) -> Iterator[None]:
+    """Put the engine of a Debian suite first on the path as ``dockerd``.  The suite's archive provides it once."""
+    with a_directory() as directory:
+        done = subprocess.run(
+            [str(SCRIPT), suite, str(directory)], capture_output=True, text=True, timeout=600, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        path = os.environ["PATH"]
+        os.environ["PATH"] = f"{directory}:{path}"
+        try:
+            yield
+        finally:
+            os.environ["PATH"] = path
 
 
 def clear(m1: TestNode, engines: list[TestNode]) -> None:

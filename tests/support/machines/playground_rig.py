@@ -31,14 +31,19 @@ def docker_version(cli: str) -> str:
 
 
 def _docker_commands() -> tuple[str, ...]:
-    """Return one command per version, the distribution's release first."""
-    places = (str(UNPACKED / "release/docker"), str(UNPACKED / "docker"), shutil.which("docker"))
-    found = {docker_version(cli): cli for cli in reversed(places) if cli and os.access(cli, os.X_OK)}
-    return tuple(reversed(found.values()))
+    """Return the command of the distribution's release and the newest one, or one if they have the same version."""
+    release, *others = (str(UNPACKED / name) for name in ("release/docker", "docker", "newest/docker"))
+    found = {
+        docker_version(cli): cli
+        for cli in (*others, shutil.which("docker"), release)
+        if cli and os.access(cli, os.X_OK)
+    }
+    newest = max(found, key=lambda version: [int(part) for part in version.split(".")], default="")
+    return tuple(dict.fromkeys(cli for cli in (release, found.get(newest)) if cli in found.values()))
 
 
 CLIS = _docker_commands() or ("docker",)
-"""The docker commands of this machine: the distribution's, and the one on the path if that differs."""
+"""The docker commands of the tests: the distribution's release, and the newest of this machine."""
 
 IMAGE = "busybox:1"
 IDLE = ("sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done")

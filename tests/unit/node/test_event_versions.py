@@ -11,10 +11,19 @@ from skep.aio.clock import SystemClock
 from skep.api.http.server import application
 from skep.api.http.versions import ApiVersion
 from skep.node.events import NodeEvents, message_of
-from skep.node.routes.system import content_type_for, known_to, system_routes
+from skep.node.routes.system import content_type_for, is_known_to, known_to, system_routes
 
 STARTED = message_of("container", "start", "c1", {"image": "i"}, 1)
 NEWER = {name: value for name, value in STARTED.items() if name not in ("status", "id", "from")}
+
+
+def test_1_46_new_images_have_an_event() -> None:
+    made, tagged = (message_of("image", action, "sha256:i", {}, 1) for action in ("create", "tag"))
+    known = {
+        version: [is_known_to(ApiVersion(version), one) for one in (made, tagged)]
+        for version in ("1.45", "1.46")
+    }
+    assert known == {"1.45": [False, True], "1.46": [True, True]}
 
 
 def test_1_52_events_have_no_legacy_fields() -> None:

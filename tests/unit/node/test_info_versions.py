@@ -1,6 +1,9 @@
 """``GET /info`` in the form of each version of the Engine API."""
 
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from skep.api.http.versions import ApiVersion
 from skep.configuration.configuration import Configuration
@@ -8,7 +11,9 @@ from skep.engine.containers.container import EngineCounts
 from skep.model.values.times import timestamp
 from skep.node.host.features import Features
 from skep.node.host.machine import Machine
+from skep.node.host.runtime_choice import InstalledRuntime, RuntimeChoice
 from skep.node.info import NodeProperties, info, known_to
+from skep.node.routes.system import ping_response
 
 NODE = NodeProperties(
     id="n",
@@ -24,12 +29,47 @@ NODE = NodeProperties(
     features=Features(),
     configuration=Configuration(),
     versions={"runc": "1.1.5"},
+    runtimes=RuntimeChoice(usable={"runc": InstalledRuntime(program="/usr/sbin/runc")}),
 )
 
 
 def shown(version: str, *devices: str) -> Any:
     newest = info(NODE, counts=EngineCounts(), swarm={}, warnings=(), now=timestamp(0), devices=devices)
     return known_to(ApiVersion(version), newest)
+
+
+def test_1_42_the_limit_of_kernel_memory_is_gone() -> None:
+    assert set(shown("1.41")) - set(shown("1.42")) == {"KernelMemory"}
+
+
+@pytest.mark.parametrize("builds", [True, False])
+def test_1_42_a_ping_names_the_builder_and_the_state_of_the_swarm(*, builds: bool) -> None:
+    system: Any = SimpleNamespace(
+        newest_version=ApiVersion("1.55"),
+        swarm_header="active/manager",
+        builds_images=builds,
+        now_s=lambda: 0.0,
+    )
+    response = ping_response(system, "HEAD", None) or b""
+    assert b"\r\nSwarm: active/manager\r\n" in response
+    assert (b"\r\nBuilder-Version: 2\r\n" in response) is builds
+
+
+def test_1_43_no_option_forbids_new_privileges_in_all_containers() -> None:
+    assert not [one for one in shown("1.43")["SecurityOptions"] if "no-new-privileges" in one]
+
+
+def test_1_44_directories_with_descriptions_of_devices_are_named() -> None:
+    assert shown("1.44")["CDISpecDirs"] == ["/etc/cdi", "/var/run/cdi"]
+    assert "CDISpecDirs" not in shown("1.43")
+
+
+def test_1_44_runtimes_have_a_path_and_no_status() -> None:
+    assert shown("1.44")["Runtimes"] == {"runc": {"path": "/usr/sbin/runc"}}
+
+
+def test_1_46_no_containerd_is_reported() -> None:
+    assert "Containerd" not in shown("1.46")
 
 
 def test_1_48_nondistributable_artifacts_are_null() -> None:

@@ -152,7 +152,10 @@ def summary(
         "State": container.status,
         "Status": status(container, now_ns),
         "Health": _health_summary(container),
-        "HostConfig": {"NetworkMode": container.network_mode},
+        "HostConfig": {
+            "NetworkMode": container.network_mode,
+            **({"Annotations": notes} if (notes := dict(container.config.machine.annotations)) else {}),
+        },
         "NetworkSettings": {"Networks": networks_in_lists(container, network_ids)},
         "Mounts": _mounts(container),
     }
@@ -374,6 +377,7 @@ def _plain_host_config(container: Container) -> dict[str, Any]:
         "RestartPolicy": {"Name": plain.restart.name, "MaximumRetryCount": plain.restart.attempts_max},
         "AutoRemove": plain.auto_remove,
         "VolumesFrom": list(plain.volumes_from) or None,
+        "ConsoleSize": list(plain.console_size),
     }
 
 

@@ -10,6 +10,10 @@ from typing import Any
 
 from skep.api.http.versions import ApiVersion
 
+_V1_42 = ApiVersion("1.42")
+_V1_44 = ApiVersion("1.44")
+_V1_45 = ApiVersion("1.45")
+_V1_46 = ApiVersion("1.46")
 _V1_48 = ApiVersion("1.48")
 _V1_52 = ApiVersion("1.52")
 _LEGACY_SETTINGS = (
@@ -29,27 +33,47 @@ _LEGACY_SETTINGS = (
 
 def container_known_to(version: ApiVersion, shown: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return ``GET /containers/{id}/json`` in the form of API ``version``."""
-    older = {**shown, "NetworkSettings": _with_networks(version, shown["NetworkSettings"])}
+    settings = shown["NetworkSettings"]
+    if version < _V1_45:
+        settings = _with_id_as_alias(shown, settings)
+    older = {**shown, "NetworkSettings": _with_networks(version, settings)}
+    if version >= _V1_42:
+        older["HostConfig"] = _without(shown["HostConfig"], "KernelMemory", "KernelMemoryTCP")
     if version >= _V1_52:
         config = _without(
             shown["Config"], "MacAddress", *(() if shown["Config"]["OnBuild"] else ("OnBuild",))
         )
         older["Config"] = config
-        older["HostConfig"] = _without(shown["HostConfig"], "KernelMemoryTCP")
         older["NetworkSettings"] = _without(older["NetworkSettings"], *_LEGACY_SETTINGS)
     return older
 
 
 def line_known_to(version: ApiVersion, shown: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return one line of ``docker ps`` in the form of API ``version``."""
-    older = shown if version >= _V1_52 else _without(shown, "Health")
+    older = dict(shown) if version >= _V1_52 else _without(shown, "Health")
+    if version < _V1_46:
+        older["HostConfig"] = _without(shown["HostConfig"], "Annotations")
     return {**older, "NetworkSettings": _with_networks(version, shown["NetworkSettings"])}
 
 
 def _with_networks(version: ApiVersion, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    if version >= _V1_48:
+    newer = (("DNSNames", _V1_44), ("GwPriority", _V1_48))
+    names = [name for name, since in newer if version < since]
+    if not names:
         return settings
-    networks = {name: _without(one, "GwPriority") for name, one in settings["Networks"].items()}
+    networks = {network: _without(one, *names) for network, one in settings["Networks"].items()}
+    return {**settings, "Networks": networks}
+
+
+def _with_id_as_alias(shown: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``settings`` with the container's short id and hostname among its aliases where it has names."""
+    own = (shown["Id"][:12], shown["Config"]["Hostname"])
+    networks = {
+        name: {**one, "Aliases": list(filter(None, dict.fromkeys((*(one["Aliases"] or ()), *own))))}
+        if one["DNSNames"]
+        else one
+        for name, one in settings["Networks"].items()
+    }
     return {**settings, "Networks": networks}
 
 

@@ -95,6 +95,8 @@ def inspected(image: Image, images: LocalImages, version: ApiVersion) -> Mapping
             del response[name]
     if version >= _WITHOUT_VIRTUAL_SIZE:
         del response["VirtualSize"]
+        if not config.created:
+            del response["Created"]
     if version >= _WITHOUT_CONTAINER_CONFIG:
         del response["Container"], response["ContainerConfig"]
     if version >= _V1_50 and response["Config"] is not None:

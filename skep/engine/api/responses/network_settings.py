@@ -6,6 +6,7 @@ from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import Any, TypeAlias
 
 from skep.engine.containers.container import Container, PlainOptions
+from skep.engine.containers.request import ENDPOINT_SYSCTLS
 from skep.model.networks.sandbox import Endpoint, NetworkMode
 
 Interface: TypeAlias = IPv4Interface | IPv6Interface
@@ -24,6 +25,7 @@ _NO_NETWORK: dict[str, Any] = {
     "GlobalIPv6PrefixLen": 0,
     "MacAddress": "",
     "DriverOpts": None,
+    "DNSNames": None,
     "GwPriority": 0,
 }
 
@@ -104,6 +106,7 @@ def _of_plain(container: Container, plain: PlainOptions, ids: Mapping[str, str])
                 "Aliases": list(one.aliases) or None,
                 "Links": list(one.links) or None,
                 "GwPriority": one.gw_priority,
+                "DriverOpts": _driver_options(one.sysctls),
             }
             for one in plain.networks
         }
@@ -131,11 +134,12 @@ def _predefined(container: Container, network_id: str) -> dict[str, Any]:
 
 
 def networks_in_lists(container: Container, ids: Mapping[str, str]) -> dict[str, Any]:
-    """Return the networks without aliases and links, which lists of containers leave out.
+    """Return the networks without names and links, which lists of containers leave out.
 
     Source: moby, container/view.go.
     """
-    return {name: one | {"Aliases": None, "Links": None} for name, one in networks(container, ids).items()}
+    left_out = {"Aliases": None, "DNSNames": None, "Links": None}
+    return {name: one | left_out for name, one in networks(container, ids).items()}
 
 
 def _overlay(container: Container, endpoint: Endpoint) -> dict[str, Any]:
@@ -144,10 +148,12 @@ def _overlay(container: Container, endpoint: Endpoint) -> dict[str, Any]:
     v6 = next((one for one in held if one.version == 6), None)
     response = _NO_NETWORK | {
         "IPAMConfig": _requested(container, endpoint, v4, v6),
-        "Aliases": _aliases(container, endpoint),
+        "Aliases": list(_aliases(container, endpoint)) or None,
+        "DNSNames": _dns_names(container, endpoint),
         "Links": list(endpoint.config.links) or None,
         "NetworkID": endpoint.network_id,
         "GwPriority": endpoint.config.gw_priority,
+        "DriverOpts": _driver_options(endpoint.config.sysctls),
     }
     if not container.is_running:
         return response
@@ -161,6 +167,10 @@ def _overlay(container: Container, endpoint: Endpoint) -> dict[str, Any]:
         "GlobalIPv6PrefixLen": v6.network.prefixlen if v6 is not None else 0,
         "MacAddress": endpoint.mac_address,
     }
+
+
+def _driver_options(sysctls: str) -> dict[str, str] | None:
+    return {ENDPOINT_SYSCTLS: sysctls} if sysctls else None
 
 
 def _requested(
@@ -181,13 +191,18 @@ def _requested(
     return given | ({"IPv6Address": str(v6.ip)} if v6 is not None else {})
 
 
-def _aliases(container: Container, endpoint: Endpoint) -> list[str]:
-    """Return the container's aliases on the network.  Omits aliases from a task's spec, which the cluster resolves.
+def _aliases(container: Container, endpoint: Endpoint) -> tuple[str, ...]:
+    """Return the aliases that the user chose.  Omits aliases from a task's spec, which the cluster resolves."""
+    return endpoint.config.aliases if container.plain is not None else ()
 
-    Source: moby 20.10, daemon/container_operations.go (updateNetworkConfig).
+
+def _dns_names(container: Container, endpoint: Endpoint) -> list[str]:
+    """Return the container's names on the network.
+
+    Source: moby, daemon/container_operations.go (buildEndpointDNSNames).
     """
-    own = endpoint.config.aliases if container.plain is not None else ()
-    return list(filter(None, dict.fromkeys((*own, container.id[:12], container.config.hostname))))
+    own = (container.name, *_aliases(container, endpoint), container.id[:12], container.config.hostname)
+    return list(filter(None, dict.fromkeys(own)))
 
 
 def _endpoint_id(container: Container, network_id: str, port: str) -> str:

@@ -3,6 +3,8 @@
 import msgspec
 import pytest
 
+from skep.api.http.versions import ApiVersion
+from skep.engine.api.responses.container_versions import container_known_to
 from skep.engine.api.responses.network_settings import network_settings, networks_in_lists
 from skep.engine.containers.container import Container, ContainerConfig, ContainerState, PlainOptions
 from skep.model.networks.sandbox import Endpoint, EndpointConfig, NetworkMode, Sandbox
@@ -50,7 +52,8 @@ def test_every_network_is_shown_as_an_engine_shows_it() -> None:
     assert inner == {
         "IPAMConfig": {"IPv4Address": "10.5.2.3"},
         "Links": None,
-        "Aliases": ["adff84fa287f"],
+        "Aliases": None,
+        "DNSNames": ["s1.1.x", "adff84fa287f"],
         "NetworkID": "id-inner",
         "Gateway": "",
         "IPAddress": "10.5.2.3",
@@ -68,9 +71,34 @@ def test_every_network_is_shown_as_an_engine_shows_it() -> None:
     assert settings["SandboxKey"] == "/run/netns/c1"
 
 
-def test_lists_show_the_same_without_aliases() -> None:
+def test_lists_show_the_same_without_names() -> None:
     inner = network_settings(RUNNING, IDS)["Networks"]["inner"]
-    assert networks_in_lists(RUNNING, IDS)["inner"] == inner | {"Aliases": None}
+    assert networks_in_lists(RUNNING, IDS)["inner"] == inner | {"Aliases": None, "DNSNames": None}
+
+
+def test_1_44_a_network_has_the_names_of_the_container() -> None:
+    config = msgspec.structs.replace(RUNNING.config, hostname="host")
+    mine = msgspec.structs.replace(RUNNING, plain=PlainOptions(mode=NetworkMode.NETWORKS), config=config)
+    web = network_settings(mine, IDS)["Networks"]["web"]
+    assert (web["Aliases"], web["DNSNames"]) == (["front"], ["s1.1.x", "front", "adff84fa287f", "host"])
+
+
+@pytest.mark.parametrize(
+    ("version", "aliases"), [("1.44", ["front", "adff84fa287f", "host"]), ("1.45", ["front"])]
+)
+def test_1_45_the_short_id_is_no_alias(version: str, aliases: list[str]) -> None:
+    config = msgspec.structs.replace(RUNNING.config, hostname="host")
+    mine = msgspec.structs.replace(RUNNING, plain=PlainOptions(mode=NetworkMode.NETWORKS), config=config)
+    shown = {
+        "Id": mine.id,
+        "Config": {"Hostname": "host", "OnBuild": None},
+        "HostConfig": {},
+        "NetworkSettings": network_settings(mine, IDS),
+    }
+    older = container_known_to(ApiVersion(version), shown)
+    assert older["NetworkSettings"]["Networks"]["web"]["Aliases"] == aliases
+    oldest = container_known_to(ApiVersion("1.43"), shown)["NetworkSettings"]["Networks"]["web"]
+    assert (oldest["Aliases"], "DNSNames" in oldest) == (["front", "adff84fa287f", "host"], False)
 
 
 def test_what_has_ended_keeps_its_networks_and_has_no_address() -> None:

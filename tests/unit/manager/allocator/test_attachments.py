@@ -3,7 +3,13 @@
 from msgspec.structs import replace
 
 from skep.manager.allocator.addresses import AddressAllocations
-from skep.manager.allocator.attachments import AttachableNetworks, AttachedTask, NotAttached, attachments_for
+from skep.manager.allocator.attachments import (
+    AttachableNetworks,
+    AttachedTask,
+    NotAttached,
+    attachments_for,
+    wanted_networks,
+)
 from skep.model.network import IPAMConfig, Network, NetworkSpec
 from skep.model.service import EndpointSpec, NetworkAttachmentConfig, PortConfig, PublishMode, ServiceSpec
 from skep.model.task import NetworkAttachment
@@ -103,6 +109,14 @@ def test_a_task_waits_when_every_address_is_taken() -> None:
     assert waiting == NotAttached(
         "no available IPv4 addresses on this network's address pools: net1 (net1)", tiny.id
     )
+
+
+def test_the_older_list_of_a_services_networks_counts_without_the_newer() -> None:
+    older, newer = (NetworkAttachmentConfig(target=NetworkId(name)) for name in ("old", "new"))
+    spec = replace(a_service_spec("web"), networks=(older,))
+    assert wanted_networks(spec, None) == [older]
+    template = replace(spec.task_template, networks=(newer,))
+    assert wanted_networks(replace(spec, task_template=template), None) == [newer]
 
 
 def test_published_ports_attach_a_task_to_the_ingress_network_first_if_needed() -> None:
