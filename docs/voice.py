@@ -34,6 +34,7 @@ PAGES = (
     "docs/compare",
     "docs/guide",
     "docs/tutorials",
+    "docs/cookbook",
     "docs/reference",
     "docs/design",
 )

@@ -13,15 +13,7 @@ is_fetched=
 [ "$1" != --fetch-only ] || { is_fetched=yes && shift; }
 suite=$1
 machine=$2
-base=${MACHINES:-/var/cache/skep-machines}/$suite
-if [ ! -d "$base" ]; then
-    say "$suite: fetching the base system"
-    mkdir -p "${base%/*}"
-    rm -rf --one-file-system "$base.new"
-    make_system "$suite" "$base.new"
-    mv "$base.new" "$base"
-fi
-cp -a --reflink=auto "$base" "$machine"
+copy_base "$suite" "$machine"
 place_in_network "$machine"
 cp "$3" "$machine/root/skep.deb"
 printf '#!/bin/sh\nexit 101\n' >"$machine/usr/sbin/policy-rc.d"

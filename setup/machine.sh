@@ -1,4 +1,4 @@
-# Sourced by bare.sh, virtual.sh and bootable.sh: creates a bare machine in a directory, with a fresh clone of the current commit.
+# Sourced by bare.sh, virtual.sh and others: creates a bare machine in a directory, with a fresh clone of the current commit.
 
 # know_suite SUITE: sets $distribution, $components, $updates (suites), $kernel (package) and $script (debootstrap's).
 know_suite() {
@@ -75,6 +75,21 @@ make_system() {
         sed "s/ $1 / $suite /" <(grep "^deb .* $1 " "$2/etc/apt/sources.list") >>"$2/etc/apt/sources.list.d/updates.list"
     done
     rm -rf "$log" "$2.keys"
+}
+
+# copy_base SUITE DIRECTORY: copies the suite's base system, which is kept in $MACHINES (/var/cache/skep-machines).
+copy_base() {
+    local base=${MACHINES:-/var/cache/skep-machines}/$1
+    mkdir -p "${base%/*}"
+    (
+        flock 9
+        [ ! -d "$base" ] || exit 0
+        say "$1: fetching the base system"
+        rm -rf --one-file-system "$base.new"
+        make_system "$1" "$base.new"
+        mv "$base.new" "$base"
+    ) 9>"$base.lock"
+    cp -a --reflink=auto "$base" "$2"
 }
 
 # place_in_network DIRECTORY: copies name servers, the settings of apt and pip, and the certificate authorities.

@@ -46,7 +46,9 @@ def test_every_heading_that_a_link_names_exists(page: Path) -> None:
     assert missing == []
 
 
-WRAPPED = re.compile(r"docs/(design|checklists|guide|tutorials|concepts|compare)/|[^/]+$|docs/[^/]+$")
+WRAPPED = re.compile(
+    r"docs/(design|checklists|guide|tutorials|cookbook|concepts|compare)/|[^/]+$|docs/[^/]+$"
+)
 COLUMNS_MAX = 120
 
 
@@ -107,6 +109,17 @@ def test_every_target_of_make_that_is_named_exists(page: Path) -> None:
     ]
     named = {match[1] for word in words if (match := re.match(r"make ([a-z-]+)", word))}
     assert named - make_targets() == set()
+
+
+@pages
+def test_the_files_that_a_recipe_shows_are_those_of_its_folder(page: Path) -> None:
+    if page.parent.name != "cookbook":
+        return
+    text = page.read_text()
+    files = {path.read_text() for path in page.with_suffix("").rglob("*") if path.is_file()}
+    shown = re.findall(r"^```(?!sh$|text$)\w+\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert (page.with_suffix("") / "compose.yaml").read_text() in shown
+    assert [block for block in shown if block not in files] == []
 
 
 @pages

@@ -42,8 +42,8 @@ RUN_ELSEWHERE = {
 }
 """Blocks of documents (page, number on the page) that other tests run, and which."""
 
-TUTORIALS = ("docs/guide/start.md", "docs/tutorials/")
-"""Beginnings of pages of which ``test_tutorials.py`` runs every block."""
+TUTORIALS = ("docs/guide/start.md", "docs/tutorials/", "docs/cookbook/")
+"""Beginnings of pages of which ``test_tutorials.py``, or a test in ``cookbook``, runs every block."""
 
 BACKUP = "docs/guide/backup.md"
 RECOVERY = "docs/guide/recovery.md"
