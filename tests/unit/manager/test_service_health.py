@@ -22,7 +22,7 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Restart, Task, TaskState, TaskStatus
-from skep.model.values.ids import TaskId
+from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from skep.store.interface import View
@@ -232,3 +232,26 @@ async def test_a_stopped_service_names_the_nodes_that_are_down_with_its_tasks() 
     found = await explanation_of(view, service, await service_status(view, service), NOW_NS, CLOCK)
     name = M1.description.hostname
     assert found.summary.endswith(f"starts its tasks; 1 may still run on {name}, which is down")
+
+
+async def test_services_that_keep_an_affinity_from_being_met_are_named() -> None:
+    """The service that it must run near is missing or has no tasks, or another one must run apart from it."""
+    refused = "no suitable node ({} not satisfied on 1 node)"
+
+    async def reason(labels: dict[str, str], refusal: str, *others: Service) -> str:
+        service = a_service("web", spec=replace(a_service_spec("web"), labels=labels))
+        task = a_task(service=service, state=TaskState.PENDING)
+        task = replace(task, status=replace(task.status, err=refused.format(refusal)), node_id=NodeId(""))
+        store = MemoryStore(CLOCK)
+        await store.update_each(lambda tx, one: tx.put(one), (M1, service, task, *others))
+        view = store.view()
+        found = await explanation_of(view, service, await service_status(view, service), NOW_NS, CLOCK)
+        assert found.reason in found.summary
+        return found.reason.removeprefix(refused.format(refusal)).removeprefix("; ")
+
+    near, needs = {"skep.affinity": "DB"}, "it needs a node with a task of DB"
+    assert await reason(near, "affinity") == f"{needs}; service DB does not exist"
+    assert await reason(near, "affinity", a_service("db")) == f"{needs}; service DB has no active tasks"
+    apart = replace(a_service_spec("batch"), labels={"skep.anti-affinity": "web"})
+    words = "the label skep.anti-affinity of batch keeps it apart"
+    assert await reason({}, "anti-affinity", a_service("batch", spec=apart)) == words

@@ -39,6 +39,15 @@ START_FIRST = UpdateConfig(order=UpdateOrder.START_FIRST)
                 "no node meets the constraints (node.labels.zone==x, node.role==worker): new tasks wait until one does"
             ],
         ),
+        (
+            a_service_spec(constraints=("node.label.disk==ssd",)),
+            [
+                (
+                    "no node meets the constraints (node.label.disk==ssd): new tasks wait until one does. "
+                    "No node has the key node.label.disk, did you mean node.labels.disk?"
+                )
+            ],
+        ),
         (a_service_spec(ports=(HOST_PORT,)), []),
         (a_service_spec(update=START_FIRST), []),
         (
