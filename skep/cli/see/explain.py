@@ -16,10 +16,15 @@ from skep.cli.output import OutputOptions, Screen, Shown, shows
 from skep.cli.see.quorum import UNREACHABLE, headers_for, quorum_of, silence
 from skep.errors import NotFound
 from skep.model.node import plain_message
+from skep.model.options.label_suggestions import PREFIX, suggested_label
+from skep.model.options.labels import DRAIN_NOW, IGNORE_PATHS, RESERVE_CPUS, RESERVE_MEMORY, system_reserve
+from skep.model.options.slot_volumes import FORGOTTEN_LABEL
 from skep.model.task_end import printable
 
 _PAUSED = ("paused", "rollback_paused")
 _WAITS_FOR = re.compile(r"it waits for (?:service )?([A-Za-z0-9][\w.-]*)")
+_NODE_LABELS = (RESERVE_CPUS, RESERVE_MEMORY, DRAIN_NOW, IGNORE_PATHS, FORGOTTEN_LABEL)
+"""Labels of nodes that have an effect."""
 _KILLED_BY_SKEP = ("unhealthy", "stop-timeout")
 """Causes after which Skep itself sends the signal."""
 
@@ -72,7 +77,7 @@ async def _ask(host: HostOptions, name: str) -> Shown:
             }
             return _report(name, found, about_node, now)
         try:
-            network = await get(f"/networks/{name}")
+            network = await get(f"/networks/{escaped}")
         except NotFound:
             raise NotFound(
                 f"no such service, task, node or network: {name}. Run skep status to list services and nodes."
@@ -132,9 +137,24 @@ def _node_lines(node: Mapping[str, Any], now: float) -> Iterator[str]:
     cpus, memory = resources.get("NanoCPUs", 0) / 1e9, resources.get("MemoryBytes", 0) / (1 << 30)
     engine = (description.get("Engine") or {}).get("EngineVersion", "")
     yield f"  {role}, at {status.get('Addr') or 'no address'}, {cpus:g} CPUs, {memory:.1f} GiB, {engine}"
+    yield from _label_lines(spec.get("Labels") or {})
     tasks = ", ".join(f"{count} {state}" for state, count in sorted(node["TaskStates"].items()))
     yield f"  tasks: {tasks or 'none'}"
     yield f"  joined {age(node['CreatedAt'], now)} ago, ID {node['ID']}"
+
+
+def _label_lines(labels: Mapping[str, str]) -> Iterator[str]:
+    """Yield what a node's labels keep for its system, and its labels without effect."""
+    nano_cpus, memory_bytes = system_reserve(labels)
+    kept = [f"{nano_cpus / 1e9:g} CPUs"] * bool(nano_cpus) + [f"{memory_bytes >> 20} MiB"] * bool(
+        memory_bytes
+    )
+    if kept:
+        yield f"  keeps {' and '.join(kept)} for the system, which tasks cannot reserve"
+    for label in sorted(labels):
+        if label.startswith(PREFIX) and label not in _NODE_LABELS:
+            meant = suggested_label(label, _NODE_LABELS)
+            yield f"  unknown label {label}: it has no effect" + (f", did you mean {meant}?" if meant else "")
 
 
 def about_network(_: str, network: Mapping[str, Any], now: float) -> Iterator[str]:

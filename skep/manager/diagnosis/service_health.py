@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
+from skep.api.access.permissions import STACK_LABEL
 from skep.manager.control.tasks import known_status, with_damage
 from skep.manager.diagnosis.explanations import IS_STOPPED, ServiceExplanation, explain_service
 from skep.manager.diagnosis.reasons import SlotId, hostname, loop_ends_ns, slot_of
@@ -132,14 +133,21 @@ def _with_neighbors(explanation: ServiceExplanation, service: Service, view: Vie
     if NodeRefusal.ANTI_AFFINITY in refusals:
         key = service.spec.name.lower()
         found += [
-            f"the label {ANTI_AFFINITY} of {one.spec.name} keeps it apart"
+            f"the label {ANTI_AFFINITY} of {_named(one, service)} keeps it apart"
             for one in view.find(Service)
             if one.id != service.id and any(term.key == key for term in affinities_of(one.spec.labels).apart)
         ]
     if not found:
         return explanation
-    named = "; ".join((reason, *found))
+    named = "; ".join((reason, *dict.fromkeys(found)))
     return replace(explanation, reason=named, summary=explanation.summary.replace(reason, named, 1))
+
+
+def _named(other: Service, service: Service) -> str:
+    """Return the name of another service.  Readers of a reason may not see services of other stacks."""
+    own = service.spec.labels.get(STACK_LABEL)
+    is_seen = own is None or own == other.spec.labels.get(STACK_LABEL)
+    return other.spec.name if is_seen else "services of other stacks"
 
 
 def _left_on_lost_nodes(view: View, tasks: Iterable[Task]) -> str:

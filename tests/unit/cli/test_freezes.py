@@ -70,3 +70,16 @@ async def test_maintenance_waits_for_the_end_of_the_clusters_freeze(found: dict[
     with pytest.raises(FailedPrecondition, match=why):
         await require_unfrozen(cluster)
     return None
+
+
+async def test_a_plan_warns_of_strict_freezes_of_the_cluster_and_of_its_stack() -> None:
+    cluster = UpgradedCluster("m1", version="1.0.0")
+    strict = {"Until": "2026-12-27T05:00:00Z", "By": "alice", "IsStrict": True}
+    cluster.freezes = {"Freezes": {"": strict, "shop": {**strict, "IsStrict": False}, "blog": strict}}
+    words = (
+        "the cluster is frozen until 2026-12-27 05:00 UTC by alice: the managers refuse a deploy until then"
+    )
+    assert await freezes.strict_freezes(cluster, "shop") == [words]
+    assert len(await freezes.strict_freezes(cluster, "blog")) == 2
+    cluster.freezes = {}
+    assert await freezes.strict_freezes(cluster, "shop") == []

@@ -4,6 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.api.access.permissions import STACK_LABEL
 from skep.manager.diagnosis.service_health import explanation_of, service_status, status_with_health
 from skep.model.node import Availability, Node, NodeState, NodeStatus
 from skep.model.options.labels import STOPPED
@@ -255,3 +256,5 @@ async def test_services_that_keep_an_affinity_from_being_met_are_named() -> None
     apart = replace(a_service_spec("batch"), labels={"skep.anti-affinity": "web"})
     words = "the label skep.anti-affinity of batch keeps it apart"
     assert await reason({}, "anti-affinity", a_service("batch", spec=apart)) == words
+    words = "the label skep.anti-affinity of services of other stacks keeps it apart"
+    assert await reason({STACK_LABEL: "shop"}, "anti-affinity", a_service("batch", spec=apart)) == words

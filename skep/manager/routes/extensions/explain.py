@@ -32,6 +32,7 @@ from skep.manager.scheduler.explaining.explain import (
     closest_node,
     explaining_priority,
     verdict,
+    with_shown_names,
 )
 from skep.manager.scheduler.nodes.requirements import planes_of, requirements_of
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
@@ -178,8 +179,9 @@ async def _read_verdicts(view: View, task: Task, named: ServiceNames) -> _Verdic
     planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
     requirements = requirements_of(task, own_spec, planes, accounting.affinities.of(task.service_id))
     copies = accounting.copies(task.service_id)
+    shown = with_shown_names(requirements, view, named)
     verdicts = [
-        verdict(requirements, account, copies[account.node.id])
+        verdict(shown, account, copies[account.node.id])
         for account in accounting.accounts.values()
         if task.node_id in ("", account.node.id)
     ]

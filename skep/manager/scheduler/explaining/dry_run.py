@@ -23,6 +23,7 @@ from skep.manager.scheduler.explaining.explain import (
     priorities_of,
     verdict,
     victims_by_service,
+    with_shown_names,
 )
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.manager.scheduler.nodes.requirements import Requirements, planes_of, requirements_of
@@ -379,6 +380,7 @@ class DryRun:
 
     def _verdicts(self, requirements: Requirements, found: list[NodeVerdict]) -> Iterator[None]:
         copies = self._accounting.copies(requirements.service_id)
+        requirements = with_shown_names(requirements, self._view, self._named)
         for number, account in enumerate(list(self._accounting.accounts.values())):
             if number % STEP == 0:
                 yield
