@@ -44,7 +44,7 @@ async def delete_each(host: HostOptions, path: str, names: Iterable[str]) -> Non
 
 
 async def do_each(names: Iterable[str], work: Callable[[str], Coroutine[Any, Any, None]]) -> None:
-    """Run ``work`` for each name, one after the other, also after one that failed.
+    """Run ``work`` for each name, one after the other, also if an earlier one fails.
 
     Raises: SkepError: the first error.  The further ones are shown before it.
     """

@@ -186,7 +186,9 @@ def _wanted(length: float | None, until: str, reason: str, *, strict: bool) -> F
     try:
         end = moment_of(until, datetime.now().astimezone()) if until else Timestamp("")
     except InvalidArgument as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(
+            f"invalid time {until!r}. Use '18:00', '2026-12-27 06:00' or 2026-12-27T06:00:00Z."
+        ) from error
     return FreezeRequest(until=end, reason=reason, is_strict=strict)
 
 

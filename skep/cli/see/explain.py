@@ -16,15 +16,12 @@ from skep.cli.output import OutputOptions, Screen, Shown, shows
 from skep.cli.see.quorum import UNREACHABLE, headers_for, quorum_of, silence
 from skep.errors import NotFound
 from skep.model.node import plain_message
-from skep.model.options.label_suggestions import PREFIX, suggested_label
-from skep.model.options.labels import DRAIN_NOW, IGNORE_PATHS, RESERVE_CPUS, RESERVE_MEMORY, system_reserve
-from skep.model.options.slot_volumes import FORGOTTEN_LABEL
+from skep.model.options.label_suggestions import NODE_LABELS, PREFIX, suggested_label
+from skep.model.options.labels import system_reserve
 from skep.model.task_end import printable
 
 _PAUSED = ("paused", "rollback_paused")
 _WAITS_FOR = re.compile(r"it waits for (?:service )?([A-Za-z0-9][\w.-]*)")
-_NODE_LABELS = (RESERVE_CPUS, RESERVE_MEMORY, DRAIN_NOW, IGNORE_PATHS, FORGOTTEN_LABEL)
-"""Labels of nodes that have an effect."""
 _KILLED_BY_SKEP = ("unhealthy", "stop-timeout")
 """Causes after which Skep itself sends the signal."""
 
@@ -152,8 +149,8 @@ def _label_lines(labels: Mapping[str, str]) -> Iterator[str]:
     if kept:
         yield f"  keeps {' and '.join(kept)} for the system, which tasks cannot reserve"
     for label in sorted(labels):
-        if label.startswith(PREFIX) and label not in _NODE_LABELS:
-            meant = suggested_label(label, _NODE_LABELS)
+        if label.startswith(PREFIX) and label not in NODE_LABELS:
+            meant = suggested_label(label, NODE_LABELS)
             yield f"  unknown label {label}: it has no effect" + (f", did you mean {meant}?" if meant else "")
 
 

@@ -128,8 +128,12 @@ def _with_neighbors(explanation: ServiceExplanation, service: Service, view: Vie
             there = view.find(Service, name=term.key)
             if not there:
                 found.append(f"service {term.service} does not exist")
-            elif not any(task.is_active for one in there for task in view.find(Task, service_id=one.id)):
-                found.append(f"service {term.service} has no active tasks")
+            elif not any(
+                task.is_active and task.node_id
+                for one in there
+                for task in view.find(Task, service_id=one.id)
+            ):
+                found.append(f"service {term.service} has no task on a node")
     if NodeRefusal.ANTI_AFFINITY in refusals:
         key = service.spec.name.lower()
         found += [

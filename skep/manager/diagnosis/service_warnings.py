@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from skep.model.needs import host_ports
 from skep.model.node import Node
 from skep.model.options.constraints import is_satisfied, parsed, unknown_key
-from skep.model.options.label_suggestions import PREFIX, suggested_label
+from skep.model.options.label_suggestions import NODE_LABELS, PREFIX, suggested_label
 from skep.model.options.labels import STOPPED, is_stopped
 from skep.model.options.schedules import JOB_MODES, schedule_of
 from skep.model.permissions.field_rights import CONTAINER_LABELS, SERVICE_LABELS
@@ -64,6 +64,8 @@ def _unknown(
             continue
         if name in others or (owner == "service" and name.startswith(_PUBLISH)):
             yield f"label {name} has no effect on a {here}: it is a label of the {owner}"
+        elif name in NODE_LABELS:
+            yield f"label {name} has no effect on a {here}: it is a label of nodes"
         else:
             yield f"unknown label {name}: it has no effect{_hint(name, known, others, owner)}"
 

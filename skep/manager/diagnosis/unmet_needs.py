@@ -24,7 +24,7 @@ from skep.model.needs import (
 )
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
-from skep.model.options.affinity import AffinityTerm, affinities_of
+from skep.model.options.affinity import affinities_of
 from skep.model.options.constraints import label_of, parsed, unknown_key
 from skep.model.options.labels import RESERVE_CPUS, RESERVE_MEMORY
 from skep.model.permissions.rights import missing_devices, rights_of, rights_text
@@ -132,17 +132,18 @@ def _placement_needs(refusals: Collection[NodeRefusal], spec: ServiceSpec | None
     """Yield what the service's affinities and its largest skew ask of a node."""
     declared = affinities_of(spec.labels if spec is not None else {})
     if NodeRefusal.AFFINITY in refusals:
-        yield from (f"a {_domain(one)} with a task of {one.service}" for one in declared.near)
+        yield from (f"{_domain(one.topology)} with a task of {one.service}" for one in declared.near)
     if NodeRefusal.ANTI_AFFINITY in refusals:
-        yield from (f"a {_domain(one)} without a task of {one.service}" for one in declared.apart)
+        yield from (f"{_domain(one.topology)} without a task of {one.service}" for one in declared.apart)
     if NodeRefusal.MAX_SKEW in refusals:
         for skew in declared.skews:
             tasks = "1 task" if skew.limit == 1 else f"{skew.limit} tasks"
-            yield f"a {skew.topology} with at most {tasks} more than any other"
+            yield f"{_domain(skew.topology)} with at most {tasks} more than any other"
 
 
-def _domain(term: AffinityTerm) -> str:
-    return term.topology or "node"
+def _domain(topology: str) -> str:
+    """Return ``a node``, ``a node.labels.zone`` or ``an engine.labels.rack``."""
+    return f"{'an' if topology.lower().startswith('e') else 'a'} {topology or 'node'}"
 
 
 def _needs(task: Task, refusals: Collection[NodeRefusal], spec: ServiceSpec | None) -> Iterator[str]:

@@ -24,7 +24,10 @@ WINDOW = {"Cron": "0 2 * * *", "Length": 3600 * 10**9, "ClosedUntil": "2026-12-2
         ("cluster freeze --reason holidays", "a freeze needs an end"),
         ("cluster freeze --strict", "a freeze needs an end"),
         ("stack freeze shop --for 2h --until 18:00", "--for and --until cannot be used together"),
-        ("stack freeze shop --until whenever", "invalid time 'whenever'"),
+        (
+            "stack freeze shop --until whenever",
+            "invalid time 'whenever'. Use '18:00', '2026-12-27 06:00' or 2026-12-27T",
+        ),
         ("cluster window --for 2h", "a window needs CRON and --for DURATION"),
         ("cluster window @daily", "a window needs CRON and --for DURATION"),
         ("cluster window --remove --for 2h", "--remove takes no window"),

@@ -239,7 +239,7 @@ async def test_services_that_keep_an_affinity_from_being_met_are_named() -> None
     """The service that it must run near is missing or has no tasks, or another one must run apart from it."""
     refused = "no suitable node ({} not satisfied on 1 node)"
 
-    async def reason(labels: dict[str, str], refusal: str, *others: Service) -> str:
+    async def reason(labels: dict[str, str], refusal: str, *others: Service | Task) -> str:
         service = a_service("web", spec=replace(a_service_spec("web"), labels=labels))
         task = a_task(service=service, state=TaskState.PENDING)
         task = replace(task, status=replace(task.status, err=refused.format(refusal)), node_id=NodeId(""))
@@ -252,7 +252,12 @@ async def test_services_that_keep_an_affinity_from_being_met_are_named() -> None
 
     near, needs = {"skep.affinity": "DB"}, "it needs a node with a task of DB"
     assert await reason(near, "affinity") == f"{needs}; service DB does not exist"
-    assert await reason(near, "affinity", a_service("db")) == f"{needs}; service DB has no active tasks"
+    words = f"{needs}; service DB has no task on a node"
+    assert await reason(near, "affinity", a_service("db")) == words
+    waits = a_task("t9", service=a_service("db"), state=TaskState.PENDING)
+    assert await reason(near, "affinity", a_service("db"), waits) == words
+    there = a_task("t9", service=a_service("db"), node="m1")
+    assert await reason(near, "affinity", a_service("db"), there) == needs
     apart = replace(a_service_spec("batch"), labels={"skep.anti-affinity": "web"})
     words = "the label skep.anti-affinity of batch keeps it apart"
     assert await reason({}, "anti-affinity", a_service("batch", spec=apart)) == words

@@ -74,10 +74,11 @@ def test_what_can_never_work_is_said_at_once(spec: ServiceSpec, words: list[str]
             [],
         ),
         (
-            {"skep.corn": "@hourly", "skep.zzzz": ""},
+            {"skep.corn": "@hourly", "skep.zzzz": "", "skep.reserve.cpus": "1"},
             {},
             [
                 "unknown label skep.corn: it has no effect, did you mean skep.cron?",
+                "label skep.reserve.cpus has no effect on a service: it is a label of nodes",
                 "unknown label skep.zzzz: it has no effect",
             ],
         ),

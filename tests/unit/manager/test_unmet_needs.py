@@ -57,9 +57,12 @@ def test_resources_that_are_kept_for_the_system_are_named() -> None:
             f"a {ZONE} with at most 1 task more than any other; no node has {ZONE}",
         ),
         (
-            {"skep.max-skew": "2@node.labels.rack"},
+            {"skep.max-skew": "2@node.labels.rack,1@engine.labels.hall"},
             "max skew exceeded",
-            "a node.labels.rack with at most 2 tasks more than any other",
+            (
+                "a node.labels.rack with at most 2 tasks more than any other, an engine.labels.hall with at most "
+                "1 task more than any other; no node has engine.labels.hall"
+            ),
         ),
     ],
 )
