@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -30,11 +30,34 @@ def run_requests(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def delete_each(host: HostOptions, path: str, names: Iterable[str]) -> None:
-    """Delete the objects below ``path`` one after the other, and print each name.  Raises: SkepError."""
+    """Delete the objects below ``path`` one after the other, and print each name.
+
+    Raises: SkepError: some were not deleted.  The others are, as in docker's commands.
+    """
     async with host.requests() as client:
-        for name in names:
+
+        async def delete(name: str) -> None:
             await client.delete(f"{path}/{quote(name, safe='')}")
             click.echo(name)
+
+        await do_each(names, delete)
+
+
+async def do_each(names: Iterable[str], work: Callable[[str], Coroutine[Any, Any, None]]) -> None:
+    """Run ``work`` for each name, one after the other, also if an earlier one fails.
+
+    Raises: SkepError: the first error.  The further ones are shown before it.
+    """
+    errors: list[SkepError] = []
+    for name in names:
+        try:
+            await work(name)
+        except SkepError as error:
+            errors.append(error)
+    for further in errors[1:]:
+        say(f"Error: {with_next_step(without_code(str(further)))}")
+    if errors:
+        raise errors[0]
 
 
 def say(text: str) -> None:

@@ -212,6 +212,22 @@ def capacity_of(node: Node) -> Resources:
     )
 
 
+def kept_words(node: Node, label: str) -> str:
+    """Return a clause about the resources that ``label``, one of ``skep.reserve.*``, keeps for the node's system.
+
+    Empty if it keeps none.
+    """
+    if label not in node.spec.labels:
+        return ""
+    nano_cpus, memory_bytes = system_reserve(node.spec.labels)
+    has = node.description.resources
+    if label == RESERVE_CPUS:
+        kept = f"{min(nano_cpus, has.nano_cpus) / CPU_NANO:g}" if nano_cpus else ""
+    else:
+        kept = f"{min(memory_bytes, has.memory_bytes) // (1 << 20)} MiB" if memory_bytes else ""
+    return f" ({label} keeps {kept} for the system)" if kept else ""
+
+
 def kind_and_amount(resource: GenericResource) -> tuple[str, int]:
     """Return the kind of the resource, and the amount.
 

@@ -134,3 +134,21 @@ async def test_logs_are_those_of_a_service_or_a_task_by_its_name(cluster: Cluste
     # Clients before 23 have words of their own.
     assert re.search("page not found|No such container", err), "containers are the node's"
     assert len(cluster.logs.asked) == 3
+
+
+async def test_several_names_are_done_or_named_each(cluster: Cluster) -> None:
+    """A mistyped name stops no service.  Removed objects are named, also after one that does not exist."""
+    code, out, err = await cluster.run("service", "stop", "shop_web", "nosuch")
+    assert (code, out) == (1, "")
+    assert "service nosuch not found" in err
+    (web,) = cluster.store.view().find(Service, name="shop_web")
+    assert "skep.stopped" not in web.spec.labels
+    async with cluster.requests() as client:
+        for name in ("a", "b"):
+            await client.post("/skep/notify/create", {"Name": name, "URL": "https://h/x"}, timeout_s=10.0)
+    code, out, err = await cluster.run("notify", "rm", "none", "a", "void", "b")
+    assert (code, out.splitlines()) == (1, ["a", "b"])
+    assert err.splitlines() == [
+        "Error: notification target void not found",
+        "Error: notification target none not found",
+    ]

@@ -117,6 +117,22 @@ async def test_a_refusal_is_shown_shortened_and_without_the_credentials_that_it_
     assert len(reason) <= 200
 
 
+async def test_a_short_path_masks_nothing_of_the_reason() -> None:
+    """A path such as ``/403`` or ``/it`` is in the words of every reason."""
+    async with a_receiver() as receiver:
+        receiver.response = web.Response(status=403, text="no entry for /403")
+        assert (
+            await send(receiver.url.replace("path-key", "403"))
+            == "it responded 403 Forbidden: no entry for /***"
+        )
+
+
+async def test_a_refused_connection_is_named_with_its_cause() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    assert await send(f"http://{address}/") == f"cannot connect to {address}: Connection refused"
+
+
 @pytest.mark.parametrize("url", ["http://{}/", "slack+http://{}/", "smtp://{}?from=a@b.c&to=d@e.f"])
 async def test_a_server_that_hangs_is_given_up(url: str) -> None:
     async with asyncio.timeout(10):
@@ -165,7 +181,7 @@ async def test_internal_addresses_need_permission(form: str, host: str, rule: st
 
 
 async def test_a_name_that_cannot_be_resolved_is_shown() -> None:
-    assert "Cannot connect to host none.invalid:80" in await send("http://none.invalid/")
+    assert (await send("http://none.invalid/")).startswith("cannot connect to none.invalid:80: ")
     assert await send("smtp://none.invalid?from=a@b.c&to=d@e.f", secret="")
 
 

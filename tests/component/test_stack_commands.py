@@ -5,6 +5,7 @@ import json
 import re
 import signal
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -511,3 +512,19 @@ async def test_a_stack_is_stopped_and_started_again_with_its_numbers(cluster: Cl
     assert "shop_web: 3 of 3 tasks run" in err.splitlines()
     code, _, err = await cluster.run("stack", "stop", "shops")
     assert (code, err) == (1, "Error: stack shops has no services. Show all stacks with skep stack ls.\n")
+
+
+async def test_a_strict_freeze_refuses_a_deploy_whole_and_its_plan_says_so(cluster: Cluster) -> None:
+    end = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    code, _, err = await cluster.run("cluster", "freeze", "--until", end, "--strict")
+    assert code == 0, err
+    cluster.write(FILE % "busybox")
+    code, _, err = await cluster.run("stack", "plan", "--resolve-image", "never")
+    assert (code, "the managers refuse a deploy until then" in err) == (2, True), err
+    code, _, err = await cluster.deploy()
+    assert (code, "have --override-freeze" in err.splitlines()[-1]) == (1, True), err
+    view = cluster.store.view()
+    kinds: tuple[type[Any], ...] = (Service, Network, Config)
+    assert [one for kind in kinds for one in view.find(kind) if "shop" in one.spec.name] == []
+    code, _, err = await cluster.deploy("--override-freeze")
+    assert code == 0, err

@@ -5,6 +5,7 @@ It runs as a separate job.  The scheduler chooses its node, and managers remove 
 
 import asyncio
 import copy
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -19,7 +20,7 @@ from skep.api.client.waiting import persistently
 from skep.cli.apps import terminal
 from skep.cli.apps.targets import OrDocker, to_docker
 from skep.cli.endpoint import HostOptions
-from skep.cli.running import run_requests
+from skep.cli.running import run_requests, say
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.model.options.labels import JOB_TTL
 from skep.stack.progress import FAILURES_MAX, UNPLACED, ServiceProblem, explanation_of, why_hopeless
@@ -32,6 +33,8 @@ _LOOK_S_MAX = 1.0
 _TTL = "60s"
 """Time after its end when a run is removed, if this command was killed."""
 _ENDED = frozenset({"complete", "failed", "rejected", "shutdown", "orphaned", "remove"})
+_OWN_EXIT = re.compile(r"task: non-zero exit \([0-9]+\)")
+"""Error of a task whose command ended by itself."""
 _BEGUN = frozenset({"running", *_ENDED})
 
 
@@ -118,7 +121,7 @@ async def _run(
         try:
             task = await wait_task(client, created["ID"], _BEGUN)
             await _show(client, created["ID"], task, tty=tty)
-            return _exit_code(await wait_task(client, created["ID"], _ENDED))
+            return await exit_code_of(client, await wait_task(client, created["ID"], _ENDED))
         finally:
             with suppress(SkepError):
                 await client.request("DELETE", f"/services/{created['ID']}")
@@ -205,6 +208,19 @@ async def _show(client: RawClient, service_id: str, task: Mapping[str, Any], *, 
 
 async def _resize(client: RawClient, path: str, rows: int, columns: int) -> None:
     await client.post(f"{path}/resize", query={"h": str(rows), "w": str(columns)})
+
+
+async def exit_code_of(client: RawClient, task: Mapping[str, Any]) -> int:
+    """Return the command's exit code, and show why it could not start or was killed, which its output does not have.
+
+    Raises: FailedPrecondition: the task never ran.
+    """
+    code = _exit_code(task)
+    if code and not _OWN_EXIT.fullmatch(task["Status"].get("Err") or ""):
+        with suppress(SkepError):  # the exit code is known, so a lost leader does not matter
+            explained = await client.get(f"/skep/tasks/{task['ID']}/explain")
+            say(f"Error: {explained['Summary']}")
+    return code
 
 
 def _exit_code(task: Mapping[str, Any]) -> int:

@@ -13,7 +13,7 @@ from skep.cli import options, passthrough
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age
 from skep.cli.output import OutputOptions, Shown, shows, table
-from skep.cli.running import run_requests
+from skep.cli.running import do_each, run_requests
 from skep.cli.stack.stack_screens import ProgressPrinter, differing, max_failures
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.schedules import CRON, stop_labels, without_stop
@@ -226,7 +226,10 @@ async def turn(
     """
     waited = []
     async with host.client() as client:
-        for name in names:
+        for name in names:  # Before the first change, because a mistyped name should change nothing.
+            await client.get(f"/services/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
+
+        async def request(name: str) -> None:
             found = await client.post(
                 f"/skep/services/{quote(name, safe='')}/{verb}", timeout_s=RESPONSE_TIMEOUT_S
             )
@@ -234,6 +237,8 @@ async def turn(
                 click.echo(f"{found['Spec']['Name']}: {_SCHEDULES[verb]}", err=True)
             else:
                 waited.append(name)
+
+        await do_each(names, request)
     if waits and waited:
         await _wait(host, tuple(waited), timeout_s, FAILURES_MAX)
 

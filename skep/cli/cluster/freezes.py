@@ -15,8 +15,14 @@ from skep.cli.maintain.maintenance import nodes_and_time
 from skep.cli.output import OutputOptions, Shown, shows
 from skep.cli.running import run_requests
 from skep.cli.see.moments import moment_of
-from skep.errors import InvalidArgument
-from skep.model.options.freezes import ChangeFreeze, FreezeRequest, FreezesResponse, MaintenanceWindow
+from skep.errors import InvalidArgument, SkepError
+from skep.model.options.freezes import (
+    CLUSTER,
+    ChangeFreeze,
+    FreezeRequest,
+    FreezesResponse,
+    MaintenanceWindow,
+)
 from skep.model.task_end import printable
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 
@@ -37,6 +43,20 @@ def _ends(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+async def strict_freezes(client: Requests, stack: str) -> list[str]:
+    """Return a sentence for each freeze during which the managers refuse a deploy of ``stack``."""
+    try:
+        found = await fetch_freezes(client)
+    except SkepError:  # an earlier version, or the user may not see it
+        return []
+    freezes = ((scope, found.freezes.get(scope)) for scope in (CLUSTER, stack))
+    return [
+        f"{one.words(scope)}: the managers refuse a deploy until then"
+        for scope, one in freezes
+        if one is not None and one.is_strict
+    ]
 
 
 @click.command()
@@ -172,7 +192,9 @@ def _wanted(length: float | None, until: str, reason: str, *, strict: bool) -> F
     try:
         end = moment_of(until, datetime.now().astimezone()) if until else Timestamp("")
     except InvalidArgument as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(
+            f"invalid time {until!r}. Use '18:00', '2026-12-27 06:00' or 2026-12-27T06:00:00Z."
+        ) from error
     return FreezeRequest(until=end, reason=reason, is_strict=strict)
 
 

@@ -1,6 +1,7 @@
 """``skep network``: docker's commands, and a command that adds subnets."""
 
 from collections.abc import Sequence
+from urllib.parse import quote
 
 import click
 
@@ -61,4 +62,4 @@ def update(host: HostOptions, subnets: Sequence[str], name: str) -> None:
 async def _update(host: HostOptions, name: str, subnets: Sequence[str]) -> None:
     added = [{} if subnet == AUTOMATIC else {"Subnet": subnet} for subnet in subnets]
     async with host.client() as client:
-        await client.post(f"/networks/{name}/update", {"SubnetsAdd": added})
+        await client.post(f"/networks/{quote(name, safe='')}/update", {"SubnetsAdd": added})

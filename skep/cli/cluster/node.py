@@ -16,9 +16,10 @@ from skep.api.client.requests import Requests, overriding
 from skep.api.client.updates import update
 from skep.api.client.waiting import persistently
 from skep.cli import options, passthrough
+from skep.cli.apps.service import is_job
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import counted
-from skep.cli.running import run_requests, say
+from skep.cli.running import do_each, run_requests, say
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.model.node_reports.departures import STAYS, UNREPLACED
 from skep.model.node_reports.node_refusals import is_no_node
@@ -115,8 +116,13 @@ async def _drain(
         await drain_and_wait(client, name, wait_s, now=now)
         services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
         filters = {"desired-state": ["running"]}
-        tasks = await client.get("/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S)
-        for line in without_node([one for one in services if one["ID"] in moved], tasks):
+        tasks = [*await client.get("/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S)]
+        left = [one for one in services if one["ID"] in moved]
+        if jobs := [
+            one["ID"] for one in left if is_job(one["Spec"])
+        ]:  # their tasks are to complete, not to run
+            tasks += await client.get("/tasks", filters={"service": jobs}, timeout_s=RESPONSE_TIMEOUT_S)
+        for line in without_node(left, tasks):
             say(line)
 
 
@@ -318,15 +324,14 @@ def forget(host: HostOptions, names: tuple[str, ...], force: bool) -> None:
     Example:
       skep node forget w2 w3
     """
-    for name in run_requests(_forget(host, names, force=force)):
-        click.echo(name)
+    run_requests(_forget(host, names, force=force))
 
 
-async def _forget(host: HostOptions, names: Sequence[str], *, force: bool) -> list[str]:
-    done: list[str] = []
+async def _forget(host: HostOptions, names: Sequence[str], *, force: bool) -> None:
     async with host.client() as client:
-        for name in names:
-            found = await client.get(f"/nodes/{name}", timeout_s=RESPONSE_TIMEOUT_S)
+
+        async def forget_one(name: str) -> None:
+            found = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
             state = found["Status"]["State"]
             if state != "down":
                 raise FailedPrecondition(
@@ -335,8 +340,9 @@ async def _forget(host: HostOptions, names: Sequence[str], *, force: bool) -> li
                 )
             forced = {"force": "1"} if force else {}
             await client.delete(f"/nodes/{found['ID']}", **forced, timeout_s=RESPONSE_TIMEOUT_S)
-            done.append(name)
-    return done
+            click.echo(name)
+
+        await do_each(names, forget_one)
 
 
 @node.command()

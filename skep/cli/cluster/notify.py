@@ -156,7 +156,9 @@ def shown_targets(found: list[Mapping[str, Any]]) -> Shown:
             if error := one.get("Error"):
                 since = str(one.get("FailingSince", ""))[:16].replace("T", " ")
                 dropped = f", {one['Dropped']} notices dropped" if one["Dropped"] else ""
-                yield printable(f"{one['Name']} fails since {since} UTC: {error}{dropped}")
+                due = str(one.get("NextAttemptAt", ""))[11:19]
+                again = f", next attempt at {due} UTC" if due else ""
+                yield printable(f"{one['Name']} fails since {since} UTC: {error}{again}{dropped}")
 
     return Shown(data=found, rows=rows, lines=lines)
 

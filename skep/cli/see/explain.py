@@ -16,6 +16,8 @@ from skep.cli.output import OutputOptions, Screen, Shown, shows
 from skep.cli.see.quorum import UNREACHABLE, headers_for, quorum_of, silence
 from skep.errors import NotFound
 from skep.model.node import plain_message
+from skep.model.options.label_suggestions import NODE_LABELS, PREFIX, suggested_label
+from skep.model.options.labels import system_reserve
 from skep.model.task_end import printable
 
 _PAUSED = ("paused", "rollback_paused")
@@ -72,7 +74,7 @@ async def _ask(host: HostOptions, name: str) -> Shown:
             }
             return _report(name, found, about_node, now)
         try:
-            network = await get(f"/networks/{name}")
+            network = await get(f"/networks/{escaped}")
         except NotFound:
             raise NotFound(
                 f"no such service, task, node or network: {name}. Run skep status to list services and nodes."
@@ -132,9 +134,24 @@ def _node_lines(node: Mapping[str, Any], now: float) -> Iterator[str]:
     cpus, memory = resources.get("NanoCPUs", 0) / 1e9, resources.get("MemoryBytes", 0) / (1 << 30)
     engine = (description.get("Engine") or {}).get("EngineVersion", "")
     yield f"  {role}, at {status.get('Addr') or 'no address'}, {cpus:g} CPUs, {memory:.1f} GiB, {engine}"
+    yield from _label_lines(spec.get("Labels") or {})
     tasks = ", ".join(f"{count} {state}" for state, count in sorted(node["TaskStates"].items()))
     yield f"  tasks: {tasks or 'none'}"
     yield f"  joined {age(node['CreatedAt'], now)} ago, ID {node['ID']}"
+
+
+def _label_lines(labels: Mapping[str, str]) -> Iterator[str]:
+    """Yield what a node's labels keep for its system, and its labels without effect."""
+    nano_cpus, memory_bytes = system_reserve(labels)
+    kept = [f"{nano_cpus / 1e9:g} CPUs"] * bool(nano_cpus) + [f"{memory_bytes >> 20} MiB"] * bool(
+        memory_bytes
+    )
+    if kept:
+        yield f"  keeps {' and '.join(kept)} for the system, which tasks cannot reserve"
+    for label in sorted(labels):
+        if label.startswith(PREFIX) and label not in NODE_LABELS:
+            meant = suggested_label(label, NODE_LABELS)
+            yield f"  unknown label {label}: it has no effect" + (f", did you mean {meant}?" if meant else "")
 
 
 def about_network(_: str, network: Mapping[str, Any], now: float) -> Iterator[str]:

@@ -16,7 +16,7 @@ import msgspec
 from skep.api.client.requests import Requests, overriding
 from skep.cli import options, passthrough
 from skep.cli.apps.registry_logins import RegistryLogins
-from skep.cli.cluster.freezes import freeze_stack, unfreeze_stack
+from skep.cli.cluster.freezes import freeze_stack, strict_freezes, unfreeze_stack
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import OutputOptions, Shown, shows
 from skep.cli.running import errors_shown, run_requests
@@ -341,6 +341,8 @@ def plan(
         async with host.requests() as client:
             found = await _plan(client, made, prune=prune, only=only, resolve=resolve_image)
             await check(client, made, found, warn)
+            for refusal in await strict_freezes(client, made.name):
+                warn(refusal)
             if not found.effective:
                 return planned(
                     found, await Deployment(client, made, found, lambda *_: None).find_unfinished()

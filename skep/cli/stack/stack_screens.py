@@ -9,7 +9,7 @@ import yaml
 
 from skep.cli.formatting import age, counted
 from skep.cli.output import Screen, Shown, table
-from skep.cli.running import say
+from skep.cli.running import say, without_code
 from skep.model.needs import host_ports
 from skep.model.options.labels import STACK_FILES, STOPPED
 from skep.model.service import ServiceSpec
@@ -40,7 +40,8 @@ _NODES_MAX = 8
 
 
 def warn(warning: FileProblem | str) -> None:
-    click.echo(f"{click.style('Warning', fg='yellow')}: {warning}", err=True)
+    text = printable(without_code(str(warning)))
+    click.echo(f"{click.style('Warning', fg='yellow')}: {text}", err=True)
 
 
 class ProgressPrinter:

@@ -14,7 +14,6 @@ from skep.manager.diagnosis.reasons import (
 )
 from skep.manager.orchestrator.replacement.enforcement import violates_constraints
 from skep.manager.services.disruption_budget import budget_of, required
-from skep.model.needs import host_ports
 from skep.model.node import Availability, Node
 from skep.model.node_reports.departures import STAYS, UNREPLACED
 from skep.model.options.labels import drains_now
@@ -52,7 +51,7 @@ def why_it_stays(
     successors = [one for one in slot if one.is_active and one.id != task.id]
     if successors:
         last = max(successors, key=lambda one: (one.created_at, one.id))
-        problem = problem_of(last, slot, nodes, ports=host_ports(service.spec))
+        problem = problem_of(last, slot, nodes, spec=service.spec)
         why = f"{UNREPLACED}{problem.reason}"
     elif _is_outdated(task, service):
         why = "the update replaces it in its turn"

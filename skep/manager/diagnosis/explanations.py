@@ -29,7 +29,7 @@ from skep.manager.orchestrator.slots import wanted as wanted_of
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S, fails_early
 from skep.manager.scheduler.explaining.explain import NodeVerdict
 from skep.manager.services.job_runs import of_present_run, restarts_in
-from skep.model.needs import HostPort, host_ports, needs_of
+from skep.model.needs import needs_of
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import placement_text
 from skep.model.options.autoscaling import TaskUsage, autoscaling_of
@@ -42,6 +42,7 @@ from skep.model.service import (
     HealthState,
     Service,
     ServiceHealth,
+    ServiceSpec,
     UpdateStatus,
 )
 from skep.model.task import Restart, Task, TaskState
@@ -182,7 +183,7 @@ def explain_task(
     slot: Iterable[Task] = (),
     nodes: Mapping[NodeId, Node] | None = None,
     now_ns: int = 0,
-    ports: Sequence[HostPort] = (),
+    spec: ServiceSpec | None = None,
 ) -> TaskExplanation:
     """Return the explanation of ``task``.
 
@@ -191,7 +192,7 @@ def explain_task(
         slot: Tasks of the same slot.
         nodes: Nodes of the cluster.
         now_ns: Unix time.  With 0, no running task is in a crash loop.
-        ports: Host-mode ports of its service.
+        spec: Spec of its service.
     """
     code = exit_code(task)
     return TaskExplanation(
@@ -200,9 +201,9 @@ def explain_task(
         state=task.status.state,
         desired_state=task.desired_state,
         since=task.status.timestamp,
-        summary=_with_verdicts(task, verdicts, nodes or {}, ports)
+        summary=_with_verdicts(task, verdicts, nodes or {}, spec)
         if verdicts
-        else summary(task, node, slot, nodes, now_ns, ports),
+        else summary(task, node, slot, nodes, now_ns, spec),
         message=task.status.message,
         err=task.status.err,
         node_id=task.node_id,
@@ -254,7 +255,6 @@ def explain_service(
     every, tasks = (tasks, of_present_run(service, tasks)) if is_job else ((), tasks)
     running = _running(tasks) if running is None else running
     active = len({slot_of(task) for task in tasks if task.is_active}) if active is None else active
-    ports = host_ports(service.spec)
     found = problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns, every=every)
     problems, hint = split_off_replacements(found, service, tasks, nodes)
     if is_job:
@@ -284,7 +284,9 @@ def explain_service(
             tasks,
             is_new=is_new,
             nodes=nodes,
-            summary=lambda task, node: summary(task, node, _slot_of(task, tasks), nodes, now_ns, ports),
+            summary=lambda task, node: summary(
+                task, node, _slot_of(task, tasks), nodes, now_ns, service.spec
+            ),
         ),
     )
 
@@ -342,7 +344,7 @@ def summary(
     slot: Iterable[Task] = (),
     nodes: Mapping[NodeId, Node] | None = None,
     now_ns: int = 0,
-    ports: Sequence[HostPort] = (),
+    spec: ServiceSpec | None = None,
 ) -> str:
     """Return a sentence about ``task``: why it does not run, and how often it failed.
 
@@ -361,7 +363,7 @@ def summary(
         case _ if status.state.is_terminal:
             return status.err or status.message or status.state.value
     known = nodes if nodes is not None else {node.id: node} if node is not None else {}
-    problem = problem_of(task, slot, known, ports=ports)
+    problem = problem_of(task, slot, known, spec=spec)
     return "; ".join(filter(None, (problem.reason, problem.restart_summary)))
 
 
@@ -389,7 +391,7 @@ def _ordinal(number: int) -> str:
 
 
 def _with_verdicts(
-    task: Task, verdicts: Sequence[NodeVerdict], nodes: Mapping[NodeId, Node], ports: Sequence[HostPort]
+    task: Task, verdicts: Sequence[NodeVerdict], nodes: Mapping[NodeId, Node], spec: ServiceSpec | None
 ) -> str:
     if task.status.err.startswith(WAITS_FOR):
         return f"it {task.status.err}"
@@ -398,7 +400,7 @@ def _with_verdicts(
         return f"{willing} of {len(verdicts)} nodes could take it now: the scheduler has not come to it yet"
     if not task.status.err:
         return f"none of {len(verdicts)} nodes can take it"
-    return problem_of(task, (), nodes, ports=ports).reason
+    return problem_of(task, (), nodes, spec=spec).reason
 
 
 def _of_service(

@@ -16,17 +16,16 @@ from typing import Final, TypeAlias
 
 from msgspec.structs import replace
 
-from skep.manager.diagnosis.unmet_needs import fits_no_node, with_needs
+from skep.manager.diagnosis.unmet_needs import fits_no_node, unknown_names, with_needs
 from skep.manager.orchestrator.jobs import is_done
 from skep.manager.orchestrator.observed_times import STABLE_S
 from skep.model.history import masked_text
-from skep.model.needs import HostPort, host_ports
 from skep.model.node import Availability, Node, NodeState
 from skep.model.node_reports.conditions import disk_pressure
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.options.constraints import is_satisfied
 from skep.model.options.dependencies import WAITS_FOR
-from skep.model.service import Service
+from skep.model.service import Service, ServiceSpec
 from skep.model.task import Restart, Task, TaskState
 from skep.model.task_end import EndCause, TaskEnd, on_one_line, signal_of, words_of
 from skep.model.values.encoding import ApiObject, always
@@ -159,17 +158,17 @@ def problem_of(
     slot: Iterable[Task],
     nodes: Mapping[NodeId, Node],
     name: str = "",
-    ports: Sequence[HostPort] = (),
+    spec: ServiceSpec | None = None,
 ) -> TaskProblem:
     """Return why the active ``task`` does not run.
 
     Args:
         slot: Tasks of the same slot in any order, with or without ``task``.
         nodes: Known nodes.  If these are all nodes of the cluster, the reason may name the largest.
-        ports: Host-mode ports of the task's service.
+        spec: Spec of the task's service, which has host-mode ports and affinities.
     """
     slot = tuple(slot)
-    kind, words = _present(task, slot, nodes, ports)
+    kind, words = _present(task, slot, nodes, spec)
     last = last_failure(task, slot) if kind is CauseKind.PROGRESSING else None
     restart = task.restart or Restart()
     is_held = task.desired_state is TaskState.READY and restart.delay > 0
@@ -261,7 +260,7 @@ def _failure(task: Task, nodes: Mapping[NodeId, Node], name: str) -> TaskProblem
 
 
 def _present(
-    task: Task, slot: Sequence[Task], nodes: Mapping[NodeId, Node], ports: Sequence[HostPort]
+    task: Task, slot: Sequence[Task], nodes: Mapping[NodeId, Node], spec: ServiceSpec | None
 ) -> tuple[CauseKind, str]:
     """Return what currently blocks an active task, or how far its start has come."""
     status = task.status
@@ -272,7 +271,7 @@ def _present(
         case TaskState.PENDING if status.err and _gets_port_from(task, slot):
             return CauseKind.PROGRESSING, "it starts when the task before it has stopped, which has its port"
         case TaskState.PENDING if status.err:
-            return _no_node(task, nodes, ports)
+            return _no_node(task, nodes, spec)
         case TaskState.NEW:
             return (
                 (CauseKind.NOT_ALLOCATED, status.err)
@@ -428,15 +427,18 @@ def _size(size: int) -> str:
     return f"{size / (1 << 20):g} MiB" if size % (1 << 20) == 0 else f"{size / (1 << 20):.1f} MiB"
 
 
-def _no_node(task: Task, nodes: Mapping[NodeId, Node], ports: Sequence[HostPort]) -> tuple[CauseKind, str]:
+def _no_node(task: Task, nodes: Mapping[NodeId, Node], spec: ServiceSpec | None) -> tuple[CauseKind, str]:
     """Return why no node takes a pending task, with the task's needs.  The scheduler's text only counts nodes."""
     if largest := fits_no_node(task, nodes.values()):
         return CauseKind.TOO_LARGE, largest
-    return CauseKind.NO_NODE, "; ".join(
-        filter(
-            None, (with_needs(task, ports), _unavailable(task, nodes.values()), _full(task, nodes.values()))
-        )
+    known = nodes.values()
+    parts = (
+        with_needs(task, spec),
+        unknown_names(task, spec, known),
+        _unavailable(task, known),
+        _full(task, known),
     )
+    return CauseKind.NO_NODE, "; ".join(filter(None, parts))
 
 
 def _unavailable(task: Task, nodes: Collection[Node]) -> str:
@@ -504,7 +506,7 @@ def problems_of(
         slots[slot_of(task)].append(task)
     found: list[TaskProblem] = []
     failed: list[Task] = []
-    active, ports = 0, host_ports(service.spec)
+    active = 0
     for slot in slots.values():
         slot.sort(key=lambda task: (task.created_at, task.id))
         current = [task for task in slot if task.is_active]
@@ -517,7 +519,9 @@ def problems_of(
             if task.status.state is not TaskState.RUNNING or loop_ends_ns(task, now_ns) is not None
         ]
         found += [
-            problem_of(task, before[slot_of(task)] or slot, nodes, name_of(task, service, nodes), ports)
+            problem_of(
+                task, before[slot_of(task)] or slot, nodes, name_of(task, service, nodes), service.spec
+            )
             for task in behind
         ]
     if active < wanted or service.job_status is not None:

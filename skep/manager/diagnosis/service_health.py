@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
+from skep.api.access.permissions import STACK_LABEL
 from skep.manager.control.tasks import known_status, with_damage
 from skep.manager.diagnosis.explanations import IS_STOPPED, ServiceExplanation, explain_service
 from skep.manager.diagnosis.reasons import SlotId, hostname, loop_ends_ns, slot_of
@@ -19,6 +20,8 @@ from skep.manager.orchestrator.global_services import is_eligible, takes_new_tas
 from skep.manager.orchestrator.slots import DoneSlots
 from skep.manager.services.job_listing import schedule_words
 from skep.model.node import Node
+from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
+from skep.model.options.affinity import ANTI_AFFINITY, affinities_of
 from skep.model.options.labels import is_stopped
 from skep.model.service import PAUSED, UNDER_WAY, Service, ServiceHealth, ServiceStatus, UpdateStatus
 from skep.model.task import Task, TaskState
@@ -105,11 +108,50 @@ def _explanation(
         now_ns=now_ns,
         is_new=is_new,
     )
+    explanation = _with_neighbors(explanation, service, view)
     # A run keeps the labels with which it began, but its schedule has the present ones.
     explanation = replace(explanation, schedule=schedule_words(service))
     if not is_stopped(service.spec.labels):
         return explanation
     return replace(explanation, summary=explanation.summary + _left_on_lost_nodes(view, tasks))
+
+
+def _with_neighbors(explanation: ServiceExplanation, service: Service, view: View) -> ServiceExplanation:
+    """Add what other services contribute to an affinity that no node meets: they are missing, have no tasks, or have a
+    label that keeps this service's tasks away.
+    """
+    reason = explanation.reason
+    refusals = node_refusals_in(reason)
+    found: list[str] = []
+    if NodeRefusal.AFFINITY in refusals:
+        for term in affinities_of(service.spec.labels).near:
+            there = view.find(Service, name=term.key)
+            if not there:
+                found.append(f"service {term.service} does not exist")
+            elif not any(
+                task.is_active and task.node_id
+                for one in there
+                for task in view.find(Task, service_id=one.id)
+            ):
+                found.append(f"service {term.service} has no task on a node")
+    if NodeRefusal.ANTI_AFFINITY in refusals:
+        key = service.spec.name.lower()
+        found += [
+            f"the label {ANTI_AFFINITY} of {_named(one, service)} keeps it apart"
+            for one in view.find(Service)
+            if one.id != service.id and any(term.key == key for term in affinities_of(one.spec.labels).apart)
+        ]
+    if not found:
+        return explanation
+    named = "; ".join((reason, *dict.fromkeys(found)))
+    return replace(explanation, reason=named, summary=explanation.summary.replace(reason, named, 1))
+
+
+def _named(other: Service, service: Service) -> str:
+    """Return the name of another service.  Readers of a reason may not see services of other stacks."""
+    own = service.spec.labels.get(STACK_LABEL)
+    is_seen = own is None or own == other.spec.labels.get(STACK_LABEL)
+    return other.spec.name if is_seen else "services of other stacks"
 
 
 def _left_on_lost_nodes(view: View, tasks: Iterable[Task]) -> str:

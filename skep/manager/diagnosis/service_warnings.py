@@ -1,11 +1,11 @@
 """Finds settings of a created or updated service that cannot work, for the warnings in the response."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from skep.model.needs import host_ports
 from skep.model.node import Node
-from skep.model.options.constraints import is_satisfied
-from skep.model.options.label_suggestions import PREFIX, suggested_label
+from skep.model.options.constraints import is_satisfied, parsed, unknown_key
+from skep.model.options.label_suggestions import NODE_LABELS, PREFIX, suggested_label
 from skep.model.options.labels import STOPPED, is_stopped
 from skep.model.options.schedules import JOB_MODES, schedule_of
 from skep.model.permissions.field_rights import CONTAINER_LABELS, SERVICE_LABELS
@@ -15,7 +15,7 @@ _PUBLISH = "skep.publish."
 """Start of labels with a port in their name.  Creating a service refuses unknown ones."""
 
 
-def spec_warnings(spec: ServiceSpec, nodes: Iterable[Node]) -> Iterator[str]:
+def spec_warnings(spec: ServiceSpec, nodes: Collection[Node]) -> Iterator[str]:
     """Yield a warning for each setting that has no effect, or cannot work on the nodes of the cluster."""
     yield from stop_warnings(spec)
     yield from label_warnings(spec)
@@ -64,6 +64,8 @@ def _unknown(
             continue
         if name in others or (owner == "service" and name.startswith(_PUBLISH)):
             yield f"label {name} has no effect on a {here}: it is a label of the {owner}"
+        elif name in NODE_LABELS:
+            yield f"label {name} has no effect on a {here}: it is a label of nodes"
         else:
             yield f"unknown label {name}: it has no effect{_hint(name, known, others, owner)}"
 
@@ -75,12 +77,14 @@ def _hint(name: str, known: Collection[str], others: Collection[str], owner: str
     return f", did you mean {there} on the {owner}?" if there else ""
 
 
-def placement_warnings(spec: ServiceSpec, nodes: Iterable[Node]) -> Iterator[str]:
+def placement_warnings(spec: ServiceSpec, nodes: Collection[Node]) -> Iterator[str]:
     """Yield a warning if no node meets the constraints, and one if start-first cannot work on a single node."""
     placement = spec.task_template.placement
     constraints = placement.constraints if placement is not None else ()
     if constraints and not any(is_satisfied(constraints, node) for node in nodes):
-        yield f"no node meets the constraints ({', '.join(constraints)}): new tasks wait until one does"
+        unknown = [unknown_key(one, nodes) for one in parsed(constraints)]
+        because = "".join(f". {one[0].upper()}{one[1:]}" for one in unknown if one)
+        yield f"no node meets the constraints ({', '.join(constraints)}): new tasks wait until one does{because}"
     update, ports = spec.update_config, host_ports(spec)
     if ports and update is not None and update.order is UpdateOrder.START_FIRST:
         named = ", ".join(f"{number}/{protocol}" for protocol, number in ports)

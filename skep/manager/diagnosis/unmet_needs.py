@@ -12,19 +12,23 @@ from skep.aio.time_slices import TimeSlices
 from skep.manager.services.resources import GenericStock
 from skep.model.needs import (
     CPU_NANO,
-    HostPort,
     Plugin,
     capacity_of,
     cluster_mounts,
     has_plugin,
+    host_ports,
+    kept_words,
     kind_and_amount,
     plugins_of,
     reservations_of,
 )
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
+from skep.model.options.affinity import affinities_of
+from skep.model.options.constraints import label_of, parsed, unknown_key
+from skep.model.options.labels import RESERVE_CPUS, RESERVE_MEMORY
 from skep.model.permissions.rights import missing_devices, rights_of, rights_text
-from skep.model.service import GenericResource, Placement
+from skep.model.service import GenericResource, Placement, ServiceSpec
 from skep.model.task import Task
 
 NO_ADDRESSES: Final = "no available IPv"
@@ -69,38 +73,84 @@ def fits_no_node(task: Task, nodes: Collection[Node]) -> str:
         return ""
     needs = reservations_of(task.spec)
     by_name = sorted(nodes, key=lambda node: (node.description.hostname, node.id))
-    sizes: list[tuple[int, Callable[[Node], int], Callable[[int], str], str]] = [
-        (needs.nano_cpus, lambda node: capacity_of(node).nano_cpus, _cpus, " CPUs"),
-        (needs.memory_bytes, lambda node: capacity_of(node).memory_bytes, _memory, " of memory"),
+    cpus = f" {_cpus_unit(needs.nano_cpus)}"
+    sizes: list[tuple[int, Callable[[Node], int], Callable[[int], str], str, str]] = [
+        (needs.nano_cpus, lambda node: capacity_of(node).nano_cpus, _number, RESERVE_CPUS, cpus),
+        (
+            needs.memory_bytes,
+            lambda node: capacity_of(node).memory_bytes,
+            _memory,
+            RESERVE_MEMORY,
+            " of memory",
+        ),
     ]
     for kind, amount in _amounts(needs.generic_resources).items():
-        sizes.append((amount, lambda node, kind=kind: _offered(node, kind), str, f" {kind}"))  # type: ignore[misc]
-    for wanted, size, words, unit in sizes:
+        sizes.append((amount, lambda node, kind=kind: _offered(node, kind), str, "", f" {kind}"))  # type: ignore[misc]
+    for wanted, size, words, label, unit in sizes:
         largest = max(by_name, key=size)
         most = size(largest)
         if wanted <= most:
             continue
         name = largest.description.hostname or largest.id
-        has = f"the largest node, {name}, has {words(most)}" if most else "no node has any"
+        has = f"the largest node, {name}, has {words(most)}{kept_words(largest, label)}"
+        has = has if most or kept_words(largest, label) else "no node has any"
         return f"needs {words(wanted)}{unit}; {has}"
     return ""
 
 
-def with_needs(task: Task, ports: Collection[HostPort] = ()) -> str:
+def with_needs(task: Task, spec: ServiceSpec | None = None) -> str:
     """Return the error of a pending ``task`` that no node takes, with its needs of the kinds that the error names.
 
     Args:
-        ports: Host-mode ports of its service, which its own spec does not have.
+        spec: Spec of its service, with the host-mode ports and affinities that its own spec does not have.
     """
-    needs = ", ".join(_needs(task, node_refusals_in(task.status.err), ports))
+    refusals = node_refusals_in(task.status.err)
+    needs = ", ".join((*_needs(task, refusals, spec), *_placement_needs(refusals, spec)))
     return f"{task.status.err}; it needs {needs}" if needs else task.status.err
 
 
-def _needs(task: Task, refusals: Collection[NodeRefusal], ports: Collection[HostPort]) -> Iterator[str]:
+def unknown_names(task: Task, spec: ServiceSpec | None, nodes: Collection[Node]) -> str:
+    """Return the keys and labels in the placement of a pending ``task`` that no node has, if they keep it waiting.
+
+    Args:
+        nodes: All nodes of the cluster, or none if they are not at hand.
+    """
+    refusals = node_refusals_in(task.status.err)
+    found: list[str] = []
+    if NodeRefusal.CONSTRAINTS in refusals and task.spec.placement is not None:
+        found += [unknown_key(one, nodes) for one in parsed(task.spec.placement.constraints)]
+    declared = affinities_of(spec.labels if spec is not None else {})
+    topologies = [one.topology for one in declared.skews if NodeRefusal.MAX_SKEW in refusals]
+    topologies += [one.topology for one in declared.near if NodeRefusal.AFFINITY in refusals and one.topology]
+    for topology in dict.fromkeys(topologies):
+        if nodes and not any(label_of(node, topology) for node in nodes):
+            found.append(f"no node has {topology}")
+    return "; ".join(filter(None, found))
+
+
+def _placement_needs(refusals: Collection[NodeRefusal], spec: ServiceSpec | None) -> Iterator[str]:
+    """Yield what the service's affinities and its largest skew ask of a node."""
+    declared = affinities_of(spec.labels if spec is not None else {})
+    if NodeRefusal.AFFINITY in refusals:
+        yield from (f"{_domain(one.topology)} with a task of {one.service}" for one in declared.near)
+    if NodeRefusal.ANTI_AFFINITY in refusals:
+        yield from (f"{_domain(one.topology)} without a task of {one.service}" for one in declared.apart)
+    if NodeRefusal.MAX_SKEW in refusals:
+        for skew in declared.skews:
+            tasks = "1 task" if skew.limit == 1 else f"{skew.limit} tasks"
+            yield f"{_domain(skew.topology)} with at most {tasks} more than any other"
+
+
+def _domain(topology: str) -> str:
+    """Return ``a node``, ``a node.labels.zone`` or ``an engine.labels.rack``."""
+    return f"{'an' if topology.lower().startswith('e') else 'a'} {topology or 'node'}"
+
+
+def _needs(task: Task, refusals: Collection[NodeRefusal], spec: ServiceSpec | None) -> Iterator[str]:
     placement, reserved = task.spec.placement or Placement(), reservations_of(task.spec)
     if NodeRefusal.RESOURCES in refusals:
         if reserved.nano_cpus:
-            yield f"{_cpus(reserved.nano_cpus)} CPUs"
+            yield _cpus(reserved.nano_cpus)
         if reserved.memory_bytes:
             yield f"{_memory(reserved.memory_bytes)} of memory"
         yield from (f"{amount} {kind}" for kind, amount in _amounts(reserved.generic_resources).items())
@@ -108,7 +158,7 @@ def _needs(task: Task, refusals: Collection[NodeRefusal], ports: Collection[Host
         yield _plugin_names(plugins)
     if NodeRefusal.CONSTRAINTS in refusals:
         yield from placement.constraints
-    if NodeRefusal.HOST_PORT in refusals and ports:
+    if NodeRefusal.HOST_PORT in refusals and (ports := host_ports(spec)):
         named = ", ".join(f"{number}/{protocol}" for protocol, number in ports)
         yield f"port{'s' if len(ports) > 1 else ''} {named}"
     if NodeRefusal.MAX_REPLICAS in refusals and placement.max_replicas:
@@ -142,7 +192,15 @@ def _offered(node: Node, kind: str) -> int:
 
 
 def _cpus(nano: int) -> str:
+    return f"{_number(nano)} {_cpus_unit(nano)}"
+
+
+def _number(nano: int) -> str:
     return f"{nano / CPU_NANO:g}"
+
+
+def _cpus_unit(nano: int) -> str:
+    return "CPU" if nano == CPU_NANO else "CPUs"
 
 
 def _memory(size: int) -> str:

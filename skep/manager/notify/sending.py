@@ -7,6 +7,7 @@ Connections are not kept, because messages are rare and an address may change.
 import asyncio
 import hashlib
 import hmac
+import os
 import socket
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -36,6 +37,8 @@ _RESPONSE_BYTES_MAX = 1024
 """Bytes of a response that are read.  The rest is not needed, however long it is."""
 _REASON_CHARACTERS_MAX = 200
 """Longest reason of a failure.  A web server may respond with a page."""
+_NOT_CONNECTED = "Connect call failed"
+"""Words of asyncio's error of a connection."""
 _RULE = "needs --allow-internal"
 ID_HEADER, SIGNATURE_HEADER = "Skep-Notification-Id", "Skep-Signature"
 
@@ -59,16 +62,17 @@ class MessageSender:
                 await self._send(target, message)
         except TimeoutError:
             return f"it did not respond within {self._send_s:g} s"
+        except SendFailed as error:  # in our words, with what the target said masked already
+            return cut(on_one_line(str(error)), _REASON_CHARACTERS_MAX)
         except (
             aiohttp.ClientError,
             EOFError,
             InvalidArgument,
             OSError,
-            SendFailed,
             UnicodeError,
             ValueError,
         ) as error:
-            reason = on_one_line(str(error)) or type(error).__name__
+            reason = on_one_line(_words_of(error)) or type(error).__name__
             return cut(_without_credentials(reason, target), _REASON_CHARACTERS_MAX)
         return ""
 
@@ -100,7 +104,20 @@ class MessageSender:
                 raise SendFailed(f"it redirects to {host}, which is not followed: use the final URL")
             if not 200 <= response.status < 300:
                 text = (await response.content.read(_RESPONSE_BYTES_MAX)).decode(errors="replace")
-                raise SendFailed(f"it responded {response.status} {response.reason}: {text}".rstrip(": "))
+                said = _without_credentials(on_one_line(f"{response.reason}: {text}"), target)
+                raise SendFailed(f"it responded {response.status} {said}".rstrip(": "))
+
+
+def _words_of(error: Exception) -> str:
+    """Return the error of an attempt.  asyncio's error of a refused connection has the address in place of the cause,
+    and aiohttp adds its TLS settings.
+    """
+    if not isinstance(error, aiohttp.ClientConnectorError) or isinstance(error, aiohttp.ClientSSLError):
+        return str(error)
+    cause, where = error.os_error, f"cannot connect to {error.host}:{error.port}"
+    if cause.errno and _NOT_CONNECTED in str(cause):
+        return f"{where}: {os.strerror(cause.errno)}"
+    return f"{where}: {cause.strerror or cause}"
 
 
 def node_addresses(view: View) -> Collection[str]:

@@ -28,6 +28,7 @@ def state_of_target(target: Target, delivery: Delivery | None) -> TargetState:
         waiting=known.outstanding,
         last_sent_at=_time(known.sent_ns),
         failing_since=_time(known.failing_since_ns),
+        next_attempt_at=_time(known.retry_at_ns),
         error=known.error,
     )
 

@@ -114,13 +114,12 @@ def placing(
     if requirements.rules != NO_RULES:
         summary += f",{BY_RULES}"
     reserves = requirements.nano_cpus or requirements.memory_bytes
-    copies = accounting.copies(requirements.service_id)
     try:
         for task in batch:
             account = yield from choice.choosing()
             if account is None:
                 break
-            own = copies.get(account.node.id, 0)
+            own = accounting.copies(requirements.service_id).get(account.node.id, 0)
             share = f"{fill(requirements, account):.0%}" if reserves else ""
             record = f"{summary}|{account.active}|{own}|{share}"
             assignments.append(assigned(task, account, requirements, accounting, ASSIGNED, record))

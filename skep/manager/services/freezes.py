@@ -13,6 +13,7 @@ from skep.api.access.permissions import STACK_LABEL
 from skep.errors import FailedPrecondition, NotFound, PermissionDenied, ResourceExhausted
 from skep.manager.cluster import cluster_of, known_cluster
 from skep.model.options.freezes import (
+    ADMIN_OVERRIDES,
     CLUSTER,
     STACKS_MAX,
     ChangeFreeze,
@@ -23,6 +24,7 @@ from skep.model.options.freezes import (
     ended,
     window_at,
 )
+from skep.model.permissions.access import OVERRIDE_HEADER
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.store.interface import Transaction, View
@@ -127,10 +129,11 @@ def require_unfrozen(view: View, stack: str, *, is_override: bool, is_admin: boo
             continue
         if not is_override:
             raise FailedPrecondition(
-                f"{freeze.words(scope)}. Wait, override it (--override-freeze), or end it: {_command(scope)}"
+                f"{freeze.words(scope)}. Wait, end it ({_command(scope)}), or override it: skep stack deploy and "
+                f"skep node drain have --override-freeze, other requests the header {OVERRIDE_HEADER}: true"
             )
         if scope == CLUSTER and not is_admin:
-            raise PermissionDenied(f"{freeze.words(scope)}. Only administrators may override it")
+            raise PermissionDenied(f"{freeze.words(scope)}. {ADMIN_OVERRIDES}")
 
 
 def _command(scope: str) -> str:

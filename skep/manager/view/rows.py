@@ -14,7 +14,6 @@ from skep.manager.control.tasks import known_status
 from skep.manager.diagnosis.reasons import CauseKind, failure_of, problem_of
 from skep.manager.routes.representations import path_message, slot_in
 from skep.model.history import masked, masked_text
-from skep.model.needs import host_ports
 from skep.model.network import Network, is_ingress
 from skep.model.networks.data_planes import driver_of
 from skep.model.networks.overlays import is_encrypted
@@ -369,8 +368,8 @@ def _error(view: View, task: Task) -> str:
         # For a pending task no nodes are passed, because a reason may name the largest node, which may not be among
         # these few. Reading all nodes would cost too much, because every waiting task has a row.
         is_pending = status.state is TaskState.PENDING
-        ports = host_ports(spec_of(view, task)) if is_pending else ()
-        problem = problem_of(task, slot, {} if is_pending else known, ports=ports)
+        spec = spec_of(view, task) if is_pending else None
+        problem = problem_of(task, slot, {} if is_pending else known, spec=spec)
         if problem.kind == CauseKind.PROGRESSING.value:
             return status.err or problem.restart_summary
         return "; ".join(filter(None, (problem.reason, problem.restart_summary)))

@@ -14,7 +14,7 @@ exists, and that a missing label satisfies ``not in``).
 import fnmatch
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from enum import Enum
 from functools import lru_cache
 from operator import ge, gt, le, lt
@@ -57,11 +57,14 @@ _COMPARISONS: Final[dict[Test, Callable[[Any, Any], bool]]] = {
 """In the order in which they are looked for, because ``>=`` contains ``>``."""
 _KEY = re.compile(r"[a-z_][a-z0-9\-_.]+", re.IGNORECASE | re.ASCII)
 _VALUE = re.compile(r"[a-z0-9:\-_\s.*()?+\[\]\\^$|/]+", re.IGNORECASE | re.ASCII)
-_WORDS = re.compile(r"(\S+)\s+(not\s+)?(in|exists|like)\b(.*)", re.DOTALL)
+_WORDS = re.compile(r"(\S+)\s+(not\s+)?(in|exists|like)\b(.*)", re.DOTALL | re.IGNORECASE)
 _NUMBER = re.compile(
     r"v?([0-9]{1,15}(?:\.[0-9]{1,15}){0,9})(?:[-+~_ ].*)?", re.IGNORECASE | re.ASCII | re.DOTALL
 )
 """A number or version.  What follows ``-``, ``+``, ``~``, ``_`` or a blank is ignored, as in ``6.1.0-18-amd64``."""
+_PREFIXES: Final = (NODE_LABEL, ENGINE_LABEL, FACT)
+_SIMILARITY_MIN: Final = 0.75
+"""Least similarity of a misspelled key.  With 0.7, ``node.foo`` would mean ``node.role``."""
 VALUES_MAX: Final = 100
 """Most values of ``in``.  Every node is compared with each, and longer lists are better written as a label."""
 PATTERN_CHARACTERS_MAX: Final = 255
@@ -113,6 +116,9 @@ def parse(expression: str) -> Constraint:
     if (words := _WORDS.fullmatch(expression.strip())) is not None:
         key, negation, word, rest = words.groups()
         _check_key(key)
+        operator = " ".join(f"{negation or ''}{word}".split())
+        if operator != operator.lower():
+            raise InvalidArgument(f"operator '{operator}' is invalid: write {operator.lower()}")
         test = Test(word)
         return Constraint(key, bool(negation), _operand(test, rest.strip()), test)
     raise InvalidArgument(f"constraint expected one operator from {', '.join(_EQUALITIES)}")
@@ -138,6 +144,27 @@ def is_satisfied(expressions: Sequence[str], node: Node) -> bool:
 def meets(constraints: Iterable[Constraint], node: Node) -> bool:
     """Return whether ``node`` meets all ``constraints``.  No node meets a constraint with an unknown key."""
     return all(_check_of(constraint)(node) for constraint in constraints)
+
+
+def unknown_key(constraint: Constraint, nodes: Collection[Node]) -> str:
+    """Return that no node of any version here can have the constraint's key, with the key that is probably meant.
+
+    Empty for a known key.  A fact is known if one of ``nodes`` reports it, or if ``nodes`` is empty.
+    """
+    key = constraint.key
+    read = _reader(key)
+    if read is None:
+        from difflib import get_close_matches  # rarely needed, and 0.15 MB in every manager
+
+        first, _, last = key.rpartition(".")
+        named = [prefix + last for prefix in _PREFIXES] if "." in first else []
+        keys = {one.lower(): one for one in (*_READERS, *named)}
+        near = get_close_matches(key.lower(), sorted(keys), n=1, cutoff=_SIMILARITY_MIN)
+        return f"no node has the key {key}" + (f", did you mean {keys[near[0]]}?" if near else "")
+    is_fact = key.lower().startswith(FACT) and key.lower() not in _READERS
+    if is_fact and nodes and all(read(node) is None for node in nodes):
+        return f"no node reports {key}"
+    return ""
 
 
 def label_of(node: Node, descriptor: str) -> str | None:
@@ -174,7 +201,7 @@ def _operand(test: Test, text: str) -> str:
             raise InvalidArgument(f"in has {len(values)} values, of at most {VALUES_MAX}")
         for value in values:
             if _VALUE.fullmatch(value) is None:
-                raise InvalidArgument(f"value '{value}' is invalid")
+                raise InvalidArgument(f"value '{value}' is invalid: in expects a list such as (a, b)")
         return f"({', '.join(values)})"
     if _VALUE.fullmatch(text) is None or len(text) > PATTERN_CHARACTERS_MAX:
         raise InvalidArgument(

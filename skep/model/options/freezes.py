@@ -21,6 +21,8 @@ FREEZE_S_MAX: Final = 90 * 24 * 3600.0
 """Longest freeze.  Nobody remembers a longer one, and it can be renewed."""
 REASON_CHARACTERS_MAX: Final = 200
 """Longest reason, so that a refusal that quotes it fits a few lines."""
+ADMIN_OVERRIDES = "Only administrators may override it"
+"""End of the refusal of a user who overrides the cluster's freeze."""
 STACKS_MAX: Final = 200
 """Largest number of frozen stacks.  All freezes are one value of the store, which is read with each decision."""
 LENGTH_S_MIN, LENGTH_S_MAX = 60.0, 7 * 24 * 3600.0

@@ -9,7 +9,9 @@ from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import (
     DRAIN,
+    DRAIN_NOW,
     FORMER_VOLUMES,
+    IGNORE_PATHS,
     JOB_TTL,
     LAST_LINES,
     MIN_AVAILABLE,
@@ -17,6 +19,8 @@ from skep.model.options.labels import (
     PRIORITY,
     PROGRESS_DEADLINE,
     PUBLISH_NOT_READY,
+    RESERVE_CPUS,
+    RESERVE_MEMORY,
     STOPPED,
     VOLUME_AFFINITY,
 )
@@ -28,8 +32,11 @@ from skep.model.options.schedules import (
     CRON_SUSPEND,
     CRON_TIME_ZONE,
 )
+from skep.model.options.slot_volumes import FORGOTTEN_LABEL
 
 PREFIX: Final = "skep."
+NODE_LABELS: Final = (RESERVE_CPUS, RESERVE_MEMORY, DRAIN_NOW, IGNORE_PATHS, FORGOTTEN_LABEL)
+"""Labels that have an effect on nodes."""
 _SIMILARITY_MIN: Final = 0.7
 """Least similarity of a misspelled label, without the common prefix.  With 0.6, ``device`` would mean ``drain``."""
 _SAME_MEANING: Final = {

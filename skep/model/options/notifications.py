@@ -66,6 +66,8 @@ class TargetState(ApiObject):
     """Notices that are not delivered yet."""
     last_sent_at: Timestamp = Timestamp("")
     failing_since: Timestamp = Timestamp("")
+    next_attempt_at: Timestamp = Timestamp("")
+    """Time of the next attempt after a failure."""
     error: str = ""
     """Reason why the last attempt failed, or empty after a success."""
 

@@ -1,5 +1,6 @@
 """Conversion of the keys of a service that configure its containers."""
 
+import ipaddress
 import re
 from collections.abc import Iterable
 from typing import Any, Final
@@ -24,6 +25,8 @@ from skep.model.values.meta import Driver
 from skep.stack.compose.document import YamlNode
 from skep.stack.compose.reading import MappingReader
 
+_HOST_GATEWAY: Final = "host-gateway"
+"""Stands for the node's address in ``extra_hosts``, as in Docker."""
 _NO_SUCH_FIELD: Final = "cluster services do not have this setting"
 _REFUSED: Final = {
     "annotations": "the runtime does not get annotations: use labels",
@@ -210,19 +213,33 @@ def hosts_of(service: MappingReader) -> tuple[str, ...]:
     if found is not None and found.entries is not None:
         for name, node in found.entries.items():
             addresses = node.items if node.items is not None else (node,)
-            made += [f"{one.text.strip('[]')} {name}" for one in addresses]
+            made += [f"{_address(service, 'extra_hosts', one.text)} {name}" for one in addresses]
         return tuple(made)
     for text in service.texts("extra_hosts"):
         name, separator, address = text.partition("=" if "=" in text else ":")
         if not (separator and name and address):
             service.problem("extra_hosts", f"expected NAME=ADDRESS, not {text!r}")
-        made.append(f"{address.strip('[]')} {name}")
+        made.append(f"{_address(service, 'extra_hosts', address)} {name}")
     return tuple(made)
+
+
+def _address(service: MappingReader, key: str, text: str) -> str:
+    """Return an address of ``key`` without brackets.  A resolver would pass over a text that is none."""
+    address = text.strip("[]")
+    if address == _HOST_GATEWAY and key == "extra_hosts":
+        return address
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        service.problem(key, f"expected an IP address, not {text!r}")
+    return address
 
 
 def _dns(service: MappingReader) -> DNSConfig | None:
     made = DNSConfig(
-        nameservers=service.texts("dns"), search=service.texts("dns_search"), options=service.texts("dns_opt")
+        nameservers=tuple(_address(service, "dns", one) for one in service.texts("dns")),
+        search=service.texts("dns_search"),
+        options=service.texts("dns_opt"),
     )
     return None if made == DNSConfig() else made
 

@@ -185,3 +185,26 @@ def test_a_node_and_a_network_are_explained_as_well() -> None:
         "  internal",
         "  created 1h ago, ID x1",
     ]
+
+
+def test_a_node_shows_what_it_keeps_and_labels_without_effect() -> None:
+    labels = {
+        "skep.reserve.cpus": "0.5",
+        "skep.reserve.memory": "256MiB",
+        "skep.reserve.cpu": "1",
+        "skep.zzzz": "",
+        "zone": "a",
+    }
+    node = {
+        "ID": "n1",
+        "CreatedAt": "2026-01-31T10:00:00Z",
+        "Description": {"Hostname": "w1"},
+        "Status": {"State": "ready"},
+        "Spec": {"Role": "worker", "Availability": "active", "Labels": labels},
+        "TaskStates": {},
+    }
+    assert list(about_node("w1", node, NOW))[2:5] == [
+        "  keeps 0.5 CPUs and 256 MiB for the system, which tasks cannot reserve",
+        "  unknown label skep.reserve.cpu: it has no effect, did you mean skep.reserve.cpus?",
+        "  unknown label skep.zzzz: it has no effect",
+    ]

@@ -23,7 +23,10 @@ WINDOW = {"Cron": "0 2 * * *", "Length": 3600 * 10**9, "ClosedUntil": "2026-12-2
         ("cluster freeze --reason holidays", "a freeze needs an end"),
         ("cluster freeze --strict", "a freeze needs an end"),
         ("stack freeze shop --for 2h --until 18:00", "--for and --until cannot be used together"),
-        ("stack freeze shop --until whenever", "invalid time 'whenever'"),
+        (
+            "stack freeze shop --until whenever",
+            "invalid time 'whenever'. Use '18:00', '2026-12-27 06:00' or 2026-12-27T",
+        ),
         ("cluster window --for 2h", "a window needs CRON and --for DURATION"),
         ("cluster window @daily", "a window needs CRON and --for DURATION"),
         ("cluster window --remove --for 2h", "--remove takes no window"),
@@ -65,3 +68,16 @@ async def test_maintenance_waits_for_the_end_of_the_clusters_freeze(found: dict[
     with pytest.raises(FailedPrecondition, match=why):
         await require_unfrozen(cluster)
     return None
+
+
+async def test_a_plan_warns_of_strict_freezes_of_the_cluster_and_of_its_stack() -> None:
+    cluster = UpgradedCluster("m1", version="1.0.0")
+    strict = {"Until": "2026-12-27T05:00:00Z", "By": "alice", "IsStrict": True}
+    cluster.freezes = {"Freezes": {"": strict, "shop": {**strict, "IsStrict": False}, "blog": strict}}
+    words = (
+        "the cluster is frozen until 2026-12-27 05:00 UTC by alice: the managers refuse a deploy until then"
+    )
+    assert await freezes.strict_freezes(cluster, "shop") == [words]
+    assert len(await freezes.strict_freezes(cluster, "blog")) == 2
+    cluster.freezes = {}
+    assert await freezes.strict_freezes(cluster, "shop") == []

@@ -1,5 +1,6 @@
 """What ``skep node evict`` prints while the managers work, and ``drain`` before."""
 
+import asyncio
 from typing import Any, cast
 
 import pytest
@@ -17,9 +18,11 @@ from skep.model.node import Availability, Node
 from skep.model.node_reports.departures import STAYS, UNREPLACED
 from skep.model.node_reports.node_refusals import NO_NODE
 from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
+from skep.model.service import JobStatus, ReplicatedJob, ServiceMode
 from skep.model.task import TaskState
 from skep.stack.progress import UNPLACED_S
 from tests.support.builders import a_node, a_service, a_task
+from tests.support.store.store_transactions import put
 
 
 def a_state(*done: bool, waits_for: str = "", complete: bool = False) -> dict[str, Any]:
@@ -235,3 +238,35 @@ def test_a_command_that_nobody_has_names_the_one_to_run(command: str, availabili
         f"No such command '{command}'. Run docker node update --availability {availability} NODE."
         in found.output
     )
+
+
+async def test_a_drain_names_the_jobs_that_no_other_node_takes(
+    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Docker's filter by desired state leaves out the tasks of jobs, which are to complete."""
+    manager, host = cluster
+    spec = replace(
+        a_service("batch").spec, mode=ServiceMode(replicated_job=ReplicatedJob(total_completions=2))
+    )
+    job = replace(a_service("batch", spec=spec), job_status=JobStatus())
+    complete = TaskState.COMPLETE
+    leaves = a_task("t1", node="w1", service=job, slot=1, desired=complete)
+    waits = a_task("t2", service=job, slot=2, state=TaskState.PENDING, desired=complete)
+    waits = replace(
+        waits, status=replace(waits.status, err=f"{NO_NODE} (1 node not available for new tasks)")
+    )
+    for one in (a_node("w1"), job, leaves, waits):
+        await manager.store.update(put, one)
+
+    async def end() -> None:
+        async with manager.store.watch(Node) as watch:
+            async for _ in watch:
+                if manager.store.view().get(Node, "w1").spec.availability is Availability.DRAIN:
+                    break
+        ended = replace(leaves, status=replace(leaves.status, state=TaskState.SHUTDOWN))
+        await manager.store.update(put, ended)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(end())
+        group.create_task(_drain(host, "w1", 30.0))
+    assert "batch: no other node takes 1 task. Run skep explain batch." in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 
 from sim.world.time import VirtualLoop
 from skep.api.client.raw import RawClient
-from skep.cli.apps.run import wait_task
+from skep.cli.apps.run import exit_code_of, wait_task
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.stack.progress import UNPLACED_S
 
@@ -77,3 +77,22 @@ def test_a_change_of_leader_does_not_end_a_run() -> None:
     }
     task, seconds = waited(answers)
     assert (task, 20 <= seconds < 30) == (COMPLETE[0], True)
+
+
+@pytest.mark.parametrize(
+    ("err", "said"),
+    [
+        ("task: non-zero exit (127)", ""),
+        ("starting container failed: exec: not found", "Error: its process could not be started\n"),
+        ("task: non-zero exit (127): no memory", "Error: its process could not be started\n"),
+    ],
+)
+async def test_a_command_that_did_not_end_by_itself_is_explained(
+    err: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A command that exists has its own output.  Another one has none."""
+    answers = {"/skep/tasks/t1/explain": lambda _: {"Summary": "its process could not be started"}}
+    client = cast("RawClient", Managers(VirtualLoop(), answers))
+    status = {"State": "failed", "Err": err, "ContainerStatus": {"ExitCode": 127}}
+    assert await exit_code_of(client, {"ID": "t1", "Status": status}) == 127
+    assert capsys.readouterr().err == said

@@ -189,7 +189,11 @@ async def test_requests_are_refused_by_name_and_pass_with_the_header() -> None:
         web = {"Name": "web", "TaskTemplate": {"ContainerSpec": {"Image": "app"}}}
         async with client.post("/services/create", json=web) as response:
             assert response.status == 400
-            assert ": sale. Wait, override it" in (await response.json())["message"]
+            message = (await response.json())["message"]
+            assert (
+                ": sale. Wait, end it (skep cluster unfreeze), or override it: skep stack deploy" in message
+            )
+            assert message.endswith("other requests the header X-Skep-Override-Freeze: true")
         async with client.post(
             "/services/create", json=web, headers={"X-Skep-Override-Freeze": "true"}
         ) as response:

@@ -11,7 +11,6 @@ from skep.manager.diagnosis.explanations import ServiceExplanation, explain_serv
 from skep.manager.diagnosis.reasons import CauseKind, TaskProblem
 from skep.manager.scheduler.explaining.explain import NodeVerdict
 from skep.model.container import ContainerSpec, HealthConfig, Mount
-from skep.model.needs import host_ports
 from skep.model.node import Availability, EnginePlugin, Node, NodeState
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.service import (
@@ -346,7 +345,7 @@ def test_a_host_port_that_no_node_has_left_is_named_for_the_service_and_the_task
     reason = f"{refused}; it needs ports 80/tcp, 443/tcp"
     assert explained(task, service=service, nodes=(a_node("m1"),)).reason == reason
     verdicts = [NodeVerdict(node_id=NodeId("m1"), hostname="m1", reasons=("refused",))]
-    assert explain_task(task, None, verdicts, ports=host_ports(service.spec)).summary == reason
+    assert explain_task(task, None, verdicts, spec=service.spec).summary == reason
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.api.access.permissions import STACK_LABEL
 from skep.manager.diagnosis.service_health import explanation_of, service_status, status_with_health
 from skep.model.node import Availability, Node, NodeState, NodeStatus
 from skep.model.options.labels import STOPPED
@@ -22,7 +23,7 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Restart, Task, TaskState, TaskStatus
-from skep.model.values.ids import TaskId
+from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from skep.store.interface import View
@@ -232,3 +233,33 @@ async def test_a_stopped_service_names_the_nodes_that_are_down_with_its_tasks() 
     found = await explanation_of(view, service, await service_status(view, service), NOW_NS, CLOCK)
     name = M1.description.hostname
     assert found.summary.endswith(f"starts its tasks; 1 may still run on {name}, which is down")
+
+
+async def test_services_that_keep_an_affinity_from_being_met_are_named() -> None:
+    """The service that it must run near is missing or has no tasks, or another one must run apart from it."""
+    refused = "no suitable node ({} not satisfied on 1 node)"
+
+    async def reason(labels: dict[str, str], refusal: str, *others: Service | Task) -> str:
+        service = a_service("web", spec=replace(a_service_spec("web"), labels=labels))
+        task = a_task(service=service, state=TaskState.PENDING)
+        task = replace(task, status=replace(task.status, err=refused.format(refusal)), node_id=NodeId(""))
+        store = MemoryStore(CLOCK)
+        await store.update_each(lambda tx, one: tx.put(one), (M1, service, task, *others))
+        view = store.view()
+        found = await explanation_of(view, service, await service_status(view, service), NOW_NS, CLOCK)
+        assert found.reason in found.summary
+        return found.reason.removeprefix(refused.format(refusal)).removeprefix("; ")
+
+    near, needs = {"skep.affinity": "DB"}, "it needs a node with a task of DB"
+    assert await reason(near, "affinity") == f"{needs}; service DB does not exist"
+    words = f"{needs}; service DB has no task on a node"
+    assert await reason(near, "affinity", a_service("db")) == words
+    waits = a_task("t9", service=a_service("db"), state=TaskState.PENDING)
+    assert await reason(near, "affinity", a_service("db"), waits) == words
+    there = a_task("t9", service=a_service("db"), node="m1")
+    assert await reason(near, "affinity", a_service("db"), there) == needs
+    apart = replace(a_service_spec("batch"), labels={"skep.anti-affinity": "web"})
+    words = "the label skep.anti-affinity of batch keeps it apart"
+    assert await reason({}, "anti-affinity", a_service("batch", spec=apart)) == words
+    words = "the label skep.anti-affinity of services of other stacks keeps it apart"
+    assert await reason({STACK_LABEL: "shop"}, "anti-affinity", a_service("batch", spec=apart)) == words

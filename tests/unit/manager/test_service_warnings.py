@@ -39,6 +39,15 @@ START_FIRST = UpdateConfig(order=UpdateOrder.START_FIRST)
                 "no node meets the constraints (node.labels.zone==x, node.role==worker): new tasks wait until one does"
             ],
         ),
+        (
+            a_service_spec(constraints=("node.label.disk==ssd",)),
+            [
+                (
+                    "no node meets the constraints (node.label.disk==ssd): new tasks wait until one does. "
+                    "No node has the key node.label.disk, did you mean node.labels.disk?"
+                )
+            ],
+        ),
         (a_service_spec(ports=(HOST_PORT,)), []),
         (a_service_spec(update=START_FIRST), []),
         (
@@ -65,10 +74,11 @@ def test_what_can_never_work_is_said_at_once(spec: ServiceSpec, words: list[str]
             [],
         ),
         (
-            {"skep.corn": "@hourly", "skep.zzzz": ""},
+            {"skep.corn": "@hourly", "skep.zzzz": "", "skep.reserve.cpus": "1"},
             {},
             [
                 "unknown label skep.corn: it has no effect, did you mean skep.cron?",
+                "label skep.reserve.cpus has no effect on a service: it is a label of nodes",
                 "unknown label skep.zzzz: it has no effect",
             ],
         ),

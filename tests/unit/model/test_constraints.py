@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from skep.errors import InvalidArgument
 from skep.model.needs import CPU_NANO
 from skep.model.node import EngineDescription, Node, NodeRole
-from skep.model.options.constraints import Constraint, is_dockers, is_satisfied, label_of, parse
+from skep.model.options.constraints import Constraint, is_dockers, is_satisfied, label_of, parse, unknown_key
 from skep.model.service import Platform, Resources
 from tests.support.builders import a_node
 
@@ -121,7 +121,10 @@ def test_a_node_meets_what_docker_does_not_have(expression: str, is_met: bool) -
     ("expression", "words"),
     [
         ("node.labels.x in a, b", "value 'a, b' is invalid: in expects a list such as (a, b)"),
-        ("node.labels.x in ()", "value '' is invalid"),
+        ("node.labels.x in ()", "value '' is invalid: in expects a list such as (a, b)"),
+        ("node.labels.x in (a,,b)", "value '' is invalid: in expects a list such as (a, b)"),
+        ("node.labels.x NOT  IN (a)", "operator 'NOT IN' is invalid: write not in"),
+        ("node.labels.x Like a*", "operator 'Like' is invalid: write like"),
         ("node.labels.x in (a, <)", "key 'node.labels.x in (a,' is invalid"),
         ("node.labels.x exists yes", "value 'yes' is invalid: exists has no value"),
         ("node.labels.x >= many", "value 'many' is invalid: >= expects a number or a version"),
@@ -197,3 +200,25 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         parse(text)
     except InvalidArgument:
         pass
+
+
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        ("node.label.zone exists", "no node has the key node.label.zone, did you mean node.labels.zone?"),
+        ("engine.label.disk==ssd", "no node has the key engine.label.disk, did you mean engine.labels.disk?"),
+        ("node.fact.Kernel >= 5", "no node has the key node.fact.Kernel, did you mean node.facts.Kernel?"),
+        ("hostname == box-1", "no node has the key hostname, did you mean node.hostname?"),
+        ("node.colour == red", "no node has the key node.colour"),
+        ("node.facts.cgroups == 2", "no node reports node.facts.cgroups"),
+        ("node.facts.cpus >= 64", ""),
+        ("node.labels.absent exists", ""),
+        ("node.ip == 10.0.0.1", ""),
+    ],
+)
+def test_a_key_that_no_node_can_have_is_named(expression: str, words: str) -> None:
+    assert unknown_key(parse(expression), [the_node()]) == words
+
+
+def test_a_fact_is_known_without_nodes_to_compare() -> None:
+    assert unknown_key(parse("node.facts.cgroups == 2"), []) == ""

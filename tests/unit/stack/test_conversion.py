@@ -250,6 +250,7 @@ def test_restart_of_a_container_is_that_of_the_service(word: str, policy: dict[s
         ("ssh: [default, k=/k]", "--ssh default --ssh k=/k"),
         ("ssh: {default: , k: /k}", "--ssh default --ssh k=/k"),
         ("extra_hosts: ['a:1.2.3.4', 'b=::1']", "--add-host a:1.2.3.4 --add-host b:::1"),
+        ("extra_hosts: ['a:host-gateway']", "--add-host a:host-gateway"),
         ("extra_hosts: {a: [1.2.3.4, 5.6.7.8]}", "--add-host a:1.2.3.4 --add-host a:5.6.7.8"),
         ("cache_from: [a], cache_to: [b], tags: [t:1]", "--cache-from a --cache-to b --tag t:1"),
         (
@@ -391,6 +392,18 @@ volumes: {orders: {external: true}, data: {}}
         (
             "services: {w: {image: w, imagee: x}}",
             "f:1:26: services.w.imagee: unknown key: did you mean image?",
+        ),
+        (
+            "services: {w: {image: w, dns: [10.0.0.1, ns1]}}",
+            "f:1:31: services.w.dns: expected an IP address, not 'ns1'",
+        ),
+        (
+            "services: {w: {image: w, extra_hosts: ['a:b:c:d']}}",
+            "f:1:39: services.w.extra_hosts: expected an IP address, not 'b:c:d'",
+        ),
+        (
+            "services: {w: {image: w, extra_hosts: {a: db}}}",
+            "f:1:39: services.w.extra_hosts: expected an IP address, not 'db'",
         ),
         ("services: {w: {image: [w]}}", "f:1:23: services.w.image: expected a text, not a list"),
         (

@@ -9,6 +9,7 @@ from sim.world.time import VirtualLoop
 from skep.api.client.client import ApiClient
 from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
 from skep.model.container import ContainerSpec
+from skep.model.options.freezes import ADMIN_OVERRIDES
 from skep.model.service import ServiceSpec, TaskSpec
 from skep.stack import removing
 from skep.stack.created import CreatedObjects
@@ -100,6 +101,21 @@ async def test_a_deploy_without_room_for_its_revision_says_so_and_goes_on() -> N
     plan = plan_of(stack, Existing(), images={}, prune=False)
     assert await _record(Full(), stack, plan, warnings.append) == ""
     assert warnings == ["the quota of shop allows 3 configs. You cannot roll back to this deploy."]
+
+
+class Frozen(Cluster):
+    """A strict freeze that only administrators override."""
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        if path == "/configs/create":
+            raise PermissionDenied(f"the cluster is frozen. {ADMIN_OVERRIDES}")
+        return await super().request(method, path, **options)
+
+
+async def test_a_deploy_that_may_not_override_a_freeze_ends_before_its_first_change() -> None:
+    plan = plan_of(a_stack(), Existing(), images={}, prune=False)
+    with pytest.raises(PermissionDenied, match="Only administrators may override it"):
+        await _record(Frozen(), a_stack(), plan, lambda _: None)
 
 
 class Ending(Cluster):

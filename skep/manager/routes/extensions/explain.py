@@ -32,12 +32,13 @@ from skep.manager.scheduler.explaining.explain import (
     closest_node,
     explaining_priority,
     verdict,
+    with_shown_names,
 )
 from skep.manager.scheduler.nodes.requirements import planes_of, requirements_of
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
 from skep.manager.services.freezes import held_by, stack_of_service
 from skep.manager.services.quotas import replicas_within_quota
-from skep.model.needs import cluster_mounts, host_ports, sources_of
+from skep.model.needs import cluster_mounts, sources_of
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
@@ -81,7 +82,7 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
     nodes = {node.id: node for node in view.find(Node)}
     slot, now_ns = slot_in(view, task), SystemClock().now_ns()
     explanation = explain_task(
-        task, nodes.get(task.node_id), verdicts, slot, nodes, now_ns, host_ports(spec_of(view, task))
+        task, nodes.get(task.node_id), verdicts, slot, nodes, now_ns, spec_of(view, task)
     )
     service = view.lookup(Service, task.service_id)
     if service is not None and (node := nodes.get(task.node_id)) is not None:
@@ -135,7 +136,8 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         kind = CauseKind.NO_ADDRESS.value if is_full else problem.kind
         explanation = replace(explanation, problem=replace(problem, kind=kind))
     more = (held_by(view, stack_of_service(service)), damage_of(view, Service, service.id))
-    return json_response(replace(explanation, summary="; ".join(filter(None, (explanation.summary, *more)))))
+    new = (one for one in more if one and one not in explanation.summary)
+    return json_response(replace(explanation, summary="; ".join((explanation.summary, *new))))
 
 
 def _with_figures(explanation: ServiceExplanation, found: _Verdicts) -> ServiceExplanation:
@@ -177,8 +179,9 @@ async def _read_verdicts(view: View, task: Task, named: ServiceNames) -> _Verdic
     planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
     requirements = requirements_of(task, own_spec, planes, accounting.affinities.of(task.service_id))
     copies = accounting.copies(task.service_id)
+    shown = with_shown_names(requirements, view, named)
     verdicts = [
-        verdict(requirements, account, copies[account.node.id])
+        verdict(shown, account, copies[account.node.id])
         for account in accounting.accounts.values()
         if task.node_id in ("", account.node.id)
     ]

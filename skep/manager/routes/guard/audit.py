@@ -171,6 +171,8 @@ def about(path: str, method: str, view: View, among: Callable[[Any], bool] | Non
     if noun in _NAMED:
         return _about_named(noun, method, rest)
     if noun not in _KINDS:
+        if noun == "cluster" and rest and method in ("DELETE", "PUT"):
+            action = f"{'remove' if method == 'DELETE' else 'set'}-{rest[-1]}"  # a freeze, or the window
         return JournalEntry(type="cluster" if noun in ("swarm", "cluster") else noun, action=action)
     name, kind = _KINDS[noun]
     entry = JournalEntry(type=name, action=action)

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from skep.manager.scheduler.nodes.accounting import Account
 from skep.manager.scheduler.nodes.affinity import AffinityRule, domain_of
 from skep.manager.scheduler.nodes.requirements import Requirements
-from skep.model.needs import CPU_NANO, kind_and_amount
+from skep.model.needs import CPU_NANO, kept_words, kind_and_amount
 from skep.model.networks.data_planes import is_docker_node
 from skep.model.node import NodeState
 from skep.model.node_reports.conditions import disk_pressure
 from skep.model.options.constraints import meets
-from skep.model.options.labels import IGNORE_PATHS
+from skep.model.options.labels import IGNORE_PATHS, RESERVE_CPUS, RESERVE_MEMORY
 from skep.model.permissions.rights import missing_devices, rights_text
 
 _MEBIBYTE = 1024**2
@@ -39,15 +39,16 @@ def shortages(requirements: Requirements, account: Account, copies: int) -> str:
 def amounts_missing(requirements: Requirements, account: Account) -> str:
     """Return the resources of which the node has too little left, with both amounts."""
     return "; ".join(
-        f"{wanted} requested, {free} not reserved" for wanted, free, _ in _shortages(requirements, account)
+        f"{wanted} requested, {free} not reserved{kept}"
+        for wanted, free, _, kept in _shortages(requirements, account)
     )
 
 
 def amounts_left(requirements: Requirements, account: Account) -> str:
     """Return the node's remaining amounts of the resources of which it has too little."""
-    return (
-        ", ".join(f"{free} {unit}" for _, free, unit in _shortages(requirements, account)) + " not reserved"
-    )
+    found = [*_shortages(requirements, account)]
+    left = ", ".join(f"{free} {unit}" for _, free, unit, _ in found)
+    return f"{left} not reserved{''.join(kept for *_, kept in found)}"
 
 
 def unmet_constraints(requirements: Requirements, account: Account, copies: int) -> str:
@@ -173,15 +174,17 @@ def cluster_volumes(requirements: Requirements, account: Account, copies: int) -
     return chosen if isinstance(chosen, str) else ""
 
 
-def _shortages(requirements: Requirements, account: Account) -> Iterator[tuple[str, str, str]]:
-    """Yield the wanted amount with its unit, the amount that is left, and the unit."""
+def _shortages(requirements: Requirements, account: Account) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the wanted amount with its unit, the amount that is left, the unit, and what is kept for the system."""
     if requirements.nano_cpus > account.free_nano_cpus:
         wanted, free = requirements.nano_cpus / CPU_NANO, max(account.free_nano_cpus, 0) / CPU_NANO
-        yield f"{wanted:g} CPUs", f"{free:g}", "CPUs"
+        unit = "CPU" if wanted == 1 else "CPUs"
+        yield f"{wanted:g} {unit}", f"{free:g}", "CPUs", kept_words(account.node, RESERVE_CPUS)
     if requirements.memory_bytes > account.free_memory_bytes:
         wanted, free = requirements.memory_bytes / _MEBIBYTE, max(account.free_memory_bytes, 0) / _MEBIBYTE
-        yield f"{wanted:.0f} MiB of memory", f"{free:.0f}", "MiB of memory"
+        kept = kept_words(account.node, RESERVE_MEMORY)
+        yield f"{wanted:.0f} MiB of memory", f"{free:.0f}", "MiB of memory", kept
     for resource in requirements.generic:
         if not account.generic.has(resource):
             kind, amount = kind_and_amount(resource)
-            yield f"{amount} {kind}", f"{max(account.generic.free(kind), 0)}", kind
+            yield f"{amount} {kind}", f"{max(account.generic.free(kind), 0)}", kind, ""

@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from msgspec.structs import replace
 
 from skep.aio.time_slices import STEP, collect_in_slices
-from skep.manager.diagnosis.unmet_needs import fits_no_node, with_needs
+from skep.manager.diagnosis.unmet_needs import fits_no_node, unknown_names, with_needs
 from skep.manager.scheduler.explaining.explain import (
     NodeVerdict,
     ServiceNames,
@@ -23,6 +23,7 @@ from skep.manager.scheduler.explaining.explain import (
     priorities_of,
     verdict,
     victims_by_service,
+    with_shown_names,
 )
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.manager.scheduler.nodes.requirements import Requirements, planes_of, requirements_of
@@ -171,7 +172,8 @@ class DryRun:
         status = replace(refusal.task.status, err=refusal.reason)
         task = replace(refusal.task, status=status)
         nodes = [account.node for account in self._accounting.accounts.values()]
-        return fits_no_node(task, nodes) or with_needs(task, host_ports(spec))
+        parts = (with_needs(task, spec), unknown_names(task, spec, nodes))
+        return fits_no_node(task, nodes) or "; ".join(filter(None, parts))
 
     def _service(self, spec: ServiceSpec) -> Service:
         """Return the service with its planned spec, whose affinities count from now on."""
@@ -378,6 +380,7 @@ class DryRun:
 
     def _verdicts(self, requirements: Requirements, found: list[NodeVerdict]) -> Iterator[None]:
         copies = self._accounting.copies(requirements.service_id)
+        requirements = with_shown_names(requirements, self._view, self._named)
         for number, account in enumerate(list(self._accounting.accounts.values())):
             if number % STEP == 0:
                 yield

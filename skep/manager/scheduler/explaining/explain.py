@@ -7,6 +7,8 @@ filters to one task on request.  It needs only a view, so every manager can serv
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from msgspec.structs import replace
+
 from skep.aio.time_slices import SlicedWork
 from skep.manager.scheduler.explaining.details import amounts_left
 from skep.manager.scheduler.nodes.accounting import Account, Accounting, holds_resources, usage_in
@@ -45,6 +47,22 @@ def verdict(requirements: Requirements, account: Account, copies: int) -> NodeVe
     )
     node = account.node
     return NodeVerdict(node_id=node.id, hostname=node.description.hostname, reasons=refusals)
+
+
+def with_shown_names(requirements: Requirements, view: View, named: Callable[[Service], str]) -> Requirements:
+    """Return ``requirements`` with names for the reader of the services whose anti-affinity keeps the task away."""
+    hard = tuple(
+        one
+        if one.is_declared
+        else replace(
+            one,
+            name=", ".join(
+                sorted({named(each) for id in one.services if (each := view.lookup(Service, id))})
+            ),
+        )
+        for one in requirements.rules.hard
+    )
+    return replace(requirements, rules=replace(requirements.rules, hard=hard))
 
 
 def closest_node(requirements: Requirements, accounting: Accounting) -> str:

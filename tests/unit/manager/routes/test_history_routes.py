@@ -88,6 +88,9 @@ def test_services_and_nodes_may_be_named_by_prefix_or_be_gone() -> None:
         ("POST", "/swarm/update", "cluster", "update", ""),
         ("GET", "/swarm/unlockkey", "cluster", "read", ""),
         ("POST", "/skep/cluster/evict", "cluster", "evict", ""),
+        ("PUT", "/skep/cluster/freeze", "cluster", "set-freeze", ""),
+        ("DELETE", "/skep/cluster/window", "cluster", "remove-window", ""),
+        ("DELETE", "/skep/stacks/shop/freeze", "stack", "remove-freeze", "shop"),
         ("POST", "/", "?", "create", ""),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
-from skep.manager.scheduler.explaining.explain import verdict
+from skep.manager.scheduler.explaining.explain import verdict, with_shown_names
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.manager.scheduler.nodes.filters import first_refusing
 from skep.manager.scheduler.nodes.requirements import Requirements, requirements_of
@@ -27,6 +27,7 @@ from skep.model.options.affinity import (
 from skep.model.service import Resources, Service
 from skep.model.task import TaskState
 from skep.model.values.ids import NodeId
+from skep.store.state import State
 from tests.support.builders import a_node, a_service, a_task
 
 ZONE = "node.labels.zone"
@@ -122,6 +123,11 @@ def test_tasks_stay_apart_in_both_directions() -> None:
     assert cluster.on("web") == {"n1": 4}
     assert cluster.reasons(web)["n2"] == ("anti-affinity: a task of batch on the node (a label of batch)",)
     assert cluster.reasons(batch)["n1"] == ("anti-affinity: a task of web on the node",)
+    view = State()
+    view.table_by_type[Service].store(batch.id, None, batch, moves=True)
+    shown = with_shown_names(cluster.requirements(web), view, lambda _: "services of other stacks")
+    assert [one.text for one in shown.rules.hard] == ["services of other stacks"]
+    assert with_shown_names(cluster.requirements(batch), view, lambda _: "others").rules.hard[0].name == "web"
 
 
 def test_tasks_stay_apart_by_zone_and_nodes_without_a_zone_are_apart_from_all() -> None:

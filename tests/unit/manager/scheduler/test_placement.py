@@ -445,6 +445,8 @@ def test_a_task_records_why_it_got_its_node() -> None:
         "2 of 2 nodes suitable; affinities or the largest skew chose among them; the chosen node had 0 tasks, 0 of its "
         "service"
     )
+    more = placed(a_service("db", id="db", constraints=("node.id == n3",)), accounting, count=2)
+    assert [one.record.split("|")[1:3] for one in more.assignments] == [["2", "0"], ["3", "1"]]
     accounting.remove_node(NodeId("n1"))
     accounting.set_node(a_node("n4"))
     (third,) = placed(service, accounting, count=1).assignments
