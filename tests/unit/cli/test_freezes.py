@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from skep.cli.cluster.freezes import shown_freezes
+from skep.cli.cluster.freezes import shown_freezes, strict_freezes
 from skep.cli.main import main
 from skep.cli.maintain.maintenance import require_unfrozen
 from skep.errors import FailedPrecondition
@@ -77,7 +77,7 @@ async def test_a_plan_warns_of_strict_freezes_of_the_cluster_and_of_its_stack() 
     words = (
         "the cluster is frozen until 2026-12-27 05:00 UTC by alice: the managers refuse a deploy until then"
     )
-    assert await freezes.strict_freezes(cluster, "shop") == [words]
-    assert len(await freezes.strict_freezes(cluster, "blog")) == 2
+    assert await strict_freezes(cluster, "shop") == [words]
+    assert len(await strict_freezes(cluster, "blog")) == 2
     cluster.freezes = {}
-    assert await freezes.strict_freezes(cluster, "shop") == []
+    assert await strict_freezes(cluster, "shop") == []

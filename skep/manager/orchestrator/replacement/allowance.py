@@ -99,8 +99,9 @@ def _minimum_for(
 def _may_start_first(
     step: ReplaceTask | RetireTask, tasks: Mapping[TaskId, Task], situation: Situation
 ) -> bool:
-    """Return whether the successor of the step's task may run beside it: they write no data of their own, and at least
-    one node does not refuse the successor.
+    """Return whether the successor of the step's task may start before it stops.
+
+    That requires that they write no data, and that at least one node does not refuse the successor.
     """
     if not situation.may_overlap(step.task):
         return False
