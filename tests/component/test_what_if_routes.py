@@ -49,3 +49,17 @@ async def test_a_request_without_one_change_is_refused(rig: Rig) -> None:
     for query in ("", "?lose=n1&drain=n1", "?lose=x=y"):
         status, text, _ = await rig.exchange("viewer", f"GET /skep/what-if{query}")
         assert status in (400, 404), text
+
+
+async def test_the_survival_of_a_stack_is_for_users_who_see_it(rig: Rig) -> None:
+    await with_two_stacks(rig)
+    status, text, _ = await rig.exchange("viewer:shop", "GET /skep/what-if/survive?stack=shop")
+    assert (status, msgspec.json.decode(text)["Services"]) == (200, ["shop_web"])
+    assert "hidden" not in text
+    for role, query in (("viewer:blog", "?stack=shop"), ("viewer", "?stack=none"), ("viewer", "")):
+        status, text, _ = await rig.exchange(role, f"GET /skep/what-if/survive{query}")
+        assert status in (400, 404), text
+    body = [a_spec() | {"Name": "shop_new", "Labels": SHOP}]
+    assert (await rig.exchange("viewer:shop", "POST /skep/what-if/survive", body))[0] == 403
+    status, text, _ = await rig.exchange("operator:shop", "POST /skep/what-if/survive", body)
+    assert (status, msgspec.json.decode(text)["Services"]) == (200, ["shop_new"])

@@ -154,7 +154,7 @@ def test_no_block_is_forgotten() -> None:
         *((page, 0) for page in (EXEC, PRIORITIES, SECRETS, DEVICES, UPDATES)),
         *((STACKS, number) for number in range(6)),
         (LOGS, 0),
-        *((WHAT_IF, number) for number in range(2)),
+        *((WHAT_IF, number) for number in range(3)),
         *((HISTORY, number) for number in range(2)),
         *((API_ACCESS, number) for number in range(2)),
         *((MIGRATE, number) for number in range(2)),
@@ -287,7 +287,7 @@ def test_the_guide_to_placement(m1: TestNode, checkout: Path) -> None:
 
 
 def test_the_guide_to_what_would_follow(m1: TestNode, checkout: Path) -> None:
-    nodes, services = shell_blocks(WHAT_IF)
+    nodes, services, survival = shell_blocks(WHAT_IF)
     create(m1, "report", 1)
     wait_running(m1, "report", 1)
     printed = run(nodes, checkout, DOCKER_HOST=m1.socket)
@@ -296,6 +296,8 @@ def test_the_guide_to_what_would_follow(m1: TestNode, checkout: Path) -> None:
     printed = run(services, checkout, DOCKER_HOST=m1.socket)
     assert "What if web has 5 tasks" in printed
     assert "shop_api" in printed
+    printed = run(survival, checkout, DOCKER_HOST=m1.socket)
+    assert "no quorum is left, so nothing is replaced" in printed
 
 
 def test_the_guide_to_nodes(m1: TestNode, checkout: Path) -> None:

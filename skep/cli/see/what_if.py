@@ -217,9 +217,9 @@ def _summary(answer: Mapping[str, Any]) -> str:
     moved = sum(each["Tasks"] for one in answer["Services"] for each in one["Moves"])
     if not missing and not moved:
         return "no task has to move"
-    when = f" within about {duration(answer['Seconds'])}" if answer["Seconds"] else ""
+    when = f" within about {duration(max(answer['Seconds'], 1.0))}" if answer["Seconds"] else ""
     rest = f"{counted(missing, 'task')} not running afterwards" if missing else "all run afterwards"
-    return f"{counted(moved, 'task')} moved or stopped{when}, {rest}"
+    return f"{counted(moved, 'task')} started, moved or stopped{when}, {rest}"
 
 
 def _row(one: Mapping[str, Any], screen: Screen) -> tuple[str | Cell, ...]:

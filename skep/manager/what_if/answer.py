@@ -45,7 +45,7 @@ class MissingTasks(ApiObject):
 
 
 class ServiceEffect(ApiObject):
-    """How one service differs afterwards."""
+    """Effect on one service."""
 
     id: ServiceId
     name: str = always("")
@@ -70,7 +70,7 @@ class ServiceEffect(ApiObject):
 
 
 class NodeEffect(ApiObject):
-    """How one node differs afterwards."""
+    """Effect on one node."""
 
     id: NodeId
     hostname: str = always("")
@@ -96,7 +96,7 @@ class SupposedOutcome(ApiObject):
     seconds: float = always(0.0)
     """Estimated seconds until nothing changes."""
     services: tuple[ServiceEffect, ...] = always(())
-    """Services that differ, or whose tasks move, by name.  Only if the user may see."""
+    """Services that differ, or whose tasks move, by name.  Hidden services are only counted."""
     other_services: int = always(0)
     """Number of further services that differ, in stacks that the user cannot see."""
     other_missing: int = always(0)

@@ -52,9 +52,9 @@ class Rehearsal:
         self._allocator = AllocatorState(self.copy.view, self.clock, random)
         self._scheduler = SchedulerState(self.copy, self.clock, random)
         self._nodes = SupposedNodes(self.copy, self.clock)
-        numbers = count(1)
-        self.new_id: Callable[[], str] = lambda: f"supposed{next(numbers):017}"
-        """Ids of new tasks.  No real id has such a form."""
+        numbers, prefix = count(1), f"supposed{view.revision:x}x"
+        self.new_id: Callable[[], str] = lambda: f"{prefix}{next(numbers):06}"
+        """Ids of new objects.  They differ from real ones, and from the ids of a rehearsal that was copied."""
 
     @property
     def accounting(self) -> Accounting:

@@ -12,8 +12,8 @@ from skep.manager.control_loops.informer import batches_of
 from skep.manager.control_loops.work_queue import LEAST_WAIT_S
 from skep.manager.what_if.supposed_time import SupposedClock
 from skep.model.node import Node, NodeState
-from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.values.ids import ServiceId, TaskId
+from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
+from skep.model.values.ids import ContainerId, ServiceId, TaskId
 from skep.model.values.times import SECOND_NS, timestamp, unix_ns
 from skep.model.volume import Volume
 from skep.store.copied import CopiedStore
@@ -29,6 +29,8 @@ SAMPLES = 20
 """Running tasks of a service whose start is looked at."""
 STOP_S = 1.0
 """Seconds in which a task stops.  A process that handles its stop signal takes less, others their grace period."""
+
+_A_CONTAINER = ContainerStatus(container_id=ContainerId("supposed"))
 
 
 class SupposedNodes:
@@ -99,7 +101,13 @@ class SupposedNodes:
 
     def _write(self, tx: Transaction, id: TaskId, state: TaskState) -> None:
         task = tx.get(Task, id)
-        status = TaskStatus(timestamp=timestamp(self._clock.now_ns()), state=state, message=state.value)
+        status = TaskStatus(
+            timestamp=timestamp(self._clock.now_ns()),
+            state=state,
+            message=state.value,
+            # It shows that the task has used its local volumes, and so where the next task of its slot has to run.
+            container_status=task.status.container_status or _A_CONTAINER,
+        )
         tx.put(replace(task, status=status))
         if state.is_terminal:
             for attachment in task.volumes:

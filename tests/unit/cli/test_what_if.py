@@ -39,7 +39,7 @@ def test_moves_and_what_is_left_are_shown() -> None:
     node = {"ID": "1", "Hostname": "w1", "Before": 1, "After": 0, "TakesTasks": False}
     nodes = [node | {"FreeNanoCPUs": 0, "FreeMemoryBytes": 0}]
     assert lines(an_answer(Services=[a_service()], Nodes=nodes)) == [
-        "What if w1 is lost: 1 task moved or stopped within about 17 s, all run afterwards",
+        "What if w1 is lost: 1 task started, moved or stopped within about 17 s, all run afterwards",
         "",
         "SERVICE  RUNNING  LOWEST  SECONDS  MOVES",
         "web      2 → 2/2  1       17.4     1 w1 → w2",

@@ -48,7 +48,7 @@ from skep.model.values.ids import ServiceId
 from skep.model.volume import Volume
 from skep.store.interface import Store, View
 
-_DRY_RUNS = ("/placement", "/what-if/services")
+_DRY_RUNS = ("/placement", "/what-if/services", "/what-if/survive")
 """Ends of the paths whose specs are never written."""
 _PLANNED_MAX = 500
 """Objects of one plan by a user below administrator.
