@@ -146,6 +146,7 @@ async def ask(state: State) -> Timing:
     await asyncio.sleep(0)
     began, processor = time.perf_counter(), time.process_time()
     question = Question(Rehearsal(state, time.time_ns()), lambda _: True)
+    await asyncio.sleep(0)
     await run_in_slices(question.begin(), clock)
     lose(question.rehearsal, [NodeId("node00001")])
     await run_in_slices(question.settle(), clock)

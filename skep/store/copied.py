@@ -1,6 +1,6 @@
 """A copy of the cluster's state, on which transactions are carried out at once and nothing is written.
 
-Control loops' decisions run on it to find out what they would do.  Like a term, it has a view and runs transactions,
+Decisions of control loops run on it, to predict their changes.  Like a term, it has a view and runs transactions,
 but it has neither a leader nor waits, and encodes nothing.
 """
 

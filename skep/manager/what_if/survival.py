@@ -106,6 +106,7 @@ class SurvivalQuestion:
 
     def _try(self, kind: str, name: str, nodes: Sequence[NodeId], found: list[LossEffect]) -> Iterator[None]:
         question = Question(Rehearsal(self._view, self._now_ns), lambda service: service.id in self._services)
+        yield
         yield from question.begin()
         left, needed = quorum_after(self._view, nodes)
         lose(question.rehearsal, nodes)

@@ -185,3 +185,12 @@ def test_a_node_and_a_network_are_explained_as_well() -> None:
         "  internal",
         "  created 1h ago, ID x1",
     ]
+
+
+def test_the_smallest_change_is_shown_for_a_service_and_for_a_task() -> None:
+    change = "w2 would run it with 512 MiB of memory more"
+    service = {"Summary": "0 of 1 tasks run", "Reasons": [], "Failures": [], "SmallestChange": change}
+    assert f"  smallest change: {change}" in list(about_service("web", service, 0.0))
+    task = {"Summary": "no suitable node", "State": "pending", "DesiredState": "running"}
+    shown = about_task("web.1", task | {"Since": "2026-01-01T00:00:00Z", "SmallestChange": change}, 0.0)
+    assert f"  smallest change: {change}" in list(shown)
