@@ -131,7 +131,7 @@ async def _ask_about_scale(host: HostOptions, name: str, replicas: int) -> Shown
     async with host.requests() as client:
         spec = (await client.get(f"/services/{quote(name, safe='')}"))["Spec"]
         if "Replicated" not in spec["Mode"]:
-            raise InvalidArgument(f"service {name} has no number of tasks to scale. It is not replicated")
+            raise InvalidArgument(f"service {name} is not replicated. Choose a replicated service")
         spec["Mode"] = {"Replicated": {"Replicas": replicas}}
         found = await client.post("/skep/what-if/services", [spec], timeout_s=ANSWER_TIMEOUT_S)
     return answered(f"What if {spec['Name']} has {counted(replicas, 'task')}", found)
