@@ -180,7 +180,7 @@ def main() -> None:
     now, at = datetime.now(UTC), commit()
     sizes = [(options.nodes or 500, options.tasks or 10_000)] if options.nodes or options.tasks else TABLE
     lines, kept = (
-        ["| nodes | tasks | seconds | loop held, ms | moved | busy |", "|---|---|---|---|---|---|"],
+        [HEADER],
         [],
     )
     for nodes, tasks in sizes:
