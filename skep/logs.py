@@ -8,7 +8,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,7 @@ def configure(*, debug: bool = False, log_format: str = "text", process: str = "
     level = logging.DEBUG if debug else logging.INFO
     structlog.configure(
         processors=[
+            _drop_supposed,
             _add_process,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -75,6 +78,25 @@ def configure(*, debug: bool = False, log_format: str = "text", process: str = "
         logger_factory=_Lines,
     )
     logging.basicConfig(handlers=[_FromLibraries()], level=logging.WARNING, force=True)
+
+
+_is_supposed: ContextVar[bool] = ContextVar("_is_supposed", default=False)
+
+
+@contextmanager
+def supposed() -> Iterator[None]:
+    """Drop lines about events that are only supposed (``skep what-if``).  Tracebacks, which show bugs, are kept."""
+    token = _is_supposed.set(True)
+    try:
+        yield
+    finally:
+        _is_supposed.reset(token)
+
+
+def _drop_supposed(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    if _is_supposed.get() and not event.get("exc_info"):
+        raise structlog.DropEvent
+    return event
 
 
 class _Process:

@@ -305,6 +305,8 @@ EXIT_CODES: Sequence[tuple[int | str, str, str]] = (
     (1, "skep service wait", "A service does not run in time, or waiting cannot help."),
     (3, "skep status", "A node or a service is not in its desired state."),
     (4, "skep status", "The cluster has no leader."),
+    (3, "skep what-if", "Tasks do not run afterwards, or fewer than a service's minimum run meanwhile."),
+    (3, "skep survive", "A single loss takes a service down, or its data away."),
     (3, "skep version --all", "Nodes have different versions."),
     (2, "skep upgrade", "With --dry-run: the upgrade is blocked."),
     (3, "skep reboot-lock status", "A lock is overdue."),

@@ -51,6 +51,7 @@ from skep.model.options.labels import (
     STOPPED,
     VOLUME_AFFINITY,
     WORKER_READS,
+    ZONE,
 )
 from skep.model.options.schedules import (
     CRON,
@@ -527,6 +528,13 @@ LABELS = (
         "`VOLUME@TIME ...`",
         "none",
         "Local volumes of the node that you gave up with `skep volume forget`. Use before that time attracts no task.",
+    ),
+    Label(
+        LabelTarget.NODE,
+        ZONE,
+        "text",
+        "the label `zone`",
+        "The node's zone for `skep survive`, which tries the loss of each zone. The label `zone` comes first.",
     ),
     Label(
         LabelTarget.CLUSTER,

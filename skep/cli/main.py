@@ -42,6 +42,10 @@ GROUPS = {
         "explain": Command(
             "skep.cli.see.explain:explain", "Explain why an object is not in its desired state."
         ),
+        "what-if": Command("skep.cli.see.what_if:what_if", "Show what would follow from a change."),
+        "survive": Command(
+            "skep.cli.see.survive:survive", "Show which single loss takes a service of a stack down."
+        ),
         "events": Command("skep.cli.see.events:events", "Show cluster events as they happen."),
         "history": Command("skep.cli.see.history:history", "Show what happened in the cluster, and why."),
         "runs": Command("skep.cli.see.runs:runs", "List ended tasks with exit codes and last lines."),

@@ -118,6 +118,43 @@ class State:
 
     # -- changes -----------------------------------------------------------------------------------------------
 
+    def copied(self) -> "State":
+        """Return a copy that only ``adopt`` changes.  Later changes of this state do not affect it."""
+        copy = State()
+        copy.revision, copy.level, copy.level_revision = self.revision, self.level, self.level_revision
+        copy.tables = [table.copied() for table in self.tables]
+        copy.table_by_name.update((table.schema.name, table) for table in copy.tables)
+        copy.table_by_type.update((table.schema.type, table) for table in copy.tables)
+        copy.claims = self.claims.copy()
+        copy.sharers = {claim: list(owners) for claim, owners in self.sharers.items()}
+        copy.users = {used: list(owners) for used, owners in self.users.items()}
+        return copy
+
+    def adopt(self, written: Mapping[Owner, Any], claimed: Mapping[str, Owner | None]) -> tuple[Event, ...]:
+        """Apply the writes of one transaction without encoding them, and return the events.
+
+        Args:
+            written: New objects, or None for deleted ones, as the transaction has stamped them.
+            claimed: Owners of claims, or None for released ones.
+        """
+        self.revision += 1
+        for claim, owner in claimed.items():
+            if owner is None:
+                self.claims.pop(claim, None)
+            else:
+                self.claims[claim] = Claim(owner, self.revision)
+        events: list[Event | None] = []
+        for owner, new in written.items():
+            table = self.table_by_name[owner[0]]
+            old = table.objects.get(owner[1])
+            _move_members(self.users, table.schema.references, owner, old, new)
+            _move_members(self.sharers, table.schema.shared_claims, owner, old, new)
+            if new is not None:
+                events.append(table.store(owner[1], old, new))
+            elif old is not None:
+                events.append(table.drop(owner[1], old))
+        return tuple(event for event in events if event is not None)
+
     def apply(self, revision: int, changes: Iterable[KeyChange]) -> tuple[Event, ...]:
         """Apply all changes of ``revision``, and return the events."""
         objects: dict[str, dict[str, KeyChange]] = {}
@@ -259,6 +296,19 @@ def _set_member(lists: dict[Any, list[Owner]], key: Any, member: Owner, *, prese
         del members[index]
         if not members:
             del lists[key]
+
+
+def _move_members(
+    lists: dict[Any, list[Owner]], of: Callable[[Any], Iterable[Any]], owner: Owner, old: Any, new: Any
+) -> None:
+    """Move ``owner`` from the lists of its old references, or shared claims, to the lists of its new ones."""
+    if of is nothing:
+        return
+    before, after = set(of(old)) if old is not None else set(), set(of(new)) if new is not None else set()
+    for key in before - after:
+        _set_member(lists, key, owner, present=False)
+    for key in after - before:
+        _set_member(lists, key, owner, present=True)
 
 
 def resolved(view: Any, table: ObjectTable, word: str, among: Callable[[Any], bool] | None = None) -> Any:

@@ -88,6 +88,21 @@ class ObjectTable:
         self._elsewhere = tuple(field for part in schema.parts.values() for field in part)
         """The fields of all parts except the head."""
 
+    def copied(self) -> "ObjectTable":
+        """Return a copy to which changes can be applied with ``store`` and ``drop``.  It has no revisions of keys."""
+        copy = ObjectTable(self.schema)
+        copy.objects, copy.ids = self.objects.copy(), self.ids.copy()
+        copy.unreadable = self.unreadable.copy()
+        copy.damaged = {id: dict(parts) for id, parts in self.damaged.items()}
+        for name, index in self.indexes.items():
+            # Only lists are changed in place.  Most values of the largest index are single ids.
+            copy.indexes[name] = copied = index.copy()
+            copied.update({key: ids[:] for key, ids in index.items() if isinstance(ids, list)})
+        copy._index_entries = [
+            (value_of, copy.indexes[name]) for name, value_of in self.schema.indexes.items()
+        ]
+        return copy
+
     def find(self, by: Mapping[str, str]) -> list[Any]:
         """Return the objects in order of id: all, or with ``by`` (one index and a value) only the matching ones."""
         return [self.objects[id] for id in self.found_ids(by)]
@@ -316,8 +331,10 @@ class ObjectTable:
         self.unreadable.pop(id, None)
         self.damaged.pop(id, None)
         self._never_read.pop(id, None)
-        if old is None:
-            return None
+        return self.drop(id, old) if old is not None else None
+
+    def drop(self, id: str, old: Any) -> Event:
+        """Remove ``old``, and return the event for watchers."""
         del self.objects[id]
         del self.ids[bisect_left(self.ids, id)]
         self._leave(id, old)

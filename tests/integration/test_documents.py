@@ -70,6 +70,7 @@ UPDATES = "docs/guide/updates.md"
 LOGS = "docs/guide/logs.md"
 API_ACCESS = "docs/guide/api-access.md"
 HISTORY = "docs/guide/history.md"
+WHAT_IF = "docs/guide/what-if.md"
 TROUBLESHOOTING = "docs/guide/troubleshooting.md"
 CHECKLIST = "docs/guide/checklist.md"
 
@@ -153,6 +154,7 @@ def test_no_block_is_forgotten() -> None:
         *((page, 0) for page in (EXEC, PRIORITIES, SECRETS, DEVICES, UPDATES)),
         *((STACKS, number) for number in range(6)),
         (LOGS, 0),
+        *((WHAT_IF, number) for number in range(3)),
         *((HISTORY, number) for number in range(2)),
         *((API_ACCESS, number) for number in range(2)),
         *((MIGRATE, number) for number in range(2)),
@@ -282,6 +284,20 @@ def test_the_guide_to_placement(m1: TestNode, checkout: Path) -> None:
     wait_running(m1, "cache", 1)
     wait_running(m1, "batch", 1)
     run(reserve, checkout, DOCKER_HOST=m1.socket)
+
+
+def test_the_guide_to_what_would_follow(m1: TestNode, checkout: Path) -> None:
+    nodes, services, survival = shell_blocks(WHAT_IF)
+    create(m1, "report", 1)
+    wait_running(m1, "report", 1)
+    printed = run(nodes, checkout, DOCKER_HOST=m1.socket)
+    assert "0 of the 1 managers that a quorum needs are left" in printed
+    assert "report" in printed
+    printed = run(services, checkout, DOCKER_HOST=m1.socket)
+    assert "What if web has 5 tasks" in printed
+    assert "shop_api" in printed
+    printed = run(survival, checkout, DOCKER_HOST=m1.socket)
+    assert "no quorum is left, so nothing is replaced" in printed
 
 
 def test_the_guide_to_nodes(m1: TestNode, checkout: Path) -> None:

@@ -305,6 +305,8 @@ RULES: Final = (
     _rule("POST", r"/skep/doctor/network", _OPERATOR, PermissionScope.CLUSTER),
     _rule("GET", r"/ui(?:/.*)?", _VIEWER, PermissionScope.ANY),  # the dashboard's files
     _rule("GET", r"/skep/quorum|/skep/access|/skep/cluster/freezes", _VIEWER, PermissionScope.ANY),
+    # Its answer names the services of the user's stacks only.
+    _rule("GET", r"/skep/what-if(?:/survive)?", _VIEWER, PermissionScope.ANY),
     _rule("GET", r"/distribution/.+/json", _OPERATOR, PermissionScope.ANY),
     # Objects of the cluster.
     *_of("service", "/services"),
@@ -361,7 +363,13 @@ RULES: Final = (
     _rule("POST", rf"/skep/services/{_NAME}/(?:run|retry)", _OPERATOR, PermissionScope.OBJECT, "service"),
     _rule("POST", r"/skep/services/changes", _OPERATOR, PermissionScope.NEW, "service"),
     _rule("POST", r"/skep/access/certificates", _VIEWER, PermissionScope.ANY),
-    _rule("POST", r"/skep/services/placement", _OPERATOR, PermissionScope.NEW, "service"),
+    _rule(
+        "POST",
+        r"/skep/services/placement|/skep/what-if/(?:services|survive)",
+        _OPERATOR,
+        PermissionScope.NEW,
+        "service",
+    ),
     _rule("POST", r"/skep/stacks/check", _OPERATOR, PermissionScope.NEW, "stack"),
     # A user who can run commands in a container, or read its files, can read its secrets.
     _rule(

@@ -204,6 +204,8 @@ def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Ite
             # The headline already has this reason.
             words = "" if reason["Summary"] == main else f": {reason['Summary']}"
             yield f"  {reason['Tasks']} {title}{words}  (skep explain {example})"
+    if change := explanation.get("SmallestChange"):
+        yield f"  smallest change: {change}"
     problem = explanation.get("Problem") or {}
     yield from (f"  {line}" for line in _output(problem.get("End") or {}))
     if problem.get("Kind") == "waiting" and (found := _WAITS_FOR.match(main)) is not None:
@@ -241,6 +243,8 @@ def _task_lines(name: str, explanation: Mapping[str, Any], now: float) -> Iterat
         f", desired: {wanted}" if wanted != state else ""
     )
     yield from (f"  {line}" for line in _end(explanation.get("End") or {}))
+    if change := explanation.get("SmallestChange"):
+        yield f"  smallest change: {change}"
     rows = sorted(_row(node) for node in explanation.get("Nodes") or ())
     reasons = {reason for _, reason in rows}
     if len(rows) > 1 and len(reasons) == 1:

@@ -66,7 +66,7 @@ _HINT = re.compile(r"\. Run skep explain \S+\.$")
 _DEFAULT_FILES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
 
 
-class _Given(msgspec.Struct, frozen=True, kw_only=True):
+class GivenFiles(msgspec.Struct, frozen=True, kw_only=True):
     """The options with the files and the name of a stack."""
 
     files: tuple[str, ...]
@@ -113,7 +113,7 @@ class _Given(msgspec.Struct, frozen=True, kw_only=True):
         raise InvalidArgument(f"There is no {_DEFAULT_FILES[0]} in this directory. Specify a file with -c.")
 
 
-def _reads_files(command: Callable[..., None]) -> Callable[..., None]:
+def reads_files(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options and the stack's name to a command that reads files.  The command gets them as ``given``."""
 
     @functools.wraps(command)
@@ -126,7 +126,9 @@ def _reads_files(command: Callable[..., None]) -> Callable[..., None]:
         name: str | None,
         **options: Any,
     ) -> None:
-        given = _Given(files=files, env_files=env_files, profiles=profiles, directory=directory, name=name)
+        given = GivenFiles(
+            files=files, env_files=env_files, profiles=profiles, directory=directory, name=name
+        )
         command(*args, given=given, **options)
 
     return _with(
@@ -217,12 +219,12 @@ for command in (ls, services, ps, quota, start, stop, freeze_stack, unfreeze_sta
 
 
 @stack.command()
-@_reads_files
+@reads_files
 @click.option("-q", "--quiet", is_flag=True, help="Only check the files.")
 @click.option("--services", "names_only", is_flag=True, help="Print the service names, one per line.")
 def config(
     *,
-    given: _Given,
+    given: GivenFiles,
     quiet: bool,
     names_only: bool,
 ) -> None:
@@ -277,7 +279,7 @@ async def _undone(
         ) from error
 
 
-async def _plan(
+async def plan_with_cluster(
     client: Requests,
     stack: Stack,
     *,
@@ -309,7 +311,7 @@ async def _plan(
 
 
 @stack.command()
-@_reads_files
+@reads_files
 @click.option("--prune", is_flag=True, help="Plan the removal of services that the files no longer have.")
 @_chooses_services
 @shows
@@ -317,7 +319,7 @@ async def _plan(
 def plan(
     host: HostOptions,
     *,
-    given: _Given,
+    given: GivenFiles,
     prune: bool,
     only: tuple[str, ...],
     resolve_image: str,
@@ -339,7 +341,7 @@ def plan(
     async def fetch() -> Shown:
         made, _ = given.read()
         async with host.requests() as client:
-            found = await _plan(client, made, prune=prune, only=only, resolve=resolve_image)
+            found = await plan_with_cluster(client, made, prune=prune, only=only, resolve=resolve_image)
             await check(client, made, found, warn)
             for refusal in await strict_freezes(client, made.name):
                 warn(refusal)
@@ -367,7 +369,7 @@ def _logins(host: HostOptions, stack: Stack, only: Sequence[str]) -> Mapping[str
 
 
 @stack.command()
-@_reads_files
+@reads_files
 @click.option("--prune", is_flag=True, help="Remove services that the files no longer have.")
 @_chooses_services
 @click.option(
@@ -388,7 +390,7 @@ def _logins(host: HostOptions, stack: Stack, only: Sequence[str]) -> Mapping[str
 def deploy(
     host: HostOptions,
     *,
-    given: _Given,
+    given: GivenFiles,
     prune: bool,
     only: tuple[str, ...],
     resolve_image: str,
@@ -421,7 +423,7 @@ def deploy(
     async def run(made: Stack) -> None:
         async with host.requests() as plain:
             client = overriding(plain, is_override=override_freeze)
-            found = await _plan(
+            found = await plan_with_cluster(
                 client, made, prune=prune, only=only, resolve=resolve_image, logins=logins, built=built
             )
             click.echo("\n".join(lines_of(found)), err=True)

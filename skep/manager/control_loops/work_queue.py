@@ -56,7 +56,7 @@ class WorkQueue(Generic[K]):
         while not (keys := self.take_due(limit)):
             self._changed.clear()
             try:
-                async with asyncio.timeout(self._wait_s()):
+                async with asyncio.timeout(self.wait_s()):
                     await self._changed.wait()
             except TimeoutError:
                 continue
@@ -82,7 +82,13 @@ class WorkQueue(Generic[K]):
         queues = {0: self._due, **self._others}
         return [queues[priority] for priority in sorted(queues, reverse=True)]
 
-    def _wait_s(self) -> float | None:
+    def has_due(self) -> bool:
+        """Return whether a key is due now."""
+        is_later_due = bool(self._later) and self._later[0][0] <= self._clock.monotonic()
+        return is_later_due or bool(self._is_due)
+
+    def wait_s(self) -> float | None:
+        """Return the seconds until the next later key is due, or None without such a key."""
         if not self._later:
             return None
         return max(self._later[0][0] - self._clock.monotonic(), LEAST_WAIT_S)

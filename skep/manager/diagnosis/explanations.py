@@ -81,6 +81,8 @@ class TaskExplanation(ApiObject):
     nodes: tuple[NodeVerdict, ...] = ()
     placement: str = ""
     """Reason for the choice of its node, at the time of the decision."""
+    smallest_change: str = ""
+    """The smallest change that would let the task run, if no node takes it."""
 
 
 class Reason(ApiObject):
@@ -161,6 +163,8 @@ class ServiceExplanation(ApiObject):
     update: UpdateExplanation | None = None
     """Progress of the current update."""
     autoscaling: AutoscalingExplanation | None = None
+    smallest_change: str = ""
+    """The smallest change that would let a task run that no node takes, as a sentence."""
 
     @property
     def health(self) -> ServiceHealth:

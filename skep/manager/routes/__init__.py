@@ -37,6 +37,7 @@ from skep.manager.routes.extensions import (
     updates,
     users,
     view,
+    what_if,
 )
 from skep.manager.routes.guard.audit import record_request
 from skep.manager.routes.guard.authorization import ClusterObjects
@@ -63,6 +64,7 @@ _TABLES = (
     notifications.routes,
     explain.routes,
     placement.routes,
+    what_if.routes,
     reach.routes,
     doctor.routes,
     state.routes,

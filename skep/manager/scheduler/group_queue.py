@@ -139,6 +139,9 @@ class GroupQueue(WorkQueue[Group]):
         self._retried, self._retries_until = frozenset(retried), math.inf
         return [*retried, *keys]
 
-    def _wait_s(self) -> float | None:
-        waits = [super()._wait_s(), self._held[0][0] - self._clock.monotonic() if self._held else None]
+    def has_due(self) -> bool:
+        return super().has_due() or bool(self._held and self._held[0][0] <= self._clock.monotonic())
+
+    def wait_s(self) -> float | None:
+        waits = [super().wait_s(), self._held[0][0] - self._clock.monotonic() if self._held else None]
         return min((max(one, LEAST_WAIT_S) for one in waits if one is not None), default=None)

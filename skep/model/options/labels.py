@@ -112,6 +112,8 @@ EXEC = "skep.exec"
 DRAIN_NOW = "skep.drain-now"
 """On nodes: ``true`` lets a drain stop tasks before their replacements run, as in Docker.  Managers remove the label
 when the node is no longer drained."""
+ZONE = "skep.zone"
+"""On nodes: the zone of a node without the label ``zone``, for ``skep survive``."""
 RESERVE_CPUS = "skep.reserve.cpus"
 RESERVE_MEMORY = "skep.reserve.memory"
 """On nodes: processors (``0.5``) and memory (``512MiB``) that tasks cannot reserve, because the system needs them."""

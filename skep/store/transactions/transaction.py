@@ -20,7 +20,7 @@ from skep.model.values.times import ZERO_TIME, Timestamp, timestamp
 from skep.model.values.unknown import Unknown
 from skep.store import keys
 from skep.store.codec import values_of
-from skep.store.interface import InUse, KindSchema, Object, nothing
+from skep.store.interface import Event, InUse, KindSchema, Object, nothing
 from skep.store.keys import HEAD
 from skep.store.kinds import SpecVersion, filled, spec_version_id, spec_version_of
 from skep.store.state import Owner, State, resolved
@@ -356,6 +356,12 @@ class LocalTransaction:
         return sorted(members)
 
     # -- the result --------------------------------------------------------------------------------------------
+
+    def adopt_into(self, copy: State) -> tuple[Event, ...]:
+        """Apply the writes to ``copy``, a copied state on which the transaction has run, and return the events."""
+        if self._level is not None:
+            copy.level = self._level
+        return copy.adopt(self._written, self._claimed) if self._written else ()
 
     def proposal(self) -> Proposal:
         """Return the transaction's compares and writes.

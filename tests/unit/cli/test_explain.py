@@ -208,3 +208,12 @@ def test_a_node_shows_what_it_keeps_and_labels_without_effect() -> None:
         "  unknown label skep.reserve.cpu: it has no effect, did you mean skep.reserve.cpus?",
         "  unknown label skep.zzzz: it has no effect",
     ]
+
+
+def test_the_smallest_change_is_shown_for_a_service_and_for_a_task() -> None:
+    change = "w2 would run it with 512 MiB of memory more"
+    service = {"Summary": "0 of 1 tasks run", "Reasons": [], "Failures": [], "SmallestChange": change}
+    assert f"  smallest change: {change}" in list(about_service("web", service, 0.0))
+    task = {"Summary": "no suitable node", "State": "pending", "DesiredState": "running"}
+    shown = about_task("web.1", task | {"Since": "2026-01-01T00:00:00Z", "SmallestChange": change}, 0.0)
+    assert f"  smallest change: {change}" in list(shown)

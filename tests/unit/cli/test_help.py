@@ -35,6 +35,7 @@ VERBS = frozenset(
             "Cut",
             "Return",
             "Stop",
+            "Suppose",
             "Deploy",
             "Diagnose",
         ),

@@ -27,6 +27,7 @@ from skep.model.service import (
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.values.ids import ConfigId, SecretId, ServiceId
 from skep.model.values.times import ZERO_TIME, Timestamp
+from skep.store.copied import CopiedStore
 from skep.store.interface import Transaction
 from skep.store.keys import covering_prefix, parsed_object_key, reference_key, shared_key
 from skep.store.kinds import SpecVersion
@@ -39,6 +40,19 @@ from tests.support.builders import a_node, a_service, a_task
 NOW = Timestamp("2026-01-01T00:00:00Z")
 IDS = st.sampled_from(["a", "b", "c"])
 PORTS = st.sampled_from([0, 80, 81])
+
+
+def require_equal(copied: Any, state: Any) -> None:
+    """Check that a copy shows the same as the store, except for the times at which objects were written."""
+    for table, other in zip(copied.tables, state.tables, strict=True):
+        assert table.ids == other.ids
+        assert table.indexes == other.indexes
+        for id, object in table.objects.items():
+            times = {"created_at": NOW, "updated_at": NOW} if hasattr(object, "updated_at") else {}
+            assert replace(object, **times) == replace(other.objects[id], **times)
+    owners = {claim: held.owner for claim, held in copied.claims.items()}
+    assert owners == {claim: held.owner for claim, held in state.claims.items()}
+    assert (copied.sharers, copied.users) == (state.sharers, state.users)
 
 
 def service_of(id: str, name: str, networks: tuple[str, ...], port: int, mode: PublishMode) -> Service:
@@ -140,12 +154,18 @@ class StoreMachine(RuleBasedStateMachine):
                 for kind in (Service, Network, Task, SpecVersion)
                 for object in store.view().find(kind)
             }
+            copy = CopiedStore(store.view(), SystemClock())
             if cut:
                 other.partition()
             try:
                 expected = await store.update(body)
-            except SkepError:
+            except SkepError as error:
                 expected = before
+                with pytest.raises(type(error)):
+                    copy.apply(body)
+            else:
+                copy.apply(body)
+            require_equal(copy.view(), store.view())
             seen = {
                 (kind, object.id): object  # type: ignore[attr-defined]
                 for kind in (Service, Network, Task, SpecVersion)

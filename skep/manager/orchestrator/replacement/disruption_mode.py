@@ -101,20 +101,24 @@ class DisruptionMode:
             else:
                 await self._has_begun.wait()
             self._has_begun.clear()
-            now = self._clock.monotonic()
             try:
-                if self._detected is not None:
-                    recent = self._history.recently_ready(now)
-                    await self._term.update(_write, self._detected, recent, timestamp(self._clock.now_ns()))
-                elif self._frozen_at is not None and (reason := self._reason_to_end(now)):
-                    if reason == HALF_BACK:
-                        self.replaces_from = now + SETTLING_GRACES * configured_grace_s(self._term.view())
-                    await self._term.update(end_freeze)
-                    log.info("replacement of tasks resumed", reason=reason)
+                await self.check()
             except NotLeader:
                 raise
             except SkepError as error:
                 log.warning("freeze not written, will retry", reason=str(error))
+
+    async def check(self) -> None:
+        """Write a freeze that began, or end the freeze if that is due.  Raises: SkepError."""
+        now = self._clock.monotonic()
+        if self._detected is not None:
+            recent = self._history.recently_ready(now)
+            await self._term.update(_write, self._detected, recent, timestamp(self._clock.now_ns()))
+        elif self._frozen_at is not None and (reason := self._reason_to_end(now)):
+            if reason == HALF_BACK:
+                self.replaces_from = now + SETTLING_GRACES * configured_grace_s(self._term.view())
+            await self._term.update(end_freeze)
+            log.info("replacement of tasks resumed", reason=reason)
 
     def _detect(self, now: float) -> None:
         """Freeze if the nodes that failed are a disruption.  Further nodes during a freeze change nothing."""

@@ -34,6 +34,7 @@ from skep.manager.scheduler.explaining.explain import (
     verdict,
     with_shown_names,
 )
+from skep.manager.scheduler.explaining.smallest_change import finding_smallest_change
 from skep.manager.scheduler.nodes.requirements import planes_of, requirements_of
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
 from skep.manager.services.freezes import held_by, stack_of_service
@@ -57,13 +58,14 @@ routes = Routes()
 class _Verdicts(msgspec.Struct, frozen=True):
     """Results of the scheduler's filters for a task that waits for a node.
 
-    If no node accepts it, ``priority`` explains how priorities affect it, and ``closest`` names the node with most of
-    the resources that it needs.
+    If no node accepts it, ``priority`` explains how priorities affect it, ``closest`` names the node with most of the
+    resources that it needs, and ``change`` the smallest change that would let it run.
     """
 
     verdicts: Sequence[NodeVerdict] = ()
     priority: str = ""
     closest: str = ""
+    change: str = ""
 
 
 @routes.get("/skep/tasks/{id}/explain")
@@ -92,6 +94,7 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
         explanation = replace(explanation, summary=stays or explanation.summary)
     if priority:
         explanation = replace(explanation, summary=f"{explanation.summary}; {priority}")
+    explanation = replace(explanation, smallest_change=found.change)
     if task.node_id and elsewhere:
         summary = f"{explanation.summary}; earlier data: {elsewhere[0][1]}"
         explanation = replace(explanation, summary=summary)
@@ -151,7 +154,7 @@ def _with_figures(explanation: ServiceExplanation, found: _Verdicts) -> ServiceE
         summary = summary.replace(explanation.reason, reason, 1)
     if found.priority:
         summary = f"{summary}; {found.priority}"
-    return replace(explanation, reason=reason, summary=summary)
+    return replace(explanation, reason=reason, summary=summary, smallest_change=found.change)
 
 
 def _with_missing_volumes(explanation: ServiceExplanation, task: Task, view: View) -> ServiceExplanation:
@@ -188,8 +191,10 @@ async def _read_verdicts(view: View, task: Task, named: ServiceNames) -> _Verdic
     if task.status.err.startswith(WAITS_FOR) or not all(one.reasons for one in verdicts):
         return _Verdicts(verdicts)
     work = explaining_priority(task, requirements, accounting, view, named)
+    change = finding_smallest_change(requirements, accounting)
     return _Verdicts(
         verdicts,
+        change="" if task.node_id else await result_in_slices(change, SystemClock()),
         priority=await result_in_slices(work, SystemClock()),
         closest="" if task.node_id else closest_node(requirements, accounting),
     )

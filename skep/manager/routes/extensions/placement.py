@@ -1,7 +1,7 @@
 """``POST /skep/services/placement``: where services would run, and whether they fit.  Nothing is written."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from aiohttp import web
 from msgspec.structs import replace
@@ -51,10 +51,7 @@ async def plan_placement(request: web.Request) -> web.StreamResponse:
     refusal.
     """
     specs = await read_planned(request)
-    view = await current_view(request)
-    number = len(view.ids(Node))
-    if len(specs) > _SERVICES_MAX or sum(_tasks(spec, number) for spec in specs) > _TASKS_MAX:
-        raise InvalidArgument(f"too much at once: at most {_SERVICES_MAX} services with {_TASKS_MAX} tasks")
+    check_size(specs, await current_view(request))
     async with manager_of(request).plans.hold():
         try:
             async with asyncio.timeout(_WITHIN_S):
@@ -72,6 +69,13 @@ async def plan_placement(request: web.Request) -> web.StreamResponse:
 async def read_planned(request: web.Request) -> tuple[ServiceSpec, ...]:
     """Return the specs in the body of ``request``.  Raises: InvalidArgument."""
     return await read_json(request, tuple[ServiceSpec, ...], unrecognized=UNRECOGNIZED)
+
+
+def check_size(specs: Sequence[ServiceSpec], view: View) -> None:
+    """Check that ``specs`` are not too many for one request.  Raises: InvalidArgument."""
+    number = len(view.ids(Node))
+    if len(specs) > _SERVICES_MAX or sum(_tasks(spec, number) for spec in specs) > _TASKS_MAX:
+        raise InvalidArgument(f"too much at once: at most {_SERVICES_MAX} services with {_TASKS_MAX} tasks")
 
 
 def names_for(identity: Identity) -> Callable[[Service], str]:

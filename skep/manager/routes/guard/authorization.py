@@ -48,6 +48,8 @@ from skep.model.values.ids import ServiceId
 from skep.model.volume import Volume
 from skep.store.interface import Store, View
 
+_DRY_RUNS = ("/placement", "/what-if/services", "/what-if/survive")
+"""Ends of the paths whose specs are never written."""
 _PLANNED_MAX = 500
 """Objects of one plan by a user below administrator.
 
@@ -87,7 +89,7 @@ class ClusterObjects:
             known = await _known(view, rule.kind, request.match_info[key], identity)
             request.match_info[key] = known.id
         is_new = rule.scope is PermissionScope.NEW
-        is_placement = _path(request).endswith("/placement")
+        is_placement = _path(request).endswith(_DRY_RUNS)
         is_plan = is_placement or _path(request).endswith("/stacks/check")
         # A plan removes these services before it changes others.
         removed = (await read_check(request)).removed if rule.kind == "stack" and bodies else ()
@@ -170,7 +172,7 @@ async def _services(request: web.Request) -> tuple[ServiceSpec, ...]:
     """Return the service specs in a request's body, read as the path's handler reads them.  Raises:
     PermissionDenied.
     """
-    if _path(request).endswith("/placement"):
+    if _path(request).endswith(_DRY_RUNS):
         return await read_planned(request)
     if not _path(request).endswith("/changes"):
         return (await read_spec(request),)

@@ -1,0 +1,214 @@
+"""Measures how long ``skep what-if lose NODE`` takes a manager, and for how long it holds the event loop.
+
+::
+
+    .venv/bin/python -m bench.what_if                            # the table, kept in results/
+    .venv/bin/python -m bench.what_if --nodes 500 --tasks 10000
+
+The state has services of 100 running tasks, with reservations and one overlay network.  Another task of the loop wakes
+up as often as it can.  Its longest delay is how long anything else would have waited: the copy, and the longest slice.
+"""
+
+import argparse
+import asyncio
+import gc
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+import msgspec
+
+from bench.machine import noise
+from bench.run import commit, result_name, write_result
+from skep.aio.clock import SystemClock
+from skep.aio.event_loop import gc_settings
+from skep.aio.time_slices import run_in_slices
+from skep.manager.what_if.answer import Question
+from skep.manager.what_if.rehearsal import Rehearsal
+from skep.manager.what_if.suppositions import lose
+from skep.model.network import Network, NetworkSpec
+from skep.model.node import Node, NodeDescription, NodeSpec, NodeState, NodeStatus, SessionOwner
+from skep.model.service import (
+    NetworkAttachmentConfig,
+    ReplicatedService,
+    ResourceRequirements,
+    Resources,
+    Service,
+    ServiceMode,
+    ServiceSpec,
+    TaskSpec,
+)
+from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, SessionId, TaskId
+from skep.model.values.meta import Driver
+from skep.store.interface import Object
+from skep.store.state import State
+from skep.store.transactions.transaction import LocalTransaction
+
+SERVICE_TASKS = 100
+TABLE = ((500, 10_000), (5000, 100_000))
+REPEAT = 5
+HEADER = (
+    "| nodes | tasks | wall, s | processor, s | loop held, ms | longest slice, ms | tasks moved | busy |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+LIMIT_S, HELD_MS = 2.0, 20.0
+"""Promised limits at 5,000 nodes and 100,000 tasks."""
+
+
+class Timing(msgspec.Struct, frozen=True, kw_only=True):
+    """One question."""
+
+    seconds: float
+    processor_s: float
+    held_ms: float
+    """Longest delay of another task of the event loop, which includes time that other processes took."""
+    slice_ms: float
+    """Longest processor time without a pause."""
+    moved: int
+    busy: float
+    """Share of the machine that was busy just before."""
+
+
+def a_state(nodes: int, tasks: int) -> State:
+    """Return a cluster at rest."""
+    state = State()
+
+    def put(objects: Iterable[Object]) -> None:
+        tx = LocalTransaction(state, time.time_ns())
+        for object in objects:
+            tx.put(object)
+        tx.adopt_into(state)
+
+    overlay = Driver(name="overlay")
+    network = Network(
+        id=NetworkId("net"),
+        spec=NetworkSpec(name="net", driver_configuration=overlay),
+        driver_state=overlay,
+    )
+    put([network, *(_node(number) for number in range(nodes))])
+    for first in range(0, tasks, SERVICE_TASKS):
+        spec = ServiceSpec(
+            name=f"service{first:06}",
+            mode=ServiceMode(replicated=ReplicatedService(replicas=SERVICE_TASKS)),
+            task_template=TaskSpec(
+                networks=(NetworkAttachmentConfig(target=network.id),),
+                resources=ResourceRequirements(
+                    reservations=Resources(nano_cpus=100_000_000, memory_bytes=1 << 26)
+                ),
+            ),
+        )
+        id = ServiceId(f"service{first:06}")
+        put([Service(id=id, spec=spec)])
+        version = state.get(Service, id).spec_version
+        put(
+            Task(
+                id=TaskId(f"task{number:07}"),
+                service_id=id,
+                slot=number - first + 1,
+                node_id=NodeId(f"node{number % nodes:05}"),
+                spec_version=version,
+                status=TaskStatus(state=TaskState.RUNNING),
+                desired_state=TaskState.RUNNING,
+                networks_attachments=(NetworkAttachment(network=network),),
+            )
+            for number in range(first, first + SERVICE_TASKS)
+        )
+    return state
+
+
+def _node(number: int) -> Node:
+    return Node(
+        id=NodeId(f"node{number:05}"),
+        spec=NodeSpec(labels={"zone": f"z{number % 3}"}),
+        status=NodeStatus(state=NodeState.READY),
+        session=SessionOwner(session_id=SessionId(f"session{number}")),
+        description=NodeDescription(
+            hostname=f"name{number}", resources=Resources(nano_cpus=16_000_000_000, memory_bytes=64 << 30)
+        ),
+    )
+
+
+async def ask(state: State) -> Timing:
+    """Ask what follows from the loss of one node."""
+    busy, clock = noise(), SystemClock()
+    held_s = slice_s = 0.0
+
+    async def watch() -> None:
+        nonlocal held_s, slice_s
+        while True:
+            before, processor = time.perf_counter(), time.process_time()
+            await asyncio.sleep(0)
+            held_s = max(held_s, time.perf_counter() - before)
+            slice_s = max(slice_s, time.process_time() - processor)
+
+    watching = asyncio.create_task(watch())
+    await asyncio.sleep(0)
+    began, processor = time.perf_counter(), time.process_time()
+    question = Question(Rehearsal(state, time.time_ns()), lambda _: True)
+    await asyncio.sleep(0)
+    await run_in_slices(question.begin(), clock)
+    lose(question.rehearsal, [NodeId("node00001")])
+    await run_in_slices(question.settle(), clock)
+    took, processor_s = time.perf_counter() - began, time.process_time() - processor
+    await asyncio.sleep(0)
+    watching.cancel()
+    moved = sum(move.tasks for one in question.answer.services for move in one.moves)
+    return Timing(
+        seconds=took,
+        processor_s=processor_s,
+        held_ms=1000 * held_s,
+        slice_ms=1000 * slice_s,
+        moved=moved,
+        busy=busy,
+    )
+
+
+def _line(nodes: int, tasks: int, one: Timing) -> str:
+    figures = f"{one.seconds:.3f} | {one.processor_s:.3f} | {one.held_ms:.1f} | {one.slice_ms:.1f}"
+    return f"| {nodes} | {tasks} | {figures} | {one.moved} | {one.busy:.0%} |"
+
+
+def main() -> None:
+    """Measure one size, or the whole table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nodes", type=int)
+    parser.add_argument("--tasks", type=int)
+    options = parser.parse_args()
+    now, at = datetime.now(UTC), commit()
+    sizes = [(options.nodes or 500, options.tasks or 10_000)] if options.nodes or options.tasks else TABLE
+    lines, kept = (
+        [HEADER],
+        [],
+    )
+    for nodes, tasks in sizes:
+        state = a_state(nodes, tasks)
+        gc_settings.configure_gc()  # as the manager's process does after loading
+        timings = []
+        for _ in range(REPEAT):
+            timings.append(asyncio.run(ask(state)))
+            gc.collect()
+        lines += [_line(nodes, tasks, one) for one in timings]
+        kept.append({"nodes": nodes, "tasks": tasks, "timings": msgspec.to_builtins(timings)})
+        gc.unfreeze()
+    print("\n".join(lines))
+    if len(sizes) > 1:
+        text = "\n".join(
+            (
+                f"# `skep what-if lose NODE`, {now:%Y-%m-%d %H:%M} UTC, commit {at}",
+                "",
+                f"Each question by itself. Limits at 5,000 nodes: {LIMIT_S:g} s, and {HELD_MS:g} ms for which the",
+                "event loop is held. `busy`: share of the machine that other work took just before. Where it is high,",
+                "processor time is the figure to read: other processes delay a loop as well.",
+                "",
+                *lines,
+                "",
+            )
+        )
+        write_result(result_name(now, at, "what-if"), text, kept)
+
+
+if __name__ == "__main__":
+    main()

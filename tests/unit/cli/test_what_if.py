@@ -1,0 +1,71 @@
+"""``skep what-if``: what the command shows of an answer, its exit codes, and what it refuses."""
+
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from skep.cli.main import main
+from skep.cli.output import Screen
+from skep.cli.see.what_if import DIFFERS, answered
+
+CAPACITY = {"Nodes": 2, "FreeNanoCPUs": 4_000_000_000, "FreeMemoryBytes": 8 << 30}
+
+
+def an_answer(**fields: Any) -> dict[str, Any]:
+    return {
+        "Seconds": 17.4,
+        "Services": [],
+        "OtherServices": 0,
+        "OtherMissing": 0,
+        "Nodes": [],
+        "CapacityBefore": CAPACITY,
+        "CapacityAfter": CAPACITY | {"Nodes": 1},
+        "Notes": [],
+    } | fields
+
+
+def a_service(**fields: Any) -> dict[str, Any]:
+    service = {"ID": "1", "Name": "web", "Desired": 2, "Before": 2, "Lowest": 1, "After": 2}
+    move = {"Tasks": 1, "Source": "w1", "Target": "w2"}
+    return service | {"Seconds": 17.4, "Moves": [move], "Missing": []} | fields
+
+
+def lines(answer: dict[str, Any]) -> list[str]:
+    return list(answered("What if w1 is lost", answer).lines(Screen()))
+
+
+def test_moves_and_what_is_left_are_shown() -> None:
+    node = {"ID": "1", "Hostname": "w1", "Before": 1, "After": 0, "TakesTasks": False}
+    nodes = [node | {"FreeNanoCPUs": 0, "FreeMemoryBytes": 0}]
+    assert lines(an_answer(Services=[a_service()], Nodes=nodes)) == [
+        "What if w1 is lost: 1 task started, moved or stopped within about 17 s, all run afterwards",
+        "",
+        "SERVICE  RUNNING  LOWEST  SECONDS  MOVES",
+        "web      2 → 2/2  1       17.4     1 w1 → w2",
+        "",
+        "NODE  TASKS  CPUS LEFT  MEMORY LEFT",
+        "w1    1 → 0  -          -",
+        "  left on 2 → 1 nodes that take tasks: 4 → 4 CPUs, 8 GiB → 8 GiB",
+    ]
+
+
+def test_missing_tasks_minimums_and_other_stacks_end_with_another_exit_code() -> None:
+    missing = [{"Tasks": 1, "Kind": "no-node", "Reason": "no suitable node"}]
+    lost = an_answer(Services=[a_service(After=1, Missing=missing)], Notes=["It is frozen."])
+    assert "  web: 1 not running: no suitable node" in lines(lost)
+    assert "  It is frozen." in lines(lost)
+    hidden = an_answer(OtherServices=2, OtherMissing=3)
+    assert "  2 services of other stacks are affected, and 3 of their tasks do not run" in lines(hidden)
+    worse = [lost, hidden, an_answer(Services=[a_service(Minimum=2)])]
+    assert [answered("", one).exit_code for one in worse] == [DIFFERS] * 3
+    fine = [an_answer(), an_answer(Services=[a_service()]), an_answer(Services=[a_service(Minimum=1)])]
+    assert [answered("", one).exit_code for one in fine] == [0] * 3
+    assert lines(an_answer()) == ["What if w1 is lost: no task has to move"]
+
+
+@pytest.mark.parametrize("word", ["web", "web=", "web=many", "=3", "web=-1"])
+def test_a_scale_needs_a_number(word: str) -> None:
+    done = CliRunner().invoke(main, ["--host", "unix:///nowhere", "what-if", "scale", word])
+    assert done.exit_code == 2
+    assert "write SERVICE=REPLICAS" in done.output
