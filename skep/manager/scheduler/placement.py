@@ -138,6 +138,46 @@ def placing(
     )
 
 
+def placing_slots(
+    tasks: Sequence[Task],
+    requirements: Requirements,
+    choices: CachedSpreads,
+    view: View,
+    *,
+    now: float,
+    limit: int,
+    is_last: bool,
+) -> SlicedWork[Placed]:
+    """Choose nodes as ``placing`` does, where tasks that leave the slots of ``tasks`` do not count.
+
+    If tasks of the service must run apart from each other, each task is placed alone, since another slot's task runs on
+    until its own successor has a node.
+    """
+    # A service without any assigned task, the usual case, has nothing in its slots.
+    gone = leaving(tasks, view) if choices.accounting.copies(requirements.service_id) else {}
+    if not gone or not requirements.rules.keeps_apart(requirements.service_id):
+        return (
+            yield from placing(
+                tasks, requirements, choices, now=now, limit=limit, is_last=is_last, leaving=gone
+            )
+        )
+    assignments: list[Assignment] = []
+    refusals: list[PlacementRefused] = []
+    for task in tasks[:limit]:
+        placed = yield from placing(
+            (task,),
+            requirements,
+            choices,
+            now=now,
+            limit=1,
+            is_last=is_last and task is tasks[-1],
+            leaving=leaving((task,), view),
+        )
+        assignments += placed.assignments
+        refusals += placed.refusals
+    return Placed(assignments=tuple(assignments), refusals=tuple(refusals), remaining=tuple(tasks[limit:]))
+
+
 def leaving(tasks: Iterable[Task], view: View) -> Counter[NodeId]:
     """Count the active tasks per node in the slots of ``tasks``.  They are stopped once ``tasks`` run."""
     counts: Counter[NodeId] = Counter()

@@ -25,7 +25,7 @@ from skep.manager.scheduler.nodes.accounting import Accounting, HoldingsCache, h
 from skep.manager.scheduler.nodes.candidates import shape_of
 from skep.manager.scheduler.nodes.requirements import Requirements, RequirementsCache
 from skep.manager.scheduler.nodes.spread import CachedSpreads
-from skep.manager.scheduler.placement import Assignment, Placed, PlacementRefused, leaving, placing
+from skep.manager.scheduler.placement import Assignment, Placed, PlacementRefused, placing, placing_slots
 from skep.manager.scheduler.preemption.preemption import Preempt
 from skep.manager.scheduler.preemption.preemptor import Preemptor
 from skep.manager.scheduler.returning import Returning
@@ -447,12 +447,8 @@ class SchedulerState:
         if self._away:
             tasks, returned = self._returned(tasks, requirements)
         is_last = self.groups.count(group) <= limit
-        # A service without any assigned task, the usual case, has nothing in its slots.
-        leaving_by_node = (
-            leaving(tasks, self._view()) if self.accounting.copies(requirements.service_id) else {}
-        )
-        work = placing(
-            tasks, requirements, self._choices, now=now, limit=limit, is_last=is_last, leaving=leaving_by_node
+        work = placing_slots(
+            tasks, requirements, self._choices, self._view(), now=now, limit=limit, is_last=is_last
         )
         placed = yield from self._in_slices(work, [*tasks, *(one.task for one in returned)])
         placed = staying(placed, requirements, self.accounting, self._view())

@@ -33,7 +33,9 @@ def test_an_unknown_word_is_refused() -> None:
     assert "Did you mean" not in result.output
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("statsu", "'stats' or 'status'"), ("servcie", "'service' or 'survive'")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("statsu", "'stats' or 'status'"), ("servcie", "'service' or 'survive'")]
+)
 def test_a_word_that_is_nearly_one_is_answered_with_it(typed: str, meant: str) -> None:
     result = CliRunner().invoke(cli.main, [typed])
     assert result.exit_code == 2

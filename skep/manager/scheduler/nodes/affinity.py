@@ -58,6 +58,10 @@ class AffinityRules(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
         found = dict.fromkeys(one.topology for one in (*self.hard, *self.soft) if one.topology)
         return tuple(one for one in found if one not in {skew.topology for skew in self.skews})
 
+    def keeps_apart(self, service_id: ServiceId) -> bool:
+        """Return whether the tasks of this service must run apart from each other."""
+        return any(one.is_apart and service_id in one.services for one in self.hard)
+
     def __bool__(self) -> bool:
         return bool(self.hard or self.soft or self.skews)
 

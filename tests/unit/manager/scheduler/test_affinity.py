@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from skep.aio.time_slices import run_at_once
 from skep.errors import InvalidArgument
 from skep.manager.scheduler.explaining.explain import verdict, with_shown_names
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.manager.scheduler.nodes.filters import first_refusing
 from skep.manager.scheduler.nodes.requirements import Requirements, requirements_of
 from skep.manager.scheduler.nodes.spread import CachedSpreads
-from skep.manager.scheduler.placement import Placed, place
+from skep.manager.scheduler.placement import Placed, place, placing_slots
 from skep.model.node import Node
 from skep.model.options.affinity import (
     AFFINITY,
@@ -25,7 +26,7 @@ from skep.model.options.affinity import (
     parsed_affinities,
 )
 from skep.model.service import Resources, Service
-from skep.model.task import TaskState
+from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 from skep.store.state import State
 from tests.support.builders import a_node, a_service, a_task
@@ -204,6 +205,26 @@ def test_a_zone_without_an_open_node_does_not_count_for_the_skew() -> None:
     cluster.accounting.set_node(replace(nodes("b")[0], id=NodeId("n9")))
     web = cluster.service("web", {MAX_SKEW: f"1@{ZONE}"}, constraints=("node.id != n9",))
     assert not cluster.place(web, 4).refusals
+
+
+def test_a_task_apart_from_its_own_service_takes_no_place_of_another_slot_that_still_runs() -> None:
+    """Slot 1 cannot leave its node, because the other one is closed to its successor.  Slot 2 must not join it."""
+    cluster = Cluster(nodes("a"))
+    web = cluster.service("web", {ANTI_AFFINITY: "web"})
+    (running,) = cluster.place(web, 1).assignments
+    old = a_task("old", slot=1, service=web, node="n1", state=TaskState.RUNNING)
+    successor = a_task("new1", slot=1, service=web, state=TaskState.PENDING)
+    other = a_task("new2", slot=2, service=web, state=TaskState.PENDING)
+    view = State()
+    for task in (old, successor, other):
+        view.table_by_type[Task].store(task.id, None, task, moves=True)
+    work = placing_slots(
+        [other, successor], cluster.requirements(web), cluster.choices, view, now=0.0, limit=2, is_last=True
+    )
+    placed = run_at_once(work)
+    assert running.node_id == "n1"
+    assert [one.task.id for one in placed.assignments] == ["new1"]
+    assert [one.task.id for one in placed.refusals] == ["new2"]
 
 
 def test_a_slot_that_is_reassigned_counts_once() -> None:
