@@ -29,7 +29,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    trees_with_mounts.py encrypted_kernel.py network_volumes.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
 
 .DEFAULT_GOAL := help
-.PHONY: help announce setup setup-run demo demo-down image install check types lint test unit contract component sim mutants conformance integration escapes soak day bench bench-networks bench-builds bench-around bench-page bare virtual package release bare-package bare-release reference site lock
+.PHONY: help announce setup setup-run demo demo-down image install check types lint test unit contract component sim mutants conformance integration escapes soak day bench bench-networks bench-builds bench-around bench-page bare emulated virtual package release bare-package bare-release reference site lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -128,9 +128,16 @@ bench-around: setup ## logs, execs, health checks, secrets, docker compose, with
 bench-page: setup ## write docs/guide/performance.md, and the figures of other pages, from the newest results
 	@$(BIN)/python -m bench.page
 
-bare: setup-run ## both commands of the README in a bare machine (SUITE=trixie, noble); log kept in bench/results/
+bare: setup-run ## both commands of the README in a bare machine (SUITE=trixie, noble, resolute); log kept in bench/results/
 	@mkdir -p bench/results
 	@setup/bare.sh $(SUITE) $(call kept,bare-$(SUITE))
+
+emulated: setup-run ## the unit tests on a bare arm64 machine, emulated by qemu (SUITE=trixie); log kept in bench/results/
+	@mkdir -p bench/results
+	@ARCH=arm64 setup/bare.sh $(SUITE) "apt-get -q update && apt-get -q -y install --no-install-recommends python3-venv" \
+	    "setup/python.sh python3 /root/skep/.venv dev" \
+	    ".venv/bin/python -m pytest tests/unit -q -m 'not slow' -n $(shell nproc) --dist loadfile" \
+	    $(call kept,emulated-arm64-$(SUITE))
 
 package: setup-run ## a wheel and a Debian package in dist/ (VERSION=, else the tag's)
 	@setup/package.sh dist $(VERSION)

@@ -36,7 +36,7 @@ from skep.engine.log_drivers.drivers import sending_drivers
 from skep.engine.log_drivers.options import log_config
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.linux.detached import detached, held_lock, read_pid_file, set_title
-from skep.linux.files import replace_file
+from skep.linux.files import file_exists, replace_file
 from skep.logs import LogSettings
 from skep.model.values.meta import Driver
 from skep.node.host import requirements
@@ -343,7 +343,7 @@ def _prepare(paths: Paths) -> None:
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
     for directory in (paths.tasks, paths.networks, paths.images, paths.containers, paths.volumes):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not paths.format.exists():
+    if not file_exists(paths.format):
         replace_file(paths.format, f"{FORMAT}\n".encode())
     elif (found := paths.format.read_text().strip()) != FORMAT:
         raise FailedPrecondition(

@@ -37,6 +37,22 @@ def is_no_file(error: OSError) -> bool:
     return error.errno in _NO_FILE
 
 
+def file_exists(path: Path) -> bool:
+    """Return whether there is a file or directory.
+
+    Since Python 3.14, ``Path.exists`` also returns False where a disk that fails hides the file.
+
+    Raises: OSError: that is not known.
+    """
+    try:
+        path.stat()
+    except OSError as error:
+        if is_no_file(error):
+            return False
+        raise
+    return True
+
+
 def write_new(path: Path, content: bytes, *, mode: int, is_synced: bool = True) -> None:
     """Write a new file.  An existing file is removed first, because it would keep its mode."""
     path.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from skep.aio.groups import errors_as_they_are
 from skep.aio.trees import remove_tree
 from skep.bootstrap import FUTILE, REMOVED, STARVED, ManagerConfig, encode, load, load_recovery
 from skep.errors import SkepError
-from skep.linux.files import replace_file
+from skep.linux.files import file_exists, replace_file
 from skep.logs import LogSettings
 from skep.manager.ca.own_expiry import self_renewed, wait_renewed
 from skep.manager.ca.peer_files import place_revoked
@@ -160,12 +160,12 @@ async def _serve_until_removed(config: ManagerConfig, clock: Clock) -> None:
         try:
             return await _serve(config, clock)
         except MemberRemoved:
-            if not config.paths.joining_mark.exists():
+            if not file_exists(config.paths.joining_mark):
                 raise
             log.warning("removed before it had a vote: joining again")
             await remove_tree(config.paths.etcd)
         except Damaged as error:
-            if not config.paths.joining_mark.exists():
+            if not file_exists(config.paths.joining_mark):
                 raise
             # This member has never voted, because etcd ended while it was still contacting the others.
             raise JoinRefused(f"the store did not come up among the other managers: {error}") from error
@@ -185,9 +185,9 @@ async def _serve(config: ManagerConfig, clock: Clock) -> None:
     known = read_incarnations(paths) if load_recovery(paths) is not None else check_incarnations(paths)
     if await restore_if_wanted(paths, settings, binary, clock):
         settings = _member_settings(config, paths, settings.peer_files)
-    if config.managers and not (settings.data / "member").exists():
+    if config.managers and not file_exists(settings.data / "member"):
         config, settings = await _join(config, settings, joining)
-    is_empty = not config.managers and not (settings.data / "member").exists()
+    is_empty = not config.managers and not file_exists(settings.data / "member")
     peer_addresses = PeerAddresses(load_peers(paths.etcd), partial(save_peers, paths.etcd))
     tls = partial(client_context, pair)
     peer_search = PeerSearch(
@@ -196,7 +196,7 @@ async def _serve(config: ManagerConfig, clock: Clock) -> None:
     async with AsyncExitStack() as stack:
         backoff = Backoff(longest_s=30.0, rng=random.random)
         member = EtcdMember(settings, binary, clock, backoff, partial(_write_mark, paths.store_full))
-        if paths.joining_mark.exists():
+        if file_exists(paths.joining_mark):
             waiting = joining.vote(load_peers(paths.etcd), partial(_write_delay, paths.joining_mark))
         else:
             listening = _listening(config, pair, peer_search)
@@ -312,7 +312,7 @@ async def _join(
 def _write_delay(mark: Path, reason: str) -> None:
     """Write why this manager has no vote yet, for the node process."""
     content = reason.encode()
-    if mark.exists() and mark.read_bytes() != content:
+    if file_exists(mark) and mark.read_bytes() != content:
         replace_file(mark, content, is_durable=False)
 
 

@@ -15,6 +15,7 @@ from skep.aio.event_loop.gc_settings import freeze
 from skep.configuration.configuration import Configuration
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
+from skep.linux.files import file_exists
 from skep.model.node_reports.conditions import ConditionName
 from skep.model.values.ids import new_id
 from skep.node.cluster.membership import Membership
@@ -107,7 +108,7 @@ class Node:
             run(await agent.offers.prepare(), "offers of the machine")
             run(await self._disk_space.prepare(), "disk space")
             await runtime.open()
-            if foundation.paths.node_json.exists():
+            if file_exists(foundation.paths.node_json):
                 await self._tables.restore(self._shared_tables)
             app = await api.application(self._tables, worker)
             users = api.users(run)

@@ -13,7 +13,7 @@ from pathlib import Path
 from cryptography import x509
 
 from skep.errors import FailedPrecondition, NotFound
-from skep.linux.files import NEW_SUFFIX, replace_file, sync_directory, write_new
+from skep.linux.files import NEW_SUFFIX, file_exists, replace_file, sync_directory, write_new
 from skep.security.identity import NodeIdentity, identity_of
 from skep.security.keys import load_private_key
 from skep.security.locking import KeyLock
@@ -128,7 +128,7 @@ def _read(directory: Path, lock: KeyLock | None) -> KeyPair:
 def _complete(directory: Path, lock: KeyLock | None) -> None:
     """Finish a save that was interrupted between its two renames.  Only writers call it: readers change nothing."""
     temporary = directory / (CERTIFICATE_FILE + NEW_SUFFIX)
-    if not temporary.exists():
+    if not file_exists(temporary):
         return
     try:
         pair = _read(directory, lock)

@@ -30,7 +30,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from skep.errors import FailedPrecondition, InvalidArgument, Unauthenticated
-from skep.linux.files import replace_file
+from skep.linux.files import file_exists, replace_file
 from skep.paths import Paths
 
 _FORM = "SWMKEY-1-"
@@ -92,7 +92,7 @@ class KeyLock:
     @property
     def is_on(self) -> bool:
         """Whether the node will be locked after its next start."""
-        return self._paths.lock_key.exists()
+        return file_exists(self._paths.lock_key)
 
     @property
     def is_locked(self) -> bool:
@@ -125,7 +125,7 @@ class KeyLock:
             return self._turn_off()
         has_changed = self._keep_sealed(unlock_key)
         for path in self._paths.locked_files:
-            if path.exists() and not path.read_bytes().startswith(_HEAD):
+            if file_exists(path) and not path.read_bytes().startswith(_HEAD):
                 self.write(path, path.read_bytes())
                 has_changed = True
         return has_changed
@@ -174,7 +174,7 @@ class KeyLock:
         if not self.is_on:
             return False
         for path in self._paths.locked_files:
-            if path.exists():
+            if file_exists(path):
                 replace_file(path, self.read(path), mode=0o600)
         self._paths.lock_key.unlink()
         self.forget()

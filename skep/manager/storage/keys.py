@@ -12,6 +12,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
+from skep.linux.files import file_exists
 from skep.paths import Paths
 from skep.security.locking import REPLACING, KeyLock
 from skep.store.etcd.encryption.cipher import KEY_BYTES, WRAPPING_KEYS_MAX, new_wrapping_key, split_keys
@@ -48,7 +49,7 @@ def founding_wrapping_key(paths: Paths) -> bytes:
         FailedPrecondition: The key is lost or damaged.
         Locked: The keys on disk are locked.
     """
-    if paths.root_ca_key.exists() and not paths.wrapping_key.exists():
+    if file_exists(paths.root_ca_key) and not file_exists(paths.wrapping_key):
         save_wrapping_keys(paths, new_wrapping_key())
     return load_wrapping_keys(paths)
 

@@ -24,6 +24,7 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.aio.trees import discard_tree_now
 from skep.bootstrap import Recovery, load_recovery, save_recovery
+from skep.linux.files import file_exists
 from skep.manager.volumes.records import INFO_PART, PUBLISH_PART
 from skep.manager.volumes.steps import doubted
 from skep.model.node import UNKNOWN_STATE, ManagerStatus, Node, NodeState, Reachability
@@ -52,7 +53,7 @@ async def restore_if_wanted(paths: Paths, settings: MemberSettings, binary: Bina
     if recovery is None or recovery.stage != "wanted":
         return False
     snapshot = paths.recovery_snapshot
-    if not snapshot.exists():
+    if not file_exists(snapshot):
         log.info("taking a snapshot of this manager's store")
         taken = snapshot.with_name(snapshot.name + ".taken")
         is_bare = await salvage(settings, binary, clock, taken)

@@ -13,6 +13,7 @@ from skep.aio.trees import discard_tree_now
 from skep.api.client.client import ApiClient
 from skep.errors import SkepError
 from skep.linux.detached import read_pid_file
+from skep.linux.files import file_exists
 from skep.node.cluster.runner import ClusterWork
 from skep.node.supervision.supervisor import STOP_GRACE_S, terminate
 from skep.paths import Paths
@@ -110,7 +111,7 @@ async def _end_unsupervised_manager(paths: Paths) -> None:
 async def clear_unfinished(paths: Paths, work: ClusterWork) -> None:
     """Remove leftovers of an interrupted init, join or leave from this node."""
     await _end_unsupervised_manager(paths)
-    if paths.manager.exists() or paths.certificates.exists():
+    if file_exists(paths.manager) or file_exists(paths.certificates):
         log.warning("removing leftovers of an unfinished init, join or leave")
         await work.remove_all()
         remove_cluster_data(paths)

@@ -12,7 +12,7 @@ from skep.api.formats.swarm_requests import Founding
 from skep.bootstrap import Bootstrap, ManagerConfig, Recovery, load_recovery, save_recovery
 from skep.configuration.configuration import Configuration
 from skep.errors import SkepError, Unavailable
-from skep.linux.files import replace_file
+from skep.linux.files import file_exists, replace_file
 from skep.node.cluster.founding import NewCluster, bind_error, check_listening, chosen_peer_addr, peer_warning
 from skep.node.cluster.local import LocalNode
 from skep.node.cluster.restoring import RestoredData
@@ -93,7 +93,7 @@ class ManagerFiles:
     def update(self, node: LocalNode) -> None:
         """Write the node's present address and the reloadable settings for the next start of the manager."""
         path = self._paths.manager_config
-        if not path.exists():
+        if not file_exists(path):
             return  # the manager process reports the damage
         before = bootstrap.load(path)
         self._log_peer_addr(before.listen_addr, before.peer_listen)

@@ -13,6 +13,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.trees import discard_tree_now
+from skep.linux.files import file_exists
 from skep.model.node import NodeRole
 from skep.node.cluster.membership_states import MembershipEvent, MembershipState, after, certified
 from skep.paths import Paths
@@ -122,7 +123,7 @@ class ManagerSupervisor:
         """Run the manager process until the certificate has the role worker, or the other managers have removed this
         manager.
         """
-        if not (self._paths.manager_config.exists() or self._paths.etcd.exists()):
+        if not (file_exists(self._paths.manager_config) or file_exists(self._paths.etcd)):
             # The node process ended after it discarded a removed manager's files and before it wrote new ones.
             await asyncio.to_thread(self._replace_files)
         self.process = self._new_process()

@@ -19,6 +19,7 @@ from skep.aio.groups import first_alone
 from skep.aio.race import wait_first
 from skep.configuration.configuration import Configuration
 from skep.errors import SkepError
+from skep.linux.files import file_exists
 from skep.model.node import NodeRole
 from skep.node.cluster.local import LocalNode, write_local_node
 from skep.node.cluster.manager_files import ManagerFiles
@@ -268,7 +269,7 @@ class NodeRunner:
             self._is_unwritten.set()
 
     def _write(self) -> None:
-        if self._paths.node_json.exists():
+        if file_exists(self._paths.node_json):
             write_local_node(self._paths.node_json, self.node)
 
     async def _write_later(self) -> None:

@@ -39,6 +39,7 @@ from skep.engine.images.removal import ImageUser
 from skep.engine.images.sharing.spreading import NodeFetcher
 from skep.engine.images.store import ImageStore
 from skep.engine.metrics.usage import UsagePage
+from skep.linux.files import file_exists
 from skep.linux.name_files import RESOLVER
 from skep.model.networks.used_ports import UsedPort
 from skep.model.networks.wireguard import EncryptionMethod
@@ -152,7 +153,7 @@ class Containers:
         if not tables.tables:
             run(plane.overlays.apply_nothing, "networks of an earlier process")
             run(plane.mesh.apply_nothing, "ports of an earlier process")
-        if not foundation.paths.node_json.exists():
+        if not file_exists(foundation.paths.node_json):
             plane.prober.set_targets(None)
         run(tables.run, "network tables")
         watch = partial(unreachable.watch, foundation.session, plane.prober, tables.exclude, foundation.clock)

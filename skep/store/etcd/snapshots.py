@@ -22,7 +22,7 @@ from skep.aio.clock import Clock
 from skep.aio.trees import discard_tree, discard_tree_now
 from skep.errors import FailedPrecondition, SkepError
 from skep.linux.commands import communicate
-from skep.linux.files import NEW_SUFFIX, sync_directory
+from skep.linux.files import NEW_SUFFIX, file_exists, sync_directory
 from skep.store.etcd.client import EtcdClient
 from skep.store.etcd.process.binary import Binary
 from skep.store.etcd.process.damage import Damaged, head_of, is_database
@@ -142,7 +142,7 @@ async def restore_store(snapshot: Path, settings: MemberSettings, binary: Binary
         FailedPrecondition: etcdutl is missing, or rejects the snapshot.
     """
     new, old = settings.directory / "data.new", settings.directory / "data.old"
-    for leftover in (new, *([old] if settings.data.exists() else [])):
+    for leftover in (new, *([old] if file_exists(settings.data) else [])):
         await discard_tree(leftover)
     settings.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     process = await asyncio.create_subprocess_exec(
@@ -162,7 +162,7 @@ async def restore_store(snapshot: Path, settings: MemberSettings, binary: Binary
     if process.returncode != 0:
         last = stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise FailedPrecondition(f"the snapshot cannot be restored: {''.join(last)}")
-    if settings.data.exists():
+    if file_exists(settings.data):
         os.replace(settings.data, old)
     os.replace(new, settings.data)
     sync_directory(settings.directory)
@@ -170,7 +170,7 @@ async def restore_store(snapshot: Path, settings: MemberSettings, binary: Binary
 
 def _etcdutl(binary: Binary) -> Path:
     unfinished = binary.path.with_name("etcdutl")
-    found = str(unfinished) if unfinished.exists() else shutil.which("etcdutl")
+    found = str(unfinished) if file_exists(unfinished) else shutil.which("etcdutl")
     if found is None:
         raise FailedPrecondition(
             "etcdutl, which restores a store, is missing: install it (Debian: etcd-client)"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.linux.files import NEW_SUFFIX, replace_file
+from skep.linux.files import NEW_SUFFIX, file_exists, replace_file
 
 
 @pytest.mark.parametrize("is_durable", [True, False])
@@ -28,3 +28,10 @@ def test_a_failed_replacement_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         replace_file(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_file_that_a_failing_disk_hides_is_not_missing(tmp_path: Path) -> None:
+    assert not file_exists(tmp_path / "none" / "inner")
+    assert file_exists(tmp_path)
+    with pytest.raises(OSError, match="File name too long"):
+        file_exists(tmp_path / ("n" * 300))

@@ -6,7 +6,7 @@ from aiohttp import web
 from skep.node.routes.cluster_volumes import _is_for_cluster
 from skep.node.routes.plain_containers import _Request, _request_of
 
-DEEP = b"[" * 5000 + b"]" * 5000
+DEEP = b"[" * 100_000 + b"]" * 100_000
 BODIES = [
     b'{"Other": %b}' % DEEP,
     b'{"ClusterVolumeSpec": %b}' % DEEP,

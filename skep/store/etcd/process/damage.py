@@ -8,6 +8,7 @@ failed: walpb: crc mismatch", "panic: cannot use none as id") name neither the f
 from pathlib import Path
 
 from skep.errors import FailedPrecondition
+from skep.linux.files import file_exists
 
 _AMONG_OTHERS = (
     "With other managers: docker swarm leave --force here, docker node demote and docker node rm for this node there, "
@@ -63,9 +64,9 @@ def check_files(data: Path) -> None:
     """
     database, log = data / "member" / "snap" / "db", data / "member" / "wal"
     segments = list(log.glob("*.wal"))
-    if database.exists() and not segments:
+    if file_exists(database) and not segments:
         raise Damaged(LOG.format(directory=data))
-    if database.exists() and not is_database(head_of(database)):
+    if file_exists(database) and not is_database(head_of(database)):
         raise Damaged(DATABASE.format(directory=data))
 
 

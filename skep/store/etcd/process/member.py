@@ -24,7 +24,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock, tick
 from skep.aio.groups import errors_as_they_are
 from skep.errors import FailedPrecondition, SkepError, Unavailable
-from skep.linux.files import replace_file
+from skep.linux.files import file_exists, replace_file
 from skep.paths import SOCKET_PATH_BYTES_MAX
 from skep.store.etcd.client import EtcdClient
 from skep.store.etcd.errors import OutOfSpace
@@ -240,7 +240,7 @@ class EtcdMember:
         check_upgrade(read_version(settings.directory), self._binary.version)
         check_files(settings.data)
         missing = missing_bytes(settings.data)
-        if missing and not (settings.data / "member").exists():
+        if missing and not file_exists(settings.data / "member"):
             raise FailedPrecondition(
                 f"{settings.directory}: {_megabytes(missing)} MB of disk space are missing for the store"
             )
@@ -331,7 +331,7 @@ class EtcdMember:
 
     async def _wait_serving(self) -> None:
         started = self._clock.monotonic()
-        self._had_data = (self.settings.directory / "etcd-version").exists()
+        self._had_data = file_exists(self.settings.directory / "etcd-version")
         async with (
             EtcdClient(self.settings.socket) as client,
             errors_as_they_are(),
@@ -433,10 +433,10 @@ def _with_own_hosts(settings: MemberSettings) -> tuple[str, ...]:
 def missing_bytes(data: Path) -> int:
     """Return the bytes of disk space that a start lacks, or 0."""
     existing = data
-    while not existing.exists():
+    while not file_exists(existing):
         existing = existing.parent
     disk = os.statvfs(existing)
-    needed = KNOWN_BYTES if (data / "member").exists() else FRESH_BYTES
+    needed = KNOWN_BYTES if file_exists(data / "member") else FRESH_BYTES
     return max(0, needed - disk.f_bavail * disk.f_frsize)
 
 

@@ -163,7 +163,7 @@ def test_each_kind_of_document_loses_its_secrets_only() -> None:
     }
 
 
-@pytest.mark.parametrize("document", [b"no", b"[1,", b'{"a"', b"[" * 5000 + b"]" * 5000])
+@pytest.mark.parametrize("document", [b"no", b"[1,", b'{"a"', b"[" * 100_000 + b"]" * 100_000])
 def test_what_is_no_json_is_not_passed_on(document: bytes) -> None:
     with pytest.raises(Unavailable):
         run_at_once(redacted(document))
