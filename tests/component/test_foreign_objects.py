@@ -204,7 +204,7 @@ def new_objects(path: str) -> Iterator[Any]:
     match path:
         case "/services/create":
             yield from specs()
-        case "/skep/services/placement":
+        case "/skep/services/placement" | "/skep/what-if/services" | "/skep/what-if/survive":
             yield from ([one] for one in specs())
         case "/skep/services/changes":
             yield from ([{"Spec": one}] for one in specs())
