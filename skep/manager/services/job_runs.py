@@ -43,6 +43,9 @@ COMPLETED, FAILED, STOPPED, RUNNING = "completed", "failed", "stopped", "running
 stored.
 """
 
+CLOCKS_DIFFER_S = 86_400
+"""A run that is further ahead is from a clock that was wrong.  It must not stop a schedule for years."""
+
 
 def first_job(view: View, spec: ServiceSpec, now: Timestamp) -> JobStatus | None:
     """Return the status of a new job, or None for other services."""
@@ -79,8 +82,8 @@ def joined_at(view: View, now_ns: int) -> Timestamp:
 def next_job(view: View, service: Service, spec: ServiceSpec, now: Timestamp) -> JobStatus | None:
     """Return the job status after the update of ``service`` to ``spec``, or None for other services.
 
-    A changed schedule counts from now on.  Due times that were missed before, for example during a suspension, are not
-    made up for.
+    A changed schedule counts from now on, or from the last due time that had a run if that is later by the clock of
+    another manager.  Due times that were missed before, for example during a suspension, are not made up for.
 
     Raises:
         Unavailable: This manager cannot read the current run; another may.
@@ -96,11 +99,18 @@ def next_job(view: View, service: Service, spec: ServiceSpec, now: Timestamp) ->
         return started_plainly(view, job, spec, now)
     schedule = job.schedule or ScheduleStatus(settled=now)
     if not same_schedule(service.spec.labels, spec.labels):
-        schedule = replace(schedule, settled=now)
+        schedule = replace(schedule, settled=_counted_from(schedule, now))
     if spec.task_template.force_update != service.spec.task_template.force_update:
         return started(view, service, schedule, JobStart(at=now))
     pinned = (job.spec_version or service.spec_version) if job.last_execution is not None else None
     return replace(job, schedule=schedule, spec_version=pinned, updates=job.updates + 1)
+
+
+def _counted_from(schedule: ScheduleStatus, now: Timestamp) -> Timestamp:
+    now_ns = unix_ns(now)
+    runs_ns = (unix_ns(one.scheduled_at) for one in schedule.starts if one.scheduled_at)
+    known_ns = (one for one in runs_ns if one <= now_ns + CLOCKS_DIFFER_S * SECOND_NS)
+    return timestamp(max(now_ns, *known_ns, 0))
 
 
 def started(view: View, service: Service, schedule: ScheduleStatus, start: JobStart) -> JobStatus:

@@ -14,7 +14,7 @@ from skep.manager.orchestrator.changes import FillSlot, RetireTask, SettleRun
 from skep.manager.orchestrator.reaper.history import unused_versions
 from skep.manager.schedules.due import decided, next_due_ns
 from skep.manager.services.job_listing import failure, next_run, note, schedule_words, shown_job
-from skep.manager.services.job_runs import COMPLETED, FAILED
+from skep.manager.services.job_runs import COMPLETED, FAILED, next_job
 from skep.manager.telemetry.events import messages_of
 from skep.manager.telemetry.metrics import job_family
 from skep.model.history import Severity
@@ -118,6 +118,22 @@ def test_a_failed_run_has_the_reason_of_its_last_task_in_the_list_of_jobs() -> N
 
     assert asyncio.run(listed()) == "exit 7"
     assert failure(EMPTY, a_job()) == ""
+
+
+def test_a_changed_schedule_counts_from_now_and_repeats_no_run_if_this_clock_is_behind() -> None:
+    """A rollback to the schedule before a suspension reached a manager whose clock was behind the leader's."""
+    service = a_job(after_a_run(), **{CRON_SUSPEND: "true"})
+    resumed = replace(service.spec, labels={CRON: "@hourly"})
+
+    def settled(now: str) -> str:
+        found = next_job(EMPTY, service, resumed, Timestamp(now))
+        assert found is not None
+        assert found.schedule is not None
+        return found.schedule.settled
+
+    assert settled("2026-11-24T11:30:00Z") == "2026-11-24T11:30:00Z"
+    assert settled("2026-11-24T09:59:30Z") == "2026-11-24T10:00:00Z", "10:00 had a run"
+    assert settled("2025-11-24T09:59:30Z") == "2025-11-24T09:59:30Z", "the run was made by a wrong clock"
 
 
 def test_a_scheduled_job_is_kept_between_its_runs_whatever_its_time_to_live() -> None:
