@@ -568,12 +568,12 @@ class SimulatedCluster:
             self._uptime,
             self._manager_uptime,
             self._isolation,
-            self._unreadable_nodes,
+            self.unreadable_nodes,
         )
         observer.volumes.given_up = self.removals
         return observer
 
-    def _unreadable_nodes(self) -> set[NodeId]:
+    def unreadable_nodes(self) -> set[NodeId]:
         """Return nodes whose values are damaged on some manager's disk."""
         names = {
             key.removeprefix(PREFIX).decode()

@@ -30,8 +30,8 @@ from sim.users.reference import (
     respond,
 )
 from skep.model.network import Network
-from skep.model.node import Node, NodeRole
-from skep.model.options.labels import JOB_TTL
+from skep.model.node import Availability, Node, NodeRole, NodeSpec
+from skep.model.options.labels import DRAIN_NOW, JOB_TTL
 from skep.model.options.schedules import CRON
 from skep.model.quota import StackQuota
 from skep.model.secret import Secret
@@ -139,7 +139,7 @@ class ResponseCheck:
             case Updated(Node() as node, Node() as other) if node.spec != other.spec:
                 spec = other.spec
                 yield from self._took_effect(
-                    before, None, lambda one: isinstance(one, SetNode) and one.spec == spec, other.id
+                    before, None, lambda one: isinstance(one, SetNode) and _kept(one.spec) == spec, other.id
                 )
 
     def _is_removal_asked(self, service: Service) -> bool:
@@ -195,6 +195,14 @@ class ResponseCheck:
     def _was_acceptable(self, pending: PendingRequest) -> bool:
         states = self._states[pending.since :]
         return any(isinstance(respond(state, pending.request), Accepted) for state in states)
+
+
+def _kept(spec: NodeSpec) -> NodeSpec:
+    """Return the spec that managers keep of a request: the end of a drain ends the wish to drain at once."""
+    if spec.availability is Availability.DRAIN:
+        return spec
+    labels = {name: value for name, value in spec.labels.items() if name != DRAIN_NOW}
+    return replace(spec, labels=labels)
 
 
 def _after(state: State, event: Event) -> State:

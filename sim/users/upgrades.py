@@ -133,8 +133,13 @@ class Upgrades:
         await run_upgrade(client, name, means, within_s=WITHIN_S, continues=True)
 
     def _left_behind(self, version: str, began: float) -> Iterable[str]:
-        """Yield the workers that were not upgraded although that was possible all the time."""
+        """Yield the workers that were not upgraded although that was possible all the time.
+
+        A manager that cannot read a node's status shows the node as not ready, and the upgrade skips it by name.
+        """
         for id, since in self._eligible.items():
+            if id in self._cluster.unreadable_nodes():
+                continue
             node = self._cluster.view.get(Node, id)
             shown = node.description.engine.engine_version
             if since < began and shown != version and node.spec.role is NodeRole.WORKER:
