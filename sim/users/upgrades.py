@@ -137,8 +137,9 @@ class Upgrades:
 
         A manager that cannot read a node's status shows the node as not ready, and the upgrade skips it by name.
         """
+        unreadable = self._cluster.unreadable_nodes()
         for id, since in self._eligible.items():
-            if id in self._cluster.unreadable_nodes():
+            if id in unreadable:
                 continue
             node = self._cluster.view.get(Node, id)
             shown = node.description.engine.engine_version

@@ -12,19 +12,19 @@ from skep.errors import InvalidArgument, NotFound
 from skep.manager.control.nodes import update_node
 from skep.manager.control.services import create_service, update_service
 from skep.manager.dispatcher.node_sessions.registration import SilentNode, mark_down
+from skep.manager.membership.roles import quorum
 from skep.manager.nodes.heartbeats import configured_grace_s
 from skep.manager.what_if.rehearsal import Rehearsal
 from skep.model.container import ConfigReference, SecretReference
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeState
+from skep.model.options.constraints import label_reader
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import NetworkAttachmentConfig, Service, ServiceSpec
 from skep.model.values.ids import ConfigId, IdSource, NetworkId, NodeId, SecretId
 from skep.model.values.meta import Driver
 from skep.model.values.times import Timestamp, timestamp
 from skep.store.interface import Transaction, View
-
-_PREFIXES = ("node.labels.", "engine.labels.")
 
 
 def nodes_named(view: View, word: str) -> tuple[NodeId, ...]:
@@ -45,18 +45,16 @@ def nodes_named(view: View, word: str) -> tuple[NodeId, ...]:
 
 def label_of(node: Node, name: str) -> str | None:
     """Return the value of a label: of the node's spec, or else of its engine.  ``name`` may have its prefix."""
-    engine = node.description.engine.labels if node.description.engine is not None else {}
-    labels, engines = node.spec.labels, dict(engine)
-    for prefix, where in zip(_PREFIXES, (labels, engines), strict=True):
-        if name.startswith(prefix):
-            return where.get(name.removeprefix(prefix))
-    return labels.get(name, engines.get(name))
+    if (read := label_reader(name)) is not None:
+        return read(node)
+    return node.spec.labels.get(name, node.description.engine.labels.get(name))
 
 
 def lose(rehearsal: Rehearsal, nodes: Sequence[NodeId]) -> None:
     """Mark the nodes down, after the time in which their managers notice that."""
     view = rehearsal.copy.view()
-    rehearsal.clock.advance(configured_grace_s(view))
+    grace_s = configured_grace_s(view)
+    rehearsal.clock.advance(grace_s)
     for id in nodes:
         node = view.get(Node, id)
         if node.session is None or node.status.state is NodeState.DOWN:
@@ -64,7 +62,7 @@ def lose(rehearsal: Rehearsal, nodes: Sequence[NodeId]) -> None:
         silent = SilentNode(
             node_id=id,
             session_id=node.session.session_id,
-            silent_s=configured_grace_s(view),
+            silent_s=grace_s,
             with_others=len(nodes) > 1,
         )
         rehearsal.copy.apply(mark_down, silent, rehearsal.clock.now_ns())
@@ -99,30 +97,20 @@ def _with_references(tx: Transaction, spec: ServiceSpec, new_id: IdSource) -> Se
     """Return ``spec`` with the ids of its networks, secrets and configs, and create the missing ones."""
 
     def network(one: NetworkAttachmentConfig) -> NetworkAttachmentConfig:
-        known = tx.lookup(Network, one.target)
-        if known is None and (found := tx.find(Network, name=one.target)):
-            known = found[0]
+        known = tx.lookup(Network, one.target) or next(iter(tx.find(Network, name=one.target)), None)
         if known is None:
             overlay = NetworkSpec(name=one.target, driver_configuration=Driver(name="overlay"))
             known = tx.put(Network(id=NetworkId(new_id()), spec=overlay))
         return replace(one, target=known.id)
 
     def secret(one: SecretReference) -> SecretReference:
-        found = tx.find(Secret, name=one.secret_name)
-        known = (
-            found[0]
-            if found
-            else tx.put(Secret(id=SecretId(new_id()), spec=SecretSpec(name=one.secret_name)))
-        )
+        known = next(iter(tx.find(Secret, name=one.secret_name)), None)
+        known = known or tx.put(Secret(id=SecretId(new_id()), spec=SecretSpec(name=one.secret_name)))
         return replace(one, secret_id=known.id)
 
     def config(one: ConfigReference) -> ConfigReference:
-        found = tx.find(Config, name=one.config_name)
-        known = (
-            found[0]
-            if found
-            else tx.put(Config(id=ConfigId(new_id()), spec=ConfigSpec(name=one.config_name)))
-        )
+        known = next(iter(tx.find(Config, name=one.config_name)), None)
+        known = known or tx.put(Config(id=ConfigId(new_id()), spec=ConfigSpec(name=one.config_name)))
         return replace(one, config_id=known.id)
 
     template = spec.task_template
@@ -143,4 +131,4 @@ def quorum_after(view: View, lost: Sequence[NodeId]) -> tuple[int, int]:
         node for node in view.find(Node) if node.manager_status is not None and node.manager_status.has_vote
     ]
     left = [node for node in voting if node.is_reachable_manager and node.id not in lost]
-    return len(left), len(voting) // 2 + 1 if voting else 0
+    return len(left), quorum(len(voting)) if voting else 0

@@ -169,7 +169,7 @@ def unknown_key(constraint: Constraint, nodes: Collection[Node]) -> str:
 
 def label_of(node: Node, descriptor: str) -> str | None:
     """Return the value of ``node.labels.x`` or ``engine.labels.x`` ("" if unset), or None for any other key."""
-    read = _label_reader(descriptor)
+    read = label_reader(descriptor)
     return (read(node) or "") if read is not None else None
 
 
@@ -262,7 +262,7 @@ def _check_of(constraint: Constraint) -> Callable[[Node], bool]:
 def _reader(key: str) -> _Reader | None:
     """Return the function that reads ``key``, or None for an unknown key."""
     lower = key.lower()
-    if (read := _READERS.get(lower) or _label_reader(key)) is not None:
+    if (read := _READERS.get(lower) or label_reader(key)) is not None:
         return read
     if lower.startswith(FACT):
         label = FACT_LABEL + lower.removeprefix(FACT)
@@ -271,7 +271,8 @@ def _reader(key: str) -> _Reader | None:
 
 
 @lru_cache(maxsize=1024)
-def _label_reader(key: str) -> _Reader | None:
+def label_reader(key: str) -> _Reader | None:
+    """Return what reads ``node.labels.x`` or ``engine.labels.x`` of a node, or None for any other key."""
     lower = key.lower()
     if lower.startswith(NODE_LABEL) and (node_label := key[len(NODE_LABEL) :]):
         return lambda node: node.spec.labels.get(node_label)

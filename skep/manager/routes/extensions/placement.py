@@ -1,7 +1,7 @@
 """``POST /skep/services/placement``: where services would run, and whether they fit.  Nothing is written."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 from msgspec.structs import replace
@@ -50,8 +50,7 @@ async def plan_placement(request: web.Request) -> web.StreamResponse:
     The networks, secrets and configs need not exist yet.  The result of a spec that would be refused contains the
     refusal.
     """
-    specs = await read_planned(request)
-    check_size(specs, await current_view(request))
+    specs = await read_checked(request)
     async with manager_of(request).plans.hold():
         try:
             async with asyncio.timeout(_WITHIN_S):
@@ -71,11 +70,14 @@ async def read_planned(request: web.Request) -> tuple[ServiceSpec, ...]:
     return await read_json(request, tuple[ServiceSpec, ...], unrecognized=UNRECOGNIZED)
 
 
-def check_size(specs: Sequence[ServiceSpec], view: View) -> None:
-    """Check that ``specs`` are not too many for one request.  Raises: InvalidArgument."""
+async def read_checked(request: web.Request) -> tuple[ServiceSpec, ...]:
+    """Return the specs of a request.  Raises: InvalidArgument: they are too many for one request."""
+    specs = await read_planned(request)
+    view = await current_view(request)
     number = len(view.ids(Node))
     if len(specs) > _SERVICES_MAX or sum(_tasks(spec, number) for spec in specs) > _TASKS_MAX:
         raise InvalidArgument(f"too much at once: at most {_SERVICES_MAX} services with {_TASKS_MAX} tasks")
+    return specs
 
 
 def names_for(identity: Identity) -> Callable[[Service], str]:

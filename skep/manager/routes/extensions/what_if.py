@@ -24,7 +24,7 @@ from skep.api.http.server import Routes, json_response
 from skep.errors import InvalidArgument, NotFound, ResourceExhausted
 from skep.manager.control.validation.new_objects import stack_of
 from skep.manager.routes.access import current_view, manager_of
-from skep.manager.routes.extensions.placement import check_size, read_planned
+from skep.manager.routes.extensions.placement import read_checked
 from skep.manager.what_if.answer import FreeCapacity, Question, SupposedOutcome
 from skep.manager.what_if.rehearsal import Rehearsal
 from skep.manager.what_if.suppositions import deploy, drain, lose, nodes_named, quorum_after
@@ -61,13 +61,9 @@ async def suppose_nodes(request: web.Request) -> web.StreamResponse:
 @routes.post("/skep/what-if/services")
 async def suppose_services(request: web.Request) -> web.StreamResponse:
     """Show what follows if services are created or updated.  Raises: SkepError: a spec would be refused."""
-    specs = await read_planned(request)
-    check_size(specs, await current_view(request))
+    specs = await read_checked(request)
     async with _question(request) as question:
-        for spec in specs:
-            deploy(question.rehearsal, spec)
-            await asyncio.sleep(0)
-        await run_in_slices(question.settle(), SystemClock())
+        await _deploy(question, specs)
         return json_response(_visible(request, question.answer))
 
 
@@ -86,8 +82,7 @@ async def survive_stack(request: web.Request) -> web.StreamResponse:
 @routes.post("/skep/what-if/survive")
 async def survive_services(request: web.Request) -> web.StreamResponse:
     """Show what single losses do to the services of specs.  Raises: SkepError: a spec would be refused."""
-    specs = await read_planned(request)
-    check_size(specs, await current_view(request))
+    specs = await read_checked(request)
     names = {spec.name for spec in specs}
     return json_response(await _survival(request, lambda spec: spec.name in names, specs))
 
@@ -97,16 +92,21 @@ async def _survival(
 ) -> Survival:
     """Try each loss after the services of ``specs`` were deployed and run."""
     async with _question(request) as question:
-        for spec in specs:
-            deploy(question.rehearsal, spec)
-            await asyncio.sleep(0)
-        await run_in_slices(question.settle(), SystemClock())
+        await _deploy(question, specs)
         rehearsal = question.rehearsal
         view = rehearsal.copy.view()
         services = [one.id for one in view.find(Service) if is_chosen(one.spec) and one.removed_at is None]
         survival = SurvivalQuestion(view, rehearsal.clock.now_ns(), services)
         await run_in_slices(survival.steps(), SystemClock())
         return survival.answer
+
+
+async def _deploy(question: Question, specs: Sequence[ServiceSpec]) -> None:
+    """Suppose that the services of ``specs`` are deployed, and let follow what follows."""
+    for spec in specs:
+        deploy(question.rehearsal, spec)
+        await asyncio.sleep(0)
+    await run_in_slices(question.settle(), SystemClock())
 
 
 def _keeps_leader(question: Question, nodes: Sequence[NodeId]) -> bool:
