@@ -11,15 +11,9 @@ cd "$(dirname "$0")/.."
 
 suite=$1
 directory=$2
-root=${MACHINES:-/var/cache/skep-machines}/engine-$suite
-if [ ! -d "$root" ]; then
-    say "$suite: fetching its Docker Engine"
-    mkdir -p "${root%/*}"
-    rm -rf --one-file-system "$root.new"
-    make_system "$suite" "$root.new" docker.io,iptables,procps,xz-utils,git
-    mkdir -p "$root.new/etc/docker"
-    mv "$root.new" "$root"
-fi
+kept_system "engine-$suite" "$suite" docker.io,iptables,procps,xz-utils,git
+root=$kept
+mkdir -p "$root/etc/docker"
 mkdir -p "$directory"
 # Its PATH is set, because this command may be the first dockerd on the caller's.
 cat >"$directory/dockerd" <<END

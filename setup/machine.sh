@@ -77,19 +77,24 @@ make_system() {
     rm -rf "$log" "$2.keys"
 }
 
-# copy_base SUITE DIRECTORY: copies the suite's base system, which is kept in $MACHINES (/var/cache/skep-machines).
-copy_base() {
-    local base=${MACHINES:-/var/cache/skep-machines}/$1
-    mkdir -p "${base%/*}"
+# kept_system NAME SUITE [PACKAGES]: creates a system once in $MACHINES (/var/cache/skep-machines), and sets $kept to it.
+kept_system() {
+    kept=${MACHINES:-/var/cache/skep-machines}/$1
+    mkdir -p "${kept%/*}"
     (
         flock 9
-        [ ! -d "$base" ] || exit 0
-        say "$1: fetching the base system"
-        rm -rf --one-file-system "$base.new"
-        make_system "$1" "$base.new"
-        mv "$base.new" "$base"
-    ) 9>"$base.lock"
-    cp -a --reflink=auto "$base" "$2"
+        [ ! -d "$kept" ] || exit 0
+        say "$1: fetching the system"
+        rm -rf --one-file-system "$kept.new"
+        make_system "$2" "$kept.new" "${@:3}"
+        mv "$kept.new" "$kept"
+    ) 9>"$kept.lock"
+}
+
+# copy_base SUITE DIRECTORY: copies the suite's base system.
+copy_base() {
+    kept_system "$1" "$1"
+    cp -a --reflink=auto "$kept" "$2"
 }
 
 # place_in_network DIRECTORY: copies name servers, the settings of apt and pip, and the certificate authorities.
