@@ -49,7 +49,7 @@ def quorum(view: View, own: NodeId, silent: Mapping[NodeId, float], lost_at: Tim
     managers = [
         PeerManager(
             id=node.id,
-            hostname=node.description.hostname or node.id,
+            hostname=node.shown_name,
             addr=node.manager_status.addr,
             is_reachable=node.id == own or node.id not in silent,
             unreachable_seconds=round(silent.get(node.id, 0.0), 1) if node.id != own else 0.0,

@@ -251,6 +251,11 @@ class Node(ApiObject):
     """
 
     @property
+    def shown_name(self) -> str:
+        """Name of the node for people: its host name, or its id before it has reported one."""
+        return self.description.hostname or self.id
+
+    @property
     def has_joined_as_manager(self) -> bool:
         """Return whether the node is a manager that has finished joining."""
         status = self.manager_status

@@ -51,7 +51,7 @@ def expiring(view: View, now: datetime) -> Iterator[Expiry]:
             not_after = expiry_of(node)
             if not_after is None or not_after - now >= before:
                 continue
-            name = node.description.hostname or node.id
+            name = node.shown_name
             words = f"the certificate of node {name} {_expires(not_after, now)} and is not renewed"
             yield Expiry(
                 kind="node",

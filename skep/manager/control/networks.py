@@ -229,7 +229,7 @@ def _names(tx: Transaction, error: InUse) -> str:
             names.append(f"service {service.spec.name}")
         elif kind == "task" and (task := tx.lookup(Task, id)) is not None:
             attachment, node = task.spec.network_attachment_spec, tx.lookup(Node, task.node_id)
-            where = node.description.hostname or node.id if node is not None else task.node_id
+            where = node.shown_name if node is not None else task.node_id
             if attachment is not None:
                 names.append(f"container {attachment.container_id[:12]} on node {where}")
     if not names:

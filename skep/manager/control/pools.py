@@ -88,7 +88,7 @@ def _check_new(view: View, pool: IPv4Network, others: Sequence[IPv4Network]) -> 
     for node in view.find(Node):
         for route in routes_of(node):
             if isinstance(route.subnet, IPv4Network) and pool.subnet_of(route.subnet):
-                name = node.description.hostname or node.id
+                name = node.shown_name
                 raise InvalidArgument(
                     f"address pool {pool} is within {route.subnet}, which node {name} reaches by {route.interface}"
                 )

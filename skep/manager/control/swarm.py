@@ -172,7 +172,7 @@ def _check_etcds(tx: Transaction) -> None:
 
 def _names(nodes: Iterable[Node]) -> str:
     """Return the names of the first of ``nodes``."""
-    return ", ".join(sorted(node.description.hostname or node.id for node in nodes)[:NAMED_MAX])
+    return ", ".join(sorted(node.shown_name for node in nodes)[:NAMED_MAX])
 
 
 def rotate_root(tx: Transaction, now: datetime, new_root: Callable[[], Authority] = Authority.create) -> None:

@@ -30,7 +30,7 @@ def known_status(view: View, task: Task) -> TaskStatus:
     node = view.lookup(Node, task.node_id)
     if node is None or node.status.state is not NodeState.DOWN:
         return status
-    name = node.spec.name or node.description.hostname or node.id
+    name = node.spec.name or node.shown_name
     return replace(
         status,
         state=TaskState.UNKNOWN,

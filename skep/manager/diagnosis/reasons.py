@@ -449,7 +449,7 @@ def _unavailable(task: Task, nodes: Collection[Node]) -> str:
     fitting = [node for node in nodes if is_satisfied(constraints, node)]
     if not fitting or any(not _state(node) for node in fitting):
         return ""
-    named = [f"{node.description.hostname or node.id} is {_state(node)}" for node in fitting[:_NODES_MAX]]
+    named = [f"{node.shown_name} is {_state(node)}" for node in fitting[:_NODES_MAX]]
     more = f" and {len(fitting) - _NODES_MAX} more" if len(fitting) > _NODES_MAX else ""
     return f"no node that meets this is available: {', '.join(named)}{more}"
 
@@ -460,7 +460,7 @@ def _full(task: Task, nodes: Collection[Node]) -> str:
         return ""
     constraints = task.spec.placement.constraints if task.spec.placement is not None else ()
     names = sorted(
-        node.description.hostname or node.id
+        node.shown_name
         for node in nodes
         if disk_pressure(node.description) and not _state(node) and is_satisfied(constraints, node)
     )

@@ -91,9 +91,9 @@ def fits_no_node(task: Task, nodes: Collection[Node]) -> str:
         most = size(largest)
         if wanted <= most:
             continue
-        name = largest.description.hostname or largest.id
-        has = f"the largest node, {name}, has {words(most)}{kept_words(largest, label)}"
-        has = has if most or kept_words(largest, label) else "no node has any"
+        name = largest.shown_name
+        kept = kept_words(largest, label)
+        has = f"the largest node, {name}, has {words(most)}{kept}" if most or kept else "no node has any"
         return f"needs {words(wanted)}{unit}; {has}"
     return ""
 

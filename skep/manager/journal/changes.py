@@ -364,7 +364,7 @@ def _node(node: Node, action: str, message: str, severity: Severity = Severity.I
 
 
 def _hostname(node: Node) -> str:
-    return node.description.hostname or node.id
+    return node.shown_name
 
 
 # -- the cluster -----------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def container_of(task: Task, node: Node | None) -> str:
         raise FailedPrecondition(f"task {task.id} is not running: it is {task.status.state.value}")
     if node is None:
         raise NotFound(f"task {task.id} runs on node {task.node_id}, which is no longer part of this swarm")
-    name = node.description.hostname or node.id
+    name = node.shown_name
     if is_docker_node(node):
         raise Unimplemented(
             f"task {task.id} runs on node {name}, which is a Docker Engine: managers cannot reach its "

@@ -60,7 +60,7 @@ class LastBackup(msgspec.Struct, frozen=True):
 
 def problems_of_node(node: Node) -> Iterator[Problem]:
     """Yield the problems of one node."""
-    name, manager = node.description.hostname or node.id, node.manager_status
+    name, manager = node.shown_name, node.manager_status
     if node.status.state is NodeState.DOWN:
         reason = _after_colon(plain_message(node.status.message))
         yield _problem(f"node/{node.id}", Topic.NODE, f"node {name} is down{reason}", name)

@@ -78,9 +78,7 @@ async def describe_network(view: View, network: Network, *, verbose: bool) -> di
     await users.look()
     response["Status"] = ipam_status(response["IPAM"]["Config"], users.addresses)
     if users.nodes:
-        response["Peers"] = [
-            {"Name": node.description.hostname or node.id, "IP": node.status.addr} for node in users.nodes
-        ]
+        response["Peers"] = [{"Name": node.shown_name, "IP": node.status.addr} for node in users.nodes]
     if verbose:
         response["Services"] = users.services
     if warnings := [*users.warnings(), *_clash_warnings(view, network)]:

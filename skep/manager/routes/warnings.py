@@ -91,7 +91,7 @@ def data_path_warnings(nodes: Iterable[Node]) -> list[str]:
         if (claimed := claimed_underlay(node)) is not None:
             claiming.setdefault(claimed, []).append(node)
     owners = {address: holder(here) for address, here in claiming.items()}
-    names = {node.id: node.description.hostname or node.id for node in up}
+    names = {node.id: node.shown_name for node in up}
     found = []
     for node in up:
         labels, claimed = node.description.engine.labels, claimed_underlay(node)

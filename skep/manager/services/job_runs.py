@@ -255,7 +255,7 @@ def nodes_going(view: View, service: Service) -> list[str]:
     """
     tasks = of_present_run(service, view.find(Task, service_id=service.id))
     found = {
-        node.id: node.description.hostname or node.id
+        node.id: node.shown_name
         for task in tasks
         if task.is_active and task.status.state >= TaskState.ASSIGNED
         if (node := view.lookup(Node, task.node_id)) is not None and node.status.state is not NodeState.DOWN

@@ -236,4 +236,4 @@ def _waiting(status: PublishStatus, node: Node | None) -> PublishStatus:
 
 
 def _name(node: Node) -> str:
-    return node.description.hostname or node.id
+    return node.shown_name

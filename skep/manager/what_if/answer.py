@@ -219,7 +219,7 @@ class Question:
 
 
 def _hostname(node: Node | None) -> str:
-    return "" if node is None else node.description.hostname or node.id
+    return "" if node is None else node.shown_name
 
 
 def _desired(view: View, service: Service, tasks: Sequence[Task]) -> int:

@@ -97,7 +97,7 @@ class SurvivalQuestion:
                 zones[zone].append(node.id)
             is_manager = node.manager_status is not None
             if is_manager or node.id in used:
-                name = node.description.hostname or node.id
+                name = node.shown_name
                 losses.append(("manager" if is_manager else "node", name, (node.id,)))
         for zone, nodes in sorted(zones.items()):
             if used.intersection(nodes):

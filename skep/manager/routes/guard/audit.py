@@ -202,7 +202,7 @@ def _about_object(entry: JournalEntry, found: Any, view: View) -> JournalEntry:
                 entry, name=name, service_id=service.id, service=name, stack=stack_of(service.spec.labels)
             )
         case Node() as node:
-            hostname = node.description.hostname or node.id
+            hostname = node.shown_name
             entry = replace(entry, name=hostname, node_id=node.id, node=hostname)
         case Task() as task:
             owner = view.lookup(Service, task.service_id)

@@ -83,7 +83,7 @@ def closest_node(requirements: Requirements, accounting: Accounting) -> str:
     best = min(
         found, key=lambda account: (_missing(requirements, account), account.node.description.hostname)
     )
-    name = best.node.description.hostname or best.node.id
+    name = best.node.shown_name
     return f"{name} comes closest: {amounts_left(requirements, best)}"
 
 

@@ -33,7 +33,7 @@ def finding_smallest_change(requirements: Requirements, accounting: Accounting) 
         if not changes or changes > CHANGES_MAX:
             continue
         hardest = max(map(_rank, refusing))
-        rank = changes, hardest, _missing_share(requirements, account), node.description.hostname or node.id
+        rank = changes, hardest, _missing_share(requirements, account), node.shown_name
         if best is None or rank < best[0]:
             best = rank, account, refusing
     if best is None:
