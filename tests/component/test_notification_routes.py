@@ -14,9 +14,9 @@ from skep.api.backups import BackupRequest, Sealer, new_header
 from skep.errors import Unavailable
 from skep.manager.notify.incidents import IncidentChanges
 from skep.manager.notify.problems import Problem
-from skep.manager.notify.records import backup_in, delivery_in, targets_in
+from skep.manager.notify.records import Target, backup_in, delivery_in, targets_in
 from skep.manager.notify.showing import delivery_families, delivery_warnings
-from skep.manager.notify.writing import claim, settle, write_changes
+from skep.manager.notify.writing import add_target, claim, settle, write_changes
 from skep.manager.routes import application
 from skep.manager.routes.access import ManagerApi
 from skep.model.options.notifications import Topic
@@ -73,7 +73,9 @@ async def test_a_target_is_added_tested_listed_and_removed(rig: Rig) -> None:
         )
         assert SECRET not in text + listed
         assert "path-key" not in text + listed
-        assert (await rig.exchange("admin", "POST /skep/notify/create", a_body(url)))[0] == 409
+        assert (await rig.exchange("admin", "POST /skep/notify/create", a_body(url, AllowInternal=True)))[
+            0
+        ] == 409
     assert SECRET not in repr(rig.journal.entries)
     assert (await rig.exchange("admin", "DELETE /skep/notify/ops"))[0] == 204
     assert (await rig.exchange("admin", "DELETE /skep/notify/ops"))[0] == 404
@@ -98,6 +100,9 @@ async def test_only_administrators_see_and_change_targets(rig: Rig, role: str) -
         ({"Name": "../x"}, "invalid name"),
         ({"URL": "ftp://example.org/"}, "unknown scheme"),
         ({"URL": "slack+https://example.org/"}, "leave out --secret"),
+        ({"URL": "http://localhost:8080/"}, "127.0.0.1 is an address of this machine, which needs --allow-"),
+        ({"URL": "https://[::1]/"}, "::1 is an address of this machine, which needs --allow-internal"),
+        ({"URL": "smtps://169.254.169.254?from=a@b.org&to=c@d.org", "Secret": ""}, "is a link-local address"),
         ({"On": ["weather"]}, "weather"),
         ({"On": ["disk"], "Stacks": ["shop"]}, "no stack has problems of the topic disk"),
     ],
@@ -124,7 +129,7 @@ async def test_the_number_of_targets_is_bounded(rig: Rig) -> None:
 
 async def test_a_test_of_an_internal_target_shows_the_reason(rig: Rig) -> None:
     async with a_receiver() as receiver:
-        assert (await rig.exchange("admin", "POST /skep/notify/create", a_body(receiver.url)))[0] == 201
+        await rig.api.store.update(add_target, Target(id="t1", name="ops", url=receiver.url))
         status, text, _ = await rig.exchange("admin", "POST /skep/notify/ops/test")
     assert status == 400
     assert "127.0.0.1 is an address of this machine, which needs --allow-internal" in text

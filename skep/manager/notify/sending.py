@@ -78,9 +78,7 @@ class MessageSender:
 
     async def _send(self, target: Target, message: Message) -> None:
         address = parsed_address(target.url)
-        guard = Guard(
-            lambda: node_addresses(self._view()), is_restricted=not target.allows_internal, rule=_RULE
-        )
+        guard = _guard(self._view, target)
         if address.kind is TargetKind.MAIL:
             await send_mail(address, target.secret, message, guard)
             return
@@ -106,6 +104,24 @@ class MessageSender:
                 text = (await response.content.read(_RESPONSE_BYTES_MAX)).decode(errors="replace")
                 said = _without_credentials(on_one_line(f"{response.reason}: {text}"), target)
                 raise SendFailed(f"it responded {response.status} {said}".rstrip(": "))
+
+
+def check_destination(view: View, target: Target) -> None:
+    """Check the target's host if it is an IP address or ``localhost``.  Names are checked for each message.
+
+    Raises: InvalidArgument: no message to the target would be sent.
+    """
+    host = parsed_address(target.url).host
+    try:
+        _guard(lambda: view, target).check("127.0.0.1" if host == "localhost" else host)
+    except PermissionError as error:
+        raise InvalidArgument(str(error.strerror)) from error
+    except ValueError:  # the host is a name
+        return
+
+
+def _guard(view: Callable[[], View], target: Target) -> Guard:
+    return Guard(lambda: node_addresses(view()), is_restricted=not target.allows_internal, rule=_RULE)
 
 
 def _words_of(error: Exception) -> str:

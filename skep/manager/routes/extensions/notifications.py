@@ -8,7 +8,7 @@ from skep.manager.cluster import known_cluster
 from skep.manager.notify.addresses import check_secret, parsed_address
 from skep.manager.notify.messages import Message
 from skep.manager.notify.records import Target, delivery_in, targets_in
-from skep.manager.notify.sending import MessageSender
+from skep.manager.notify.sending import MessageSender, check_destination
 from skep.manager.notify.showing import state_of_target
 from skep.manager.notify.writing import add_target, find_target, remove_target
 from skep.manager.routes.access import current_view, manager_of
@@ -43,6 +43,7 @@ async def create_target(request: web.Request) -> web.StreamResponse:
         allows_internal=spec.allow_internal,
         created_ns=manager.clock.now_ns(),
     )
+    check_destination(await current_view(request), target)
     await manager.require_room(creates=True)
     added = await manager.update(add_target, target)
     return json_response(state_of_target(added, None), 201)
