@@ -27,6 +27,7 @@ fi
 
 ./packages.sh "$python" "$venv/libexec/skep" "$extent"
 ./python.sh "$python" "$venv" "$extent"
+[ "$extent" != dev ] || (cd .. && "$venv/bin/python" -m skep.protobuf.compile --stubs)
 ./etcd.sh "$venv/libexec/skep"
 [ "$extent" != dev ] || ./plugins.sh "$venv/libexec/skep"
 [ "$extent" != dev ] || ./browser.sh "$venv/libexec/skep"

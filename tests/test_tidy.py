@@ -59,7 +59,7 @@ PRIVATE_PER_100_TESTS_MAX = 0.9
 """Private names that tests reach for, in 100 tests.  The number only falls."""
 PUBLIC_DESPITE_UNDERSCORE = {"_replace", "_asdict", "_fields", "_exit"}
 """Names that the standard library documents."""
-GENERATED = ("_pb2.py", "_pb2.pyi", "_grpc.py")
+GENERATED = ("_pb2.py", "_grpc.py")
 
 CLOCK = {
     ("time", "time"),

@@ -1,12 +1,13 @@
 """Compile the ``.proto`` files: ``python -m skep.protobuf.compile`` after changing one; needs the ``dev`` extra.
 
-Of each set two kinds of files are committed beside it: one descriptor set, which is loaded at import, and a type stub
-for each ``.proto``.
+A set has one descriptor set, which is committed and loaded at import, and a type stub for each ``.proto``.  The stubs are
+not committed: ``make setup`` writes them with ``--stubs``.
 """
 
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
@@ -28,34 +29,40 @@ class ProtoSet(msgspec.Struct, frozen=True):
     """Directory that the paths in ``protos`` and in their imports are relative to."""
     protos: tuple[str, ...]
 
-    def compile_into(self, directory: Path) -> None:
-        """Write the descriptor set, with everything that the files import, and the stubs.
+    @property
+    def stubs(self) -> tuple[Path, ...]:
+        """Return the path of the stub of each of ``protos``."""
+        return tuple(self.directory / f"{Path(proto).stem}_pb2.pyi" for proto in self.protos)
 
-        Raises: SystemExit: protoc refuses, or its plugin is missing.
-        """
-        from grpc_tools import protoc
+    def has_old_stubs(self) -> bool:
+        """Return whether a stub is missing or older than its ``.proto``."""
+        return any(
+            not stub.exists() or stub.stat().st_mtime < (self.root / proto).stat().st_mtime
+            for stub, proto in zip(self.stubs, self.protos, strict=True)
+        )
 
+    def write_descriptors(self, directory: Path) -> None:
+        """Write the descriptor set, with everything that the files import.  Raises: SystemExit: protoc refuses."""
+        self._compile("--include_imports", f"--descriptor_set_out={directory / self.descriptors}")
+
+    def write_stubs(self) -> None:
+        """Write the stubs.  Raises: SystemExit: protoc refuses, or its plugin is missing."""
         scripts = Path(sys.executable).parent
         if shutil.which(PLUGIN, path=str(scripts)) is None:
             raise SystemExit(f"{PLUGIN} is missing: pip install 'skep[dev]'")
         with tempfile.TemporaryDirectory() as scratch:
-            status = protoc.main(
-                [
-                    "protoc",
-                    f"--proto_path={self.root}",
-                    f"--proto_path={files('grpc_tools') / '_proto'}",
-                    f"--plugin={PLUGIN}={scripts / PLUGIN}",
-                    "--include_imports",
-                    f"--descriptor_set_out={directory / self.descriptors}",
-                    f"--mypy_out=quiet:{scratch}",
-                    *self.protos,
-                ]
-            )
-            if status != 0:
-                raise SystemExit(status)
-            for stub in sorted(Path(scratch).rglob("*.pyi")):
-                text = stub.read_text().replace("  # noqa: Y015", "")
-                (directory / stub.name).write_text(_HEADER + text)
+            self._compile(f"--plugin={PLUGIN}={scripts / PLUGIN}", f"--mypy_out=quiet:{scratch}")
+            written = {stub.name: stub for stub in Path(scratch).rglob("*.pyi")}
+            for stub in self.stubs:
+                text = written[stub.name].read_text().replace("  # noqa: Y015", "")
+                stub.write_text(_HEADER + text)
+
+    def _compile(self, *outputs: str) -> None:
+        from grpc_tools import protoc
+
+        paths = (f"--proto_path={self.root}", f"--proto_path={files('grpc_tools') / '_proto'}")
+        if status := protoc.main(["protoc", *paths, *outputs, *self.protos]):
+            raise SystemExit(status)
 
 
 def _alone(directory: str, name: str) -> ProtoSet:
@@ -74,6 +81,14 @@ SETS: Final = (
 )
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> None:
+    """Write the stubs that are missing or old, and without ``--stubs`` in ``arguments`` all descriptors."""
     for protos in SETS:
-        protos.compile_into(protos.directory)
+        if "--stubs" not in arguments:
+            protos.write_descriptors(protos.directory)
+        if protos.has_old_stubs():
+            protos.write_stubs()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
