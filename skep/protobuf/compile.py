@@ -1,7 +1,7 @@
 """Compile the ``.proto`` files: ``python -m skep.protobuf.compile`` after changing one; needs the ``dev`` extra.
 
-A set has one descriptor set, which is committed and loaded at import, and a type stub for each ``.proto``.  The stubs are
-not committed: ``make setup`` writes them with ``--stubs``.
+A set has one descriptor set, which is committed and loaded at import, and a type stub for each ``.proto``.  The stubs
+are not committed: ``make setup`` writes them with ``--stubs``.
 """
 
 import shutil

@@ -4,15 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
-import msgspec
 
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import counted, duration
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import errors_shown
 from skep.cli.see.what_if import ANSWER_TIMEOUT_S, DIFFERS
-from skep.cli.stack.stack import GivenFiles, plan_with_cluster, reads_files
-from skep.model.values.encoding import to_json
+from skep.cli.stack.stack_files import GivenFiles, plan_with_cluster, reads_files, supposed_services
 from skep.stack.planning import PlanAction
 from skep.stack.project import Stack
 
@@ -63,7 +61,7 @@ async def _ask(host: HostOptions, name: str, stack: Stack | None, ignore: Sequen
             found = await client.get("/skep/what-if/survive", timeout_s=ANSWER_TIMEOUT_S, stack=name)
         else:
             plan = await plan_with_cluster(client, stack, prune=False, only=(), resolve="never")
-            body = msgspec.Raw(to_json([one.spec for one in plan.of("service", *PlanAction) if one.spec]))
+            body = supposed_services(plan, *PlanAction)
             found = await client.post("/skep/what-if/survive", body, timeout_s=ANSWER_TIMEOUT_S)
     return survived(found, ignore)
 

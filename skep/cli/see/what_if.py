@@ -5,16 +5,20 @@ from typing import Any
 from urllib.parse import quote
 
 import click
-import msgspec
 
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import counted, duration, size
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import errors_shown
-from skep.cli.stack.stack import GivenFiles, plan_with_cluster, reads_files
+from skep.cli.stack.stack_files import (
+    GivenFiles,
+    chooses_services,
+    plan_with_cluster,
+    reads_files,
+    supposed_services,
+)
 from skep.errors import InvalidArgument
 from skep.model.task_end import printable
-from skep.model.values.encoding import to_json
 from skep.stack.planning import PlanAction
 from skep.stack.project import Stack
 
@@ -96,16 +100,7 @@ def scale(host: HostOptions, target: str, output: OutputOptions) -> None:
 
 @what_if.command()
 @reads_files
-@click.option(
-    "--only", multiple=True, metavar="SERVICE", help="Change only this service. Repeat for several."
-)
-@click.option(
-    "--resolve-image",
-    type=click.Choice(["always", "never"]),
-    default="always",
-    show_default=True,
-    help="Resolve image tags to digests at the registries.",
-)
+@chooses_services
 @shows
 @click.pass_obj
 def deploy(
@@ -141,8 +136,7 @@ async def _ask_about_deploy(host: HostOptions, stack: Stack, only: Sequence[str]
     title = f"What if stack {stack.name} is deployed"
     async with host.requests() as client:
         plan = await plan_with_cluster(client, stack, prune=False, only=only, resolve=resolve)
-        specs = [one.spec for one in plan.of("service", PlanAction.CREATE, PlanAction.UPDATE) if one.spec]
-        body = msgspec.Raw(to_json(specs))
+        body = supposed_services(plan, PlanAction.CREATE, PlanAction.UPDATE)
         found = await client.post("/skep/what-if/services", body, timeout_s=ANSWER_TIMEOUT_S)
     return answered(title, found)
 
