@@ -45,6 +45,10 @@ class MergeQueue(Generic[T]):
         """Whether the queue has items that wait for sources without items."""
         return bool(self._held and self._missing)
 
+    def has_items(self, source: Hashable) -> bool:
+        """Return whether items of ``source`` wait until ``take`` can return them."""
+        return source in self._sources
+
     def open(self, source: Hashable) -> None:
         """Await the items of ``source``."""
         self._open.add(source)

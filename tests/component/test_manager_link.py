@@ -22,7 +22,7 @@ from skep.manager.peer_reports import REGISTERING_MAX, PeerReport, PeerReports
 from skep.manager.storage.incarnation import Incarnation
 from skep.model.logs import LogLine, LogQuery
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
-from skep.model.values.ids import NodeId, new_id
+from skep.model.values.ids import NodeId, ServiceId, new_id
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.store.memory import MemoryStore
 from skep.wire import methods
@@ -285,6 +285,49 @@ async def missing(manager: Manager, service_id: str) -> str:
         async for _ in manager.logs.subscribe(query):
             pass
     return str(caught.value)
+
+
+class EndsLater(FakeWorker):
+    """A log source that ends when it is allowed to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_end = asyncio.Event()
+
+    async def read_lines(self, query: LogQuery) -> AsyncIterator[list[LogLine]]:
+        async for entries in super().read_lines(query):
+            yield entries
+        await self.may_end.wait()
+
+
+async def test_lines_that_wait_for_another_node_are_relayed_before_the_end_of_theirs(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Lines are held until no other node can send earlier ones.  Their node may have ended by then."""
+    first, second = [await a_worker(cluster, tmp_path / name) for name in ("first", "second")]
+    (service, early), (_, late) = (service_task(one.identity.node_id) for one in (first, second))
+    late = msgspec.structs.replace(late, service_id=service.id)
+    await put(cluster, service, early, late)
+    ended, open_ = FakeWorker(), EndsLater()
+    ended.lines = [LogLine(task_id=early.id, timestamp_ns=stamp, data=b"%d\n" % stamp) for stamp in (1, 100)]
+    open_.lines = [LogLine(task_id=late.id, timestamp_ns=50, data=b"50\n")]
+    async with AsyncExitStack() as stack:
+        one, two = [await stack.enter_async_context(Manager(cluster, number).serving()) for number in (1, 2)]
+        await until(lambda: one.is_linked(two))
+        peers = [KnownManager(two.id, two.address)]
+        for pair, worker in ((first, ended), (second, open_)):
+            directory = tmp_path / ("first" if pair is first else "second")
+            agent = await stack.enter_async_context(an_agent_of(peers, pair, directory, worker, Random(1)))
+            await until(lambda agent=agent: agent.node_id in two.logs.listeners)
+        reading = asyncio.ensure_future(all_lines(one, service.id))
+        only_second = {second.identity.node_id}
+        await until(lambda: [sub.pending for sub in two.logs.subscriptions.values()] == [only_second])
+        open_.may_end.set()
+        assert await reading == [b"1\n", b"50\n", b"100\n"]
+
+
+async def all_lines(manager: Manager, service_id: ServiceId) -> list[bytes]:
+    return [entry.data async for entry in manager.logs.subscribe(LogQuery(services=(service_id,)))]
 
 
 class TaskOutput(FakeWorker):

@@ -376,11 +376,13 @@ class LogBroker:
             while True:
                 while lines := subscription.take_many(RELAYED_LINES):
                     yield skep.RelayedLogs(messages=[line_to_pb(line) for line in lines])
-                while subscription.ended:
-                    node_id, reason = subscription.ended.popleft()
+                ended = subscription.take_ended()
+                for node_id, reason in ended:
                     yield skep.RelayedLogs(ended_node_id=node_id, reason=reason)
                 if subscription.take_present():
                     yield skep.RelayedLogs()
+                if ended:
+                    continue  # more may have arrived while these were sent
                 if subscription.is_complete:
                     break
                 await self._wait_update(subscription)

@@ -5,7 +5,6 @@ If a node sends faster than the reader reads, its stream is not read, so HTTP/2'
 reader therefore costs only a buffer.
 """
 
-from collections import deque
 from collections.abc import Hashable, Iterable
 from operator import attrgetter
 
@@ -69,8 +68,8 @@ class LogSubscription:
         self.silent: set[NodeId] = set()
         """Nodes that do not answer, or have not sent everything, and were not named yet."""
         self._silent_since: dict[NodeId, float] = {}
-        self.ended: deque[tuple[NodeId, str]] = deque()
-        """Nodes that have sent everything or will not, with the reason.  Bounded by the number of nodes."""
+        self._ended: dict[NodeId, str] = {}
+        """Nodes that have sent everything or will not, with the reason."""
         self._opened_ns = opened_ns
         self._limits = limits
         self._started: set[NodeId] = set()
@@ -108,7 +107,7 @@ class LogSubscription:
         if self.query.follow:
             return  # a follower requests the node again when it reconnects
         if self.only is not None:
-            self.ended.append((node_id, reason))
+            self._ended[node_id] = reason
         if reason:
             self.reasons.append(reason)
         self._lines.wake()
@@ -221,6 +220,16 @@ class LogSubscription:
     def take_many(self, most: int) -> list[LogLine]:
         """Return the next lines, at most ``most``."""
         return self._lines.take(most)
+
+    def take_ended(self) -> list[tuple[NodeId, str]]:
+        """Return the nodes whose lines were all taken and that send no more, with the reason, each once.
+
+        Call it when ``take_many`` returns nothing.  Lines of an ended node may still wait for those of another one.
+        """
+        found = [(node_id, why) for node_id, why in self._ended.items() if not self._lines.has_items(node_id)]
+        for node_id, _ in found:
+            del self._ended[node_id]
+        return found
 
     def _end_stream(self, node_id: NodeId) -> None:
         """Forget a node's stream.  End the stream, unless it also delivers the lines of other nodes."""
