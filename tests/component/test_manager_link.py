@@ -21,7 +21,7 @@ from skep.manager.node_facing import LinkRelays
 from skep.manager.peer_reports import REGISTERING_MAX, PeerReport, PeerReports
 from skep.manager.storage.incarnation import Incarnation
 from skep.model.logs import LogLine, LogQuery
-from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
+from skep.model.node import ManagerStatus, Node, NodeDescription, NodeRole, NodeSpec
 from skep.model.values.ids import NodeId, ServiceId, new_id
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.store.memory import MemoryStore
@@ -45,6 +45,7 @@ class Manager:
 
     def __init__(self, cluster: Cluster, number: int) -> None:
         self.id = NodeId(f"manager0000000000000000x{number}")
+        self.name = f"m{number}"
         self.cluster = cluster
         self.store = MemoryStore(SystemClock(), cluster.store.cluster)
         self.pair = cluster.pair(self.id, NodeRole.MANAGER)
@@ -85,6 +86,7 @@ class Manager:
                 Node(
                     id=self.id,
                     spec=NodeSpec(role=NodeRole.MANAGER),
+                    description=NodeDescription(hostname=self.name),
                     manager_status=ManagerStatus(addr=self.address),
                 ),
             )
@@ -276,7 +278,7 @@ async def test_what_did_not_answer_is_named(cluster: Cluster, tmp_path: Path) ->
             await until(lambda: node_id not in two.logs.listeners)
             assert "node worker is not available" in await missing(one, service.id)
         await until(lambda: not one.is_linked(two))
-        assert f"manager {two.id} cannot be reached" in await missing(one, service.id)
+        assert f"manager {two.name} cannot be reached" in await missing(one, service.id)
 
 
 async def missing(manager: Manager, service_id: str) -> str:

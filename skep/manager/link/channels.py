@@ -1,7 +1,7 @@
 """Keeps open connections to the other managers, and separate connections for readers of relayed logs."""
 
 import asyncio
-from collections.abc import AsyncIterator, Set
+from collections.abc import AsyncIterator, Callable, Set
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Protocol
@@ -35,8 +35,10 @@ class Connect(Protocol):
 class LinkChannels:
     """The connection to each manager that answers pings."""
 
-    def __init__(self, connect: Connect) -> None:
+    def __init__(self, connect: Connect, name_of: Callable[[NodeId], str]) -> None:
+        """``name_of`` returns a manager's name for people."""
         self._connect = connect
+        self._name_of = name_of
         self._channels: dict[NodeId, ManagerChannel] = {}
         self._beside: SharedConnections | None = None
 
@@ -72,7 +74,7 @@ class LinkChannels:
         """Return the open connection to a manager.  Raises: Unavailable."""
         channel = self._channels.get(manager)
         if channel is None:
-            raise Unavailable(f"manager {manager} cannot be reached now: try again")
+            raise Unavailable(f"manager {self._name_of(manager)} cannot be reached now: try again")
         return channel
 
     @asynccontextmanager

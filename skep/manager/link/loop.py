@@ -58,7 +58,7 @@ class ManagerLink:
         self._own = own
         self._clock = clock
         self._random = random
-        self._channels = LinkChannels(connect)
+        self._channels = LinkChannels(connect, self._name)
         self._pings = Pings(
             store, own, self._channels, clock, incarnation or Incarnation(1), reports or PeerReports()
         )
@@ -82,6 +82,10 @@ class ManagerLink:
     async def ask(self) -> Set[NodeId]:
         """Ping all managers.  Return the managers that answer soon and have contact with a quorum."""
         return await self._pings.ask()
+
+    def _name(self, manager: NodeId) -> str:
+        node = self._store.view().lookup(Node, manager)
+        return node.shown_name if node is not None else manager
 
     def channel(self, manager: NodeId) -> ManagerChannel:
         """Return the open connection to a manager.  Raises: Unavailable."""

@@ -113,7 +113,7 @@ def _absence(view: View, node_id: NodeId) -> str:
 def node_name(view: View, node_id: NodeId) -> str:
     """Return the node's host name, or its id without one."""
     node = view.lookup(Node, node_id)
-    return (node.description.hostname if node is not None else "") or node_id
+    return node.shown_name if node is not None else node_id
 
 
 def _task_name(view: View, id: TaskId) -> str:
