@@ -14,7 +14,7 @@ from skep.api.client.requests import Filters, Requests, filters_of
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
-from skep.cli.see.status import COLORS, health_of, worst_health
+from skep.cli.see.status import COLORS, completion, health_of, worst_health
 from skep.errors import NotFound
 from skep.model.service import HealthState
 
@@ -39,7 +39,7 @@ Objects = Sequence[Mapping[str, Any]]
 @shows
 @click.pass_obj
 def ls(host: HostOptions, output: OutputOptions) -> None:
-    """List stacks with their services and running tasks.
+    """List stacks with their services and tasks that run or are complete.
 
     \b
     Examples:
@@ -61,6 +61,8 @@ def ls(host: HostOptions, output: OutputOptions) -> None:
 def stacks(services: Objects) -> Shown:
     """Return the list of stacks, found by the labels of their services."""
     rows: dict[str, dict[str, Any]] = {}
+    done: Counter[str] = Counter()
+    wanted: Counter[str] = Counter()
     for service in services:
         name = service["Spec"]["Labels"][NAMESPACE]
         row = rows.setdefault(
@@ -70,6 +72,9 @@ def stacks(services: Objects) -> Shown:
         row["Services"] += 1
         row["Running"] += running
         row["Desired"] += desired
+        completed, total = completion(service)
+        done[name] += completed if total else running
+        wanted[name] += total or desired
         row["State"] = worst_health((row["State"], health_of(service).state))
         row["IsHealthy"] = row["State"] is HealthState.HEALTHY
     listed = [rows[name] for name in sorted(rows)]
@@ -77,7 +82,7 @@ def stacks(services: Objects) -> Shown:
         (
             str(row["Name"]),
             str(row["Services"]),
-            Cell(f"{row['Running']}/{row['Desired']}", COLORS[row["State"]]),
+            Cell(f"{done[row['Name']]}/{wanted[row['Name']]}", COLORS[row["State"]]),
         )
         for row in listed
     ]
@@ -155,11 +160,8 @@ def _service_row(service: Mapping[str, Any]) -> dict[str, str]:
     spec = service["Spec"]
     running, desired = _counts(service)
     mode = spec.get("Mode") or {}
-    job = mode.get("ReplicatedJob")
-    replicas = f"{running}/{desired}"
-    if job is not None:
-        completed = (service.get("ServiceStatus") or {}).get("CompletedTasks", 0)
-        replicas += f" ({completed}/{job.get('TotalCompletions') or 0} completed)"
+    completed, total = completion(service)
+    replicas = f"{running}/{desired}" + (f" ({completed}/{total} completed)" if total else "")
     return {
         "ID": service["ID"],
         "Name": spec["Name"],

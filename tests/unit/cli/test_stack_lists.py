@@ -44,6 +44,19 @@ def test_stacks_are_those_of_the_labels_of_services() -> None:
     assert OutputOptions(template="{{.Name}} {{.Services}}").lines(found) == ["blog 1", "shop 2"]
 
 
+def test_tasks_that_are_done_are_no_missing_tasks() -> None:
+    migrate = a_service("shop", "migrate", 0, 1, Replicated={"Replicas": 1})
+    job = a_service("shop", "nightly", 0, 0, ReplicatedJob={"TotalCompletions": 3})
+    migrate["ServiceStatus"]["CompletedTasks"], job["ServiceStatus"]["CompletedTasks"] = 1, 3
+    services = [a_service("shop", "web", 2, 2, Replicated={"Replicas": 2}), migrate, job]
+    assert list(stacks(services).lines(Screen()))[1] == "shop  3         6/6"
+    assert OutputOptions(template="{{.Replicas}}").lines(services_listed(services)) == [
+        "0/1 (1/1 completed)",
+        "0/0 (3/3 completed)",
+        "2/2",
+    ]
+
+
 def test_services_have_dockers_fields() -> None:
     web = a_service("shop", "web", 1, 2, Replicated={"Replicas": 2})
     web["Endpoint"] = {"Ports": [{"PublishedPort": 8080, "TargetPort": 80}, {"TargetPort": 81}]}
