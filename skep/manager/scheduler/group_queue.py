@@ -7,7 +7,7 @@ from typing import Final
 
 from skep.aio.clock import Clock
 from skep.manager.control_loops.work_queue import LEAST_WAIT_S, WorkQueue
-from skep.manager.scheduler.groups import Group
+from skep.manager.scheduler.groups import Group, is_of_many
 from skep.manager.scheduler.preemption.priorities import HELD_S
 
 RETRIES_S: Final = 0.1
@@ -116,7 +116,8 @@ class GroupQueue(WorkQueue[Group]):
         return groups
 
     def _add_retries(self, priority: int, groups: Iterable[Group]) -> None:
-        new = [group for group in groups if group not in self._is_due]
+        # Tasks that are bound to a node come first, as in the decision (``SchedulerState.decide``).
+        new = sorted((group for group in groups if group not in self._is_due), key=is_of_many)
         if new:
             self._is_due.update(new)
             self._retries.setdefault(priority, deque()).extend(new)

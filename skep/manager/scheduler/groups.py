@@ -89,6 +89,13 @@ def group_of(task: Task) -> Group:
     return f"{task.service_id}/{task.spec_version.index}"
 
 
+def is_of_many(group: Group) -> bool:
+    """Return whether a group has all tasks of a version.  Otherwise it is a single task that is bound to a node, by its
+    mode or by data.
+    """
+    return "/" in group
+
+
 def returns(task: Task, group: Group) -> bool:
     """Return whether the task is a group of its own because of the volumes of its slot."""
     return group == task.id and task.spec_version is not None and not task.node_id

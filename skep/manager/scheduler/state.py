@@ -5,7 +5,7 @@ pauses: commits about tasks that are decided but not written would release their
 """
 
 from collections.abc import Collection, Generator, Iterator, Sequence
-from itertools import islice
+from itertools import filterfalse, islice
 from random import Random
 from typing import TypeAlias, TypeVar
 
@@ -20,7 +20,7 @@ from skep.manager.scheduler.decision_writer import Decision, is_pending, shows
 from skep.manager.scheduler.dependencies import FoundWaits, WaitReason, Waits
 from skep.manager.scheduler.explaining.pending_reasons import Texts, Why
 from skep.manager.scheduler.group_queue import GroupQueue
-from skep.manager.scheduler.groups import Group, Groups, group_of, returns
+from skep.manager.scheduler.groups import Group, Groups, group_of, is_of_many, returns
 from skep.manager.scheduler.nodes.accounting import Accounting, HoldingsCache, holds_resources
 from skep.manager.scheduler.nodes.candidates import shape_of
 from skep.manager.scheduler.nodes.requirements import Requirements, RequirementsCache
@@ -267,7 +267,7 @@ class SchedulerState:
         now = self._clock.monotonic()
         groups = yield from self._without_waiting(due)
         remaining = BATCH
-        for level in self._priorities.levels(groups, self._view()):
+        for level in self._levels(groups):
             if remaining <= 0:
                 self.queue.put_back(level)
                 continue
@@ -285,6 +285,17 @@ class SchedulerState:
                 elif self.queue.in_time((group,)):
                     remaining -= (yield from self._decide_group(group, remaining, now)) or 1
                     yield IF_DUE
+
+    def _levels(self, groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
+        """Yield the groups of each priority, the highest first, and of these first the tasks that are bound to a node.
+
+        Otherwise a longer wait would give the node of a slot that is updated to another slot, and its data would stay
+        behind.
+        """
+        for level in self._priorities.levels(groups, self._view()):
+            for chosen in (filterfalse(is_of_many, level), filter(is_of_many, level)):
+                if some := list(chosen):
+                    yield some
 
     def _without_waiting(self, groups: Sequence[Group]) -> Deciding[list[Group]]:
         """Return the groups that need not wait for another service, or for an unreadable object.

@@ -8,7 +8,7 @@ from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, EngineDescription, Node, NodeState
 from skep.model.options.labels import VOLUME_AFFINITY
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
-from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
+from skep.model.service import Placement, Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
@@ -164,6 +164,24 @@ async def test_a_task_waits_for_what_its_predecessor_holds() -> None:
         )
         await wait_for(store, lambda: bool(on(store, task)))
     assert on(store, task) == "n3"
+
+
+async def test_a_freed_place_goes_to_the_slot_with_data_there_before_tasks_that_waited_longer() -> None:
+    service, before, task = an_update(UpdateOrder.STOP_FIRST)
+    template = replace(
+        service.spec.task_template, placement=Placement(constraints=("node.labels.disk==ssd",))
+    )
+    service = replace(service, spec=replace(service.spec, task_template=template))
+    before, task, other = (replace(one, spec=template) for one in (before, task, waiting(service, slot=2)))
+    store = await a_store(service, a_node("n3", labels={"disk": "ssd"}), before, other)
+    async with scheduling(store):
+        await wait_for(store, lambda: bool(store.view().get(Task, other.id).status.err))
+        await store.update_each(put, [task])
+        await wait_for(store, lambda: bool(store.view().get(Task, task.id).status.err))
+        ended = TaskStatus(state=SHUTDOWN, container_status=CREATED)
+        await store.update_each(put, [replace(before, status=ended)])
+        await wait_for(store, lambda: bool(on(store, task) or on(store, other)))
+    assert (on(store, task), on(store, other)) == ("n3", "")
 
 
 async def test_a_task_that_starts_first_does_not_wait_for_what_its_predecessor_holds() -> None:
