@@ -21,7 +21,7 @@ from skep.model.service import (
     UpdateConfig,
 )
 from skep.model.values.meta import Driver
-from skep.model.values.times import SECOND_NS
+from skep.model.values.times import exact_duration
 from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS
 
 
@@ -115,13 +115,7 @@ def _labels(labels: Mapping[str, str], *without: str) -> dict[str, str]:
 
 
 def _duration(ns: int | None) -> str | None:
-    """Return a duration in Compose's form: ``90s``, ``1500ms``, in the largest unit that is exact."""
-    if ns is None:
-        return None
-    for unit_ns, unit in ((SECOND_NS, "s"), (10**6, "ms"), (10**3, "us")):
-        if ns % unit_ns == 0:
-            return f"{ns // unit_ns}{unit}"
-    return f"{ns}ns"
+    return None if ns is None else exact_duration(ns)
 
 
 def _security(privileges: Privileges | None) -> list[str]:

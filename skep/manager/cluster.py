@@ -5,6 +5,7 @@ from skep.model.networks.data_planes import data_path_port
 from skep.model.networks.reserved_ports import ReservedPorts, of_cluster
 from skep.model.node import Node, NodeState
 from skep.model.swarm import Swarm
+from skep.model.values.ids import NodeId
 from skep.security.trust import root_digest
 from skep.store.interface import View
 
@@ -31,6 +32,12 @@ def known_cluster(view: View) -> Swarm | None:
 def reserved_ports_of(view: View) -> ReservedPorts:
     """Return the ports that the cluster itself uses."""
     return of_cluster(data_path_port(view.find(Swarm)), view.find(Node))
+
+
+def node_name(view: View, node_id: NodeId) -> str:
+    """Return the node's host name, or its id without one."""
+    node = view.lookup(Node, node_id)
+    return node.shown_name if node is not None else node_id
 
 
 def etcds_behind(view: View) -> list[Node]:

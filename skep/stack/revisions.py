@@ -306,6 +306,9 @@ def names_of(revisions: Iterable[StackRevision]) -> set[str]:
     return made
 
 
+_NONE_DEPLOYED = "no earlier revision of {} was deployed"
+
+
 def before(stack: str, revisions: Sequence[StackRevision], number: int | None) -> StackRevision:
     """Return the revision to roll back to: ``number``, or the newest deployed revision before the last.
 
@@ -316,6 +319,12 @@ def before(stack: str, revisions: Sequence[StackRevision], number: int | None) -
     deployed = [one for one in revisions if one.state == DEPLOYED]
     if deployed and deployed[-1] is revisions[-1]:
         deployed.pop()
+    earlier = revisions[:-1]
+    if not deployed and earlier:
+        number = earlier[-1].number
+        raise InvalidArgument(
+            f"{_NONE_DEPLOYED.format(stack)}. skep stack rollback --to {number} {stack} deploys one that failed."
+        )
     return newest_deployed(stack, deployed)
 
 
@@ -361,5 +370,5 @@ def newest_deployed(stack: str, revisions: Sequence[StackRevision]) -> StackRevi
     """
     deployed = [one for one in revisions if one.state == DEPLOYED]
     if not deployed:
-        raise InvalidArgument(f"no earlier revision of {stack} was deployed. Run skep stack history {stack}.")
+        raise InvalidArgument(f"{_NONE_DEPLOYED.format(stack)}. Run skep stack history {stack}.")
     return deployed[-1]

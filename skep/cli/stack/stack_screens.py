@@ -7,13 +7,14 @@ from typing import Any, Final
 import click
 import yaml
 
-from skep.cli.formatting import age, counted
+from skep.cli.formatting import age, counted, size
 from skep.cli.output import Screen, Shown, table
 from skep.cli.running import say, without_code
-from skep.model.needs import host_ports
+from skep.model.needs import CPU_NANO, host_ports
 from skep.model.options.labels import STACK_FILES, STOPPED
 from skep.model.service import ServiceSpec
 from skep.model.task_end import printable
+from skep.model.values.times import exact_duration
 from skep.stack.compose.document import SCALAR_TAG, FileProblem, YamlNode, resolved
 from skep.stack.planning import (
     Difference,
@@ -31,6 +32,10 @@ from skep.stack.revisions import StackRevision
 _COLORS = {PlanAction.CREATE: "green", PlanAction.UPDATE: "yellow", PlanAction.REMOVE: "red"}
 _IMAGE_PATH = "TaskTemplate.ContainerSpec.Image"
 _CONSTRAINTS = "TaskTemplate.Placement.Constraints"
+_TIMES = frozenset(
+    {"Interval", "Timeout", "StartPeriod", "StartInterval", "Delay", "Monitor", "Window", "StopGracePeriod"}
+)
+_BYTES = frozenset({"MemoryBytes", "SizeBytes", "SwapBytes"})
 _VALUE_MAX = 60
 """Characters of a value in a plan."""
 _UNBROKEN: Final = 1 << 20
@@ -251,10 +256,23 @@ def revisions(found: Sequence[StackRevision], now: float) -> Shown:
 
 def line_of(difference: Difference, *, is_wide: bool = False) -> str:
     """Return a line with a field of a spec, before and after."""
-    before, after = (text.replace("\n", "\\n") for text in (difference.before, difference.after))
+    field = difference.path.rpartition(".")[2]
+    before, after = (_value(field, text) for text in (difference.before, difference.after))
     if not is_wide:
         before, after = shortened(before, after)
     return f"{_field(difference.path)}: {before or '(unset)'} -> {after or '(unset)'}"
+
+
+def _value(field: str, text: str) -> str:
+    """Return a value on one line, with its unit if it is a number of nanoseconds, bytes or billionths of a CPU."""
+    if text.isdecimal():
+        if field in _TIMES:
+            return exact_duration(int(text))
+        if field in _BYTES:
+            return size(int(text))
+        if field == "NanoCPUs":
+            return f"{int(text) / CPU_NANO:g} CPUs"
+    return text.replace("\n", "\\n")
 
 
 _STOPPED = f"Labels.{STOPPED}"

@@ -13,6 +13,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
+from skep.manager.cluster import node_name
 from skep.manager.control_loops.informer import run_informer
 from skep.manager.link.channels import Connect, LinkChannels
 from skep.manager.link.pings import Pings
@@ -58,7 +59,7 @@ class ManagerLink:
         self._own = own
         self._clock = clock
         self._random = random
-        self._channels = LinkChannels(connect, self._name)
+        self._channels = LinkChannels(connect, lambda node_id: node_name(store.view(), node_id))
         self._pings = Pings(
             store, own, self._channels, clock, incarnation or Incarnation(1), reports or PeerReports()
         )
@@ -82,10 +83,6 @@ class ManagerLink:
     async def ask(self) -> Set[NodeId]:
         """Ping all managers.  Return the managers that answer soon and have contact with a quorum."""
         return await self._pings.ask()
-
-    def _name(self, manager: NodeId) -> str:
-        node = self._store.view().lookup(Node, manager)
-        return node.shown_name if node is not None else manager
 
     def channel(self, manager: NodeId) -> ManagerChannel:
         """Return the open connection to a manager.  Raises: Unavailable."""

@@ -22,13 +22,13 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import NotFound, PermissionDenied, SkepError, Unavailable
+from skep.manager.cluster import node_name
 from skep.manager.control_loops.informer import run_informer
 from skep.manager.logbroker.selection import (
     absences,
     is_removed,
     kept_lines,
     matches,
-    node_name,
     selected,
     shortfall,
 )

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Set
 import msgspec
 from msgspec.structs import replace
 
+from skep.manager.cluster import node_name
 from skep.model.logs import LogLine, LogQuery, LogStream
 from skep.model.node import Node
 from skep.model.service import Service
@@ -108,12 +109,6 @@ def _absence(view: View, node_id: NodeId) -> str:
         revocation = view.lookup(Revocation, node_id)
         return f"node {(revocation.hostname if revocation is not None else '') or node_id} was removed"
     return f"node {node_name(view, node_id)} does not answer"
-
-
-def node_name(view: View, node_id: NodeId) -> str:
-    """Return the node's host name, or its id without one."""
-    node = view.lookup(Node, node_id)
-    return node.shown_name if node is not None else node_id
 
 
 def _task_name(view: View, id: TaskId) -> str:

@@ -74,6 +74,14 @@ def unix_ns(stamp: str) -> int:
     return (whole - offset_s) * SECOND_NS + int((fraction or "").ljust(9, "0") or 0)
 
 
+def exact_duration(ns: int) -> str:
+    """Return nanoseconds in the largest unit that is exact, as in a Compose file: ``90s``, ``1500ms``."""
+    for unit_ns, unit in ((SECOND_NS, "s"), (10**6, "ms"), (10**3, "us")):
+        if ns % unit_ns == 0:
+            return f"{ns // unit_ns}{unit}"
+    return f"{ns}ns"
+
+
 def duration_ns(text: str) -> int | None:
     """Return a Go duration (``1h30m``) in nanoseconds, less than 2**63, or None if it is invalid."""
     sign = -1 if text.startswith("-") else 1

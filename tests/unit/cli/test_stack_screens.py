@@ -31,6 +31,20 @@ def test_a_wide_screen_has_the_values_whole() -> None:
     assert line_of(one).startswith("Args: ...")
 
 
+@pytest.mark.parametrize(
+    ("path", "before", "after", "shown"),
+    [
+        ("TaskTemplate.ContainerSpec.Healthcheck.Interval", "", "1500000000", "(unset) -> 1500ms"),
+        ("TaskTemplate.Resources.Limits.MemoryBytes", "8388608", "16777216", "8 MiB -> 16 MiB"),
+        ("TaskTemplate.Resources.Limits.NanoCPUs", "500000000", "2000000000", "0.5 CPUs -> 2 CPUs"),
+        ("Mode.Replicated.Replicas", "2", "6", "2 -> 6"),
+        ("Labels.Interval", "soon", "1s", "soon -> 1s"),
+    ],
+)
+def test_values_have_their_unit(path: str, before: str, after: str, shown: str) -> None:
+    assert line_of(Difference(path, before, after)).endswith(f": {shown}")
+
+
 @pytest.mark.parametrize(("mode", "is_warned"), [("host", True), ("ingress", False)])
 def test_a_plan_says_where_start_first_cannot_be_kept(mode: str, is_warned: bool) -> None:
     text = (

@@ -102,6 +102,10 @@ def test_the_one_to_return_to_is_the_last_that_was_deployed_before() -> None:
         InvalidArgument, match=r"^no earlier revision of shop was deployed\. Run skep stack history shop\.$"
     ):
         before("shop", found[:1], None)
+    with pytest.raises(
+        InvalidArgument, match=r"deployed\. skep stack rollback --to 2 shop deploys one that failed"
+    ):
+        before("shop", found[1:], None)
 
 
 def test_the_revisions_to_compare_are_the_last_two_or_those_that_are_named() -> None:
