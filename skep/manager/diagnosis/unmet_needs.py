@@ -51,6 +51,14 @@ async def has_full_network(task: Task, tasks: Iterable[Task], clock: Clock) -> b
     return True
 
 
+def more_addresses(task: Task) -> str:
+    """Return the change that gives addresses to the network for which ``task`` waits, or an empty text."""
+    if NO_ADDRESSES not in task.status.err:
+        return ""
+    network = task.status.err.rpartition(": ")[2].rpartition(" (")[0]
+    return f"skep network update --subnet-add SUBNET {network} adds addresses"
+
+
 def _is_on(task: Task, err: str) -> bool:
     """Return whether the task has an address of the network that ``err`` ends with."""
     return any(

@@ -21,7 +21,7 @@ from skep.manager.diagnosis.explanations import (
 )
 from skep.manager.diagnosis.reasons import CauseKind
 from skep.manager.diagnosis.service_health import explanation_of, service_status
-from skep.manager.diagnosis.unmet_needs import has_full_network
+from skep.manager.diagnosis.unmet_needs import has_full_network, more_addresses
 from skep.manager.orchestrator.replacement.enforcement import overcommitted
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.extensions.placement import accounting_of, names_for
@@ -94,7 +94,7 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
         explanation = replace(explanation, summary=stays or explanation.summary)
     if priority:
         explanation = replace(explanation, summary=f"{explanation.summary}; {priority}")
-    explanation = replace(explanation, smallest_change=found.change)
+    explanation = replace(explanation, smallest_change=found.change or more_addresses(task))
     if task.node_id and elsewhere:
         summary = f"{explanation.summary}; earlier data: {elsewhere[0][1]}"
         explanation = replace(explanation, summary=summary)
@@ -137,7 +137,8 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
     if problem is not None and blocked is not None and problem.kind == CauseKind.NOT_ALLOCATED.value:
         is_full = await has_full_network(blocked, view.find(Task), clock)
         kind = CauseKind.NO_ADDRESS.value if is_full else problem.kind
-        explanation = replace(explanation, problem=replace(problem, kind=kind))
+        change = more_addresses(blocked) if is_full else explanation.smallest_change
+        explanation = replace(explanation, problem=replace(problem, kind=kind), smallest_change=change)
     more = (held_by(view, stack_of_service(service)), damage_of(view, Service, service.id))
     new = (one for one in more if one and one not in explanation.summary)
     return json_response(replace(explanation, summary="; ".join((explanation.summary, *new))))

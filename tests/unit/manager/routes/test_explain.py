@@ -83,6 +83,8 @@ def test_a_network_without_addresses_is_full_for_good_unless_a_task_on_it_stops(
     )
     found = asyncio.run(explained(a_node("n1"), web, db, task, on))
     assert (found["Problem"]["Kind"], found["Reason"]) == (kind, err)
+    change = "skep network update --subnet-add SUBNET tiny adds addresses" if kind == "no-address" else ""
+    assert found.get("SmallestChange", "") == change
 
 
 @pytest.mark.parametrize("has_volume", [False, True])
