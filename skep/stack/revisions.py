@@ -323,7 +323,7 @@ def before(stack: str, revisions: Sequence[StackRevision], number: int | None) -
     if not deployed and earlier:
         number = earlier[-1].number
         raise InvalidArgument(
-            f"{_NONE_DEPLOYED.format(stack)}. skep stack rollback --to {number} {stack} deploys one that failed."
+            f"{_NONE_DEPLOYED.format(stack)}. skep stack rollback --to {number} {stack} deploys a failed revision."
         )
     return newest_deployed(stack, deployed)
 

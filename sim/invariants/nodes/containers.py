@@ -8,9 +8,9 @@ import msgspec
 
 from sim.invariants.committed import Change
 from sim.invariants.nodes.placement import port_violations
-from sim.invariants.services.tasks import may_start_first
+from sim.invariants.services.tasks import is_on_drained_node, may_start_first
 from skep.manager.orchestrator.replacement.restart import stop_seconds_max
-from skep.model.node import Availability, Node, NodeState
+from skep.model.node import Node, NodeState
 from skep.model.options.labels import ON_DISCONNECT, DisconnectPolicy, OnDisconnect, disconnect_policy
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
@@ -43,7 +43,7 @@ class Record(msgspec.Struct):
     failed_at: float | None = None
     """Time at which the store showed that it ended by itself."""
     leaves_drained: bool = False
-    """Whether the node of the slot's previous task was drained when this task was created."""
+    """Whether the node of the slot's previous task, or of one that ran, was drained when this task was created."""
 
 
 class Containers:
@@ -85,8 +85,11 @@ class Containers:
             match event:
                 case Created(Task() as task):
                     slot = self._slots.setdefault(_slot_of(task), [])
-                    before = view.lookup(Node, self._records[slot[-1]].task.node_id) if slot else None
-                    is_drained = before is not None and before.spec.availability is Availability.DRAIN
+                    is_drained = any(
+                        is_on_drained_node(self._records[id].task, view)
+                        for id in slot
+                        if id in self.live or id == slot[-1]
+                    )
                     self._records[task.id] = Record(task, change.time_s, leaves_drained=is_drained)
                     slot.append(task.id)
                 case Updated(Task() as old, Task() as new):
@@ -167,7 +170,8 @@ class Containers:
     def _beside(self, task: Task, now: float, view: View) -> Iterable[str]:
         service = view.lookup(Service, task.service_id)
         own = self._records.get(task.id)
-        if service is None or own is None or may_start_first(service):
+        # The replacement of a task on a drained node starts first, also if the node is active again by then.
+        if service is None or own is None or own.leaves_drained or may_start_first(service):
             return
         slot = self._slots[_slot_of(own.task)]
         for id in slot[: slot.index(task.id)]:

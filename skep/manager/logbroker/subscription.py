@@ -222,7 +222,7 @@ class LogSubscription:
         return self._lines.take(most)
 
     def take_ended(self) -> list[tuple[NodeId, str]]:
-        """Return the nodes whose lines were all taken and that send no more, with the reason, each once.
+        """Return the ended nodes whose lines were all taken, with the reason, each once.
 
         Call it when ``take_many`` returns nothing.  Lines of an ended node may still wait for those of another one.
         """

@@ -103,7 +103,7 @@ def test_the_one_to_return_to_is_the_last_that_was_deployed_before() -> None:
     ):
         before("shop", found[:1], None)
     with pytest.raises(
-        InvalidArgument, match=r"deployed\. skep stack rollback --to 2 shop deploys one that failed"
+        InvalidArgument, match=r"deployed\. skep stack rollback --to 2 shop deploys a failed revision"
     ):
         before("shop", found[1:], None)
 
