@@ -43,7 +43,7 @@ class Record(msgspec.Struct):
     failed_at: float | None = None
     """Time at which the store showed that it ended by itself."""
     leaves_drained: bool = False
-    """Whether the node of the slot's previous task, or of one that ran, was drained when this task was created."""
+    """Whether the slot's previous or running task was on a drained node when this task was created."""
 
 
 class Containers:

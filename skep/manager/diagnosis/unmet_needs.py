@@ -52,7 +52,7 @@ async def has_full_network(task: Task, tasks: Iterable[Task], clock: Clock) -> b
 
 
 def more_addresses(task: Task) -> str:
-    """Return the change that gives addresses to the network for which ``task`` waits, or an empty text."""
+    """Return the command that adds addresses to the network for which ``task`` waits, or an empty text."""
     if NO_ADDRESSES not in task.status.err:
         return ""
     network = task.status.err.rpartition(": ")[2].rpartition(" (")[0]
