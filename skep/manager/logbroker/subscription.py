@@ -224,7 +224,7 @@ class LogSubscription:
     def take_ended(self) -> list[tuple[NodeId, str]]:
         """Return the ended nodes whose lines were all taken, with the reason, each once.
 
-        Call it when ``take_many`` returns nothing.  Lines of an ended node may still wait for those of another node.
+        Call it when ``take_many`` returns nothing.  Lines of an ended node may still wait for another node's lines.
         """
         found = [(node_id, why) for node_id, why in self._ended.items() if not self._lines.has_items(node_id)]
         for node_id, _ in found:

@@ -289,8 +289,7 @@ class SchedulerState:
     def _levels(self, groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
         """Yield the groups of each priority, the highest first, and of these first the tasks that are bound to a node.
 
-        Otherwise a longer wait would give the node of a slot that is updated to another slot, and its data would stay
-        behind.
+        Otherwise a slot that waited longer could take the node of a slot that is updated, away from its data.
         """
         for level in self._priorities.levels(groups, self._view()):
             for chosen in (filterfalse(is_of_many, level), filter(is_of_many, level)):
