@@ -30,7 +30,7 @@ from skep.model.service import (
     TaskSpec,
     UpdateOrder,
 )
-from skep.model.task import TaskState, TaskStatus, VolumeAttachment
+from skep.model.task import Preemption, TaskState, TaskStatus, VolumeAttachment
 from skep.model.values.ids import ServiceId, TaskId
 from skep.model.values.meta import Version
 from skep.model.volume import PublishState, VolumeScope, VolumeSharing
@@ -211,6 +211,16 @@ def test_with_start_first_a_task_that_stops_before_its_replacement_runs_is_rejec
     assert history.violations == []
     history.put(a_task("old", node="w1", state=TaskState.RUNNING, desired=TaskState.SHUTDOWN))
     assert history.violations == ["task old was stopped before ['new'] ran"]
+
+
+def test_with_start_first_a_task_is_preempted_before_its_replacement_runs() -> None:
+    history = History(UpdatesKeepServing())
+    old = a_task("old", node="w1", state=TaskState.RUNNING)
+    history.put(a_node(W1), a_service(UpdateOrder.START_FIRST), old)
+    history.put(a_task("new", image="app:2", node="w1", state=TaskState.PREPARING))
+    preemption = Preemption(task_id=TaskId("t9"), service="db", priority=10)
+    history.put(replace(old, preemption=preemption, desired_state=TaskState.SHUTDOWN))
+    assert history.violations == []
 
 
 def test_with_start_first_a_task_may_be_stopped_in_the_commit_in_which_its_node_is_back() -> None:

@@ -10,7 +10,13 @@ from sim.invariants.services.dependencies import missing_dependencies
 from sim.invariants.services.tasks import reservations
 from skep.manager.scheduler.preemption.preemption import AT_ONCE
 from skep.model.node import Node, NodeState
-from skep.model.options.labels import VolumeAffinity, allows_preemption, priority_of, volume_affinity
+from skep.model.options.labels import (
+    VolumeAffinity,
+    allows_preemption,
+    min_available,
+    priority_of,
+    volume_affinity,
+)
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
@@ -135,7 +141,8 @@ def _would_fit(task: Task, service: Service, node: Node, view: View) -> bool:
     staying = [
         one
         for one in view.find(Task, node_id=node.id)
-        if TaskState.ASSIGNED <= one.status.state <= TaskState.RUNNING and _priority(one, view) >= own
+        if TaskState.ASSIGNED <= one.status.state <= TaskState.RUNNING
+        and (_priority(one, view) >= own or _is_spared(one, view))
     ]
     placement = task.spec.placement
     copies = sum(one.service_id == service.id for one in staying)
@@ -146,6 +153,17 @@ def _would_fit(task: Task, service: Service, node: Node, view: View) -> bool:
         return False
     held = sum(reservations(one).memory_bytes for one in staying)
     return held + reservations(task).memory_bytes <= node.description.resources.memory_bytes
+
+
+def _is_spared(task: Task, view: View) -> bool:
+    """Return whether the disruption budget of the task's service allows no task to be preempted."""
+    service = view.lookup(Service, task.service_id)
+    if service is None or service.spec.mode.replicated is None:
+        return False
+    tasks = view.find(Task, service_id=service.id)
+    running = sum(one.is_wanted and one.status.state is TaskState.RUNNING for one in tasks)
+    minimum = min_available(service.spec.labels, service.spec.replicas)
+    return minimum is not None and 0 < running <= minimum
 
 
 def _priority(task: Task, view: View) -> int:

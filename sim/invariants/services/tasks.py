@@ -259,6 +259,8 @@ class UpdatesKeepServing:
             return
         if new.desired_state is TaskState.REMOVE:
             return  # the whole slot is removed, one task after the other
+        if new.preemption is not None:
+            return  # a task of a higher priority needs its resources
         if new.status.state is not TaskState.RUNNING or node is None or not _takes_tasks(node):
             return
         slot = view.find(Task, slot=f"{new.service_id}/{new.slot or new.node_id}")
