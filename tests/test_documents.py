@@ -300,6 +300,27 @@ def test_every_situation_that_operators_met_has_a_test_that_exists() -> None:
     assert [name for name in named if not exists(name)] == []
 
 
+def test_every_item_of_the_talks_has_one_line_and_tests_that_exist() -> None:
+    """Tests with parameters are named with a page that they run, or a script of the comparison with an engine."""
+    page = ROOT / "docs" / "conformance" / "talks.md"
+    lines = [line.split("|") for line in page.read_text().splitlines() if re.match(r"\| \d+ \|", line)]
+    assert {len(cells) for cells in lines} == {6}
+    assert [int(cells[1]) for cells in lines] == [*range(1, 158)]
+    states = {"works": False, "works with a difference": True, "not yet": True, "nothing to build": None}
+    for cells in lines:
+        state, _, what = cells[3].strip().partition(": ")
+        assert states[state] in (bool(what), None), f"{cells[1]}: a difference is said, and no other"
+        assert "`tests/" in cells[4] or not state.startswith("works"), f"{cells[1]}: no test shows it"
+    named = [name for cells in lines for name in re.findall(r"`([^`]+)`", cells[4])]
+    scripts = ROOT / "tests" / "integration" / "side_by_side" / "script"
+    for test, _, parameter in (name.removesuffix("]").partition("[") for name in named):
+        assert re.fullmatch(r"tests/(\w+/)*test_\w+\.py::test_\w+", test), test
+        assert exists(test), test
+        assert not parameter or (ROOT / parameter).is_file() or (scripts / f"{parameter}.txt").is_file(), (
+            parameter
+        )
+
+
 def test_every_scenario_has_a_test_or_a_reason() -> None:
     page = ROOT / "docs" / "conformance" / "orchestration.md"
     rows = [line.split("|") for line in page.read_text().splitlines() if line.startswith("|")]

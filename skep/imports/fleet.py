@@ -101,6 +101,8 @@ class _Service(msgspec.Struct, frozen=True):
     unit: Unit
     instances: int
     """Number of instances of the unit's template among the files.  0 without a template or without instances."""
+    files: tuple[str, ...]
+    """Names of the unit and of its template's other instances."""
 
 
 def imported(texts: Mapping[str, str], stack: str) -> Imported:
@@ -114,11 +116,11 @@ def imported(texts: Mapping[str, str], stack: str) -> Imported:
     notes: list[Note] = []
     services = list(_services([unit_of(text, name) for name, text in texts.items()]))
     made: dict[str, Any] = {"name": stack, "services": {}}
-    names = {service.name for service in services}
+    files = {service.name: service.files for service in services}
     for service in services:
         if service.name in made["services"]:
             raise InvalidArgument(f"{service.unit.name}: there is a unit {service.name} already")
-        made["services"][service.name] = _Conversion(service, names, notes).entry()
+        made["services"][service.name] = _Conversion(service, files, notes).entry()
     volumes = {
         source: None
         for entry in made["services"].values()
@@ -153,14 +155,14 @@ def _services(units: Sequence[Unit]) -> Iterator[_Service]:
             raise InvalidArgument(
                 f"{found[0].name}: a service's name has letters, digits, dots, dashes and underscores only"
             )
-        yield _Service(name, found[0], instances)
+        yield _Service(name, found[0], instances, tuple(unit.name for unit in found))
 
 
 class _Conversion:
-    def __init__(self, service: _Service, names: set[str], notes: list[Note]) -> None:
+    def __init__(self, service: _Service, files: Mapping[str, tuple[str, ...]], notes: list[Note]) -> None:
         self._service = service
         self._unit = service.unit
-        self._names = names
+        self._files = files
         self._notes = notes
 
     def _note(self, key: str, text: str) -> None:
@@ -182,6 +184,8 @@ class _Conversion:
         if depends_on:
             entry["depends_on"] = list(dict.fromkeys(depends_on))
         entry["deploy"] = self._deploy()
+        if affinities := {key: ",".join(names) for key, names in self._affinities().items() if names}:
+            entry["x-skep"] = affinities
         self._note_rest()
         return {key: self._filled_in(key, one) for key, one in entry.items() if one not in ({}, [])}
 
@@ -244,7 +248,7 @@ class _Conversion:
     def _links(self, entry: dict[str, Any]) -> Iterator[str]:
         for text in entry.pop("links", ()):
             target = text.partition(":")[0].partition("@")[0]
-            if target in self._names:
+            if target in self._files:
                 yield target
             else:
                 self._note("ExecStart --link", f"dropped: {target} is not among the units")
@@ -258,7 +262,7 @@ class _Conversion:
         }
         for word in sorted(words):
             name = word.removesuffix(".service").partition("@")[0]
-            if name in self._names and name != self._service.name:
+            if name in self._files and name != self._service.name:
                 yield name
             elif name not in (
                 "docker",
@@ -276,14 +280,11 @@ class _Conversion:
     def _deploy(self) -> dict[str, Any]:
         made: dict[str, Any] = {}
         is_job = self._unit.last("Service", "Type") == "oneshot"
-        is_global = any(
-            self._unit.last(section, "Global").lower() in ("true", "yes", "1", "on") for section in _SECTIONS
-        )
-        if is_job or is_global:
-            made["mode"] = ("global" if is_global else "replicated") + ("-job" if is_job else "")
-        if self._service.instances > 1 and not is_global:
+        if is_job or self._is_global:
+            made["mode"] = ("global" if self._is_global else "replicated") + ("-job" if is_job else "")
+        if self._service.instances > 1 and not self._is_global:
             made["replicas"] = self._service.instances
-        elif self._unit.name.endswith("@.service") and not is_global:
+        elif self._unit.name.endswith("@.service") and not self._is_global:
             self._note(
                 "replicas", "the files have no instances of this template, so the service has one task"
             )
@@ -305,52 +306,75 @@ class _Conversion:
         delay = self._seconds("RestartSec")
         return {"condition": condition} | ({"delay": delay} if delay else {})
 
+    @property
+    def _is_global(self) -> bool:
+        return any(
+            self._unit.last(section, "Global").lower() in ("true", "yes", "1", "on") for section in _SECTIONS
+        )
+
     def _placement(self) -> dict[str, Any]:
-        constraints: list[str] = []
         made: dict[str, Any] = {}
+        metadata: list[str] = []
         for key, value in self._located():
             match key:
                 case "MachineMetadata":
-                    constraints += self._metadata(value)
+                    metadata += _words(value, self._unit.name)
+                case "Global":
+                    pass
+                case _ if self._is_global:
+                    self._note(f"{key}={value}", "dropped: a global unit may only have MachineMetadata")
                 case "MachineID" | "MachineBootID":
                     self._note(
                         key, f"dropped: nodes of a cluster do not have the id {value}. Give the node a label"
                     )
-                case "MachineOf":
-                    text = "dropped: tasks cannot follow tasks of another service. Select their node by a constraint"
-                    self._note(f"{key}={value}", text)
                 case "Conflicts":
-                    if fnmatchcase(self._unit.name.replace("@.", "@1."), value):
+                    if self._matches(self._service.files, value):
                         made["max_replicas_per_node"] = 1
-                    else:
-                        text = "dropped: tasks cannot avoid tasks of another service"
-                        self._note(f"{key}={value}", text)
                 case "Replaces" | "Weight":
                     self._note(key, "dropped: this setting does not exist")
-                case _ if key != "Global":
+                case _ if key != "MachineOf":
                     self._note(f"[{_FLEET}] {key}", "not known, dropped")
+        constraints = list(_metadata(metadata))
         return made | ({"constraints": constraints} if constraints else {})
 
+    def _affinities(self) -> dict[str, list[str]]:
+        """Return the units of ``MachineOf`` and ``Conflicts`` as services near which and apart from which to run."""
+        found: dict[str, list[str]] = {"affinity": [], "anti-affinity": []}
+        for key, value in () if self._is_global else self._located():
+            if key == "MachineOf":
+                near = [name for name in self._matching(value) if name != self._service.name]
+                found["affinity"] += near
+                if not near:
+                    self._note(f"{key}={value}", "dropped: no other unit has this name")
+                elif len(self._files[near[0]]) > 1:
+                    text = f"tasks run on nodes with any task of {near[0]}, not with one instance"
+                    self._note(f"{key}={value}", text)
+            elif key == "Conflicts":
+                apart = self._matching(value)
+                found["anti-affinity"] += [name for name in apart if name != self._service.name]
+                if not apart:
+                    self._note(f"{key}={value}", "dropped: none of the units has such a name")
+        return {key: list(dict.fromkeys(names)) for key, names in found.items()}
+
+    def _matching(self, pattern: str) -> list[str]:
+        return [name for name, files in self._files.items() if self._matches(files, pattern)]
+
+    def _matches(self, files: Iterable[str], pattern: str) -> bool:
+        """Return whether fleet's pattern matches one of the units.  A template stands for its first instance."""
+        return any(fnmatchcase(file.replace("@.", "@1."), pattern) for file in files)
+
     def _located(self) -> Iterator[tuple[str, str]]:
+        """Yield the settings that select machines, by their present names, with systemd's specifiers expanded."""
         for (section, key), values in self._unit.settings.items():
             if section in _SECTIONS:
-                yield from ((key, value) for value in values)
+                present = key.removeprefix("X-Condition").removeprefix("X-")
+                yield from ((present, self._expanded(value)) for value in values)
 
-    def _metadata(self, line: str) -> Iterator[str]:
-        """Yield constraints for metadata.
-
-        In fleet, all keys must match, but only one of several values of a key, which constraints cannot express.
-        """
-        wanted: dict[str, list[str]] = {}
-        for word in _words(line, self._unit.name):
-            key, _, value = word.partition("=")
-            wanted.setdefault(key, []).append(value)
-        for key, values in wanted.items():
-            if len(values) == 1:
-                yield f"node.labels.{key}=={values[0]}"
-            else:
-                text = f"dropped: any of {', '.join(values)}. Give the nodes that have one of them a common label"
-                self._note(f"MachineMetadata {key}", text)
+    def _expanded(self, text: str) -> str:
+        prefix, _, instance = self._unit.name.removesuffix(".service").partition("@")
+        unit = self._unit.name
+        known = {"n": unit, "N": unit.removesuffix(".service"), "p": prefix, "i": instance or "1", "%": "%"}
+        return re.sub(r"%([nNpi%])", lambda match: known[match[1]], text)
 
     # -- the rest -------------------------------------------------------------------------------------------------
 
@@ -405,3 +429,16 @@ def _words(command: str, name: str) -> list[str]:
         return shlex.split(command.lstrip("-@+!"))
     except ValueError as error:
         raise InvalidArgument(f"{name}: {command!r}: {error}") from None
+
+
+def _metadata(words: Iterable[str]) -> Iterator[str]:
+    """Yield constraints for metadata.  A machine needs all keys, with one of the values of each."""
+    wanted: dict[str, list[str]] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        wanted.setdefault(key, []).append(value)
+    for key, values in wanted.items():
+        if len(values) == 1:
+            yield f"node.labels.{key}=={values[0]}"
+        else:
+            yield f"node.labels.{key} in ({', '.join(values)})"

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import NameOID
 
 from skep.security.authority import Authority
 from skep.security.tokens import join_token
@@ -118,6 +120,29 @@ def test_swarm_ca_rotate_ends_with_a_new_root_everywhere_and_no_task_moved(trio:
     wait_until(lambda: peer_roots_of(trio, "m1") == new_root, "etcd's files have the new root")
     # The manager goes on: etcd was restarted, and what was written before is there.
     said(m1, "service", "update", "--detach", "--label-add", "x=y", "web")
+
+
+def test_a_cluster_has_a_root_a_certificate_for_each_node_and_two_tokens_for_the_root(
+    trio: TestCluster, m1: TestNode
+):
+    root = x509.load_pem_x509_certificate(said(m1, "swarm", "ca").encode())
+    root.verify_directly_issued_by(root)
+    certificates = [certificate_of(trio, name) for name in ("m1", "w1", "w2")]
+    for certificate in certificates:
+        certificate.verify_directly_issued_by(root)
+    keys = {
+        one.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo) for one in certificates
+    }
+    assert len(keys) == 3, "each node has a key of its own"
+    roles = [
+        one.subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)[0].value for one in certificates
+    ]
+    assert roles == ["swarm-manager", "swarm-worker", "swarm-worker"]
+    tokens = swarm_of(m1)["JoinTokens"]
+    secrets = {role: token.rpartition("-")[2] for role, token in tokens.items()}
+    assert secrets["Worker"] != secrets["Manager"]
+    trusted = said(m1, "swarm", "ca").encode()
+    assert tokens == {role: join_token(trusted.rstrip() + b"\n", secret) for role, secret in secrets.items()}
 
 
 def test_join_token_rotate_changes_one_token_and_q_prints_nothing_else(m1: TestNode):

@@ -161,3 +161,18 @@ def test_a_service_without_a_name_gets_a_readable_one(m1: TestNode, cli: str) ->
     id = m1.docker("service", "create", "--detach", IMAGE, *IDLE, cli=cli).stdout.strip()
     name = m1.docker("service", "ls", "--filter", f"id={id}", "--format", "{{.Name}}", cli=cli).stdout.strip()
     assert re.fullmatch(r"[a-z]+_[a-z]+", name)
+
+
+def test_several_services_are_scaled_by_one_command(m1: TestNode, web: str, cli: str) -> None:
+    create(m1, "api", 2)
+    said = m1.docker("service", "scale", "--detach", f"{web}=3", "api=1", cli=cli).stdout
+    assert {"web scaled to 3", "api scaled to 1"} <= set(said.splitlines())
+    wait_running(m1, web, 3)
+    wait_running(m1, "api", 1)
+
+
+def test_a_container_is_named_by_its_service_slot_or_node_and_task(m1: TestNode, web: str, cli: str) -> None:
+    m1.docker("service", "create", "--detach", "--name", "every", "--mode", "global", IMAGE, *IDLE, cli=cli)
+    expected = {f"web.{task['Slot']}.{task['ID']}" for task in wait_running(m1, web, 2)}
+    expected |= {f"every.{task['NodeID']}.{task['ID']}" for task in wait_running(m1, "every", 1)}
+    assert set(m1.docker("ps", "--format", "{{.Names}}", cli=cli).stdout.split()) == expected

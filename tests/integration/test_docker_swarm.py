@@ -46,6 +46,7 @@ def test_a_swarm_is_founded_joined_updated_and_left(fresh: tuple[TestNode, TestN
     assert re.search(r"Swarm initialized: current node \([0-9a-z]{25}\) is now a manager\.", said)
     command = re.search(r"^ +docker (swarm join --token \S+ \S+)$", said, re.MULTILINE)
     assert command is not None
+    assert "docker swarm join-token manager" in said
     shown = manager.docker("swarm", "join-token", "worker", cli=cli).stdout
     assert command[1] in shown
 

@@ -1,6 +1,7 @@
 """The life of a service through real clients: create, scale, update, crash, remove."""
 
 import os
+import re
 import signal
 
 import pytest
@@ -81,7 +82,10 @@ def test_a_killed_container_is_replaced_and_stays_in_history(m1: TestNode) -> No
     assert failed["Status"]["State"] == "failed"
     assert failed["Status"]["ContainerStatus"]["ExitCode"] == 137
     assert "non-zero exit (137)" in failed["Status"]["Err"]
-    assert "Failed" in m1.docker("service", "ps", "web").stdout
+    rows = m1.docker("service", "ps", "web").stdout
+    assert re.search(rf"^{dead[:12]} +\\_ web\.{failed['Slot']} .* Shutdown +Failed", rows, re.MULTILINE), (
+        rows
+    )
 
 
 def test_a_removed_service_leaves_no_container_and_no_task(m1: TestNode) -> None:

@@ -1,5 +1,7 @@
 """Updates and rollbacks through the docker command: what they stop, what they leave, and what they say in the end."""
 
+from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -29,6 +31,11 @@ def tasks(m1: TestNode) -> list[dict[str, Any]]:
 
 def running(m1: TestNode) -> set[str]:
     return {task["ID"] for task in tasks(m1) if task["Status"]["State"] == "running"}
+
+
+def seconds(moment: str) -> float:
+    """The API's time in seconds."""
+    return datetime.fromisoformat(f"{moment[:19]}+00:00").timestamp() + float(f"0.{moment[20:].rstrip('Z')}")
 
 
 def status(m1: TestNode) -> dict[str, Any]:
@@ -170,3 +177,15 @@ def test_a_service_that_is_scaled_during_its_update_has_all_tasks_and_all_are_ne
     assert not running(m1) & before
     specs = [task["Spec"]["ContainerSpec"] for task in tasks(m1) if task["ID"] in running(m1)]
     assert [spec.get("Env") for spec in specs] == [["A=1"]] * 5
+
+
+def test_a_policy_that_was_set_once_counts_for_later_updates(m1: TestNode) -> None:
+    """By two at a time with a pause: of four new tasks, the third comes after the pause, and no other does."""
+    create(m1, "--replicas", "4")
+    before = running(m1)
+    update(m1, "--update-parallelism", "2", "--update-delay", "4s")
+    assert running(m1) == before, "the policy itself replaces nothing"
+    update(m1, "--env-add", "A=1")
+    assert status(m1)["State"] == "completed"
+    moments = sorted(seconds(task["CreatedAt"]) for task in tasks(m1) if task["ID"] not in before)
+    assert [later - earlier > 3 for earlier, later in pairwise(moments)] == [False, True, False]

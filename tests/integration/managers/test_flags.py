@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.support.machines.playground_rig import TestCluster, TestNode, a_playground, wait_until
+from tests.support.machines.playground_rig import (
+    IMAGE,
+    TestCluster,
+    TestNode,
+    a_playground,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -134,3 +141,45 @@ def test_join_takes_every_flag(machines: TestCluster) -> None:
     assert "This node is already part of a swarm" in again
     m3.docker("swarm", "leave")
     wait_until(lambda: swarm(m3)["LocalNodeState"] == "inactive", "it has left")
+
+
+def test_the_token_says_what_joins_and_a_rotated_one_is_refused_while_members_stay(
+    machines: TestCluster,
+) -> None:
+    m1, m3 = machines.node("m1"), machines.node("m3")
+
+    def join(token: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return m3.docker("swarm", "join", "--token", token, f"{m1.description['addr']}:2377", check=check)
+
+    def is_listed(words: str) -> bool:
+        shown = m1.docker("node", "ls", "--format", "{{.Hostname}} {{.Status}} {{.ManagerStatus}}").stdout
+        return f"m3 {words}" in [line.strip() for line in shown.splitlines()]
+
+    def leave() -> None:
+        m3.docker("swarm", "leave", "--force")
+        wait_until(lambda: is_listed("Down"), "it has left")
+        m1.docker("node", "rm", "m3")
+
+    tokens = {
+        role: m1.docker("swarm", "join-token", "-q", role).stdout.strip() for role in ("worker", "manager")
+    }
+    assert join(tokens["worker"]).stdout == "This node joined a swarm as a worker.\n"
+    wait_until(lambda: is_listed("Ready"), "the worker is ready")
+    m1.docker("swarm", "join-token", "--rotate", "worker")
+    m1.docker(
+        "service", "create", "--name", "web", "--constraint", "node.hostname==m3", IMAGE, "sleep", "600"
+    )
+    wait_running(m1, "web", 1)
+    m1.docker("service", "rm", "web")
+    leave()
+    assert (
+        "A valid join token is necessary to join this cluster" in join(tokens["worker"], check=False).stderr
+    )
+    assert swarm(m3)["LocalNodeState"] == "inactive"
+
+    assert join(tokens["manager"]).stdout == "This node joined a swarm as a manager.\n"
+    wait_until(lambda: is_listed("Ready Reachable"), "the manager is ready")
+    m1.docker("node", "demote", "m3")
+    wait_until(lambda: is_listed("Ready"), "it is a worker")
+    wait_until(lambda: not swarm(m3)["ControlAvailable"], "it knows")
+    leave()

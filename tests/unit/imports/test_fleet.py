@@ -85,7 +85,8 @@ def test_instances_of_a_template_are_the_replicas_of_a_service() -> None:
     [
         ("[X-Fleet]\nMachineOf=db.service", "MachineOf=db.service: dropped"),
         ("[X-Fleet]\nMachineID=abc", "MachineID: dropped"),
-        ('[X-Fleet]\nMachineMetadata="a=1" "a=2"', "MachineMetadata a: dropped: any of 1, 2"),
+        ("[X-Fleet]\nGlobal=true\nMachineOf=a.service", "MachineOf=a.service: dropped: a global unit"),
+        ("[X-Fleet]\nGlobal=true\nConflicts=a.service", "Conflicts=a.service: dropped: a global unit"),
         ("[X-Fleet]\nConflicts=other.service", "Conflicts=other.service: dropped"),
         ("[X-Fleet]\nFuture=x", "[X-Fleet] Future: not known, dropped"),
         ("[Service]\nExecStartPre=/bin/etcdctl set x y", "ExecStartPre: dropped"),
@@ -167,3 +168,77 @@ def test_a_variable_without_a_value_gets_that_of_the_unit() -> None:
     assert note == (
         "services.a: ExecStart --env: OTHER has no value here: each deploy uses the value in its own environment"
     )
+
+
+def placed(x_fleet: str, **others: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the entry of ``web.service`` beside ``others``, and all notes."""
+    texts = {
+        name: f"[Service]\nExecStart=docker run busybox\n[X-Fleet]\n{text}" for name, text in others.items()
+    }
+    web = f"[Service]\nExecStart=docker run busybox\n[X-Fleet]\n{x_fleet}"
+    made = imported({"web.service": web, **{f"{name}.service": text for name, text in texts.items()}}, "shop")
+    assert read_back(made.document)[1].problems == []
+    return made.document["services"]["web"], [str(one) for one in made.notes]
+
+
+def test_a_machine_has_every_key_of_the_metadata_with_one_of_its_values() -> None:
+    entry, notes = placed(
+        'MachineMetadata="disk=ssd" "region=us-east-1"\nMachineMetadata=region=us-west-1\nMachineMetadata=region=eu'
+    )
+    assert entry["deploy"]["placement"] == {
+        "constraints": ["node.labels.disk==ssd", "node.labels.region in (us-east-1, us-west-1, eu)"]
+    }
+    assert notes == []
+
+
+@pytest.mark.parametrize("setting", ["MachineOf=db.service", "X-ConditionMachineOf=db.service"])
+def test_a_unit_runs_on_the_machine_of_another_one(setting: str) -> None:
+    entry, notes = placed(setting, db="")
+    assert entry["x-skep"] == {"affinity": "db"}
+    assert notes == []
+
+
+def test_a_unit_runs_apart_from_those_with_which_it_conflicts() -> None:
+    entry, notes = placed(
+        "Conflicts=d?.service\nX-Conflicts=cache*\nConflicts=gone@*.service", db="", cache="", mail=""
+    )
+    assert entry["x-skep"] == {"anti-affinity": "db,cache"}
+    assert "placement" not in entry["deploy"]
+    assert notes == ["services.web: Conflicts=gone@*.service: dropped: none of the units has such a name"]
+
+
+def test_a_unit_that_conflicts_with_every_unit_has_its_machine_to_itself() -> None:
+    entry, notes = placed("Conflicts=*", db="")
+    assert entry["x-skep"] == {"anti-affinity": "db"}
+    assert entry["deploy"]["placement"] == {"max_replicas_per_node": 1}
+    assert notes == []
+
+
+def test_a_specifier_in_a_rule_of_placement_is_the_units_name() -> None:
+    units = {
+        "web@1.service": "[Service]\nExecStart=docker run busybox\n[X-Fleet]\nMachineOf=%p-data@%i.service",
+        "web-data@1.service": "[Service]\nExecStart=docker run busybox",
+        "web-data@2.service": "[Service]\nExecStart=docker run busybox",
+    }
+    made = imported(units, "shop")
+    assert made.document["services"]["web"]["x-skep"] == {"affinity": "web-data"}
+    (note,) = map(str, made.notes)
+    assert note == (
+        "services.web: MachineOf=web-data@1.service: "
+        "tasks run on nodes with any task of web-data, not with one instance"
+    )
+
+
+def test_the_labels_of_the_stack_name_its_services() -> None:
+    unit = "[Service]\nExecStart=docker run busybox\n[X-Fleet]\n"
+    made = imported(
+        {
+            "web.service": f"{unit}MachineOf=db.service\nConflicts=mail.service",
+            "db.service": unit,
+            "mail.service": unit,
+        },
+        "shop",
+    )
+    stack, _ = read_back(made.document)
+    labels = stack.services["web"].spec.labels
+    assert (labels["skep.affinity"], labels["skep.anti-affinity"]) == ("shop_db", "shop_mail")

@@ -8,12 +8,21 @@ from skep.manager.allocator.attachments import (
     AttachedTask,
     NotAttached,
     attachments_for,
+    virtual_ips_for,
     wanted_networks,
 )
 from skep.model.network import IPAMConfig, Network, NetworkSpec
-from skep.model.service import EndpointSpec, NetworkAttachmentConfig, PortConfig, PublishMode, ServiceSpec
+from skep.model.service import (
+    Endpoint,
+    EndpointSpec,
+    NetworkAttachmentConfig,
+    PortConfig,
+    PublishMode,
+    Service,
+    ServiceSpec,
+)
 from skep.model.task import NetworkAttachment
-from skep.model.values.ids import NetworkId
+from skep.model.values.ids import NetworkId, ServiceId
 from skep.model.values.meta import Driver
 from tests.support.builders import a_service_spec, an_overlay
 
@@ -128,3 +137,20 @@ def test_published_ports_attach_a_task_to_the_ingress_network_first_if_needed() 
     without = attachments(spec)
     assert isinstance(without, AttachedTask)
     assert [one.network and one.network.id for one in without.attachments] == ["net1"]
+
+
+def test_a_service_keeps_its_virtual_address_over_updates() -> None:
+    allocations = AddressAllocations()
+
+    def allocate(network: Network, version: int) -> str:
+        (address,) = allocations.allocate_all("service", network, ())
+        return address
+
+    web = Service(id=ServiceId("web"), spec=attached_to("net1"))
+    first = virtual_ips_for(web, NETWORKS, allocate)
+    assert [one.addr for one in first] == ["10.0.1.2/24"]
+    changed = replace(attached_to("net1", "ingress"), labels={"a": "b"})
+    updated = replace(web, spec=changed, endpoint=Endpoint(virtual_ips=first))
+    assert virtual_ips_for(updated, NETWORKS, allocate)[0] == first[0]
+    round_robin = replace(changed, endpoint_spec=EndpointSpec(mode="dnsrr"))
+    assert virtual_ips_for(replace(updated, spec=round_robin), NETWORKS, allocate) == ()
