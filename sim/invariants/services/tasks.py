@@ -9,7 +9,7 @@ from sim.invariants.nodes.affinity import forbidden
 from sim.invariants.nodes.disks import has_full_disk
 from sim.invariants.nodes.placement import constraints_of, host_ports, meets
 from skep.manager.orchestrator.slots import age
-from skep.manager.verify.rules import Violation
+from skep.manager.verify.rules import InvariantViolation
 from skep.manager.verify.tasks import (
     crowded_job,
     crowded_slot,
@@ -91,7 +91,7 @@ def nodes_are_not_overcommitted(change: Change, view: View) -> Iterable[str]:
                     yield from _texts(too_many_copies(node, copies, placement.max_replicas))
 
 
-def _texts(violations: Iterable[Violation]) -> Iterable[str]:
+def _texts(violations: Iterable[InvariantViolation]) -> Iterable[str]:
     return (one.text for one in violations)
 
 

@@ -6,7 +6,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_interface, ip_network
 from itertools import pairwise
 from typing import TypeAlias
 
-from skep.manager.verify.rules import Violation
+from skep.manager.verify.rules import InvariantViolation
 from skep.model.network import Network
 from skep.model.networks.data_planes import is_overlay
 from skep.model.node import Node
@@ -67,7 +67,7 @@ class Holders:
             if first is not object:
                 self._shared.setdefault(holding, [first]).append(object)
 
-    def violations(self) -> Iterator[Violation]:
+    def violations(self) -> Iterator[InvariantViolation]:
         """Yield the holdings with several holders."""
         for holding, holders in sorted(self._shared.items(), key=str):
             yield shared_holding(holding, [owner_name(one) for one in holders], holders)
@@ -78,13 +78,17 @@ def owner_name(object: Holder) -> str:
     return f"{type(object).__name__} {object.id}"
 
 
-def shared_holding(holding: Holding, owners: Iterable[str], objects: Iterable[Holder] = ()) -> Violation:
+def shared_holding(
+    holding: Holding, owners: Iterable[str], objects: Iterable[Holder] = ()
+) -> InvariantViolation:
     """Return the violation that ``owners`` hold one address or port."""
     text = f"{' '.join(map(str, holding))} is held by {sorted(owners)}"
     lasting = tuple(
         one for one in objects if not isinstance(one, Node)
     )  # a node's record changes with its load
-    return Violation("address", text, lasting, tuple(one.id for one in objects if isinstance(one, Node)))
+    return InvariantViolation(
+        "address", text, lasting, tuple(one.id for one in objects if isinstance(one, Node))
+    )
 
 
 def networks_in_use(view: View) -> Mapping[str, Network]:
@@ -103,7 +107,7 @@ def add_attached(task: Task, networks: dict[str, Network]) -> None:
                 networks.setdefault(attachment.network.id, attachment.network)
 
 
-def mixed_networks(networks: Mapping[str, Network]) -> Iterator[Violation]:
+def mixed_networks(networks: Mapping[str, Network]) -> Iterator[InvariantViolation]:
     """Yield pairs of overlay networks that share a VXLAN id or overlap."""
     by_vxlan: dict[str, list[Network]] = defaultdict(list)
     subnets: list[tuple[int, int, int, IPv4Network | IPv6Network, Network]] = []
@@ -119,7 +123,7 @@ def mixed_networks(networks: Mapping[str, Network]) -> Iterator[Violation]:
     for vxlan, sharing in sorted(by_vxlan.items()):
         for first, second in pairwise(sharing):
             text = f"networks {first.id} and {second.id} both have the VXLAN id {[vxlan]}"
-            yield Violation("network", text, (first, second))
+            yield InvariantViolation("network", text, (first, second))
     subnets.sort(key=lambda one: (one[0], one[1], -one[2], one[-1].id))
     around: list[tuple[int, int, int, IPv4Network | IPv6Network, Network]] = []
     for present in subnets:
@@ -130,11 +134,11 @@ def mixed_networks(networks: Mapping[str, Network]) -> Iterator[Violation]:
             if other[-1].id != present[-1].id:
                 one, two = sorted((other, present), key=lambda each: each[-1].id)
                 text = f"networks {one[-1].id} and {two[-1].id} overlap: {one[-2]} and {two[-2]}"
-                yield Violation("network", text, (one[-1], two[-1]))
+                yield InvariantViolation("network", text, (one[-1], two[-1]))
         around.append(present)
 
 
-def unreachable(task: Task, view: View) -> Iterator[Violation]:
+def unreachable(task: Task, view: View) -> Iterator[InvariantViolation]:
     """Yield the networks of a task with a node on which it has no address."""
     if not (TaskState.PENDING <= task.status.state <= TaskState.RUNNING and task.is_wanted):
         return
@@ -142,7 +146,9 @@ def unreachable(task: Task, view: View) -> Iterator[Violation]:
     wanted = {id for id, network in networks.items() if network is None or is_overlay(network)}
     has = {one.network.id for one in task.networks_attachments if one.network is not None and one.addresses}
     if not wanted <= has:
-        yield Violation("unreachable", f"task {task.id} has no address on {sorted(wanted - has)}", (task,))
+        yield InvariantViolation(
+            "unreachable", f"task {task.id} has no address on {sorted(wanted - has)}", (task,)
+        )
 
 
 def _vxlan_ids(network: Network) -> set[str]:

@@ -6,14 +6,14 @@ from functools import partial
 
 from skep.manager.orchestrator.reaper.history import DEFAULT_LIMIT, history_limit
 from skep.manager.orchestrator.reaper.state import unreported
-from skep.manager.verify.rules import Violation
+from skep.manager.verify.rules import InvariantViolation
 from skep.model.container import ContainerSpec
 from skep.model.node import Node, NodeState
 from skep.model.secret import Config, Secret
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
-from skep.model.values.ids import ServiceId, TaskId
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.volume import Volume
 from skep.store.interface import View
 from skep.store.kinds import Payload, SpecVersion
@@ -31,43 +31,42 @@ def history_limit_of(view: View) -> int:
     return DEFAULT_LIMIT if limit is None else limit
 
 
-def leftover_tasks(service: Service, tasks: Sequence[Task], limit: int, view: View) -> Iterator[Violation]:
+def leftover_tasks(
+    service: Service, tasks: Sequence[Task], limit: int, view: View, down: Collection[NodeId] = ()
+) -> Iterator[InvariantViolation]:
     """Yield the tasks of a service at rest that the history does not keep.
 
-    Tasks of nodes that are down do not count, because they are kept until their end is known.
+    Args:
+        down: Nodes that are down.  Their tasks do not count, because they are kept until their end is known.
     """
-    tasks = [one for one in tasks if not _is_silent(one, view)]
+    if down:
+        tasks = [one for one in tasks if one.node_id not in down]
     if limit >= 0:
         per_slot = history_limit(service, limit) + EXTRA
         sizes = Counter(task.slot or task.node_id for task in tasks)
         for slot, size in sizes.items():
             if size > per_slot:
                 text = f"slot {service.id}/{slot} has {size} tasks, more than {per_slot}"
-                yield Violation("leftover", text, (service,))
+                yield InvariantViolation("leftover", text, (service,))
     gone = [
         task for task in tasks if not task.slot and task.node_id and view.lookup(Node, task.node_id) is None
     ]
     if gone:
         text = f"{len(gone)} tasks of {service.spec.name} are of slots of removed nodes: {gone[0].id}"
-        yield Violation("leftover", text, tuple(gone))
+        yield InvariantViolation("leftover", text, tuple(gone))
     slots = _slots(service)
     if slots is not None and len({task.slot or task.node_id for task in tasks}) > slots:
         waiting = _waiting(view, service, tasks)
         used = {task.slot or task.node_id for task in tasks if task.id not in waiting}
         if len(used) > slots:
             text = f"{service.spec.name} has {len(used)} slots with tasks, not {slots}"
-            yield Violation("leftover", text, (service,))
+            yield InvariantViolation("leftover", text, (service,))
 
 
-def _is_silent(task: Task, view: View) -> bool:
-    node = view.lookup(Node, task.node_id) if task.node_id else None
-    return node is not None and node.status.state is NodeState.DOWN
-
-
-def ownerless_task(task: Task, view: View) -> Iterator[Violation]:
+def ownerless_task(task: Task, view: View) -> Iterator[InvariantViolation]:
     """Yield a task of a service that does not exist."""
     if task.service_id and view.lookup(Service, task.service_id) is None:
-        yield Violation("leftover", f"task {task.id} is of a service that is gone", (task,))
+        yield InvariantViolation("leftover", f"task {task.id} is of a service that is gone", (task,))
 
 
 def _waiting(view: View, service: Service, tasks: Sequence[Task]) -> Collection[TaskId]:
@@ -87,36 +86,39 @@ def _slots(service: Service) -> int | None:
     return service.spec.replicas if mode.global_ is None else None
 
 
-def unused_version(version: SpecVersion, view: View) -> Iterator[Violation]:
+def unused_version(version: SpecVersion, view: View) -> Iterator[InvariantViolation]:
     """Yield a stored spec that no task was made from."""
     service = view.lookup(Service, version.service_id)
     if service is None:
-        yield Violation("leftover", f"spec {version.id} is of a service that is gone", (version,))
+        yield InvariantViolation("leftover", f"spec {version.id} is of a service that is gone", (version,))
         return
     pinned = service.job_status.spec_version if service.job_status is not None else None
     used = {task.spec_version for task in view.find(Task, service_id=service.id)}
     if version.index not in {one.index for one in (*used, service.spec_version, pinned) if one is not None}:
-        yield Violation("leftover", f"spec {version.id} is used by no task", (version,))
+        yield InvariantViolation("leftover", f"spec {version.id} is used by no task", (version,))
 
 
-def other_leftovers(view: View) -> Iterator[Violation]:
+def other_leftovers(view: View) -> Iterator[InvariantViolation]:
     """Yield records of removed services and nodes."""
     for payload in view.find(Payload):
         kind, _, owner = payload.id.partition("/")
         if kind.startswith("registry") and view.lookup(Service, ServiceId(owner)) is None:
-            yield Violation("leftover", f"payload {payload.id} is of a service that is gone", (payload,))
+            yield InvariantViolation(
+                "leftover", f"payload {payload.id} is of a service that is gone", (payload,)
+            )
     for volume in view.find(Volume):
         for one in volume.publish_status:
             if view.lookup(Node, one.node_id) is None:
                 text = f"volume {volume.id} is published on a node that is gone"
-                yield Violation("leftover", text, (volume,))
+                yield InvariantViolation("leftover", text, (volume,))
 
 
-def leftovers(view: View) -> Iterator[Violation]:
+def leftovers(view: View) -> Iterator[InvariantViolation]:
     """Yield all leftovers of a cluster at rest, in which services, slots and nodes limit the number of objects."""
     limit = history_limit_of(view)
+    down = {one.id for one in view.find(Node) if one.status.state is NodeState.DOWN}
     for service in view.find(Service):
-        yield from leftover_tasks(service, view.find(Task, service_id=service.id), limit, view)
+        yield from leftover_tasks(service, view.find(Task, service_id=service.id), limit, view, down)
     for task in view.find(Task):
         yield from ownerless_task(task, view)
     for version in view.find(SpecVersion):
@@ -124,7 +126,7 @@ def leftovers(view: View) -> Iterator[Violation]:
     yield from other_leftovers(view)
 
 
-def missing_files(service: Service, tasks: Iterable[Task], view: View) -> Iterator[Violation]:
+def missing_files(service: Service, tasks: Iterable[Task], view: View) -> Iterator[InvariantViolation]:
     """Yield the secrets and configs that a service uses, or the current run of a job, and that do not exist.
 
     The run keeps the spec of its start.
@@ -146,4 +148,6 @@ def missing_files(service: Service, tasks: Iterable[Task], view: View) -> Iterat
         for kind, id, name in used:
             if view.lookup(kind, id) is None and id not in view.unreadable(kind):
                 words = f"{kind.__name__.lower()} {name} of {service.spec.name}"
-                yield Violation("reference", f"{words} was removed, and {user} uses it", (service,), (id,))
+                yield InvariantViolation(
+                    "reference", f"{words} was removed, and {user} uses it", (service,), (id,)
+                )

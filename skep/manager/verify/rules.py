@@ -1,6 +1,6 @@
 """The invariants that the stored state shows, and what the violation of each one means."""
 
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -8,7 +8,7 @@ from skep.model.task import Task
 from skep.store.interface import Object
 
 
-class Rule(msgspec.Struct, frozen=True):
+class Invariant(msgspec.Struct, frozen=True):
     """An invariant: the meaning of its violation, and what to do about it."""
 
     meaning: str
@@ -17,49 +17,49 @@ class Rule(msgspec.Struct, frozen=True):
 
 _RECREATE: Final = "Recreate the tasks: docker service update --force SERVICE."
 
-RULES: Final[dict[str, Rule]] = {
-    "slot": Rule(
+RULES: Final[dict[str, Invariant]] = {
+    "slot": Invariant(
         "A slot of a service has more tasks than one, so the service runs more tasks than its spec says.",
         "Scale the service down and up again.",
     ),
-    "job": Rule(
+    "job": Invariant(
         "A job has more tasks at a time than its limit.", "Remove the job, or wait until its run has ended."
     ),
-    "name": Rule(
+    "name": Invariant(
         "Two services have one name, so the name resolves to only one of them.",
         "Remove one of the services by its ID.",
     ),
-    "address": Rule(
+    "address": Invariant(
         "Two objects hold one address or published port, so connections may reach the wrong one.",
         "Recreate the tasks of one of them: docker service update --force SERVICE.",
     ),
-    "network": Rule(
+    "network": Invariant(
         "Two networks share a VXLAN ID or a subnet, so that their packets may mix.",
         "Create one of the networks again, and move its services there.",
     ),
-    "unreachable": Rule(
+    "unreachable": Invariant(
         "A task runs without an address on one of its networks, so nothing reaches it there.", _RECREATE
     ),
-    "host-port": Rule("Two tasks on a node hold the same port of the machine.", _RECREATE),
-    "overcommitted": Rule(
+    "host-port": Invariant("Two tasks on a node hold the same port of the machine.", _RECREATE),
+    "overcommitted": Invariant(
         "Tasks on a node have reserved more than the node has.",
         "Drain the node and activate it again, or lower reservations.",
     ),
-    "copies": Rule("A node has more tasks of a service than the service allows on a node.", _RECREATE),
-    "constraints": Rule("A task runs on a node that does not meet its constraints.", _RECREATE),
-    "volume": Rule(
+    "copies": Invariant("A node has more tasks of a service than the service allows on a node.", _RECREATE),
+    "constraints": Invariant("A task runs on a node that does not meet its constraints.", _RECREATE),
+    "volume": Invariant(
         "Tasks use a cluster volume that they cannot share, so its data may be damaged.",
         "Scale one of the services to 0 now, and check the data.",
     ),
-    "reference": Rule(
+    "reference": Invariant(
         "A service uses a secret or config that does not exist, so new tasks cannot start.",
         "Create it again, and update the service with the new one.",
     ),
-    "leftover": Rule(
+    "leftover": Invariant(
         "Records are kept that belong to nothing any longer, and fill the store.",
         "Restart the leader's daemon, so that another manager leads and cleans up.",
     ),
-    "backwards": Rule(
+    "backwards": Invariant(
         "The state of a task went back, so a part of the cluster works with old data.",
         "Run skep doctor. After a restore of single machines, restore the whole cluster.",
     ),
@@ -67,7 +67,11 @@ RULES: Final[dict[str, Rule]] = {
 """Rules by name, the most urgent first within their subject.  The simulation checks the same functions."""
 
 
-class Violation(msgspec.Struct, frozen=True):
+ViolationKey: TypeAlias = tuple[str, tuple[str, ...]]
+"""A rule, and the ids of the objects that violate it."""
+
+
+class InvariantViolation(msgspec.Struct, frozen=True):
     """One violation.
 
     Attributes:
@@ -82,7 +86,7 @@ class Violation(msgspec.Struct, frozen=True):
     ids: tuple[str, ...] = ()
 
     @property
-    def key(self) -> tuple[str, tuple[str, ...]]:
+    def key(self) -> ViolationKey:
         """Return what identifies the violation in the next check, although its text may differ by then."""
         return self.rule, tuple(sorted((*map(id_of, self.objects), *self.ids)))
 
