@@ -110,11 +110,15 @@ def a_state(nodes: int, tasks: int) -> State:
                 spec_version=version,
                 status=TaskStatus(state=TaskState.RUNNING),
                 desired_state=TaskState.RUNNING,
-                networks_attachments=(NetworkAttachment(network=network),),
+                networks_attachments=(NetworkAttachment(network=network, addresses=(_address(number),)),),
             )
             for number in range(first, first + SERVICE_TASKS)
         )
     return state
+
+
+def _address(number: int) -> str:
+    return f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}/8"
 
 
 def _node(number: int) -> Node:

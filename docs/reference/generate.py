@@ -29,6 +29,7 @@ from skep.configuration.sources import DEFAULT_DAEMON_JSON, DEFAULT_TOML
 from skep.manager.services import freezes
 from skep.manager.telemetry import events as manager_events
 from skep.manager.telemetry import node_events as from_nodes
+from skep.manager.verify import records as verify_records
 from skep.model.permissions import field_rights, value_rights
 from skep.model.permissions.field_rights import Field
 from skep.model.permissions.value_rights import Reach
@@ -307,6 +308,7 @@ EXIT_CODES: Sequence[tuple[int | str, str, str]] = (
     (4, "skep status", "The cluster has no leader."),
     (3, "skep what-if", "Tasks do not run afterwards, or fewer than a service's minimum run meanwhile."),
     (3, "skep survive", "A single loss takes a service down, or its data away."),
+    (1, "skep verify", "An invariant is violated."),
     (3, "skep version --all", "Nodes have different versions."),
     (2, "skep upgrade", "With --dry-run: the upgrade is blocked."),
     (3, "skep reboot-lock status", "A lock is overdue."),
@@ -670,6 +672,12 @@ CLUSTER_EVENTS = (
         ("_task",),
     ),
     ClusterEvent(
+        ("invariant",),
+        ("violate", "recover"),
+        "[an invariant](../guide/verify.md) of the cluster's state is violated, or holds again (*Skep*)",
+        ("_violation",),
+    ),
+    ClusterEvent(
         ("stream",), ("progress",), "`skep events` only: nothing happened up to its cursor (*Skep*)"
     ),
     ClusterEvent(("config", "network", "secret"), ("create", "remove", "update"), ""),
@@ -849,6 +857,7 @@ def _attributes_in(function: ast.FunctionDef) -> Iterator[str]:
 def cluster_actions() -> set[str]:
     """Actions of all messages that ``skep.manager.telemetry.events`` makes."""
     found = {*manager_events.TASK_ACTIONS.values(), *get_args(freezes.FreezeAction)}
+    found |= {*get_args(verify_records.ViolationAction)}
     for call in ast.walk(parsed(Path(manager_events.__file__))):
         match call:
             case ast.Call(func=ast.Name(id="_message" | "_task"), args=[ast.Constant(value=str(action)), *_]):

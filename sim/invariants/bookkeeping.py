@@ -8,7 +8,6 @@ rest still holds belong to existing objects.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sim.invariants.nodes.allocations import PORT, holdings
 from skep.manager.allocator.allocations import Allocations
 from skep.manager.allocator.loop import Allocator
 from skep.manager.control_loops.failures import Failures
@@ -20,6 +19,7 @@ from skep.manager.scheduler.decision_writer import is_pending
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.scheduler.nodes.accounting import Accounting, holds_resources, usage_in
 from skep.manager.scheduler.preemption.preemptor import claim_id
+from skep.manager.verify.allocations import PORT, holdings
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task

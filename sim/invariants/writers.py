@@ -3,10 +3,11 @@
 from collections.abc import Container, Iterable
 
 from sim.invariants.committed import Change
+from skep.manager.verify.tasks import shared_volume, volumes_of
 from skep.model.node import Node, NodeState
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, TaskId
-from skep.model.volume import Volume, VolumeScope, VolumeSharing
+from skep.model.volume import Volume
 from skep.store.interface import Updated, View
 from skep.store.keys import HEAD, parsed_object_key
 
@@ -71,35 +72,15 @@ class SingleWriters:
     def started(self, node_id: NodeId, task: Task, view: View) -> Iterable[str]:
         """Record that a container was started, and check its volumes."""
         self._running[task.id] = node_id, task
-        for id in _volumes_of(task):
+        for id in volumes_of(task):
             volume = view.lookup(Volume, id)
-            if volume is None:
-                continue
-            mode = volume.spec.access_mode
-            for other_id, other in self._running.values():
-                if other.id == task.id or other_id in self.given_up or id not in _volumes_of(other):
+            for other_id, other in self._running.values() if volume is not None else ():
+                if other.id == task.id or other_id in self.given_up or id not in volumes_of(other):
                     continue
-                if other_id != node_id and mode.scope is not VolumeScope.MULTI:
-                    yield (
-                        f"{node_id} writes to volume {id} with task {task.id}, and {other_id} does with {other.id}"
-                    )
-                elif mode.sharing is VolumeSharing.NONE:
-                    yield f"tasks {task.id} and {other.id} have volume {id}, which no two tasks may share"
-                elif mode.sharing is VolumeSharing.ONE_WRITER and _writes(task, id) and _writes(other, id):
-                    yield f"tasks {task.id} and {other.id} write to volume {id}, which has one writer"
+                assert volume is not None
+                found = shared_volume(volume, (node_id, task), (other_id, other))
+                yield from (one.text for one in found)
 
     def ended(self, task_id: TaskId) -> None:
         """Record that a container has ended."""
         self._running.pop(task_id, None)
-
-
-def _volumes_of(task: Task) -> set[str]:
-    return {one.id for one in task.volumes}
-
-
-def _writes(task: Task, id: str) -> bool:
-    """Return whether the task mounts the volume at a place where it may write."""
-    container = task.spec.container_spec
-    targets = {one.target for one in task.volumes if one.id == id}
-    mounts = container.mounts if container is not None else ()
-    return any(one.target in targets and not one.read_only for one in mounts)

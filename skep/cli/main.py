@@ -46,6 +46,7 @@ GROUPS = {
         "survive": Command(
             "skep.cli.see.survive:survive", "Show which single loss takes a service of a stack down."
         ),
+        "verify": Command("skep.cli.see.verify:verify", "Check the invariants of the cluster's state."),
         "events": Command("skep.cli.see.events:events", "Show cluster events as they happen."),
         "history": Command("skep.cli.see.history:history", "Show what happened in the cluster, and why."),
         "runs": Command("skep.cli.see.runs:runs", "List ended tasks with exit codes and last lines."),

@@ -71,6 +71,7 @@ LOGS = "docs/guide/logs.md"
 API_ACCESS = "docs/guide/api-access.md"
 HISTORY = "docs/guide/history.md"
 WHAT_IF = "docs/guide/what-if.md"
+VERIFY = "docs/guide/verify.md"
 TROUBLESHOOTING = "docs/guide/troubleshooting.md"
 CHECKLIST = "docs/guide/checklist.md"
 
@@ -155,6 +156,7 @@ def test_no_block_is_forgotten() -> None:
         *((STACKS, number) for number in range(6)),
         (LOGS, 0),
         *((WHAT_IF, number) for number in range(3)),
+        (VERIFY, 0),
         *((HISTORY, number) for number in range(2)),
         *((API_ACCESS, number) for number in range(2)),
         *((MIGRATE, number) for number in range(2)),
@@ -284,6 +286,13 @@ def test_the_guide_to_placement(m1: TestNode, checkout: Path) -> None:
     wait_running(m1, "cache", 1)
     wait_running(m1, "batch", 1)
     run(reserve, checkout, DOCKER_HOST=m1.socket)
+
+
+def test_the_guide_to_invariants(m1: TestNode, checkout: Path) -> None:
+    (check,) = shell_blocks(VERIFY)
+    create(m1, "report", 1)
+    wait_running(m1, "report", 1)
+    assert "No invariant is violated" in run(check, checkout, DOCKER_HOST=m1.socket)
 
 
 def test_the_guide_to_what_would_follow(m1: TestNode, checkout: Path) -> None:

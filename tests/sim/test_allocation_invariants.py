@@ -4,12 +4,12 @@ import pytest
 from msgspec.structs import replace
 
 from sim.invariants.nodes.allocations import (
-    VXLAN,
     UniqueAllocations,
     allocation_violations,
     networks_are_apart,
 )
 from sim.invariants.services.restarts import RestartPolicies
+from skep.manager.verify.allocations import VXLAN
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.service import (
     Endpoint,

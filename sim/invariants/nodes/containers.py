@@ -8,8 +8,8 @@ import msgspec
 
 from sim.invariants.committed import Change
 from sim.invariants.nodes.placement import port_violations
-from sim.invariants.services.tasks import is_on_drained_node, may_start_first
 from skep.manager.orchestrator.replacement.restart import stop_seconds_max
+from skep.manager.verify.tasks import is_on_drained_node, may_start_first
 from skep.model.node import Node, NodeState
 from skep.model.options.labels import ON_DISCONNECT, DisconnectPolicy, OnDisconnect, disconnect_policy
 from skep.model.service import Service

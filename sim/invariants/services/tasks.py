@@ -9,11 +9,21 @@ from sim.invariants.nodes.affinity import forbidden
 from sim.invariants.nodes.disks import has_full_disk
 from sim.invariants.nodes.placement import constraints_of, host_ports, meets
 from skep.manager.orchestrator.slots import age
+from skep.manager.verify.rules import InvariantViolation
+from skep.manager.verify.tasks import (
+    crowded_job,
+    crowded_slot,
+    holds,
+    overcommitted,
+    rollout_configs,
+    shared_name,
+    too_many_copies,
+    went_back,
+)
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.affinity import has_affinities
-from skep.model.options.labels import VolumeAffinity, min_available, volume_affinity
-from skep.model.options.overlap import written_data
-from skep.model.service import Resources, Service, ServiceSpec, UpdateConfig, UpdateOrder
+from skep.model.options.labels import VolumeAffinity, volume_affinity
+from skep.model.service import Resources, Service, UpdateOrder
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.volume import Volume, VolumeScope
@@ -26,26 +36,12 @@ def tasks_move_forward(change: Change, view: View) -> Iterable[str]:
     for event in change.events:
         match event:
             case Updated(Task() as old, Task() as new):
-                yield from _transition_violations(old, new)
-
-
-def _transition_violations(old: Task, new: Task) -> Iterable[str]:
-    if new.status.state < old.status.state:
-        yield f"task {new.id} went back from {old.status.state.value} to {new.status.state.value}"
-    if new.desired_state < old.desired_state:
-        yield f"task {new.id}: desired state went back to {new.desired_state.value}"
-    if old.node_id and new.node_id != old.node_id:
-        yield f"task {new.id} moved from {old.node_id} to {new.node_id}"
-    if new.slot != old.slot or new.service_id != old.service_id:
-        yield f"task {new.id} changed its slot"
+                yield from _texts(went_back(old, new))
 
 
 def slots_are_filled_once(change: Change, view: View) -> Iterable[str]:
     """Check that a slot has one task with desired state running, and at most one in reserve.  For jobs, in each
     iteration.
-
-    During an update with start-first, both may have desired state running.  So may the task of a drained node and its
-    replacement.  If the drain is undone, both may run until one of them is retired.
     """
     for event in change.events:
         match event:
@@ -54,20 +50,8 @@ def slots_are_filled_once(change: Change, view: View) -> Iterable[str]:
             case Created(Task() as task) | Updated(_, Task() as task) if task.is_wanted:
                 slot = view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
                 slot = [one for one in slot if one.is_wanted and one.job_iteration == task.job_iteration]
-                wanted = [one.id for one in slot]
-                started = [one.id for one in slot if one.desired_state is not TaskState.READY]
                 service = view.lookup(Service, task.service_id)
-                both = service is not None and (
-                    may_start_first(service) or any(is_on_drained_node(one, view) for one in slot)
-                )
-                if len(wanted) > 2 or len(started) > (2 if both else 1):
-                    yield f"slot {task.slot or task.node_id} of {task.service_id} is filled by {wanted}"
-
-
-def is_on_drained_node(task: Task, view: View) -> bool:
-    """Return whether the task's node is drained."""
-    node = view.lookup(Node, task.node_id) if task.node_id else None
-    return node is not None and node.spec.availability is Availability.DRAIN
+                yield from _texts(crowded_slot(slot, service, view))
 
 
 def jobs_keep_within_bounds(change: Change, view: View) -> Iterable[str]:
@@ -76,16 +60,11 @@ def jobs_keep_within_bounds(change: Change, view: View) -> Iterable[str]:
         match event:
             case Created(Task() as task) if task.job_iteration is not None:
                 service = view.lookup(Service, task.service_id)
-                job = service.spec.mode.replicated_job if service is not None else None
-                if service is None or job is None or service.spec_version != task.spec_version:
+                if service is None or service.spec_version != task.spec_version:
                     continue
-                active = [
-                    one.id
-                    for one in view.find(Task, service_id=service.id)
-                    if one.is_active and one.job_iteration == task.job_iteration
-                ]
-                if len(active) > (job.max_concurrent or 0):
-                    yield f"{len(active)} tasks of job {service.id} are under way, {job.max_concurrent} may be"
+                tasks = view.find(Task, service_id=service.id)
+                run = [one for one in tasks if one.job_iteration == task.job_iteration]
+                yield from _texts(crowded_job(service, run))
 
 
 def names_are_unique(change: Change, view: View) -> Iterable[str]:
@@ -93,9 +72,7 @@ def names_are_unique(change: Change, view: View) -> Iterable[str]:
     for event in change.events:
         match event:
             case Created(Service() as service) | Updated(_, Service() as service):
-                found = view.find(Service, name=service.spec.name)
-                if len(found) > 1:
-                    yield f"name {service.spec.name} belongs to {[one.id for one in found]}"
+                yield from _texts(shared_name(service, view))
 
 
 def nodes_are_not_overcommitted(change: Change, view: View) -> Iterable[str]:
@@ -104,22 +81,18 @@ def nodes_are_not_overcommitted(change: Change, view: View) -> Iterable[str]:
         match event:
             case Updated(Task() as old, Task() as new) if new.node_id != old.node_id:
                 node = view.lookup(Node, new.node_id)
-                if node is not None:
-                    yield from _node_violations(view, node, new)
+                if node is None:
+                    continue
+                here = [one for one in view.find(Task, node_id=node.id) if holds(one)]
+                copies = [one for one in here if one.service_id == new.service_id and one.is_wanted]
+                placement = new.spec.placement
+                yield from _texts(overcommitted(node, here))
+                if placement is not None:
+                    yield from _texts(too_many_copies(node, copies, placement.max_replicas))
 
 
-def _node_violations(view: View, node: Node, task: Task) -> Iterable[str]:
-    here = [one for one in view.find(Task, node_id=node.id) if _holds(one)]
-    has = node.description.resources
-    held = [reservations(one) for one in here]
-    if sum(one.memory_bytes for one in held) > has.memory_bytes > 0:
-        yield f"memory of {node.id} is over-committed"
-    if sum(one.nano_cpus for one in held) > has.nano_cpus > 0:
-        yield f"processors of {node.id} are over-committed"
-    placement = task.spec.placement
-    copies = [one for one in here if one.service_id == task.service_id and one.is_wanted]
-    if placement is not None and placement.max_replicas and len(copies) > placement.max_replicas:
-        yield f"{node.id} has {len(copies)} copies of {task.service_id}"
+def _texts(violations: Iterable[InvariantViolation]) -> Iterable[str]:
+    return (one.text for one in violations)
 
 
 class TasksAreSpread:
@@ -279,40 +252,9 @@ class UpdatesKeepServing:
             yield f"task {new.id} was stopped before {[successor.id for successor in successors]} ran"
 
 
-def may_start_first(service: Service) -> bool:
-    """Return whether an update or rollback to or from the current spec may start the new task first."""
-    return _has_minimum(service) or any(
-        config.order is UpdateOrder.START_FIRST for config in _configs(service)
-    )
-
-
-def _has_minimum(service: Service) -> bool:
-    """Return whether the disruption budget may let no running task stop first.
-
-    Tasks that write data overlap only if all tasks have to stay available.
-    """
-    specs = (service.spec, service.previous_spec or service.spec)
-    for spec in specs:
-        minimum = min_available(spec.labels, spec.replicas) if spec.mode.replicated is not None else 0
-        if minimum and (minimum >= spec.replicas or not any(map(_writes_data, specs))):
-            return True
-    return False
-
-
-def _writes_data(spec: ServiceSpec) -> bool:
-    return bool(written_data(spec.task_template))
-
-
 def always_starts_first(service: Service) -> bool:
     """Return whether every update and rollback to or from the current spec starts the new task first."""
-    return all(config.order is UpdateOrder.START_FIRST for config in _configs(service))
-
-
-def _configs(service: Service) -> list[UpdateConfig]:
-    specs = (service.spec, service.previous_spec or service.spec)
-    return [
-        config or UpdateConfig() for spec in specs for config in (spec.update_config, spec.rollback_config)
-    ]
+    return all(config.order is UpdateOrder.START_FIRST for config in rollout_configs(service))
 
 
 def _takes_tasks(node: Node) -> bool:
@@ -331,10 +273,6 @@ def has_placement(task: Task) -> bool:
     return placement is not None and bool(
         placement.constraints or placement.preferences or placement.max_replicas
     )
-
-
-def _holds(task: Task) -> bool:
-    return TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
 
 
 def reservations(task: Task) -> Resources:

@@ -294,7 +294,7 @@ RULES: Final = (
     _rule("GET", r"/info", _VIEWER, PermissionScope.ANY, container=_READ),
     # Events include commands that containers ran, and the activity of other stacks.
     _rule("GET", r"/events", _VIEWER, PermissionScope.CLUSTER, container=_READ, is_document=False),
-    _rule("GET", r"/skep/(?:events|history|state|view|view/stream)", _VIEWER, PermissionScope.CLUSTER),
+    _rule("GET", r"/skep/(?:events|history|state|verify|view|view/stream)", _VIEWER, PermissionScope.CLUSTER),
     _rule(
         "GET",
         r"/metrics|/skep/cluster/(?:store|level)|/skep/doctor/network",

@@ -10,11 +10,13 @@ from urllib.parse import quote
 
 import click
 
+from skep.api.client.requests import Requests
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age, duration, seconds_since
 from skep.cli.output import OutputOptions, Screen, Shown, shows
 from skep.cli.see.quorum import UNREACHABLE, headers_for, quorum_of, silence
-from skep.errors import NotFound
+from skep.cli.see.verify import about as about_violations
+from skep.errors import NotFound, SkepError
 from skep.model.node import plain_message
 from skep.model.options.label_suggestions import NODE_LABELS, PREFIX, suggested_label
 from skep.model.options.labels import system_reserve
@@ -58,7 +60,7 @@ async def _ask(host: HostOptions, name: str) -> Shown:
                 found = await get(path)
             except NotFound:
                 continue
-            return _report(name, found, about, now)
+            return _report(name, found, about, now, await _violations(client))
         try:
             node = await get(f"/nodes/{escaped}")
         except NotFound:
@@ -72,7 +74,7 @@ async def _ask(host: HostOptions, name: str) -> Shown:
                 "TaskStates": dict(states),
                 "Silence": silence(quorum, node["ID"]) if quorum else "",
             }
-            return _report(name, found, about_node, now)
+            return _report(name, found, about_node, now, await _violations(client))
         try:
             network = await get(f"/networks/{escaped}")
         except NotFound:
@@ -80,15 +82,34 @@ async def _ask(host: HostOptions, name: str) -> Shown:
                 f"no such service, task, node or network: {name}. Run skep status to list services and nodes."
             ) from None
         services = [one["Spec"]["Name"] for one in await get("/services") if network["Id"] in _targets(one)]
-        return _report(name, {**network, "ServiceNames": sorted(services)}, about_network, now)
+        found = {**network, "ServiceNames": sorted(services)}
+        return _report(name, found, about_network, now, await _violations(client))
+
+
+async def _violations(client: Requests) -> Sequence[Mapping[str, Any]]:
+    """Return the violated invariants that the leader has found, or nothing if the user may not see them."""
+    try:
+        found = await client.get("/skep/verify", timeout_s=RESPONSE_TIMEOUT_S, last="true")
+    except SkepError:  # also an earlier version, or no leader
+        return ()
+    violations: Sequence[Mapping[str, Any]] = found["Violations"]
+    return violations
 
 
 _About = Callable[[str, Mapping[str, Any], float], Iterator[str]]
 
 
-def _report(name: str, found: Mapping[str, Any], about: _About, now: float) -> Shown:
+def _report(
+    name: str,
+    found: Mapping[str, Any],
+    about: _About,
+    now: float,
+    violations: Sequence[Mapping[str, Any]] = (),
+) -> Shown:
+    ids = [found[key] for key in ("ServiceID", "TaskID", "ID", "Id") if found.get(key)]
+
     def lines(screen: Screen) -> Iterator[str]:
-        for number, line in enumerate(about(name, found, now)):
+        for number, line in enumerate((*about(name, found, now), *about_violations(violations, ids))):
             indent = len(line) - len(line.lstrip()) + 2
             for part in screen.fitted(line, indent=indent):
                 yield screen.styled(part, bold=number == 0)

@@ -20,6 +20,7 @@ from skep.manager.scheduler.loop import Scheduler
 from skep.manager.schedules.loop import ChangeFreezes, Schedules
 from skep.manager.services.quotas import replicas_within_quota
 from skep.manager.telemetry.task_usages import no_usages
+from skep.manager.verify.loop import Verifier
 from skep.manager.volumes.driver_calls import Confirm, FindDriver, no_drivers, skip_confirmation
 from skep.manager.volumes.loop import VolumeManager
 from skep.model.values.ids import IdSource
@@ -70,4 +71,5 @@ def loops(
             counts or AutoscalingCounts(),
         ),
         Notifications(term, clock, random, send, confirm),
+        Verifier(term, clock),
     ]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import msgspec
 
 from skep.manager.ca.expiry import expiring
+from skep.manager.verify.records import violations_by_rule
 from skep.model.history import cut, masked_text, stack_of
 from skep.model.node import Node, NodeState, Reachability, plain_message
 from skep.model.node_reports.conditions import ConditionName, condition_label
@@ -87,7 +88,7 @@ def problems_of_service(service: Service, health: ServiceHealth) -> Iterator[Pro
 
 
 def problems_of_cluster(view: View, backup: LastBackup, since_ns: int, now_ns: int) -> Iterator[Problem]:
-    """Yield the problems of certificates and backups, which begin without a commit.
+    """Yield the problems of certificates and backups, which begin without a commit, and violated invariants.
 
     Args:
         since_ns: Unix time since which backups are expected.
@@ -98,6 +99,10 @@ def problems_of_cluster(view: View, backup: LastBackup, since_ns: int, now_ns: i
     for swarm in view.find(Swarm):
         if reason := _backup_problem(backup, max(since_ns, unix_ns(swarm.created_at)), now_ns):
             yield _problem(f"backup/{swarm.id}", Topic.BACKUP, reason)
+    for rule, texts in violations_by_rule(view).items():
+        more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
+        message = f"invariant {rule} is violated: {texts[0]}{more}. Run skep verify"
+        yield _problem(f"invariant/{rule}", Topic.INVARIANT, message, rule)
 
 
 def _backup_problem(backup: LastBackup, since_ns: int, now_ns: int) -> str:

@@ -10,6 +10,7 @@ from skep.manager.control_loops.work_queue import WorkQueue
 from skep.manager.notify.incidents import IncidentChanges, ProblemTimes
 from skep.manager.notify.problems import Problem
 from skep.manager.notify.records import BACKUP_ID, TARGETS_ID, Incident, Target, incidents_in, targets_in
+from skep.manager.verify.records import VIOLATIONS_ID
 from skep.manager.view.building import GLOBALS, affected_by
 from skep.manager.view.followed_rows import global_services
 from skep.manager.view.table import Key
@@ -23,7 +24,7 @@ from skep.store.kinds import Payload
 
 WATCHED = (Service, Task, Node, Swarm, Payload)
 CLUSTER: Final = "cluster"
-"""Key of the problems that belong to no node or service: certificates and backups."""
+"""Key of the problems that belong to no node or service: certificates, backups and invariants."""
 STEP: Final = "step"
 """Key of the step that begins and ends incidents and sends messages."""
 GATHER_S = 1.0
@@ -75,7 +76,7 @@ class NotifyState:
                     id == TARGETS_ID
                 ):
                     self._note_targets(view)
-                case Created(Payload(id=id)) | Updated(_, Payload(id=id)) if id == BACKUP_ID:
+                case Created(Payload(id=id)) | Updated(_, Payload(id=id)) if id in (BACKUP_ID, VIOLATIONS_ID):
                     self.queue.add((CLUSTER,))
                 case Created(Payload()) | Updated(_, Payload()) | Deleted(Payload()):
                     continue

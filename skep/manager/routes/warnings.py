@@ -10,6 +10,7 @@ from skep.manager.ca.expiry import expiring
 from skep.manager.control.tasks import damage_of
 from skep.manager.notify.showing import delivery_warnings
 from skep.manager.routes.access import manager_of
+from skep.manager.verify.records import warning as violation_warning
 from skep.model.networks.data_planes import (
     DATA_PATH_LABEL,
     REFUSED_DATA_PATH_LABEL,
@@ -49,6 +50,7 @@ async def warnings_of(store: Store, now_ns: int) -> list[str]:
         *delivery_warnings(view),
         *data_path_warnings(view.find(Node)),
         *freeze_warnings(view),
+        *(f"WARNING: {one}" for one in [violation_warning(view)] if one),
     ]
 
 

@@ -27,6 +27,7 @@ from skep.manager.ca.expiry import Expiry
 from skep.manager.control_loops.failures import isolated, object_id
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
 from skep.manager.services.freezes import FreezeAction, freeze_changes
+from skep.manager.verify.records import VIOLATIONS_ID, ShownViolation, violation_changes
 from skep.model.network import Network
 from skep.model.node import CutOff, FailingPath, Node, NodeState
 from skep.model.node_reports.conditions import condition_messages
@@ -310,6 +311,11 @@ def _dockers(event: Event, now_ns: int) -> Iterator[EventMessage]:
         case Created(Payload() as payload) | Updated(_, Payload() as payload):
             if payload.id == EVICTION_ID:  # the other payloads are internal
                 yield _eviction(decoded_eviction(payload), now_ns)
+            elif payload.id == VIOLATIONS_ID:
+                old = event.old if isinstance(event, Updated) else None
+                before = old if isinstance(old, Payload) else None
+                for action, violation in violation_changes(before, payload):
+                    yield _violation(action, violation, now_ns)
         case Deleted(Payload()):
             return
         case Created(Swarm()) | Deleted(Swarm()) | Created(Task()) | Deleted(Task()):
@@ -361,6 +367,20 @@ def _eviction(eviction: Eviction, at_ns: int) -> EventMessage:
     }
     actor = Actor(id=eviction.node_id, attributes=attributes)
     return EventMessage(type="node", action="evict", actor=actor, time=at_ns // SECOND_NS, time_nano=at_ns)
+
+
+def _violation(action: str, violation: ShownViolation, at_ns: int) -> EventMessage:
+    """Return the message about a violated invariant, or one that holds again.  A Skep extension."""
+    attributes = {
+        "name": violation.rule,
+        "message": violation.text,
+        "meaning": violation.meaning,
+        "subjects": ",".join(violation.subjects),
+    }
+    actor = Actor(id=violation.rule, attributes=attributes)
+    return EventMessage(
+        type="invariant", action=action, actor=actor, time=at_ns // SECOND_NS, time_nano=at_ns
+    )
 
 
 def _went_down(old: Node, new: Node) -> bool:

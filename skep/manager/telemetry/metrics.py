@@ -25,6 +25,8 @@ from skep.manager.diagnosis.service_health import status_with_health
 from skep.manager.notify.showing import delivery_families
 from skep.manager.services.job_runs import has_last_failed
 from skep.manager.telemetry.starting_tasks import StartingTasks
+from skep.manager.verify.records import recorded
+from skep.manager.verify.rules import RULES
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
 from skep.model.options.freezes import CLUSTER
@@ -136,6 +138,7 @@ class ClusterMetrics:
                 "swarm_dispatcher_scheduling_delay_seconds", "The same under SwarmKit's name."
             ),
             *freeze_families(view),
+            violation_family(view),
             gauge("skep_manager_sessions", "Nodes that have their session with this manager.", self._sessions()),
             gauge("skep_store_revision", "The revision of this manager's replica.", view.revision),
             *await self._space(),
@@ -200,6 +203,19 @@ def freeze_families(view: View) -> list[MetricFamily]:
             int(window is not None and bool(window.closed_until)),
         ),
     ]
+
+
+def violation_family(view: View) -> MetricFamily:
+    """Return the number of violated invariants, which the leader has found at its last check."""
+    counts = Counter(dict.fromkeys(RULES, 0))
+    counts.update(one.rule for one in recorded(view).violations)
+    return by_label(
+        "skep_invariant_violations",
+        "gauge",
+        "Violations of the invariants that the leader has found at its last check.",
+        "rule",
+        counts,
+    )
 
 
 def _node_states(nodes: Iterable[Node]) -> Mapping[str, float]:

@@ -21,6 +21,8 @@ class Topic(Enum):
     """A certificate expires soon and is not renewed."""
     BACKUP = "backup"
     """The last backup failed or is too old."""
+    INVARIANT = "invariant"
+    """An invariant of the cluster's state is violated (``skep verify``)."""
 
 
 STACK_TOPICS = (Topic.SERVICE, Topic.DEPLOY)

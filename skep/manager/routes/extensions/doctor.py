@@ -1,11 +1,18 @@
-"""``/skep/doctor/network``: runs every node's probes now and returns the results."""
+"""``/skep/doctor/network``: runs every node's probes now and returns the results.
+
+``/skep/verify`` checks the invariants of the stored state, or with ``last`` returns what the leader has found.
+"""
+
+import asyncio
 
 import msgspec
 from aiohttp import web
 
-from skep.api.http.server import JsonLines, Routes, flag
-from skep.errors import InvalidArgument
+from skep.api.http.server import JsonLines, Routes, flag, json_response
+from skep.errors import InvalidArgument, ResourceExhausted
 from skep.manager.routes.access import current_view, manager_of
+from skep.manager.verify.loop import InvariantCheck
+from skep.manager.verify.records import recorded, shown
 from skep.model.networks.data_planes import is_docker_node
 from skep.model.networks.paths import DiagnosticsResult, PathFinding, PathReport
 from skep.model.node import Node
@@ -15,6 +22,9 @@ from skep.model.values.ids import NodeId
 from skep.store.interface import View
 
 routes = Routes()
+
+_VERIFIED_WITHIN_S = 75.0
+"""Timeout in seconds, from the moment when the request gets its slot.  Four looks are ten seconds apart."""
 
 
 class ProbedNode(ApiObject):
@@ -144,3 +154,27 @@ def _finding(finding: PathFinding) -> Finding:
 def _hostname(view: View, id: NodeId) -> str:
     node = view.lookup(Node, id)
     return node.description.hostname if node is not None and node.description.hostname else id
+
+
+@routes.get("/skep/verify")
+async def verify(request: web.Request) -> web.StreamResponse:
+    """Check the state, and again some seconds later if something is violated.
+
+    Raises:
+        ResourceExhausted: Too many checks wait, or this one takes too long.
+    """
+    view = await current_view(request)
+    if flag(request, "last"):
+        return json_response(recorded(view))
+    manager = manager_of(request)
+    async with manager.plans.hold():
+        began = manager.clock.monotonic()
+        try:
+            async with asyncio.timeout(_VERIFIED_WITHIN_S):
+                found = shown(await InvariantCheck(manager.store.view, manager.clock).run())
+        except TimeoutError as error:
+            raise ResourceExhausted(
+                f"the check takes more than {_VERIFIED_WITHIN_S:g} s: try again later"
+            ) from error
+    seconds = round(manager.clock.monotonic() - began, 1)
+    return json_response(msgspec.structs.replace(found, seconds=seconds))

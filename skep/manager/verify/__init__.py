@@ -1,0 +1,1 @@
+"""Checks the invariants of the stored state: the same rules on a live cluster and in the simulation."""
