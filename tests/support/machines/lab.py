@@ -1,9 +1,11 @@
 """Images of the talks' larger stacks: small images of the distribution's programs with the names in the files.
 
-Rsyslog stands for Fluentd and Elasticsearch, and busybox's web server for Kibana and the applications.  RabbitMQ and
-HAProxy are real.
+Rsyslog stands for Fluentd and Elasticsearch, and busybox's web server for Kibana and the applications.  RabbitMQ,
+HAProxy, etcd and ZooKeeper are real.
 """
 
+import re
+import subprocess
 from collections.abc import Sequence
 
 from skep.playground.images.archive import Archive, ArchivedDirectory, File
@@ -65,6 +67,38 @@ while :; do
 done
 """
 
+FIRST = "[ -e /data/first ] || hostname >/data/first\n"
+"""Marks a volume with the first container that had it."""
+ETCD = f"""\
+{FIRST}
+exec etcd --name member$SLOT --data-dir /data/etcd --initial-cluster-state new \\
+    --listen-client-urls http://0.0.0.0:2379 --advertise-client-urls http://$SLOT.member:2379 \\
+    --listen-peer-urls http://0.0.0.0:2380 --initial-advertise-peer-urls http://$SLOT.member:2380 \\
+    --initial-cluster member1=http://1.member:2380,member2=http://2.member:2380,member3=http://3.member:2380
+"""
+ZOOKEEPER = f"""\
+{FIRST}
+echo $SLOT >/data/myid
+cat >/tmp/zoo.cfg <<END
+tickTime=500
+initLimit=40
+syncLimit=10
+dataDir=/data
+clientPort=2181
+admin.enableServer=false
+quorumListenOnAllIPs=true
+server.1=1.member:2888:3888
+server.2=2.member:2888:3888
+server.3=3.member:2888:3888
+END
+exec java -Xmx96m -Dsun.net.inetaddr.ttl=1 -Dsun.net.inetaddr.negative.ttl=0 -cp '/usr/share/java/*' \\
+    org.apache.zookeeper.server.quorum.QuorumPeerMain /tmp/zoo.cfg
+"""
+JAVA = 'exec /usr/lib/jvm/java-[0-9][0-9]-openjdk-*/bin/java "$@"\n'
+ZKCLI = """\
+exec timeout 30 java -Xmx48m -cp '/usr/share/java/*' org.apache.zookeeper.ZooKeeperMain -server 127.0.0.1:2181 "$@"
+"""
+
 
 def efk_images() -> Sequence[Archive]:
     """Return images for Elasticsearch, Fluentd, Filebeat and Kibana."""
@@ -112,3 +146,19 @@ def shop_images() -> Sequence[Archive]:
         ),
         image(["shop/clients:latest"], {"bin/c": script(CLIENTS)}, ["/bin/c"]),
     )
+
+
+def etcd_image() -> Archive:
+    """Return an image for a member of etcd, which is the task's slot of a service with the alias ``member``."""
+    programs = (["etcd-server", "etcd-client"], ["usr/bin/etcd", "usr/bin/etcdctl"])
+    return image(["etcd:3"], {"bin/member": script(ETCD)}, ["/bin/member"], *programs)
+
+
+def zookeeper_image() -> Archive:
+    """Return an image for a member of ZooKeeper, as of etcd, with ``zkcli``."""
+    depends = ["apt-cache", "depends", "default-jre-headless"]
+    shown = subprocess.run(depends, capture_output=True, text=True, check=True, timeout=60).stdout
+    java = re.findall(r"openjdk-[0-9]+-jre-headless", shown)[0]
+    programs = {"bin/member": script(ZOOKEEPER), "bin/java": script(JAVA), "bin/zkcli": script(ZKCLI)}
+    paths = ["usr/lib/jvm/java-[0-9][0-9]-openjdk-*", "etc/java-*-openjdk", "usr/share/java"]
+    return image(["zookeeper:3"], programs, ["/bin/member"], ["zookeeper", java], paths)
