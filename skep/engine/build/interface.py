@@ -130,7 +130,7 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     credentials: Mapping[str, str] = {}
     """``X-Registry-Auth`` values by registry (``docker.io``, ``registry:5000``)."""
     platform: str = ""
-    """Platform of the image.  Empty for this machine's, or that of a base image which is here."""
+    """Platform of the image.  Empty for the base image's, or this machine's without a base image."""
     is_buildkit: bool = False
     """Whether BuildKit's language applies (RUN --mount, COPY --link) and unneeded stages are skipped."""
 
@@ -230,7 +230,7 @@ class Builds(Protocol):
         """
 
     async def name_index(self, ids: Sequence[Digest], tags: Sequence[Reference]) -> Digest:
-        """Name images for several platforms together, and return the one that the tags mean on this machine.
+        """Name images for several platforms together, and return the image for this machine.
 
         Raises: NotFound: an image was removed meanwhile.
         """

@@ -352,7 +352,7 @@ class ImageStore(LocalImages):
     def _without_index(
         self, names: Collection[Reference], gone: Sequence[Image], present: Collection[ImageUser]
     ) -> Sequence[Image]:
-        """Return the images for other platforms, and their parents, that no name includes once ``names`` are gone."""
+        """Return the images for other platforms that only ``names`` include, and their unneeded parents."""
         members = {
             one.id: one for name in names for one in self.index(name) if one.is_member and one not in gone
         }
