@@ -24,6 +24,7 @@ from skep.engine.buildkit.solver import Solver
 from skep.engine.containers.container import StandardStream
 from skep.engine.images.archives.workers import ImageLimits
 from skep.engine.images.digest import Digest
+from skep.engine.images.reference import Reference
 from skep.engine.images.store import ImageStore
 from skep.rpc.status import CallFailed, StatusCode
 from tests.support.builds.buildkit_client import (
@@ -55,6 +56,8 @@ class ReadingBuilds:
         self.cancelled = asyncio.Event()
         self.images: dict[str, tuple[str, ...]] = {}
         """Variables of the images that are here."""
+        self.indexes: list[tuple[tuple[Digest, ...], str]] = []
+        """Images that were named together, with their names."""
 
     def env_of(self, name: str) -> tuple[str, ...] | None:
         return self.images.get(name)
@@ -84,6 +87,10 @@ class ReadingBuilds:
         progress.output(step, StandardStream.STDOUT, b"read\n")
         progress.finished(step, IMAGE)
         return BuildResult(image_id=IMAGE)
+
+    async def name_index(self, ids: Sequence[Digest], tags: Sequence[Reference]) -> Digest:
+        self.indexes.append((tuple(ids), ",".join(map(str, tags))))
+        return ids[0]
 
     @asynccontextmanager
     async def archive(self, image_id: Digest) -> AsyncIterator[AsyncIterator[bytes]]:
@@ -377,13 +384,12 @@ async def test_what_is_not_done_is_refused_by_name(rig: Rig, change: pb.SolveReq
             await calls.solve(request)
 
 
-async def test_caches_of_any_kind_never_fail_a_build(rig: Rig) -> None:
+async def test_cache_sources_of_any_kind_never_fail_a_build(rig: Rig) -> None:
     """A source that is missing, or of a kind that is not read, is a warning."""
     options = {"cache-from": "127.0.0.1:1/gone:1", "build-arg:BUILDKIT_INLINE_CACHE": "1"}
     request = a_request("r", "s", **options)
     for kind in ("gha", "s3"):
         request.cache.imports.add(type=kind)
-        request.cache.exports.add(type=kind)
     request.cache.imports.add(type="local")
     request.cache.imports.add(type="registry").attrs["ref"] = "bad//name"
     files = FileServer([DOCKERFILE], NOTHING, NOTHING)
@@ -391,15 +397,39 @@ async def test_caches_of_any_kind_never_fail_a_build(rig: Rig) -> None:
         response, events = await asyncio.gather(calls.solve(request), calls.status("r"))
     assert response.exporter_response["image.name"]
     said = {warning.short.decode() for event in events for warning in event.warnings}
-    unread, unwritten = "use registry or local", "use inline, registry or local"
+    unread = "use registry or local"
     assert {one for one in said if "cache" in one and "gone:1" not in one} == {
         *(f"cache source {one} is not used: type {one} is not supported; {unread}" for one in ("gha", "s3")),
-        *(f"cache {one} is not exported: type {one} is not supported; {unwritten}" for one in ("gha", "s3")),
         "cache source local is not used: a local cache needs the digest of its manifest, and got none",
         "cache source bad//name is not used: invalid reference format",
     }
     assert any(one.startswith("cache source 127.0.0.1:1/gone:1 is not used: ") for one in said)
     assert rig.builds.requests[0].inline_cache
+
+
+@pytest.mark.parametrize("attributes", [{}, {"ignore-error": "true"}])
+async def test_a_cache_export_of_another_type_fails_the_build_before_its_first_step(
+    rig: Rig, attributes: dict[str, str]
+) -> None:
+    request = a_request("r", "s")
+    request.cache.exports.add(type="gha").attrs.update(attributes)
+    async with session(rig.socket, "s", FileServer([DOCKERFILE], NOTHING)), control(rig.socket) as calls:
+        with pytest.raises(CallFailed, match='unknown cache exporter: "gha"'):
+            await calls.solve(request)
+    assert not rig.builds.requests
+
+
+async def test_an_image_for_several_platforms_is_built_one_after_the_other_from_one_context(rig: Rig) -> None:
+    request = a_request("r", "s", platform="linux/amd64,linux/arm64")
+    files = FileServer([DOCKERFILE], NOTHING, NOTHING)
+    async with session(rig.socket, "s", files), control(rig.socket) as calls:
+        response, events = await asyncio.gather(calls.solve(request), calls.status("r"))
+    assert [one.platform for one in rig.builds.requests] == ["linux/amd64", "linux/arm64"]
+    assert [one.tags for one in rig.builds.requests] == [(), ()], "the images are named together"
+    assert rig.builds.indexes == [((IMAGE, IMAGE), response.exporter_response["image.name"])]
+    names = {vertex.name for event in events for vertex in event.vertexes}
+    assert {"[linux/amd64 1/1] COPY . /", "[linux/arm64 1/1] COPY . /"} <= names
+    assert sum(name.startswith("[internal] load build context") for name in names) == 1
 
 
 async def test_findings_of_checks_are_warnings_of_the_definition(rig: Rig) -> None:

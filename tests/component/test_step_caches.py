@@ -24,6 +24,7 @@ from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.caches import Caches
 from skep.engine.buildkit.options import CacheEntry
 from skep.engine.buildkit.progress import BuildLog, Vertices
+from skep.engine.buildkit.results import BuiltImages
 from skep.engine.images.child import EMPTY_LAYER, INLINE_CACHE
 from skep.engine.images.digest import digest_of
 from skep.engine.images.image import parse_config
@@ -110,7 +111,7 @@ class Node:
     async def export(self, result: BuildResult, **attributes: str) -> str:
         """``--cache-to type=registry``."""
         entry = CacheEntry("registry", {name.replace("_", "-"): text for name, text in attributes.items()})
-        response = await self.caches.export(self.vertices, MagicMock(), self.provider, [entry], result)
+        response = await self.caches.export(self.vertices, MagicMock(), self.provider, [entry], [result])
         return response["cache.manifest"]
 
     @property
@@ -369,14 +370,15 @@ async def test_the_image_that_was_built_is_pushed_whatever_has_its_tag_by_then(
     built = await one.build(tag=str(names[0]))
     other = await one.build(dockerfile="FROM scratch\nCOPY second /only\n", tag=str(names[0]))
     assert one.images.resolve(str(names[0])) == one.images.get(other.image_id)
-    digest = await one.caches.push(one.vertices, one.provider, built.image_id, names)
+    pushed = BuiltImages({"": built.image_id}, built.image_id)
+    digest = await one.caches.push(one.vertices, one.provider, pushed, names)
     for name in names:
         pulled = await two.images.pull(str(name))
         assert pulled.id == built.image_id
         assert digest in {reference.digest for reference in pulled.digests}
     await one.images.prune(lambda image: image.id == built.image_id, users=tuple)
     with pytest.raises(NotFound, match=f"No such image: {built.image_id}"):
-        await one.caches.push(one.vertices, one.provider, built.image_id, names)
+        await one.caches.push(one.vertices, one.provider, pushed, names)
 
 
 class SlowArtifact(Artifact):

@@ -13,8 +13,11 @@ from skep.engine.build.stage import StepImage
 from skep.engine.images import child
 from skep.engine.images.digest import Digest, is_digest
 from skep.engine.images.image import Image
-from skep.engine.images.reference import parse_reference
+from skep.engine.images.platforms import ImagePlatform, best_for, is_for, platform_in, this_platform
+from skep.engine.images.reference import parse_reference, tagged
+from skep.engine.images.registry.pulling import pulled_aside
 from skep.engine.images.store import ImageStore
+from skep.errors import InvalidArgument, SkepError
 from skep.model.values.times import SECOND_NS, timestamp
 
 
@@ -48,18 +51,50 @@ class Bases:
                 self._pinned.add(chain_id)
                 self._pin(chain_id)
 
-    async def pull(self, step: BuildStep, name: str) -> StepImage:
-        """Return the image with this name.  Pull it if this node does not have it.  Raises: SkepError."""
+    async def pull(self, step: BuildStep, name: str, platform: ImagePlatform | None) -> StepImage:
+        """Return the image with this name.  Pull it if this node does not have it.
+
+        ``platform``: Platform that the build names.  None if it names none.
+
+        Raises: SkepError; InvalidArgument: no image with this name is for the platform.
+        """
         word = name
         if self.request.is_buildkit and name.isdigit():  # FROM 0 is an image, not the first digit of an id
             word = str(parse_reference(name).with_default_tag())
-        found = self.images.resolve(word)
-        if found is None or (self.request.pull and not is_digest(name)):  # no registry has an id
+        present = self.images.resolve(word)
+        found = present if platform is None else await self._present(word, platform)
+        if found is None and is_digest(name) and present is not None:
+            found = present
+        elif found is None or (self.request.pull and not is_digest(name)):  # no registry has an id
             reference = parse_reference(name).with_default_tag()
             auth = await self._inputs.credentials(self.request, reference.domain)
-            report = partial(self.progress.pulling, step)
-            found = await self.images.pull(str(reference), auth, report, platform=self.request.platform)
+            try:
+                found = await self.images.pull(
+                    str(reference),
+                    auth,
+                    partial(self.progress.pulling, step),
+                    platform=str(platform or ""),
+                    aside=_is_aside(present, platform),
+                )
+            except SkepError as error:
+                if present is None or platform is None:
+                    raise
+                shown = platform_in(present.config)
+                raise InvalidArgument(
+                    f"base image {name} is here for {shown}, not {platform}: {error}"
+                ) from error
+        if platform is not None and not is_for(found.config, platform):
+            shown = platform_in(found.config)
+            raise InvalidArgument(f"base image {name} is for {shown}, and not for {platform}")
         return await self.keep(found)
+
+    async def _present(self, word: str, platform: ImagePlatform) -> Image | None:
+        """Return the image on this node that has this name and is for the platform."""
+        found = best_for(self.images.named(word), platform)
+        name = tagged(word)
+        if found is None and name is not None:
+            found = await pulled_aside(self.images, name, platform)
+        return found
 
     async def keep(self, image: Image) -> StepImage:
         """Keep an image for the rest of the build.  Raises: NotFound, OSError: it was removed meanwhile."""
@@ -94,3 +129,11 @@ class Bases:
     async def _with_config(self, made: StepImage, content: bytes) -> StepImage:
         image = await self.images.add(content, parent=made.id, is_step=True)
         return msgspec.structs.replace(made, id=image.id, content=content, config=image.config)
+
+
+def _is_aside(present: Image | None, platform: ImagePlatform | None) -> bool:
+    """Return whether a pull for a platform leaves the tag alone, which names another image or is this machine's."""
+    if platform is None:
+        return False
+    is_here = platform.architecture == this_platform().architecture
+    return not is_here or (present is not None and not is_for(present.config, platform))

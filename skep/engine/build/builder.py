@@ -18,7 +18,7 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.aio.race import afterwards
 from skep.aio.slots import Slots
-from skep.engine.build import runs
+from skep.engine.build import emulation, runs
 from skep.engine.build.addresses import redacted, shown_errors
 from skep.engine.build.bases import Bases
 from skep.engine.build.cache.cache import CacheMounts, StepCache
@@ -82,7 +82,10 @@ from skep.engine.build.stage import (
 from skep.engine.containers.container import StandardStream
 from skep.engine.engine import Engine
 from skep.engine.images import child
-from skep.engine.images.image import ContainerDefaults, Image
+from skep.engine.images.digest import Digest
+from skep.engine.images.image import ContainerDefaults, Image, ImageConfig
+from skep.engine.images.platforms import ImagePlatform, best_for, best_platform, platform_in
+from skep.engine.images.reference import Reference
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.model.values.ids import new_container_id
 
@@ -131,6 +134,13 @@ class Builder(Builds):
         async with self.slots.hold():
             return await self.build_in_slot(request, context, progress, provider)
 
+    async def name_index(self, ids: Sequence[Digest], tags: Sequence[Reference]) -> Digest:
+        """See ``Builds``."""
+        images = [self.images.get(id) for id in ids]
+        here = best_for(images, best_platform()) or images[0]
+        await self.images.name_index(ids, tags, here.id)
+        return here.id
+
     async def build_in_slot(
         self,
         request: BuildRequest,
@@ -146,7 +156,7 @@ class Builder(Builds):
         with shown_errors():
             parsed = await asyncio.to_thread(parse, request.dockerfile)
             stages = targets.chosen(await asyncio.to_thread(stages_of, parsed), request)
-            targets.require_platform(request.platform)
+            targets.wanted_platform(request.platform)
         async with AsyncExitStack() as stack:
             workspace = await stack.enter_async_context(self.images.workspace("build"))
             build = Build(self, request, stages, Inputs(context, provider, known), progress, workspace, stack)
@@ -175,12 +185,17 @@ class Build:
         self._workspace = workspace
         self._stack = stack
         self._bases = Bases(builder.images, request, inputs, progress, stack)
-        automatic = targets.automatic_arguments(stages, request.target) if request.is_buildkit else {}
+        self._platform = targets.wanted_platform(request.platform)
+        automatic: Mapping[str, str] = {}
+        if request.is_buildkit:
+            automatic = targets.automatic_arguments(stages, request.target, request.platform)
         self._arguments = BuildArguments(request.arguments, automatic, is_buildkit=request.is_buildkit)
         self._budget = Budget()
         self._stages = stages
         self._scopes: dict[int, tuple[StageArguments, int]] = {}
         """Arguments of completed stages, with the number of history entries that their base images had."""
+        self._platforms: dict[int, ImagePlatform | None] = {}
+        """Platforms of completed stages."""
         self._done: dict[int, StepImage | None] = {}
         self._stage = 0
         self._steps = 0
@@ -243,6 +258,7 @@ class Build:
             await self._run_step(instruction)
         self._done[number] = self._results.position.image
         self._scopes[number] = self._arguments.stage, self._results.inherited
+        self._platforms[number] = self._results.platform
 
     async def _run_stage_apart(self, number: int) -> None:
         """Run a stage that only a trigger of the current stage's base image uses."""
@@ -270,11 +286,12 @@ class Build:
 
     async def _begin_stage(self, step: BuildStep, base: From) -> None:
         arguments = dict(self._arguments.of_stages)
+        self._results.platform = self._platform
         if base.platform:
             platform = await self._substitute(base.platform, arguments)
             if not platform:
                 raise InvalidArgument(f"empty platform value from expression {base.platform}")
-            targets.require_platform(platform)
+            self._results.platform = targets.wanted_platform(platform)
         name = await self._substitute(base.base, arguments)
         if not name:
             raise InvalidArgument(f"base name ({base.base}) should not be blank")
@@ -291,6 +308,7 @@ class Build:
         )
         if is_stage and index in self._scopes:
             inherited, self._results.inherited = self._scopes[index]
+            self._results.platform = self._platforms[index]
         self._arguments.begin_stage(inherited, defaults.env or ())
         state = begun(defaults)
         triggers = state.config.on_build or ()
@@ -321,7 +339,7 @@ class Build:
         ``is_base``: Whether FROM names it.  In FROM, a number is an image, and only earlier stages are known.
         """
         if image := self._request.images.get(targets.context_name(name)):
-            return await self._bases.pull(step, image)
+            return await self._bases.pull(step, image, self._results.platform)
         index = None
         if not is_base or not name.isdigit():
             index = self._stages.index(name, before=self._stage if is_base else None)
@@ -338,7 +356,7 @@ class Build:
             raise InvalidArgument(f"invalid from flag value {name}: index out of bounds")
         if name == SCRATCH:
             return None
-        return await self._bases.pull(step, name)
+        return await self._bases.pull(step, name, self._results.platform)
 
     # --- the other instructions -----------------------------------------------------------------------------------
 
@@ -513,6 +531,7 @@ class Build:
             config = msgspec.structs.replace(config, volumes=None)
         position = self._results.position.image
         assert position is not None, "RUN on scratch is refused"
+        await asyncio.to_thread(_require_runnable, position.config)
         image = Image(id=position.id, config=msgspec.structs.replace(position.config, config=config))
         containers = self._builder.containers
         async with containers.create(image, self._request, prepared) as container:
@@ -533,3 +552,9 @@ class Build:
 
     def _changes(self) -> Changes:
         return Changes(self._area(), lower_directories(self._images, self._results.position.image))
+
+
+def _require_runnable(config: ImageConfig) -> None:
+    """Check that this machine runs the programs of an image.  Raises: FailedPrecondition."""
+    if config.architecture:
+        emulation.require_runnable(platform_in(config), emulation.read_emulators())

@@ -130,6 +130,7 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     credentials: Mapping[str, str] = {}
     """``X-Registry-Auth`` values by registry (``docker.io``, ``registry:5000``)."""
     platform: str = ""
+    """Platform of the image.  Empty for the base image's, or this machine's without a base image."""
     is_buildkit: bool = False
     """Whether BuildKit's language applies (RUN --mount, COPY --link) and unneeded stages are skipped."""
 
@@ -226,4 +227,10 @@ class Builds(Protocol):
         """Build an image and tag it.  Cancellation ends the build's container and keeps only completed steps.
 
         Raises: SkepError: in Docker's words; nothing was tagged.
+        """
+
+    async def name_index(self, ids: Sequence[Digest], tags: Sequence[Reference]) -> Digest:
+        """Name images for several platforms together, and return the image for this machine.
+
+        Raises: NotFound: an image was removed meanwhile.
         """

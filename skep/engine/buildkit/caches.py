@@ -18,7 +18,9 @@ from skep.engine.buildkit.options import CacheEntry, is_true
 from skep.engine.buildkit.progress import Vertices
 from skep.engine.buildkit.protocol.content import ClientStore
 from skep.engine.buildkit.protocol.sessions import BuildSession
+from skep.engine.buildkit.results import BuiltImages
 from skep.engine.images.digest import Digest
+from skep.engine.images.platforms import best_for, parse_platform
 from skep.engine.images.reference import Reference, parse_reference
 from skep.engine.images.registry.registry import DOCKER_LIST, OCI_INDEX, OCI_MANIFEST, RegistryRepository
 from skep.engine.images.store import ImageStore
@@ -35,15 +37,23 @@ class Caches:
         self._images = images
 
     async def sources(
-        self, vertices: Vertices, session: BuildSession, provider: Provider, entries: Sequence[CacheEntry]
+        self,
+        vertices: Vertices,
+        session: BuildSession,
+        provider: Provider,
+        entries: Sequence[CacheEntry],
+        platform: str = "",
     ) -> tuple[StepSource, ...]:
-        """Return the usable sources without duplicates.  The build gets warnings for the others."""
+        """Return the usable sources without duplicates.  The build gets warnings for the others.
+
+        ``platform``: Platform of the build, for images with several.  Empty for this machine's.
+        """
         found: list[StepSource] = []
         distinct = list({entry.key: entry for entry in entries}.values())
         for entry in distinct[:SOURCES_MAX]:
             with vertices.doing(f"importing cache manifest from {entry.name}") as vertex:
                 try:
-                    source = await self._source(session, provider, entry)
+                    source = await self._source(session, provider, entry, platform)
                 except (SkepError, OSError, ValueError) as error:
                     vertices.warn(vertex, f"cache source {entry.name} is not used: {error}")
                 else:
@@ -55,7 +65,7 @@ class Caches:
         return tuple(found)
 
     async def _source(
-        self, session: BuildSession, provider: Provider, entry: CacheEntry
+        self, session: BuildSession, provider: Provider, entry: CacheEntry, platform: str
     ) -> StepSource | None:
         if entry.type == "local":
             store = ClientStore(session, entry.attrs.get("src", ""))
@@ -63,12 +73,14 @@ class Caches:
         if entry.type != "registry":
             raise InvalidArgument(f"type {entry.type} is not supported; use registry or local")
         reference = _reference(entry)
-        image = self._images.lookup(str(reference))
+        present = self._images.named(str(reference))
+        image = best_for(present, parse_platform(platform)) if platform else next(iter(present), None)
         if image is not None:
             return await asyncio.to_thread(image_source, self._images, image, entry.name)
         auth = await provider.credentials(reference.domain)
         place = RegistryPlace(self._images, reference, auth)
-        source = await read_source(self._images, place, reference.digest or reference.tag)
+        target = reference.digest or reference.tag
+        source = await read_source(self._images, place, target, platform=platform)
         if source is None:
             raise InvalidArgument("the image has no cache; build it with --cache-to type=inline")
         return source
@@ -79,18 +91,21 @@ class Caches:
         session: BuildSession,
         provider: Provider,
         entries: Sequence[CacheEntry],
-        result: BuildResult,
+        results: Sequence[BuildResult],
     ) -> Mapping[str, str]:
-        """Export the steps of a build and return the entries of the client's response.  Raises: SkepError."""
+        """Export the steps of a build and return the entries of the client's response.  Raises: SkepError.
+
+        ``results``: Result for each platform.
+        """
         response: dict[str, str] = {}
         for entry in entries:
             if entry.type == _INLINE:  # an inline cache is part of the image
                 continue
-            with vertices.doing(f"exporting cache to {_PLACES.get(entry.type, entry.type)}") as vertex:
+            with vertices.doing(f"exporting cache to {_PLACES[entry.type]}") as vertex:
                 try:
-                    descriptor = await self._export(session, provider, entry, result)
+                    descriptor = await self._export(session, provider, entry, results)
                 except (SkepError, OSError) as error:
-                    if entry.type in _PLACES and not is_true(entry.attrs.get("ignore-error", "")):
+                    if not is_true(entry.attrs.get("ignore-error", "")):
                         raise
                     vertices.warn(vertex, f"cache {entry.name} is not exported: {error}")
                 else:
@@ -98,28 +113,27 @@ class Caches:
         return response
 
     async def push(
-        self, vertices: Vertices, provider: Provider, image_id: Digest, tags: Sequence[Reference]
+        self, vertices: Vertices, provider: Provider, built: BuiltImages, tags: Sequence[Reference]
     ) -> Digest:
-        """Push an image under its tags, and return the digest of its manifest.  Raises: SkepError.
+        """Push a result under its tags, and return the digest of its manifest or index.  Raises: SkepError.
 
         Another build may have taken the tags since.
         """
-        digest = image_id
+        digest = built.here
         for tag in tags:
             with vertices.doing(f"pushing {tag.familiar}"):
                 auth = await provider.credentials(tag.domain)
-                digest = await self._images.push_image(image_id, tag, auth)
+                digest = await self._images.push_image(built.here, tag, auth, built.index)
         return digest
 
     async def _export(
-        self, session: BuildSession, provider: Provider, entry: CacheEntry, result: BuildResult
+        self, session: BuildSession, provider: Provider, entry: CacheEntry, results: Sequence[BuildResult]
     ) -> str:
-        if entry.type not in _PLACES:
-            raise InvalidArgument(f"type {entry.type} is not supported; use inline, registry or local")
         mode = entry.attrs.get("mode", "min")
         if mode not in ("min", "max"):
             raise InvalidArgument(f"unsupported mode {mode} of a cache; use min or max")
-        records = chosen(result.records, result.last, is_max=mode == "max")
+        found = [one for each in results for one in chosen(each.records, each.last, is_max=mode == "max")]
+        records = list({one.key: one for one in found}.values())
         media_type = _media_type(entry.attrs)
         if entry.type == "local":
             store = ClientStore(session, entry.attrs.get("dest", ""))

@@ -12,6 +12,7 @@ from skep.engine.build.addresses import redacted_address
 from skep.engine.build.dockerfile.targets import context_name, parse_epoch, tags_of
 from skep.engine.build.interface import StepLimits
 from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.images.platforms import normalized, parse_platform
 from skep.engine.images.reference import Reference
 from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
 from skep.model.container import Ulimit
@@ -21,6 +22,8 @@ _GATEWAY = "gateway.v0"
 
 _IGNORED = ("frontend.caps", "input-metadata:", "vcs:")
 """Options that do not affect the image: the client's capabilities, and the origin of its files (for provenance)."""
+_PLATFORMS_MAX = 16
+"""More platforms than qemu's user emulation has processors that Docker names."""
 _DEFAULT_PROVENANCE = ("mode=min,inline-only=true", "false", "disabled=true")
 
 
@@ -67,7 +70,10 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     network: str = ""
     hosts: tuple[str, ...] = ()
     limits: StepLimits = StepLimits()
-    platform: str = ""
+    platforms: tuple[str, ...] = ("",)
+    """Platforms of the images, each one once.  Empty text for the default."""
+    is_index: bool = False
+    """Whether the images are named together, as an image for several platforms."""
     hostname: str = ""
     cache_namespace: str = ""
     epoch_s: int | None = None
@@ -92,6 +98,8 @@ class Exported(msgspec.Struct, frozen=True, kw_only=True):
     """Whether ``SOURCE_DATE_EPOCH`` also limits the times of files in the layers."""
     is_pushed: bool = False
     """Whether the tags are pushed to their registries."""
+    is_split: bool = True
+    """Whether the files of each of several platforms get a directory of their own."""
 
 
 class CacheEntry(msgspec.Struct, frozen=True, rename="pascal"):
@@ -132,6 +140,8 @@ def parse_options(
     sessions = _taken(left, "local-sessionid:")
     images, directories = _contexts(_taken(left, "context:"), sessions, inputs or {})
     use_cache, stages = _use_cache(left)
+    platforms = _platforms(left.pop("platform", ""))
+    is_index = is_true(arguments.get("BUILDKIT_MULTI_PLATFORM", "") or left.pop("multi-platform", ""))
     has_own_dockerfile = "dockerfilekey" in left
     context, dockerfile = left.pop("contextkey", "context"), left.pop("dockerfilekey", "dockerfile")
     build = BuildOptions(
@@ -152,7 +162,8 @@ def parse_options(
         network=left.pop("force-network-mode", ""),
         hosts=_hosts(left.pop("add-hosts", "")),
         limits=_limits(left),
-        platform=left.pop("platform", ""),
+        platforms=platforms,
+        is_index=is_index or len(platforms) > 1,
         hostname=left.pop("hostname", "") or arguments.get("BUILDKIT_SANDBOX_HOSTNAME", ""),
         cache_namespace=arguments.get("BUILDKIT_CACHE_MOUNT_NS", ""),
         epoch_s=parse_epoch(arguments.get("SOURCE_DATE_EPOCH", "")),
@@ -162,8 +173,6 @@ def parse_options(
         request=left.pop("requestid", ""),
         has_syntax=bool(arguments.get("BUILDKIT_SYNTAX", "")),
     )
-    if "," in build.platform:
-        raise Unimplemented(f"multiple platforms are not supported: {build.platform}")
     for name, value in left.items():
         if value:
             raise Unimplemented(f"build option {name} is not supported")
@@ -193,11 +202,17 @@ def _taken(left: dict[str, str], prefix: str) -> dict[str, str]:
 def _refuse(left: dict[str, str], arguments: dict[str, str]) -> None:
     """Refuse options of BuildKit that are not supported.  Raises: Unimplemented."""
     check_syntax(arguments.get("BUILDKIT_SYNTAX", ""))
-    if is_true(arguments.get("BUILDKIT_MULTI_PLATFORM", "") or left.pop("multi-platform", "")):
-        raise Unimplemented("multiple platforms are not supported")
     for kind, value in _taken(left, "attest:").items():
         if kind != "provenance" or value not in _DEFAULT_PROVENANCE:
             raise Unimplemented(f"attestations are not supported: {kind}")
+
+
+def _platforms(text: str) -> tuple[str, ...]:
+    """Return the platforms of a request in BuildKit's form, each one once.  Raises: InvalidArgument."""
+    names = [str(normalized(parse_platform(name.strip()))) for name in text.split(",") if name.strip()]
+    if len(names) > _PLATFORMS_MAX:
+        raise InvalidArgument(f"an image has at most {_PLATFORMS_MAX} platforms")
+    return tuple(dict.fromkeys(names)) or ("",)
 
 
 def is_true(value: str) -> bool:
@@ -289,6 +304,16 @@ def cache_entries(options: pb.CacheOptions) -> tuple[Sequence[CacheEntry], Seque
     return imports, exports
 
 
+def check_cache_exports(entries: Sequence[CacheEntry]) -> None:
+    """Check the types of cache exports.  Raises: InvalidArgument, in BuildKit's words: one is not known.
+
+    Source: buildkit, control/control.go (Solve).
+    """
+    for entry in entries:
+        if entry.type not in ("inline", "registry", "local"):
+            raise InvalidArgument(f'unknown cache exporter: "{entry.type}"')
+
+
 _EXPORT_IGNORED = ("push", "load", "registry.insecure", "prefer-image-digest", "unpack", "context", "dest")
 """Image export options without effect: an image is always unpacked."""
 
@@ -320,7 +345,7 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
         for name, value in attributes.items():
             if value and name not in ("dest", "context") and (name, value) != ("platform-split", "false"):
                 raise Unimplemented(f"output option {name} is not supported")
-        return Exported(output=BuildOutput(kind))
+        return Exported(output=BuildOutput(kind), is_split=attributes.get("platform-split", "") != "false")
     return Exported()
 
 

@@ -89,6 +89,8 @@ class Vertices:
         self._now_ns = now_ns
         self._vertices: dict[str, pb.Vertex] = {}
         self._output: dict[str, int] = {}
+        self._platform = ""
+        self._steps_before = 0
         self.counts = StepCounts()
 
     # -- vertices of the build itself -------------------------------------------------------------------------------
@@ -130,24 +132,29 @@ class Vertices:
             if not vertex.HasField("completed"):
                 self._end(digest, reason)
 
+    def begin_platform(self, name: str) -> None:
+        """Show the platform before the names of further steps.  One platform is built after the other."""
+        self._platform = f"{name} "
+        self._steps_before = self.counts.total
+
     # -- Progress --------------------------------------------------------------------------------------------------
 
     def started(self, step: BuildStep) -> None:
         """Report that the step has started."""
-        self.counts.total = max(self.counts.total, step.total)
-        self._begin(_key(step), _name(step))
+        self.counts.total = max(self.counts.total, self._steps_before + step.total)
+        self._begin(self._key(step), self._name(step))
 
     def cached(self, step: BuildStep) -> None:
         """Report that the step's result was found in the cache.  ``finished`` follows."""
         self.counts.cached += 1
-        vertex = self._vertices[self._digest(_key(step))]
+        vertex = self._vertices[self._digest(self._key(step))]
         vertex.cached = True
 
     def pulling(self, step: BuildStep, message: ProgressMessage) -> None:
         """Report the progress of an image's pull."""
         detail = message.progress_detail
         if message.id and detail is not None:
-            digest = self._digest(_key(step))
+            digest = self._digest(self._key(step))
             self.figure(digest, message.id, detail.current, detail.total, done=message.status in _DONE)
 
     def running(self, step: BuildStep, container_id: str) -> None:
@@ -158,7 +165,7 @@ class Vertices:
 
     def output(self, step: BuildStep, stream: StandardStream, data: bytes) -> None:
         """Report output of the step's command."""
-        digest = self._digest(_key(step))
+        digest = self._digest(self._key(step))
         before = self._output.get(digest, 0)
         self._output[digest] = before + len(data)
         if before >= OUTPUT_BYTES_MAX:
@@ -171,18 +178,26 @@ class Vertices:
 
     def warning(self, step: BuildStep, text: str) -> None:
         """Add a warning for the author of the Dockerfile."""
-        self.warn(self._digest(_key(step)), text)
+        self.warn(self._digest(self._key(step)), text)
 
     def finished(self, step: BuildStep, image_id: Digest | None) -> None:
         """Report that the step has succeeded."""
         self.counts.completed += 1
-        self._end(self._digest(_key(step)))
+        self._end(self._digest(self._key(step)))
 
     def failed(self, step: BuildStep, error: Exception) -> None:
         """Report that the step, and with it the build, has failed."""
-        self._end(self._digest(_key(step)), str(error))
+        self._end(self._digest(self._key(step)), str(error))
 
     # -- internals --------------------------------------------------------------------------------------------------
+
+    def _key(self, step: BuildStep) -> str:
+        return f"{self._platform}{step.stage}/{step.number}"
+
+    def _name(self, step: BuildStep) -> str:
+        """Return the step's name as BuildKit shows it: ``[2/5] RUN make``, after the names of platform and stage."""
+        stage = f"{step.stage_name} " if step.stage_name else ""
+        return f"[{self._platform}{stage}{step.number}/{step.total}] {step.text}"
 
     def _digest(self, key: str) -> str:
         return "sha256:" + hashlib.sha256(f"{self._ref}/{key}".encode()).hexdigest()
@@ -206,13 +221,3 @@ class Vertices:
         copy = pb.Vertex()
         copy.CopyFrom(vertex)
         self._log.add(pb.StatusResponse(vertexes=[copy]))
-
-
-def _key(step: BuildStep) -> str:
-    return f"{step.stage}/{step.number}"
-
-
-def _name(step: BuildStep) -> str:
-    """Return the step's name as BuildKit shows it: ``[2/5] RUN make``, with the stage's name if it has one."""
-    stage = f"{step.stage_name} " if step.stage_name else ""
-    return f"[{stage}{step.number}/{step.total}] {step.text}"

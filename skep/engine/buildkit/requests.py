@@ -42,7 +42,7 @@ def findings(text: str, build: BuildOptions, env_of: EnvOf, *, all_stages: bool 
     stages = stages_of(parsed)
     if not stages.stages:
         return ()
-    automatic = targets.automatic_arguments(stages, build.target)
+    automatic = targets.automatic_arguments(stages, build.target, build.platforms[0])
     needed = range(len(stages.stages)) if all_stages else _needed(stages, build)
     return Checks(parsed, stages, build.arguments, automatic, env_of, choice).run(needed)
 
@@ -141,7 +141,7 @@ def base_names(text: str, build: BuildOptions) -> Collection[str]:
 
 def _global_arguments(stages: Stages, build: BuildOptions) -> BuildArguments:
     """Return the arguments before the first FROM.  Raises: InvalidArgument."""
-    automatic = targets.automatic_arguments(stages, build.target)
+    automatic = targets.automatic_arguments(stages, build.target, build.platforms[0])
     arguments, budget = BuildArguments(build.arguments, automatic, is_buildkit=True), Budget()
     for arg in stages.arguments:
         ready = expanded(arg, arguments.of_stages, stages.escape, budget, build.arguments)
@@ -201,7 +201,7 @@ def _outline(text: str, build: BuildOptions) -> Mapping[str, Any]:
     if not stages.stages:
         raise InvalidArgument("dockerfile contains no stages to build")
     lines = {line.number: line for line in parsed.lines}
-    automatic = targets.automatic_arguments(stages, build.target)
+    automatic = targets.automatic_arguments(stages, build.target, build.platforms[0])
     base = stages.stages[_target(stages, build)].base
     found: dict[str, dict[str, dict[str, object]]] = {"args": {}, "secrets": {}, "ssh": {}}
     needed = _needed(stages, build)

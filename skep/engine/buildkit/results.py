@@ -9,12 +9,14 @@ Source: buildkit, solver/llbsolver/history.go, solver/pb/ops.proto, client/llb/d
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 
+import msgspec
 from google.protobuf.message import DecodeError
 
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.images.digest import Digest, is_digest
+from skep.engine.images.platforms import parse_platform
 from skep.errors import InvalidArgument, NotFound, Unimplemented
 
 RECORDS_MAX = 50
@@ -23,6 +25,43 @@ BYTES_MAX = 16 << 20
 """Size of all records together.  A record has the options of its build, which may be as long as a whole message."""
 
 _IMAGE = "docker-image://"
+
+
+class BuiltImages(msgspec.Struct, frozen=True):
+    """Result of a build: an image, or several that are named together.
+
+    Args:
+        images: Images by platform.  One with an empty platform if the build is not for several.
+        here: The image that the tags mean on this machine.
+    """
+
+    images: Mapping[str, Digest]
+    here: Digest
+
+    @property
+    def index(self) -> Sequence[Digest]:
+        """Images that are named together.  Empty for the one image."""
+        return () if "" in self.images else tuple(self.images.values())
+
+    def describe(self, name_of: Callable[[], str]) -> tuple[pb.Result, Collection[str]]:
+        """Return the result for a client, and its new names for the images.
+
+        Source: buildkit, exporter/containerimage/exptypes/types.go (Platforms).
+        """
+        result = pb.Result()
+        if not self.index:
+            result.ref.id = name_of()
+            getattr(result.ref, "def").CopyFrom(definition_of(self.here))
+            return result, (result.ref.id,)
+        listed = []
+        for name, id in self.images.items():
+            result.refs.refs[name].id = name_of()
+            getattr(result.refs.refs[name], "def").CopyFrom(definition_of(id))
+            platform = parse_platform(name)
+            shown = {"architecture": platform.architecture, "os": platform.os, "variant": platform.variant}
+            listed.append({"ID": name, "Platform": {key: word for key, word in shown.items() if word}})
+        result.metadata["refs.platforms"] = msgspec.json.encode({"Platforms": listed})
+        return result, [one.id for one in result.refs.refs.values()]
 
 
 class BuildHistory:

@@ -8,9 +8,7 @@ Source: moby/buildkit, control/control.go, client/solve.go, client/build.go, fro
 """
 
 import asyncio
-import os
 import secrets
-import stat
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -23,19 +21,28 @@ from skep.aio.clock import Clock
 from skep.aio.race import LostRace, run_unless
 from skep.engine.build.addresses import redacted, redacted_address, shown, shown_errors
 from skep.engine.build.dockerfile.checks import EnvOf
-from skep.engine.build.dockerfile.dockerfile import FILE_BYTES_MAX
 from skep.engine.build.dockerfile.patterns import ignored_patterns
-from skep.engine.build.interface import BuildRequest, BuildResult, Builds, OpenContext, StepSource
+from skep.engine.build.interface import BuildResult, Builds, OpenContext, StepSource
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit import requests
 from skep.engine.buildkit.caches import Caches
 from skep.engine.buildkit.contexts import ContextStore
+from skep.engine.buildkit.definitions import (
+    IGNORE_BYTES_MAX,
+    IGNORE_FILE,
+    Definition,
+    build_request,
+    names_of,
+    read_definition,
+    read_in,
+)
 from skep.engine.buildkit.options import (
     BuildOptions,
     BuildOutput,
     ClientDirectory,
     Exported,
     cache_entries,
+    check_cache_exports,
     check_entitlements,
     check_network,
     exported,
@@ -47,7 +54,7 @@ from skep.engine.buildkit.protocol.filesync import SyncSelection
 from skep.engine.buildkit.protocol.sessions import BuildSession, BuildSessions
 from skep.engine.buildkit.provider import ClientProvider
 from skep.engine.buildkit.remote_contexts import remote_context, uploaded_context
-from skep.engine.buildkit.results import BuildHistory, definition_of, image_of
+from skep.engine.buildkit.results import BuildHistory, BuiltImages, image_of
 from skep.engine.buildkit.uploads import OpenUpload
 from skep.engine.images.digest import Digest
 from skep.errors import (
@@ -58,7 +65,6 @@ from skep.errors import (
     Unavailable,
     Unimplemented,
 )
-from skep.linux.syscalls import open_in_root
 from skep.rpc.status import CallFailed, StatusCode, status_of
 
 JOBS_MAX = 32
@@ -71,7 +77,6 @@ _JOB_WAIT_S = 15.0
 """Seconds to wait for a job: a client may ask for a build's progress, or call it, before it has started."""
 _DEFINITION_BYTES_MAX = 16 << 20
 """Maximum size of the Dockerfile and the files fetched with it."""
-_IGNORE_FILE, _IGNORE_BYTES_MAX = ".dockerignore", 1 << 20
 
 
 class BuildJob:
@@ -88,7 +93,7 @@ class BuildJob:
         self.exported = Exported()
         self.cache_imports, self.cache_exports = cache_entries(request.cache)
         self.built: dict[Digest, BuildResult] = {}
-        self.results: dict[str, Digest] = {}
+        self.results: dict[str, BuiltImages] = {}
         """Images by the names under which the client returns results."""
         self.returned: asyncio.Future[pb.ReturnRequest] = asyncio.get_running_loop().create_future()
         self.started_ns = now_ns()
@@ -187,12 +192,12 @@ class Solver:
                     response.result.metadata.update(found)
                     return response
                 work = self._build(job, session, wanted, request.frontend_opt)
-                image = await run_unless(work, job.ended.wait())
+                built = await run_unless(work, job.ended.wait())
         except LostRace as error:
             raise Unavailable(f"job {ref} has ended") from error
-        response.result.ref.id = secrets.token_hex(12)
-        getattr(response.result.ref, "def").CopyFrom(definition_of(image))
-        job.results[response.result.ref.id] = image
+        result, names = built.describe(lambda: secrets.token_hex(12))
+        response.result.CopyFrom(result)
+        job.results |= dict.fromkeys(names, built)
         return response
 
     async def bridge_return(self, ref: str, request: pb.ReturnRequest) -> pb.ReturnResponse:
@@ -230,6 +235,7 @@ class Solver:
         job = self._jobs[request.ref] = BuildJob(request, self._clock.now_ns, upload)
         try:
             job.exported = exported(_exporters(request))
+            check_cache_exports(job.cache_exports)
             self._record(job)
             async with self._begun:
                 self._begun.notify_all()
@@ -260,33 +266,41 @@ class Solver:
         request = job.request
         if request.frontend:
             build = parse_options(request.frontend, request.frontend_attrs)
-            image: Digest | None = await self._build(job, session, build, request.frontend_attrs)
+            built: BuiltImages | None = await self._build(job, session, build, request.frontend_attrs)
         else:
-            image = _returned(job, await job.returned)
-        if image is None:
+            built = _returned(job, await job.returned)
+        if built is None:
             return {}
         response: Mapping[str, str] = {}
         if job.exported.output is BuildOutput.IMAGE:
-            response = self._exported(job, image)
+            response = self._exported(job, built)
             if job.exported.is_pushed:
                 provider = ClientProvider(session, self.contexts.scratch)
                 tags = job.exported.tags
-                pushed = await self._caches.push(job.vertices, provider, image, tags)
+                pushed = await self._caches.push(job.vertices, provider, built, tags)
                 response = {**response, "containerimage.digest": pushed}
         elif job.exported.output is not BuildOutput.NONE:
-            await self._send(job, session, image)
-        return {**response, **await self._export_caches(job, session, image)}
+            for platform, image in built.images.items():
+                await self._send(job, session, image, platform)
+        return {**response, **await self._export_caches(job, session, built)}
 
-    async def _export_caches(self, job: BuildJob, session: BuildSession, image: Digest) -> Mapping[str, str]:
+    async def _export_caches(
+        self, job: BuildJob, session: BuildSession, built: BuiltImages
+    ) -> Mapping[str, str]:
         """Export the build's steps to the destinations of ``--cache-to``.  Raises: SkepError."""
-        if not job.cache_exports or image not in job.built:
+        results = [job.built[id] for id in built.images.values() if id in job.built]
+        if not job.cache_exports or not results:
             return {}
         provider = ClientProvider(session, self.contexts.scratch)
-        return await self._caches.export(job.vertices, session, provider, job.cache_exports, job.built[image])
+        return await self._caches.export(job.vertices, session, provider, job.cache_exports, results)
 
-    async def _send(self, job: BuildJob, session: BuildSession, image: Digest) -> None:
-        """Send the files of the result to the client.  Raises: SkepError."""
+    async def _send(self, job: BuildJob, session: BuildSession, image: Digest, platform: str) -> None:
+        """Send the files of an image to the client.  Raises: SkepError.
+
+        ``platform``: Platform of one of several images, whose files get a directory of their own.
+        """
         is_tar = job.exported.output is BuildOutput.TAR
+        directory = platform.replace("/", "_") if job.exported.is_split else ""
         with job.vertices.doing(f"exporting to client {'tarball' if is_tar else 'directory'}") as vertex:
             shown = "sending tarball" if is_tar else "copying files"
             progress = partial(job.vertices.figure, vertex, shown)
@@ -297,12 +311,15 @@ class Solver:
                 async with self.contexts.scratch() as place:
                     file = place / "result"
                     await spool(pieces, file, self.contexts.room_on(place))
-                    await send_tree(session, file, progress)
+                    await send_tree(session, file, progress, below=directory)
 
-    def _exported(self, job: BuildJob, image: Digest) -> Mapping[str, str]:
-        export: Exported = job.exported
+    def _exported(self, job: BuildJob, built: BuiltImages) -> Mapping[str, str]:
+        export, image = job.exported, built.here
         with job.vertices.doing("exporting to image") as vertex:
-            for done in (f"writing image {image}", *(f"naming to {tag}" for tag in export.tags)):
+            for done in (
+                *(f"writing image {id}" for id in built.images.values()),
+                *(f"naming to {tag}" for tag in export.tags),
+            ):
                 job.vertices.figure(vertex, done, 0, done=True)
         names = ",".join(map(str, export.tags))
         digests = {"containerimage.digest": image, "containerimage.config.digest": image}
@@ -312,11 +329,13 @@ class Solver:
 
     async def _build(
         self, job: BuildJob, session: BuildSession, build: BuildOptions, attributes: Mapping[str, str]
-    ) -> Digest:
+    ) -> BuiltImages:
         check_network(build, job.request.entitlements)
         job.request.frontend_attrs.update(attributes)  # for the job's record
         if build.request:
             raise Unimplemented(f"unsupported request {build.request}")
+        if build.is_index and job.exported.output is BuildOutput.TAR:
+            raise Unimplemented("output tar is not supported for multiple platforms: use local")
         provider = ClientProvider(session, self.contexts.scratch)
         async with AsyncExitStack() as received:
             remote = await self._remote(job, session, build, provider, received)
@@ -326,43 +345,59 @@ class Solver:
             def opening(
                 source: ClientDirectory, ignored: str | None, root: Path | None = None
             ) -> OpenContext:
+                opened: list[Path] = [root] if root is not None else []
+
                 async def open_context() -> Path:
-                    if root is not None:
-                        return root
-                    client = await self._session_of(session, source)
-                    return await received.enter_async_context(self._context(job, client, source, ignored))
+                    if not opened:  # the builds of all platforms use the same files
+                        client = await self._session_of(session, source)
+                        files = self._context(job, client, source, ignored)
+                        opened.append(await received.enter_async_context(files))
+                    return opened[0]
 
                 return open_context
 
             request = msgspec.structs.replace(
-                _request(
+                build_request(
                     build,
                     job.exported,
                     definition.text,
                     has_host_network="network.host" in job.request.entitlements,
                 ),
                 directories={name: opening(source, None) for name, source in build.directories.items()},
-                step_sources=await self._step_sources(job, session, build, provider),
                 inline_cache=build.inline_cache or any(one.type == "inline" for one in job.cache_exports),
             )
             open_context = opening(build.context, definition.ignored, remote[0] if remote else None)
-            work = self._builds.build(request, open_context, job.vertices, provider)
-            try:
-                result = await run_unless(work, session.wait_closed())
-            except LostRace as error:
-                raise Unavailable("the client of the build disconnected") from error
-        job.built[result.image_id] = result
-        return result.image_id
+            images: dict[str, Digest] = {}
+            for platform in build.platforms:
+                if build.is_index:
+                    job.vertices.begin_platform(platform)
+                sources = await self._step_sources(job, session, build, provider, platform)
+                one = msgspec.structs.replace(request, platform=platform, step_sources=sources)
+                work = self._builds.build(one, open_context, job.vertices, provider)
+                try:
+                    result = await run_unless(work, session.wait_closed())
+                except LostRace as error:
+                    raise Unavailable("the client of the build disconnected") from error
+                job.built[result.image_id] = result
+                images[platform if build.is_index else ""] = result.image_id
+        if not build.is_index:
+            return BuiltImages(images, result.image_id)
+        return BuiltImages(images, await self._builds.name_index(tuple(images.values()), job.exported.tags))
 
     async def _step_sources(
-        self, job: BuildJob, session: BuildSession, build: BuildOptions, provider: ClientProvider
+        self,
+        job: BuildJob,
+        session: BuildSession,
+        build: BuildOptions,
+        provider: ClientProvider,
+        platform: str,
     ) -> tuple[StepSource, ...]:
         """Open the sources of ``--cache-from``.  They never fail a build."""
         if not build.use_cache:
             return ()
         # buildx names the same sources in both places.
         entries = (*build.cache_sources, *job.cache_imports)
-        return await self._caches.sources(job.vertices, session, provider, entries)
+        return await self._caches.sources(job.vertices, session, provider, entries, platform)
 
     async def _respond(
         self, job: BuildJob, session: BuildSession, build: BuildOptions
@@ -416,15 +451,15 @@ class Solver:
         session: BuildSession,
         build: BuildOptions,
         remote: tuple[Path, str] | None = None,
-    ) -> "_Definition":
+    ) -> Definition:
         """Read the Dockerfile.  Raises: SkepError: neither the client nor a remote context has it."""
         if remote is not None and not build.has_own_dockerfile:
             root, name = remote
             with job.vertices.doing(f"[internal] load build definition from {build.filename}") as vertex:
-                definition = await asyncio.to_thread(_read_definition, root, name or build.filename)
+                definition = await asyncio.to_thread(read_definition, root, name or build.filename)
                 await self._check_text(job, vertex, build, definition.text)
             return definition
-        names = _names_of(build.filename)
+        names = names_of(build.filename)
         with job.vertices.doing(f"[internal] load build definition from {build.filename}") as vertex:
             async with self.contexts.receive(
                 session,
@@ -432,7 +467,7 @@ class Solver:
                 bytes_max=_DEFINITION_BYTES_MAX,
                 progress=partial(job.vertices.figure, vertex, "transferring dockerfile:"),
             ) as root:
-                definition = await asyncio.to_thread(_read_definition, root, build.filename)
+                definition = await asyncio.to_thread(read_definition, root, build.filename)
             job.vertices.figure(vertex, "transferring dockerfile:", len(definition.text), done=True)
             await self._check_text(job, vertex, build, definition.text)
         return definition
@@ -456,9 +491,9 @@ class Solver:
         which = "build context" if source.name == "context" else f"context {source.name}"
         if ignored is None:
             with job.vertices.doing(f"[internal] load .dockerignore of the {which}"):
-                only = SyncSelection(name=source.name, follow=(_IGNORE_FILE,))
-                async with self.contexts.receive(session, only, bytes_max=_IGNORE_BYTES_MAX) as root:
-                    ignored = await asyncio.to_thread(_read_in, root, _IGNORE_FILE, _IGNORE_BYTES_MAX) or ""
+                only = SyncSelection(name=source.name, follow=(IGNORE_FILE,))
+                async with self.contexts.receive(session, only, bytes_max=IGNORE_BYTES_MAX) as root:
+                    ignored = await asyncio.to_thread(read_in, root, IGNORE_FILE, IGNORE_BYTES_MAX) or ""
         async with AsyncExitStack() as stack:
             with job.vertices.doing(f"[internal] load {which}") as vertex:
                 received = self.contexts.receive(
@@ -468,80 +503,6 @@ class Solver:
                 )
                 root = await stack.enter_async_context(received)
             yield root
-
-
-class _Definition(msgspec.Struct, frozen=True):
-    """Dockerfile of a build.  ``ignored``: Content of its own ignore file (``Dockerfile.dockerignore``).
-
-    None without one.
-    """
-
-    text: str
-    ignored: str | None
-
-
-def _names_of(filename: str) -> tuple[str, ...]:
-    """Return the names of the files to request from the client for a Dockerfile."""
-    directory, _, name = filename.rpartition("/")
-    names = [filename, f"{filename}{_IGNORE_FILE}"]
-    if name == "Dockerfile":
-        names.append(f"{directory}/dockerfile" if directory else "dockerfile")
-    return tuple(names)
-
-
-def _read_definition(root: Path, filename: str) -> _Definition:
-    """Read a Dockerfile and its ignore file.  Raises: NotFound, InvalidArgument."""
-    *_, last = _names_of(filename)
-    text = _read_in(root, filename, FILE_BYTES_MAX)
-    if text is None and last != f"{filename}{_IGNORE_FILE}":
-        text = _read_in(root, last, FILE_BYTES_MAX)
-    if text is None:
-        raise NotFound(f"failed to read dockerfile: open {filename}: no such file or directory")
-    return _Definition(text, _read_in(root, f"{filename}{_IGNORE_FILE}", _IGNORE_BYTES_MAX))
-
-
-def _read_in(root: Path, name: str, bytes_max: int) -> str | None:
-    """Return the text of a file, or None if it does not exist.  Its links cannot lead out of ``root``.
-
-    Raises: InvalidArgument: it is too large.
-    """
-    try:
-        descriptor = open_in_root(root, name, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
-        return None
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return None
-        data = file.read(bytes_max + 1)
-    if len(data) > bytes_max:
-        raise InvalidArgument(f"{name} is larger than {bytes_max} bytes")
-    return data.decode(errors="surrogateescape")
-
-
-def _request(
-    build: BuildOptions, export: Exported, dockerfile: str, *, has_host_network: bool = False
-) -> BuildRequest:
-    return BuildRequest(
-        dockerfile=dockerfile,
-        tags=export.tags,
-        target=build.target,
-        arguments=build.arguments,
-        labels=build.labels,
-        use_cache=build.use_cache,
-        stages_without_cache=build.stages_without_cache,
-        images=build.images,
-        pull=build.pull,
-        network=build.network,
-        hosts=build.hosts,
-        limits=build.limits,
-        platform=build.platform,
-        has_host_network=has_host_network,
-        hostname=build.hostname,
-        cache_namespace=build.cache_namespace,
-        epoch_s=build.epoch_s,
-        rewrites_times=export.rewrites_times,
-        is_buildkit=True,
-    )
 
 
 def _exporters(request: pb.SolveRequest) -> Sequence[tuple[str, Mapping[str, str]]]:
@@ -563,8 +524,9 @@ def _check(request: pb.SolveRequest) -> None:
     check_entitlements(request.entitlements)
 
 
-def _returned(job: BuildJob, response: pb.ReturnRequest) -> Digest | None:
-    """Return the image that the client returned, or None without one.  Raises: CallFailed: the client failed."""
+def _returned(job: BuildJob, response: pb.ReturnRequest) -> BuiltImages | None:
+    """Return the images that the client returned, or None without one.  Raises: CallFailed: the client failed."""
     if response.HasField("error"):
         raise CallFailed(status_of(str(response.error.code)), response.error.message)
-    return job.results.get(response.result.ref.id)
+    names = [response.result.ref.id, *(one.id for one in response.result.refs.refs.values())]
+    return next((job.results[name] for name in names if name in job.results), None)

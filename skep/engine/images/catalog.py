@@ -25,6 +25,8 @@ class Catalog(msgspec.Struct, frozen=True):
         retired: Removed images whose layers are still used by containers.  They are not shown.
         fetched: Images from a registry or another node that no user has loaded or tagged.
         steps: Intermediate images of builds by BuildKit's protocol that are not the result of any build.
+        indexes: Images of a build for several platforms in their order, by reference.  The reference itself names the
+            one for this machine.
     """
 
     references: Mapping[str, Digest] = {}
@@ -33,6 +35,12 @@ class Catalog(msgspec.Struct, frozen=True):
     retired: frozenset[str] = frozenset()
     fetched: frozenset[str] = frozenset()
     steps: frozenset[str] = frozenset()
+    indexes: Mapping[str, tuple[Digest, ...]] = {}
+
+    @property
+    def members(self) -> frozenset[str]:
+        """Images of all indexes."""
+        return frozenset(id for ids in self.indexes.values() for id in ids)
 
 
 def read_catalog(file: Path) -> Catalog:
@@ -77,11 +85,21 @@ def with_image(
     )
 
 
-def with_references(catalog: Catalog, references: Iterable[Reference], id: Digest) -> Catalog:
-    """Return the catalog with ``references`` moved to the image ``id``."""
+def with_references(
+    catalog: Catalog, references: Iterable[Reference], id: Digest, index: tuple[Digest, ...] = ()
+) -> Catalog:
+    """Return the catalog with ``references`` moved to the image ``id``.
+
+    ``index``: Images for several platforms that the references name together.  Empty for the one image.
+    """
     named = {str(reference): id for reference in references}
     steps = catalog.steps - {id} if named else catalog.steps
-    return msgspec.structs.replace(catalog, references={**catalog.references, **named}, steps=steps)
+    indexes = {text: ids for text, ids in catalog.indexes.items() if text not in named}
+    if index:
+        indexes |= dict.fromkeys(named, index)
+    return msgspec.structs.replace(
+        catalog, references={**catalog.references, **named}, steps=steps, indexes=indexes
+    )
 
 
 def without(catalog: Catalog, references: Collection[Reference], ids: Collection[str]) -> Catalog:
@@ -95,4 +113,7 @@ def without(catalog: Catalog, references: Collection[Reference], ids: Collection
         retired=catalog.retired | away,
         fetched=catalog.fetched - away,
         steps=catalog.steps - away,
+        indexes={
+            text: ids for text, ids in catalog.indexes.items() if text not in texts and away.isdisjoint(ids)
+        },
     )

@@ -7,12 +7,13 @@ Source: OCI image-spec, config.md; moby, image/image.go.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from skep.api.formats.bodies import decode_body
-from skep.engine.images.digest import Digest, chain_ids, is_digest
+from skep.engine.images.digest import Digest, chain_ids, digest_of, is_digest
 from skep.engine.images.reference import Reference
 from skep.errors import InvalidArgument
 from skep.model.container import HealthConfig
@@ -145,6 +146,8 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     """Time when a user last tagged the image on this node."""
     is_step: bool = False
     """Whether it is an intermediate image of a build by BuildKit's protocol, and not the result of any build."""
+    is_member: bool = False
+    """Whether it has no name of its own, and a name with several platforms includes it."""
 
     @property
     def tags(self) -> Sequence[Reference]:
@@ -188,3 +191,11 @@ def parse_config(content: bytes) -> ImageConfig:
     if not all(is_digest(diff_id) for diff_id in config.diff_ids):
         raise InvalidArgument("invalid image JSON: a layer has no valid digest")
     return config
+
+
+def read_config(file: Path, id: Digest) -> ImageConfig:
+    """Read and verify a configuration.  Raises: InvalidArgument: it does not have this digest; OSError."""
+    content = file.read_bytes()
+    if digest_of(content) != id:
+        raise InvalidArgument("its configuration does not match its id")
+    return parse_config(content)

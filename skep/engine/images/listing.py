@@ -74,7 +74,7 @@ def select(images: Sequence[Image], filter: ImageFilter) -> Sequence[Listed]:
 
 
 def _is_step(image: Image, parents: Container[str]) -> bool:
-    return image.is_step or image.id in parents
+    return image.is_step or image.is_member or image.id in parents
 
 
 def prunable(filter: ImageFilter) -> Callable[[Image], bool]:

@@ -46,10 +46,10 @@ from skep.aio.trees import discard_tree, discard_tree_now
 from skep.engine.images.archives.workers import ImageLimits
 from skep.engine.images.catalog import Catalog, read_catalog, with_image, with_references, without
 from skep.engine.images.digest import Digest, chain_ids, digest_of, hex_of, is_digest
-from skep.engine.images.image import Image, ImageConfig, parse_config
+from skep.engine.images.image import Image, ImageConfig, parse_config, read_config
 from skep.engine.images.layers import Layer, Layers
 from skep.engine.images.progress import Arriving
-from skep.engine.images.reference import Reference, parse_any, parse_reference
+from skep.engine.images.reference import Reference, parse_any, parse_reference, tagged
 from skep.errors import InvalidArgument, NotFound, Unavailable
 from skep.linux.files import NEW_SUFFIX, is_no_file, replace_file
 from skep.model.values.times import ZERO_TIME, Timestamp, timestamp
@@ -195,11 +195,7 @@ class LocalImages:
         return None
 
     def layers(self, image: Image) -> tuple[Path, ...]:
-        """Return the lower directories of a container of ``image``, top first.
-
-        Raises:
-            NotFound: the image was removed.
-        """
+        """Return the lower directories of a container of ``image``, top first.  Raises: NotFound: it was removed."""
         return tuple(self.layer_store.directory(chain_id) for chain_id in reversed(image.chain))
 
     def config(self, image: Image) -> ImageConfig:
@@ -240,6 +236,10 @@ class LocalImages:
             with suppress(OSError):
                 found.append((file.stat().st_mtime_ns, file.read_bytes()))
         return [content for _, content in sorted(found, reverse=True)]
+
+    def index(self, reference: Reference) -> Sequence[Image]:
+        """Return the images of a name that has several platforms.  Empty for other names."""
+        return tuple(self._images[id] for id in self._catalog.indexes.get(str(reference), ()))
 
     def children(self, image_id: str) -> Sequence[Image]:
         """Return the images that were made from the image ``image_id``."""
@@ -318,7 +318,8 @@ class LocalImages:
         async with self._writing:
             if image.id not in self._images:
                 raise NotFound(f"No such image: {word}")
-            catalog = with_references(self._catalog, (reference,), image.id)
+            index = self._catalog.indexes.get(str(tagged(word)), ())
+            catalog = with_references(self._catalog, (reference,), image.id, index)
             stamps = {**catalog.tagged_at, image.id: timestamp(self._clock.now_ns())}
             fetched = catalog.fetched - {image.id}
             await self._put(msgspec.structs.replace(catalog, tagged_at=stamps, fetched=fetched))
@@ -463,7 +464,7 @@ class LocalImages:
             return None
         config = None
         try:
-            config = _read_config(file, id)
+            config = read_config(file, id)
             if not all(self.layer_store.get(chain_id) for chain_id in chain_ids(config.diff_ids)):
                 raise InvalidArgument("a layer is missing")
         except Exception as error:  # any error affects only one image
@@ -488,6 +489,7 @@ class LocalImages:
         references: dict[str, list[Reference]] = {}
         for text, id in self._catalog.references.items():
             references.setdefault(id, []).append(parse_reference(text))
+        members = self._catalog.members - references.keys()
         self._images = {
             id: Image(
                 id=Digest(id),
@@ -497,6 +499,7 @@ class LocalImages:
                 parent=self._catalog.parents.get(id, ""),
                 tagged_at=self._catalog.tagged_at.get(id, ZERO_TIME),
                 is_step=id in self._catalog.steps,
+                is_member=id in members,
             )
             for id, config in self._configs.items()
             if id not in self._catalog.retired
@@ -590,11 +593,3 @@ class LocalImages:
         for directory in self.layer_store.detach(chain):
             await discard_tree(directory)
         return chain
-
-
-def _read_config(file: Path, id: Digest) -> ImageConfig:
-    """Read and verify a configuration.  Raises: InvalidArgument: it does not have this digest; OSError."""
-    content = file.read_bytes()
-    if digest_of(content) != id:
-        raise InvalidArgument("its configuration does not match its id")
-    return parse_config(content)

@@ -134,14 +134,23 @@ def parse_platform(text: str) -> ImagePlatform:
 
 def is_for(config: ImageConfig, wanted: ImagePlatform) -> bool:
     """Return whether an image with the configuration ``config`` runs on the platform ``wanted``."""
-    found, asked = _platform_in(config), normalized(wanted)
+    found, asked = platform_in(config), normalized(wanted)
     own = normalized(found)
     # Few configurations have a variant.
     is_likely = not found.variant and (own.os, own.architecture) == (asked.os, asked.architecture)
     return is_likely or own in compatible(wanted)
 
 
-def _platform_in(config: ImageConfig) -> ImagePlatform:
+def best_for(images: Sequence[Image], wanted: ImagePlatform) -> Image | None:
+    """Return the image that fits the platform ``wanted`` best.  None if none runs there."""
+    ranks = compatible(wanted)
+    fitting = [image for image in images if is_for(image.config, wanted)]
+    own = {image.id: normalized(platform_in(image.config)) for image in fitting}
+    return min(fitting, key=lambda one: ranks.index(own[one.id]) if own[one.id] in ranks else 0, default=None)
+
+
+def platform_in(config: ImageConfig) -> ImagePlatform:
+    """Return the platform that a configuration names."""
     return ImagePlatform(config.os, config.architecture, config.variant)
 
 
@@ -152,7 +161,7 @@ def require_platform(image: Image, name: str, wanted: ImagePlatform) -> None:
     """
     if is_for(image.config, wanted):
         return
-    found = _platform_in(image.config)
+    found = platform_in(image.config)
     raise NotFound(
         f"image with reference {name} was found but its platform ({found})"
         f" does not match the specified platform ({wanted})"

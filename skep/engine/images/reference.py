@@ -191,3 +191,9 @@ def _split_domain(text: str) -> tuple[str, str]:
     if domain == DEFAULT_DOMAIN and "/" not in remainder:
         remainder = _OFFICIAL_PREFIX + remainder
     return domain, remainder
+
+
+def tagged(word: str) -> Reference | None:
+    """Return the reference that a word means, with its tag.  None for the id of an image.  Raises: InvalidArgument."""
+    named = parse_any(word)
+    return named.with_default_tag() if isinstance(named, Reference) else None

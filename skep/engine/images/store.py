@@ -22,13 +22,14 @@ from skep import __version__
 from skep.aio.clock import Clock
 from skep.engine.images.archives import archive
 from skep.engine.images.archives.workers import ImageLimits
+from skep.engine.images.catalog import with_references
 from skep.engine.images.child import HistoryStep, child_config
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ContainerDefaults, Image, as_docker_writes
 from skep.engine.images.local import ImageEvent, LocalImages
 from skep.engine.images.platforms import ImagePlatform
 from skep.engine.images.progress import Report, quiet
-from skep.engine.images.reference import Reference, parse_reference
+from skep.engine.images.reference import Reference, parse_reference, tagged
 from skep.engine.images.registry import pulling, pushing
 from skep.engine.images.registry.credentials import CredentialHelpers, RegistryCredentials, decode_credentials
 from skep.engine.images.registry.endpoints import RegistryPolicy
@@ -39,10 +40,10 @@ from skep.engine.images.registry.registry import (
     RegistryRepository,
     at_endpoints,
 )
-from skep.engine.images.removal import Users, ancestors_to_prune, removal
+from skep.engine.images.removal import ImageUser, Users, ancestors_to_prune, removal
 from skep.engine.images.sharing.spreading import NodeFetcher
-from skep.errors import PermissionDenied, SkepError
-from skep.model.values.times import Timestamp
+from skep.errors import NotFound, PermissionDenied, SkepError
+from skep.model.values.times import Timestamp, timestamp
 
 T = TypeVar("T")
 
@@ -85,6 +86,31 @@ class ImageStore(LocalImages):
         self._nodes = nodes
         self._helpers = CredentialHelpers(self._clock)
 
+    def named(self, word: str) -> Sequence[Image]:
+        """Return the images with this name: the one for this machine, and then those for other platforms.
+
+        Raises: InvalidArgument: it cannot be a name.
+        """
+        name, found = tagged(word), self.resolve(word)
+        index = self.index(name) if name is not None else ()
+        return list({image.id: image for image in (found, *index) if image is not None}.values())
+
+    async def name_index(self, ids: Sequence[Digest], references: Sequence[Reference], here: Digest) -> None:
+        """Move names to an index of images, one for each platform.  The names alone mean the image ``here``.
+
+        Raises: NotFound: an image was removed meanwhile.
+        """
+        async with self._writing:
+            for id in ids:
+                if id not in self._images:
+                    raise NotFound(f"No such image: {id}")
+            catalog = with_references(self._catalog, references, here, tuple(ids))
+            stamp = timestamp(self._clock.now_ns())
+            steps, stamps = catalog.steps - set(ids), {**catalog.tagged_at, here: stamp}
+            await self._put(msgspec.structs.replace(catalog, steps=steps, tagged_at=stamps))
+        for reference in references:
+            self.announce("tag", here, reference.familiar)
+
     async def load(
         self,
         pieces: AsyncIterable[bytes],
@@ -108,6 +134,7 @@ class ImageStore(LocalImages):
         report: Report = quiet,
         *,
         platform: str = "",
+        aside: bool = False,
         uses_helper: bool = True,
     ) -> Image:
         """Pull an image from its registry.  Parts that are on this node already are not fetched again.
@@ -118,6 +145,7 @@ class ImageStore(LocalImages):
         Args:
             auth: ``X-Registry-Auth``: base64 of JSON.  Empty for none.
             platform: ``os[/architecture[/variant]]`` if the registry has several.  Empty for this machine's.
+            aside: Whether the image gets only its digest as a name, so that the tag stays with another image.
             uses_helper: Whether the node's credential helpers may be used.  For users other than administrators, only
                 if an administrator allows it.
 
@@ -128,7 +156,7 @@ class ImageStore(LocalImages):
             Unavailable: the registry cannot be reached.
         """
         reference = parse_reference(word).with_default_tag()
-        return await self._pull(reference, auth, report, platform, uses_helper)
+        return await self._pull(reference, auth, report, pulling.Variety(platform, aside), uses_helper)
 
     async def pull_all(
         self, reference: Reference, auth: str, report: Report = quiet, *, platform: str = ""
@@ -142,16 +170,16 @@ class ImageStore(LocalImages):
                 lambda known: pulling.tags(self.policy, reference, known, self.limits),
             )
             wanted = [reference.with_tag(tag) for tag in tags]
-        return [await self._pull(one, auth, report, platform, True) for one in wanted]
+        return [await self._pull(one, auth, report, pulling.Variety(platform), True) for one in wanted]
 
     async def _pull(
-        self, reference: Reference, auth: str, report: Report, platform: str, uses_helper: bool
+        self, reference: Reference, auth: str, report: Report, wanted: pulling.Variety, uses_helper: bool
     ) -> Image:
         try:
             return await self._with_credentials(
                 reference.domain,
                 auth,
-                lambda known: pulling.pull(self, self.policy, reference, known, report, platform=platform),
+                lambda known: pulling.pull(self, self.policy, reference, known, report, wanted),
                 uses_helper=uses_helper,
             )
         except SkepError as error:
@@ -161,7 +189,7 @@ class ImageStore(LocalImages):
                 # An image that the registry denies to this caller must not come from another node.
                 is_denied = isinstance(error, Denied | PermissionDenied | NoCredentials)
                 return await pulling.pull_from_nodes(
-                    self, self._nodes, reference, report, platform=platform, only_own=is_denied
+                    self, self._nodes, reference, report, wanted, only_own=is_denied
                 )
             except SkepError as other:
                 log.info("image not fetched from a node", image=reference.familiar, reason=str(other))
@@ -209,12 +237,16 @@ class ImageStore(LocalImages):
         credentials = await self._credentials_to_push(reference.domain, auth)
         await pushing.push(self, self.policy, reference, credentials, report)
 
-    async def push_image(self, image_id: Digest, tag: Reference, auth: str) -> Digest:
-        """Push an image under a tag, whatever the tag names here, and return the digest of its manifest.
+    async def push_image(
+        self, image_id: Digest, tag: Reference, auth: str, index: Sequence[Digest] = ()
+    ) -> Digest:
+        """Push an image under a tag, whatever the tag names here, and return the digest of its manifest or index.
 
-        Raises: NotFound: the image was removed; as ``pushing.push``.
+        ``index``: Images for several platforms to push as an index.
+
+        Raises: NotFound: an image was removed; as ``pushing.push``.
         """
-        image = self.get(image_id)
+        image = pushing.PushedImage(self.get(image_id), tuple(self.get(id) for id in index))
         credentials = await self._credentials_to_push(tag.domain, auth)
         return await pushing.push_image(self, self.policy, image, tag, credentials)
 
@@ -287,7 +319,7 @@ class ImageStore(LocalImages):
             left = {image.id: image for image in self.images()}
             gone: list[Image] = []
             for image in tuple(left.values()):
-                if image.id in used or self.children(image.id) or not is_chosen(image):
+                if image.id in used or image.is_member or self.children(image.id) or not is_chosen(image):
                     continue
                 needless = ancestors_to_prune(image, tuple(left.values()), present)
                 gone += [left.pop(one.id) for one in (image, *needless)]
@@ -307,6 +339,7 @@ class ImageStore(LocalImages):
 
         async with self._writing:  # names and containers may change until the lock is held
             names, gone = choose()
+            gone = [*gone, *self._without_index({name for _, name in names}, gone, users())]
             ids = [image.id for image in gone]
             await self._discard({name for _, name in names}, ids, in_use)
         layers = await self._collect()
@@ -315,6 +348,30 @@ class ImageStore(LocalImages):
         for id in ids:
             self.announce("delete", id, id)
         return Removed(tuple(name.familiar for _, name in names), (*ids, *layers))
+
+    def _without_index(
+        self, names: Collection[Reference], gone: Sequence[Image], present: Collection[ImageUser]
+    ) -> Sequence[Image]:
+        """Return the images for other platforms that only ``names`` include, and their unneeded parents."""
+        members = {
+            one.id: one for name in names for one in self.index(name) if one.is_member and one not in gone
+        }
+        kept = {
+            one.id
+            for image in self.images()
+            for name in image.tags
+            if name not in names
+            for one in self.index(name)
+        }
+        kept |= {Digest(user.image_id) for user in present}
+        found: list[Image] = []
+        for id, image in members.items():
+            if id in kept or self.children(id):
+                continue
+            away = {one.id for one in (*gone, *found)}
+            left = [one for one in self.images() if one.id not in away]
+            found += [image, *ancestors_to_prune(image, left, present)]
+        return found
 
 
 def _credentials_for(domain: str, header: str) -> RegistryCredentials:

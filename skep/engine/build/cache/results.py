@@ -23,7 +23,7 @@ from skep.engine.build.stage import StagePosition, StepImage
 from skep.engine.images import child
 from skep.engine.images.digest import Digest, chain_ids
 from skep.engine.images.image import ContainerDefaults, Image
-from skep.engine.images.platforms import this_platform
+from skep.engine.images.platforms import ImagePlatform, this_platform
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.values.times import SECOND_NS, timestamp
 
@@ -70,6 +70,8 @@ class Results:
         """Whether steps of the current stage may come from a cache."""
         self._is_known_here = not self._request.only_sources
         """Whether every step of the stage so far was found on this node, which may provide the next one."""
+        self.platform: ImagePlatform | None = None
+        """Platform that the build names for the current stage.  None if it names none."""
         self.records: dict[str, StepRecord] = {}
         """Steps of this build, by their shared keys."""
 
@@ -79,13 +81,13 @@ class Results:
         self._is_known_here = not self._request.only_sources
 
     @property
-    def place(self) -> tuple[StagePosition, int, bool, bool]:
+    def place(self) -> tuple[StagePosition, int, bool, bool, ImagePlatform | None]:
         """Saved state of the current stage.  To return to a stage later, assign its state."""
-        return self.position, self.inherited, self.uses_cache, self._is_known_here
+        return self.position, self.inherited, self.uses_cache, self._is_known_here, self.platform
 
     @place.setter
-    def place(self, place: tuple[StagePosition, int, bool, bool]) -> None:
-        self.position, self.inherited, self.uses_cache, self._is_known_here = place
+    def place(self, place: tuple[StagePosition, int, bool, bool, ImagePlatform | None]) -> None:
+        self.position, self.inherited, self.uses_cache, self._is_known_here, self.platform = place
 
     @property
     def may_be_cached(self) -> bool:
@@ -123,6 +125,11 @@ class Results:
         kind: tuple[str, ...] = (BUILDKIT,) if self._request.is_buildkit else ()
         if self._request.rewrites_times:
             kind += (f"epoch={self._request.epoch_s}",)
+        if self.position.image is None and self.platform not in (
+            None,
+            this_platform(),
+        ):  # a base image tells the platform
+            kind += (f"platform={self.platform}",)
         options = {**container, "": [*kind, *more]} if kind or any(more) else container
         image = self.position.image
         link = image.link if image is not None else ""
@@ -211,7 +218,7 @@ class Results:
         self, change: StepChange, *, diff_id: str, chain: Sequence[Digest], created: str
     ) -> Image:
         """Make an image of the step's result, and make it the position."""
-        here, parent, line = this_platform(), self.position.image, change.line
+        own, parent, line = self.platform or this_platform(), self.position.image, change.line
         step = child.HistoryStep(
             created=created,
             diff_id=diff_id,
@@ -225,7 +232,11 @@ class Results:
             step,
             options_of(change.state.config),
             more={} if line is not None else {"container_config": _shown(change.container)},
-            platform={"architecture": here.architecture, "os": here.os},
+            platform={
+                "architecture": own.architecture,
+                "os": own.os,
+                **({"variant": own.variant} if own.variant else {}),
+            },
         )
         if len(content) > _CONFIG_BYTES_MAX:
             raise InvalidArgument(f"the image's configuration has more than {_CONFIG_BYTES_MAX} bytes")

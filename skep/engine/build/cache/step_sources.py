@@ -22,7 +22,7 @@ from skep.engine.build.interface import FoundStep, StepSource, WantedStep
 from skep.engine.images import child
 from skep.engine.images.digest import Digest, parse_digest, short
 from skep.engine.images.image import Image, ImageConfig, parse_config
-from skep.engine.images.platforms import choose
+from skep.engine.images.platforms import ImagePlatform, choose, parse_platform
 from skep.engine.images.progress import ProgressMessage
 from skep.engine.images.reference import Reference
 from skep.engine.images.registry import pulling
@@ -245,17 +245,20 @@ def image_source(images: ImageStore, image: Image, name: str) -> StepSource | No
 
 
 async def read_source(
-    images: ImageStore, place: SourceLocation, target: str, pace: Pace | None = None
+    images: ImageStore, place: SourceLocation, target: str, pace: Pace | None = None, *, platform: str = ""
 ) -> StepSource | None:
     """Read the records of a cache artifact, or of an image.  None if the image has none.
 
     ``target``: Tag or digest of its manifest.  ``pace``: Slowest download of a layer.
+    ``platform``: Platform of the image in an index.  Empty for this machine's.
 
     Raises: InvalidArgument: it is missing, refused, slow or malformed.
     """
 
+    wanted = parse_platform(platform) if platform else None
+
     async def load_records(repository: pulling.BlobSource) -> StepTable | None:
-        return await _table(repository, target, images.limits.manifest_bytes_max)
+        return await _table(repository, target, images.limits.manifest_bytes_max, wanted)
 
     try:
         async with asyncio.timeout(READ_S):
@@ -266,7 +269,9 @@ async def read_source(
     return FetchedSteps(images, place, table, pace or Pace()) if table is not None else None
 
 
-async def _table(repository: pulling.BlobSource, target: str, bytes_max: int) -> StepTable | None:
+async def _table(
+    repository: pulling.BlobSource, target: str, bytes_max: int, wanted: ImagePlatform | None
+) -> StepTable | None:
     manifest = decoded(
         await pulling.run_with_retries(lambda: repository.manifest(target, bytes_max), repository.transfers)
     )
@@ -276,7 +281,7 @@ async def _table(repository: pulling.BlobSource, target: str, bytes_max: int) ->
     config = next((one for one in listed if one.media_type == CACHE_CONFIG_TYPE), None)
     if config is not None:
         return await _table_of_artifact(repository, config, listed)
-    digest = parse_digest(choose(listed, None).digest)
+    digest = parse_digest(choose(listed, wanted).digest)
     chosen = decoded(
         await pulling.run_with_retries(lambda: repository.manifest(digest, bytes_max), repository.transfers)
     )

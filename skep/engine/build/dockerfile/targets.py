@@ -8,7 +8,7 @@ from skep.engine.build.dockerfile.instructions import Copy, OptionLabel, Run, St
 from skep.engine.build.dockerfile.mounts import mount_origin
 from skep.engine.build.dockerfile.substitution import Budget, substituted
 from skep.engine.build.interface import BuildRequest
-from skep.engine.images.platforms import parse_platform, this_platform
+from skep.engine.images.platforms import ImagePlatform, normalized, parse_platform, this_platform
 from skep.engine.images.reference import Reference, parse_reference
 from skep.errors import InvalidArgument, SkepError, Unimplemented
 
@@ -61,20 +61,23 @@ def tags_of(names: Iterable[str], refusal: type[SkepError] = InvalidArgument) ->
     return tuple(found)
 
 
-def automatic_arguments(stages: Stages, target: str) -> Mapping[str, str]:
+def automatic_arguments(stages: Stages, target: str, platform: str = "") -> Mapping[str, str]:
     """Return the arguments that every Dockerfile may declare without a value.
+
+    ``platform``: Platform of the image.  Empty for this machine's.
 
     Source: buildkit, frontend/dockerfile/dockerfile2llb/platform.go (defaultArgs).
     """
-    here = this_platform()
-    parts = {
-        "PLATFORM": str(here),
-        "OS": here.os,
-        "OSVERSION": "",
-        "ARCH": here.architecture,
-        "VARIANT": here.variant,
-    }
-    found = {f"{whose}{part}": value for whose in ("TARGET", "BUILD") for part, value in parts.items()}
+    found: dict[str, str] = {}
+    for whose, one in (("TARGET", normalized(parse_platform(platform))), ("BUILD", this_platform())):
+        parts = {
+            "PLATFORM": str(one),
+            "OS": one.os,
+            "OSVERSION": "",
+            "ARCH": one.architecture,
+            "VARIANT": one.variant,
+        }
+        found |= {f"{whose}{part}": value for part, value in parts.items()}
     return {**found, "TARGETSTAGE": target or stages.stages[-1].base.name or "default"}
 
 
@@ -110,16 +113,15 @@ def context_name(name: str) -> str:
     return familiar.removesuffix(":latest").lower()
 
 
-def require_platform(platform: str) -> None:
-    """Check that this node builds for ``platform``.
+def wanted_platform(text: str) -> ImagePlatform | None:
+    """Return the platform that a request or FROM names.  None if it names none.
 
-    Raises: InvalidArgument: it is not a platform; Unimplemented: it differs from this machine's.
+    Raises: InvalidArgument: it is not a platform; Unimplemented: it is for another operating system.
     """
-    here = this_platform()
-    if platform:
-        wanted = parse_platform(platform)
-        if (wanted.os, wanted.architecture) != (here.os, here.architecture):
-            raise Unimplemented(f"this node builds for {here}, and not for {wanted}")
+    wanted = normalized(parse_platform(text)) if text else None
+    if wanted is not None and wanted.os != "linux":
+        raise Unimplemented(f"this node builds images for Linux, and not for {wanted}")
+    return wanted
 
 
 def carried_out(

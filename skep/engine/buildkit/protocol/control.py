@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from skep import __version__
 from skep.aio.trees import walk_tree
 from skep.engine.build.builder import Builder
+from skep.engine.build.emulation import emulated, read_emulators
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.protocol.serving import Both, ServedMethod, Streaming, UnaryHandler
 from skep.engine.buildkit.protocol.sessions import BuildSessions, SessionInfo
@@ -26,7 +27,7 @@ _BRIDGE = "/moby.buildkit.v1.frontend.LLBBridge/"
 _VERSION = pb.BuildkitVersion(package="skep", version=__version__)
 _BRIDGE_CAPS = (
     *("solve.base", "return", "proto.refarray", "frontend.caps", "gateway.evaluate"),
-    *("frontend.inputs", "reference.output"),
+    *("frontend.inputs", "reference.output", "returnmap"),
 )
 _LLB_CAPS = ("source.image", "source.local", "exec.mount.bind", "file.base", "constraints", "platform")
 
@@ -144,8 +145,11 @@ class Control:
         prefix = "org.mobyproject.buildkit.worker"
         labels = {f"{prefix}.executor": "skep", f"{prefix}.snapshotter": "overlayfs"}
         here = this_platform()
-        platform = pb.Platform(architecture=here.architecture, os=here.os)
-        return pb.WorkerRecord(id="skep", labels=labels, platforms=[platform], buildkit_version=_VERSION)
+        platforms = [
+            pb.Platform(architecture=one.architecture, os=one.os, variant=one.variant)
+            for one in (here, *emulated(read_emulators()))
+        ]
+        return pb.WorkerRecord(id="skep", labels=labels, platforms=platforms, buildkit_version=_VERSION)
 
 
 def _refuse_filters(filters: Sequence[str]) -> None:

@@ -61,6 +61,9 @@ async def image_archive(engine: Engine, image_id: Digest) -> AsyncIterator[Async
             yield pieces
 
 
+_GO_SYMLINK = go_mode(stat.S_IFLNK)
+
+
 class SentFile(msgspec.Struct, frozen=True):
     """Entry of the result.  ``begin``: Offset of its content in the archive.  None without content."""
 
@@ -85,12 +88,17 @@ async def send_archive(
         await messages.finish()
 
 
-async def send_tree(session: BuildSession, archive: Path, progress: Callable[[int], None]) -> None:
+async def send_tree(
+    session: BuildSession, archive: Path, progress: Callable[[int], None], *, below: str = ""
+) -> None:
     """Send the files of ``archive``, a plain tar, to the client (``--output type=local``).
+
+    ``below``: New directory for the files.  Empty for the client's directory itself.
 
     Raises: as ``send_archive``.
     """
     files = await asyncio.to_thread(listed, archive)
+    files = moved_below(files, below) if below else files
     descriptor = os.open(archive, os.O_RDONLY | os.O_CLOEXEC)
     try:
         async with (
@@ -175,6 +183,20 @@ def listed(archive: Path) -> Sequence[SentFile]:
         content = members[member.linkname] if member.islnk() else member
         first = firsts.setdefault(content.name, name) if content.isreg() else name
         found.append(_sent(name, content, link=first if first != name else ""))
+    return found
+
+
+def moved_below(files: Sequence[SentFile], directory: str) -> Sequence[SentFile]:
+    """Return the entries in a new directory, which comes first."""
+    top = directory.encode()
+    found = [SentFile(pb.Stat(path=top, mode=go_mode(stat.S_IFDIR | 0o755)))]
+    for file in files:
+        moved = pb.Stat()
+        moved.CopyFrom(file.stat)
+        moved.path = top + b"/" + file.stat.path
+        if file.stat.linkname and not moved.mode & _GO_SYMLINK:
+            moved.linkname = top + b"/" + file.stat.linkname
+        found.append(SentFile(moved, file.begin))
     return found
 
 

@@ -12,10 +12,12 @@ import errno
 import hashlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
+
+import msgspec
 
 from skep.aio.backoff import Backoff
 from skep.aio.failures import describe_error
@@ -87,23 +89,37 @@ class WrongBlob(InvalidArgument):
     """A blob does not match its digest."""
 
 
+class Variety(msgspec.Struct, frozen=True):
+    """Platform of a pull, and the names that its image gets.
+
+    Args:
+        platform: ``os[/architecture[/variant]]``.  Empty for this machine's.
+        aside: Whether the image gets only its digest as a name, so that the tag stays with another image.
+    """
+
+    platform: str = ""
+    aside: bool = False
+
+
+ANY = Variety()
+
+
 async def pull(
     images: LocalImages,
     policy: RegistryPolicy,
     reference: Reference,
     credentials: RegistryCredentials,
     report: Report,
-    *,
-    platform: str = "",
+    wanted: Variety = ANY,
 ) -> Image:
     """Pull the image ``reference``, which has a tag or digest.  Raises: as ``ImageStore.pull``."""
-    parse_platform(platform)
+    parse_platform(wanted.platform)
     async with _lock(_pulls, (images, reference)):
         return await at_endpoints(
             policy,
             reference,
             credentials,
-            lambda repository: pull_from(images, repository, reference, report, platform=platform),
+            lambda repository: pull_from(images, repository, reference, report, wanted),
         )
 
 
@@ -112,8 +128,8 @@ async def pull_from_nodes(
     nodes: NodeFetcher,
     reference: Reference,
     report: Report,
+    wanted: Variety = ANY,
     *,
-    platform: str = "",
     only_own: bool = False,
 ) -> Image:
     """Pull the image ``reference`` from the nodes of the cluster.
@@ -122,20 +138,20 @@ async def pull_from_nodes(
     """
     repository = nodes.repository(reference, only_own=only_own)
     async with _lock(_pulls, (images, reference)), repository as found:
-        return await pull_from(images, found, reference, report, platform=platform)
+        return await pull_from(images, found, reference, report, wanted)
 
 
 async def pull_from(
-    images: LocalImages, repository: BlobSource, reference: Reference, report: Report, *, platform: str = ""
+    images: LocalImages, repository: BlobSource, reference: Reference, report: Report, variety: Variety = ANY
 ) -> Image:
     """Pull the image ``reference`` from ``repository``.  Raises: as ``ImageStore.pull``.
 
-    If the registry has the image for a single platform only, the image is accepted even if ``platform`` differs, with a
+    If the registry has the image for a single platform only, the image is accepted even if its platform differs, with a
     warning.
 
     Source: moby, daemon/images/image_pull.go (PullImage).
     """
-    wanted = parse_platform(platform) if platform else None
+    wanted = parse_platform(variety.platform) if variety.platform else None
     document = await run_with_retries(
         lambda: repository.manifest(reference.digest or reference.tag, images.limits.manifest_bytes_max),
         repository.transfers,
@@ -144,7 +160,10 @@ async def pull_from(
     manifest, contents = await _for_platform(repository, document, wanted, images.limits.manifest_bytes_max)
     require_image(manifest)
     before = images.resolve(str(reference))
-    image = await _pull_image(images, repository, manifest, _names(reference, document), report)
+    names = _names(reference, document)
+    if variety.aside:
+        names = [reference.with_digest(digest_of(contents[-1]))] if document.is_of_registry else []
+    image = await _pull_image(images, repository, manifest, names, report)
     is_new = before is None or before.id != image.id
     if document.is_of_registry:
         await images.keep_documents(image, contents)
@@ -235,6 +254,21 @@ async def _inspect(repository: BlobSource, reference: Reference, bytes_max: int)
         config = parse_config(content)
         platforms = [{"architecture": config.architecture, "os": config.os}]
     return _described(document, manifest, platforms)
+
+
+async def pulled_aside(images: LocalImages, reference: Reference, wanted: ImagePlatform) -> Image | None:
+    """Return the image for another platform that an earlier pull left beside the image ``reference``.
+
+    The index that came with the image names it by its digest.
+    """
+    image = images.resolve(str(reference))
+    for content in await asyncio.to_thread(images.documents, image) if image is not None else ():
+        manifests = decoded(Document(content, OCI_MANIFEST)).manifests
+        with suppress(NotFound):
+            digest = parse_digest(choose(manifests or (), wanted).digest)
+            if (found := images.resolve(str(reference.with_digest(digest)))) is not None:
+                return found
+    return None
 
 
 async def inspect_here(images: LocalImages, reference: Reference) -> Mapping[str, Any] | None:

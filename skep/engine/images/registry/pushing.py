@@ -28,7 +28,9 @@ from skep.engine.images.registry.manifests import Manifest, decoded
 from skep.engine.images.registry.pulling import run_with_retries
 from skep.engine.images.registry.refusals import NOT_JSON
 from skep.engine.images.registry.registry import (
+    DOCKER_LIST,
     DOCKER_MANIFEST,
+    OCI_INDEX,
     OCI_MANIFEST,
     Document,
     NoCredentials,
@@ -96,19 +98,20 @@ async def push(
         raise NotFound(f"tag does not exist: {reference.familiar}")
     if not tags:
         raise NotFound(f"no tags to push for {name}")
-    wanted = {tag: tags[tag] for tag in ([reference] if reference.tag else sorted(tags))}
+    chosen = [reference] if reference.tag else sorted(tags)
+    wanted = {tag: PushedImage(tags[tag], tuple(images.index(tag))) for tag in chosen}
     await _push_tags(images, policy, wanted, credentials, report)
 
 
 async def push_image(
     images: LocalImages,
     policy: RegistryPolicy,
-    image: Image,
+    image: "PushedImage",
     tag: Reference,
     credentials: RegistryCredentials,
     report: Report = quiet,
 ) -> Digest:
-    """Push an image under a tag, whatever the tag names here, and return the digest of its manifest.
+    """Push an image under a tag, whatever the tag names here, and return the digest of its manifest or index.
 
     Raises: as ``push``.
     """
@@ -116,10 +119,22 @@ async def push_image(
     return digest
 
 
+class PushedImage(msgspec.Struct, frozen=True):
+    """Image of a push.  ``index``: All images of a name with several platforms.  Empty for the one image."""
+
+    image: Image
+    index: tuple[Image, ...] = ()
+
+    @property
+    def all(self) -> Sequence[Image]:
+        """Images whose manifests are pushed."""
+        return self.index or (self.image,)
+
+
 async def _push_tags(
     images: LocalImages,
     policy: RegistryPolicy,
-    wanted: Mapping[Reference, Image],
+    wanted: Mapping[Reference, PushedImage],
     credentials: RegistryCredentials,
     report: Report,
 ) -> Sequence[Digest]:
@@ -132,7 +147,7 @@ async def _push_tags(
 
     try:
         async with AsyncExitStack() as stack:
-            for image in wanted.values():
+            for image in (one for pushed in wanted.values() for one in pushed.all):
                 await stack.enter_async_context(images.pin(image.chain))
             digests = await at_endpoints(policy, name, credentials, send_all, to_push=True)
     except NoCredentials as error:
@@ -155,8 +170,30 @@ class _Push:
         self._pushed: dict[str, Blob] = {}
         """Layers that the registry already has, by the digest of the plain tar."""
 
-    async def tag(self, tag: Reference, image: Image) -> Digest:
-        """Send the missing blobs of ``image``, then its manifest under ``tag``.  Return the manifest's digest."""
+    async def tag(self, tag: Reference, pushed: PushedImage) -> Digest:
+        """Send the missing blobs, then the manifest or index under ``tag``.  Return its digest."""
+        manifests = [await self._manifest(image) for image in pushed.all]
+        document = manifests[0]
+        if pushed.index:
+            for manifest in manifests:
+                await put_manifest(self._repository, tag.with_digest(manifest.digest), manifest)
+            document = index_of(pushed.index, manifests)
+        await put_manifest(self._repository, tag, document)
+        for image, manifest in zip(pushed.index, manifests, strict=False):
+            await self._images.keep_documents(image, (document.content, manifest.content))
+        self._report(
+            ProgressMessage(status=f"{tag.tag}: digest: {document.digest} size: {len(document.content)}")
+        )
+        id = pushed.image.id
+        if self._images.resolve(id) is not None:
+            config = await asyncio.to_thread(self._images.config_file(pushed.image).read_bytes)
+            await self._images.add(config, (self._name.with_digest(document.digest),))
+        result = {"Tag": tag.tag, "Digest": document.digest, "Size": len(document.content)}
+        self._report(ProgressMessage(aux=result))
+        return document.digest
+
+    async def _manifest(self, image: Image) -> Document:
+        """Send the missing blobs of an image, and return its manifest."""
         config = await asyncio.to_thread(self._images.config_file(image).read_bytes)
         layers = dict(zip(image.config.diff_ids, image.chain, strict=True))
         for diff_id in reversed(layers):
@@ -167,16 +204,7 @@ class _Push:
                     group.create_task(self._layer(diff_id, chain_id), name=f"push-{short(diff_id)}")
         await self._blob(BlobUpload(digest=image.id, size=len(config), content=config))
         blobs = [self._pushed[diff_id] for diff_id in image.config.diff_ids]
-        manifest = await asyncio.to_thread(_manifest_for, self._images, image, config, blobs)
-        await put_manifest(self._repository, tag, manifest)
-        self._report(
-            ProgressMessage(status=f"{tag.tag}: digest: {manifest.digest} size: {len(manifest.content)}")
-        )
-        if self._images.resolve(image.id) is not None:
-            await self._images.add(config, (self._name.with_digest(manifest.digest),))
-        result = {"Tag": tag.tag, "Digest": manifest.digest, "Size": len(manifest.content)}
-        self._report(ProgressMessage(aux=result))
-        return manifest.digest
+        return await asyncio.to_thread(_manifest_for, self._images, image, config, blobs)
 
     async def _layer(self, diff_id: str, chain_id: Digest) -> None:
         id = short(diff_id)
@@ -246,12 +274,12 @@ async def put_blob(
 
 
 async def put_manifest(repository: RegistryRepository, tag: Reference, manifest: Document) -> None:
-    """Send a manifest whose blobs are there, under a tag.  Raises: ContentRefused, RegistryError."""
+    """Send a manifest whose blobs are there, under a tag or its digest.  Raises: ContentRefused, RegistryError."""
 
     async def put() -> None:
         async with repository.request(
             "PUT",
-            f"{repository.path}/manifests/{tag.tag}",
+            f"{repository.path}/manifests/{tag.digest or tag.tag}",
             headers={"Content-Type": manifest.media_type},
             content=manifest.content,
             timeout=repository.transfers.response_timeout,
@@ -306,6 +334,21 @@ def _manifest_for(images: LocalImages, image: Image, config: bytes, blobs: Seque
         "layers": layers,
     }
     # Indented by three spaces, as in Docker, so that both engines push an image with the same digest.
+    return Document(msgspec.json.format(msgspec.json.encode(document), indent=3), kind)
+
+
+def index_of(images: Sequence[Image], manifests: Sequence[Document]) -> Document:
+    """Return the index of images for several platforms.  Docker's list has no manifests of other types."""
+    kind = DOCKER_LIST if {one.media_type for one in manifests} == {DOCKER_MANIFEST} else OCI_INDEX
+    entries = []
+    for image, manifest in zip(images, manifests, strict=True):
+        config = image.config
+        platform = {"architecture": config.architecture, "os": config.os}
+        if config.variant:
+            platform["variant"] = config.variant
+        entry = _descriptor(manifest.media_type, len(manifest.content), manifest.digest)
+        entries.append({**entry, "platform": platform})
+    document = {"schemaVersion": 2, "mediaType": kind, "manifests": entries}
     return Document(msgspec.json.format(msgspec.json.encode(document), indent=3), kind)
 
 

@@ -65,7 +65,7 @@ def test_every_option_that_is_honored_reaches_the_build() -> None:
         shm_bytes=1000,
         ulimits=(Ulimit(name="nofile", soft=10, hard=20), Ulimit(name="nproc", soft=5, hard=5)),
     )
-    assert build.platform == "linux/amd64"
+    assert (build.platforms, build.is_index) == (("linux/amd64",), False)
     assert (build.context, build.dockerfile) == (
         ClientDirectory("ctx", "shared"),
         ClientDirectory("dockerfile"),
@@ -73,13 +73,39 @@ def test_every_option_that_is_honored_reaches_the_build() -> None:
 
 
 @pytest.mark.parametrize(
+    ("attributes", "platforms", "is_index"),
+    [
+        ({}, ("",), False),
+        ({"platform": "linux/arm64/v8"}, ("linux/arm64",), False),
+        (
+            {"platform": "linux/amd64, linux/aarch64,linux/arm64"},
+            ("linux/amd64", "linux/arm64"),
+            True,
+        ),
+        (
+            {"platform": "linux/arm/v7", "build-arg:BUILDKIT_MULTI_PLATFORM": "1"},
+            ("linux/arm/v7",),
+            True,
+        ),
+    ],
+)
+def test_platforms_are_read_as_by_buildkit(
+    attributes: dict[str, str], platforms: tuple[str, ...], is_index: bool
+) -> None:
+    build = parse_options("dockerfile.v0", attributes)
+    assert (build.platforms, build.is_index) == (platforms, is_index)
+
+
+def test_platforms_that_are_not_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="cannot parse platform specifier"):
+        parse_options("dockerfile.v0", {"platform": "linux/amd64,linux/arm64/v8/x"})
+    with pytest.raises(InvalidArgument, match="at most 16 platforms"):
+        parse_options("dockerfile.v0", {"platform": "linux/amd64," * 17})
+
+
+@pytest.mark.parametrize(
     ("attributes", "text"),
     [
-        (
-            {"platform": "linux/amd64,linux/arm64"},
-            "multiple platforms are not supported: linux/amd64,linux/arm64",
-        ),
-        ({"build-arg:BUILDKIT_MULTI_PLATFORM": "1"}, "multiple platforms are not supported"),
         ({"attest:sbom": ""}, "attestations are not supported: sbom"),
         ({"attest:provenance": "mode=max"}, "attestations are not supported: provenance"),
         (
