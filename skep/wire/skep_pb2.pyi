@@ -738,6 +738,7 @@ class NetworkHead(_message.Message):
     INGRESS_FIELD_NUMBER: _builtins.int
     INTERNAL_FIELD_NUMBER: _builtins.int
     ENCRYPTED_FIELD_NUMBER: _builtins.int
+    DOOR_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     mtu: _builtins.int
@@ -747,6 +748,8 @@ class NetworkHead(_message.Message):
     ingress: _builtins.bool
     internal: _builtins.bool
     encrypted: _builtins.bool
+    door: _builtins.bool
+    """HTTP routes lead over it."""
     @_builtins.property
     def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkHead.Segment]: ...
     def __init__(
@@ -760,10 +763,11 @@ class NetworkHead(_message.Message):
         ingress: _builtins.bool = ...,
         internal: _builtins.bool = ...,
         encrypted: _builtins.bool = ...,
+        door: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encrypted", b"encrypted", "id", b"id", "ingress", b"ingress", "internal", b"internal", "mtu", b"mtu", "name", b"name", "port", b"port", "segments", b"segments"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["door", b"door", "encrypted", b"encrypted", "id", b"id", "ingress", b"ingress", "internal", b"internal", "mtu", b"mtu", "name", b"name", "port", b"port", "segments", b"segments"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -913,19 +917,47 @@ class NetworkService(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     VIRTUAL_IPS_FIELD_NUMBER: _builtins.int
     PORTS_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
+    created_at: _builtins.str
+    """RFC 3339, on the door's network only."""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def virtual_ips(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkService.Port]: ...
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels of routes and of the proxies, on the door's network only."""
+
     def __init__(
         self,
         *,
@@ -934,10 +966,12 @@ class NetworkService(_message.Message):
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         virtual_ips: _abc.Iterable[_builtins.str] | None = ...,
         ports: _abc.Iterable[Global___NetworkService.Port] | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        created_at: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "id", b"id", "name", b"name", "ports", b"ports", "virtual_ips", b"virtual_ips"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created_at", b"created_at", "id", b"id", "labels", b"labels", "name", b"name", "ports", b"ports", "virtual_ips", b"virtual_ips"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
