@@ -64,7 +64,7 @@ class AuthorityClient(ClientV2):
         super().__init__(self.get_directory(account.directory, self.network), self.network)
 
     def terms(self) -> str:
-        """Return the URL of the terms of service, or an empty text if there are none."""
+        """Return the URL of the terms of service, or an empty text without any."""
         return str(getattr(self.directory.meta, "terms_of_service", "") or "")
 
     def order(self, url: str) -> tuple[messages.Order, float]:
@@ -88,7 +88,7 @@ class AuthorityClient(ClientV2):
 
 
 def fetch_terms(account: AcmeAccount) -> str | AcmeFailed:
-    """Return the URL of the authority's terms of service, or an empty text if there are none."""
+    """Return the URL of the authority's terms of service, or an empty text without any."""
     try:
         return AuthorityClient(account).terms()
     except _FAILURES as error:

@@ -11,7 +11,7 @@ from skep.aio.failures import retry
 from skep.errors import SkepError
 from skep.manager.acme.calls import RunStep, log_outcome
 from skep.manager.acme.records import account_in, record_in
-from skep.manager.acme.state import STEP, WATCHED, CertificatesState, WantedNames, names_of_labels
+from skep.manager.acme.state import STEP, WATCHED, CertificatesState, WantedNames, names_of_routes
 from skep.manager.acme.steps import (
     PUBLISH_S,
     BeginOrder,
@@ -45,7 +45,7 @@ class Certificates:
         random: Random,
         run_step: RunStep,
         confirm: Callable[[], Awaitable[None]],
-        wanted: WantedNames = names_of_labels,
+        wanted: WantedNames = names_of_routes,
         publish_s: float = PUBLISH_S,
     ) -> None:
         """Create a loop.

@@ -9,6 +9,8 @@ from skep.manager.acme.records import ACCOUNT_ID, account_in, record_id, records
 from skep.manager.acme.steps import PUBLISH_S, Step, WaitUntil, next_step
 from skep.manager.control_loops.failures import Failures
 from skep.manager.control_loops.work_queue import WorkQueue
+from skep.manager.services.routes import claimant_of, exposed
+from skep.model.door.claims import settled
 from skep.model.service import Service
 from skep.model.values.times import SECOND_NS
 from skep.store.interface import Commit, Created, Deleted, Updated, View
@@ -26,15 +28,11 @@ WantedNames = Callable[[View], frozenset[str]]
 """Returns the host names of services that need a certificate."""
 
 
-def names_of_labels(view: View) -> frozenset[str]:
-    """Return the host names in the labels ``skep.http`` of services, unless ``skep.http.tls`` is not ``auto``."""
-    return frozenset(
-        host
-        for service in view.find(Service)
-        if service.removed_at is None and service.spec.labels.get("skep.http.tls", "auto") == "auto"
-        for route in service.spec.labels.get("skep.http", "").split(",")
-        if (host := route.strip().partition("/")[0].lower())
-    )
+def names_of_routes(view: View) -> frozenset[str]:
+    """Return the hosts of HTTP routes with automatic certificates."""
+    claims = settled(map(claimant_of, exposed(view)))
+    routes = (route for accepted in claims.accepted.values() for route in accepted)
+    return frozenset(route.host for route in routes if route.options.tls in ("", "auto"))
 
 
 class CertificatesState:
@@ -45,7 +43,7 @@ class CertificatesState:
         view: Callable[[], View],
         clock: Clock,
         random: Random,
-        wanted: WantedNames = names_of_labels,
+        wanted: WantedNames = names_of_routes,
         publish_s: float = PUBLISH_S,
     ) -> None:
         self._view = view
