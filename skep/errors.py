@@ -49,6 +49,10 @@ class PortTaken(NamesAnother, InvalidArgument):
     """Another service publishes the port."""
 
 
+class RouteTaken(NamesAnother, InvalidArgument):
+    """Another service has the host and path."""
+
+
 class SubnetTaken(NamesAnother, FailedPrecondition):
     """Another network has addresses of the subnet."""
 

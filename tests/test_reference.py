@@ -85,6 +85,8 @@ ACTIONS = {
         "stack quota": "set rm",
         "user": "add renew rm token update",
         "notify": "add rm test",
+        "door": "acme",
+        "certificate": "renew",
         "secret": "prune rotate",
         "config": "prune rotate",
         "stack": "deploy rm rollback start stop unfreeze",

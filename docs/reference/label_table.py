@@ -4,6 +4,8 @@ from enum import Enum
 
 import msgspec
 
+from skep.model.door.routes import HTTP, PORT_DEFAULT
+from skep.model.door.settings import ACCESS_LOG, DOOR, PROXY_PROTOCOL, TRUSTED
 from skep.model.node_reports.conditions import ConditionName
 from skep.model.options.affinity import (
     AFFINITY,
@@ -104,6 +106,7 @@ class Label(msgspec.Struct, frozen=True):
 
 
 _PUBLISH = "skep.publish[.PORT[/PROTOCOL]]"
+_HTTP = f"{HTTP}[.NAME]"
 
 LABELS = (
     Label(
@@ -368,6 +371,71 @@ LABELS = (
         "Each TCP connection begins with a PROXY protocol header that names its client.",
     ),
     *(
+        Label(LabelTarget.SERVICE, name, values, default, effect)
+        for name, values, default, effect in (
+            (
+                HTTP,
+                "`HOST[/PATH]`, separated by commas",
+                "none",
+                "HTTP routes: the front door sends their requests to the service (`skep service expose`).",
+            ),
+            (f"{HTTP}.NAME", "as `skep.http`", "none", "More routes, which can have options of their own."),
+            (f"{_HTTP}.port", "a port", f"`{PORT_DEFAULT}`", "The containers' port."),
+            (f"{_HTTP}.tls", "`auto`, `off`, a secret", "the cluster's", "Certificate of the host."),
+            (
+                f"{_HTTP}.redirect",
+                "`https`, an address",
+                "none",
+                "Redirects (308) to HTTPS or to another site.",
+            ),
+            (
+                f"{_HTTP}.strip-prefix",
+                "`true`, `false`",
+                "`false`",
+                "Removes the route's path from requests.",
+            ),
+            (f"{_HTTP}.sticky", "`true`, `false`", "`false`", "A cookie leads a client back to its task."),
+            (f"{_HTTP}.compress", "`true`, `false`", "`false`", "Compresses text with gzip."),
+            (f"{_HTTP}.share", "`true`, `false`", "`false`", "Lets other stacks add paths to the host."),
+            (f"{_HTTP}.max-body", "a size (`10MiB`)", "none", "Refuses larger requests (413)."),
+            (f"{_HTTP}.timeout", "a duration", "`60s`", "Time limit for a response (504)."),
+            (
+                f"{_HTTP}.rate",
+                "`100/s`, `10/m`, `5/h`",
+                "none",
+                "Limits a client's requests at each node (429).",
+            ),
+            (
+                f"{_HTTP}.protocol",
+                "`http1`, `h2c`",
+                "`http1`",
+                "Protocol between the front door and the tasks.",
+            ),
+            (f"{_HTTP}.allow", "networks", "all", "Refuses other clients (403)."),
+            (
+                f"{_HTTP}.request-header.HEADER",
+                "a value",
+                "none",
+                "Sets a header for tasks. Empty removes it.",
+            ),
+            (
+                f"{_HTTP}.response-header.HEADER",
+                "a value",
+                "none",
+                "Sets a header for clients. Empty removes it.",
+            ),
+            (
+                DOOR,
+                "`true`, `false`",
+                "`false`",
+                "Makes the service's tasks proxies. `skep door up` sets it.",
+            ),
+            (TRUSTED, "networks", "none", "Proxies whose `X-Forwarded-For` the front door keeps."),
+            (PROXY_PROTOCOL, "`true`, `false`", "`false`", "Clients speak the PROXY protocol."),
+            (ACCESS_LOG, "`true`, `false`", "`true`", "Logs each request as a line of JSON."),
+        )
+    ),
+    *(
         Label(LabelTarget.CONTAINER, name, values, default, effect)
         for name, values, default, effect in (
             (
@@ -446,6 +514,13 @@ LABELS = (
             ),
             ("skep.device-write-iops", "as above", "none", "Writes in a second at most."),
         )
+    ),
+    Label(
+        LabelTarget.NETWORK,
+        DOOR,
+        "`true`, `false`",
+        "`false`",
+        "HTTP routes lead over this network. `skep door up` sets it. Only administrators may set it.",
     ),
     Label(
         LabelTarget.NETWORK,

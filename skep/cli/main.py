@@ -82,6 +82,10 @@ GROUPS = {
         "network": Command("skep.cli.cluster.network:network", "Manage networks."),
         "volume": Command("skep.cli.cluster.volume:volume", "Manage volumes."),
         "user": Command("skep.cli.cluster.user:user", "Manage users of the API."),
+        "door": Command("skep.cli.cluster.certificate:door", "Manage the front door."),
+        "certificate": Command(
+            "skep.cli.cluster.certificate:certificate", "Manage certificates of host names."
+        ),
         "notify": Command("skep.cli.cluster.notify:notify", "Manage notifications about problems."),
     },
     "Maintain": {

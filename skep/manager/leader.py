@@ -5,6 +5,7 @@ import asyncio
 import structlog
 
 from skep.csi.drivers import Drivers
+from skep.manager.acme.calls import AuthorityCalls
 from skep.manager.control_loops.loops import loops
 from skep.manager.dispatcher.node_sessions.adoption import SessionAdoption
 from skep.manager.environment import ManagerEnvironment
@@ -39,6 +40,7 @@ class Leader:
         self._status = status
         self._observation = observation
         self._journal = journal
+        self._authority = AuthorityCalls()
 
     async def run(self) -> None:
         """Lead whenever this manager is elected, until cancelled."""
@@ -81,6 +83,7 @@ class Leader:
                     collect_usages=self._observation.usages.collect,
                     counts=self._observation.autoscaling,
                     send=MessageSender(store.view, clock).send,
+                    run_step=self._authority.run_step,
                 ):
                     group.create_task(loop.run(), name=type(loop).__name__)
         except* NotLeader:

@@ -1,5 +1,6 @@
 """Kinds of objects that are internal to managers.  No API shows them."""
 
+from typing import TypeVar
 from zlib import crc32
 
 import msgspec
@@ -14,7 +15,7 @@ from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import ServiceId
 from skep.model.values.meta import Version
 from skep.model.values.times import Timestamp
-from skep.store.interface import View
+from skep.store.interface import Transaction, View
 
 ROOT_KEY_ID = "root-ca"
 """Id of the payload that holds the root's private key (PEM)."""
@@ -34,6 +35,8 @@ UNKNOWN_SPEC = f"{WAITS_FOR}the spec that it was made from, which cannot be read
 UNLOCK_KEY_ID = "unlock-key"
 """Id of the payload that holds the managers' unlock key.  It exists only while autolock is on."""
 
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 _USERS_CLAIMS = 64
 """Number of counters.  Users of stacks with the same counter write one after the other."""
@@ -104,6 +107,28 @@ class JournalChunk(ApiObject):
     """Pairs of a time and the store's revision at that time, in order."""
     data: bytes = b""
     """The entries, compressed."""
+
+
+def id_of_name(name: str) -> str:
+    """Return the name of a host or a file as a part of an id, which contains no full stop (``keys.parted``)."""
+    return name.replace(".", ":")
+
+
+def read_record(payload: Payload | None, default: T) -> T:
+    """Return the record in a payload.  One that cannot be read counts as missing: nothing else would repair it."""
+    if payload is None:
+        return default
+    try:
+        return msgspec.json.decode(payload.data, type=type(default))
+    except msgspec.DecodeError:
+        return default
+
+
+def write_record(tx: Transaction, id: str, record: msgspec.Struct) -> None:
+    """Store a record, unless it is stored already.  Concurrent writes of it conflict."""
+    data, present = msgspec.json.encode(record), tx.rely_on(Payload, id)
+    if present is None or present.data != data:
+        tx.put(Payload(id=id, data=data))
 
 
 def registry_auth_id(service_id: str) -> str:

@@ -41,6 +41,9 @@ leader of a lower level would not start tasks with such constraints, and would i
 NOTIFICATIONS: Final = 6
 """From this level on there may be targets of notifications.  A leader of a lower level would not notify them."""
 
+CERTIFICATES: Final = 6
+"""From this level on there may be an account for certificates.  A leader of a lower level would not renew them."""
+
 LOWEST: Final = 1
 """The level of managers that do not report one."""
 

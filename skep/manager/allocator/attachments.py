@@ -11,12 +11,14 @@ Source: swarmkit, manager/allocator/network.go (taskCreateNetworkAttachments),
 cnmallocator/networkallocator.go (AllocateService).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
 from skep.manager.allocator.addresses import NoAddress, has_ipv6
 from skep.manager.allocator.subnets import has_addresses, is_allocated
+from skep.model.door.routes import has_routes
+from skep.model.door.settings import is_door
 from skep.model.network import Network
 from skep.model.networks.data_planes import is_overlay
 from skep.model.service import EndpointVirtualIP, NetworkAttachmentConfig, Service, ServiceSpec
@@ -47,6 +49,8 @@ class AttachableNetworks(msgspec.Struct, frozen=True, kw_only=True):
     find: Callable[[NetworkId], Network | None]
     ingress: Network | None = None
     """The network of published ports, which may not be allocated yet, or None."""
+    door: Network | None = None
+    """The network of HTTP routes, which may not be allocated yet, or None."""
     failure: Callable[[NetworkId], str] = lambda _: "not yet"
     """Returns the reason why a network is not allocated."""
 
@@ -66,7 +70,7 @@ def attachments_for(
     """
     attachments = []
     addresses = {one.network.id: one.addresses for one in requested if one.network}
-    for wanted in wanted_networks(spec, networks.ingress):
+    for wanted in wanted_networks(spec, networks.ingress, networks.door):
         id = NetworkId(wanted.target)
         network = networks.find(id)
         if network is None:
@@ -85,12 +89,27 @@ def attachments_for(
     return AttachedTask(tuple(attachments))
 
 
-def wanted_networks(spec: ServiceSpec, ingress: Network | None) -> list[NetworkAttachmentConfig]:
-    """Return the networks of the task template, or else the service's own list, which is the older form."""
+def wanted_networks(
+    spec: ServiceSpec, ingress: Network | None, door: Network | None = None
+) -> list[NetworkAttachmentConfig]:
+    """Return the networks of the task template, or else the service's own list, which is the older form.
+
+    Services with published ports also have the ingress network, and services with routes the front door's.
+    """
     wanted = spec.task_template.networks or spec.networks
+    found = list(wanted)
     if ingress is not None and spec.publishes_in_ingress:
-        return [NetworkAttachmentConfig(target=ingress.id), *wanted]
-    return list(wanted)
+        found.insert(0, NetworkAttachmentConfig(target=ingress.id))
+    if door is not None and has_routes(spec.labels) and all(one.target != door.id for one in wanted):
+        # The last one: a container's default route leads over its first network.
+        found.append(NetworkAttachmentConfig(target=door.id))
+    return found
+
+
+def door_network(networks: Iterable[Network]) -> Network | None:
+    """Return the network of HTTP routes, which is the oldest one with its label, or None."""
+    found = (one for one in networks if is_door(one.spec.labels))
+    return min(found, key=lambda one: (one.created_at, one.id), default=None)
 
 
 def is_new(task: Task) -> bool:
@@ -100,7 +119,7 @@ def is_new(task: Task) -> bool:
 
 def overlays_of(view: View, task: Task, networks: AttachableNetworks) -> list[Network]:
     """Return the networks on which a new task will get an address."""
-    wanted = wanted_networks(spec_or_template(view, task), networks.ingress)
+    wanted = wanted_networks(spec_or_template(view, task), networks.ingress, networks.door)
     found = (networks.find(NetworkId(one.target)) for one in wanted)
     return [network for network in found if network and is_overlay(network) and is_allocated(network)]
 
@@ -127,7 +146,7 @@ def virtual_ips_for(
         return ()
     present = {(one.network_id, ":" in one.addr): one for one in service.endpoint.virtual_ips}
     virtual_ips = []
-    for wanted in wanted_networks(service.spec, networks.ingress):
+    for wanted in wanted_networks(service.spec, networks.ingress, networks.door):
         network = networks.find(NetworkId(wanted.target))
         if network is None or not is_overlay(network) or not has_addresses(network):
             continue

@@ -16,6 +16,7 @@ from skep.manager.allocator.attachments import (
     AttachedTask,
     NotAttached,
     attachments_for,
+    door_network,
     is_new,
     overlays_of,
     spec_or_template,
@@ -44,6 +45,8 @@ from skep.manager.control_loops.failures import Failures, for_each_isolated
 from skep.manager.control_loops.informer import batches_of
 from skep.manager.control_loops.loop_driver import Decision
 from skep.manager.control_loops.work_queue import WorkQueue
+from skep.model.door.routes import has_routes
+from skep.model.door.settings import is_door
 from skep.model.network import Network
 from skep.model.networks.data_planes import is_docker_node, is_overlay
 from skep.model.networks.routes import differ_in_routes, routes_of, routes_of_all
@@ -259,6 +262,9 @@ class AllocatorState:
         self.queue.add(self._waiting.woken(network.id))
         if network.spec.ingress:
             self._queue_for_ingress()
+        elif is_door(network.spec.labels):
+            services = self._view().find(Service)
+            self.queue.add(service.id for service in services if has_routes(service.spec.labels))
 
     def _on_released(self, networks: Iterable[NetworkId]) -> None:
         """Queue the keys that wait for addresses of ``networks``, which were released."""
@@ -470,6 +476,7 @@ class AllocatorState:
         return AttachableNetworks(
             find=lambda network_id: self._view().lookup(Network, network_id),
             ingress=ingress,
+            door=door_network(known),
             failure=lambda network_id: self._unallocated.get(network_id, "not yet"),
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from skep.manager.allocator.addresses import NoAddress
 from skep.manager.allocator.allocations import node_owner, service_owner
-from skep.manager.allocator.attachments import spec_or_template, wanted_networks
+from skep.manager.allocator.attachments import door_network, spec_or_template, wanted_networks
 from skep.manager.allocator.nodes import occupies_networks
 from skep.model.network import Network
 from skep.model.networks.data_planes import is_docker_node
@@ -93,5 +93,6 @@ def _networks_of_versions(view: View, id: ServiceId) -> frozenset[NetworkId] | N
 
 def _networks(view: View, specs: Iterable[ServiceSpec]) -> frozenset[NetworkId]:
     """Return the networks of any of ``specs``."""
-    ingress = next((one for one in view.find(Network) if one.spec.ingress), None)
-    return frozenset(NetworkId(one.target) for spec in specs for one in wanted_networks(spec, ingress))
+    known = view.find(Network)
+    ingress, door = next((one for one in known if one.spec.ingress), None), door_network(known)
+    return frozenset(NetworkId(one.target) for spec in specs for one in wanted_networks(spec, ingress, door))

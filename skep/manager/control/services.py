@@ -29,6 +29,7 @@ from skep.manager.services.dependents import check_dependencies, restart_depende
 from skep.manager.services.job_runs import first_job, next_job
 from skep.manager.services.registry_auth import auth_for, auth_of, follow_rollback, keep_auth, with_registry
 from skep.manager.services.removal import hide_service
+from skep.manager.services.routes import check_routes
 from skep.manager.services.spec_history import comparable, keep_spec
 from skep.model.needs import cannot_share, needs_of
 from skep.model.network import Network, is_ingress
@@ -94,6 +95,7 @@ def create_service(
     check_service_spec(spec)
     check_level(tx, spec)
     check_dependencies(tx, spec)
+    check_routes(tx, spec)
     _check_rights(tx, spec)
     check_quota(tx, spec)
     _check_volumes(tx, spec)
@@ -137,6 +139,7 @@ def update_service(
     """
     service = _changeable(tx, id, spec, version)
     spec = with_number_kept(spec, service.spec)
+    check_routes(tx, spec, id)
     _check_rights(tx, spec, service.spec)
     check_quota(tx, spec, service)
     _check_volumes(tx, spec, service.spec)
@@ -182,6 +185,7 @@ def rollback_service(
     if service.previous_spec is None:
         raise FailedPrecondition(f"service {id} does not have a previous spec")
     check_dependencies(tx, service.previous_spec)
+    check_routes(tx, service.previous_spec, id)
     _check_ingress(tx, service.previous_spec)
     _check_rights(tx, service.previous_spec, service.spec)
     check_quota(tx, service.previous_spec, service)

@@ -4,6 +4,8 @@ from random import Random
 from typing import Protocol
 
 from skep.aio.clock import Clock
+from skep.manager.acme.calls import RunStep, skip_steps
+from skep.manager.acme.loop import Certificates
 from skep.manager.allocator.loop import Allocator
 from skep.manager.autoscaling.loop import Autoscaler, Collect
 from skep.manager.autoscaling.state import AutoscalingCounts, Quota
@@ -45,6 +47,7 @@ def loops(
     collect_usages: Collect = no_usages,
     counts: AutoscalingCounts | None = None,
     send: Send = skip_sending,
+    run_step: RunStep = skip_steps,
 ) -> list[Loop]:
     """Return the loops of one term.  Each runs as a task of its own.
 
@@ -55,6 +58,7 @@ def loops(
         collect_usages: Collects the resource usage of tasks of autoscaled services.
         counts: Counters of changes by autoscaling.
         send: Sends notifications to their targets.
+        run_step: Makes steps of orders at the authority for certificates.
     """
     kinds = (Orchestrator, Allocator, Scheduler, Reaper, LostNodes, GossipKeyRotation, CertificateAuthority)
     return [
@@ -72,4 +76,5 @@ def loops(
         ),
         Notifications(term, clock, random, send, confirm),
         Verifier(term, clock),
+        Certificates(term, clock, random, run_step, confirm),
     ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 
+from skep.model.door.routes import label_class
 from skep.model.needs import host_ports
 from skep.model.node import Node
 from skep.model.options.constraints import is_satisfied, parsed, unknown_key
@@ -60,9 +61,13 @@ def _unknown(
     labels: Mapping[str, str], known: Collection[str], others: Collection[str], owner: str, here: str
 ) -> Iterator[str]:
     for name in sorted(labels):
-        if not name.startswith(PREFIX) or name in known or (here == "service" and name.startswith(_PUBLISH)):
+        if (
+            not name.startswith(PREFIX)
+            or {name, label_class(name)} & {*known}
+            or (here == "service" and name.startswith(_PUBLISH))
+        ):
             continue
-        if name in others or (owner == "service" and name.startswith(_PUBLISH)):
+        if {name, label_class(name)} & {*others} or (owner == "service" and name.startswith(_PUBLISH)):
             yield f"label {name} has no effect on a {here}: it is a label of the {owner}"
         elif name in NODE_LABELS:
             yield f"label {name} has no effect on a {here}: it is a label of nodes"

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 
 from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec
+from skep.model.door.settings import is_door, labels_for_proxies
 from skep.model.network import Network
 from skep.model.networks.data_planes import (
     claimed_underlay,
@@ -164,6 +165,8 @@ def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableS
                 for port, options in publish_options(spec.labels, published)
             )
         ),
+        labels=labels_for_proxies(spec.labels) if is_door(network.spec.labels) else {},
+        created_at=service.created_at if is_door(network.spec.labels) else "",
     )
 
 

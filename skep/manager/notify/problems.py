@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from skep.manager.acme.showing import expiring_soon
 from skep.manager.ca.expiry import expiring
 from skep.manager.verify.records import violations_by_rule
 from skep.model.history import cut, masked_text, stack_of
@@ -96,6 +97,8 @@ def problems_of_cluster(view: View, backup: LastBackup, since_ns: int, now_ns: i
     for expiry in expiring(view, moment(now_ns)):
         message = expiry.warning.removeprefix("WARNING: ")
         yield _problem(f"certificate/{expiry.kind}/{expiry.id}", Topic.CERTIFICATE, message, expiry.name)
+    for name, message in expiring_soon(view, now_ns):
+        yield _problem(f"certificate/host/{name}", Topic.CERTIFICATE, message, name)
     for swarm in view.find(Swarm):
         if reason := _backup_problem(backup, max(since_ns, unix_ns(swarm.created_at)), now_ns):
             yield _problem(f"backup/{swarm.id}", Topic.BACKUP, reason)

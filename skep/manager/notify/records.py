@@ -4,14 +4,14 @@ Each record is a payload, so no API shows it, and managers of older versions ign
 the other records by the leader.  All of them are bounded.
 """
 
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
 
 from skep.manager.notify.problems import LastBackup, Problem
 from skep.model.options.notifications import Topic
 from skep.store.interface import Transaction, View
-from skep.store.kinds import Payload
+from skep.store.kinds import Payload, id_of_name, read_record, write_record
 
 TARGETS_ID: Final = "notify/targets"
 INCIDENTS_ID: Final = "notify/incidents"
@@ -24,8 +24,6 @@ WAITING_MAX = 100
 """Largest number of notices that wait for one target.  The oldest are dropped, and the next message says how many."""
 MESSAGE_NOTICES_MAX = 20
 """Largest number of notices in one message.  Chat services cut longer messages."""
-
-T = TypeVar("T", bound=msgspec.Struct)
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,35 +118,28 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
 
 def delivery_id(name: str) -> str:
     """Return the id of the payload with the deliveries to a target."""
-    return f"notify/queue/{name}"
+    return f"notify/queue/{id_of_name(name)}"
 
 
 def targets_in(view: View) -> tuple[Target, ...]:
     """Return all targets, or none if they cannot be read."""
-    return _read(view.lookup(Payload, TARGETS_ID), Targets()).targets
+    return read_record(view.lookup(Payload, TARGETS_ID), Targets()).targets
 
 
 def incidents_in(view: View) -> dict[str, Incident]:
     """Return the open incidents by key."""
-    return _read(view.lookup(Payload, INCIDENTS_ID), Incidents()).open
+    return read_record(view.lookup(Payload, INCIDENTS_ID), Incidents()).open
 
 
 def delivery_in(view: View, target: Target) -> Delivery | None:
     """Return the deliveries to a target, or None if nothing was recorded about it."""
-    found = _read(view.lookup(Payload, delivery_id(target.name)), Delivery(target_id=""))
+    found = read_record(view.lookup(Payload, delivery_id(target.name)), Delivery(target_id=""))
     return found if found.target_id == target.id else None
 
 
 def backup_in(view: View) -> LastBackup:
     """Return the last backup."""
-    return _read(view.lookup(Payload, BACKUP_ID), LastBackup())
-
-
-def write_record(tx: Transaction, id: str, record: msgspec.Struct) -> None:
-    """Store a record, unless it is stored already.  Concurrent writes of it conflict."""
-    data, present = msgspec.json.encode(record), tx.rely_on(Payload, id)
-    if present is None or present.data != data:
-        tx.put(Payload(id=id, data=data))
+    return read_record(view.lookup(Payload, BACKUP_ID), LastBackup())
 
 
 def note_backup(tx: Transaction, error: str, now_ns: int) -> None:
@@ -161,13 +152,3 @@ def note_backup(tx: Transaction, error: str, now_ns: int) -> None:
 def expects_backups_since_ns(targets: tuple[Target, ...]) -> int:
     """Return the time at which the first target was added.  Earlier backups were not recorded."""
     return min((one.created_ns for one in targets), default=0)
-
-
-def _read(payload: Payload | None, default: T) -> T:
-    """Return the record in a payload.  One that cannot be read counts as missing: nothing else would repair it."""
-    if payload is None:
-        return default
-    try:
-        return msgspec.json.decode(payload.data, type=type(default))
-    except msgspec.DecodeError:
-        return default

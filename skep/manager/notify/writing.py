@@ -18,11 +18,10 @@ from skep.manager.notify.records import (
     delivery_in,
     incidents_in,
     targets_in,
-    write_record,
 )
 from skep.model.options.notifications import STACK_TOPICS
 from skep.store.interface import Transaction
-from skep.store.kinds import Payload
+from skep.store.kinds import Payload, write_record
 from skep.store.level import NOTIFICATIONS
 
 NAME_CHARACTERS_MAX = 64

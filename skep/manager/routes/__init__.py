@@ -25,6 +25,7 @@ from skep.manager.routes import (
 )
 from skep.manager.routes.access import MANAGER, ManagerApi
 from skep.manager.routes.extensions import (
+    certificates,
     doctor,
     explain,
     history,
@@ -62,6 +63,7 @@ _TABLES = (
     jobs.routes,
     users.routes,
     notifications.routes,
+    certificates.routes,
     explain.routes,
     placement.routes,
     what_if.routes,

@@ -6,6 +6,7 @@ from aiohttp import web
 
 from skep.api.http.server import Routes, json_response
 from skep.errors import Unavailable
+from skep.manager.acme.showing import certificate_warnings
 from skep.manager.ca.expiry import expiring
 from skep.manager.control.tasks import damage_of
 from skep.manager.notify.showing import delivery_warnings
@@ -48,6 +49,7 @@ async def warnings_of(store: Store, now_ns: int) -> list[str]:
         *damage_warnings(view),
         *await _space_warnings(store),
         *delivery_warnings(view),
+        *certificate_warnings(view, now_ns),
         *data_path_warnings(view.find(Node)),
         *freeze_warnings(view),
         *(f"WARNING: {one}" for one in [violation_warning(view)] if one),

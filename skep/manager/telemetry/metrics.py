@@ -18,6 +18,7 @@ from skep.api.client.client import ApiClient
 from skep.api.telemetry.exposition import Histogram, Kind, MetricFamily, Sample, by_label, gauge, label_text
 from skep.api.telemetry.process_metrics import process_families
 from skep.errors import SkepError
+from skep.manager.acme.showing import certificate_families
 from skep.manager.autoscaling.state import AutoscalingCounts
 from skep.manager.cluster import known_cluster
 from skep.manager.control_loops.informer import batches_of
@@ -131,6 +132,7 @@ class ClusterMetrics:
             *service_families(await self._statuses(services)),
             job_family(services),
             *delivery_families(view),
+            *certificate_families(view),
             self._starts.histogram.family(
                 "skep_task_start_seconds", "From the creation of a task until it runs, as this manager sees it."
             ),

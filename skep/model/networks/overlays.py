@@ -7,6 +7,7 @@ value of ``encrypted`` does not matter).
 from collections.abc import Mapping
 from typing import Final
 
+from skep.model.door.settings import is_door
 from skep.model.network import MTU_OPTION, Network, subnet_of
 from skep.model.networks.addresses import is_subnet
 from skep.model.networks.paths import PROBE_VNI
@@ -58,6 +59,7 @@ def head_of(network: Network, port: int = DEFAULT_DATA_PATH_PORT) -> NetworkHead
         is_ingress=network.spec.ingress,
         is_internal=network.spec.internal,
         is_encrypted=ENCRYPTED_OPTION in options,
+        is_door=is_door(network.spec.labels),
     )
 
 

@@ -53,6 +53,8 @@ class NetworkHead(msgspec.Struct, frozen=True, kw_only=True):
     is_ingress: bool = False
     is_internal: bool = False
     is_encrypted: bool = False
+    is_door: bool = False
+    """Whether HTTP routes lead over it."""
     parent: ParentLink | None = None
     """Host device of a macvlan or ipvlan network.  None for an overlay or a bridge."""
 
@@ -134,6 +136,10 @@ class TableService(msgspec.Struct, frozen=True, kw_only=True):
     """Virtual addresses without prefix length.  Empty if names resolve to the tasks' own addresses (DNSRR)."""
     ports: tuple[TablePort, ...] = ()
     """Published ports on the ingress network.  Empty on other networks."""
+    labels: Mapping[str, str] = {}
+    """Labels of routes and proxies on the front door's network.  Empty on other networks."""
+    created_at: str = ""
+    """Age of the service, which decides between two claims of a route.  Empty where ``labels`` are."""
 
 
 class NetworkTable(msgspec.Struct, frozen=True, kw_only=True):

@@ -61,6 +61,16 @@ _SAME_MEANING: Final = {
     AFFINITY: ("near", "pod-affinity", "colocate", "machine-of"),
     ANTI_AFFINITY: ("apart", "pod-anti-affinity", "conflicts", "distinct-hosts"),
     MAX_SKEW: ("skew", "topology-spread", "topology-spread-constraints"),
+    "skep.http": (
+        "route",
+        "host",
+        "domain",
+        "hostname",
+        "virtual-host",
+        "ingress",
+        "expose",
+        "traefik.enable",
+    ),
     "skep.publish.affinity": ("client-affinity", "sticky", "sticky-sessions", "session-affinity"),
     "skep.publish.host-ip": ("host-ip", "bind", "listen"),
     "skep.publish.local": ("local", "external-traffic-policy"),
@@ -68,8 +78,8 @@ _SAME_MEANING: Final = {
 }
 """Names for each label that other orchestrators use or that users guess, without the prefix."""
 _MEANT: Final = {name: label.removeprefix(PREFIX) for label, names in _SAME_MEANING.items() for name in names}
-_PORT: Final = re.compile(r"\[.*\]")
-"""Optional port in the name of a known label: ``skep.publish[.PORT[/PROTOCOL]].local``."""
+_PORT: Final = re.compile(r"\[.*\]|\.(?:NAME|HEADER)$")
+"""Placeholders in the name of a known label: ``skep.publish[.PORT[/PROTOCOL]].local``."""
 
 
 def suggested_label(name: str, known: Iterable[str]) -> str | None:

@@ -12,6 +12,8 @@ from typing import TypeVar
 import msgspec
 
 from skep.errors import InvalidArgument
+from skep.model.door.routes import parsed_routes
+from skep.model.door.settings import parsed_settings
 from skep.model.options.affinity import parsed_affinities
 from skep.model.options.dependencies import parsed_dependencies
 from skep.model.permissions.rights import ALLOW_LABEL, allowed_rights
@@ -384,6 +386,8 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
     _volume_affinity(labels)
     _priority(labels)
     parsed_dependencies(labels)
+    parsed_routes(labels)
+    parsed_settings(labels)
     parsed_affinities(labels)
     _check_switch(labels, PUBLISH_NOT_READY)
     _check_switch(labels, STOPPED)

@@ -34,6 +34,8 @@ from skep.model.container import (
     Ulimit,
     VolumeOptions,
 )
+from skep.model.door.routes import HTTP_LABELS, label_class
+from skep.model.door.settings import DOOR, DOOR_LABELS
 from skep.model.network import (
     OVERLAP_LABEL,
     IPAMConfig,
@@ -154,7 +156,11 @@ def _labels(classes: Mapping[str, Field]) -> Why:
         for name, value in labels.items():
             if not name.startswith("skep."):
                 continue
-            field = classes.get(name) or classes.get(_PUBLISH.sub(PUBLISH_LABEL, name))
+            field = (
+                classes.get(name)
+                or classes.get(_PUBLISH.sub(PUBLISH_LABEL, name))
+                or classes.get(label_class(name))
+            )
             if field is None or (field.why is None and field.reach is not Reach.CONTAINER):
                 yield f"the label {name}"
             elif field.why is not None:
@@ -200,6 +206,9 @@ SERVICE_LABELS: Final[Mapping[str, Field]] = {
     **dict.fromkeys((DEPENDS_ON, *AFFINITY_LABELS), Field(Reach.CLUSTER, value_rights.anyone)),
     # Above 0 for users with a role in the whole cluster.
     PRIORITY: Field(Reach.CLUSTER, value_rights.anyone),
+    # A host belongs to the stack of the first service that has it.
+    **dict.fromkeys(HTTP_LABELS, Field(Reach.CLUSTER, value_rights.anyone)),
+    **dict.fromkeys(DOOR_LABELS, Field(Reach.CLUSTER)),
     # A port of a node belongs to the first service that publishes it.
     f"{PUBLISH_LABEL}host-ip": Field(Reach.NODE, value_rights.anyone),
 }
@@ -210,6 +219,7 @@ CONTAINER_LABELS: Final[Mapping[str, Field]] = {
 NETWORK_LABELS: Final[Mapping[str, Field]] = {
     **_in_container(ATTACH_LABEL, PLANE_OPTION),
     OVERLAP_LABEL: Field(Reach.CLUSTER),
+    DOOR: Field(Reach.CLUSTER),
 }
 SECRET_LABELS: Final[Mapping[str, Field]] = _in_container(ROTATION_OF)
 CONFIG_LABELS: Final[Mapping[str, Field]] = _in_container(

@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -17,6 +18,7 @@ from skep.agent.tasks.task_logs import NoLogs, TaskLogs
 from skep.configuration.configuration import Configuration, UnixHost
 from skep.dataplane.dataplane import DataPlane, Host, NetProcess
 from skep.dataplane.dns.checks import NameChecks
+from skep.dataplane.door.listener import FrontDoor
 from skep.dataplane.endpoint_allocation import ClusterEndpoints
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.net_process.client import MESH, NetClient
@@ -41,6 +43,7 @@ from skep.engine.images.store import ImageStore
 from skep.engine.metrics.usage import UsagePage
 from skep.linux.files import file_exists
 from skep.linux.name_files import RESOLVER
+from skep.model.door import settings as door
 from skep.model.networks.used_ports import UsedPort
 from skep.model.networks.wireguard import EncryptionMethod
 from skep.model.node_reports.conditions import ConditionName
@@ -115,6 +118,7 @@ class Containers:
         self.cluster_volumes = self.executor.cluster_volumes
         self.local_networks = self.data_plane.local
         self.logs = TaskLogs(self.engine)
+        self._front_door = FrontDoor(self._door_directory, foundation.clock)
         self.usage_page = UsagePage(self.engine.list, foundation.cgroups, foundation.clock)
 
     def _present_engine(self) -> Engine | None:
@@ -144,8 +148,16 @@ class Containers:
         return SharedTables(self._foundation.paths.tables, refresh)
 
     def network_listeners(self, shared: SharedTables) -> tuple[TableListener, ...]:
-        """Return the users of network tables.  Routes are applied before the names that lead to them."""
-        return self.data_plane.overlays, self.data_plane.mesh, shared
+        """Return the users of network tables.  Routes are applied before the names that lead to them.
+
+        The front door is the last one, because HAProxy may be slow to respond.
+        """
+        return self.data_plane.overlays, self.data_plane.mesh, shared, self._front_door
+
+    def _door_directory(self) -> Path | None:
+        """Return the directory of the front door's volume, or None if this node has none."""
+        volumes = self.engine.volumes
+        return volumes.path(door.NAME) if volumes.has(door.NAME) else None
 
     def run_networks(self, run: Run, tables: NetworkTables) -> None:
         """Keep the cluster networks on this node in the state that their tables describe."""

@@ -1,7 +1,7 @@
 """Conversion of a service's keys into its spec."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import msgspec
@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.model.container import ConfigReference, FileTarget, SecretReference
+from skep.model.door.routes import HEADER_OPTIONS, HTTP, OPTIONS, parsed_routes
 from skep.model.networks.publishing import PREFIX
 from skep.model.options import labels as known_labels
 from skep.model.options.affinity import AFFINITY_LABELS, MAX_SKEW, check_affinities
@@ -72,6 +73,7 @@ _X_SKEP: Final = {
     "max-skew": MAX_SKEW,
 }
 _PUBLISH: Final = ("host-ip", "affinity", "local", "proxy-protocol")
+_ROUTE_HOST: Final = "host"
 _PORT: Final = re.compile(
     r"(?:(?P<ip>[0-9]+\.[0-9.]+|\[[0-9a-fA-F:.]+\]):)?(?:(?P<published>[0-9]*(?:-[0-9]+)?):)?"
     r"(?P<target>[0-9]+(?:-[0-9]+)?)(?:/(?P<protocol>[A-Za-z]+))?"
@@ -492,6 +494,7 @@ def _x_skep(service: MappingReader, mode: str, stack: str) -> dict[str, str]:
     if priority is not None:
         made |= {known_labels.PRIORITY: str(priority)}
     made |= _cron(settings, mode, made)
+    made |= _http(settings)
     publish = settings.reader("publish")
     if publish is not None:
         for key, node in publish.names().items():
@@ -505,6 +508,49 @@ def _x_skep(service: MappingReader, mode: str, stack: str) -> dict[str, str]:
             port.close()
     settings.close(hint_of=_x_skep_hint)
     return made
+
+
+def _http(settings: MappingReader) -> dict[str, str]:
+    """Return the labels of the routes below ``http``: a host, a list of hosts, or a mapping.
+
+    A mapping has the key ``host``, options, and further routes by name, each a host, a list or a mapping.  Errors are
+    reported at the place of the key in the file.
+    """
+    node = settings.node("http")
+    if node is None:
+        return {}
+    before = len(settings.report.problems)
+    if node.entries is None:
+        made = {HTTP: ",".join(settings.texts("http"))}
+    else:
+        reader = MappingReader(node, settings.at("http"), settings.report)
+        made = dict(_route_labels(reader, HTTP))
+        for name, entry in reader.names().items():
+            if name in (_ROUTE_HOST, *OPTIONS, *HEADER_OPTIONS):
+                continue
+            if entry.entries is None:
+                made[f"{HTTP}.{name}"] = ",".join(reader.texts(name))
+                continue
+            named = MappingReader(entry, reader.at(name), settings.report)
+            made |= dict(_route_labels(named, f"{HTTP}.{name}"))
+            named.close()
+    if len(settings.report.problems) == before:
+        try:
+            parsed_routes(made)
+        except InvalidArgument as error:
+            settings.problem("http", str(error))
+    return made
+
+
+def _route_labels(reader: MappingReader, prefix: str) -> Iterator[tuple[str, str]]:
+    if _ROUTE_HOST in reader:
+        yield prefix, ",".join(reader.texts(_ROUTE_HOST))
+    for option in OPTIONS:
+        if option in reader:
+            yield f"{prefix}.{option}", reader.text(option)
+    for direction in HEADER_OPTIONS:
+        for name, value in reader.labels(direction).items():
+            yield f"{prefix}.{direction}.{name}", value
 
 
 def _x_skep_hint(key: str) -> str | None:

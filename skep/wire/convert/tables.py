@@ -123,6 +123,8 @@ def _entries_to_pb(change: TableChange) -> Iterator[pb.NetworkNode | pb.NetworkE
                 )
                 for port in service.ports
             ],
+            labels=service.labels,
+            created_at=service.created_at,
         )
     for endpoint in change.endpoints:
         yield pb.NetworkEndpoint(
@@ -152,6 +154,7 @@ def _head_to_pb(head: NetworkHead) -> pb.NetworkHead:
         ingress=head.is_ingress,
         internal=head.is_internal,
         encrypted=head.is_encrypted,
+        door=head.is_door,
     )
 
 
@@ -183,6 +186,7 @@ def _head_from_pb(head: pb.NetworkHead) -> NetworkHead:
         is_ingress=head.ingress,
         is_internal=head.internal,
         is_encrypted=head.encrypted,
+        is_door=head.door,
     )
 
 
@@ -230,4 +234,6 @@ def _service_from_pb(service: pb.NetworkService) -> TableService:
             )
             for port in service.ports
         ),
+        labels=dict(service.labels),
+        created_at=service.created_at,
     )

@@ -49,7 +49,7 @@ ROUTES = sorted(
 OF_ADMINISTRATORS = re.compile(
     r"""/_skep/.*  # on the manager's own socket
     |/build(/prune)?|/commit|/containers/.*|/exec/.*|/images/.*|/volumes.*|/networks/.*  # root of a machine
-    |/swarm.*|/nodes/.*|/skep/(users|cluster|backup|restore|stacks|notify).*|/skep/access/certificates
+    |/swarm.*|/nodes/.*|/skep/(users|cluster|backup|restore|stacks|notify|certificates).*|/skep/access/certificates
     |/(images|volumes|containers|networks|system)/prune|/session|/grpc|/auth|/\{tail\}""",
     re.VERBOSE,
 )

@@ -3,6 +3,8 @@
 import pytest
 
 from docs.reference.label_table import LABELS, LabelTarget
+from skep.model.door.routes import HTTP
+from skep.model.door.settings import DOOR_LABELS
 from skep.model.options.affinity import PLACEMENT_LABELS
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.dependencies import DEPENDS_ON
@@ -15,6 +17,8 @@ def test_every_label_of_services_has_a_key() -> None:
     for label in LABELS:
         if label.target is not LabelTarget.SERVICE or label.name == DEPENDS_ON:
             continue
+        if label.name.startswith(HTTP) or label.name in DOOR_LABELS:
+            continue  # see test_routes_are_a_host_a_list_or_a_mapping; `skep door up` sets those of the door
         value = values.get(label.values) or label.values.split("`")[-2]
         if label.name.startswith(f"{AUTOSCALE}."):
             continue  # below one key
@@ -150,3 +154,47 @@ def test_x_skep_becomes_labels_of_the_service() -> None:
         "skep.publish.affinity": "client-ip",
         "skep.publish.80.local": "true",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("http: a.example", {"skep.http": "a.example"}),
+        ("http: [a.example, b.example/x]", {"skep.http": "a.example,b.example/x"}),
+        (
+            "http: {host: a.example, port: 8080, sticky: true, request-header: {X-A: '1'}}",
+            {
+                "skep.http": "a.example",
+                "skep.http.port": "8080",
+                "skep.http.sticky": "true",
+                "skep.http.request-header.X-A": "1",
+            },
+        ),
+        (
+            "http: {port: 81, web: a.example, api: {host: [a.example/api], port: 82}}",
+            {
+                "skep.http.port": "81",
+                "skep.http.web": "a.example",
+                "skep.http.api": "a.example/api",
+                "skep.http.api.port": "82",
+            },
+        ),
+    ],
+)
+def test_routes_are_a_host_a_list_or_a_mapping(text: str, labels: dict[str, str]) -> None:
+    found = spec(f"x-skep: {{{text}}}")["Labels"]
+    assert {name: value for name, value in found.items() if name.startswith("skep.http")} == labels
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("http: 'a b'", "services.web.x-skep.http: invalid label skep.http=a b: a b is not a DNS name"),
+        ("http: {host: a.example, prt: 80}", "services.web.x-skep.http: invalid label skep.http.prt=80"),
+        ("http: {api: {host: a.b, prt: 80}}", "services.web.x-skep.http.api.prt: unknown key"),
+        ("http: {host: a.example, port: no}", "expected a port from 1 to 65535"),
+    ],
+)
+def test_routes_that_cannot_work_are_refused_at_their_place(text: str, problem: str) -> None:
+    _, report = read(f"services: {{web: {{image: w, x-skep: {{{text}}}}}}}")
+    assert problem in "\n".join(map(str, report.problems))

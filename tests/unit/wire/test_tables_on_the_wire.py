@@ -35,6 +35,7 @@ HEADS = st.builds(
     is_ingress=st.booleans(),
     is_internal=st.booleans(),
     is_encrypted=st.booleans(),
+    is_door=st.booleans(),
 )
 KEYS = st.builds(PublicKey, st.binary(min_size=32, max_size=32), st.integers(1, 65535))
 NODES = st.builds(
@@ -72,6 +73,8 @@ PORTS = st.builds(
 SERVICES = st.builds(
     TableService,
     id=WORDS.map(ServiceId),
+    labels=st.dictionaries(WORDS, WORDS, max_size=2),
+    created_at=WORDS,
     name=WORDS,
     aliases=LISTS,
     virtual_ips=LISTS,

@@ -17,6 +17,7 @@ from skep.model.container import (
     Mount,
     SecretReference,
 )
+from skep.model.door.routes import HTTP, has_routes
 from skep.model.networks.addresses import PORT_MAX
 from skep.model.networks.publishing import check_publishing
 from skep.model.options import constraints, templates
@@ -52,6 +53,10 @@ def check_service_spec(spec: ServiceSpec) -> None:
     """Refuse specs that cannot work.  Raises: InvalidArgument; Untranslated for unreadable constraints."""
     check_dns_name(spec.name)
     check_service_labels(spec.labels)
+    if has_routes(spec.labels) and spec.mode.name in {"replicated-job", "global-job"}:
+        raise InvalidArgument(
+            f"the label {HTTP} does not work on jobs: set it on a service that keeps running"
+        )
     if MIN_AVAILABLE in spec.labels and spec.mode.name != "replicated":
         raise InvalidArgument(f"the label {MIN_AVAILABLE} works on replicated services only")
     check_affinities(spec.labels, spec.name, is_global=spec.mode.name in ("global", "global-job"))

@@ -8,6 +8,7 @@ from skep.manager.allocator.attachments import (
     AttachedTask,
     NotAttached,
     attachments_for,
+    door_network,
     virtual_ips_for,
     wanted_networks,
 )
@@ -154,3 +155,17 @@ def test_a_service_keeps_its_virtual_address_over_updates() -> None:
     assert virtual_ips_for(updated, NETWORKS, allocate)[0] == first[0]
     round_robin = replace(changed, endpoint_spec=EndpointSpec(mode="dnsrr"))
     assert virtual_ips_for(replace(updated, spec=round_robin), NETWORKS, allocate) == ()
+
+
+def test_a_service_with_routes_is_also_on_the_network_of_the_front_door() -> None:
+    door = replace(OVERLAY, spec=replace(OVERLAY.spec, labels={"skep.door": "true"}))
+    assert door_network([replace(OVERLAY, spec=NetworkSpec(name="other")), door]) is door
+    routed = replace(attached_to("net1"), labels={"skep.http": "a.example"})
+    other = NetworkAttachmentConfig(target=NetworkId("front"))
+    front = replace(door, id=NetworkId("front"))
+    own = list(routed.task_template.networks)
+    assert wanted_networks(routed, None, front) == [*own, other]
+    assert wanted_networks(routed, None, None) == own
+    assert wanted_networks(attached_to("net1"), None, front) == own
+    assert wanted_networks(replace(routed, labels={"skep.http.port": "1"}), None, front)[1:] == [other]
+    assert wanted_networks(routed, None, replace(door, id=own[0].target)) == own  # it is on it already

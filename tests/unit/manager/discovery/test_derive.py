@@ -253,3 +253,15 @@ def test_a_task_without_an_address_is_not_reached() -> None:
         derived(NET, WEB, a_skep_node(), replace(task, status=TaskStatus(state=TaskState.RUNNING))).endpoints
         == {}
     )
+
+
+def test_labels_of_routes_are_on_the_network_of_the_front_door_alone() -> None:
+    door = replace(NET, spec=replace(NET.spec, labels={"skep.door": "true"}))
+    labels = {"skep.http": "a.example", "com.docker.stack.namespace": "shop", "other": "x"}
+    web = replace(WEB, spec=replace(WEB.spec, labels=labels), created_at=Timestamp("2026-01-01T00:00:00Z"))
+    (there,) = derived(door, web).services.values()
+    assert there.labels == {"skep.http": "a.example", "com.docker.stack.namespace": "shop"}
+    assert there.created_at == "2026-01-01T00:00:00Z"
+    (here,) = derived(NET, web).services.values()
+    assert (here.labels, here.created_at) == ({}, "")
+    assert derived(door).head.is_door

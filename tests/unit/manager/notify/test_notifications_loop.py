@@ -130,6 +130,17 @@ def a_target(name: str = "ops", **fields: object) -> Target:
     return Target(id=f"id-{name}", name=name, url="https://example.org/", **fields)  # type: ignore[arg-type]
 
 
+def test_a_target_whose_name_has_a_full_stop_is_told(rig: Rig) -> None:
+    async def body() -> None:
+        await rig.found(a_target("ops.mail"))
+        async with rig.leading():
+            await rig.set_node("n1", NodeState.DOWN)
+            await asyncio.sleep(600)
+            assert rig.told("ops.mail") == ["began node n1 is down"]
+
+    rig.run(body)
+
+
 def test_a_node_that_goes_and_returns_is_told_once_each(rig: Rig) -> None:
     async def body() -> None:
         await rig.found(a_target())

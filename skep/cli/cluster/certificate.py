@@ -1,0 +1,154 @@
+"""``skep certificate`` and ``skep door acme``: certificates of the host names of services."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import click
+
+from skep.cli.endpoint import HostOptions
+from skep.cli.output import OutputOptions, Screen, Shown, shows, table
+from skep.cli.running import run_requests
+from skep.model.options.certificates import LETS_ENCRYPT
+from skep.model.task_end import printable
+
+_AUTHORITY_S = 90.0
+"""Time limit in seconds for reading the authority's terms, which the manager itself limits to 75."""
+
+
+@click.group()
+def door() -> None:
+    """Manage the front door.
+
+    \b
+    Example:
+      skep door acme ops@example.com --agree-tos
+    """
+
+
+@door.command()
+@click.option(
+    "--directory",
+    default=LETS_ENCRYPT,
+    metavar="URL",
+    help="Directory of the authority. Default: Let's Encrypt.",
+)
+@click.option(
+    "--roots",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Trusted roots (PEM) of a private authority.",
+)
+@click.option("--agree-tos", is_flag=True, help="Agree to the authority's terms of service.")
+@click.argument("email", metavar="EMAIL")
+@click.pass_obj
+def acme(options: HostOptions, /, email: str, directory: str, roots: Path | None, agree_tos: bool) -> None:
+    """Set the authority for certificates (ACME).
+
+    The leader orders a certificate for each host name of a service, and renews it.
+
+    \b
+    Examples:
+      skep door acme ops@example.com --agree-tos
+      skep door acme ops@example.com --directory https://ca.internal/acme/acme/directory --roots ca.pem
+    """
+    body = {
+        "Email": email,
+        "Directory": directory,
+        "Roots": roots.read_text() if roots is not None else "",
+        "AgreeTos": agree_tos,
+    }
+
+    async def configure() -> None:
+        async with options.requests() as client:
+            await client.post("/skep/certificates/authority", body, timeout_s=_AUTHORITY_S)
+
+    run_requests(configure())
+    click.echo(f"Certificates are ordered from {directory}")
+
+
+@click.group()
+def certificate() -> None:
+    """Manage certificates of host names.
+
+    \b
+    Examples:
+      skep certificate ls
+      skep certificate renew app.example.com
+    """
+
+
+@certificate.command()
+@shows
+@click.pass_obj
+def ls(options: HostOptions, output: OutputOptions) -> None:
+    """List certificates.
+
+    \b
+    Example:
+      skep certificate ls
+    """
+
+    async def fetch() -> Shown:
+        async with options.requests() as client:
+            return shown_list(await client.get("/skep/certificates"))
+
+    output.show(fetch)
+
+
+def shown_list(found: Mapping[str, Any]) -> Shown:
+    """Return the list of certificates.  Lines below the table say what fails."""
+    certificates, authority = found["Certificates"], found.get("Authority")
+    rows = [
+        {
+            "Name": one["Name"],
+            "State": one["State"] if one["IsWanted"] else "unused",
+            "Expires": _minute(one.get("NotAfter", "")),
+            "NextAttempt": _minute(one.get("NextAttemptAt", "")),
+            "Error": one.get("Error") or "-",
+        }
+        for one in certificates
+    ]
+
+    def lines(screen: Screen) -> Iterator[str]:
+        cells = [tuple(printable(str(value)) for value in row.values()) for row in rows]
+        names = ("NAME", "STATE", "EXPIRES", "NEXT ATTEMPT", "LAST ERROR")
+        yield from table(names, cells, screen, empty="No certificates: no service has a host name.")
+        if authority is None:
+            yield "No authority is configured. Set one with skep door acme EMAIL."
+        elif error := authority.get("Error"):
+            since, due = (
+                _minute(authority.get("FailingSince", "")),
+                _minute(authority.get("NextAttemptAt", "")),
+            )
+            yield printable(
+                f"{authority['Directory']} fails since {since} UTC: {error}, next attempt at {due} UTC"
+            )
+
+    return Shown(data=found, rows=rows, lines=lines)
+
+
+def _minute(at: str) -> str:
+    return at[:16].replace("T", " ") or "-"
+
+
+@certificate.command()
+@click.argument("name")
+@click.pass_obj
+def renew(options: HostOptions, name: str) -> None:
+    """Renew a certificate now.
+
+    Does not wait for it. Limits of the authority still apply.
+
+    \b
+    Example:
+      skep certificate renew app.example.com
+    """
+
+    async def ask() -> None:
+        async with options.requests() as client:
+            await client.post(f"/skep/certificates/{quote(name, safe='')}/renew")
+
+    run_requests(ask())
+    click.echo(name)

@@ -1,0 +1,350 @@
+"""The configuration of HAProxy, from routes and backends.  Pure.
+
+HAProxy finds a request's backend in a map, whose keys are a host, a path and a slash.  The longest key that begins the
+request's own host, path and slash wins.  With the slash at the end, ``/api`` does not include ``/apis``.
+
+Each backend has more server lines than tasks.  ``commands`` gives unused lines the addresses of new tasks while HAProxy
+runs, so that scaling and updates need no reload.
+
+Only values that ``model.door.routes`` has checked reach this text.  Values with free text are quoted (``quoted``).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from hashlib import sha256
+from typing import Final
+
+import msgspec
+
+from skep.model.door.routes import HeaderRule, HttpRoute, RouteOptions
+from skep.model.door.settings import DoorSettings
+
+UNUSED: Final = "0.0.0.0"
+"""Address of a server line without a task."""
+SLOTS_MIN: Final = 2
+"""Fewest server lines of a backend.  An update of a single task with start-first needs two."""
+
+_CHALLENGES: Final = "/.well-known/acme-challenge/"
+_COMPRESSED: Final = (
+    "text/html text/plain text/css text/javascript application/javascript application/json application/xml "
+    "image/svg+xml"
+)
+
+
+class ServerLine(msgspec.Struct, frozen=True, kw_only=True):
+    """A server line.  Only a ready server gets requests.  ``task``: empty in an unused line."""
+
+    task: str = ""
+    address: str = UNUSED
+    is_ready: bool = False
+
+
+NOBODY: Final = ServerLine()
+
+
+class RouteBackend(msgspec.Struct, frozen=True, kw_only=True):
+    """The tasks of one service with the options of some of its routes.  ``stripped``: prefix that paths lose."""
+
+    name: str
+    options: RouteOptions
+    service: str = ""
+    stripped: str = ""
+    servers: tuple[ServerLine, ...] = ()
+
+
+class DoorState(msgspec.Struct, frozen=True, kw_only=True):
+    """All that HAProxy serves.
+
+    Args:
+        routes: Each key of the map, with the name of its backend.
+        certificates: Certificate chain and key in PEM, by host.
+        challenges: Responses of ACME's HTTP-01 challenges, by token.
+    """
+
+    settings: DoorSettings = DoorSettings()
+    backends: Mapping[str, RouteBackend] = {}
+    routes: Mapping[str, str] = {}
+    certificates: Mapping[str, str] = {}
+    challenges: Mapping[str, str] = {}
+
+
+def key_of(route: HttpRoute) -> str:
+    """Return the key of a route in the map."""
+    return f"{route.host}{route.path}/"
+
+
+def backend_name(service_id: str, route: HttpRoute) -> str:
+    """Return the name of a route's backend, which routes of the service with the same options share."""
+    stripped = route.path if route.options.strip_prefix else ""
+    digest = sha256(msgspec.json.encode((route.options, stripped))).hexdigest()
+    return f"{service_id}-{digest[:12]}"
+
+
+def slotted(before: Sequence[ServerLine], wanted: Iterable[ServerLine]) -> tuple[ServerLine, ...]:
+    """Return the server lines for the tasks of ``wanted``.
+
+    A task keeps its line.  The number of lines only grows, because a different number needs a reload.
+    """
+    present = {one.task: one for one in wanted}
+    lines = [present.pop(one.task, NOBODY) if one.task else NOBODY for one in before]
+    # Lines of tasks that have just ended come last: responses to their clients may still be under way.
+    ended = [at for at, one in enumerate(before) if lines[at] is NOBODY and one.task]
+    free = [at for at, one in enumerate(lines) if one is NOBODY and at not in set(ended)] + ended
+    for at, server in zip(free, sorted(present.values(), key=lambda one: one.task), strict=False):
+        lines[at] = present.pop(server.task)
+    lines += sorted(present.values(), key=lambda one: one.task)
+    count = max(SLOTS_MIN, len(before))
+    while len(lines) > len(before) and count <= len(lines):  # one line is left for the next task
+        count *= 2
+    return (*lines, *(NOBODY for _ in range(count - len(lines))))
+
+
+# -- the text ----------------------------------------------------------------------------------------------------
+
+
+def structure(state: DoorState) -> DoorState:
+    """Return the part of ``state`` whose change needs a reload: everything but the tasks in the server lines."""
+    emptied = {
+        name: msgspec.structs.replace(one, servers=(NOBODY,) * len(one.servers))
+        for name, one in state.backends.items()
+    }
+    return msgspec.structs.replace(state, backends=emptied)
+
+
+def version_of(state: DoorState) -> str:
+    """Return a short name for the structure of ``state``, which HAProxy shows as its description."""
+    return sha256(msgspec.json.encode(structure(state), order="deterministic")).hexdigest()[:16]
+
+
+def files(state: DoorState, directory: str) -> dict[str, str]:
+    """Return the content of each file in HAProxy's ``directory``."""
+    version = version_of(state)
+    found = {
+        "haproxy.cfg": "\n".join(_configuration(state, directory, version)) + "\n",
+        "routes.map": "".join(f"{key} {name}\n" for key, name in sorted(state.routes.items())),
+        "challenges.map": "".join(f"{token} {key}\n" for token, key in sorted(state.challenges.items())),
+    }
+    for host, pem in state.certificates.items():
+        found[f"certificates/{host.replace('*', '_')}.pem"] = pem
+    return found
+
+
+def _configuration(state: DoorState, directory: str, version: str) -> Iterator[str]:
+    yield from _global(directory, version)
+    yield from _defaults(state.settings)
+    http, https = state.settings.ports
+    yield from _frontend("http", str(http), state, directory)
+    if state.certificates:
+        tls = f"{https} ssl crt {directory}/certificates/ alpn h2,http/1.1"
+        yield from _frontend("https", tls, state, directory)
+    yield "backend no-route"
+    yield "    http-request return status 404 content-type text/plain string 'No route leads to this address.\\n'"
+    for name in sorted(state.backends):
+        yield _backend_text(state.backends[name])
+
+
+def _global(directory: str, version: str) -> Iterator[str]:
+    yield "# Written by Skep.  Changes are overwritten."
+    yield "global"
+    yield f"    description {version}"
+    yield f"    stats socket {directory}/admin.sock mode 600 level admin expose-fd listeners"
+    yield "    user haproxy"
+    yield "    group haproxy"
+    yield "    log stdout len 4096 format raw local0"
+    # A former process serves its open connections on after a reload.  A day is longer than most of them last.
+    yield "    hard-stop-after 24h"
+    yield "    ssl-default-bind-options ssl-min-ver TLSv1.2"
+    yield "    tune.ssl.default-dh-param 2048"
+
+
+def _defaults(settings: DoorSettings) -> Iterator[str]:
+    yield "defaults"
+    yield "    mode http"
+    if settings.logs:
+        yield "    log global"
+        yield f"    log-format {quoted(LOG_LINE)}"
+    yield "    option dontlognull"
+    yield "    option splice-auto"
+    # A reload must not close an idle connection at the moment when its client sends the next request.
+    yield "    option idle-close-on-response"
+    yield "    timeout client 60s"
+    yield "    timeout http-request 10s"
+    # A former process knows no tasks that came after its reload.  Idle connections leave it within this time.
+    yield "    timeout http-keep-alive 10s"
+    # Containers of the cluster accept a connection within milliseconds.  Without an answer another one is tried.
+    yield "    timeout connect 2s"
+    yield "    timeout server 60s"
+    yield "    timeout tunnel 24h"
+    yield "    timeout queue 10s"
+    # Seconds between two attempts at the same server are HAProxy's: three of them cover an application's start.
+    yield "    retries 3"
+    yield "    option redispatch 1"
+    yield "    retry-on conn-failure empty-response"
+    for status, text in (
+        (502, "does not respond correctly"),
+        (503, "is not available"),
+        (504, "is too slow"),
+    ):
+        page = _page(f"This site {text} at the moment. Please try again soon.")
+        yield (
+            f"    http-error status {status} content-type 'text/html; charset=utf-8' string {quoted(page)}"
+            f"{' hdr Retry-After 5' if status == 503 else ''}"
+        )
+
+
+LOG_LINE: Final = (
+    '{"time":"%[date,utime(%Y-%m-%dT%H:%M:%SZ)]","client":"%[src]","method":"%[var(txn.method),json(utf8s)]"'
+    ',"host":"%[var(txn.host),json(utf8s)]","path":"%[var(txn.path),json(utf8s)]","status":%ST,"bytes":%B,'
+    '"ms":%Ta,"backend":"%b","server":"%si","state":"%ts"}'
+)
+"""One line of the access log.  ``state`` is ``--`` unless a side has ended the request early."""
+
+
+def _page(text: str) -> str:
+    return f'<!doctype html><html lang="en"><title>{text}</title><p>{text}</p></html>'
+
+
+def _frontend(name: str, bind: str, state: DoorState, directory: str) -> Iterator[str]:
+    settings, scheme = state.settings, name
+    yield f"frontend {name}"
+    yield f"    bind :{bind}{' accept-proxy' if settings.accepts_proxy else ''}"
+    if state.challenges:
+        yield (
+            f"    http-request return status 200 content-type text/plain lf-string "
+            f"%[path,field(-1,/),map_str({directory}/challenges.map)] if {{ path_beg {_CHALLENGES} }} "
+            f"{{ path,field(-1,/),map_str({directory}/challenges.map) -m found }}"
+        )
+    yield "    http-request set-var(txn.method) method"
+    yield "    http-request set-var(txn.path) path"
+    yield "    http-request set-var(txn.host) req.hdr(host),field(1,:),lower,rtrim(.)"
+    yield '    http-request set-var-fmt(txn.key) "%[var(txn.host)]%[path]/"'
+    yield f"    http-request set-var(txn.route) var(txn.key),map_beg({directory}/routes.map)"
+    if any(key.startswith("*") for key in state.routes):
+        found = "!{ var(txn.route) -m found }"
+        yield f'    http-request set-var-fmt(txn.key) "*%[var(txn.host),regsub(^[^.]*,)]%[path]/" if {found}'
+        yield f"    http-request set-var(txn.route) var(txn.key),map_beg({directory}/routes.map) if {found}"
+    unless = f" unless {{ src {' '.join(settings.trusted)} }}" if settings.trusted else ""
+    for header in ("X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded"):
+        yield f"    http-request del-header {header}{unless}"
+    yield "    http-request add-header X-Forwarded-For %[src]"
+    for header, value in (("Host", "%[req.hdr(host)]"), ("Proto", scheme)):
+        yield (
+            f"    http-request set-header X-Forwarded-{header} {value} "
+            f"if !{{ req.hdr(X-Forwarded-{header}) -m found }}"
+        )
+    yield "    use_backend %[var(txn.route)] if { var(txn.route) -m found }"
+    yield "    default_backend no-route"
+
+
+@lru_cache(
+    maxsize=20_000
+)  # a task that starts changes one of the backends, and the text of all is written again
+def _backend_text(backend: RouteBackend) -> str:
+    return "\n".join(_backend(backend))
+
+
+def _backend(backend: RouteBackend) -> Iterator[str]:
+    options = backend.options
+    yield f"backend {backend.name}"
+    if options.allow:
+        yield f"    http-request deny deny_status 403 unless {{ src {' '.join(options.allow)} }}"
+    if options.redirect == "https":
+        yield "    http-request redirect scheme https code 308 unless { ssl_fc }"
+    elif options.redirect:
+        yield f"    http-request redirect prefix {literal(options.redirect)} code 308"
+    yield from _limits(options)
+    if backend.stripped:
+        # As long as the prefix, and not its quoted form.
+        cut = f"path,bytes({len(backend.stripped)})"
+        # The second rule does not apply after the first, because / is shorter than any prefix.
+        yield f"    http-request set-path / if {{ path -m str {quoted(backend.stripped)} }}"
+        yield f"    http-request set-path %[{cut}] if {{ {cut},length gt 0 }}"
+    for direction, rules in (("request", options.request_headers), ("response", options.response_headers)):
+        for rule in rules:
+            yield f"    http-{direction} {_header(rule)}"
+    if options.compress:
+        yield "    compression algo gzip"
+        yield f"    compression type {_COMPRESSED}"
+    if options.sticky:
+        yield "    cookie skep-door insert indirect nocache httponly attr SameSite=Lax dynamic"
+        yield f"    dynamic-cookie-key {backend.name}"
+    if options.timeout_s:
+        yield f"    timeout server {max(1, round(options.timeout_s * 1000))}ms"
+    for number, server in enumerate(backend.servers, start=1):
+        yield f"    server {server_line(number, server, options)}"
+
+
+def server_line(number: int, server: ServerLine, options: RouteOptions) -> str:
+    """Return the definition of a backend's server."""
+    address = f"[{server.address}]" if ":" in server.address else server.address
+    protocol = " proto h2" if options.h2c else ""
+    return f"s{number} {address}:{options.port}{protocol}{'' if server.is_ready else ' disabled'}"
+
+
+def _limits(options: RouteOptions) -> Iterator[str]:
+    requests, period_s = options.rate
+    if requests:
+        # One entry has about 100 bytes.  A full table forgets the oldest clients.
+        yield f"    stick-table type ipv6 size 100k expire {period_s}s store http_req_rate({period_s}s)"
+        yield "    http-request track-sc0 src"
+        yield f"    http-request deny deny_status 429 if {{ sc_http_req_rate(0) gt {requests} }}"
+    if options.max_body_bytes:
+        yield f"    http-request deny deny_status 413 if {{ req.body_size gt {options.max_body_bytes} }}"
+        # A request without a length could be of any size.
+        refusal = "content-type text/plain string 'Send the length of the body.'"
+        yield f"    http-request return status 411 {refusal} if {{ req.hdr(transfer-encoding) -m found }}"
+
+
+def _header(rule: HeaderRule) -> str:
+    if not rule.value:
+        return f"del-header {rule.name}"
+    return f"set-header {rule.name} {literal(rule.value)}"
+
+
+def literal(text: str) -> str:
+    """Return ``text`` as one word where HAProxy expects a format, in which ``%`` has a meaning."""
+    return quoted(text.replace("%", "%%"))
+
+
+def quoted(text: str) -> str:
+    """Return ``text`` as one word of HAProxy's configuration.  It must not have control characters."""
+    assert text.isprintable(), "checked where the text came from"
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+# -- changes while HAProxy runs ----------------------------------------------------------------------------------
+
+
+def commands(before: DoorState, after: DoorState) -> list[str] | None:
+    """Return the commands of the runtime API that turn ``before`` into ``after``, or None if that needs a reload."""
+    if before.backends.keys() != after.backends.keys() or structure(before) != structure(after):
+        return None
+    found: list[str] = []
+    for name in sorted(after.backends):
+        one = after.backends[name]
+        lines = zip(before.backends[name].servers, one.servers, strict=True)
+        for number, (old, new) in enumerate(lines, start=1):
+            if old != new:
+                found += _changed(f"{name}/s{number}", old, new, one.options.port)
+    return found
+
+
+def every_command(state: DoorState) -> list[str]:
+    """Return the commands that give each server line its state, whatever it was before."""
+    other = ServerLine(task="unknown", address="unknown", is_ready=True)
+    return [
+        command
+        for name, one in sorted(state.backends.items())
+        for number, server in enumerate(one.servers, start=1)
+        for command in _changed(f"{name}/s{number}", other, server, one.options.port)
+    ]
+
+
+def _changed(line: str, old: ServerLine, new: ServerLine, port: int) -> Iterator[str]:
+    moves = new.address not in (old.address, UNUSED)
+    if old.is_ready and (moves or not new.is_ready):
+        yield f"set server {line} state maint"
+    if moves:
+        yield f"set server {line} addr {new.address} port {port}"
+    if new.is_ready and (moves or not old.is_ready):
+        yield f"set server {line} state ready"

@@ -1,0 +1,93 @@
+"""What HAProxy on this node serves, derived from the table of the door's network.  Pure."""
+
+from collections.abc import Iterable, Mapping
+
+from msgspec.structs import replace
+
+from skep.dataplane.door.configuration import (
+    DoorState,
+    RouteBackend,
+    ServerLine,
+    backend_name,
+    key_of,
+    slotted,
+)
+from skep.model.door.claims import Claimant, settled
+from skep.model.door.routes import HttpRoute, has_routes, routes_of
+from skep.model.door.settings import STACK, DoorSettings, is_door, settings_of
+from skep.model.networks.tables import NetworkTable, TableEndpoint, TableService
+from skep.model.values.ids import NodeId, ServiceId
+
+
+def proxies_on(table: NetworkTable, node_id: NodeId) -> list[TableEndpoint]:
+    """Return the door's own tasks on a node."""
+    proxies = {id for id, one in table.services.items() if is_door(one.labels)}
+    return [one for one in table.endpoints.values() if one.node_id == node_id and one.service_id in proxies]
+
+
+def claimant(service: TableService) -> Claimant:
+    """Return a service with its routes."""
+    return Claimant(
+        id=service.id,
+        name=service.name,
+        stack=service.labels.get(STACK, ""),
+        created_at=service.created_at,
+        routes=routes_of(service.labels),
+    )
+
+
+def state_of(table: NetworkTable, before: DoorState, settings: DoorSettings | None = None) -> DoorState:
+    """Return what HAProxy serves.  Tasks of ``before`` keep their server lines.
+
+    Args:
+        settings: Used instead of the labels of the door's service.
+    """
+    exposed = [claimant(one) for one in table.services.values() if has_routes(one.labels)]
+    claims = settled(exposed)
+    servers = _servers(table.endpoints.values(), claims.accepted)
+    routes: dict[str, str] = {}
+    backends: dict[str, RouteBackend] = {}
+    for id, accepted in claims.accepted.items():
+        for route in accepted:
+            name = routes[key_of(route)] = backend_name(id, route)
+            if name not in backends:
+                backends[name] = _backend(name, id, route, before.backends.get(name), servers[id])
+    if settings is None:
+        door = min(filter(lambda one: is_door(one.labels), table.services.values()), key=_age, default=None)
+        settings = settings_of(door.labels) if door is not None else DoorSettings()
+    return replace(before, settings=settings, backends=backends, routes=routes)
+
+
+def _age(service: TableService) -> tuple[str, str]:
+    return service.created_at, service.id
+
+
+def _backend(
+    name: str,
+    service: ServiceId,
+    route: HttpRoute,
+    before: RouteBackend | None,
+    servers: Iterable[ServerLine],
+) -> RouteBackend:
+    return RouteBackend(
+        name=name,
+        service=service,
+        options=route.options,
+        stripped=route.path if route.options.strip_prefix else "",
+        servers=slotted(before.servers if before is not None else (), servers),
+    )
+
+
+def _servers(
+    endpoints: Iterable[TableEndpoint], accepted: Mapping[ServiceId, object]
+) -> Mapping[ServiceId, list[ServerLine]]:
+    found: dict[ServiceId, list[ServerLine]] = {id: [] for id in accepted}
+    for one in endpoints:
+        if one.service_id in found and one.addresses and one.is_running:
+            server = ServerLine(
+                task=one.task_id,
+                address=one.addresses[0],
+                is_ready=one.is_serving and not one.is_left_out,
+            )
+            found[one.service_id].append(server)
+    return found

@@ -1,0 +1,223 @@
+"""Applies the table of the door's network to the HAProxy that runs on this node.
+
+The door's task mounts a volume of this node.  Its files are written there, and its sockets are in it.  Files are
+written before the commands are sent, so that a HAProxy that starts in between reads what is current.
+
+Tasks are added and removed by commands.  All other changes are a reload, after which the former process serves its open
+connections on.  The description in the configuration tells which one HAProxy runs.
+"""
+
+import asyncio
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from skep.aio.clock import Clock
+from skep.dataplane.door.configuration import DoorState, commands, every_command, files, version_of
+from skep.dataplane.door.derivation import proxies_on, state_of
+from skep.errors import Unavailable
+from skep.model.door.settings import DIRECTORY, DoorSettings
+from skep.model.networks.tables import NetworkTable
+from skep.model.values.ids import NetworkId, NodeId
+
+log = structlog.get_logger(__name__)
+
+COMMANDS_S_MAX = 2.0
+"""Seconds for commands.  HAProxy responds within milliseconds, and other networks wait meanwhile."""
+RELOAD_S_MAX = 10.0
+"""Seconds for a reload.  HAProxy reads 10,000 routes in two to three."""
+LOOK_S = 0.02
+"""Pause in seconds between two looks at whether HAProxy has reloaded."""
+_BATCH = 200
+"""Commands in one connection.  HAProxy reads at most 16 KiB at once."""
+_RESPONSE_MAX = 1 << 20
+"""Bytes of a response.  Those of a batch and of ``show info`` have less than 64 KiB."""
+
+_DESCRIPTION = re.compile(r"^Description: (\S+)", re.MULTILINE | re.IGNORECASE)
+_WORKER = re.compile(r"^(\d+) +worker ", re.MULTILINE)
+_STOPPING = re.compile(r"^Stopping: 1$|Can't find the target", re.MULTILINE)
+_DONE = ("changed from", "no need to change")
+_ADMIN, _MASTER = "admin.sock", "master.sock"
+
+
+class FrontDoor:
+    """The HAProxy of this node."""
+
+    def __init__(
+        self,
+        directory: Callable[[], Path | None],
+        clock: Clock,
+        *,
+        seen_at: str = DIRECTORY,
+        settings: DoorSettings | None = None,
+    ) -> None:
+        """Make the listener.
+
+        Args:
+            directory: Returns the directory of the volume, or None if this node has none.
+            seen_at: The same directory as HAProxy sees it.
+            settings: Used instead of the labels of the door's service.
+        """
+        self._directory = directory
+        self._clock = clock
+        self._seen_at = seen_at
+        self._settings = settings
+        self._state = DoorState()
+        self._applied: DoorState | None = None
+        """The state that HAProxy has for certain."""
+
+    async def apply(
+        self, node_id: NodeId, tables: Mapping[NetworkId, NetworkTable], changed: frozenset[NetworkId]
+    ) -> None:
+        """Apply the table of the door's network (``TableListener``).
+
+        Raises:
+            Unavailable: The door's task runs, and its HAProxy does not respond or does not accept the configuration.
+            OSError: A file cannot be written.
+        """
+        door = min((one for one in tables.values() if one.head.is_door), key=_network, default=None)
+        proxies = proxies_on(door, node_id) if door is not None else []
+        if door is None or not proxies:
+            self._applied = None
+            return
+        if door.head.id not in changed and self._applied is not None:
+            return
+        directory = self._directory()
+        if directory is None:
+            self._applied = None
+            if any(one.is_running for one in proxies):
+                raise Unavailable("the front door's task has no volume skep-door on this node")
+            return
+        # In a thread, because ten thousand routes take a second.
+        state = self._state = await asyncio.to_thread(state_of, door, self._state, self._settings)
+        if state == self._applied:
+            return
+        await asyncio.to_thread(write_files, directory, files(state, self._seen_at))
+        before, self._applied = self._applied, None
+        try:
+            await self._bring(directory, before, state)
+        except Unavailable:
+            if any(one.is_running for one in proxies):
+                raise
+            return  # it reads the files when it starts
+        self._applied = state
+
+    async def _bring(self, directory: Path, before: DoorState | None, state: DoorState) -> None:
+        """Bring the running HAProxy to ``state``, whose files are written.  Raises: Unavailable."""
+        version = version_of(state)
+        if await self._version(directory) == version:
+            found = commands(before, state) if before is not None else None
+            await self._run(directory, every_command(state) if found is None else found)
+            return
+        await self._ask(directory / _MASTER, "reload\n")
+        log.info("front door reloaded", routes=len(state.routes), version=version)
+        until = self._clock.monotonic() + RELOAD_S_MAX
+        while self._clock.monotonic() < until:
+            with suppress(Unavailable):
+                if await self._version(directory) == version and await self._is_alone(directory):
+                    return
+            await self._clock.sleep(LOOK_S)
+        raise Unavailable("the front door's HAProxy does not run the new configuration: see its log")
+
+    async def _is_alone(self, directory: Path) -> bool:
+        """Return whether former processes no longer accept connections, which would follow former routes."""
+        former = (await self._ask(directory / _MASTER, "show proc\n")).partition("# old workers")[2]
+        for pid in _WORKER.findall(former):
+            if _STOPPING.search(await self._ask(directory / _MASTER, f"@!{pid} show info\n")) is None:
+                return False
+        return True
+
+    async def _version(self, directory: Path) -> str:
+        """Return the description of the configuration that HAProxy runs."""
+        found = _DESCRIPTION.search(await self._ask(directory / _ADMIN, "show info\n"))
+        return found[1] if found is not None else ""
+
+    async def _run(self, directory: Path, wanted: list[str]) -> None:
+        for start in range(0, len(wanted), _BATCH):
+            batch = wanted[start : start + _BATCH]
+            response = await self._ask(directory / _ADMIN, ";".join(batch) + "\n")
+            # HAProxy responds to these commands with empty lines, or with what it has changed.
+            lines = filter(None, response.splitlines())
+            refused = [line for line in lines if not any(word in line for word in _DONE)]
+            if refused:
+                raise Unavailable(f"the front door's HAProxy refused a command: {refused[0][:200]}")
+
+    async def _ask(self, socket: Path, request: str) -> str:
+        """Return the response to commands.  Raises: Unavailable."""
+        try:
+            async with asyncio.timeout(COMMANDS_S_MAX):
+                reader, writer = await _connect(socket)
+                try:
+                    writer.write(request.encode())
+                    writer.write_eof()
+                    await writer.drain()
+                    found = bytearray()
+                    while part := await reader.read(1 << 16):
+                        found += part
+                        if len(found) > _RESPONSE_MAX:
+                            raise Unavailable("the front door's HAProxy sends too long a response")
+                finally:
+                    writer.close()
+        except (OSError, TimeoutError) as error:
+            raise Unavailable(f"the front door's HAProxy does not respond: {error or 'timeout'}") from error
+        return found.decode(errors="replace")
+
+
+def _network(table: NetworkTable) -> str:
+    return table.head.id
+
+
+async def _connect(socket: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to a socket in the volume.
+
+    The container can put a link in its place, so the file itself is opened first, and then used by its descriptor.
+    That also allows paths longer than a socket's address.
+    """
+    descriptor = os.open(socket, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return await asyncio.open_unix_connection(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
+def write_files(directory: Path, wanted: Mapping[str, str]) -> None:
+    """Write changed files below ``directory``, and remove other certificates.  Raises: OSError.
+
+    The container can put links into the directory.  They are replaced and never followed.
+    """
+    top = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        certificates = _opened_directory(top, "certificates")
+        try:
+            for name, text in wanted.items():
+                folder, _, file = name.rpartition("/")
+                _replace(certificates if folder else top, file, text.encode(), 0o600 if folder else 0o644)
+            kept = {name.rpartition("/")[2] for name in wanted}
+            for name in os.listdir(certificates):
+                if name not in kept:
+                    os.unlink(name, dir_fd=certificates)
+        finally:
+            os.close(certificates)
+    finally:
+        os.close(top)
+
+
+def _opened_directory(parent: int, name: str) -> int:
+    with suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=parent)
+    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+
+
+def _replace(directory: int, name: str, data: bytes, mode: int) -> None:
+    """Replace a file at once, so that HAProxy never reads a part of it."""
+    temporary = f".{name}.new"
+    with suppress(FileNotFoundError):
+        os.unlink(temporary, dir_fd=directory)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(temporary, flags, mode, dir_fd=directory), "wb") as file:
+        file.write(data)
+    os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)

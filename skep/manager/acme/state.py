@@ -1,0 +1,94 @@
+"""State of the loop for certificates: when the next step is due."""
+
+from collections.abc import Callable, Iterable, Iterator
+from random import Random
+from typing import Final
+
+from skep.aio.clock import Clock
+from skep.manager.acme.records import ACCOUNT_ID, account_in, record_id, records_in
+from skep.manager.acme.steps import PUBLISH_S, Step, WaitUntil, next_step
+from skep.manager.control_loops.failures import Failures
+from skep.manager.control_loops.work_queue import WorkQueue
+from skep.manager.services.routes import claimant_of, exposed
+from skep.model.door.claims import settled
+from skep.model.service import Service
+from skep.model.values.times import SECOND_NS
+from skep.store.interface import Commit, Created, Deleted, Updated, View
+from skep.store.kinds import Payload
+
+WATCHED = (Service, Payload)
+STEP: Final = "step"
+"""The only key: one step follows the other."""
+GATHER_S = 1.0
+"""Seconds from a change of a service until the names are read.  A deploy changes many services within a second."""
+LONGEST_WAIT_S = 3600.0
+"""Longest wait in seconds.  The wall clock decides about renewals, and it may be set meanwhile."""
+
+WantedNames = Callable[[View], frozenset[str]]
+"""Returns the host names of services that need a certificate."""
+
+
+def names_of_routes(view: View) -> frozenset[str]:
+    """Return the hosts of HTTP routes with automatic certificates."""
+    claims = settled(map(claimant_of, exposed(view)))
+    routes = (route for accepted in claims.accepted.values() for route in accepted)
+    return frozenset(route.host for route in routes if route.options.tls in ("", "auto"))
+
+
+class CertificatesState:
+    """Decides about the next step."""
+
+    def __init__(
+        self,
+        view: Callable[[], View],
+        clock: Clock,
+        random: Random,
+        wanted: WantedNames = names_of_routes,
+        publish_s: float = PUBLISH_S,
+    ) -> None:
+        self._view = view
+        self._clock = clock
+        self._wanted = wanted
+        self._publish_s = publish_s
+        self.queue: WorkQueue[str] = WorkQueue(clock)
+        self.failures = Failures(clock, random)
+        self.look_at: dict[str, int] = {}
+        """Unix time of the next look at an order, by name."""
+
+    def start(self, snapshot: View) -> Iterator[None]:
+        """Queue the first step."""
+        self.queue.add((STEP,))
+        yield
+
+    def on_commit(self, commit: Commit) -> None:
+        """Queue a step if the account, a renewal or a service's names changed."""
+        for event in commit.events:
+            match event:
+                case Created(Payload(id=id)) | Updated(_, Payload(id=id)) | Deleted(Payload(id=id)):
+                    if id == ACCOUNT_ID or id.startswith(record_id("")):
+                        self.queue.add((STEP,))
+                case Updated(Service() as old, Service() as new) if old.spec.labels == new.spec.labels and (
+                    old.removed_at == new.removed_at
+                ):
+                    continue
+                case Created(Service()) | Updated(_, Service()) | Deleted(Service()):
+                    self.queue.add_at(STEP, self._clock.monotonic() + GATHER_S)
+
+    def due(self) -> Step | None:
+        """Return the step that is due now, or None after queueing the next one."""
+        view, now_ns = self._view(), self._clock.now_ns()
+        account = account_in(view)
+        if account is None:
+            return None
+        records = records_in(view)
+        self._forget_looks(records)
+        step = next_step(account, self._wanted(view), records, now_ns, self.look_at, self._publish_s)
+        if not isinstance(step, WaitUntil):
+            return step
+        wait_s = (step.at_ns - now_ns) / SECOND_NS if step.at_ns is not None else LONGEST_WAIT_S
+        self.queue.add_at(STEP, self._clock.monotonic() + min(wait_s, LONGEST_WAIT_S))
+        return None
+
+    def _forget_looks(self, names: Iterable[str]) -> None:
+        known = set(names)
+        self.look_at = {name: at_ns for name, at_ns in self.look_at.items() if name in known}

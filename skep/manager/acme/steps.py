@@ -1,0 +1,321 @@
+"""Decides the next step for certificates, and the effect of each outcome.  Pure.
+
+An order has several steps, and the leader may change between any two of them.  So each step is decided from the records
+alone.  What a later step needs is stored before the step that cannot be repeated: the account's key before the
+registration, the certificate's key before the order, and the challenges before the authority validates them.  A
+repeated step reads the order's state from the authority and continues there.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import TypeAlias
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.manager.acme.records import NAMES_MAX, AcmeAccount, CertificateOrder, HostCertificate
+from skep.model.values.times import SECOND_NS
+
+FIRST_RETRY_S, LONGEST_RETRY_S = 180.0, 12 * 3600.0
+"""Seconds before the second attempt for a name, and the longest between two.  Attempts after 0, 3, 9, 21 and 45 minutes
+are what Let's Encrypt allows in an hour (five failed validations of a name).
+"""
+FIRST_AWAY_S, LONGEST_AWAY_S = 30.0, 3600.0
+"""The same for an authority that does not respond.  An outage is over within minutes or lasts for hours."""
+RETRY_AFTER_S_MAX = 7 * 24 * 3600.0
+"""Longest ``Retry-After`` in seconds.  It is Let's Encrypt's longest period of a limit."""
+LIMITED_S = 3600.0
+"""Seconds that a limit of the authority lasts if its response does not say so."""
+ORDER_S = 3600.0
+"""Seconds after which an order that does not end is given up.  Authorities need minutes for a slow one."""
+LOOK_S, LOOK_S_MAX = 2.0, 60.0
+"""Seconds between two looks at an order, and the longest ``Retry-After`` that is respected there.  Other names wait."""
+PUBLISH_S = 3.0
+"""Seconds from the storing of a challenge until the authority is told.  The doors get it within one."""
+LEFT_SHARE = 3
+"""A certificate is renewed when one third of its life is left, as Let's Encrypt recommends."""
+SPREAD_SHARE = 30
+"""Renewals are earlier by up to this share of the life, so that names of one deploy do not stay together."""
+ISSUED_S_MIN = 24 * 3600.0
+"""Shortest time in seconds between two orders for a name.  A wrong clock must not use up a week's limit at once."""
+_CLOCK_SET_NS = int((RETRY_AFTER_S_MAX + 24 * 3600.0) * SECOND_NS)
+"""A time further in the future was recorded before the clock was set back."""
+
+
+class RegisterAccount(msgspec.Struct, frozen=True):
+    """Tell the authority about the account."""
+
+
+class BeginOrder(msgspec.Struct, frozen=True):
+    """Store a key for a new order of this name."""
+
+    name: str
+
+
+class OpenOrder(msgspec.Struct, frozen=True):
+    """Send the stored order of this name."""
+
+    name: str
+
+
+class ContinueOrder(msgspec.Struct, frozen=True):
+    """Read the state of the order of this name, and make its next step."""
+
+    name: str
+
+
+class DropOrder(msgspec.Struct, frozen=True):
+    """Remove the order of a name that no service has any longer, and its record if that is useless."""
+
+    name: str
+
+
+class WaitUntil(msgspec.Struct, frozen=True):
+    """Do nothing until a Unix time, or until the store changes if that is None."""
+
+    at_ns: int | None = None
+
+
+Step: TypeAlias = RegisterAccount | BeginOrder | OpenOrder | ContinueOrder | DropOrder | WaitUntil
+
+
+class AccountRegistered(msgspec.Struct, frozen=True):
+    """The authority knows the account."""
+
+    url: str
+
+
+class OrderOpened(msgspec.Struct, frozen=True):
+    """The authority has accepted the order.  ``challenges``: key authorizations by token."""
+
+    url: str
+    challenges: dict[str, str] = {}
+
+
+class OrderPending(msgspec.Struct, frozen=True):
+    """The order needs another look."""
+
+    look_after_s: float = LOOK_S
+
+
+class CertificateIssued(msgspec.Struct, frozen=True, kw_only=True):
+    """The certificate and its chain (PEM)."""
+
+    chain: str
+    not_before_ns: int
+    not_after_ns: int
+
+
+class AcmeFailed(msgspec.Struct, frozen=True, kw_only=True):
+    """A step failed.
+
+    Attributes:
+        retry_after_s: Seconds until the authority accepts another attempt, or 0.
+        is_away: Whether the failure is one of the authority as a whole.
+        is_over: Whether the order is useless now.
+        is_unknown: Whether the authority does not know the account.
+    """
+
+    reason: str
+    retry_after_s: float = 0.0
+    is_away: bool = False
+    is_over: bool = False
+    is_unknown: bool = False
+
+
+Outcome: TypeAlias = AccountRegistered | OrderOpened | OrderPending | CertificateIssued | AcmeFailed
+
+
+def next_step(
+    account: AcmeAccount,
+    wanted: Collection[str],
+    records: Mapping[str, HostCertificate],
+    now_ns: int,
+    look_at: Mapping[str, int] = {},
+    publish_s: float = PUBLISH_S,
+) -> Step:
+    """Return the next step, one order at a time.
+
+    Args:
+        wanted: Host names of services.
+        look_at: Times of the next look at orders, by name.  A new leader looks at once.
+        publish_s: Seconds until the doors have a stored challenge.
+    """
+    for name, record in records.items():
+        if name not in wanted and (record.order is not None or record.not_after_ns <= now_ns):
+            return DropOrder(name)
+    if (at_ns := _bounded(account.retry_at_ns, now_ns)) > now_ns:
+        return WaitUntil(at_ns)
+    if not account.url:
+        return RegisterAccount()
+    considered = [present_record(account, records, name) for name in considered_names(wanted, records)]
+    for record in considered:
+        order = record.order
+        if order is None or _bounded(record.retry_at_ns, now_ns) > now_ns:
+            continue  # an order that has to wait for its authority does not keep others waiting
+        if not order.url:
+            return OpenOrder(record.name)
+        published_ns = _bounded(order.opened_ns + _ns(publish_s), now_ns)
+        at_ns = max(published_ns, _bounded(look_at.get(record.name, 0), now_ns))
+        return ContinueOrder(record.name) if at_ns <= now_ns else WaitUntil(at_ns)
+    # Names without a certificate come first, then names in the order of their expiry.
+    due = [(due_at_ns(account, record, now_ns), record.not_after_ns, record.name) for record in considered]
+    if ready := [(not_after_ns, name) for at_ns, not_after_ns, name in due if at_ns <= now_ns]:
+        return BeginOrder(min(ready)[1])
+    return WaitUntil(min(due)[0] if due else None)
+
+
+def considered_names(wanted: Collection[str], records: Mapping[str, HostCertificate]) -> list[str]:
+    """Return the names for which certificates are ordered: at most ``NAMES_MAX``, the known ones first."""
+    known = [name for name in records if name in wanted]
+    free = max(NAMES_MAX - len(records), 0)
+    return known + sorted(set(wanted) - records.keys())[:free]
+
+
+def present_record(
+    account: AcmeAccount, records: Mapping[str, HostCertificate], name: str
+) -> HostCertificate:
+    """Return the record of a name, without an order and failures at another authority."""
+    record = records.get(name) or HostCertificate(name=name)
+    if record.tried == account.directory:
+        return record
+    return replace(
+        record, order=None, failures=0, error="", failing_since_ns=0, retry_at_ns=0, blocked_until_ns=0
+    )
+
+
+def due_at_ns(account: AcmeAccount, record: HostCertificate, now_ns: int) -> int:
+    """Return the Unix time from which a certificate for the name is ordered, or its order is continued."""
+    blocked_ns = _bounded(record.blocked_until_ns, now_ns)
+    if record.is_asked:
+        return blocked_ns
+    earliest_ns = max(blocked_ns, _bounded(record.retry_at_ns, now_ns))
+    if record.order is not None or not record.pem or record.authority != account.directory:
+        return earliest_ns
+    return max(earliest_ns, record.renew_at_ns)
+
+
+def begun(record: HostCertificate, account: AcmeAccount, key: str, now_ns: int) -> HostCertificate:
+    """Return the record with a new order, which is not sent yet."""
+    order = CertificateOrder(key=key, began_ns=now_ns)
+    return replace(record, order=order, tried=account.directory, is_asked=False)
+
+
+def asked(record: HostCertificate) -> HostCertificate:
+    """Return the record after a user has asked for a renewal.  Only the authority's own limits still hold."""
+    return replace(record, is_asked=record.order is None, retry_at_ns=record.blocked_until_ns)
+
+
+def dropped(record: HostCertificate, now_ns: int) -> HostCertificate | None:
+    """Return the record of a name that no service has any longer, or None if it is useless.
+
+    Its certificate stays until it expires, because a service may come back within minutes.
+    """
+    return replace(record, order=None, is_asked=False) if record.not_after_ns > now_ns else None
+
+
+def after_account(account: AcmeAccount, outcome: Outcome, now_ns: int, chance: float) -> AcmeAccount:
+    """Return the account after a step.
+
+    Args:
+        chance: A random number from 0 to 1.
+    """
+    match outcome:
+        case AcmeFailed(is_away=away, is_unknown=unknown) if away or unknown or not account.url:
+            delay_s = _delay_s(FIRST_AWAY_S, LONGEST_AWAY_S, account.failures, chance)
+            return replace(
+                account,
+                url="" if unknown else account.url,
+                failures=account.failures + 1,
+                error=outcome.reason,
+                failing_since_ns=account.failing_since_ns or now_ns,
+                retry_at_ns=now_ns + _ns(max(delay_s, _retry_after_s(outcome, chance))),
+            )
+        case AccountRegistered(url=url):
+            # The failures still count, in case the authority forgets the account again.
+            return replace(account, url=url, error="", failing_since_ns=0, retry_at_ns=0)
+        case _:
+            return replace(account, failures=0, error="", failing_since_ns=0, retry_at_ns=0)
+
+
+def after_step(record: HostCertificate, outcome: Outcome, now_ns: int, chance: float) -> HostCertificate:
+    """Return the record of a name after a step of its order.
+
+    Args:
+        chance: A random number from 0 to 1.
+    """
+    order = record.order
+    if order is None:
+        return record
+    match outcome:
+        case OrderOpened(url=url, challenges=challenges):
+            opened = replace(order, url=url, challenges=challenges, opened_ns=now_ns if challenges else 0)
+            return replace(record, order=opened)
+        case OrderPending() if now_ns - order.began_ns > _ns(ORDER_S):
+            given_up = AcmeFailed(
+                reason=f"the authority did not finish the order in {ORDER_S / 60:g} minutes"
+            )
+            return _failed(replace(record, order=None), given_up, now_ns, chance)
+        case CertificateIssued():
+            return _issued(record, order, outcome, now_ns, chance)
+        case AcmeFailed(is_unknown=True):
+            return replace(record, order=None)  # an order belongs to its account
+        case AcmeFailed(is_away=False):
+            return _failed(
+                replace(record, order=None) if outcome.is_over else record, outcome, now_ns, chance
+            )
+        case _:
+            return record
+
+
+def _issued(
+    record: HostCertificate,
+    order: CertificateOrder,
+    issued: CertificateIssued,
+    now_ns: int,
+    chance: float,
+) -> HostCertificate:
+    life_ns = issued.not_after_ns - issued.not_before_ns
+    early_ns = life_ns // LEFT_SHARE + int(life_ns / SPREAD_SHARE * chance)
+    return HostCertificate(
+        name=record.name,
+        pem=f"{issued.chain.strip()}\n{order.key.strip()}\n",
+        authority=record.tried,
+        tried=record.tried,
+        not_before_ns=issued.not_before_ns,
+        not_after_ns=issued.not_after_ns,
+        renew_at_ns=issued.not_after_ns - early_ns,
+        retry_at_ns=now_ns + min(life_ns // LEFT_SHARE, _ns(ISSUED_S_MIN)),
+    )
+
+
+def _failed(record: HostCertificate, failed: AcmeFailed, now_ns: int, chance: float) -> HostCertificate:
+    delay_s = _delay_s(FIRST_RETRY_S, LONGEST_RETRY_S, record.failures, chance)
+    blocked_s = _retry_after_s(failed, chance)
+    return replace(
+        record,
+        failures=record.failures + 1,
+        error=failed.reason,
+        failing_since_ns=record.failing_since_ns or now_ns,
+        retry_at_ns=now_ns + _ns(max(delay_s, blocked_s)),
+        blocked_until_ns=now_ns + _ns(blocked_s) if blocked_s else 0,
+        is_asked=False,
+    )
+
+
+def _delay_s(first_s: float, longest_s: float, failures: int, chance: float) -> float:
+    """Return the delay before the next attempt.  It is at least the planned one, because limits count attempts."""
+    return min(first_s * 2.0 ** min(failures, 20), longest_s) * (1.0 + chance / 4)
+
+
+def _retry_after_s(failed: AcmeFailed, chance: float) -> float:
+    """Return the seconds of ``Retry-After``, and a little more, so that clusters do not return all at once."""
+    return min(failed.retry_after_s, RETRY_AFTER_S_MAX) * (1.0 + chance / 20)
+
+
+def _bounded(at_ns: int, now_ns: int) -> int:
+    """Return a recorded time, or now if it was recorded before the clock was set back."""
+    return at_ns if at_ns - now_ns < _CLOCK_SET_NS else now_ns
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * SECOND_NS)

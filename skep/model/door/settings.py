@@ -1,0 +1,73 @@
+"""Labels of the front door itself: of its service and of its network."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from skep.errors import InvalidArgument
+from skep.model.door.routes import http_labels, networks
+
+DOOR: Final = "skep.door"
+"""On a service: ``true`` if its tasks are the proxies.  On a network: ``true`` if routes lead over it."""
+TRUSTED: Final = "skep.door.trusted-proxies"
+PROXY_PROTOCOL: Final = "skep.door.proxy-protocol"
+ACCESS_LOG: Final = "skep.door.access-log"
+DOOR_LABELS: Final = (DOOR, TRUSTED, PROXY_PROTOCOL, ACCESS_LOG)
+STACK: Final = "com.docker.stack.namespace"
+
+NAME: Final = "skep-door"
+"""Name of the service, of its network, and of the volume with HAProxy's files."""
+DIRECTORY: Final = "/etc/skep-door"
+"""Directory of the files in the container."""
+
+
+class DoorSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of the whole door.
+
+    Args:
+        trusted: Networks of proxies whose ``X-Forwarded-For`` is kept.
+        accepts_proxy: Whether clients speak the PROXY protocol.
+        logs: Whether each request becomes a line of the log, in JSON.
+        ports: Ports of HTTP and HTTPS in the container.
+    """
+
+    trusted: tuple[str, ...] = ()
+    accepts_proxy: bool = False
+    logs: bool = True
+    ports: tuple[int, int] = (80, 443)
+
+
+def is_door(labels: Mapping[str, str]) -> bool:
+    """Return whether a service or network belongs to the front door."""
+    return labels.get(DOOR, "").lower() == "true"
+
+
+def labels_for_proxies(labels: Mapping[str, str]) -> dict[str, str]:
+    """Return those labels of a service that nodes with a proxy need."""
+    kept = {name: labels[name] for name in (*DOOR_LABELS, STACK) if name in labels}
+    return {**kept, **http_labels(labels)}
+
+
+def settings_of(labels: Mapping[str, str]) -> DoorSettings:
+    """Return the settings in the labels of the door's service, or the defaults if one is invalid."""
+    try:
+        return parsed_settings(labels)
+    except InvalidArgument:
+        return DoorSettings()
+
+
+def parsed_settings(labels: Mapping[str, str]) -> DoorSettings:
+    """Return the settings in the labels of the door's service.  Raises: InvalidArgument."""
+    for name, default in ((DOOR, "false"), (PROXY_PROTOCOL, "false"), (ACCESS_LOG, "true")):
+        if (word := labels.get(name, default)).lower() not in {"true", "false"}:
+            raise InvalidArgument(f"invalid label {name}={word}: expected true or false")
+    try:
+        trusted = networks(text) if (text := labels.get(TRUSTED, "")) else ()
+    except ValueError as error:
+        raise InvalidArgument(f"invalid label {TRUSTED}={text}: expected {error}") from None
+    return DoorSettings(
+        trusted=trusted,
+        accepts_proxy=labels.get(PROXY_PROTOCOL, "").lower() == "true",
+        logs=labels.get(ACCESS_LOG, "").lower() != "false",
+    )

@@ -1,0 +1,152 @@
+"""Certificates in the API and in the command: what administrators see, and never a key."""
+
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+from msgspec.structs import replace
+
+from skep.cli.cluster.certificate import shown_list
+from skep.cli.output import Screen
+from skep.manager.acme.records import account_in, record_id, record_in
+from skep.manager.acme.showing import certificate_families, certificate_warnings, expiring_soon
+from skep.manager.acme.steps import AcmeFailed
+from skep.manager.acme.writing import begin_order, note_outcome
+from skep.manager.notify.problems import LastBackup, problems_of_cluster
+from skep.manager.routes.access import ManagerApi
+from skep.model.options.notifications import Topic
+from skep.model.values.times import SECOND_NS
+from skep.store.interface import Transaction
+from skep.store.kinds import write_record
+from skep.store.level import LEVEL
+from tests.component.test_users_on_a_manager import Rig, _a_rig
+from tests.support.builders import a_service
+
+DAY_NS = 86_400 * SECOND_NS
+APP = "app.example.com"
+AUTHORITY = {"Email": "ops@example.com", "Directory": "https://ca.example.com/dir", "AgreeTos": True}
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    async with _a_rig() as made:
+
+        def found(tx: Transaction) -> None:
+            tx.raise_level(LEVEL)
+            service = a_service("web")
+            tx.put(replace(service, spec=replace(service.spec, labels={"skep.http": f"{APP}/shop"})))
+            for id, tls in (("plain", "off"), ("own", "a-secret")):
+                labels = {"skep.http": f"{id}.example.com", "skep.http.tls": tls}
+                service = a_service(id)
+                tx.put(replace(service, spec=replace(service.spec, name=id, labels=labels)))
+
+        await made.api.store.update(found)
+        yield made
+
+
+async def fail(api: ManagerApi, reason: str, **fields: object) -> None:
+    """Let the order of a name fail."""
+    now_ns, account = api.clock.now_ns(), account_in(api.store.view())
+    assert account is not None
+    await api.store.update(begin_order, APP, "key", now_ns)
+    known = replace(account, url="https://ca.example.com/account")
+    failed = AcmeFailed(reason=reason, is_over=True, **fields)  # type: ignore[arg-type]
+    await api.store.update(note_outcome, known, record_in(api.store.view(), APP), failed, now_ns, 0.5)
+
+
+async def listed(rig: Rig) -> tuple[dict[str, object], list[str]]:
+    status, text, _ = await rig.exchange("admin", "GET /skep/certificates")
+    assert status == 200, text
+    assert "KEY" not in text
+    found = json.loads(text)
+    return found, list(shown_list(found).lines(Screen()))
+
+
+async def test_names_wait_for_an_authority_and_failures_are_shown(rig: Rig) -> None:
+    _, lines = await listed(rig)
+    assert len(lines) == 3  # hosts without TLS or with a certificate of their own are not listed
+    assert lines[1].split()[:2] == [APP, "wanted"]
+    assert "skep door acme" in lines[-1]
+    status, text, _ = await rig.exchange("admin", "POST /skep/certificates/authority", AUTHORITY)
+    assert status == 204, text
+    await fail(rig.api, "no such host")
+    found, lines = await listed(rig)
+    assert found["Authority"]["Directory"] == AUTHORITY["Directory"]  # type: ignore[index]
+    assert lines[1].split()[:2] == [APP, "failing"]
+    assert "no such host" in lines[1]
+
+
+async def test_a_renewal_is_ordered_at_once_unless_the_authority_forbids_it(rig: Rig) -> None:
+    renew = f"POST /skep/certificates/{APP}/renew"
+    status, text, _ = await rig.exchange("admin", renew)
+    assert (status, "skep door acme" in text) == (400, True)
+    await rig.exchange("admin", "POST /skep/certificates/authority", AUTHORITY)
+    status, text, _ = await rig.exchange("admin", renew)
+    assert status == 404
+    await fail(rig.api, "no such host")
+    assert (await rig.exchange("admin", renew))[0] == 204
+    assert record_in(rig.api.store.view(), APP).is_asked
+    await fail(rig.api, "too many", retry_after_s=7200.0)
+    status, text, _ = await rig.exchange("admin", renew)
+    assert (status, "too many" in text) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"Email": "ops"}, "mail address"),
+        ({"Directory": "http://ca.example.com/dir"}, "https://"),
+        ({"Directory": "https://user@ca.example.com/dir"}, "https://"),
+        ({"Roots": "no certificate"}, "PEM"),
+    ],
+)
+async def test_an_invalid_authority_is_refused(rig: Rig, fields: dict[str, str], words: str) -> None:
+    status, text, _ = await rig.exchange(
+        "admin", "POST /skep/certificates/authority", {**AUTHORITY, **fields}
+    )
+    assert (status, words in text) == (400, True), text
+
+
+async def test_terms_are_read_unless_they_were_agreed_to(rig: Rig) -> None:
+    body = {**AUTHORITY, "Directory": "https://127.0.0.1:1/dir", "AgreeTos": False}
+    status, text, _ = await rig.exchange("admin", "POST /skep/certificates/authority", body)
+    assert (status, "cannot be reached" in text) == (503, True), text
+    assert account_in(rig.api.store.view()) is None
+
+
+async def test_users_below_administrator_see_nothing(rig: Rig) -> None:
+    for request in ("GET /skep/certificates", f"POST /skep/certificates/{APP}/renew"):
+        assert (await rig.exchange("operator", request))[0] == 403
+
+
+async def test_a_certificate_that_is_not_renewed_is_a_problem_a_warning_and_a_metric(rig: Rig) -> None:
+    await rig.exchange("admin", "POST /skep/certificates/authority", AUTHORITY)
+    await fail(rig.api, "no such host")
+    now_ns = rig.api.clock.now_ns()
+
+    async def expire(days: float) -> None:
+        not_after_ns = now_ns + int(days * DAY_NS)
+        record = replace(
+            record_in(rig.api.store.view(), APP),
+            pem="chain and key",
+            not_before_ns=not_after_ns - 90 * DAY_NS,
+            not_after_ns=not_after_ns,
+        )
+        await rig.api.store.update(write_record, record_id(APP), record)
+
+    await expire(20)
+    assert list(expiring_soon(rig.api.store.view(), now_ns)) == []
+    await expire(14)
+    view = rig.api.store.view()
+    [warning] = certificate_warnings(view, now_ns)
+    assert APP not in warning
+    problems = problems_of_cluster(view, LastBackup(complete_ns=now_ns), now_ns, now_ns)
+    [problem] = [one for one in problems if one.topic is Topic.CERTIFICATE and one.subject == APP]
+    assert "expires on" in problem.message
+    assert "no such host" in problem.message
+    expires, failures = certificate_families(view)
+    assert [sample.value for sample in failures.samples] == [1]
+    assert [sample.value for sample in expires.samples] == [(now_ns + 14 * DAY_NS) / SECOND_NS]
+    await expire(-1)
+    [(_, sentence)] = expiring_soon(rig.api.store.view(), now_ns)
+    assert "expired on" in sentence

@@ -1,0 +1,320 @@
+"""The front door's HAProxy: what it accepts, where requests go, and that no change loses any."""
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from aiohttp import ClientError
+
+from skep.dataplane.door.configuration import DoorState, RouteBackend, ServerLine, files, slotted
+from skep.dataplane.door.derivation import state_of
+from skep.errors import Unavailable
+from skep.model.door.settings import DoorSettings
+from skep.model.networks.tables import NetworkHead, NetworkTable, TableService
+from skep.model.values.ids import NetworkId, ServiceId
+from tests.support.networks.door_rig import DoorRig, a_door
+
+pytestmark = pytest.mark.needs("haproxy", "root")
+
+HAPROXY = shutil.which("haproxy", path="/usr/sbin:/usr/bin") or "haproxy"
+ONE, TWO, THREE = "127.0.0.2", "127.0.0.3", "127.0.0.4"
+HOSTILE = """a"b'c \\ $HOME %[src] %ci #x { } \\n ; if TRUE"""
+
+
+def check(state: DoorState, directory: Path) -> None:
+    """Let HAProxy check the configuration of ``state``."""
+    for name, text in files(state, str(directory)).items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(text)
+    done = subprocess.run(
+        [HAPROXY, "-c", "-f", str(directory / "haproxy.cfg")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[WARNING]" not in done.stderr, done.stderr
+
+
+def state_with(*services: dict[str, str], settings: DoorSettings | None = None) -> DoorState:
+    found = {
+        ServiceId(f"s{n}"): TableService(id=ServiceId(f"s{n}"), name=f"s{n}", labels=labels)
+        for n, labels in enumerate(services)
+    }
+    head = NetworkHead(id=NetworkId("n"), name="skep-door", is_door=True)
+    return state_of(NetworkTable(head=head, services=found), DoorState(), settings or DoorSettings())
+
+
+def test_haproxy_accepts_every_option(tmp_path: Path) -> None:
+    every = {
+        "skep.http": "a.example/x,*.b.example",
+        "skep.http.port": "8080",
+        "skep.http.strip-prefix": "true",
+        "skep.http.sticky": "true",
+        "skep.http.compress": "true",
+        "skep.http.max-body": "10MiB",
+        "skep.http.timeout": "1ms",
+        "skep.http.rate": "999999/h",
+        "skep.http.protocol": "h2c",
+        "skep.http.allow": "10.0.0.0/8,fd00::/8",
+        "skep.http.request-header.X-Hostile": HOSTILE,
+        "skep.http.response-header.X-Hostile": HOSTILE,
+        "skep.http.response-header.Server": "",
+    }
+    redirects = {
+        "skep.http.one": "c.example/~!$&()*+;=:@'%20",
+        "skep.http.one.redirect": "https://x.example/%7Ba%7D&$HOME",
+        "skep.http.two": "d.example",
+        "skep.http.two.redirect": "https",
+    }
+    settings = DoorSettings(trusted=("10.0.0.0/8", "::1/128"), accepts_proxy=True)
+    state = state_with(every, redirects, settings=settings)
+    assert len(state.routes) == 4
+    check(state, tmp_path)
+
+
+def test_haproxy_accepts_ten_thousand_routes(tmp_path: Path) -> None:
+    state = state_with(*({"skep.http": f"h{n}.example,h{n}.example/path"} for n in range(5000)))
+    assert len(state.routes) == 10_000
+    check(state, tmp_path)
+
+
+def test_a_task_keeps_its_line_and_lines_of_ended_tasks_are_used_last() -> None:
+    def server(task: str) -> ServerLine:
+        return ServerLine(task=task, address=f"10.0.0.{task}", is_ready=True)
+
+    first = slotted((), map(server, "12"))
+    assert [one.task for one in first] == ["1", "2", "", ""]
+    second = slotted(first, map(server, "23"))
+    assert [one.task for one in second] == ["", "2", "3", ""]
+    assert [one.task for one in slotted(second, map(server, "2345"))] == ["4", "2", "3", "5"]
+    assert len(slotted(second, map(server, "23456"))) == 8
+    assert len(slotted(second, ())) == 4
+
+
+@asynccontextmanager
+async def requests(rig: DoorRig, url: str) -> AsyncIterator[list[str]]:
+    """Send requests during the block, on kept and on fresh connections.  Yields the failed ones."""
+    failed: list[str] = []
+    count, ends = 0, asyncio.Event()
+    host, _, path = url.partition("/")
+
+    async def send(*, is_kept: bool) -> None:
+        nonlocal count
+        async with rig.client() as session:
+            while not ends.is_set():
+                connection = {} if is_kept else {"Connection": "close"}
+                try:
+                    async with session.get(f"/{path}", headers={"Host": host, **connection}) as response:
+                        text = await response.text()
+                        if response.status != 200:
+                            failed.append(f"{response.status}: {text}")
+                except (ClientError, TimeoutError) as error:
+                    failed.append(repr(error))
+                count += 1
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(4):
+            group.create_task(send(is_kept=number % 2 == 0))
+        try:
+            yield failed
+        finally:
+            ends.set()
+    assert count > 50
+
+
+async def test_requests_reach_the_longest_route(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE, TWO, THREE):
+        status, page, headers = await rig.ask("a.example/")
+        assert status == 404
+        rig.service("web", {"skep.http": "a.example,*.a.example"})
+        rig.service("api", {"skep.http": "a.example/api", "skep.http.strip-prefix": "true"})
+        rig.service("none", {"skep.http": "none.example"})
+        rig.task("t1", "web", ONE)
+        rig.task("t2", "api", TWO)
+        await rig.apply()
+        for url, task, path in (
+            ("a.example/", ONE, "/"),
+            ("A.Example.:80/x?y=1", ONE, "/x?y=1"),
+            ("sub.a.example/x", ONE, "/x"),
+            ("a.example/apis", ONE, "/apis"),
+            ("a.example/api", TWO, "/"),
+            ("a.example/api/", TWO, "/"),
+            ("a.example/api/v1?z", TWO, "/v1?z"),
+            ("a.example/api/api", TWO, "/api"),
+        ):
+            seen = await rig.seen(url)
+            assert (seen["task"], seen["path"]) == (task, path), url
+        for url in ("b.example/", "a.b.a.example/", "example/"):
+            assert (await rig.ask(url))[0] == 404, url
+        status, page, headers = await rig.ask("none.example/")
+        assert (status, headers["Retry-After"]) == (503, "5")
+        assert "not available at the moment" in page
+
+
+async def test_values_arrive_as_they_are_written(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE):
+        rig.service(
+            "web",
+            {
+                "skep.http": "a.example",
+                "skep.http.request-header.X-Hostile": HOSTILE,
+                "skep.http.request-header.X-Gone": "",
+                "skep.http.response-header.X-Hostile": HOSTILE,
+            },
+        )
+        rig.task("t1", "web", ONE)
+        await rig.apply()
+        sent = {
+            "X-Forwarded-For": "1.2.3.4",
+            "X-Forwarded-Proto": "https",
+            "Forwarded": "for=1",
+            "X-Gone": "x",
+        }
+        seen = await rig.seen("a.example/", sent)
+        headers = seen["headers"]
+        assert isinstance(headers, dict)
+        assert headers["x-hostile"] == HOSTILE
+        assert (headers["x-forwarded-for"], headers["x-forwarded-proto"]) == ("127.0.0.1", "http")
+        assert not {"forwarded", "x-gone"} & headers.keys()
+        assert (await rig.ask("a.example/"))[2]["X-Hostile"] == HOSTILE
+
+
+async def test_limits_answer_with_their_status(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE):
+        for name, option, value in (
+            ("rate", "rate", "2/h"),
+            ("body", "max-body", "10"),
+            ("time", "timeout", "50ms"),
+            ("allow", "allow", "10.0.0.0/8"),
+            ("redirect", "redirect", "https://b.example/x"),
+            ("sticky", "sticky", "true"),
+            ("compress", "compress", "true"),
+        ):
+            rig.service(name, {"skep.http": f"{name}.example", f"skep.http.{option}": value})
+            rig.task(f"t-{name}", name, ONE)
+        await rig.apply()
+        assert [(await rig.ask("rate.example/"))[0] for _ in range(4)] == [200, 200, 429, 429]
+        assert (await rig.ask("body.example/", method="POST", data=b"x" * 10))[0] == 200
+        assert (await rig.ask("body.example/", method="POST", data=b"x" * 11))[0] == 413
+        assert (await rig.ask("time.example/?wait=1"))[0] == 504
+        assert (await rig.ask("allow.example/"))[0] == 403
+        status, _, headers = await rig.ask("redirect.example/y?z")
+        assert (status, headers["Location"]) == (308, "https://b.example/x/y?z")
+        assert "skep-door" in (await rig.ask("sticky.example/"))[2]["Set-Cookie"]
+        assert (await rig.ask("compress.example/"))[2]["Content-Encoding"] == "gzip"
+
+
+async def test_no_change_loses_a_request(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE, TWO, THREE):
+        rig.service("web", {"skep.http": "a.example"})
+        rig.task("t1", "web", ONE)
+        rig.task("t2", "web", TWO)
+        await rig.apply()
+        reloads = rig.reloads()
+        async with requests(rig, "a.example/?wait=0.01") as failed:
+            for _ in range(5):  # a rolling update: the new task comes first, the old one is drained and ends
+                for number, address in ((1, ONE), (2, TWO)):
+                    rig.task("t3", "web", THREE)
+                    await rig.apply()
+                    rig.task(f"t{number}", "web", address, is_serving=False)
+                    await rig.apply()
+                    del rig.endpoints[f"t{number}"]
+                    await rig.apply()
+                    rig.task(f"t{number}", "web", address)
+                    await rig.apply()
+                    del rig.endpoints["t3"]
+                    await rig.apply()
+            assert rig.reloads() == reloads  # tasks come and go by commands
+            for number in range(5):
+                rig.service(f"more{number}", {"skep.http": f"more{number}.example"})
+                await rig.apply()
+            assert rig.reloads() == reloads + 5
+        assert failed == []
+
+
+async def test_a_drained_task_gets_no_new_request(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE, TWO):
+        rig.service("web", {"skep.http": "a.example"})
+        rig.task("t1", "web", ONE)
+        rig.task("t2", "web", TWO)
+        await rig.apply()
+        assert {(await rig.seen("a.example/"))["task"] for _ in range(8)} == {ONE, TWO}
+        rig.task("t1", "web", ONE, is_serving=False)
+        await rig.apply()
+        assert {(await rig.seen("a.example/"))["task"] for _ in range(8)} == {TWO}
+
+
+async def test_a_websocket_outlives_its_drain_and_a_reload(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE, TWO), rig.client() as session:
+        rig.service("web", {"skep.http": "a.example"})
+        rig.task("t1", "web", ONE)
+        await rig.apply()
+        async with session.ws_connect("/", headers={"Host": "a.example"}) as channel:
+            for change in ("before", "drained", "reloaded"):
+                if change == "drained":
+                    rig.task("t1", "web", ONE, is_serving=False)
+                if change == "reloaded":
+                    rig.service("more", {"skep.http": "more.example"})
+                await rig.apply()
+                await channel.send_str(change)
+                assert await channel.receive_str(timeout=5) == f"{change} again"
+
+
+async def test_a_dead_task_is_left_out_before_the_managers_know(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE):
+        rig.service("web", {"skep.http": "a.example"})
+        rig.task("t1", "web", ONE)
+        rig.task("t2", "web", TWO)  # nothing listens there
+        await rig.apply()
+        assert {(await rig.seen("a.example/"))["task"] for _ in range(8)} == {ONE}
+
+
+async def test_a_restarted_haproxy_and_a_restarted_node_continue(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE, TWO):
+        rig.service("web", {"skep.http": "a.example"})
+        rig.task("t1", "web", ONE)
+        await rig.apply()
+        rig.stop()
+        rig.task("t1", "web", ONE, is_serving=False)
+        rig.task("t2", "web", TWO)
+        with pytest.raises(Unavailable):
+            await rig.apply(retries=False)
+        await rig.start()  # with the files of the failed attempt
+        assert (await rig.seen("a.example/"))["task"] == TWO
+        await rig.apply()
+        again = DoorRig(tmp_path)
+        again.port, again.task_port, again.door = rig.port, rig.task_port, rig.door
+        rig.door._applied = None  # a new process does not know what HAProxy has
+        rig.task("t2", "web", TWO, is_serving=False)
+        rig.task("t1", "web", ONE)
+        await rig.apply()
+        assert {(await rig.seen("a.example/"))["task"] for _ in range(4)} == {ONE}
+
+
+async def test_links_of_the_container_are_not_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("untouched")
+    directory = tmp_path / "volume"
+    directory.mkdir()
+    async with a_door(directory) as rig:
+        (directory / "routes.map").unlink()
+        (directory / "routes.map").symlink_to(outside)
+        (directory / ".haproxy.cfg.new").symlink_to(outside)
+        rig.service("web", {"skep.http": "a.example"})
+        await rig.apply()
+        assert outside.read_text() == "untouched"
+        assert not (directory / "routes.map").is_symlink()
+        (directory / "admin.sock").unlink()
+        (directory / "admin.sock").symlink_to(outside)
+        rig.service("more", {"skep.http": "b.example"})
+        with pytest.raises(Unavailable):
+            await rig.apply(retries=False)
+
+
+def test_a_backend_without_tasks_has_lines_for_two() -> None:
+    state = state_with({"skep.http": "a.example"})
+    (backend,) = state.backends.values()
+    assert isinstance(backend, RouteBackend)
+    assert [one.is_ready for one in backend.servers] == [False, False]

@@ -1,0 +1,205 @@
+"""A real HAProxy on this machine, with tasks that say what they were asked."""
+
+import asyncio
+import json
+import shutil
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
+
+from skep.aio.clock import SystemClock
+from skep.dataplane.door.configuration import DoorState, files
+from skep.dataplane.door.listener import FrontDoor
+from skep.errors import Unavailable
+from skep.model.door.settings import DoorSettings
+from skep.model.networks.tables import NetworkHead, NetworkTable, TableEndpoint, TableService
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
+
+NODE = NodeId("node1")
+DOOR_NETWORK = NetworkId("doornet")
+WITHIN_S = 20.0
+"""Seconds for HAProxy to start, on a machine with other work."""
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class DoorRig:
+    """HAProxy in a directory, the listener that changes it, and the table that the listener gets."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.port, self.task_port = free_port(), free_port()
+        settings = DoorSettings(ports=(self.port, 0))
+        self.door = FrontDoor(lambda: directory, SystemClock(), seen_at=str(directory), settings=settings)
+        self.services = {
+            "door": TableService(id=ServiceId("door"), name="door", labels={"skep.door": "true"})
+        }
+        self.endpoints = {"proxy": self._endpoint("proxy", "door", "127.0.0.1", is_serving=True)}
+        self._first = files(DoorState(settings=settings), str(directory))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def service(self, name: str, labels: Mapping[str, str], *, age: str = "1", port: bool = True) -> None:
+        """Add or change a service.  Its tasks listen at ``task_port``, unless ``labels`` have a port."""
+        ports = {"skep.http.port": str(self.task_port)} if port else {}
+        self.services[name] = TableService(
+            id=ServiceId(name), name=name, labels={**ports, **labels}, created_at=age
+        )
+
+    def task(self, id: str, service: str, address: str, *, is_serving: bool = True) -> None:
+        """Add or change a task."""
+        self.endpoints[id] = self._endpoint(id, service, address, is_serving=is_serving)
+
+    def _endpoint(self, id: str, service: str, address: str, *, is_serving: bool) -> TableEndpoint:
+        return TableEndpoint(
+            task_id=TaskId(id),
+            node_id=NODE,
+            service_id=ServiceId(service),
+            addresses=(address,),
+            is_running=True,
+            is_serving=is_serving,
+        )
+
+    async def apply(self, *, retries: bool = True) -> None:
+        """Apply the table, until HAProxy has it."""
+        async with asyncio.timeout(WITHIN_S):
+            while True:
+                try:
+                    return await self._apply()
+                except Unavailable:
+                    if not retries:
+                        raise
+                    await asyncio.sleep(0.02)
+
+    async def _apply(self) -> None:
+        table = NetworkTable(
+            head=NetworkHead(id=DOOR_NETWORK, name="skep-door", is_door=True),
+            endpoints={one.task_id: one for one in self.endpoints.values()},
+            services={one.id: one for one in self.services.values()},
+        )
+        await self.door.apply(NODE, {DOOR_NETWORK: table}, frozenset({DOOR_NETWORK}))
+
+    async def start(self) -> None:
+        """Start HAProxy with the files that are there, as its container does."""
+        for name, text in self._first.items():
+            if not (self.directory / name).exists():
+                (self.directory / name).write_text(text)
+        self._start()
+        await self.wait_listening()
+
+    def _start(self) -> None:
+        log = (self.directory / "log").open("ab")
+        haproxy = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin") or "haproxy"
+        self._process = subprocess.Popen(
+            [haproxy, "-W", "-S", f"{self.directory}/master.sock", "-f", f"{self.directory}/haproxy.cfg"],
+            stdout=log,
+            stderr=log,
+        )
+
+    async def wait_listening(self) -> None:
+        async with asyncio.timeout(WITHIN_S):
+            while True:
+                try:
+                    _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                    writer.close()
+                    _, writer = await asyncio.open_unix_connection(self.directory / "master.sock")
+                except OSError:
+                    assert self._process is not None
+                    assert self._process.poll() is None, self.log()
+                    await asyncio.sleep(0.02)
+                else:
+                    writer.close()
+                    return
+
+    def stop(self) -> None:
+        """Kill HAProxy with its workers, which end with their master."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def log(self) -> str:
+        """Return the output of HAProxy."""
+        return (self.directory / "log").read_text()
+
+    def reloads(self) -> int:
+        """Return how often HAProxy was reloaded."""
+        return self.log().count("Reloading HAProxy")
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[ClientSession]:
+        """Return a client whose requests for any host reach HAProxy."""
+        connector = TCPConnector(limit=0)
+        async with ClientSession(
+            f"http://127.0.0.1:{self.port}", connector=connector, timeout=ClientTimeout(10)
+        ) as session:
+            yield session
+
+    async def ask(
+        self, url: str, *, method: str = "GET", headers: Mapping[str, str] | None = None, data: bytes = b""
+    ) -> tuple[int, str, Mapping[str, str]]:
+        """Return the status, body and headers of the response to a request for ``host/path``."""
+        host, _, path = url.partition("/")
+        async with (
+            self.client() as session,
+            session.request(
+                method,
+                f"/{path}",
+                headers={"Host": host, **(headers or {})},
+                data=data,
+                allow_redirects=False,
+            ) as response,
+        ):
+            return response.status, await response.text(), response.headers.copy()
+
+    async def seen(self, url: str, headers: Mapping[str, str] | None = None) -> dict[str, object]:
+        """Return what a task saw of a request."""
+        status, body, _ = await self.ask(url, headers=headers)
+        assert status == 200, (status, body)
+        found: dict[str, object] = json.loads(body)
+        return found
+
+    @asynccontextmanager
+    async def tasks(self, *addresses: str) -> AsyncIterator[None]:
+        """Serve HTTP at these loopback addresses.  Each response has the address and the request."""
+
+        async def respond(request: web.Request) -> web.StreamResponse:
+            if request.headers.get("Upgrade") == "websocket":
+                channel = web.WebSocketResponse()
+                await channel.prepare(request)
+                async for message in channel:
+                    await channel.send_str(f"{message.data} again")
+                return channel
+            await asyncio.sleep(float(request.query.get("wait", "0")))
+            local = request.transport.get_extra_info("sockname")[0] if request.transport else ""
+            headers = {name.lower(): value for name, value in request.headers.items()}
+            return web.json_response({"task": local, "path": request.path_qs, "headers": headers})
+
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", respond)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        try:
+            for address in addresses:
+                await web.TCPSite(runner, address, self.task_port).start()
+            yield
+        finally:
+            await runner.cleanup()
+
+
+@asynccontextmanager
+async def a_door(directory: Path) -> AsyncIterator[DoorRig]:
+    """Run HAProxy in ``directory`` during the block."""
+    rig = DoorRig(directory)
+    try:
+        await rig.start()
+        yield rig
+    finally:
+        rig.stop()

@@ -1,0 +1,142 @@
+"""A real ACME authority for tests: Pebble on loopback, between a name server and a web server of the test."""
+
+import asyncio
+import json
+import ssl
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict
+
+from skep.security.authority import Authority
+from tests.support.engine.log_receivers import free_port
+from tests.support.networks.upstream import knows, upstream
+from tests.support.security.external_ca import server_certificate
+
+FORWARDED = ("Content-Type", "Accept", "User-Agent")
+RETURNED = ("Content-Type", "Replay-Nonce", "Location", "Link", "Retry-After")
+
+
+class Front:
+    """Passes requests on to Pebble, counts them, and lets a test replace responses."""
+
+    def __init__(self, context: ssl.SSLContext, roots: str) -> None:
+        self.roots = roots
+        self.directory = ""
+        self.pebble = ""
+        self.counts: Counter[str] = Counter()
+        """Number of requests by the first part of their path."""
+        self.is_away = False
+        self.spoil: Callable[[str], web.Response | None] = lambda kind: None
+        """Returns the response to a request of this kind, or None to pass it on."""
+        self.challenges: Callable[[], Mapping[str, str]] = dict
+        """Key authorizations by token, which the web server of the test serves."""
+        self._context = context
+        self._session: aiohttp.ClientSession
+
+    @asynccontextmanager
+    async def serving(self, port: int) -> AsyncIterator[None]:
+        trusted = ssl.create_default_context(cadata=self.roots)
+        connector = aiohttp.TCPConnector(ssl=trusted)
+        async with aiohttp.ClientSession(connector=connector) as self._session, AsyncExitStack() as stack:
+            for where, handler, context in (
+                (0, self._pass_on, self._context),
+                (port, self._challenge, None),
+            ):
+                app = web.Application()
+                app.router.add_route("*", "/{path:.*}", handler)
+                runner = web.AppRunner(app, shutdown_timeout=0.1)
+                await runner.setup()
+                stack.push_async_callback(runner.cleanup)
+                await web.TCPSite(runner, "127.0.0.1", where, ssl_context=context).start()
+                if context is not None:
+                    self.directory = f"https://127.0.0.1:{runner.addresses[0][1]}/dir"
+            yield
+
+    async def _pass_on(self, request: web.Request) -> web.StreamResponse:
+        kind = request.path.split("/")[1]
+        self.counts[kind] += 1
+        if self.is_away:
+            assert request.transport is not None
+            request.transport.abort()
+        if (spoiled := self.spoil(kind)) is not None:
+            return spoiled
+        headers = {name: request.headers[name] for name in FORWARDED if name in request.headers}
+        headers["Host"] = request.headers["Host"]
+        url = f"{self.pebble}{request.raw_path}"
+        async with self._session.request(
+            request.method, url, data=await request.read(), headers=headers
+        ) as response:
+            kept = [(name, value) for name, value in response.headers.items() if name in RETURNED]
+            return web.Response(status=response.status, headers=CIMultiDict(kept), body=await response.read())
+
+    async def _challenge(self, request: web.Request) -> web.StreamResponse:
+        token = request.path.removeprefix("/.well-known/acme-challenge/")
+        found = self.challenges().get(token)
+        return web.Response(text=found) if found is not None else web.Response(status=404)
+
+    async def wait_ready(self) -> None:
+        """Wait until Pebble accepts connections."""
+        while True:
+            try:
+                async with self._session.get(f"{self.pebble}/dir"):
+                    return
+            except aiohttp.ClientError:
+                await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def pebble(directory: Path, **options: str) -> AsyncIterator[Front]:
+    """Run Pebble with ``options`` in its environment (``PEBBLE_WFE_NONCEREJECT``)."""
+    root = Authority.create(name="pebble")
+    certificate, key = server_certificate(root, "127.0.0.1")
+    certificate_file, key_file = directory / "pebble.crt", directory / "pebble.key"
+    certificate_file.write_bytes(certificate)
+    key_file.write_bytes(key)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate_file, key_file)
+    port, http_port = free_port(), free_port()
+    configuration = {
+        "listenAddress": f"127.0.0.1:{port}",
+        "certificate": str(certificate_file),
+        "privateKey": str(key_file),
+        "httpPort": http_port,
+        "tlsPort": free_port(),
+        "ocspResponderURL": "",
+        "externalAccountBindingRequired": False,
+    }
+    file = directory / "pebble.json"
+    file.write_text(json.dumps({"pebble": configuration}))
+    environment = {
+        "PEBBLE_VA_NOSLEEP": "1",
+        "PEBBLE_WFE_NONCEREJECT": "0",
+        "PEBBLE_AUTHZREUSE": "0",
+        **options,
+    }
+    front = Front(context, root.root_pem.decode())
+    front.pebble = f"https://127.0.0.1:{port}"
+    async with upstream(knows("127.0.0.1")) as names, front.serving(http_port):
+        with (directory / "pebble.log").open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                "pebble",
+                "-config",
+                str(file),
+                "-dnsserver",
+                f"{names.address}:{names.port}",
+                "-strict",
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            async with asyncio.timeout(20):
+                await front.wait_ready()
+            front.counts.clear()
+            yield front
+        finally:
+            process.kill()
+            await process.wait()

@@ -1,0 +1,320 @@
+"""Decisions about certificates, over weeks and months of supposed time."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from skep.manager.acme.records import NAMES_MAX, AcmeAccount, CertificateOrder, HostCertificate
+from skep.manager.acme.steps import (
+    LONGEST_AWAY_S,
+    PUBLISH_S,
+    AccountRegistered,
+    AcmeFailed,
+    BeginOrder,
+    CertificateIssued,
+    ContinueOrder,
+    DropOrder,
+    OpenOrder,
+    OrderOpened,
+    OrderPending,
+    Outcome,
+    RegisterAccount,
+    Step,
+    WaitUntil,
+    after_account,
+    after_step,
+    begun,
+    considered_names,
+    dropped,
+    next_step,
+    present_record,
+)
+from skep.model.values.times import SECOND_NS
+
+HOUR_NS = 3600 * SECOND_NS
+DAY_NS = 24 * HOUR_NS
+NOW_NS = 1_800_000_000 * SECOND_NS
+LIFE_NS = 90 * DAY_NS
+A, B = "a.example.com", "b.example.com"
+
+
+class World:
+    """The records of a cluster with an authority that responds as ``respond`` says."""
+
+    def __init__(self, *wanted: str, respond: Callable[["World", Step], Outcome] | None = None) -> None:
+        self.account = AcmeAccount(email="", directory="https://one/dir", key="account key")
+        self.wanted = set(wanted)
+        self.records: dict[str, HostCertificate] = {}
+        self.now_ns = NOW_NS
+        self.random = Random(1)
+        self.respond = respond or World.issue
+        self.steps: list[tuple[int, Step]] = []
+
+    def issue(self, step: Step) -> Outcome:
+        match step:
+            case RegisterAccount():
+                return AccountRegistered("https://one/account")
+            case OpenOrder(name):
+                return OrderOpened(f"https://one/order/{len(self.steps)}", {f"token of {name}": "text"})
+            case _:
+                return CertificateIssued(
+                    chain="chain", not_before_ns=self.now_ns, not_after_ns=self.now_ns + LIFE_NS
+                )
+
+    def run(self, duration_ns: int) -> None:
+        """Make all steps of the next ``duration_ns``."""
+        end_ns, count = self.now_ns + duration_ns, len(self.steps)
+        while self.now_ns < end_ns:
+            step = next_step(self.account, self.wanted, self.records, self.now_ns)
+            if isinstance(step, WaitUntil):
+                if step.at_ns is None or step.at_ns > end_ns:
+                    self.now_ns = end_ns
+                    return
+                assert step.at_ns > self.now_ns
+                self.now_ns = step.at_ns
+                continue
+            self.steps.append((self.now_ns, step))
+            assert len(self.steps) - count < 10_000
+            self.take(step)
+
+    def take(self, step: Step) -> None:
+        match step:
+            case BeginOrder(name):
+                present = present_record(self.account, self.records, name)
+                self.records[name] = begun(present, self.account, "key", self.now_ns)
+            case DropOrder(name):
+                kept = dropped(self.records[name], self.now_ns)
+                self.records = {
+                    **{k: v for k, v in self.records.items() if k != name},
+                    **({name: kept} if kept else {}),
+                }
+            case _:
+                outcome, chance = self.respond(self, step), self.random.random()
+                self.now_ns += SECOND_NS
+                self.account = after_account(self.account, outcome, self.now_ns, chance)
+                if isinstance(step, OpenOrder | ContinueOrder):
+                    record = self.records[step.name]
+                    self.records[step.name] = after_step(record, outcome, self.now_ns, chance)
+
+    def times(self, kind: type[Step], name: str = "") -> list[int]:  # type: ignore[valid-type]
+        return [
+            at
+            for at, step in self.steps
+            if isinstance(step, kind) and name in ("", getattr(step, "name", ""))
+        ]
+
+
+def away(world: World, step: Step) -> Outcome:
+    return AcmeFailed(reason="connection refused", is_away=True)
+
+
+def refusing(world: World, step: Step) -> Outcome:
+    if isinstance(step, ContinueOrder):
+        return AcmeFailed(reason="no such host", is_over=True)
+    return world.issue(step)
+
+
+def test_an_order_is_made_step_by_step_with_the_challenge_stored_before_it_is_used() -> None:
+    world = World(A)
+    world.run(HOUR_NS)
+    kinds = [type(step) for _, step in world.steps]
+    assert kinds == [RegisterAccount, BeginOrder, OpenOrder, ContinueOrder]
+    [opened], [continued] = world.times(OpenOrder), world.times(ContinueOrder)
+    assert continued - opened >= PUBLISH_S * SECOND_NS
+    record = world.records[A]
+    assert record.pem == "chain\nkey\n"
+    assert record.order is None
+
+
+def test_each_certificate_is_renewed_once_in_every_two_thirds_of_its_life() -> None:
+    world = World(A, B)
+    world.run(365 * DAY_NS)
+    for name in (A, B):
+        begun_at = world.times(BeginOrder, name)
+        assert len(begun_at) in (7, 6)
+        gaps = [later - earlier for earlier, later in pairwise(begun_at)]
+        assert all(LIFE_NS * 0.63 - HOUR_NS < gap < LIFE_NS * 0.67 + HOUR_NS for gap in gaps)
+
+
+def test_an_authority_that_is_away_for_a_week_is_tried_hourly_and_then_used_at_once() -> None:
+    world = World(A, respond=away)
+    world.run(7 * DAY_NS)
+    assert world.account.failing_since_ns == NOW_NS + SECOND_NS
+    assert world.account.error == "connection refused"
+    assert 7 * 18 < len(world.steps) < 7 * 24 + 20
+    world.respond = World.issue
+    world.run(int(LONGEST_AWAY_S * 1.3) * SECOND_NS)
+    assert world.records[A].pem
+    assert (world.account.error, world.account.failing_since_ns) == ("", 0)
+
+
+def test_an_order_outlives_an_authority_that_is_away() -> None:
+    world = World(
+        A, respond=lambda w, step: away(w, step) if isinstance(step, ContinueOrder) else w.issue(step)
+    )
+    world.run(DAY_NS)
+    order = world.records[A].order
+    assert order is not None
+    world.respond = World.issue
+    world.run(2 * HOUR_NS)
+    assert world.records[A].pem
+    assert len(world.times(BeginOrder)) == 1
+
+
+def test_a_name_that_fails_is_tried_at_most_five_times_in_an_hour_and_keeps_nobody_waiting() -> None:
+    world = World(A, respond=refusing)
+    world.run(30 * DAY_NS)
+    tried = world.times(ContinueOrder)
+    assert all(later - earlier > HOUR_NS for earlier, later in zip(tried, tried[5:], strict=False))
+    assert tried[-1] - tried[-2] > 11 * HOUR_NS
+    assert world.records[A].error == "no such host"
+    world.wanted.add(B)
+    world.respond = lambda w, step: refusing(w, step) if getattr(step, "name", A) == A else w.issue(step)
+    world.run(60 * SECOND_NS)
+    assert world.records[B].pem
+
+
+@pytest.mark.parametrize("kind", [OpenOrder, ContinueOrder])
+def test_a_limit_holds_back_one_name_for_as_long_as_the_authority_says(kind: type[Step]) -> None:  # type: ignore[valid-type]
+    def limited(world: World, step: Step) -> Outcome:
+        if isinstance(step, kind) and getattr(step, "name", "") == A:
+            return AcmeFailed(reason="too many", retry_after_s=36 * 3600.0)
+        return world.issue(step)
+
+    world = World(A, B, respond=limited)
+    world.run(DAY_NS)
+    assert len(world.times(kind, A)) == 1
+    assert world.records[B].pem
+    world.respond = World.issue
+    world.run(DAY_NS)
+    assert world.records[A].pem
+    assert len(world.times(BeginOrder, A)) == 1
+
+
+def test_an_order_that_never_ends_is_given_up() -> None:
+    world = World(
+        A, respond=lambda w, step: OrderPending() if isinstance(step, ContinueOrder) else w.issue(step)
+    )
+    world.run(30 * SECOND_NS)
+    order = world.records[A].order
+    assert order is not None
+    later = after_step(world.records[A], OrderPending(), order.began_ns + 2 * HOUR_NS, 0.5)
+    assert later.order is None
+    assert "did not finish" in later.error
+
+
+def test_an_authority_that_forgets_the_account_is_not_asked_in_a_tight_loop() -> None:
+    def forgetting(world: World, step: Step) -> Outcome:
+        return (
+            AcmeFailed(reason="unknown", is_unknown=True)
+            if isinstance(step, OpenOrder)
+            else world.issue(step)
+        )
+
+    world = World(A, respond=forgetting)
+    world.run(DAY_NS)
+    assert 10 < len(world.times(RegisterAccount)) < 50
+
+
+def test_a_refused_registration_is_shown_and_tried_again_later() -> None:
+    world = World(A, respond=lambda w, step: AcmeFailed(reason="agree to the terms", is_over=True))
+    world.run(DAY_NS)
+    assert world.account.error == "agree to the terms"
+    assert len(world.steps) < 40
+
+
+def test_a_name_without_a_service_loses_its_order_at_once_and_its_certificate_when_it_expires() -> None:
+    world = World(A)
+    world.run(HOUR_NS)
+    world.wanted.clear()
+    world.run(80 * DAY_NS)
+    assert world.records[A].pem
+    world.wanted.add(A)
+    assert len(world.times(BeginOrder)) == 1
+    world.wanted.clear()
+    world.run(20 * DAY_NS)
+    assert world.records  # nothing wakes the loop for it, until the next step
+    assert next_step(world.account, (), world.records, world.now_ns) == DropOrder(A)
+    opened = replace(HostCertificate(name=B), order=CertificateOrder(key="key", began_ns=0))
+    assert next_step(world.account, (), {B: opened}, world.now_ns) == DropOrder(B)
+
+
+def test_another_authority_issues_everything_again_and_forgets_what_failed() -> None:
+    world = World(
+        A, B, respond=lambda w, step: refusing(w, step) if getattr(step, "name", "") == B else w.issue(step)
+    )
+    world.run(2 * DAY_NS)
+    world.account = replace(world.account, directory="https://two/dir", url="")
+    world.respond = World.issue
+    world.run(60 * SECOND_NS)
+    assert {record.authority for record in world.records.values()} == {"https://two/dir"}
+
+
+@pytest.mark.parametrize("ahead_ns", [400 * DAY_NS, -400 * DAY_NS])
+def test_a_wrong_clock_orders_a_name_at_most_daily_and_does_not_stop_renewals(ahead_ns: int) -> None:
+    def honest(world: World, step: Step) -> Outcome:
+        outcome = world.issue(step)
+        if not isinstance(outcome, CertificateIssued):
+            return outcome
+        true_ns = world.now_ns - offset_ns
+        return replace(outcome, not_before_ns=true_ns, not_after_ns=true_ns + LIFE_NS)
+
+    offset_ns = ahead_ns
+    world = World(A, respond=honest)
+    world.now_ns += offset_ns
+    world.run(10 * DAY_NS)
+    assert len(world.times(BeginOrder)) <= 11
+    world.now_ns, offset_ns = world.now_ns - ahead_ns, 0
+    world.run(70 * DAY_NS)
+    assert world.records[A].not_after_ns > world.now_ns
+
+
+def test_more_names_than_the_limit_leave_the_known_ones_alone() -> None:
+    known = {f"k{number:04}.example.com": HostCertificate(name="") for number in range(NAMES_MAX)}
+    wanted = {*known, A}
+    assert considered_names(wanted, known) == sorted(known)
+    assert considered_names({A, B}, {B: HostCertificate(name=B)}) == [B, A]
+
+
+OUTCOMES = st.sampled_from(
+    [
+        AcmeFailed(reason="away", is_away=True),
+        AcmeFailed(reason="over", is_over=True),
+        AcmeFailed(reason="kept"),
+        AcmeFailed(reason="limited", retry_after_s=7200.0),
+        AcmeFailed(reason="forgotten", is_unknown=True),
+        OrderPending(),
+        None,
+    ]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(script=st.lists(OUTCOMES, max_size=40), deaths=st.lists(st.booleans(), max_size=40))
+def test_whatever_happened_every_name_has_a_certificate_a_day_later(
+    script: list[Outcome | None], deaths: list[bool]
+) -> None:
+    """A death is a step that the authority has made, and whose result is not stored."""
+    outcomes, dying = iter(script), iter(deaths)
+
+    def respond(world: World, step: Step) -> Outcome:
+        outcome = next(outcomes, None)
+        return outcome if outcome is not None and not isinstance(step, RegisterAccount) else world.issue(step)
+
+    class Mortal(World):
+        def take(self, step: Step) -> None:
+            before = self.account, dict(self.records)
+            super().take(step)
+            if next(dying, False):
+                self.account, self.records = before
+
+    world = Mortal(A, B, respond=respond)
+    world.run(4 * DAY_NS)
+    for name in (A, B):
+        assert world.records[name].pem, (world.account, world.records[name])
+        assert world.records[name].order is None
