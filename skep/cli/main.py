@@ -81,6 +81,7 @@ GROUPS = {
         "network": Command("skep.cli.cluster.network:network", "Manage networks."),
         "volume": Command("skep.cli.cluster.volume:volume", "Manage volumes."),
         "user": Command("skep.cli.cluster.user:user", "Manage users of the API."),
+        "door": Command("skep.cli.cluster.door:door", "Manage the front door, the cluster's HTTP proxies."),
         "notify": Command("skep.cli.cluster.notify:notify", "Manage notifications about problems."),
     },
     "Maintain": {

@@ -1,4 +1,4 @@
-"""HTTP routes of the cluster's services: refuses taken ones, and lists those that cannot work."""
+"""The HTTP routes of the cluster's services, and the refusal of taken routes."""
 
 from collections.abc import Iterator
 
