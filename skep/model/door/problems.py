@@ -11,7 +11,7 @@ from skep.model.task import Task, TaskState
 
 
 def label_problem(service: Service) -> str:
-    """Return what is wrong with the labels of a service's routes, or an empty text."""
+    """Return the error in the labels of a service's routes, or an empty text."""
     try:
         parsed_routes(service.spec.labels)
     except InvalidArgument as error:
