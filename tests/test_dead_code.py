@@ -21,6 +21,7 @@ USED_BY_OTHERS = {
     "_ssl_buffer_view": "read by the base class (asyncio.sslproto)",
     "_write_backlog": "read by the base class (asyncio.sslproto)",
     "feed_eof": "called by aiohttp",
+    "cert_verify": "called by requests",
     "format_commands": "called by click",
     "format_epilog": "called by click",
     "get_buffer": "called by asyncio",
@@ -33,6 +34,8 @@ USED_BY_OTHERS = {
     "__spec__": "read by the import system",
 }
 OBSERVED_BY_TESTS = {
+    "certificates_in": "what a door gets: a test reads the certificates",
+    "challenges_in": "what a door gets: a test serves the challenges",
     "comparisons": "a test waits until a namespace was compared so many times",
     "held_bytes": "a test holds a server to its bound",
     "write_archive": "tests write images",

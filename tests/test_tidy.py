@@ -35,7 +35,6 @@ MODULES_MAX = 15
 SMALL_LINES = 80
 """A file with fewer lines that only one other file imports is part of that file, unless it is in ``SEPARATE``."""
 SEPARATE = {
-    "skep/cli/stack/stack_builds.py": "its importer has no lines left",
     "skep/cli/stack/stack_stops.py": "its importer has no lines left",
     "skep/linux/without_links.py": "a program of its own",
     "skep/manager/allocator/loop.py": "a loop beside its pure state",

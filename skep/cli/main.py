@@ -82,7 +82,7 @@ GROUPS = {
         "network": Command("skep.cli.cluster.network:network", "Manage networks."),
         "volume": Command("skep.cli.cluster.volume:volume", "Manage volumes."),
         "user": Command("skep.cli.cluster.user:user", "Manage users of the API."),
-        "door": Command("skep.cli.cluster.certificate:door", "Manage the front door."),
+        "door": Command("skep.cli.cluster.door:door", "Manage the front door, the cluster's HTTP proxies."),
         "certificate": Command(
             "skep.cli.cluster.certificate:certificate", "Manage certificates of host names."
         ),

@@ -144,7 +144,7 @@ async def test_requests_reach_the_longest_route(tmp_path: Path) -> None:
             ("a.example/api/v1?z", TWO, "/v1?z"),
             ("a.example/api/api", TWO, "/api"),
         ):
-            seen = await rig.seen(url)
+            seen = await rig.ask_task(url)
             assert (seen["task"], seen["path"]) == (task, path), url
         for url in ("b.example/", "a.b.a.example/", "example/"):
             assert (await rig.ask(url))[0] == 404, url
@@ -172,7 +172,7 @@ async def test_values_arrive_as_they_are_written(tmp_path: Path) -> None:
             "Forwarded": "for=1",
             "X-Gone": "x",
         }
-        seen = await rig.seen("a.example/", sent)
+        seen = await rig.ask_task("a.example/", sent)
         headers = seen["headers"]
         assert isinstance(headers, dict)
         assert headers["x-hostile"] == HOSTILE
@@ -240,10 +240,10 @@ async def test_a_drained_task_gets_no_new_request(tmp_path: Path) -> None:
         rig.task("t1", "web", ONE)
         rig.task("t2", "web", TWO)
         await rig.apply()
-        assert {(await rig.seen("a.example/"))["task"] for _ in range(8)} == {ONE, TWO}
+        assert {(await rig.ask_task("a.example/"))["task"] for _ in range(8)} == {ONE, TWO}
         rig.task("t1", "web", ONE, is_serving=False)
         await rig.apply()
-        assert {(await rig.seen("a.example/"))["task"] for _ in range(8)} == {TWO}
+        assert {(await rig.ask_task("a.example/"))["task"] for _ in range(8)} == {TWO}
 
 
 async def test_a_websocket_outlives_its_drain_and_a_reload(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ async def test_a_dead_task_is_left_out_before_the_managers_know(tmp_path: Path) 
         rig.task("t1", "web", ONE)
         rig.task("t2", "web", TWO)  # nothing listens there
         await rig.apply()
-        assert {(await rig.seen("a.example/"))["task"] for _ in range(8)} == {ONE}
+        assert {(await rig.ask_task("a.example/"))["task"] for _ in range(8)} == {ONE}
 
 
 async def test_a_restarted_haproxy_and_a_restarted_node_continue(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ async def test_a_restarted_haproxy_and_a_restarted_node_continue(tmp_path: Path)
         with pytest.raises(Unavailable):
             await rig.apply(retries=False)
         await rig.start()  # with the files of the failed attempt
-        assert (await rig.seen("a.example/"))["task"] == TWO
+        assert (await rig.ask_task("a.example/"))["task"] == TWO
         await rig.apply()
         again = DoorRig(tmp_path)
         again.port, again.task_port, again.door = rig.port, rig.task_port, rig.door
@@ -290,7 +290,7 @@ async def test_a_restarted_haproxy_and_a_restarted_node_continue(tmp_path: Path)
         rig.task("t2", "web", TWO, is_serving=False)
         rig.task("t1", "web", ONE)
         await rig.apply()
-        assert {(await rig.seen("a.example/"))["task"] for _ in range(4)} == {ONE}
+        assert {(await rig.ask_task("a.example/"))["task"] for _ in range(4)} == {ONE}
 
 
 async def test_links_of_the_container_are_not_followed(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from skep.cli.formatting import age
 from skep.cli.output import OutputOptions, Shown, shows, table
 from skep.cli.running import do_each, run_requests
 from skep.cli.stack.stack_screens import ProgressPrinter, differing, max_failures
+from skep.errors import NotFound
+from skep.model.door.routes import HTTP, has_routes, is_http_label, label_class
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.schedules import CRON, stop_labels, without_stop
 from skep.model.service import ServiceSpec
@@ -213,6 +215,104 @@ def start(host: HostOptions, names: tuple[str, ...], timeout: float, detach: boo
       skep service start db web
     """
     run_requests(turn(host, names, "start", timeout_s=timeout, waits=not detach))
+
+
+@service.command()
+@click.option(
+    "--port", type=click.IntRange(1, 65535), metavar="N", help="Port of the containers. Default: 80."
+)
+@options.timeout()
+@options.detach
+@click.argument("name", metavar="SERVICE")
+@click.argument("address", metavar="HOST[/PATH]")
+@click.pass_obj
+def expose(
+    host: HostOptions, *, name: str, address: str, port: int | None, timeout: float, detach: bool
+) -> None:
+    """Expose a service at an HTTP route of the front door.
+
+    Replaces the tasks one after the other if they are not on the front door's network yet.
+
+    \b
+    Examples:
+      skep service expose web app.example.com
+      skep service expose --port 8080 api app.example.com/api
+    """
+
+    async def run() -> None:
+        async with host.requests() as client:
+            await update(
+                client,
+                "services",
+                quote(name, safe=""),
+                lambda found: exposed(found["Spec"], address, port),
+                timeout_s=RESPONSE_TIMEOUT_S,
+            )
+
+    run_requests(run())
+    if not detach:
+        run_requests(_wait(host, (name,), timeout, FAILURES_MAX))
+    click.echo(f"{name} is exposed at {address}", err=True)
+
+
+def exposed(spec: Mapping[str, Any], address: str, port: int | None) -> Mapping[str, Any]:
+    """Return the spec with one more route.  The first one also replaces the tasks, which get the network with it."""
+    labels = dict(spec.get("Labels") or {})
+    template = spec["TaskTemplate"]
+    if not has_routes(labels):
+        template = {**template, "ForceUpdate": template.get("ForceUpdate", 0) + 1}
+    routes = [one for one in labels.get(HTTP, "").split(",") if one]
+    labels[HTTP] = ",".join(dict.fromkeys((*routes, address)))
+    if port is not None:
+        labels[f"{HTTP}.port"] = str(port)
+    return {**spec, "Labels": labels, "TaskTemplate": template}
+
+
+@service.command()
+@click.argument("name", metavar="SERVICE")
+@click.argument("address", metavar="[HOST[/PATH]]", default="")
+@click.pass_obj
+def hide(host: HostOptions, name: str, address: str) -> None:
+    """Hide a service from the front door.
+
+    Removes one route, or all routes with their options.
+
+    \b
+    Examples:
+      skep service hide web app.example.com
+      skep service hide web
+    """
+
+    async def run() -> None:
+        async with host.requests() as client:
+            await update(
+                client,
+                "services",
+                quote(name, safe=""),
+                lambda found: hidden(found["Spec"], address),
+                timeout_s=RESPONSE_TIMEOUT_S,
+            )
+
+    run_requests(run())
+    click.echo(f"{name} is hidden", err=True)
+
+
+def hidden(spec: Mapping[str, Any], address: str) -> Mapping[str, Any]:
+    """Return the spec without the route, or without all routes.  Raises: NotFound: it has no such route."""
+    labels = dict(spec.get("Labels") or {})
+    routes = [one.strip() for one in labels.get(HTTP, "").split(",")]
+    kept = [
+        one for one in routes if one and address and one.rstrip("/").lower() != address.rstrip("/").lower()
+    ]
+    if address and kept == [one for one in routes if one]:
+        raise NotFound(f"the label {HTTP} of the service has no route {address}")
+    if kept or (address and any(label_class(one) == f"{HTTP}.NAME" for one in labels)):
+        labels = {one: value for one, value in labels.items() if one != HTTP}
+        if kept:
+            labels[HTTP] = ",".join(kept)
+    else:
+        labels = {one: value for one, value in labels.items() if not is_http_label(one)}
+    return {**spec, "Labels": labels}
 
 
 async def turn(

@@ -17,17 +17,7 @@ _AUTHORITY_S = 90.0
 """Time limit in seconds for reading the authority's terms, which the manager itself limits to 75."""
 
 
-@click.group()
-def door() -> None:
-    """Manage the front door.
-
-    \b
-    Example:
-      skep door acme ops@example.com --agree-tos
-    """
-
-
-@door.command()
+@click.command()
 @click.option(
     "--directory",
     default=LETS_ENCRYPT,

@@ -43,11 +43,11 @@ def build_images(docker: Sequence[str], stack: Stack, only: Collection[str]) -> 
                 failure=f"{image} could not be pushed. Check that you are logged in to its registry with docker login.",
             )
             continue
-        names[image] = _named_by_content(docker, image)
+        names[image] = named_by_content(docker, image)
     return names
 
 
-def _named_by_content(docker: Sequence[str], image: str) -> str:
+def named_by_content(docker: Sequence[str], image: str) -> str:
     command = [*docker, "image", "inspect", "--format", "{{.Id}}", image]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     id = done.stdout.strip().rpartition(":")[2]

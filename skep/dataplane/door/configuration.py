@@ -3,8 +3,8 @@
 HAProxy finds a request's backend in a map, whose keys are a host, a path and a slash.  The longest key that begins the
 request's own host, path and slash wins.  With the slash at the end, ``/api`` does not include ``/apis``.
 
-Each backend has more server lines than tasks.  ``commands`` gives unused lines the addresses of new tasks while HAProxy
-runs, so that scaling and updates need no reload.
+Each backend has more server lines than tasks.  ``commands`` writes the addresses of new tasks into unused lines
+while HAProxy runs, so scaling and updates need no reload.
 
 Only values that ``model.door.routes`` has checked reach this text.  Values with free text are quoted (``quoted``).
 """
@@ -254,7 +254,7 @@ def _backend(backend: RouteBackend) -> Iterator[str]:
         yield f"    http-request redirect prefix {literal(options.redirect)} code 308"
     yield from _limits(options)
     if backend.stripped:
-        # As long as the prefix, and not its quoted form.
+        # Without the quotes around the prefix.
         cut = f"path,bytes({len(backend.stripped)})"
         # The second rule does not apply after the first, because / is shorter than any prefix.
         yield f"    http-request set-path / if {{ path -m str {quoted(backend.stripped)} }}"
@@ -330,7 +330,7 @@ def commands(before: DoorState, after: DoorState) -> list[str] | None:
 
 
 def every_command(state: DoorState) -> list[str]:
-    """Return the commands that give each server line its state, whatever it was before."""
+    """Return the commands that set each server line to its state, from any other state."""
     other = ServerLine(task="unknown", address="unknown", is_ready=True)
     return [
         command

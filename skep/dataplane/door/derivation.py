@@ -1,4 +1,4 @@
-"""What HAProxy on this node serves, derived from the table of the door's network.  Pure."""
+"""Derives the state of HAProxy on this node from the table of the door's network.  Pure."""
 
 from collections.abc import Iterable, Mapping
 

@@ -1,7 +1,7 @@
 """Applies the table of the door's network to the HAProxy that runs on this node.
 
 The door's task mounts a volume of this node.  Its files are written there, and its sockets are in it.  Files are
-written before the commands are sent, so that a HAProxy that starts in between reads what is current.
+written before the commands are sent, so that a HAProxy that starts in between reads the current ones.
 
 Tasks are added and removed by commands.  All other changes are a reload, after which the former process serves its open
 connections on.  The description in the configuration tells which one HAProxy runs.
@@ -140,7 +140,7 @@ class FrontDoor:
         for start in range(0, len(wanted), _BATCH):
             batch = wanted[start : start + _BATCH]
             response = await self._ask(directory / _ADMIN, ";".join(batch) + "\n")
-            # HAProxy responds to these commands with empty lines, or with what it has changed.
+            # HAProxy responds to these commands with empty lines, or with the change.
             lines = filter(None, response.splitlines())
             refused = [line for line in lines if not any(word in line for word in _DONE)]
             if refused:

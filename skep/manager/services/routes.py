@@ -1,12 +1,18 @@
-"""HTTP routes of the cluster's services: refuses taken ones, and lists those that cannot work."""
+"""The HTTP routes of the cluster's services, and the refusal of taken routes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from msgspec.structs import replace
 
 from skep.errors import RouteTaken
-from skep.model.door.claims import Claimant, may_conflict, refusals
+from skep.model.door.claims import Claimant, may_conflict, refusals, settled
+from skep.model.door.problems import label_problem, route_problem
 from skep.model.door.routes import has_routes, http_labels, routes_of
+from skep.model.door.settings import is_door
 from skep.model.history import stack_of
+from skep.model.network import Network
 from skep.model.service import Service, ServiceSpec
+from skep.model.task import Task
 from skep.model.values.ids import ServiceId
 from skep.store.interface import View
 
@@ -28,6 +34,35 @@ def check_routes(view: View, spec: ServiceSpec, id: ServiceId | None = None) -> 
     claimant = Claimant(id=id or ServiceId(""), name=spec.name, stack=stack_of(spec.labels), routes=wanted)
     for refusal in refusals(claimant, others).values():
         raise RouteTaken(refusal.reason, stack=refusal.stack, unnamed=refusal.unnamed)
+
+
+def route_problems(view: View, service: Service, sees: Callable[[str], bool]) -> Iterator[str]:
+    """Yield a sentence for each route of a service that does not work.
+
+    Args:
+        sees: Returns whether the reader sees the services of a stack.
+    """
+    if problem := label_problem(service):
+        yield problem
+    wanted = routes_of(service.spec.labels)
+    if not wanted:
+        return
+    others = [
+        one
+        for one in exposed(view)
+        if one.id == service.id or may_conflict(wanted, http_labels(one.spec.labels).values())
+    ]
+    refused = settled(map(claimant_of, others)).refused.get(service.id, {})
+    shown = {
+        address: one if sees(one.stack) else replace(one, reason=one.unnamed)
+        for address, one in refused.items()
+    }
+    doors = (one for one in view.find(Network) if is_door(one.spec.labels))
+    door = min(doors, key=lambda one: (one.created_at, one.id), default=None)
+    tasks = [one for one in view.find(Task, service_id=service.id) if one.is_wanted]
+    for route in wanted:
+        if problem := route_problem(service, tasks, door, shown, route.address):
+            yield f"route {route.address}: {problem}"
 
 
 def exposed(view: View) -> Iterator[Service]:

@@ -26,7 +26,7 @@ class Claimant(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a service does not get a route.
+    """The reason why a service does not get a route.
 
     Args:
         stack: Stack of the service that has it.

@@ -1,8 +1,8 @@
-"""HTTP routes of services, from their labels.  Pure.
+"""HTTP routes in the labels of services.  Pure.
 
-``skep.http=app.example.com/path`` gives a service one or more routes, separated by commas.  ``skep.http.NAME`` adds
-further ones.  Options follow as ``skep.http.OPTION`` for all routes of the service, or ``skep.http.NAME.OPTION`` for
-those of one label.  An option is never the name of a route.
+``skep.http=app.example.com/path`` has one or more routes, separated by commas.  ``skep.http.NAME`` adds others.
+Options follow as ``skep.http.OPTION`` for all routes of the service, or ``skep.http.NAME.OPTION`` for the routes of one
+label.  The name of an option is never the name of a route.
 
 A proxy on the nodes gets these values in its configuration.  Hosts, paths and header names are therefore limited to
 characters without a meaning there, and all other values are checked for control characters here and quoted there.
@@ -351,7 +351,7 @@ _PARSERS: Final[Mapping[str, tuple[str, Callable[[str], Any]]]] = {
     "timeout": ("timeout_s", _timeout),
     "tls": ("tls", _tls),
 }
-"""Each option, with its field and its parser.  A parser raises ValueError with what it expects."""
+"""Each option, with its field and its parser.  A parser raises ValueError with the expected form."""
 _HEADER_RULES: Final[Mapping[str, str]] = {
     "request-header": "request_headers",
     "response-header": "response_headers",

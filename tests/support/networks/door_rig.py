@@ -1,4 +1,4 @@
-"""A real HAProxy on this machine, with tasks that say what they were asked."""
+"""A real HAProxy on this machine, with tasks that return the requests they get."""
 
 import asyncio
 import json
@@ -159,8 +159,8 @@ class DoorRig:
         ):
             return response.status, await response.text(), response.headers.copy()
 
-    async def seen(self, url: str, headers: Mapping[str, str] | None = None) -> dict[str, object]:
-        """Return what a task saw of a request."""
+    async def ask_task(self, url: str, headers: Mapping[str, str] | None = None) -> dict[str, object]:
+        """Return the request as the task got it."""
         status, body, _ = await self.ask(url, headers=headers)
         assert status == 200, (status, body)
         found: dict[str, object] = json.loads(body)

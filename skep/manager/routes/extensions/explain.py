@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import result_in_slices
 from skep.api.access.identity import identity_of
+from skep.api.access.permissions import sees
 from skep.api.http.server import Routes, json_response
 from skep.manager.control.targets import task_named
 from skep.manager.control.tasks import damage_of, is_up_to_date, known_status, with_damage
@@ -39,6 +40,7 @@ from skep.manager.scheduler.nodes.requirements import planes_of, requirements_of
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
 from skep.manager.services.freezes import held_by, stack_of_service
 from skep.manager.services.quotas import replicas_within_quota
+from skep.manager.services.routes import route_problems
 from skep.model.needs import cluster_mounts, sources_of
 from skep.model.network import Network
 from skep.model.node import Node
@@ -139,7 +141,12 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         kind = CauseKind.NO_ADDRESS.value if is_full else problem.kind
         change = more_addresses(blocked) if is_full else explanation.smallest_change
         explanation = replace(explanation, problem=replace(problem, kind=kind), smallest_change=change)
-    more = (held_by(view, stack_of_service(service)), damage_of(view, Service, service.id))
+    can_see = partial(sees, identity_of(request))
+    more = (
+        held_by(view, stack_of_service(service)),
+        damage_of(view, Service, service.id),
+        *route_problems(view, service, can_see),
+    )
     new = (one for one in more if one and one not in explanation.summary)
     return json_response(replace(explanation, summary="; ".join((explanation.summary, *new))))
 

@@ -1,0 +1,296 @@
+"""``skep door``: the HTTP proxies of the cluster, and the routes to services."""
+
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from ipaddress import ip_network
+from typing import Any, Final
+
+import click
+import msgspec
+
+from skep.api.client.requests import Requests
+from skep.cli import passthrough
+from skep.cli.cluster.certificate import acme
+from skep.cli.endpoint import HostOptions
+from skep.cli.output import OutputOptions, Screen, Shown, shows, table
+from skep.cli.running import run_requests
+from skep.cli.stack.stack_builds import named_by_content
+from skep.errors import NotFound
+from skep.model.door.claims import Claimant, settled
+from skep.model.door.problems import label_problem, route_problem
+from skep.model.door.routes import has_routes, routes_of
+from skep.model.door.settings import (
+    ACCESS_LOG,
+    DIRECTORY,
+    DOOR,
+    NAME,
+    PROXY_PROTOCOL,
+    STACK,
+    TRUSTED,
+    is_door,
+)
+from skep.model.network import Network, NetworkSpec
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.model.task_end import printable
+from skep.model.values.ids import NetworkId
+from skep.model.values.unknown import leniently
+
+SUBNET: Final = "10.254.0.0/16"
+"""Default addresses.  Each service with routes has one, and each of its tasks, so Docker's /24 would soon be full."""
+GRACE_S: Final = 30
+"""Seconds in which HAProxy ends open requests when its task is stopped."""
+FIRST_CONFIGURATION: Final = (
+    "global",
+    f"  stats socket {DIRECTORY}/admin.sock mode 600 level admin expose-fd listeners",
+    "defaults",
+    "  mode http",
+    "  timeout client 10s",
+    "  timeout connect 1s",
+    "  timeout server 10s",
+    "frontend http",
+    "  bind :80",
+    "  http-request return status 503",
+)
+DOCKERFILE: Final = f"""\
+FROM {{base}}
+RUN apt-get update && apt-get install --yes --no-install-recommends haproxy && rm -rf /var/lib/apt/lists/*
+RUN mkdir -p {DIRECTORY} && printf '%s\\n' {" ".join(f"'{line}'" for line in FIRST_CONFIGURATION)} \
+>{DIRECTORY}/haproxy.cfg
+STOPSIGNAL SIGUSR1
+CMD ["haproxy", "-W", "-S", "{DIRECTORY}/master.sock", "-f", "{DIRECTORY}/haproxy.cfg"]
+"""
+"""The image: HAProxy with a configuration that answers 503 until the node has written its own."""
+BASE: Final = "debian:12"
+"""Debian 12 and later have HAProxy 2.6 or later."""
+
+
+@click.group()
+def door() -> None:
+    """Manage the front door, the cluster's HTTP proxies.
+
+    \b
+    Examples:
+      skep door up
+      skep service expose web app.example.com
+      skep door status
+    """
+
+
+door.add_command(acme)
+
+
+@door.command()
+@click.option("--image", default="", metavar="IMAGE", help="Image with HAProxy. Default: build one.")
+@click.option("--base", default=BASE, show_default=True, metavar="IMAGE", help="Debian image to build from.")
+@click.option("--subnet", default=SUBNET, show_default=True, metavar="CIDR", help="Addresses of the network.")
+@click.option(
+    "--constraint", "constraints", multiple=True, metavar="TEXT", help="Nodes with a proxy. Default: all."
+)
+@click.option(
+    "--trusted-proxies", "trusted", default="", metavar="CIDR,...", help="Keep their X-Forwarded-For."
+)
+@click.option("--proxy-protocol", is_flag=True, help="Expect the PROXY protocol from clients.")
+@click.option("--no-access-log", is_flag=True, help="Do not log requests.")
+@click.pass_obj
+def up(options: HostOptions, /, image: str, base: str, subnet: str, **wanted: Any) -> None:
+    """Create or update the front door.
+
+    Builds an image with HAProxy, and runs it on each node at port 80. Run the command again to change options or to
+    update HAProxy.
+
+    \b
+    Examples:
+      skep door up
+      skep door up --constraint node.labels.edge==true --trusted-proxies 10.0.0.0/8
+    """
+    try:
+        ip_network(subnet)
+    except ValueError as error:
+        raise click.UsageError(f"--subnet: {error}") from None
+    image = image or _built(_docker(options), base)
+    run_requests(_bring_up(options, subnet, image, wanted))
+
+
+def _docker(options: HostOptions) -> list[str]:
+    return [passthrough.find_docker(), *options.endpoint().docker_flags]
+
+
+def _built(docker: Sequence[str], base: str) -> str:
+    """Build the image, and return its name.  Raises: click.ClickException."""
+    command = [*docker, "build", "--tag", f"{NAME}:latest", "-"]
+    text = DOCKERFILE.replace("{base}", base)
+    done = subprocess.run(command, input=text.encode(), stdout=sys.stderr.fileno(), check=False)
+    if done.returncode:
+        raise click.ClickException(
+            f"The image could not be built from {base}. Choose another one with --base, or an image with --image."
+        )
+    return named_by_content(docker, f"{NAME}:latest")
+
+
+async def _bring_up(options: HostOptions, subnet: str, image: str, wanted: Mapping[str, Any]) -> None:
+    async with options.requests() as client:
+        if not [one for one in await client.get("/networks") if is_door(one.get("Labels") or {})]:
+            await client.post(
+                "/networks/create",
+                {
+                    "Name": NAME,
+                    "Driver": "overlay",
+                    "Labels": {DOOR: "true"},
+                    "IPAM": {"Driver": "default", "Config": [{"Subnet": subnet}]},
+                },
+            )
+        spec = service_spec(image, **wanted)
+        try:
+            found = await client.get(f"/services/{NAME}")
+        except NotFound:
+            await client.post("/services/create", spec)
+            click.echo("front door created")
+            return
+        version = str(found["Version"]["Index"])
+        await client.post(f"/services/{found['ID']}/update", spec, version=version)
+        click.echo("front door updated")
+
+
+def service_spec(
+    image: str, *, constraints: Sequence[str], trusted: str, proxy_protocol: bool, no_access_log: bool
+) -> dict[str, Any]:
+    """Return the spec of the proxies, in the API's form."""
+    labels = {DOOR: "true"}
+    if trusted:
+        labels[TRUSTED] = trusted
+    if proxy_protocol:
+        labels[PROXY_PROTOCOL] = "true"
+    if no_access_log:
+        labels[ACCESS_LOG] = "false"
+    return {
+        "Name": NAME,
+        "Labels": labels,
+        "Mode": {"Global": {}},
+        "TaskTemplate": {
+            "ContainerSpec": {
+                "Image": image,
+                "StopGracePeriod": GRACE_S * 1_000_000_000,
+                "Mounts": [{"Type": "volume", "Source": NAME, "Target": DIRECTORY}],
+            },
+            "Networks": [{"Target": NAME}],
+            "Placement": {"Constraints": [*constraints]},
+        },
+        "EndpointSpec": {
+            "Ports": [
+                {"Protocol": "tcp", "TargetPort": port, "PublishedPort": port, "PublishMode": "host"}
+                for port in (80, 443)
+            ]
+        },
+    }
+
+
+@door.command()
+@click.pass_obj
+def down(options: HostOptions) -> None:
+    """Remove the front door.
+
+    Routes stay as labels of their services, and work again after skep door up. The network stays while services with
+    routes use it.
+
+    \b
+    Example:
+      skep door down
+    """
+
+    async def remove() -> None:
+        async with options.requests() as client:
+            with suppress(NotFound):
+                await client.delete(f"/services/{NAME}")
+
+    run_requests(remove())
+    click.echo("front door removed")
+
+
+@door.command()
+@shows
+@click.pass_obj
+def status(options: HostOptions, output: OutputOptions) -> None:
+    """Show routes, and reasons why they do not work.
+
+    \b
+    Example:
+      skep door status
+    """
+
+    async def fetch() -> Shown:
+        async with options.requests() as client:
+            return shown_routes(*await _read(client))
+
+    output.show(fetch)
+
+
+async def _read(client: Requests) -> tuple[list[Service], list[Task], list[Network]]:
+    services = [_decoded(one, Service) for one in await client.get("/services")]
+    tasks = await client.get("/tasks", filters={"desired-state": ["running"]})
+    networks = await client.get("/networks", filters={"label": [f"{DOOR}=true"]})
+    found = [Network(id=NetworkId(one["Id"]), spec=NetworkSpec(name=one["Name"])) for one in networks]
+    return services, [_decoded(one, Task) for one in tasks], found
+
+
+def _decoded(value: Any, kind: Any) -> Any:
+    return leniently(msgspec.json.encode(value), kind)
+
+
+def shown_routes(services: Sequence[Service], tasks: Sequence[Task], networks: Sequence[Network]) -> Shown:
+    """Return the list of routes.  A line below the table says why a route does not work."""
+    exposed = [one for one in services if has_routes(one.spec.labels)]
+    network = networks[0] if networks else None
+    claims = settled(map(_claimant, exposed))
+    rows = []
+    for service in sorted(exposed, key=lambda one: one.spec.name):
+        own = [task for task in tasks if task.service_id == service.id]
+        if problem := label_problem(service):
+            rows.append(_row("-", service, 0, 0, problem))
+        for route in routes_of(service.spec.labels):
+            refused = claims.refused.get(service.id, {})
+            problem = route_problem(service, own, network, refused, route.address)
+            rows.append(_row(route.address, service, route.options.port, len(own), problem))
+    proxies = {one.id for one in services if is_door(one.spec.labels)}
+    running = [task for task in tasks if task.service_id in proxies and task.status.state.name == "RUNNING"]
+
+    def lines(screen: Screen) -> Iterator[str]:
+        yield (
+            f"{len(running)} proxies run."
+            if proxies
+            else "There is no front door. Create it with skep door up."
+        )
+        cells = [
+            tuple(printable(str(row[name])) for name in ("Route", "Service", "Port", "Tasks", "State"))
+            for row in rows
+        ]
+        empty = "No routes. Add one with skep service expose NAME HOST."
+        yield from table(("ROUTE", "SERVICE", "PORT", "TASKS", "STATE"), cells, screen, empty=empty)
+        for row in rows:
+            if row["Problem"]:
+                yield printable(f"{row['Route']}: {row['Problem']}")
+
+    return Shown(data=rows, rows=rows, lines=lines)
+
+
+def _row(address: str, service: Service, port: int, tasks: int, problem: str) -> dict[str, Any]:
+    return {
+        "Route": address,
+        "Service": service.spec.name,
+        "Port": port,
+        "Tasks": tasks,
+        "State": "failing" if problem else "ok",
+        "Problem": problem,
+    }
+
+
+def _claimant(service: Service) -> Claimant:
+    return Claimant(
+        id=service.id,
+        name=service.spec.name,
+        stack=service.spec.labels.get(STACK, ""),
+        created_at=service.created_at,
+        routes=routes_of(service.spec.labels),
+    )

@@ -1,0 +1,55 @@
+"""Why a route does not lead to tasks.  Pure."""
+
+from collections.abc import Collection, Mapping
+
+from skep.errors import InvalidArgument
+from skep.model.door.claims import Refusal
+from skep.model.door.routes import parsed_routes
+from skep.model.network import Network
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+
+
+def label_problem(service: Service) -> str:
+    """Return the error in the labels of a service's routes, or an empty text."""
+    try:
+        parsed_routes(service.spec.labels)
+    except InvalidArgument as error:
+        return str(error)
+    return ""
+
+
+def route_problem(
+    service: Service,
+    tasks: Collection[Task],
+    door: Network | None,
+    refused: Mapping[str, Refusal],
+    address: str,
+) -> str:
+    """Return why a route of ``service`` does not work, with the next step, or an empty text.
+
+    Args:
+        tasks: Tasks of the service that shall run.
+        door: The network of the front door, or None if there is none.
+        refused: Refused routes of the service.
+        address: Host and path of the route.
+    """
+    if door is None:
+        return "there is no front door. Create it with skep door up"
+    if (refusal := refused.get(address)) is not None:
+        return refusal.reason
+    present = [task for task in tasks if task.status.state is TaskState.RUNNING]
+    if not present:
+        return "no task of the service runs"
+    away = [task for task in present if not is_attached(task, door)]
+    if away:
+        return (
+            f"{len(away)} of {len(present)} tasks are not on the network {door.spec.name}, because they are older than "
+            f"the route or the front door. Replace them with docker service update --force {service.spec.name}"
+        )
+    return ""
+
+
+def is_attached(task: Task, network: Network) -> bool:
+    """Return whether the task is on the network."""
+    return any(one.network is not None and one.network.id == network.id for one in task.networks_attachments)

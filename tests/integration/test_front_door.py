@@ -1,0 +1,137 @@
+"""The front door on a playground: the blocks of its page, and no failed request over every change."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.integration.networks.lab import asking, outside, serve
+from tests.support.harness.documents import ROOT, shell_blocks
+from tests.support.machines.playground_rig import (
+    TestCluster,
+    TestNode,
+    a_playground,
+    container_pids,
+    running,
+    wait_running,
+    wait_until,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.needs("debootstrap", "curl")]
+
+NAME = "app.example.com"
+ENOUGH = 100
+"""Answers that show that clients were at work all the time."""
+
+
+@contextmanager
+def a_cluster_with_debian() -> Iterator[TestCluster]:
+    """Yield a playground with ``debian:12``, from which ``apt-get`` installs HAProxy without a network."""
+    with a_playground("frontdoor", managers=1, workers=2) as cluster:
+        tarball = cluster.directory / "debian.tar"
+        command = [ROOT / "setup/debian-image.sh", "bookworm", tarball, "haproxy"]
+        made = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert made.returncode == 0, made.stdout + made.stderr
+        cluster.node("m1").docker("import", str(tarball), "debian:12")
+        tarball.unlink()
+        yield cluster
+
+
+def run(cluster: TestCluster, commands: str) -> str:
+    """Run commands of the page beside the nodes."""
+    m1 = cluster.node("m1")
+    done = subprocess.run(
+        ["nsenter", f"--net={outside(cluster)}", "bash", "-e", "-o", "pipefail", "-c", commands],
+        env={
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": str(cluster.directory),
+            "DOCKER_HOST": m1.socket,
+            "NODE": m1.description["addr"],
+        },
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+def clients(cluster: TestCluster, *words: str) -> list[tuple[Path, list[str]]]:
+    """Return a client at each node, with a pause so that the machine has time for the changes."""
+    return [
+        (
+            outside(cluster),
+            [
+                "strict_client.py",
+                "--pause",
+                "0.02",
+                "--name",
+                NAME,
+                *words,
+                f"http://{one.description['addr']}:80/",
+            ],
+        )
+        for one in cluster.nodes()
+    ]
+
+
+def answers(cluster: TestCluster, node: TestNode, host: str) -> str:
+    """Return the status and the body of a request to a node, in one text."""
+    url = f"http://{host}/"
+    resolved = f"--resolve {host}:80:{node.description['addr']}"
+    return run(cluster, f"curl -s -m 5 {resolved} -w ' %{{http_code}}' {url} || true")
+
+
+def test_the_front_door() -> None:
+    up, hello, expose = shell_blocks("docs/guide/front-door.md")
+    with a_cluster_with_debian() as cluster:
+        m1 = cluster.node("m1")
+        assert "front door created" in run(cluster, up)
+        wait_running(m1, "skep-door", 3, within_s=90)
+        assert run(cluster, hello).strip()
+        printed = run(cluster, expose)
+        assert "hello.example.com/hosts" in printed
+        assert "failing" not in printed
+        for node in cluster.nodes():  # each node answers, and a name without a route is told so
+            wait_until(
+                lambda node=node: answers(cluster, node, "hello.example.com").endswith(" 200"), "it answers"
+            )
+            assert answers(cluster, node, "other.example.com").endswith(" 404")
+        m1.docker("service", "scale", "hello=0")
+        wait_until(lambda: "not available" in answers(cluster, m1, "hello.example.com"), "a page says so")
+
+        serve(m1, "web", 3, "--label", f"skep.http={NAME}", "--update-order", "start-first")
+        wait_until(
+            lambda: all(answers(cluster, one, NAME).endswith(" 200") for one in cluster.nodes()), "web"
+        )
+        client = answers(cluster, m1, NAME).split()[1]
+        assert client != "127.0.0.1"
+
+        with asking(*clients(cluster), *clients(cluster, "--fresh")) as seen:
+            m1.docker("service", "update", "--env-add", "VERSION=2", "web")
+            m1.docker("service", "scale", "web=5")
+            m1.docker("service", "scale", "web=2")
+            run(cluster, f"skep service expose web more.{NAME}")  # a reload
+            m1.docker("service", "update", "--update-order", "stop-first", "--env-add", "VERSION=3", "web")
+        assert seen.failed == []
+        assert seen.count > ENOUGH
+
+        with asking(*clients(cluster)) as seen:
+            kill_one(cluster, "web")
+            wait_until(lambda: len(running(m1, "web")) == 2, "its replacement runs", within_s=60)
+        assert seen.failed == []
+
+
+def kill_one(cluster: TestCluster, service: str) -> None:
+    """Kill the first process of one of the service's containers."""
+    for node in cluster.nodes():
+        for pid in container_pids(node, service).values():
+            node.kill(pid)
+            return
+    raise AssertionError(f"{service} has no container")

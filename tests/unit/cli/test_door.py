@@ -1,0 +1,101 @@
+"""``skep door status`` in words, and the labels that ``skep service expose`` and ``hide`` write."""
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from skep.cli.apps.service import exposed, hidden
+from skep.cli.cluster.door import service_spec, shown_routes
+from skep.cli.output import Screen
+from skep.errors import NotFound
+from skep.model.network import Network, NetworkSpec
+from skep.model.service import Service
+from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.model.values.ids import NetworkId
+from skep.model.values.times import Timestamp
+from tests.support.builders import a_service, a_task
+
+NETWORK = Network(id=NetworkId("front"), spec=NetworkSpec(name="skep-door"))
+
+
+def routed(name: str, labels: dict[str, str], at: str = "1") -> Service:
+    service = a_service(name)
+    return replace(service, spec=replace(service.spec, labels=labels), created_at=Timestamp(at))
+
+
+def task_of(service: Service, *, is_attached: bool = True) -> Task:
+    task = a_task(f"t-{service.spec.name}", node="n1", service=service)
+    attachments = (NetworkAttachment(network=NETWORK),) if is_attached else ()
+    return replace(
+        task, networks_attachments=attachments, status=replace(task.status, state=TaskState.RUNNING)
+    )
+
+
+def problems(services: list[Service], tasks: list[Task], networks: list[Network]) -> dict[str, str]:
+    rows: Any = shown_routes(services, tasks, networks).data
+    return {row["Route"]: row["Problem"] for row in rows}
+
+
+def test_each_route_that_does_not_work_has_a_reason() -> None:
+    web = routed("web", {"skep.http": "a.example"})
+    second = routed("second", {"skep.http": "a.example,b.example"}, at="2")
+    idle = routed("idle", {"skep.http": "idle.example"})
+    old = routed("old", {"skep.http": "old.example"})
+    bad = routed("bad", {"skep.http": "bad example"})
+    tasks = [task_of(web), task_of(second), task_of(old, is_attached=False)]
+    found = problems([web, second, idle, old, bad], tasks, [NETWORK])
+    assert found["b.example"] == ""
+    assert found["idle.example"] == "no task of the service runs"
+    assert "1 of 1 tasks are not on the network skep-door" in found["old.example"]
+    assert "docker service update --force old" in found["old.example"]
+    assert "not a DNS name" in found["-"]
+    rows: Any = shown_routes([web, second], tasks, [NETWORK]).data
+    taken = [row["Problem"] for row in rows if row["Route"] == "a.example"]
+    assert taken == ["a.example belongs to service web", ""]
+    assert "skep door up" in problems([web], tasks, [])["a.example"]
+
+
+def test_the_list_says_how_many_proxies_run() -> None:
+    door = routed("skep-door", {"skep.door": "true"})
+    web = routed("web", {"skep.http": "a.example"})
+    shown = shown_routes([door, web], [task_of(door)], [NETWORK])
+    lines = list(shown.lines(Screen()))
+    assert lines[0] == "1 proxies run."
+    assert lines[-1] == "a.example: no task of the service runs"
+
+
+def test_the_first_route_replaces_the_tasks() -> None:
+    spec = {"Labels": {"a": "b"}, "TaskTemplate": {"ForceUpdate": 2}}
+    first = exposed(spec, "a.example", 8080)
+    assert first["Labels"] == {"a": "b", "skep.http": "a.example", "skep.http.port": "8080"}
+    assert first["TaskTemplate"]["ForceUpdate"] == 3
+    second = exposed(first, "b.example/x", None)
+    assert second["Labels"]["skep.http"] == "a.example,b.example/x"
+    assert second["TaskTemplate"]["ForceUpdate"] == 3
+    assert exposed(second, "a.example", None)["Labels"] == second["Labels"]
+
+
+def test_hiding_removes_one_route_or_all() -> None:
+    labels = {"skep.http": "a.example,b.example/x", "skep.http.port": "1", "other": "x"}
+    spec = {"Labels": labels}
+    assert hidden(spec, "A.example/")["Labels"] == {**labels, "skep.http": "b.example/x"}
+    assert hidden(spec, "")["Labels"] == {"other": "x"}
+    assert hidden({"Labels": {"skep.http": "a.b", "skep.http.port": "1"}}, "a.b")["Labels"] == {}
+    named = {"skep.http": "a.b", "skep.http.api": "c.d"}
+    assert hidden({"Labels": named}, "a.b")["Labels"] == {"skep.http.api": "c.d"}
+    with pytest.raises(NotFound, match=r"no route c\.example"):
+        hidden(spec, "c.example")
+
+
+def test_the_proxies_have_the_labels_of_their_options() -> None:
+    spec = service_spec(
+        "i:1", constraints=("a==b",), trusted="10.0.0.0/8", proxy_protocol=True, no_access_log=True
+    )
+    assert spec["Labels"] == {
+        "skep.door": "true",
+        "skep.door.trusted-proxies": "10.0.0.0/8",
+        "skep.door.proxy-protocol": "true",
+        "skep.door.access-log": "false",
+    }
+    assert spec["TaskTemplate"]["Placement"] == {"Constraints": ["a==b"]}
