@@ -234,6 +234,28 @@ async def test_no_change_loses_a_request(tmp_path: Path) -> None:
         assert failed == []
 
 
+async def test_an_idle_connection_outlives_a_reload(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE):
+        rig.service("web", {"skep.http": "a.example"})
+        rig.task("t1", "web", ONE)
+        await rig.apply()
+        reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+        for change in ("before", "reloaded"):
+            if change == "reloaded":
+                rig.service("more", {"skep.http": "more.example"})
+                await rig.apply()
+            writer.write(b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n")
+            async with asyncio.timeout(5):
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            assert head.startswith(b"http/1.1 200"), change
+            length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+            await reader.readexactly(length)
+            if change == "before":
+                assert b"connection: close" not in head
+        assert b"connection: close" in head  # it leaves the former process
+        writer.close()
+
+
 async def test_a_drained_task_gets_no_new_request(tmp_path: Path) -> None:
     async with a_door(tmp_path) as rig, rig.tasks(ONE, TWO):
         rig.service("web", {"skep.http": "a.example"})

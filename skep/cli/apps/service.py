@@ -305,7 +305,9 @@ def hidden(spec: Mapping[str, Any], address: str) -> Mapping[str, Any]:
         one for one in routes if one and address and one.rstrip("/").lower() != address.rstrip("/").lower()
     ]
     if address and kept == [one for one in routes if one]:
-        raise NotFound(f"the label {HTTP} of the service has no route {address}")
+        raise NotFound(
+            f"the label {HTTP} of the service has no route {address}. Run skep door status to see its routes"
+        )
     if kept or (address and any(label_class(one) == f"{HTTP}.NAME" for one in labels)):
         labels = {one: value for one, value in labels.items() if one != HTTP}
         if kept:
