@@ -17,7 +17,7 @@ class Invariant(msgspec.Struct, frozen=True):
 
 _RECREATE: Final = "Recreate the tasks: docker service update --force SERVICE."
 
-RULES: Final[dict[str, Invariant]] = {
+RULES = {
     "slot": Invariant(
         "A slot of a service has more tasks than one, so the service runs more tasks than its spec says.",
         "Scale the service down and up again.",

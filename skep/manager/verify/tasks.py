@@ -53,7 +53,8 @@ def crowded_slot(wanted: Sequence[Task], service: Service | None, view: View) ->
     if started < STARTED_MAX and len(wanted) <= WANTED_MAX:
         return
     both = service is not None and (
-        may_start_first(service) or any(is_on_drained_node(one, view) for one in wanted)
+        may_start_first(service)
+        or any(one.relocation is not None or is_on_drained_node(one, view) for one in wanted)
     )
     if len(wanted) > WANTED_MAX or started > (STARTED_MAX if both else 1):
         task = wanted[0]

@@ -52,6 +52,7 @@ VERBS = frozenset(
             "List",
             "Load",
             "Manage",
+            "Move",
             "Open",
             "Pause",
         ),
