@@ -1,8 +1,7 @@
 """The leader's loop for rebalancing: begins a few moves at a time, and starts runs after the return of nodes.
 
-The orchestrator makes the moves like those of a drained node, so a task stops when its successor runs.  The loop plans
-again before each batch.  So it follows what users and failures change, and a new leader continues where the last one
-was.
+The orchestrator makes the moves as for a drained node, so a task stops when its successor runs.  The loop plans again
+before each batch.  So it follows the changes of users and failures, and a new leader continues the run.
 """
 
 from collections.abc import Sequence

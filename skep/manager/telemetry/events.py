@@ -370,7 +370,7 @@ def _eviction(eviction: Eviction, at_ns: int) -> EventMessage:
 
 
 def _violation(action: str, violation: ShownViolation, at_ns: int) -> EventMessage:
-    """Return the message about a violated invariant, or one that holds again.  A Skep extension."""
+    """Return the message about an invariant, which is violated or holds again.  A Skep extension."""
     attributes = {
         "name": violation.rule,
         "message": violation.text,

@@ -56,7 +56,7 @@ class InvariantCheck:
         return list(lasting.values())
 
     async def _look(self) -> Sequence[InvariantViolation]:
-        view = cast("State", self._view())  # that of every store, except in tests with faults
+        view = cast("State", self._view())  # every store has a whole state
         look = StateLook(view.copied(), self._before)
         await asyncio.sleep(0)  # the copy takes as long as a few slices
         await result_in_slices(look.steps(), self._clock)

@@ -1,4 +1,4 @@
-"""The invariants that the stored state shows, and what the violation of each one means."""
+"""The invariants that the stored state shows, and the meanings of their violations."""
 
 from typing import Final, TypeAlias
 
@@ -9,7 +9,7 @@ from skep.store.interface import Object
 
 
 class Invariant(msgspec.Struct, frozen=True):
-    """An invariant: the meaning of its violation, and what to do about it."""
+    """An invariant: the meaning of its violation, and the advice."""
 
     meaning: str
     action: str

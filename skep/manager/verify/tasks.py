@@ -23,7 +23,7 @@ STARTED_MAX, WANTED_MAX = 2, 2
 
 
 def went_back(old: Task, new: Task) -> Iterator[InvariantViolation]:
-    """Yield what went back from ``old`` to ``new``, states of one task.  A task is assigned once and keeps its slot."""
+    """Yield the steps back from ``old`` to ``new``, states of one task.  A task is assigned once and keeps its slot."""
     if new.status.state < old.status.state:
         text = f"task {new.id} went back from {old.status.state.value} to {new.status.state.value}"
         yield InvariantViolation("backwards", text, (new,))
