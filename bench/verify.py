@@ -5,7 +5,7 @@
     .venv/bin/python -m bench.verify                            # the table, kept in results/
     .venv/bin/python -m bench.verify --nodes 500 --tasks 10000
 
-The state is that of ``bench.what_if``, and violates nothing.  A check of a cluster without violations is one look.
+It uses the state of ``bench.what_if``, which violates nothing.  Without violations, a check has a single look.
 """
 
 import argparse

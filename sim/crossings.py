@@ -11,7 +11,6 @@ from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.faults.trial import check_planned
-from sim.invariants.objects import EXTRA
 from sim.run import RunResult
 from sim.seeds import Simulate
 from sim.users.operators import Operators
@@ -38,6 +37,7 @@ from skep.manager.control.services import create_service, update_service
 from skep.manager.control.swarm import Rotations, update_swarm
 from skep.manager.control.volumes import create_volume
 from skep.manager.services.freezes import set_freeze
+from skep.manager.verify.objects import EXTRA
 from skep.model.container import ContainerSpec, Mount, SecretFileTarget, SecretReference
 from skep.model.node import Availability, Node
 from skep.model.options.dependencies import DEPENDS_ON

@@ -27,7 +27,7 @@ from sim.faults.trial import try_an_update
 from sim.invariants.convergence import unmet
 from sim.invariants.nodes.allocations import allocation_violations
 from sim.invariants.nodes.preemption import held_by_lower
-from sim.invariants.quiescence import replica_violations
+from sim.invariants.quiescence import live_violations, replica_violations
 from sim.invariants.services.schedules import DECIDED_S, undecided
 from sim.users.operators import Operators
 from sim.users.random_specs import BROKEN, ENDING_IMAGES, HANGING, MEMORY_BYTES
@@ -263,6 +263,7 @@ def _check_quiescence(cluster: SimulatedCluster) -> None:
 
 def _rest_violations(cluster: SimulatedCluster) -> Iterable[str]:
     yield from cluster.rest_violations()
+    yield from live_violations(cluster.view)
     if any(allows_preemption(one.spec.labels) for one in cluster.view.find(Swarm)):
         yield from held_by_lower(cluster.view)
 

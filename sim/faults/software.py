@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from math import inf
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 import msgspec
 
@@ -14,6 +14,7 @@ from skep.model.swarm import Swarm
 from skep.model.values.ids import NodeId
 from skep.node.supervision.responses import wait_hung
 from skep.store.interface import LoopStore, Object, Store, Transaction, View, Watch
+from skep.store.state import State
 
 if TYPE_CHECKING:
     from sim.cluster import SimulatedCluster
@@ -112,6 +113,10 @@ class _FailingView:
 
     def damaged(self, kind: type[Object]) -> Mapping[str, Mapping[str, str]]:
         return self._view.damaged(kind)
+
+    def copied(self) -> State:
+        """Copy the state.  The check of invariants does not decide about services, so no error is injected there."""
+        return cast("State", self._view).copied()
 
     def resolve(self, kind: type[T], word: str, among: Callable[[T], bool] | None = None) -> T:
         return self._view.resolve(kind, word, among)

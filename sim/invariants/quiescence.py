@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 
 from sim.invariants.objects import unbounded_objects
+from skep.aio.time_slices import run_at_once
+from skep.manager.verify.looks import StateLook
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, TaskId
 from skep.store.interface import View
@@ -42,3 +44,11 @@ def replica_violations(manager: NodeId, replica: State, committed: State) -> Ite
         yield f"the replica of {manager} differs: {event}"
     if replica.claims.keys() != committed.claims.keys():
         yield f"the replica of {manager} has other names: {replica.claims.keys() ^ committed.claims.keys()}"
+
+
+def live_violations(view: View) -> Iterable[str]:
+    """Yield what ``skep verify`` would find.  At rest, each of its rules holds."""
+    assert isinstance(view, State), "a simulated cluster has its whole state"
+    look = StateLook(view.copied(), {})
+    run_at_once(look.steps())
+    return [f"verify finds {one.rule}: {one.text}" for one in look.found]

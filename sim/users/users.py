@@ -39,7 +39,7 @@ from sim.users.upgrades import Upgrades
 from sim.world.certificates import root
 from sim.world.storage import DRIVER
 from skep.api.errors import status_of
-from skep.errors import NotFound, SkepError, Unavailable
+from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.manager.control.files import create_secret, remove_secret
 from skep.manager.control.jobs import retry_job, run_job
 from skep.manager.control.networks import create_network, remove_network
@@ -50,6 +50,13 @@ from skep.manager.control.swarm import Rotations, update_swarm
 from skep.manager.control.users import create_user, remove_user, set_roles
 from skep.manager.control.volumes import create_volume, remove_volume
 from skep.manager.membership.service import resign
+from skep.manager.rebalance.records import (
+    AFTER_RETURN_S_MIN,
+    rebalancing_in,
+    set_after_return,
+    start_run,
+    stop_run,
+)
 from skep.manager.services.freezes import end_freeze, set_freeze, set_window
 from skep.manager.services.quotas import quota_of
 from skep.model.network import Network, NetworkSpec
@@ -484,6 +491,11 @@ class Users:
             with suppress(SkepError):
                 await (await self._store()).update(_unfrozen)
             await asyncio.sleep(0.2)
+        while (found := rebalancing_in(self._cluster.view)).run is not None or found.after_return_s:
+            with suppress(SkepError):
+                await (await self._store()).update(set_after_return, 0)
+                await (await self._store()).update(stop_run)
+            await asyncio.sleep(1.0)
         self._cluster.nano_cpus = lambda _: None
         if self._upgrades is not None:
             await self._upgrades.end()
@@ -648,6 +660,21 @@ class Users:
         if name:
             self._cluster.trace.add(f"user: {name}")
             with suppress(NotFound):
+                await store.update(requests[name])
+        await self._rebalance(store, random)
+
+    async def _rebalance(self, store: EtcdStore, random: Random) -> None:
+        """Let the leader rebalance now or after nodes return, or stop that.  Sometimes do nothing."""
+        now = timestamp(self._now_ns())
+        requests: dict[str, Callable[[Transaction], object]] = {
+            "rebalance": lambda tx: start_run(tx, "", now),
+            "rebalance after returns": lambda tx: set_after_return(tx, AFTER_RETURN_S_MIN),
+            "stop rebalancing": stop_run,
+        }
+        name = random.choice([*requests, "rebalance", ""])
+        if name:
+            self._cluster.trace.add(f"user: {name}")
+            with suppress(NotFound, FailedPrecondition):
                 await store.update(requests[name])
 
     async def _rotate_root(self) -> None:

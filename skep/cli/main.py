@@ -90,6 +90,9 @@ GROUPS = {
     },
     "Maintain": {
         "upgrade": Command("skep.cli.maintain.upgrade:upgrade", "Upgrade all nodes one after the other."),
+        "rebalance": Command(
+            "skep.cli.maintain.rebalance:rebalance", "Move tasks for an even spread over the nodes."
+        ),
         "backup": Command("skep.cli.maintain.backup:backup", "Back up the cluster to an encrypted file."),
         "restore": Command(
             "skep.cli.maintain.backup:restore", "Restore a cluster from a backup onto this node."

@@ -127,6 +127,7 @@ class StopCause(Enum):
     NODE_REMOVED = "node-removed"
     NODE_DRAINED = "node-drained"
     NODE_UNFIT = "node-unfit"
+    REBALANCED = "rebalanced"
 
 
 class Restart(ApiObject):
@@ -169,6 +170,16 @@ class Preemption(ApiObject):
         return f"preempted by a task of {self.service}, priority {self.priority}"
 
 
+class Relocation(ApiObject):
+    """A move of a running task to another node, for an even spread (``manager.rebalance``).
+
+    ``at``: time of the decision, for its timeout and for display.
+    """
+
+    target: NodeId
+    at: Timestamp = always(ZERO_TIME)
+
+
 class Task(ApiObject):
     """One task.
 
@@ -196,6 +207,9 @@ class Task(ApiObject):
     """Not in Docker's API."""
     preemption: Preemption | None = None
     """Set by the scheduler, so that the orchestrator stops the task.  Not in Docker's API."""
+    relocation: Relocation | None = None
+    """Set by the leader's rebalancing, so that the orchestrator starts a successor on the target.  Not in Docker's API.
+    """
     placement_record: str = ""
     """Reason for the scheduler's choice of the node, at the time of the decision.  Not in Docker's API."""
 

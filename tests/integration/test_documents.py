@@ -73,6 +73,7 @@ API_ACCESS = "docs/guide/api-access.md"
 HISTORY = "docs/guide/history.md"
 WHAT_IF = "docs/guide/what-if.md"
 VERIFY = "docs/guide/verify.md"
+REBALANCE = "docs/guide/rebalance.md"
 TROUBLESHOOTING = "docs/guide/troubleshooting.md"
 CHECKLIST = "docs/guide/checklist.md"
 
@@ -158,6 +159,7 @@ def test_no_block_is_forgotten() -> None:
         (LOGS, 0),
         *((WHAT_IF, number) for number in range(3)),
         (VERIFY, 0),
+        *((REBALANCE, number) for number in range(4)),
         *((HISTORY, number) for number in range(2)),
         *((API_ACCESS, number) for number in range(2)),
         *((MIGRATE, number) for number in range(2)),
@@ -287,6 +289,17 @@ def test_the_guide_to_placement(m1: TestNode, checkout: Path) -> None:
     wait_running(m1, "cache", 1)
     wait_running(m1, "batch", 1)
     run(reserve, checkout, DOCKER_HOST=m1.socket)
+
+
+def test_the_guide_to_rebalancing(m1: TestNode, checkout: Path) -> None:
+    plan, apply, stop, after_return = shell_blocks(REBALANCE)
+    create(m1, "report", 1)
+    wait_running(m1, "report", 1)
+    assert "No moves" in run(plan, checkout, DOCKER_HOST=m1.socket)
+    assert "in progress" in run(apply, checkout, DOCKER_HOST=m1.socket)
+    run(stop, checkout, DOCKER_HOST=m1.socket)
+    printed = run(after_return, checkout, DOCKER_HOST=m1.socket)
+    assert "rebalanced 10m later" in printed
 
 
 def test_the_guide_to_invariants(m1: TestNode, checkout: Path) -> None:

@@ -238,7 +238,8 @@ class Containers:
 def _containers_max(slot: str, view: View) -> int:
     """Return the number of containers that a slot may have permanently."""
     service = view.lookup(Service, slot.partition("/")[0])
-    return 2 if service is not None and may_start_first(service) else 1
+    moves = any(one.relocation is not None for one in view.find(Task, slot=slot))
+    return 2 if service is not None and (moves or may_start_first(service)) else 1
 
 
 def _is_same(before: Task, successor: Task) -> bool:

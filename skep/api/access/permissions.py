@@ -294,13 +294,19 @@ RULES: Final = (
     _rule("GET", r"/info", _VIEWER, PermissionScope.ANY, container=_READ),
     # Events include commands that containers ran, and the activity of other stacks.
     _rule("GET", r"/events", _VIEWER, PermissionScope.CLUSTER, container=_READ, is_document=False),
-    _rule("GET", r"/skep/(?:events|history|state|verify|view|view/stream)", _VIEWER, PermissionScope.CLUSTER),
+    _rule(
+        "GET",
+        r"/skep/(?:events|history|rebalance|state|verify|view|view/stream)",
+        _VIEWER,
+        PermissionScope.CLUSTER,
+    ),
     _rule(
         "GET",
         r"/metrics|/skep/cluster/(?:store|level)|/skep/doctor/network",
         _VIEWER,
         PermissionScope.CLUSTER,
     ),
+    _rule("POST DELETE", r"/skep/rebalance", _OPERATOR, PermissionScope.CLUSTER),
     # the throughput test uses the full bandwidth of every link
     _rule("POST", r"/skep/doctor/network", _OPERATOR, PermissionScope.CLUSTER),
     _rule("GET", r"/ui(?:/.*)?", _VIEWER, PermissionScope.ANY),  # the dashboard's files

@@ -275,7 +275,7 @@ _MANAGER = re.compile(
     # requests about the node's own membership must work without a manager, which serves the rest of /swarm
     r"/swarm(?!/(?:init|join|leave|unlock)\Z)(?:/.*)?"
     r"|/(?:services|tasks|nodes|secrets|configs)(?:/.*)?"
-    r"|/skep/(?:access|backup|events|history|jobs|notify|state|quorum|users|verify|what-if|view(?:/stream)?|doctor/network"
+    r"|/skep/(?:access|backup|events|history|jobs|notify|quorum|rebalance|state|users|verify|what-if|view(?:/stream)?|doctor/network"
     r"|(?:access|cluster|notify|stacks|tasks|services|users|what-if)/.+)"
     r"|/ui(?:/.*)?"
 )

@@ -9,6 +9,7 @@ from skep.cli.cluster.freezes import freeze, unfreeze, window
 from skep.cli.cluster.recover import recover
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.maintain.maintenance import settings_of
+from skep.cli.maintain.rebalance import rebalance_setting
 from skep.cli.output import OutputOptions, Shown, shows
 from skep.cli.running import run_requests
 from skep.errors import InvalidArgument
@@ -28,7 +29,7 @@ def cluster() -> None:
     """
 
 
-for command in (recover, freeze, unfreeze, window):
+for command in (recover, freeze, unfreeze, window, rebalance_setting):
     cluster.add_command(command)
 
 

@@ -66,7 +66,7 @@ def _lines(found: Mapping[str, Any], screen: Screen) -> Iterator[str]:
 
 
 def violation_lines(one: Mapping[str, Any], screen: Screen) -> Iterator[str]:
-    """Yield a violation, its meaning and what to do."""
+    """Yield a violation, its meaning and the advice."""
     yield from screen.fitted(printable(f"{one['Rule']}: {one['Text']}"), indent=2)
     for text in (one["Meaning"], one["Action"]):
         yield from screen.fitted(f"  {text}", indent=2)

@@ -18,6 +18,7 @@ from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.orchestrator.reaper.node_loop import LostNodes
 from skep.manager.probes.loop import OverlayAvoidance
+from skep.manager.rebalance.loop import Rebalancer
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.schedules.loop import ChangeFreezes, Schedules
 from skep.manager.services.quotas import replicas_within_quota
@@ -77,4 +78,5 @@ def loops(
         Notifications(term, clock, random, send, confirm),
         Verifier(term, clock),
         Certificates(term, clock, random, run_step, confirm),
+        Rebalancer(term, clock),
     ]

@@ -45,6 +45,7 @@ _STOPS = {
     StopCause.NODE_DOWN.value: ("its node {node} was down", Severity.WARNING),
     StopCause.NODE_REMOVED.value: ("its node was removed", Severity.WARNING),
     StopCause.NODE_DRAINED.value: ("its node {node} was drained", Severity.INFO),
+    StopCause.REBALANCED.value: ("it moved from {node} for an even spread", Severity.INFO),
     StopCause.NODE_UNFIT.value: ("its node {node} no longer met its constraints", Severity.INFO),
 }
 _UPDATES = {

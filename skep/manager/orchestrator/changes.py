@@ -44,6 +44,7 @@ class FillSlot(msgspec.Struct, frozen=True):
         delay_s: Seconds from the task's creation until it may start.
         failures: Number of tasks before it that failed in a row.
         alongside: The slot's tasks on nodes that no longer fit, which run until the new task does (``evacuation``).
+        node_id: For a replicated service, the target of a move for an even spread.
     """
 
     service: Service
@@ -62,6 +63,7 @@ class Cause(Enum):
 
     NODE_IS_LOST = "its node is down or gone"
     NODE_IS_UNFIT = "its node is drained, or does not meet its constraints"
+    MOVES = "it moves to another node for an even spread"
     DOES_NOT_RUN = "it does not run"
     IS_LATE = "no node took it before the run's deadline"
 
@@ -185,7 +187,9 @@ def cause_to_leave(task: Task, node: Node | None) -> Cause | None:
         return None
     if is_lost(node) and node.spec.availability is not Availability.DRAIN:
         return Cause.NODE_IS_LOST
-    return Cause.NODE_IS_UNFIT if is_unfit(node, task) else None
+    if is_unfit(node, task):
+        return Cause.NODE_IS_UNFIT
+    return Cause.MOVES if task.relocation is not None else None
 
 
 def key_of(change: Change) -> str:
@@ -381,6 +385,9 @@ def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
         case Cause.NODE_IS_UNFIT:
             node = tx.rely_on(Node, task.node_id, HEAD, "status")
             return node is not None and (not is_unfit(node, task) or _keeps_unfit(tx, node, task))
+        case Cause.MOVES:
+            present = tx.rely_on(Task, task.id, HEAD)
+            return present is not None and present.relocation is None
         case Cause.DOES_NOT_RUN:
             current = tx.rely_on(Task, task.id, "status")
             if has_unreadable_status(tx, task):
@@ -413,6 +420,8 @@ def _can_take_over(tx: Transaction, successor: TaskId, *, is_refused: bool) -> b
 
 def _stop_cause(tx: Transaction, task: Task, cause: Cause | None) -> str:
     """Return what the history says about a task that leaves its node.  The node may be another one later."""
+    if cause is Cause.MOVES:
+        return str(StopCause.REBALANCED.value)
     if cause not in (Cause.NODE_IS_LOST, Cause.NODE_IS_UNFIT) or not task.node_id:
         return ""
     node = tx.lookup(Node, task.node_id)

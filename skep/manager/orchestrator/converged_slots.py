@@ -42,6 +42,7 @@ def converged_slots(situation: Situation) -> SlicedWork[set[int]]:
             and task.status.state is _RUNNING
             and slot not in converged
             and task.preemption is None
+            and task.relocation is None
             and sound.get(task.node_id)
             and not any(situation.is_drained(one.id) for one in task.volumes)
             and _is_in_place(task, situation)

@@ -126,7 +126,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     def moves_start_first(self, task: Task) -> bool:
         """Return whether the task runs on until its replacement runs (``evacuation``), although it must leave its node.
 
-        The node is drained.  Or the node no longer fits, and the service has a minimum of available tasks.
+        The node is drained.  Or the node no longer fits, and the service has a minimum of available tasks.  Or the
+        task moves for an even spread, and no freeze holds it back.
 
         Other tasks stop first.  These are tasks without a process, tasks with a volume or host path to write to, tasks
         without restarts, and tasks of a node that is down or drained at once.
@@ -137,7 +138,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         if node.spec.availability is Availability.DRAIN:
             if drains_now(node.spec.labels):
                 return False
-        elif not required(self.service) or not self.is_unfit(task, node):
+        elif not self.is_relocating(task) and not (required(self.service) and self.is_unfit(task, node)):
             return False
         may_run = task.status.state is TaskState.RUNNING or self.has_unknown_status(task)
         if task.desired_state is not TaskState.RUNNING or not task.is_active or not may_run:
@@ -148,6 +149,10 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         if task.preemption is not None or any(self.is_drained(one.id) for one in task.volumes):
             return False
         return self.may_overlap(task)
+
+    def is_relocating(self, task: Task) -> bool:
+        """Return whether the task moves to another node for an even spread.  A freeze delays the move."""
+        return task.relocation is not None and not self.keeps_unfit
 
     def may_overlap(self, task: Task) -> bool:
         """Return whether ``task`` and a new task of the service may run at a time."""

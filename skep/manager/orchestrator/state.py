@@ -427,12 +427,14 @@ def _is_relevant(old: Task, new: Task) -> bool:
     """Return whether a change of a task can change a decision.  The agent's steps between ASSIGNED and RUNNING cannot.
 
     Exceptions are a task that is refused an address or a node (its update may retire the tasks that hold it), a task
-    that no longer waits for another service (its progress deadline starts), a preempted task, and a task that is
-    prepared while its predecessor runs (the decision waits until it is ready).
+    that no longer waits for another service (its progress deadline starts), a preempted or moving task, and a task that
+    is prepared while its predecessor runs (the decision waits until it is ready).
     """
     if old.desired_state != new.desired_state or (_is_refused(new) and not _is_refused(old)):
         return True
     if (is_waiting(old) and not is_waiting(new)) or old.preemption != new.preemption:
+        return True
+    if old.relocation != new.relocation:
         return True
     prepares = new.desired_state is TaskState.READY
     first_state = TaskState.READY if prepares else TaskState.RUNNING

@@ -175,6 +175,7 @@ def shown_task(view: View, now_ns: int, task: Task) -> Task:
         status=status,
         restart=None,
         preemption=None,
+        relocation=None,
         placement_record="",
         slot=task.shown_slot,
         spec_version=None,

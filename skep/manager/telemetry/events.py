@@ -314,8 +314,8 @@ def _dockers(event: Event, now_ns: int) -> Iterator[EventMessage]:
             elif payload.id == VIOLATIONS_ID:
                 old = event.old if isinstance(event, Updated) else None
                 before = old if isinstance(old, Payload) else None
-                for action, violation in violation_changes(before, payload):
-                    yield _violation(action, violation, now_ns)
+                for what, violation in violation_changes(before, payload):
+                    yield _violation(what, violation, now_ns)
         case Deleted(Payload()):
             return
         case Created(Swarm()) | Deleted(Swarm()) | Created(Task()) | Deleted(Task()):
@@ -370,7 +370,7 @@ def _eviction(eviction: Eviction, at_ns: int) -> EventMessage:
 
 
 def _violation(action: str, violation: ShownViolation, at_ns: int) -> EventMessage:
-    """Return the message about a violated invariant, or one that holds again.  A Skep extension."""
+    """Return the message about an invariant, which is violated or holds again.  A Skep extension."""
     attributes = {
         "name": violation.rule,
         "message": violation.text,

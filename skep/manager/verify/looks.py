@@ -32,7 +32,7 @@ class StateLook:
         """Look at ``view``, which does not change meanwhile.
 
         Args:
-            before: Tasks at an earlier time, whose states may only have gone forward since.
+            before: Tasks at an earlier time, whose states can only have become later ones.
         """
         self._view = view
         self._before = before

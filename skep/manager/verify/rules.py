@@ -1,4 +1,4 @@
-"""The invariants that the stored state shows, and what the violation of each one means."""
+"""The invariants that the stored state shows, and the meanings of their violations."""
 
 from typing import Final, TypeAlias
 
@@ -9,7 +9,7 @@ from skep.store.interface import Object
 
 
 class Invariant(msgspec.Struct, frozen=True):
-    """An invariant: the meaning of its violation, and what to do about it."""
+    """An invariant: the meaning of its violation, and the advice."""
 
     meaning: str
     action: str
@@ -17,7 +17,7 @@ class Invariant(msgspec.Struct, frozen=True):
 
 _RECREATE: Final = "Recreate the tasks: docker service update --force SERVICE."
 
-RULES: Final[dict[str, Invariant]] = {
+RULES = {
     "slot": Invariant(
         "A slot of a service has more tasks than one, so the service runs more tasks than its spec says.",
         "Scale the service down and up again.",

@@ -23,7 +23,7 @@ STARTED_MAX, WANTED_MAX = 2, 2
 
 
 def went_back(old: Task, new: Task) -> Iterator[InvariantViolation]:
-    """Yield what went back from ``old`` to ``new``, states of one task.  A task is assigned once and keeps its slot."""
+    """Yield the steps back from ``old`` to ``new``, states of one task.  A task is assigned once and keeps its slot."""
     if new.status.state < old.status.state:
         text = f"task {new.id} went back from {old.status.state.value} to {new.status.state.value}"
         yield InvariantViolation("backwards", text, (new,))
@@ -53,7 +53,8 @@ def crowded_slot(wanted: Sequence[Task], service: Service | None, view: View) ->
     if started < STARTED_MAX and len(wanted) <= WANTED_MAX:
         return
     both = service is not None and (
-        may_start_first(service) or any(is_on_drained_node(one, view) for one in wanted)
+        may_start_first(service)
+        or any(one.relocation is not None or is_on_drained_node(one, view) for one in wanted)
     )
     if len(wanted) > WANTED_MAX or started > (STARTED_MAX if both else 1):
         task = wanted[0]

@@ -233,6 +233,7 @@ def is_settled(service: Service, tasks: Sequence[Task]) -> bool:
         and task.desired_state is TaskState.RUNNING
         and task.spec_version == service.spec_version
         and task.preemption is None
+        and task.relocation is None
         for task in current
     )
 

@@ -54,6 +54,7 @@ VERBS = frozenset(
             "List",
             "Load",
             "Manage",
+            "Move",
             "Open",
             "Pause",
         ),

@@ -1,7 +1,7 @@
 """Moves the running tasks of a drained node: each stops only when its replacement runs on another node.
 
 The tasks of a service with ``skep.min-available`` also move in this way if their node no longer meets their constraints
-or has become too small for them.
+or has become too small for them.  So do tasks that move for an even spread, to the node that was chosen for them.
 
 The replacement is a second wanted task in the slot, as in a start-first update, whatever the service's update order.
 If no node takes it, or it fails, the old task stays.  A task of an older spec is replaced by the update, in its turn,
@@ -19,7 +19,8 @@ from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
 from skep.manager.orchestrator.replacement.restart import failures_in_a_row, should_restart
 from skep.manager.orchestrator.slots import Slot, history, wanted
 from skep.model.node import Availability
-from skep.model.task import TaskState
+from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId
 
 
 def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
@@ -56,6 +57,7 @@ def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
     fill = FillSlot(
         situation.service,
         last.slot,
+        node_id=_target(last, situation),
         failures=failures_in_a_row(last, situation),
         alongside=tuple(
             id for id, node in nodes if node is not None and node.spec.availability is not Availability.DRAIN
@@ -63,3 +65,10 @@ def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
     )
     yield ReplaceTask(others.pop(), fill) if others else fill
     yield from map(RetireTask, others)
+
+
+def _target(task: Task, situation: Situation) -> NodeId:
+    """Return the node that was chosen for the successor of a task, or an empty id if the scheduler chooses one."""
+    node = situation.node_of(task)
+    is_drained = node is not None and node.spec.availability is Availability.DRAIN
+    return NodeId("") if task.relocation is None or is_drained else task.relocation.target

@@ -2,6 +2,9 @@
 which Skep changes nothing by itself: ``/skep/cluster/freezes``, ``/skep/cluster/freeze``, ``/skep/cluster/window`` and
 ``/skep/stacks/{name}/freeze``.
 
+``/skep/rebalance`` shows the moves that would spread tasks more evenly (``GET``), and starts or stops the run that
+makes them (``POST``, ``DELETE``).  ``PUT`` of ``/skep/cluster/rebalance`` sets whether a run starts after nodes return.
+
 An eviction removes a node and revokes every secret it has had.  All of them are Skep extensions.
 """
 
@@ -11,17 +14,27 @@ from contextlib import suppress
 import structlog
 from aiohttp import web
 
+from skep.aio.time_slices import result_in_slices
 from skep.api.access.identity import identity_of
 from skep.api.access.permissions import sees
 from skep.api.backups import BackupRequest
 from skep.api.http.server import Routes, flag, json_response, read_json
-from skep.errors import NotFound, SkepError
+from skep.errors import NotFound, ResourceExhausted, SkepError
 from skep.manager.cluster import cluster_of
 from skep.manager.eviction.steps import TEXTS, Eviction, begin, eviction_of
 from skep.manager.notify.records import note_backup
+from skep.manager.rebalance.plan import Balance, loads_of
+from skep.manager.rebalance.records import (
+    RebalancePlan,
+    Rebalancing,
+    rebalancing_in,
+    set_after_return,
+    start_run,
+    stop_run,
+)
 from skep.manager.routes.access import ManagerApi, current_view, manager_of
 from skep.manager.routes.guard.audit import author_of
-from skep.manager.services.freezes import end_freeze, set_freeze, set_window
+from skep.manager.services.freezes import end_freeze, held_by, set_freeze, set_window
 from skep.model.options.freezes import CLUSTER, FreezeRequest, FreezesResponse, MaintenanceWindow
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.times import Timestamp
@@ -34,6 +47,9 @@ BY_CHARACTERS_MAX = 200
 
 _BACKUP_RECORD_S = 5.0
 """Time limit in seconds for the record of a backup.  The backup itself is complete by then."""
+
+_PLANNED_WITHIN_S = 60.0
+"""Timeout of a plan in seconds, from the moment when the request gets its slot."""
 
 routes = Routes()
 
@@ -227,4 +243,43 @@ async def remove_window(request: web.Request) -> web.StreamResponse:
     """Remove the maintenance window, so that Skep may act by itself at any time."""
     manager = manager_of(request)
     await manager.update(set_window, None, now_ns=manager.clock.now_ns())
+    return web.Response(status=204)
+
+
+@routes.get("/skep/rebalance")
+async def plan_rebalance(request: web.Request) -> web.StreamResponse:
+    """Show the moves.  Raises: ResourceExhausted: too many plans are made, or this one takes too long."""
+    async with manager_of(request).plans.hold():
+        view = await current_view(request)
+        try:
+            async with asyncio.timeout(_PLANNED_WITHIN_S):
+                moves = await result_in_slices(
+                    Balance(view, loads_of(view)).planning(), manager_of(request).clock
+                )
+        except TimeoutError as error:
+            raise ResourceExhausted(f"the plan takes more than {_PLANNED_WITHIN_S:g} s") from error
+    return json_response(
+        RebalancePlan(moves=tuple(moves), rebalancing=rebalancing_in(view), held=held_by(view))
+    )
+
+
+@routes.post("/skep/rebalance")
+async def start_rebalance(request: web.Request) -> web.StreamResponse:
+    """Start a run.  Raises: FailedPrecondition: one is in progress, or the cluster is frozen."""
+    manager = manager_of(request)
+    return json_response(await manager.update(start_run, author_of(request), manager.now()))
+
+
+@routes.delete("/skep/rebalance")
+async def stop_rebalance(request: web.Request) -> web.StreamResponse:
+    """Stop the run.  Raises: NotFound: there is none."""
+    await manager_of(request).update(stop_run)
+    return web.Response(status=204)
+
+
+@routes.put("/skep/cluster/rebalance")
+async def set_rebalance(request: web.Request) -> web.StreamResponse:
+    """Set the wait after the return of a node.  Raises: InvalidArgument."""
+    wanted = await read_json(request, Rebalancing)
+    await manager_of(request).update(set_after_return, wanted.after_return_s)
     return web.Response(status=204)
