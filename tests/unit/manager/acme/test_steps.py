@@ -274,6 +274,17 @@ def test_a_wrong_clock_orders_a_name_at_most_daily_and_does_not_stop_renewals(ah
     assert world.records[A].not_after_ns > world.now_ns
 
 
+def test_a_retry_that_was_planned_before_the_clock_was_set_back_is_due_at_once() -> None:
+    for respond in (away, refusing):
+        world = World(A, respond=respond)
+        world.now_ns += 400 * DAY_NS
+        world.run(HOUR_NS)
+        world.now_ns -= 400 * DAY_NS
+        world.respond = World.issue
+        world.run(60 * SECOND_NS)
+        assert world.records[A].pem
+
+
 def test_more_names_than_the_limit_leave_the_known_ones_alone() -> None:
     known = {f"k{number:04}.example.com": HostCertificate(name="") for number in range(NAMES_MAX)}
     wanted = {*known, A}
