@@ -5,6 +5,7 @@
 
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from random import Random
 from typing import TypeAlias, cast
 
@@ -34,7 +35,9 @@ from sim.users.random_specs import BROKEN, ENDING_IMAGES, HANGING, MEMORY_BYTES
 from sim.users.users import Users
 from sim.world.storage import SimulatedStorage
 from skep.agent.executor.simulated import Behavior
+from skep.errors import SkepError
 from skep.manager.control_loops.failures import LONGEST_DELAY_S
+from skep.manager.rebalance.records import rebalancing_in, start_run
 from skep.model.options.labels import allows_preemption
 from skep.model.service import Resources, Service
 from skep.model.swarm import Swarm
@@ -163,6 +166,7 @@ def _simulate(
         cluster.do(users.remove_all())
         _until(cluster, lambda: [f"service {one.id} is still there" for one in cluster.view.find(Service)])
     cluster.run_for(2.0)
+    _rebalance(cluster)
     _check_quiescence(cluster)
     revision, workers = cluster.raft.kv.revision, cluster.workers
     if random.random() < 0.4:
@@ -240,6 +244,21 @@ def _until(cluster: SimulatedCluster, missing: Callable[[], Iterable[str]]) -> N
             cluster.observer.note(cluster.loop.time(), [f"not after {CONVERGED_S} s: {lacking}"])
             return
         cluster.run_for(POLL_S)
+
+
+def _rebalance(cluster: SimulatedCluster) -> None:
+    """Let the leader spread the tasks of a cluster at rest.  It has to end, and the cluster to converge again."""
+
+    async def start() -> None:
+        for manager in cluster.running_managers.values():
+            if manager.store is not None:
+                await manager.store.update(start_run, "", timestamp(0))
+                return
+
+    with suppress(SkepError):
+        cluster.do(start())
+    _until(cluster, lambda: ["it is rebalanced"] if rebalancing_in(cluster.view).run is not None else [])
+    _converge(cluster)
 
 
 def _check_quiescence(cluster: SimulatedCluster) -> None:

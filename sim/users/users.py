@@ -427,6 +427,8 @@ class Users:
             (Availability.DRAIN, Availability.PAUSE, *(Availability.ACTIVE,) * 2)
         )
         await self._set_availability(id, availability)
+        with suppress(SkepError):
+            await self._rebalance(await self._store(creates=False), Random(self._now_ns()))
 
     async def _label(self) -> None:
         """Set the zone label of a node, or remove it, perhaps after a freeze."""

@@ -1,4 +1,4 @@
-"""``/skep/verify`` on a manager: what is checked, what the leader has found, and for whom."""
+"""``/skep/verify`` and ``/skep/rebalance`` on a manager: what they show and do, and for whom."""
 
 import msgspec
 
@@ -24,3 +24,16 @@ async def test_what_the_leader_has_found_is_shown_without_a_check(rig: Rig) -> N
     await rig.api.store.update(record, Verification(violations=(violation,), count=1), 5)
     status, text, _ = await rig.exchange("viewer", "GET /skep/verify?last=true")
     assert (status, msgspec.json.decode(text)["Violations"][0]["Text"]) == (200, "slot 1 of web")
+
+
+async def test_a_viewer_sees_the_moves_and_an_operator_of_the_cluster_makes_them(rig: Rig) -> None:
+    status, text, _ = await rig.exchange("viewer", "GET /skep/rebalance")
+    assert (status, msgspec.json.decode(text)["Moves"]) == (200, []), text
+    assert (await rig.exchange("viewer", "POST /skep/rebalance"))[0] == 403
+    assert (await rig.exchange("operator:shop", "POST /skep/rebalance"))[0] == 403
+    status, text, _ = await rig.exchange("operator", "POST /skep/rebalance")
+    assert (status, msgspec.json.decode(text)["Run"]["Moved"]) == (200, 0), text
+    assert (await rig.exchange("operator", "DELETE /skep/rebalance"))[0] == 204
+    setting = {"AfterReturnS": 600}
+    assert (await rig.exchange("operator", "PUT /skep/cluster/rebalance", setting))[0] == 403
+    assert (await rig.exchange("admin", "PUT /skep/cluster/rebalance", setting))[0] == 204
