@@ -4,7 +4,8 @@ A move takes one task of a replicated service from its node to another node.  Th
 scheduler while the task still runs, because its successor starts first.  Three measures say how even the spread is: the
 squares of a service's tasks per node, the squares of its tasks per domain (placement preferences and
 ``skep.max-skew``), and the squares of all tasks per node.  A move makes none of them worse and at least one of them
-better, so the plan ends.  Nor does it make the target fuller or busier than the source was.
+better, so the plan ends.
+Nor does it make the target fuller or busier than the source was.
 
 Tasks stay if something depends on where they are: data that they write or keep, a port of the machine, a cluster
 volume, or an affinity of any service.  So do tasks of services that are not settled, or that a freeze holds.
