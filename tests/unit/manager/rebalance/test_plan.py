@@ -106,6 +106,7 @@ def test_a_task_alone_on_a_full_node_moves_for_the_number_of_all_tasks() -> None
 
 
 VOLUME = ContainerSpec(mounts=(Mount(type="volume", source="data", target="/data"),))
+BOUND = ContainerSpec(mounts=(Mount(type="bind", source="/srv", target="/data"),))
 SHARED = ContainerSpec(mounts=(Mount(type="cluster", source="disk", target="/data"),))
 HOST_PORT = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
 
@@ -120,7 +121,7 @@ def with_container(state: State, container: ContainerSpec) -> State:
     return state
 
 
-@pytest.mark.parametrize("container", [VOLUME, SHARED])
+@pytest.mark.parametrize("container", [VOLUME, BOUND, SHARED])
 def test_tasks_with_data_or_a_cluster_volume_stay(container: ContainerSpec) -> None:
     assert plan(with_container(crowded(), container)) == []
 
