@@ -38,7 +38,6 @@ SEPARATE = {
     "skep/cli/stack/stack_stops.py": "its importer has no lines left",
     "skep/linux/without_links.py": "a program of its own",
     "skep/manager/allocator/loop.py": "a loop beside its pure state",
-    "skep/manager/control_loops/loops.py": "the simulator and the benchmarks run the loops without a leader",
     "skep/manager/orchestrator/converged_slots.py": "a pure decision with a property that tests prove",
     "skep/manager/orchestrator/reaper/loop.py": "a loop beside its pure state",
     "skep/manager/orchestrator/replacement/evacuation.py": "a decision that CONTRIBUTING.md names",

@@ -88,7 +88,7 @@ async def _stop(host: HostOptions) -> None:
 
 async def _set(host: HostOptions, seconds: float) -> None:
     if seconds != int(seconds):
-        raise InvalidArgument(f"{seconds:g} s: write whole seconds")
+        raise InvalidArgument(f"{seconds:g} s is not allowed. Use whole seconds.")
     async with host.requests() as client:
         body = {"AfterReturnS": int(seconds)}
         await client.request("PUT", "/skep/cluster/rebalance", body=body, timeout_s=RESPONSE_TIMEOUT_S)
