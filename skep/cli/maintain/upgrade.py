@@ -350,6 +350,8 @@ class _Upgrade:
                 f"{text}. It keeps {self._means.version}, because the cluster's data has level {level} and "
                 f"{node.version} reads level {supported} at most. It stays drained. {_REPAIR}"
             )
+        with suppress(Unavailable):  # if no manager responds, no other upgrade can have taken over
+            await self.hold()
         say(f"{node.name}: not healthy, rolling back to {node.version}")
         try:
             await self._means.roll_back(node)

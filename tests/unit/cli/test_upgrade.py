@@ -16,7 +16,7 @@ from skep.cli.maintain.maintenance import LockHolder
 from skep.cli.maintain.upgrade import _Upgrade
 from skep.cli.maintain.upgrade_means import Means
 from skep.cli.maintain.upgrade_plan import UpgradableNode
-from skep.errors import Unavailable
+from skep.errors import FailedPrecondition, Unavailable
 from skep.model.options.labels import MAINTENANCE
 from tests.support.managers.upgraded_clusters import Installing, UpgradedCluster
 
@@ -116,18 +116,39 @@ async def test_a_command_gets_no_host_name_that_is_an_option(
     assert (tmp_path / "name").read_text() == shown
 
 
+OTHER = LockHolder(
+    node="w1",
+    by="other",
+    until=datetime(2026, 1, 31, 13, tzinfo=UTC),
+    is_upgrade=True,
+    availability="active",
+)
+
+
+class TakenOver(Installing, frozen=True, kw_only=True):
+    """Another upgrade takes over while a node is being upgraded."""
+
+    async def upgrade(self, node: UpgradableNode) -> None:
+        await super().upgrade(node)
+        self.cluster.swarm["Spec"] = {"Labels": {MAINTENANCE: maintenance.written([OTHER])}}
+
+
+async def test_a_node_is_not_rolled_back_after_another_one_has_taken_over() -> None:
+    cluster = MadeUp("m1", "w1")
+    means = TakenOver(version=NEW, command="true", rollback="true", cluster=cluster, breaks=frozenset({"w1"}))
+    run = _Upgrade(cast("ApiClient", cluster), means, drains=True, within_s=0.05)
+    await run.take(continues=False)
+    with pytest.raises(FailedPrecondition, match="an upgrade is held by other for w1"):
+        await run.run()
+    assert cluster.nodes["w1"]["Description"]["Engine"]["EngineVersion"] == NEW
+
+
 async def test_what_another_one_has_taken_over_is_left_to_it() -> None:
     cluster = MadeUp("m1", "w1")
     run = a_run(cluster)
     await run.take(continues=False)
     run.holder = replace(run.holder, node="w1", availability="active")
-    other = LockHolder(
-        node="w1",
-        by="other",
-        until=datetime(2026, 1, 2, 4, tzinfo=UTC),
-        is_upgrade=True,
-        availability="active",
-    )
+    other = OTHER
     cluster.swarm["Spec"] = {"Labels": {MAINTENANCE: maintenance.written([other])}}
     cluster.nodes["w1"]["Spec"]["Availability"] = "drain"
     await run.end()
