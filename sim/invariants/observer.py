@@ -126,7 +126,7 @@ class Observer:
             networks_are_apart,
             minimum_stays_available,
             FreezesHold(),
-            LocalVolumesStay(),
+            LocalVolumesStay(unreadable),
             FullNodesGetNoNewTasks(),
             AutoscalingIsCalm(),
             self.due_times,

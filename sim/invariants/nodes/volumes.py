@@ -1,6 +1,6 @@
 """Tasks return to the local volumes of their slots (decision 78)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from math import inf
 
 from sim.invariants.committed import Change
@@ -28,7 +28,9 @@ class LocalVolumesStay:
     can have tasks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unreadable: Callable[[], Collection[NodeId]] = tuple) -> None:
+        """``unreadable`` returns the nodes whose values are damaged on some manager's disk."""
+        self._unreadable = unreadable
         self._since: dict[TaskId, float] = {}
         """Time at which a task got its volumes."""
         self._able: dict[NodeId, float] = {}
@@ -97,6 +99,7 @@ class LocalVolumesStay:
         is_settled = self._able.get(node.id, -inf) + UNNOTICED_S <= now
         return (
             is_settled
+            and node.id not in self._unreadable()  # the leader may not know whether it is ready
             and could_take(node, task, service, view)
             and not _is_published_elsewhere(task, node, view)
         )
