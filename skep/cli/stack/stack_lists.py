@@ -39,7 +39,7 @@ Objects = Sequence[Mapping[str, Any]]
 @shows
 @click.pass_obj
 def ls(host: HostOptions, output: OutputOptions) -> None:
-    """List stacks with their services and tasks that run or are complete.
+    """List stacks with their services and tasks.
 
     \b
     Examples:
