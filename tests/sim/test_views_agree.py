@@ -25,6 +25,8 @@ from skep.store.interface import View
 from skep.top.snapshot import Snapshot, health_of, states_of
 
 CLUSTERS = 30
+SURPLUS = (61, 81)
+"""Further seeds, in which services have more tasks than desired."""
 SITUATIONS = 10
 """Situations of each cluster, in which each service is compared."""
 
@@ -91,7 +93,7 @@ def metric(family: Any) -> str:
 def compared() -> list[tuple[Service, int, int, Mapping[str, str]]]:
     """Services with their running and desired tasks, and what the views show."""
     found = []
-    for seed in range(CLUSTERS):
+    for seed in (*range(CLUSTERS), *SURPLUS):
         for view, now_ns in situations(seed):
             for service in view.find(Service):
                 if service.removed_at is None:

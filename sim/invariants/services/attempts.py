@@ -47,6 +47,7 @@ class NoRedundantTasks:
                 and other.spec == task.spec
                 and other.is_wanted
                 and other.is_active
+                and other.relocation is None
                 and self._is_healthy(view.lookup(Node, other.node_id), now)
             ):
                 yield f"task {task.id} was created beside {other.id}, which has the current spec and is healthy"

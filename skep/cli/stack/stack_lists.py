@@ -144,7 +144,7 @@ def services_listed(found: Objects, *, is_quiet: bool = False) -> Shown:
             (
                 row["Name"],
                 row["Mode"],
-                Cell(row["Replicas"], COLORS[health_of(service).state]),
+                Cell(_replicas(service), COLORS[health_of(service).state]),
                 *((row["ID"],) if screen.is_wide else ()),
                 row["Ports"],
                 row["Image"],
@@ -160,13 +160,12 @@ def _service_row(service: Mapping[str, Any]) -> dict[str, str]:
     spec = service["Spec"]
     running, desired = _counts(service)
     mode = spec.get("Mode") or {}
-    completed, total = completion(service)
-    replicas = f"{running}/{desired}" + (f" ({completed}/{total} completed)" if total else "")
+    is_job = any(mode.get(kind) is not None for kind in ("ReplicatedJob", "GlobalJob"))
     return {
         "ID": service["ID"],
         "Name": spec["Name"],
         "Mode": next((word for key, word in _MODES.items() if mode.get(key) is not None), "replicated"),
-        "Replicas": replicas,
+        "Replicas": _replicas(service) if is_job else f"{running}/{desired}",  # as in docker
         "Image": _image(spec["TaskTemplate"]),
         "Ports": ", ".join(
             f"*:{port['PublishedPort']}->{port['TargetPort']}/{port.get('Protocol', 'tcp')}"
@@ -174,6 +173,12 @@ def _service_row(service: Mapping[str, Any]) -> dict[str, str]:
             if port.get("PublishedPort")
         ),
     }
+
+
+def _replicas(service: Mapping[str, Any]) -> str:
+    """Return the tasks that run, and those that are complete if the service has such tasks."""
+    (running, desired), (completed, total) = _counts(service), completion(service)
+    return f"{running}/{desired}" + (f" ({completed}/{total} completed)" if total else "")
 
 
 def _counts(service: Mapping[str, Any]) -> tuple[int, int]:

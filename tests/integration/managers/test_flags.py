@@ -151,14 +151,19 @@ def test_the_token_says_what_joins_and_a_rotated_one_is_refused_while_members_st
     def join(token: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
         return m3.docker("swarm", "join", "--token", token, f"{m1.description['addr']}:2377", check=check)
 
-    def is_listed(words: str) -> bool:
-        shown = m1.docker("node", "ls", "--format", "{{.Hostname}} {{.Status}} {{.ManagerStatus}}").stdout
-        return f"m3 {words}" in [line.strip() for line in shown.splitlines()]
+    def own_id() -> str:
+        """Return the id of m3, because former nodes of this name may still be listed."""
+        return m3.docker("info", "--format", "{{.Swarm.NodeID}}").stdout.strip()
+
+    def is_listed(words: str, node_id: str = "") -> bool:
+        shown = m1.docker("node", "ls", "--format", "{{.ID}} {{.Status}} {{.ManagerStatus}}").stdout
+        return f"{node_id or own_id()} {words}" in [line.strip() for line in shown.splitlines()]
 
     def leave() -> None:
+        node_id = own_id()
         m3.docker("swarm", "leave", "--force")
-        wait_until(lambda: is_listed("Down"), "it has left")
-        m1.docker("node", "rm", "m3")
+        wait_until(lambda: is_listed("Down", node_id), "it has left")
+        m1.docker("node", "rm", node_id)
 
     tokens = {
         role: m1.docker("swarm", "join-token", "-q", role).stdout.strip() for role in ("worker", "manager")
@@ -179,7 +184,7 @@ def test_the_token_says_what_joins_and_a_rotated_one_is_refused_while_members_st
 
     assert join(tokens["manager"]).stdout == "This node joined a swarm as a manager.\n"
     wait_until(lambda: is_listed("Ready Reachable"), "the manager is ready")
-    m1.docker("node", "demote", "m3")
+    m1.docker("node", "demote", own_id())
     wait_until(lambda: is_listed("Ready"), "it is a worker")
     wait_until(lambda: not swarm(m3)["ControlAvailable"], "it knows")
     leave()

@@ -302,12 +302,12 @@ async def test_a_request_that_cannot_be_built_is_refused(node: BuildLab) -> None
         (a_tar(good, a_file("x", b"y" * 5000))[:3000], {}, 400, "unexpected EOF"),
         (a_tar(good), {"target": "nosuch"}, 400, "failed to reach build target nosuch in Dockerfile"),
         (a_tar(good), {"t": "Bad"}, 400, "repository name must be lowercase"),
-        (a_tar(good), {"platform": platform}, 501, f"and not for {platform}"),
+        (a_tar(good), {"platform": platform}, 200, f"not {platform}: "),
         (
             a_tar(a_file("Dockerfile", b"FROM --platform=linux/s390x busybox:1\n")),
             {},
             200,
-            f"and not for {platform}",
+            f"not {platform}: ",
         ),
         (
             a_tar(good),

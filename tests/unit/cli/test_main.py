@@ -93,7 +93,7 @@ def completed(*words: str) -> list[str]:
     ("words", "offered"),
     [
         (("update", ""), ["abort", "pause", "resume"]),
-        (("cluster", "re"), ["recover", "resume"]),
+        (("cluster", "re"), ["rebalance", "recover", "resume"]),
         (("cluster", "recover", "--d"), ["--dry-run"]),
         (("cluster", "fo"), ["forget-nodes"]),
         (("context", ""), ["create", "ls", "rm", "show", "use"]),

@@ -111,7 +111,7 @@ WITHOUT_WORDS: dict[type, dict[str, Any]] = {
         "cut_off": (),
     },
     ManagerStatus: {"has_vote": True, "level": 0, "peer_addr": ""},
-    Task: {"restart": None, "preemption": None, "placement_record": ""},
+    Task: {"restart": None, "preemption": None, "relocation": None, "placement_record": ""},
     TaskStatus: {"end": None},
     NodeCertificate: {
         "not_after": Timestamp(""),
