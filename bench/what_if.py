@@ -13,7 +13,7 @@ import argparse
 import asyncio
 import gc
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime
 
 import msgspec
@@ -48,16 +48,12 @@ from skep.store.transactions.transaction import LocalTransaction
 SERVICE_TASKS = 100
 TABLE = ((500, 10_000), (5000, 100_000))
 REPEAT = 5
-HEADER = (
-    "| nodes | tasks | wall, s | processor, s | loop held, ms | longest slice, ms | tasks moved | busy |\n"
-    "|---|---|---|---|---|---|---|---|"
-)
 LIMIT_S, HELD_MS = 2.0, 20.0
 """Promised limits at 5,000 nodes and 100,000 tasks."""
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
-    """One question."""
+    """One run of the measured work.  ``count`` is its result."""
 
     seconds: float
     processor_s: float
@@ -65,7 +61,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """Longest delay of another task of the event loop, which includes time that other processes took."""
     slice_ms: float
     """Longest processor time without a pause."""
-    moved: int
+    count: int
     busy: float
     """Share of the machine that was busy just before."""
 
@@ -133,9 +129,20 @@ def _node(number: int) -> Node:
     )
 
 
-async def ask(state: State) -> Timing:
-    """Ask what follows from the loss of one node."""
-    busy, clock = noise(), SystemClock()
+async def ask(state: State) -> int:
+    """Ask what follows from the loss of one node, and return the number of tasks that move."""
+    clock = SystemClock()
+    question = Question(Rehearsal(state, time.time_ns()), lambda _: True)
+    await asyncio.sleep(0)
+    await run_in_slices(question.begin(), clock)
+    lose(question.rehearsal, [NodeId("node00001")])
+    await run_in_slices(question.settle(), clock)
+    return sum(move.tasks for one in question.answer.services for move in one.moves)
+
+
+async def time_work(work: Callable[[State], Awaitable[int]], state: State) -> Timing:
+    """Run ``work`` once, while another task wakes up as often as it can."""
+    busy = noise()
     held_s = slice_s = 0.0
 
     async def watch() -> None:
@@ -149,50 +156,68 @@ async def ask(state: State) -> Timing:
     watching = asyncio.create_task(watch())
     await asyncio.sleep(0)
     began, processor = time.perf_counter(), time.process_time()
-    question = Question(Rehearsal(state, time.time_ns()), lambda _: True)
-    await asyncio.sleep(0)
-    await run_in_slices(question.begin(), clock)
-    lose(question.rehearsal, [NodeId("node00001")])
-    await run_in_slices(question.settle(), clock)
+    count = await work(state)
     took, processor_s = time.perf_counter() - began, time.process_time() - processor
     await asyncio.sleep(0)
     watching.cancel()
-    moved = sum(move.tasks for one in question.answer.services for move in one.moves)
     return Timing(
         seconds=took,
         processor_s=processor_s,
         held_ms=1000 * held_s,
         slice_ms=1000 * slice_s,
-        moved=moved,
+        count=count,
         busy=busy,
     )
 
 
 def _line(nodes: int, tasks: int, one: Timing) -> str:
     figures = f"{one.seconds:.3f} | {one.processor_s:.3f} | {one.held_ms:.1f} | {one.slice_ms:.1f}"
-    return f"| {nodes} | {tasks} | {figures} | {one.moved} | {one.busy:.0%} |"
+    return f"| {nodes} | {tasks} | {figures} | {one.count} | {one.busy:.0%} |"
 
 
-def main() -> None:
-    """Measure one size, or the whole table."""
+def measure(
+    work: Callable[[State], Awaitable[int]],
+    *,
+    description: str,
+    kind: str,
+    title: str,
+    counted: str,
+    limits: str,
+) -> None:
+    """Measure one size, or the whole table, as the command's options say.
+
+    Args:
+        work: The measured work.  Returns a number for the column ``counted``.
+        description: Text of the command's help.
+        kind: Name of the result's files.
+        limits: The promised limits at the largest size, as a sentence.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--nodes", type=int)
     parser.add_argument("--tasks", type=int)
     options = parser.parse_args()
     now, at = datetime.now(UTC), commit()
     sizes = [(options.nodes or 500, options.tasks or 10_000)] if options.nodes or options.tasks else TABLE
-    lines, kept = (
-        [HEADER],
-        [],
+    columns = (
+        "nodes",
+        "tasks",
+        "wall, s",
+        "processor, s",
+        "loop held, ms",
+        "longest slice, ms",
+        counted,
+        "busy",
     )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    kept = []
     for nodes, tasks in sizes:
         state = a_state(nodes, tasks)
         gc_settings.configure_gc()  # as the manager's process does after loading
         timings = []
         for _ in range(REPEAT):
-            timings.append(asyncio.run(ask(state)))
+            timings.append(asyncio.run(time_work(work, state)))
             gc.collect()
         lines += [_line(nodes, tasks, one) for one in timings]
         kept.append({"nodes": nodes, "tasks": tasks, "timings": msgspec.to_builtins(timings)})
@@ -201,18 +226,26 @@ def main() -> None:
     if len(sizes) > 1:
         text = "\n".join(
             (
-                f"# `skep what-if lose NODE`, {now:%Y-%m-%d %H:%M} UTC, commit {at}",
+                f"# `{title}`, {now:%Y-%m-%d %H:%M} UTC, commit {at}",
                 "",
-                f"Each question by itself. Limits at 5,000 nodes: {LIMIT_S:g} s, and {HELD_MS:g} ms for which the",
-                "event loop is held. `busy`: share of the machine that other work took just before. Where it is high,",
-                "processor time is the figure to read: other processes delay a loop as well.",
+                limits,
+                "`busy`: share of the machine that other work took just before. Where it is high, processor time is",
+                "the figure to read: other processes delay a loop as well.",
                 "",
                 *lines,
                 "",
             )
         )
-        write_result(result_name(now, at, "what-if"), text, kept)
+        write_result(result_name(now, at, kind), text, kept)
 
 
 if __name__ == "__main__":
-    main()
+    measure(
+        ask,
+        description=__doc__,
+        kind="what-if",
+        title="skep what-if lose NODE",
+        counted="tasks moved",
+        limits=f"Each question by itself. Limits at 5,000 nodes: {LIMIT_S:g} s, and {HELD_MS:g} ms for which the "
+        "event loop is held.",
+    )
