@@ -36,13 +36,12 @@ class DecisionsAreStable:
     """The leader does not reverse its own decisions on scale, restart and placement without a cause.
 
     Causes are a new spec of the service (by a user or a rollback), a change of the task's node or of the node
-    that it was to relieve, the end of the task, its preemption, or for a job the completion of another task of
-    the same run.  A node that cannot take tasks, and a newer run of the job, are causes however long ago they
+    that it was to relieve, the end of the task, its preemption, its move to another node (a drain or a rebalance), or
+    for a job the completion of another task of the same run.  A node that cannot take tasks, and a newer run of the job, are causes however long ago they
     changed: a decision that was proposed before may be committed much later if a disk hung meanwhile.  For the
     same reason a new spec counts from the creation of the task on, although the task was assigned later.
 
-    The product moves a task for no other reason, so a decision stands without limit.  Rebalancing would need a
-    cool-down here.  Autoscaling changes the spec (``AutoscalingIsCalm``).
+    The product retires a task for no other reason, so a decision stands without limit.  Autoscaling changes the spec (``AutoscalingIsCalm``).
     """
 
     def __init__(self) -> None:
@@ -106,6 +105,8 @@ class DecisionsAreStable:
             return
         if task.spec != service.spec.task_template or task.preemption is not None:
             return  # replaced by an update, or stopped for another task
+        if task.relocation is not None:
+            return  # its successor runs on another node
         if service.job_status is not None and task.job_iteration != service.job_status.job_iteration:
             return  # a newer run has overtaken it
         if task.job_iteration is not None and _is_completed(

@@ -12,6 +12,7 @@ import structlog
 from skep.aio.clock import Clock, tick
 from skep.aio.time_slices import result_in_slices
 from skep.errors import SkepError
+from skep.manager.control_loops.failures import isolated
 from skep.manager.rebalance.plan import Balance, PlannedMove, first_moves, loads_of
 from skep.manager.rebalance.records import (
     MOVED_MAX,
@@ -59,12 +60,13 @@ class Rebalancer:
         """Rebalance until cancelled."""
         while True:
             await tick(self._clock, STEP_S)
-            try:
-                await self._step()
-            except NotLeader:
-                raise
-            except SkepError as error:
-                log.warning("rebalance not written, will retry", reason=str(error))
+            with isolated("step of a rebalance", ""):
+                try:
+                    await self._step()
+                except NotLeader:
+                    raise
+                except SkepError as error:
+                    log.warning("rebalance not written, will retry", reason=str(error))
 
     async def _step(self) -> None:
         view = self._term.view()

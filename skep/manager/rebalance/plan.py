@@ -18,6 +18,7 @@ from functools import partial
 import msgspec
 
 from skep.aio.time_slices import STEP, SlicedWork
+from skep.manager.control_loops.failures import isolated
 from skep.manager.scheduler.explaining.explain import reserve_for
 from skep.manager.scheduler.nodes.accounting import Account, Accounting
 from skep.manager.scheduler.nodes.affinity import domain_of
@@ -117,7 +118,8 @@ class Balance:
     def _load(self, skipped: Collection[ServiceId]) -> SlicedWork[None]:
         view, accounting = self._view, self._accounting
         for number, service in enumerate(view.find(Service)):
-            accounting.affinities.set(service)
+            with isolated("service in a rebalance plan", service.id):
+                accounting.affinities.set(service)
             if number % STEP == 0:
                 yield
         for volume in view.find(Volume):
@@ -127,30 +129,38 @@ class Balance:
             if number % STEP == 0:
                 yield
         for number, task in enumerate(view.find(Task)):
-            reserve_for(accounting, task, view)
+            with isolated("task in a rebalance plan", task.id):
+                reserve_for(accounting, task, view)
             if number % STEP == 0:
                 yield
         named = _named_services(view)
         for service in view.find(Service):
             yield
-            tasks = view.find(Task, service_id=service.id)
-            if service.id in skipped or service.spec.name.lower() in named or not is_movable(service, view):
-                continue
-            active = [task for task in tasks if not task.status.state.is_terminal]
-            if not _is_settled(service, active, view):
-                continue
-            requirements = requirements_of(
-                active[0],
-                spec_of(view, active[0]),
-                planes_of(active[0], partial(view.lookup, Network)),
-                accounting.affinities.of(service.id),
-            )
-            if requirements.rules.soft:
-                continue
-            for task in sorted(active, key=lambda one: (-one.slot, one.id)):
-                groups = self._groups.setdefault(task.node_id, {})
-                group = groups.setdefault(service.id, _Group(service, requirements, []))
-                group.tasks.append(task)
+            if service.id not in skipped and service.spec.name.lower() not in named:
+                with isolated("service in a rebalance plan", service.id):
+                    self._add_group(service)
+
+    def _add_group(self, service: Service) -> None:
+        """Add the tasks of a service if they may move."""
+        view = self._view
+        tasks = view.find(Task, service_id=service.id)
+        if not is_movable(service, view):
+            return
+        active = [task for task in tasks if not task.status.state.is_terminal]
+        if not _is_settled(service, active, view):
+            return
+        requirements = requirements_of(
+            active[0],
+            spec_of(view, active[0]),
+            planes_of(active[0], partial(view.lookup, Network)),
+            self._accounting.affinities.of(service.id),
+        )
+        if requirements.rules.soft:
+            return
+        for task in sorted(active, key=lambda one: (-one.slot, one.id)):
+            groups = self._groups.setdefault(task.node_id, {})
+            group = groups.setdefault(service.id, _Group(service, requirements, []))
+            group.tasks.append(task)
 
     def _next(self) -> SlicedWork[tuple[Account, Account, _Group] | None]:
         """Return the next move: from the node with the most tasks to the node with the fewest, if it may be made."""

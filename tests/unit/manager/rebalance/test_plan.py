@@ -1,7 +1,8 @@
 """The moves of ``skep rebalance``: what they improve, what they never touch, and that a plan ends."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import pytest
 from hypothesis import given, settings
@@ -34,6 +35,8 @@ from skep.store.interface import Object
 from skep.store.state import State
 from skep.store.transactions.transaction import LocalTransaction
 from tests.support.builders import a_node, a_service, a_task
+
+ObjectKind = TypeVar("ObjectKind", bound=Object)
 
 GIB = 1 << 30
 MEMORY = 8 * GIB
@@ -320,3 +323,19 @@ def test_no_move_makes_anything_worse_and_afterwards_none_is_left(
         assert broken_rules(state) <= broken, move
     if not loads:
         assert plan(state) == [], "nothing is left to move"
+
+
+class UnreadableTasks(State):
+    """A state in which the tasks of one service cannot be read."""
+
+    def find(self, kind: type[ObjectKind], **by: str) -> Sequence[ObjectKind]:
+        if by.get("service_id") == "bad":
+            raise RuntimeError("not readable")
+        return super().find(kind, **by)
+
+
+def test_a_service_whose_tasks_cannot_be_read_stays_and_the_others_move() -> None:
+    put(state := UnreadableTasks(), a_node("n1"), a_node("n2"), a_node("n3"))
+    add(state, web(*CROWDED), *CROWDED)
+    add(state, a_service("bad", replicas=4), *CROWDED)
+    assert [one.service for one in plan(state)] == ["web"]
