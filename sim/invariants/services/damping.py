@@ -37,11 +37,13 @@ class DecisionsAreStable:
 
     Causes are a new spec of the service (by a user or a rollback), a change of the task's node or of the node
     that it was to relieve, the end of the task, its preemption, its move to another node (a drain or a rebalance), or
-    for a job the completion of another task of the same run.  A node that cannot take tasks, and a newer run of the job, are causes however long ago they
-    changed: a decision that was proposed before may be committed much later if a disk hung meanwhile.  For the
-    same reason a new spec counts from the creation of the task on, although the task was assigned later.
+    for a job the completion of another task of the same run.  A node that cannot take tasks, and a newer run of the
+    job, are causes however long ago they changed: a decision that was proposed before may be committed much later if a
+    disk hung meanwhile.  For the same reason a new spec counts from the creation of the task on, although the task was
+    assigned later.
 
-    The product retires a task for no other reason, so a decision stands without limit.  Autoscaling changes the spec (``AutoscalingIsCalm``).
+    The product retires a task for no other reason, so a decision stands without limit.  Autoscaling changes the spec
+    (``AutoscalingIsCalm``).
     """
 
     def __init__(self) -> None:

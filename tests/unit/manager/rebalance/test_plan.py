@@ -338,4 +338,4 @@ def test_a_service_whose_tasks_cannot_be_read_stays_and_the_others_move() -> Non
     put(state := UnreadableTasks(), a_node("n1"), a_node("n2"), a_node("n3"))
     add(state, web(*CROWDED), *CROWDED)
     add(state, a_service("bad", replicas=4), *CROWDED)
-    assert [one.service for one in plan(state)] == ["web"]
+    assert {one.service for one in plan(state)} == {"web"}
