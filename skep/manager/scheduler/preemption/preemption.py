@@ -213,7 +213,11 @@ def is_leaving(task: Task) -> bool:
 def frees_own_resources(task: Task, accounting: Accounting, view: View) -> bool:
     """Return whether an earlier task of the slot, which an update stops, will soon release something that ``task`` may
     need.
+
+    A stop-first update stops it for a prepared task that is refused.  A start-first update does not stop it before
+    ``task`` runs.
     """
+    is_prepared = task.desired_state < TaskState.RUNNING
     for one in view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}"):
         usage, account = accounting.held(one.node_id).get(one.id), accounting.accounts.get(one.node_id)
         if (
@@ -223,7 +227,7 @@ def frees_own_resources(task: Task, accounting: Accounting, view: View) -> bool:
             or account.node.status.state is not NodeState.READY
         ):
             continue
-        if not one.is_wanted or usage.is_exclusive:
+        if not one.is_wanted or (is_prepared and usage.is_exclusive):
             return True
     return False
 

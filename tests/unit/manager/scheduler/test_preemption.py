@@ -356,6 +356,16 @@ def test_an_update_that_stops_a_task_of_the_slot_first_needs_no_other_victim() -
     assert not frees_own_resources(new, world.accounting, world.view), "its node cannot stop it"
 
 
+def test_a_start_first_update_preempts_others_since_it_keeps_the_old_task() -> None:
+    """Both waited for each other: preemption for the old task's end, and the update for the new task's start."""
+    old = a_task(service=IMPORTANT, node="n1")
+    new = replace(a_task(service=IMPORTANT, state=TaskState.PENDING), id=TaskId("new"))
+    world = World([a_node(has=ROOM)], [IMPORTANT], [old])
+    assert not frees_own_resources(new, world.accounting, world.view)
+    prepared = replace(new, desired_state=TaskState.READY)
+    assert frees_own_resources(prepared, world.accounting, world.view), "stop-first retires the old task for it"
+
+
 def test_nothing_stops_for_a_task_that_is_removed_at_the_same_moment() -> None:
     """Its removal fails the commit, and the decision is made again."""
     task = replace(a_task(service=IMPORTANT, state=TaskState.PENDING), spec_version=None)
