@@ -28,7 +28,7 @@ from sim.faults.trial import try_an_update
 from sim.invariants.convergence import unmet
 from sim.invariants.nodes.allocations import allocation_violations
 from sim.invariants.nodes.preemption import held_by_lower
-from sim.invariants.quiescence import live_violations, replica_violations
+from sim.invariants.quiescence import is_leftover, live_violations, replica_violations
 from sim.invariants.services.schedules import DECIDED_S, undecided
 from sim.users.operators import Operators
 from sim.users.random_specs import BROKEN, ENDING_IMAGES, HANGING, MEMORY_BYTES
@@ -265,12 +265,12 @@ def _check_quiescence(cluster: SimulatedCluster) -> None:
     """Check the invariants of a cluster at rest."""
     note, now = cluster.observer.note, cluster.loop.time
     # Services with crashing containers are never at rest, so only violations that persist count.
-    before, left = set(_rest_violations(cluster)), set(cluster.leftovers())
+    before, left = set(_rest_violations(cluster)), set(_leftovers(cluster))
     cluster.run_for(STOPPED_S)
     note(now(), [violation for violation in _rest_violations(cluster) if violation in before])
     # A write to a dead leader waits for its timeout, and a failed decision for its next attempt.
     until = now() + LONGEST_WAIT_S
-    while (left := left.intersection(cluster.leftovers())) and now() < until:
+    while (left := left.intersection(_leftovers(cluster))) and now() < until:
         cluster.run_for(POLL_S)
     note(now(), sorted(left))
     note(now(), allocation_violations(cluster.view))
@@ -282,9 +282,14 @@ def _check_quiescence(cluster: SimulatedCluster) -> None:
 
 def _rest_violations(cluster: SimulatedCluster) -> Iterable[str]:
     yield from cluster.rest_violations()
-    yield from live_violations(cluster.view)
+    yield from (one for one in live_violations(cluster.view) if not is_leftover(one))
     if any(allows_preemption(one.spec.labels) for one in cluster.view.find(Swarm)):
         yield from held_by_lower(cluster.view)
+
+
+def _leftovers(cluster: SimulatedCluster) -> Iterable[str]:
+    yield from cluster.leftovers()
+    yield from filter(is_leftover, live_violations(cluster.view))
 
 
 async def _replica_violations(cluster: SimulatedCluster, id: NodeId) -> list[str]:

@@ -111,6 +111,9 @@ class _FailingView:
     def unreadable(self, kind: type[Object]) -> Mapping[str, str]:
         return self._view.unreadable(kind)
 
+    def why_unreadable(self, kind: type[Object], name: str) -> str:
+        return self._view.why_unreadable(kind, name)
+
     def damaged(self, kind: type[Object]) -> Mapping[str, Mapping[str, str]]:
         return self._view.damaged(kind)
 

@@ -63,6 +63,9 @@ class View(Protocol):
         is a node, with its readable parts.
         """
 
+    def why_unreadable(self, kind: type[Object], name: str) -> str:
+        """Return the error of the unreadable object that has this unique name, or an empty string without one."""
+
     def damaged(self, kind: type[Object]) -> Mapping[str, Mapping[str, str]]:
         """Return the errors of unreadable parts except heads, by id and part.  Usually empty.
 

@@ -85,6 +85,12 @@ class State:
         """Return the errors of unreadable objects of a kind, by id.  The mapping is shared: do not change it."""
         return self.table_by_type[kind].unreadable
 
+    def why_unreadable(self, kind: type[msgspec.Struct], name: str) -> str:
+        """Return the error of the unreadable object that has this unique name, or an empty string without one."""
+        table = self.table_by_type[kind]
+        held = self.claims.get(keys.name_claim(table.schema.name, name))
+        return table.unreadable.get(held.owner[1], "") if held is not None and held.owner is not None else ""
+
     def damaged(self, kind: type[msgspec.Struct]) -> Mapping[str, Mapping[str, str]]:
         return self.table_by_type[kind].damaged
 

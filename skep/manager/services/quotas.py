@@ -10,6 +10,7 @@ from ipaddress import IPv4Network, IPv6Network
 import msgspec
 from msgspec.structs import replace
 
+from skep.errors import Unavailable
 from skep.manager.cluster import known_cluster
 from skep.model.history import stack_of
 from skep.model.network import IPAMOptions, Network, NetworkSpec, network_of
@@ -321,9 +322,17 @@ def replicas_within_quota(view: View, service: Service, replicas: int) -> tuple[
 
 
 def quota_of(view: View, stack: str) -> StackQuota | None:
-    """Return the quota of a stack, or None without one."""
+    """Return the quota of a stack, or None without one.
+
+    Raises: Unavailable: It cannot be read, so that its limits are unknown.
+    """
     found = view.find(StackQuota, name=stack.lower()) if stack else ()
-    return next((one for one in found if one.spec.name == stack), None)
+    quota = next((one for one in found if one.spec.name == stack), None)
+    if quota is None and stack and (why := view.why_unreadable(StackQuota, stack)):
+        raise Unavailable(
+            f"the quota of the stack {stack} cannot be read here: {why}. Try again, which may reach another manager."
+        )
+    return quota
 
 
 BOUNDS = (

@@ -126,6 +126,9 @@ class LocalTransaction:
     def unreadable(self, kind: type[msgspec.Struct]) -> Mapping[str, str]:
         return self._state.unreadable(kind)
 
+    def why_unreadable(self, kind: type[msgspec.Struct], name: str) -> str:
+        return self._state.why_unreadable(kind, name)
+
     def damaged(self, kind: type[msgspec.Struct]) -> Mapping[str, Mapping[str, str]]:
         return self._state.damaged(kind)
 

@@ -155,6 +155,9 @@ class World:
     def unreadable(self, kind: type[Any]) -> Mapping[str, str]:
         return {}
 
+    def why_unreadable(self, kind: type[Any], name: str) -> str:
+        return ""
+
     def rely_on_all(self, kind: type[Any]) -> None:
         """Do nothing, for the same reason."""
 

@@ -3,13 +3,18 @@
 from collections.abc import Mapping
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from skep.errors import Unavailable
+from skep.manager.services.quotas import quota_of
 from skep.model.node import Node, SessionOwner
+from skep.model.quota import QuotaSpec, StackQuota
 from skep.model.service import Service, TaskSpec, UpdateState, UpdateStatus
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
+from skep.model.values.ids import QuotaId
 from skep.model.values.meta import Version
 from skep.store.codec import PartCodec
 from skep.store.interface import Created, Deleted, Updated
@@ -220,6 +225,20 @@ def with_an_unreadable_present_version() -> tuple[Service, Task, State]:
     damaged = KeyChange("o/spec/web/4", b"", 2, 2, damage="rotten")
     state.apply(2, [damaged, *changes_of(replace(task, spec=TaskSpec()), revision=2)])
     return service, task, state
+
+
+def test_a_quota_that_cannot_be_read_is_not_taken_for_no_quota():
+    """A manager that restarts with a damaged value would otherwise accept what the quota forbids."""
+    state = State()
+    quota, claim = StackQuota(id=QuotaId("q1"), spec=QuotaSpec(name="Shop", tasks=1)), "n/quota/shop"
+    state.apply(1, [*changes_of(quota), KeyChange(claim, b"quota/q1", 1, 1)])
+    assert quota_of(state, "Shop") is not None
+    state = State()
+    damaged = KeyChange("o/quota/q1", b"", 1, 1, damage="rotten")
+    state.apply(1, [damaged, KeyChange(claim, b"quota/q1", 1, 1)])
+    with pytest.raises(Unavailable, match=r"quota of the stack Shop cannot be read here: .*rotten"):
+        quota_of(state, "Shop")
+    assert quota_of(state, "other") is None, "other stacks are not affected"
 
 
 def test_what_stood_for_a_version_that_cannot_be_read_is_kept_when_the_service_has_another():

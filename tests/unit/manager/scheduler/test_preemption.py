@@ -363,7 +363,9 @@ def test_a_start_first_update_preempts_others_since_it_keeps_the_old_task() -> N
     world = World([a_node(has=ROOM)], [IMPORTANT], [old])
     assert not frees_own_resources(new, world.accounting, world.view)
     prepared = replace(new, desired_state=TaskState.READY)
-    assert frees_own_resources(prepared, world.accounting, world.view), "stop-first retires the old task for it"
+    assert frees_own_resources(prepared, world.accounting, world.view), (
+        "stop-first retires the old task for it"
+    )
 
 
 def test_nothing_stops_for_a_task_that_is_removed_at_the_same_moment() -> None:
