@@ -213,8 +213,9 @@ def _is_retried(old: Service, new: Service) -> bool:
 
 
 def _fails(was: Task, task: Task) -> bool:
+    """Return whether the task fails.  A restart of its node is no failure of the task."""
     failed = (TaskState.FAILED, TaskState.REJECTED)
-    return was.status.state not in failed and task.status.state in failed
+    return was.status.state not in failed and task.status.state in failed and task.ended_by_itself
 
 
 def _unfounded(start: JobStart, service: Service, before: JobStatus, view: View) -> Iterable[str]:
