@@ -41,6 +41,7 @@ from skep.model.service import (
     UpdateOrder,
 )
 from skep.model.task import Task, TaskState, TaskStatus, VolumeAttachment
+from skep.model.task_end import EndCause, TaskEnd
 from skep.model.values.ids import ServiceId, VolumeId
 from skep.model.values.meta import Version
 from skep.model.values.times import Timestamp, timestamp
@@ -324,6 +325,20 @@ def test_a_slot_of_another_spec_has_attempts_of_its_own() -> None:
         assert history.violations == []
         history.put(replace(run, status=TaskStatus(state=TaskState.FAILED)))
     assert len(history.violations) == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "violations"), [(None, 1), (TaskEnd(cause=EndCause.NODE_RESTARTED.value), 0)]
+)
+def test_a_restart_of_the_node_is_no_attempt(end: TaskEnd | None, violations: int) -> None:
+    history = History(RetriesAreBounded())
+    history.put(a_report(1))
+    for number in range(3):
+        run = a_run(f"t{number}", iteration=1)
+        history.put(run := replace(run, spec=replace(run.spec, restart_policy=RestartPolicy(max_attempts=1))))
+        ended = TaskStatus(state=TaskState.FAILED, end=end if number == 1 else None)
+        history.put(replace(run, status=ended))
+    assert len(history.violations) == violations
 
 
 def test_a_task_that_is_moved_is_no_failure_of_its_service() -> None:

@@ -19,9 +19,10 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
-from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.task import Relocation, Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.values.meta import Version
+from skep.model.values.times import Timestamp
 from tests.sim.histories import W1, W2, History, a_node, a_run, a_service, a_task
 from tests.support.builders import a_service_spec
 
@@ -119,6 +120,14 @@ def test_a_replacement_may_be_taken_back_if_the_drain_that_it_was_for_is_undone(
         )
     decided.history.after(30).put(msgspec.structs.replace(newer, desired_state=TaskState.SHUTDOWN))
     assert len(decided.history.violations) == violations
+
+
+def test_a_move_to_another_node_is_a_cause() -> None:
+    decided = Decided()
+    move = Relocation(target=W2, at=Timestamp("2026-01-01T00:00:00Z"))
+    decided.history.put(msgspec.structs.replace(decided.history.state.get(Task, "t3"), relocation=move))
+    decided.end()
+    assert decided.history.violations == []
 
 
 def test_a_placement_that_is_reversed_without_a_cause_is_rejected() -> None:
