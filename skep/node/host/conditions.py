@@ -104,10 +104,16 @@ class Conditions:
         return tuple(message for _, message in sorted(self.present().items()))
 
     def labels(self) -> Mapping[str, str]:
-        """Return the engine labels of present conditions, and of short conditions that have just ended."""
+        """Return the engine labels of present conditions, and of short conditions that have just ended.
+
+        A manager that reads the labels is a manager that the node reaches, so ``manager-unreachable`` has no label.
+        """
         with self._lock:
             self._drop_ended()
-            labeled = sorted(self._conditions.items())[:CONDITIONS_MAX]
+            named = [
+                item for item in self._conditions.items() if item[0] != ConditionName.MANAGER_UNREACHABLE
+            ]
+            labeled = sorted(named)[:CONDITIONS_MAX]
             return {condition_label(name): one.message for name, one in labeled}
 
     def _drop_ended(self) -> None:

@@ -50,14 +50,23 @@ def test_a_condition_is_a_warning_until_it_is_cleared(conditions: Conditions):
 
 
 async def test_a_condition_of_one_cluster_is_not_reported_to_the_next(conditions: Conditions):
-    """The managers of the cluster that the node joins would show for half a minute that none of them answers."""
-    conditions.set("manager-unreachable", "no manager answers")
+    """The managers of the cluster that the node joins would show it for half a minute."""
+    conditions.set("swarm", "no cluster")
+    conditions.clear("swarm")
     conditions.set("disk", "full")
     session = SessionState(HandClock())
     none: Any = Nothing()
     work = NodeWork(none, none, none, HandClock(), conditions, session=session, probes=None)
     await work.remove_all()
     assert conditions.labels() == {"skep.condition.disk": "full"}
+
+
+def test_no_manager_shows_that_the_node_reaches_none(conditions: Conditions):
+    """A leader showed it of itself for half a minute after the cluster was made on a busy machine."""
+    conditions.set("manager-unreachable", "no manager answers")
+    conditions.set("disk", "full")
+    assert conditions.labels() == {"skep.condition.disk": "full"}
+    assert conditions.warnings() == ("full", "no manager answers")
 
 
 class Nothing:
