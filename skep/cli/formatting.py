@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from skep.errors import InvalidArgument
 from skep.model.values.times import SECOND_NS, Timestamp, unix_ns
 
+_NAMED_MAX = 5
+"""Further words are counted, so that a sentence stays one."""
 _UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"))
 
 
@@ -47,6 +49,12 @@ def size(count: int) -> str:
 def counted(number: int, noun: str) -> str:
     """Return the number with its noun: ``1 node``, ``2 nodes``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def named(words: Sequence[str]) -> str:
+    """Return the first few of ``words``, such as ``a, b and 2 more``."""
+    more = len(words) - _NAMED_MAX
+    return ", ".join(words[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from skep.api.client.waiting import persistently
 from skep.cli import options, passthrough
 from skep.cli.apps.service import is_job
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
-from skep.cli.formatting import counted
+from skep.cli.formatting import counted, named
 from skep.cli.running import do_each, run_requests, say
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.model.node_reports.departures import STAYS, UNREPLACED
@@ -35,8 +35,6 @@ from skep.stack.waiting import HeldTimes
 _LOOK_S = 0.5
 """Seconds between two looks at a node that is drained or evicted.  Both take seconds to minutes."""
 _PATH = "/skep/cluster/evict"
-_NAMED_MAX = 5
-"""More services or tasks than these are counted, so that the warning stays one sentence."""
 _ASKED_MAX = 20
 """Tasks whose reasons one look asks for, as each is a request.  With more tasks left, a drain waits for its timeout."""
 _AVAILABILITY = "docker node update --availability"
@@ -194,12 +192,6 @@ def left_behind(spec: Mapping[str, Any], node: str) -> str:
     if volume_affinity(spec.get("Labels") or {}) is VolumeAffinity.REQUIRED:
         return f"{has}, and waits until {node} accepts tasks again ({VOLUME_AFFINITY}={VolumeAffinity.REQUIRED.value})"
     return f"{has}: it starts elsewhere with empty volumes, and the data stays on {node}"
-
-
-def named(words: Sequence[str]) -> str:
-    """Return the first few of ``words``, such as ``a, b and 2 more``."""
-    more = len(words) - _NAMED_MAX
-    return ", ".join(words[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
 async def _set_draining(client: Requests, name: str, *, now: bool) -> None:

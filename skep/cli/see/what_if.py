@@ -7,7 +7,7 @@ from urllib.parse import quote
 import click
 
 from skep.cli.endpoint import HostOptions
-from skep.cli.formatting import counted, duration, size
+from skep.cli.formatting import counted, duration, named, size
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import errors_shown
 from skep.cli.stack.stack_files import (
@@ -182,6 +182,10 @@ def _lines(title: str, answer: Mapping[str, Any], screen: Screen) -> Iterator[st
         for missing in one["Missing"]:
             text = f"  {one['Name']}: {missing['Tasks']} not running: {missing['Reason']}"
             yield from map(printable, screen.fitted(text, indent=4))
+        if volumes := one.get("LeftBehind"):
+            left = sorted({each["Source"] for each in one["Moves"] if each["Source"] and each["Target"]})
+            text = f"  {one['Name']}: starts elsewhere with empty volumes, the data of {named(volumes)} stays on "
+            yield from map(printable, screen.fitted(f"{text}{named(left)}", indent=4))
     if answer["OtherServices"]:
         more = f", and {answer['OtherMissing']} of their tasks do not run" if answer["OtherMissing"] else ""
         yield f"  {counted(answer['OtherServices'], 'service')} of other stacks are affected{more}"

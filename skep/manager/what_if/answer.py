@@ -13,6 +13,7 @@ from skep.manager.services.disruption_budget import is_available, required
 from skep.manager.what_if.course import Course
 from skep.manager.what_if.rehearsal import Rehearsal
 from skep.model.node import Node, takes_tasks
+from skep.model.options.slot_volumes import local_volumes
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.values.encoding import ApiObject, always
@@ -62,6 +63,8 @@ class ServiceEffect(ApiObject):
     """Estimated seconds until the last of its tasks runs that run again or elsewhere."""
     moves: tuple[MovedTasks, ...] = always(())
     missing: tuple[MissingTasks, ...] = always(())
+    left_behind: tuple[str, ...] = ()
+    """Local volumes, as in the spec, whose data stays on the nodes that tasks move away from."""
 
     @property
     def is_below_minimum(self) -> bool:
@@ -175,6 +178,7 @@ class Question:
         problems = problems_of(
             as_run(view, service), known, nodes, wanted=desired, now_ns=self.rehearsal.clock.now_ns()
         )
+        moves = _moves(tasks, view, course)
         return ServiceEffect(
             id=service.id,
             name=service.spec.name,
@@ -184,8 +188,11 @@ class Question:
             after=after,
             minimum=required(service),
             seconds=round(course.last_at.get(service.id, 0.0), 1),
-            moves=_moves(tasks, view, course),
+            moves=moves,
             missing=_missing(problems),
+            left_behind=local_volumes(service.spec.task_template)
+            if any(one.source and one.target for one in moves)
+            else (),
         )
 
     def _nodes(self) -> Iterator[NodeEffect]:

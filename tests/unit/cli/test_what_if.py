@@ -55,6 +55,8 @@ def test_missing_tasks_minimums_and_other_stacks_end_with_another_exit_code() ->
     lost = an_answer(Services=[a_service(After=1, Missing=missing)], Notes=["It is frozen."])
     assert "  web: 1 not running: no suitable node" in lines(lost)
     assert "  It is frozen." in lines(lost)
+    moved = an_answer(Services=[a_service(LeftBehind=["data"])])
+    assert "  web: starts elsewhere with empty volumes, the data of data stays on w1" in lines(moved)
     hidden = an_answer(OtherServices=2, OtherMissing=3)
     assert "  2 services of other stacks are affected, and 3 of their tasks do not run" in lines(hidden)
     worse = [lost, hidden, an_answer(Services=[a_service(Minimum=2)])]

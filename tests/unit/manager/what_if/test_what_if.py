@@ -9,7 +9,7 @@ from skep.errors import InvalidArgument, NotFound
 from skep.manager.what_if.answer import Question, SupposedOutcome
 from skep.manager.what_if.rehearsal import Rehearsal
 from skep.manager.what_if.suppositions import deploy, drain, lose, nodes_named, quorum_after
-from skep.model.container import ConfigReference, FileTarget
+from skep.model.container import ConfigReference, ContainerSpec, FileTarget, Mount
 from skep.model.node import (
     EngineDescription,
     EnginePlugin,
@@ -19,6 +19,7 @@ from skep.model.node import (
     Reachability,
     SessionOwner,
 )
+from skep.model.options.autoscaling import with_replicas
 from skep.model.options.labels import MIN_AVAILABLE, ON_DISCONNECT
 from skep.model.service import NetworkAttachmentConfig, Resources, Service
 from skep.model.swarm import Swarm
@@ -93,6 +94,20 @@ def test_a_task_that_fits_no_other_node_waits_with_its_reason() -> None:
     (found,) = answer.services
     assert (found.after, [(one.tasks, one.kind) for one in found.missing]) == (0, [(1, "no-node")])
     assert "it needs node.hostname==w1" in found.missing[0].reason
+
+
+def test_data_that_a_moved_task_leaves_behind_is_named() -> None:
+    mounts = (
+        Mount(type="volume", source="data", target="/data"),
+        Mount(source="/srv", target="/srv", type="bind"),
+    )
+    spec = a_service_spec("db")
+    template = replace(spec.task_template, container_spec=ContainerSpec(image="db:1", mounts=mounts))
+    db = a_service("db", spec=replace(spec, task_template=template))
+    state = a_state(node("w1"), node("w2"), *with_tasks(db, "w1"))
+    assert ask(state, draining("w1")).services[0].left_behind == ("data",)
+    grown = ask(state, lambda rehearsal: deploy(rehearsal, with_replicas(db.spec, 2))).services[0]
+    assert grown.left_behind == (), "a new task leaves nothing behind"
 
 
 def test_a_drain_starts_replacements_first_and_a_task_without_room_stays() -> None:
