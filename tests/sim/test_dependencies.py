@@ -234,6 +234,22 @@ def test_a_service_that_is_scaled_to_nothing_is_not_waited_for() -> None:
         cluster.run_until(lambda: cluster.running("web") == 1, within_s=5)
 
 
+def test_a_service_that_was_removed_after_the_migration_is_not_waited_for() -> None:
+    """The web service would otherwise never return after a loss of power."""
+    with SimulatedCluster(managers=1, workers=2, seed=1) as cluster:
+        a_shop(cluster)
+        cluster.run_until(lambda: cluster.running("web") == 3, within_s=15)
+        cluster.remove("db")
+        cluster.run_until(lambda: cluster.containers("db") == 0, within_s=15)
+        lose_power(cluster, UNNOTICED_S + 20)
+        for manager in cluster.managers:
+            cluster.start_manager(manager)
+        for worker in cluster.workers:
+            cluster.start_node(worker)
+        cluster.run_until(lambda: cluster.containers("web") == 3 == cluster.running("web"), within_s=60)
+        cluster.check_invariants()
+
+
 def test_a_service_that_is_stopped_is_waited_for_until_it_starts() -> None:
     with SimulatedCluster(workers=3) as cluster:
         cluster.create(replace(a_service_spec("db"), labels={STOPPED: "true"}))

@@ -89,15 +89,26 @@ class DependenciesComeFirst:
         return id in self._running.values() or self._ran.get(id, -inf) > now - UNNOTICED_S
 
 
-def missing_dependencies(service: Service, view: View) -> Iterator[str]:
-    """Yield the dependencies that a service waits for, in a cluster at rest."""
+def missing_dependencies(
+    service: Service, view: View, path: frozenset[ServiceId] = frozenset()
+) -> Iterator[str]:
+    """Yield the dependencies that a service waits for, in a cluster at rest.
+
+    A completed service counts while its own dependencies are met, as far as they exist.
+
+    Args:
+        path: Completed services on the way to this one.
+    """
     for one in dependencies_of(service.spec.labels):
         found = [each for each in view.find(Service, name=one.service) if each.removed_at is None]
         if not found:
-            yield one.service
+            if not path:
+                yield one.service
             continue
         tasks = view.find(Task, service_id=found[0].id)
         is_met = one.condition is not DependencyCondition.HEALTHY and _has_completed(found[0], view)
+        if is_met and found[0].id not in path:
+            yield from missing_dependencies(found[0], view, path | {found[0].id})
         if one.condition is not DependencyCondition.COMPLETED:
             is_met = is_met or any(task.status.state is TaskState.RUNNING for task in tasks)
         if not is_met:

@@ -9,8 +9,9 @@ After a power loss the store still says that everything runs.  A task's status c
 node's last registration, or if the node has had enough time to report another one (``Confirmed``).
 
 A completed job counts while the services that it depends on satisfy its own conditions: after a power loss a web
-service that depends on a migration, which depends on a database, waits for the database.  A job with a time to live
-stays while a service requires it (``dependents.requiring``).
+service that depends on a migration, which depends on a database, waits for the database.  It does not wait for services
+that were removed since the job completed.  A job with a time to live stays while a service requires it
+(``dependents.requiring``).
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -183,7 +184,8 @@ class _Check:
     def _unmet(self, one: Dependency, path: Collection[str]) -> str:
         found = [each for each in self._view.find(Service, name=one.service) if each.removed_at is None]
         if not found:
-            return f"{WAITS_FOR}{one.service}{DOES_NOT_EXIST}" if one.is_required else ""
+            is_indirect = len(path) > 1  # through a completed job, which therefore no longer needs it
+            return f"{WAITS_FOR}{one.service}{DOES_NOT_EXIST}" if one.is_required and not is_indirect else ""
         service = found[0]
         self.services.add(service.id)
         if _wants_none(service.spec.mode):  # the same as in Compose
