@@ -71,6 +71,20 @@ async def test_a_node_a_network_and_a_task_are_explained_by_their_names(cluster:
     )
 
 
+async def test_nodes_of_one_name_are_told_apart(cluster: Cluster) -> None:
+    """A machine that left the cluster and joined again stays in the list under its former ID until it is removed."""
+    former = a_node("8x2k", state=NodeState.DOWN)
+    former = replace(former, description=replace(former.description, hostname="m1"))
+    await cluster.store.update(lambda tx: tx.put(former))
+    code, _, err = await cluster.run("explain", "m1")
+    assert code == 1
+    assert re.fullmatch(
+        r"Error: node m1 is ambiguous \(2 matches found\): use an ID: .*\b8x2k \(down\).*\n", err
+    ), err
+    code, out, _ = await cluster.run("explain", "8x2k")
+    assert (code, out.splitlines()[0]) == (0, "m1: down")
+
+
 async def test_a_node_that_is_there_is_not_forgotten_and_one_that_drains_names_its_tasks(
     cluster: Cluster,
 ) -> None:

@@ -16,7 +16,7 @@ from skep.cli.formatting import age, duration, seconds_since
 from skep.cli.output import OutputOptions, Screen, Shown, shows
 from skep.cli.see.quorum import UNREACHABLE, headers_for, quorum_of, silence
 from skep.cli.see.verify import about as about_violations
-from skep.errors import NotFound, SkepError
+from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.node import plain_message
 from skep.model.options.label_suggestions import NODE_LABELS, PREFIX, suggested_label
 from skep.model.options.labels import system_reserve
@@ -65,6 +65,10 @@ async def _ask(host: HostOptions, name: str) -> Shown:
             node = await get(f"/nodes/{escaped}")
         except NotFound:
             pass
+        except InvalidArgument as error:
+            several = await get("/nodes", filters={"name": [name]})
+            ids = ", ".join(f"{one['ID']} ({one['Status']['State']})" for one in several)
+            raise InvalidArgument(f"{error}: use an ID{f': {ids}' if ids else ''}") from None
         else:
             tasks = await get("/tasks", filters={"node": [node["ID"]]})
             states = Counter(task["Status"]["State"] for task in tasks)

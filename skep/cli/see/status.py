@@ -1,6 +1,7 @@
 """``skep status``: shows the cluster on one screen, as one node sees it, with the reason if something is unhealthy."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
@@ -473,10 +474,14 @@ def _next(status: StatusScreen) -> Iterator[str]:
 
 
 def worst(cluster: ClusterStatus) -> str:
-    """Return the name of the worst problem: the oldest failed service, else a lost node, else a converging service."""
+    """Return the name of the worst problem: the oldest failed service, else a lost node, else a converging service.
+
+    A node is named by its ID if another one has its name, as after a machine has left and joined again.
+    """
     bad = [row for row in cluster.services if not row.is_healthy]
     bad.sort(key=lambda row: (row.weight, row.since or "~", row.name))
-    lost = [row.name for row in cluster.nodes if not row.is_healthy]
+    names = Counter(row.name for row in cluster.nodes)
+    lost = [row.id if names[row.name] > 1 else row.name for row in cluster.nodes if not row.is_healthy]
     # If services are degraded because of a lost node, the node comes first.
     is_own = bool(bad) and (bad[0].weight < _NODE_LOST or not lost)
     return bad[0].name if is_own else lost[0] if lost else ""

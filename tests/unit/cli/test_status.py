@@ -126,6 +126,8 @@ def test_next_names_the_oldest_failure_before_what_a_lost_node_has_left() -> Non
     assert next_command(down, found) == "Next: skep explain c"
     assert next_command(down, {"a": moving, "d": lost}) == "Next: skep explain w1"
     assert next_command([m1], {"a": moving, "d": lost}) == "Next: skep explain d"
+    left = a_node("m1", "down") | {"ID": "8x2k"}
+    assert next_command([m1, left], {}) == "Next: skep explain 8x2k", "the machine has joined again"
     unreachable = a_node("m2") | {"ManagerStatus": {"Reachability": "unreachable"}}
     assert next_command([m1, unreachable], {}) == "Next: skep explain m2"
 
