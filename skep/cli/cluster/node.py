@@ -191,7 +191,7 @@ def left_behind(spec: Mapping[str, Any], node: str) -> str:
     has = f"{spec['Name']} has local volumes on {node} ({named(volumes)})"
     if volume_affinity(spec.get("Labels") or {}) is VolumeAffinity.REQUIRED:
         return f"{has}, and waits until {node} accepts tasks again ({VOLUME_AFFINITY}={VolumeAffinity.REQUIRED.value})"
-    return f"{has}: it starts elsewhere with empty volumes, and the data stays on {node}"
+    return f"{has}: the data stays on {node}, and a task that starts elsewhere has empty volumes"
 
 
 async def _set_draining(client: Requests, name: str, *, now: bool) -> None:

@@ -111,7 +111,7 @@ async def test_a_drain_names_the_local_volumes_that_stay_behind_before_it_begins
     await _drain(host, "w1", None)
     assert capsys.readouterr().err == (
         "db stops its tasks on w1 before their replacements start (they write to the volume data)\n"
-        "db has local volumes on w1 (data): it starts elsewhere with empty volumes, and the data stays on w1\n"
+        "db has local volumes on w1 (data): the data stays on w1, and a task that starts elsewhere has empty volumes\n"
     )
 
 
