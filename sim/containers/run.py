@@ -408,8 +408,15 @@ class Run:
         return process is not None and process.is_started
 
     async def _kill(self, node: NodeProcess, id: ContainerId) -> None:
-        await node.engine.kill(id)
-        await node.engine.wait(id)
+        # A wait that begins after the kill would last for the next run, if another user has started the container again.
+        ended = asyncio.create_task(node.engine.wait(id))
+        ended.add_done_callback(lambda done: done.cancelled() or done.exception())
+        try:
+            await asyncio.sleep(0)
+            await node.engine.kill(id)
+            await ended
+        finally:
+            ended.cancel()
 
     async def _ask(self, node: NodeProcess, text: str, work: Coroutine[Any, Any, Any]) -> Any:
         """Return the result of a request, its error, or None if it is unknown."""

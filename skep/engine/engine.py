@@ -410,7 +410,6 @@ class Engine:
         if container.plain is None:
             return await self.lifecycle.start(container.id, secret_env)
         self.restart_monitor.reset(container.id)
-        self.lifecycle.note(container.id, life_events.UserStarts())
         try:
             return await self.lifecycle.start(container.id, secret_env)
         except (SkepError, OSError):

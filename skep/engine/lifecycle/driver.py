@@ -137,7 +137,11 @@ class LifecycleDriver:
         Raises: NotFound; BeingRemoved; StartError; MountFailed; NotRunning: a forced removal interrupted the start.
         """
         async with self.locks.operation(id):
-            await self.adoption.adopt_first(id)
+            await self.adoption.adopt_first(
+                id
+            )  # which makes the policy active, as at each start of the node process
+            if self._store.require(id).plain is not None:
+                self.note(id, life_events.UserStarts())
             return await self.run(id, life_events.Start(secret_env=tuple(secret_env)))
 
     async def restart(self, id: ContainerId, *, ignore_stop: bool) -> None:

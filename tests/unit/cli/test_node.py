@@ -152,9 +152,7 @@ def a_spec(*mounts: dict[str, Any], **labels: str) -> dict[str, Any]:
 def test_only_data_that_stays_on_the_node_is_named() -> None:
     data = {"Type": "volume", "Source": "data", "Target": "/d"}
     nfs = {"DriverConfig": {"Name": "local", "Options": {"type": "nfs", "device": ":/x"}}}
-    assert left_behind(a_spec(data), "w1").startswith(
-        "db has local volumes on w1 (data): the data stays on"
-    )
+    assert left_behind(a_spec(data), "w1").startswith("db has local volumes on w1 (data): the data stays on")
     assert left_behind(a_spec(data | {"VolumeOptions": nfs}), "w1") == ""
     assert left_behind(a_spec({"Type": "bind", "Source": "/d", "Target": "/d"}), "w1") == ""
     assert left_behind(a_spec(data, **{"skep.volume-affinity": "required"}), "w1") == (

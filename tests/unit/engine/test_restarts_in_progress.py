@@ -39,3 +39,32 @@ def test_a_restart_in_progress_uses_up_no_attempt_of_a_start_by_its_user(
         state=ContainerState.EXITED, process=None, exit_code=1, plain=PlainOptions(restart=policy)
     )
     on_virtual_time(body, tmp_path, ended)
+
+
+def test_a_start_by_its_user_that_fails_before_its_adoption_leaves_the_container_ended(
+    tmp_path: Path,
+) -> None:
+    """It counted as restarting, although no restart was due."""
+    adopts_later = [True]
+
+    async def fail(*_: object) -> None:
+        raise Unavailable("not now")
+
+    def look(*_: object) -> None:
+        if adopts_later:
+            adopts_later.clear()
+            raise OSError("the mounts cannot be read")
+
+    def before(stubs: StubEngine) -> None:
+        stubs.steps["bundles.is_mounted"] = look
+
+    async def body(stubs: StubEngine) -> None:
+        assert not adopts_later, "its adoption has failed, and is retried"
+        stubs.steps["runtime.start"] = fail
+        with pytest.raises(Unavailable):
+            await stubs.engine.start(ID)
+        assert not stubs.engine.get(ID).is_restarting
+
+    always = PlainOptions(restart=RestartPolicy(name="always"))
+    ended = a_container(state=ContainerState.EXITED, process=None, exit_code=1, plain=always)
+    on_virtual_time(body, tmp_path, ended, before=before)
