@@ -408,7 +408,7 @@ class Run:
         return process is not None and process.is_started
 
     async def _kill(self, node: NodeProcess, id: ContainerId) -> None:
-        # A wait that begins after the kill would last for the next run, if another user has started the container again.
+        # A wait that begins after the kill would last for the next run, if another user has started it again.
         ended = asyncio.create_task(node.engine.wait(id))
         ended.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
