@@ -9,7 +9,8 @@ from msgspec.structs import replace
 
 from sim.world.time import VirtualLoop
 from skep.api.client.client import ApiClient
-from skep.cli.cluster.node import _drain, _Progress, drain_and_wait, left_behind, named, without_node
+from skep.cli.cluster.node import _drain, _Progress, drain_and_wait, left_behind, without_node
+from skep.cli.formatting import named
 from skep.cli.main import main
 from skep.errors import Unavailable
 from skep.manager.routes import ManagerApi
