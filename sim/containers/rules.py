@@ -137,11 +137,12 @@ def unadopted(world: World, one: Container, *, is_watched: bool) -> Iterator[str
     if one.state is ContainerState.REMOVING:
         return
     if is_up(one):
+        is_paused = one.state is ContainerState.PAUSED
         # If a crash has lost the record of its end, the watch finds that end, perhaps at a later attempt.
         is_known = one.process == process.name if process is not None else id in world.lost
         if not is_known or not is_watched:
             yield f"{id[:4]} was adopted as {one.state.value} and is not watched"
-        elif process is not None and process.exit_code is None and process.is_frozen != (one.state is ContainerState.PAUSED):
+        elif process is not None and process.exit_code is None and process.is_frozen != is_paused:
             yield f"{id[:4]} was adopted as {one.state.value} and is not"
         return
     if ("process", id) not in world.unfreed and (one.process is not None or process is not None):
