@@ -118,7 +118,7 @@ class Containers:
         self.cluster_volumes = self.executor.cluster_volumes
         self.local_networks = self.data_plane.local
         self.logs = TaskLogs(self.engine)
-        self._front_door = FrontDoor(self._door_directory, foundation.clock)
+        self._front_door = FrontDoor(self._door_directory, foundation.clock, self.payloads.write_door)
         self.usage_page = UsagePage(self.engine.list, foundation.cgroups, foundation.clock)
 
     def _present_engine(self) -> Engine | None:
@@ -170,6 +170,14 @@ class Containers:
         run(tables.run, "network tables")
         watch = partial(unreachable.watch, foundation.session, plane.prober, tables.exclude, foundation.clock)
         run(watch, "silent peers")
+        run(partial(self._follow_certificates, tables), "certificates of the front door")
+
+    async def _follow_certificates(self, tables: NetworkTables) -> None:
+        """Apply the front door's network again when its certificates or challenges change, until cancelled."""
+        while True:
+            await self.payloads.door_changed.wait()
+            self.payloads.door_changed.clear()
+            tables.apply_again(lambda table: table.head.is_door)
 
     def run_checks(self, run: Run) -> None:
         """Run the checks and the background work of images and networks."""
