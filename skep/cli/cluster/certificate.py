@@ -1,7 +1,4 @@
-"""``skep certificate`` and ``skep door acme``: certificates of the host names of services.
-
-The command does not have them yet (``cli.main``), because no proxy answers an authority's challenges.
-"""
+"""``skep certificate`` and ``skep door acme``: certificates of the host names of services."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
