@@ -17,6 +17,7 @@ from skep.aio.clock import SystemClock
 from skep.dataplane.door.configuration import DoorState, files
 from skep.dataplane.door.listener import FrontDoor
 from skep.errors import Unavailable
+from skep.model.assignment import SecretFile
 from skep.model.door.payloads import DoorPayload, door_file
 from skep.model.door.settings import DoorSettings
 from skep.model.networks.tables import NetworkHead, NetworkTable, TableEndpoint, TableService
@@ -75,7 +76,10 @@ class DoorRig:
 
     async def send(self, *payloads: DoorPayload) -> None:
         """Send the node these certificates and challenges, and no others."""
-        files = [door_file(one) for one in payloads]
+        await self.send_files(*map(door_file, payloads))
+
+    async def send_files(self, *files: SecretFile) -> None:
+        """Send the node these files, and no others."""
         self.payloads.put(files, ())
         self.payloads.keep_only([one.id for one in files], ())
         await self.apply()

@@ -27,7 +27,7 @@ class Front:
     def __init__(self, context: ssl.SSLContext, roots: str) -> None:
         self.roots = roots
         self.directory = ""
-        self.pebble = ""
+        self.pebble = self.management = ""
         self.counts: Counter[str] = Counter()
         """Number of requests by the first part of their path."""
         self.is_away = False
@@ -79,6 +79,11 @@ class Front:
         found = self.challenges().get(token)
         return web.Response(text=found) if found is not None else web.Response(status=404)
 
+    async def issuer(self) -> str:
+        """Return the root (PEM) of the certificates that Pebble issues."""
+        async with self._session.get(f"{self.management}/roots/0") as response:
+            return await response.text()
+
     async def wait_ready(self) -> None:
         """Wait until Pebble accepts connections."""
         while True:
@@ -90,8 +95,13 @@ class Front:
 
 
 @asynccontextmanager
-async def pebble(directory: Path, **options: str) -> AsyncIterator[Front]:
-    """Run Pebble with ``options`` in its environment (``PEBBLE_WFE_NONCEREJECT``)."""
+async def pebble(directory: Path, validated_at: int = 0, **options: str) -> AsyncIterator[Front]:
+    """Run Pebble.
+
+    Args:
+        validated_at: Port on loopback at which Pebble reads challenges.  Default: the web server of the test.
+        options: Its environment (``PEBBLE_WFE_NONCEREJECT``).
+    """
     root = Authority.create(name="pebble")
     certificate, key = server_certificate(root, "127.0.0.1")
     certificate_file, key_file = directory / "pebble.crt", directory / "pebble.key"
@@ -99,12 +109,13 @@ async def pebble(directory: Path, **options: str) -> AsyncIterator[Front]:
     key_file.write_bytes(key)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate_file, key_file)
-    port, http_port = free_port(), free_port()
+    port, management_port, http_port = free_port(), free_port(), free_port()
     configuration = {
         "listenAddress": f"127.0.0.1:{port}",
+        "managementListenAddress": f"127.0.0.1:{management_port}",
         "certificate": str(certificate_file),
         "privateKey": str(key_file),
-        "httpPort": http_port,
+        "httpPort": validated_at or http_port,
         "tlsPort": free_port(),
         "ocspResponderURL": "",
         "externalAccountBindingRequired": False,
@@ -119,6 +130,7 @@ async def pebble(directory: Path, **options: str) -> AsyncIterator[Front]:
     }
     front = Front(context, root.root_pem.decode())
     front.pebble = f"https://127.0.0.1:{port}"
+    front.management = f"https://127.0.0.1:{management_port}"
     async with upstream(knows("127.0.0.1")) as names, front.serving(http_port):
         with (directory / "pebble.log").open("wb") as log:
             process = await asyncio.create_subprocess_exec(
