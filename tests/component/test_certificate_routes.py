@@ -12,6 +12,7 @@ from skep.manager.acme.records import ACCOUNT_ID, account_in, record_id, record_
 from skep.manager.acme.showing import certificate_families, certificate_warnings, expiring_soon
 from skep.manager.acme.steps import AcmeFailed
 from skep.manager.acme.writing import begin_order, note_outcome
+from skep.manager.control.validation.new_objects import known_task
 from skep.manager.notify.problems import LastBackup, problems_of_cluster
 from skep.manager.routes.access import ManagerApi
 from skep.model.options.notifications import Topic
@@ -20,7 +21,7 @@ from skep.store.interface import Transaction
 from skep.store.kinds import write_record
 from skep.store.level import LEVEL
 from tests.component.test_users_on_a_manager import Rig, _a_rig
-from tests.support.builders import a_service
+from tests.support.builders import a_service, a_task
 
 DAY_NS = 86_400 * SECOND_NS
 APP = "app.example.com"
@@ -117,8 +118,20 @@ async def test_terms_are_read_unless_they_were_agreed_to(rig: Rig) -> None:
 
 
 async def test_users_below_administrator_see_nothing(rig: Rig) -> None:
-    for request in ("GET /skep/certificates", f"POST /skep/certificates/{APP}/renew"):
-        assert (await rig.exchange("operator", request))[0] == 403
+    for request, body in (
+        ("GET /skep/certificates", None),
+        (f"POST /skep/certificates/{APP}/renew", None),
+        ("POST /skep/certificates/authority", AUTHORITY),
+    ):
+        assert (await rig.exchange("operator", request, body))[0] == 403
+
+
+async def test_users_below_administrator_reach_no_container_with_keys(rig: Rig) -> None:
+    door = a_service("door")
+    door = replace(door, spec=replace(door.spec, name="door", labels={"skep.door": "true"}))
+    task = replace(a_task("door1"), service_id=door.id)
+    await rig.api.store.update(lambda tx: [tx.put(door), tx.put(task)])
+    assert "skep.door" in known_task(rig.api.store.view(), task).machine_rights
 
 
 async def test_a_certificate_that_is_not_renewed_is_a_problem_a_warning_and_a_metric(rig: Rig) -> None:

@@ -157,7 +157,7 @@ def _configuration(state: DoorState, directory: str, keys: str) -> Iterator[str]
     http, https = state.settings.ports
     yield from _frontend("http", str(http), state, directory)
     if state.certificates:
-        # A client that names no host of ours gets no certificate, because any one would be that of another site.
+        # Clients that name no host of ours get no certificate, since each of them belongs to another site.
         tls = f"{https} ssl crt-list {keys}/{LIST} strict-sni alpn h2,http/1.1"
         yield from _frontend("https", tls, state, directory)
     yield "backend no-route"

@@ -101,7 +101,6 @@ class FrontDoor:
         proxies = proxies_on(door, node_id) if door is not None else []
         if door is None or not proxies:
             self._applied = None
-            await asyncio.to_thread(self._keys)
             return
         if door.head.id not in changed and self._applied is not None:
             return

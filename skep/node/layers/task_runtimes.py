@@ -15,6 +15,7 @@ from skep.agent.executor.process import ProcessExecutor
 from skep.agent.executor.pulling import nothing_beside
 from skep.agent.session.probe_stream import NodeProbes
 from skep.agent.tasks.task_logs import NoLogs, TaskLogs
+from skep.aio.failures import isolate
 from skep.configuration.configuration import Configuration, UnixHost
 from skep.dataplane.dataplane import DataPlane, Host, NetProcess
 from skep.dataplane.dns.checks import NameChecks
@@ -173,10 +174,15 @@ class Containers:
         run(partial(self._follow_certificates, tables), "certificates of the front door")
 
     async def _follow_certificates(self, tables: NetworkTables) -> None:
-        """Apply the front door's network again when its certificates or challenges change, until cancelled."""
+        """Apply the front door's network again when its certificates or challenges change, until cancelled.
+
+        Files are also written if the node has left that network, so that no key outlives the last proxy.
+        """
         while True:
             await self.payloads.door_changed.wait()
             self.payloads.door_changed.clear()
+            writing = asyncio.to_thread(self.payloads.write_door)
+            await isolate(writing, "certificates of the front door not written")
             tables.apply_again(lambda table: table.head.is_door)
 
     def run_checks(self, run: Run) -> None:

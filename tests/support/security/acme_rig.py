@@ -45,7 +45,7 @@ class AcmeRig:
         self.run_step = AuthorityCalls().run_step
         front.challenges = lambda: challenges_in(records_in(self.store.view()))
 
-    async def found(self) -> None:
+    async def set_up(self) -> None:
         key = private_pem(new_private_key()).decode()
         account = AcmeAccount(
             email="ops@example.com", directory=self.front.directory, roots=self.front.roots, key=key
@@ -79,7 +79,7 @@ class AcmeRig:
 
     @asynccontextmanager
     async def leading(self) -> AsyncIterator[None]:
-        """Run the loop of one leader.  At the end it is gone, as if its machine had lost power."""
+        """Run the loop of one leader.  It ends with the block, as if its machine had lost power."""
         loop = Certificates(
             self.store, CLOCK, Random(1), self.noting_step, confirm, lambda view: self.wanted, self.publish_s
         )
@@ -109,5 +109,5 @@ async def confirm() -> None:
 async def a_rig(directory: Path, validated_at: int = 0, **options: str) -> AsyncIterator[AcmeRig]:
     async with pebble(directory, validated_at, **options) as front:
         rig = AcmeRig(front)
-        await rig.found()
+        await rig.set_up()
         yield rig
