@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+import os
 import ssl
+import subprocess
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import aiohttp
 from aiohttp import web
@@ -92,6 +95,47 @@ class Front:
                     return
             except aiohttp.ClientError:
                 await asyncio.sleep(0.05)
+
+
+class PebbleAtSwitch(NamedTuple):
+    """Pebble beside a playground's nodes: its directory, and the files with the roots that its clients need."""
+
+    directory: str
+    own_roots: Path
+    issuer: Path
+
+
+@contextmanager
+def pebble_beside(namespace: Path, address: str, node: str, directory: Path) -> Iterator[PebbleAtSwitch]:
+    """Run Pebble at ``address`` in a network namespace.  It finds all names at ``node`` and reads challenges there."""
+    root = Authority.create(name="pebble")
+    files = {name: directory / f"pebble.{name}" for name in ("roots", "crt", "key", "json", "issuer")}
+    certificate, key = server_certificate(root, address)
+    for name, data in (("roots", root.root_pem), ("crt", certificate), ("key", key)):
+        files[name].write_bytes(data)
+    settings = {
+        "listenAddress": f"{address}:14000",
+        "managementListenAddress": f"{address}:15000",
+        "certificate": str(files["crt"]),
+        "privateKey": str(files["key"]),
+        "httpPort": 80,
+        "tlsPort": 443,
+    }
+    files["json"].write_text(json.dumps({"pebble": settings}))
+    enter = ["nsenter", f"--net={namespace}"]
+    names = ["pebble-challtestsrv", "-defaultIPv4", node, "-defaultIPv6", "", "-dns01", "127.0.0.1:8053"]
+    names += ["-http01", "", "-https01", "", "-tlsalpn01", "", "-management", "127.0.0.1:8055"]
+    authority = ["pebble", "-config", str(files["json"]), "-dnsserver", "127.0.0.1:8053"]
+    environment = {**os.environ, "PEBBLE_VA_NOSLEEP": "1", "PEBBLE_WFE_NONCEREJECT": "5"}
+    with ExitStack() as stack, (directory / "pebble.log").open("wb") as log:
+        for command in (names, authority):
+            process = subprocess.Popen([*enter, *command], env=environment, stdout=log, stderr=log)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        fetch = ["curl", "-sk", "--retry", "20", "--retry-connrefused", "--retry-delay", "1"]
+        url = f"https://{address}:15000/roots/0"
+        subprocess.run([*enter, *fetch, "-o", str(files["issuer"]), url], check=True, timeout=60)
+        yield PebbleAtSwitch(f"https://{address}:14000/dir", files["roots"], files["issuer"])
 
 
 @asynccontextmanager
