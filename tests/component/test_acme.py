@@ -10,6 +10,8 @@ from aiohttp import web
 from cryptography import x509
 from msgspec.structs import replace
 
+from skep.manager.acme.calls import AuthorityCalls
+from skep.manager.acme.dns_hook import DnsHook
 from skep.manager.acme.records import (
     AcmeAccount,
     HostCertificate,
@@ -22,6 +24,7 @@ from skep.manager.acme.writing import ask_for_renewal, configure
 from skep.model.values.times import SECOND_NS
 from skep.security.keys import load_private_key
 from tests.support.security.acme_rig import APP, CLOCK, a_rig
+from tests.support.security.pebble import a_zone
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("pebble") is None, reason="pebble is not installed"),
@@ -239,3 +242,19 @@ async def test_another_email_is_sent_to_the_same_account(tmp_path: Path) -> None
         await rig.until(lambda: bool(rig.account.url) and len(rig.outcomes) > 1)
         assert (rig.account.url, rig.account.key) == (before.url, before.key)
         assert rig.front.counts["my-account"] >= 1
+
+
+async def test_a_wildcard_is_validated_by_the_administrators_program(tmp_path: Path) -> None:
+    with a_zone(tmp_path) as (names_at, program):
+        async with a_rig(tmp_path, names_at=names_at) as rig:
+            rig.wanted = frozenset({"*.wild.example.com"})
+            rig.run_step = AuthorityCalls(DnsHook(str(program))).run_step
+            async with rig.leading():
+                await rig.until(lambda: bool(rig.record("*.wild.example.com").pem))
+    [pem] = certificates_in(records_in(rig.store.view())).values()
+    names = x509.load_pem_x509_certificate(pem.encode()).extensions
+    assert names.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(
+        x509.DNSName
+    ) == ["*.wild.example.com"]
+    runs = (tmp_path / "dns-hook.log").read_text().splitlines()
+    assert runs == [f"{one} _acme-challenge.wild.example.com" for one in ("set", "remove")]

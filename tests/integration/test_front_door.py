@@ -21,7 +21,7 @@ from tests.support.machines.playground_rig import (
     wait_running,
     wait_until,
 )
-from tests.support.security.pebble import PebbleAtSwitch, pebble_beside
+from tests.support.security.pebble import PebbleAtSwitch, pebble_in
 
 pytestmark = [
     pytest.mark.slow,
@@ -142,7 +142,7 @@ def check_certificates(cluster: TestCluster) -> None:
     m1 = cluster.node("m1")
     assert "Certificates are ordered from" in run(cluster, ACME)
     switch = f"{m1.description['addr'].rpartition('.')[0]}.1"
-    with pebble_beside(outside(cluster), switch, m1.description["addr"], cluster.directory) as pebble:
+    with pebble_in(outside(cluster), switch, m1.description["addr"], cluster.directory) as pebble:
         run(
             cluster,
             f"skep door acme ops@{NAME} --agree-tos --directory {pebble.directory} --roots {pebble.own_roots}",

@@ -143,7 +143,7 @@ def _read(view: View, name: str, host: str) -> OwnCertificate:
 
 
 class _Unusable(Exception):
-    """Raised for a secret that is no usable certificate, with the end of a sentence about it."""
+    """Raised for a secret without a usable certificate.  Its text continues a sentence that begins with the secret."""
 
 
 def _parsed(name: str, data: bytes, host: str) -> OwnCertificate:

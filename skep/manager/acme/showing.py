@@ -138,8 +138,6 @@ def certificate_families(view: View) -> list[MetricFamily]:
     """Return the metrics of certificates."""
     records = [one for one in records_in(view).values() if one.pem or one.error]
     own = {name: one for name, one in own_certificates(view).items() if one.pem}
-    if not records and not own and account_in(view) is None:
-        return []
     expiries = {one.name: one.not_after_ns for one in records if one.pem}
     expiries |= {name: one.not_after_ns for name, one in own.items()}
     starts = {one.name: one.not_before_ns for one in records if one.pem}

@@ -106,8 +106,10 @@ async def confirm() -> None:
 
 
 @asynccontextmanager
-async def a_rig(directory: Path, validated_at: int = 0, **options: str) -> AsyncIterator[AcmeRig]:
-    async with pebble(directory, validated_at, **options) as front:
+async def a_rig(
+    directory: Path, validated_at: int = 0, names_at: str = "", **options: str
+) -> AsyncIterator[AcmeRig]:
+    async with pebble(directory, validated_at, names_at, **options) as front:
         rig = AcmeRig(front)
         await rig.set_up()
         yield rig

@@ -98,7 +98,7 @@ class Front:
 
 
 class PebbleAtSwitch(NamedTuple):
-    """Pebble beside a playground's nodes: its directory, and the files with the roots that its clients need."""
+    """Pebble in a playground's network: its directory, and the files with the roots that its clients need."""
 
     directory: str
     own_roots: Path
@@ -106,7 +106,7 @@ class PebbleAtSwitch(NamedTuple):
 
 
 @contextmanager
-def pebble_beside(namespace: Path, address: str, node: str, directory: Path) -> Iterator[PebbleAtSwitch]:
+def pebble_in(namespace: Path, address: str, node: str, directory: Path) -> Iterator[PebbleAtSwitch]:
     """Run Pebble at ``address`` in a network namespace.  It finds all names at ``node`` and reads challenges there."""
     root = Authority.create(name="pebble")
     files = {name: directory / f"pebble.{name}" for name in ("roots", "crt", "key", "json", "issuer")}
@@ -138,12 +138,40 @@ def pebble_beside(namespace: Path, address: str, node: str, directory: Path) -> 
         yield PebbleAtSwitch(f"https://{address}:14000/dir", files["roots"], files["issuer"])
 
 
+@contextmanager
+def a_zone(directory: Path) -> Iterator[tuple[str, Path]]:
+    """Run a name server.  Yields its address, and a program that writes records into it (``acme-dns-hook``)."""
+    port, management = free_port(), free_port()
+    command = ["pebble-challtestsrv", "-defaultIPv6", "", "-dns01", f"127.0.0.1:{port}"]
+    command += ["-http01", "", "-https01", "", "-tlsalpn01", "", "-management", f"127.0.0.1:{management}"]
+    program = directory / "dns-hook"
+    program.write_text(
+        f"""#!/bin/sh
+echo "$1 $2" >>{directory}/dns-hook.log
+[ "$1" = set ] && action=set-txt || action=clear-txt
+exec curl -sf --retry 20 --retry-connrefused --retry-delay 1 \\
+  -d "{{\\"host\\": \\"$2.\\", \\"value\\": \\"$3\\"}}" http://127.0.0.1:{management}/$action
+"""
+    )
+    program.chmod(0o755)
+    with (directory / "zone.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        yield f"127.0.0.1:{port}", program
+    finally:
+        process.kill()
+        process.wait()
+
+
 @asynccontextmanager
-async def pebble(directory: Path, validated_at: int = 0, **options: str) -> AsyncIterator[Front]:
+async def pebble(
+    directory: Path, validated_at: int = 0, names_at: str = "", **options: str
+) -> AsyncIterator[Front]:
     """Run Pebble.
 
     Args:
-        validated_at: Port on loopback at which Pebble reads challenges.  Default: the web server of the test.
+        validated_at: Port on loopback at which Pebble reads challenges.  By default, the web server of the test.
+        names_at: Address and port of the name server.  By default, each name leads to loopback.
         options: Its environment (``PEBBLE_WFE_NONCEREJECT``).
     """
     root = Authority.create(name="pebble")
@@ -182,7 +210,7 @@ async def pebble(directory: Path, validated_at: int = 0, **options: str) -> Asyn
                 "-config",
                 str(file),
                 "-dnsserver",
-                f"{names.address}:{names.port}",
+                names_at or f"{names.address}:{names.port}",
                 "-strict",
                 env=environment,
                 stdout=log,
