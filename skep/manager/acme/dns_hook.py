@@ -31,7 +31,7 @@ _ENVIRONMENT = ("PATH", "HOME", "LANG")
 
 
 class DnsHook:
-    """The program at an absolute path.  An empty path: there is none."""
+    """The program at an absolute path.  With an empty one, every run fails."""
 
     def __init__(self, path: str = "", deadline_s: float = HOOK_S) -> None:
         self._path = path
