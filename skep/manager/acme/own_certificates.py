@@ -3,7 +3,7 @@
 A secret has a chain, the certificate of the host first, and its private key, all in PEM.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import msgspec
 from cryptography import x509
@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 from skep.errors import InvalidArgument
 from skep.manager.services.routes import claimant_of, exposed
 from skep.model.door.claims import Claimant, settled
-from skep.model.door.routes import HTTP, HttpRoute, has_routes, routes_of
+from skep.model.door.routes import HTTP, routes_of, tls_secrets
 from skep.model.history import stack_of
 from skep.model.secret import Secret
 from skep.model.service import ServiceSpec
@@ -45,11 +45,6 @@ class OwnCertificate(msgspec.Struct, frozen=True, kw_only=True):
         return f"OwnCertificate(secret={self.secret!r})"
 
 
-def has_secret(route: HttpRoute) -> bool:
-    """Return whether a route names a secret with its certificate."""
-    return route.options.tls not in ("", "auto", "off")
-
-
 def secrets_of_hosts(claimants: Collection[Claimant]) -> dict[str, str]:
     """Return the names of the secrets by host.
 
@@ -58,14 +53,14 @@ def secrets_of_hosts(claimants: Collection[Claimant]) -> dict[str, str]:
     """
     known: dict[str, Claimant] = {}
     chosen: dict[str, str] = {}
-    if not any(has_secret(route) for one in claimants for route in one.routes):
+    if not any(route.options.tls_secret for one in claimants for route in one.routes):
         return {}
     claimants_by_id = {one.id: one for one in claimants}
     for id, routes in settled(claimants_by_id.values()).accepted.items():
         for route in routes:
             owner = known.setdefault(route.host, claimants_by_id[id])
-            if has_secret(route) and owner.stack == claimants_by_id[id].stack:
-                chosen.setdefault(route.host, route.options.tls)
+            if route.options.tls_secret and owner.stack == claimants_by_id[id].stack:
+                chosen.setdefault(route.host, route.options.tls_secret)
     return chosen
 
 
@@ -82,7 +77,7 @@ def check_certificates(view: View, spec: ServiceSpec, id: ServiceId | None = Non
 
     Raises: InvalidArgument.
     """
-    wanted = [one for one in routes_of(spec.labels) if has_secret(one)]
+    wanted = [one for one in routes_of(spec.labels) if one.options.tls_secret]
     if not wanted:
         return
     present = [one for one in exposed(view) if one.id == id]
@@ -114,19 +109,7 @@ def check_certificates(view: View, spec: ServiceSpec, id: ServiceId | None = Non
 
 def services_with(view: View, secret: str) -> list[str]:
     """Return the names of the services that take a certificate from a secret."""
-    users = (
-        one.spec.name
-        for one in exposed(view)
-        if any(route.options.tls == secret for route in routes_of(one.spec.labels))
-    )
-    return sorted(users)
-
-
-def secrets_of(labels: Mapping[str, str]) -> list[str]:
-    """Return the secrets with certificates that a service's labels name."""
-    if not has_routes(labels):
-        return []
-    return sorted({one.options.tls for one in routes_of(labels) if has_secret(one)})
+    return sorted(one.spec.name for one in exposed(view) if secret in tls_secrets(one.spec.labels))
 
 
 def _read(view: View, name: str, host: str) -> OwnCertificate:

@@ -100,7 +100,7 @@ def expiring_soon(
             yield name, f"{name} has no certificate: {one.problem}"
         elif _is_left(_OVERDUE_SHARE, one.not_before_ns, one.not_after_ns, now_ns):
             words = _expiry(name, one.not_after_ns, now_ns)
-            yield name, f"{words}. Create another secret, and set skep.http.tls to its name"
+            yield name, f"{words}. Run skep secret rotate {one.secret} FILE"
     if (account := account_in(view)) is None:
         return
     names = wanted(view)

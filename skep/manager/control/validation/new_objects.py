@@ -11,10 +11,10 @@ from msgspec.structs import replace
 from skep.api.access.permissions import STACK_LABEL, KnownObject, NewObject, sees
 from skep.api.formats.networks import PREDEFINED_LABEL
 from skep.errors import SkepError
-from skep.manager.acme.own_certificates import secrets_of
 from skep.manager.cluster import reserved_ports_of
 from skep.manager.nodes.trust import machine_log, trusted_of
 from skep.model.container import ContainerSpec
+from skep.model.door.routes import tls_secrets
 from skep.model.needs import sources_of
 from skep.model.network import Network, NetworkSpec
 from skep.model.options.affinity import named_services
@@ -89,7 +89,7 @@ def planned_service(view: View, spec: ServiceSpec, among: Callable[[Any], bool] 
     container = spec.task_template.container_spec or ContainerSpec()
     new = new_service(view, spec, among)
     uses = [one for one in new.uses if one[0] not in ("secret", "config")]
-    secrets = [*(one.secret_name for one in container.secrets), *secrets_of(spec.labels)]
+    secrets = [*(one.secret_name for one in container.secrets), *sorted(tls_secrets(spec.labels))]
     uses += [("secret", _by_name(view, Secret, name), name) for name in secrets]
     uses += [
         ("config", _by_name(view, Config, one.config_name), one.config_name) for one in container.configs
@@ -175,7 +175,7 @@ def _uses(
         yield "network", _named(view, Network, attachment.target, among), attachment.target
     for secret in container.secrets:
         yield "secret", _by_id(view.lookup(Secret, secret.secret_id)), secret.secret_name
-    for name in secrets_of(spec.labels):
+    for name in sorted(tls_secrets(spec.labels)):
         yield "secret", _by_name(view, Secret, name), name
     for config in container.configs:
         yield "config", _by_id(view.lookup(Config, config.config_id)), config.config_name
