@@ -23,8 +23,9 @@ log = structlog.get_logger(__name__)
 HOOK_S = 300.0
 """Time limit in seconds for a run.  Changes reach all servers of a zone within a few minutes."""
 _OUTPUT_BYTES_MAX = 64 * 1024
-"""Longest output that is read.  Its end becomes a reason of at most ``_REASON_CHARACTERS_MAX``."""
+"""Longest output that is read.  Programs print a few lines."""
 _REASON_CHARACTERS_MAX = 200
+"""Longest part of it in a reason.  With the program's path, the reason still fits a notification."""
 _END_S = 1.0
 """Seconds for the end of a killed program."""
 _ENVIRONMENT = ("PATH", "HOME", "LANG")
