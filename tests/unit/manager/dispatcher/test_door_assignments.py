@@ -1,6 +1,11 @@
 """Certificates and challenges of the front door reach the nodes of its tasks, and no others."""
 
+import asyncio
+from math import inf
+from random import Random
+
 import msgspec
+import pytest
 
 from skep.aio.clock import SystemClock
 from skep.manager.acme.door_files import DoorFiles
@@ -12,12 +17,15 @@ from skep.manager.acme.records import (
     record_id,
 )
 from skep.manager.dispatcher.assignments import SentState, difference, everything
+from skep.manager.dispatcher.loop import Dispatcher
+from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
+from skep.manager.dispatcher.node_sessions.sessions import LiveSession
 from skep.model.assignment import AssignmentSet
 from skep.model.door.payloads import DoorPayload, merged
 from skep.model.door.settings import DOOR
 from skep.model.node import Node
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.values.ids import NodeId, ServiceId
+from skep.model.values.ids import NodeId, ServiceId, SessionId, new_id
 from skep.store.interface import Transaction
 from skep.store.kinds import Payload, write_record
 from skep.store.memory import MemoryStore
@@ -113,3 +121,25 @@ async def test_the_certificates_leave_with_the_last_task_of_the_door() -> None:
     message, _ = rig.difference(sent, ended)
     assert message is not None
     assert set(message.removed_secrets) == {one.id for one in first.secrets}
+
+
+async def test_a_changed_record_wakes_the_nodes_of_the_door_alone() -> None:
+    rig = await Rig().fill()
+    own = ManagerPeer(node_id=NodeId("m1"), addr="")
+    dispatcher = Dispatcher(rig.store, own, SystemClock(), new_id, Random(1))
+    running = asyncio.create_task(dispatcher.run())
+    try:
+        sessions = [LiveSession(id, SessionId(id), lambda: None, deadline=inf) for id in (EDGE, INNER)]
+        for one in sessions:
+            dispatcher.sessions.add(one)
+        with sessions[0].assignment_signal() as edge, sessions[1].assignment_signal() as inner:
+            async with asyncio.timeout(10):
+                assert [await edge.wait(), await inner.wait()] == [None, None]  # woken by the snapshot
+                await rig.record(HostCertificate(name="a.example", pem="second", not_before_ns=2))
+                assert await edge.wait() == set()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0):
+                    await inner.wait()
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
