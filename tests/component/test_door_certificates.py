@@ -184,8 +184,9 @@ async def test_keys_are_files_of_root_that_end_with_their_certificates(tmp_path:
 async def test_without_a_directory_for_keys_the_door_serves_http(tmp_path: Path) -> None:
     async with a_site(tmp_path) as rig:
         rig.payloads.forget("proxy")  # a task from before the node knew certificates
-        await rig.send(certificate("a.example"))
+        await rig.send(certificate("a.example"), DoorPayload(challenges={"Token": "Token.Print"}))
         assert (await rig.ask("a.example/"))[0] == 200
+        assert (await rig.ask("a.example/.well-known/acme-challenge/Token"))[1] == "Token.Print"
 
 
 @asynccontextmanager

@@ -126,13 +126,13 @@ class Payloads:
                 usable[host] = pem
         return replace(payload, certificates=usable)
 
-    def write_door(self, seen_at: str = KEYS_DIRECTORY) -> DoorPayload | None:
+    def write_door(self, seen_at: str = KEYS_DIRECTORY) -> DoorPayload:
         """Write the present certificates for all tasks of the front door.  Raises: OSError.
 
         Args:
             seen_at: The directory of a task as HAProxy sees it.
 
-        Returns: The certificates and challenges, or None if no task of the front door has a directory.
+        Returns: The challenges, and the certificates unless no task of the front door has a directory.
         """
         with self._door_lock:
             directories = list(self._directory.glob("files/*/door"))
@@ -140,7 +140,7 @@ class Payloads:
             for directory in directories:
                 with suppress(FileNotFoundError):  # its task was removed meanwhile
                     write_certificates(directory, present.certificates, seen_at)
-            return present if directories else None
+            return present if directories else replace(present, certificates={})
 
     # --- what a container sees --------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from skep.dataplane.door.configuration import (
 )
 from skep.dataplane.door.derivation import proxies_on, state_of
 from skep.errors import Unavailable
-from skep.model.door.payloads import NOTHING, DoorPayload
+from skep.model.door.payloads import DoorPayload
 from skep.model.door.settings import DIRECTORY, KEYS_DIRECTORY, DoorSettings
 from skep.model.networks.tables import NetworkTable
 from skep.model.values.ids import NetworkId, NodeId
@@ -54,9 +54,9 @@ _DONE = ("changed from", "no need to change", "Transaction created", "Committing
 _ADMIN, _MASTER = "admin.sock", "master.sock"
 
 
-Keys = Callable[[], DoorPayload | None]
-"""Writes the certificates for the front door's tasks and returns them with the challenges.  None if no task can read
-certificates.  Called in a thread.
+Keys = Callable[[], DoorPayload]
+"""Writes the certificates that the front door's tasks can read, and returns them with the challenges.  It is called in
+a thread.
 """
 
 
@@ -111,7 +111,7 @@ class FrontDoor:
                 raise Unavailable("the front door's task has no volume skep-door on this node")
             return
         # In a thread, because ten thousand routes take a second.
-        payload = await asyncio.to_thread(self._keys) or NOTHING
+        payload = await asyncio.to_thread(self._keys)
         state = self._state = await asyncio.to_thread(state_of, door, self._state, self._settings, payload)
         if state == self._applied:
             return
