@@ -100,6 +100,13 @@ async def test_a_missing_secret_is_refused_by_name() -> None:
         check_certificates(store.view(), spec_with("site"))
 
 
+async def test_a_rehearsal_that_knows_only_the_size_of_a_secret_refuses_nothing() -> None:
+    store = await store_with(site=bytes(2000))
+    check_certificates(store.view(), spec_with("site"))
+    await store.update(lambda tx: tx.delete(Payload, "secret/site"))
+    check_certificates(store.view(), spec_with("site"))
+
+
 async def test_the_front_door_gets_the_chain_and_its_key_alone() -> None:
     spec = spec_with("site")
     store = await store_with(service("web", spec, "1"), site=b"# a comment\n" + KEY + CHAIN + ROOT.root_pem)
