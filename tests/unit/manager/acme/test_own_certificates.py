@@ -11,11 +11,13 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from skep.aio.clock import SystemClock
+from skep.api.access.permissions import KnownObject
 from skep.errors import InvalidArgument
 from skep.manager.acme.door_files import DoorFiles
 from skep.manager.acme.own_certificates import check_certificates, own_certificates
 from skep.manager.acme.state import names_of_routes
 from skep.manager.control.files import remove_secret
+from skep.manager.control.validation.new_objects import new_service, planned_service
 from skep.model.door.payloads import DoorPayload
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
@@ -150,3 +152,13 @@ async def test_a_secret_with_a_certificate_in_use_stays() -> None:
     store = await store_with(service("web", spec_with("site"), "1"), site=CHAIN + KEY)
     with pytest.raises(InvalidArgument, match="secret 'site' is in use by the following service: web"):
         await store.update(remove_secret, SecretId("site"))
+
+
+async def test_a_user_needs_the_right_to_the_secret() -> None:
+    store = await store_with()
+    labels = {"com.docker.stack.namespace": "one"}
+    secret = Secret(id=SecretId("s1"), spec=SecretSpec(name="site", labels=labels))
+    await store.update(lambda tx: tx.put(secret))
+    known = KnownObject(id="s1", stack="one")
+    assert ("secret", known, "site") in new_service(store.view(), spec_with("site", stack="two")).uses
+    assert ("secret", known, "site") in planned_service(store.view(), spec_with("site", stack="two")).uses
