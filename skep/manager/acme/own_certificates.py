@@ -73,8 +73,8 @@ def own_certificates(view: View) -> dict[str, OwnCertificate]:
 def check_certificates(view: View, spec: ServiceSpec, id: ServiceId | None = None) -> None:
     """Refuse a spec with a secret that has no certificate for its host.
 
-    Secrets of the present spec are not checked again, nor are those that a rehearsal supposes without their content.
-    ``check_routes`` comes first.
+    Secrets of the present spec are not checked again.  A rehearsal does not know the content of new ones, which are
+    not checked either.  ``check_routes`` comes first.
 
     Raises: InvalidArgument.
     """
