@@ -65,6 +65,8 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """URL of a trace collector (OTLP over HTTP).  Empty for no traces."""
     etcd_binary: str = ""
     """Path of etcd.  Empty for the etcd that set-up installed, or the first on ``$PATH``."""
+    acme_dns_hook: str = ""
+    """Path of the program that writes DNS records for certificates.  Empty for none."""
 
     @property
     def paths(self) -> Paths:

@@ -34,8 +34,6 @@ USED_BY_OTHERS = {
     "__spec__": "read by the import system",
 }
 OBSERVED_BY_TESTS = {
-    "certificates_in": "what a door gets: a test reads the certificates",
-    "challenges_in": "what a door gets: a test serves the challenges",
     "comparisons": "a test waits until a namespace was compared so many times",
     "held_bytes": "a test holds a server to its bound",
     "write_archive": "tests write images",

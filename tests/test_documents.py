@@ -124,7 +124,7 @@ def test_the_files_that_a_recipe_shows_are_those_of_its_folder(page: Path) -> No
 
 @pages
 def test_every_block_of_settings_is_a_configuration(page: Path, tmp_path: Path) -> None:
-    for name in ("ca.pem", "server.pem", "server-key.pem"):
+    for name in ("acme-dns", "ca.pem", "server.pem", "server-key.pem"):
         (tmp_path / name).touch()
     for block in re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL):
         combine(Arguments(), tomllib.loads(block.replace("/etc/skep", str(tmp_path))), {})

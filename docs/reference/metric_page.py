@@ -10,6 +10,7 @@ from typing import NamedTuple
 from skep.aio.clock import SystemClock
 from skep.api.telemetry import process_metrics
 from skep.engine.metrics import usage
+from skep.manager.acme import showing
 from skep.manager.telemetry import metrics as manager_metrics
 from skep.manager.telemetry.metrics import ETCD
 from skep.node.telemetry import metrics as node_metrics
@@ -50,6 +51,14 @@ _NOT_THERE = {
 }
 """Metrics that a Docker Engine exports and Skep does not, with the reason."""
 _LABELS = {
+    **dict.fromkeys(
+        (
+            "skep_certificate_expires_timestamp_seconds",
+            "skep_certificate_valid_from_timestamp_seconds",
+            "skep_certificate_failures",
+        ),
+        ("name",),
+    ),
     "engine_daemon_engine_info": ("version", "architecture", "kernel", "os"),
     "engine_daemon_container_actions_seconds": ("action",),
     "swarm_node_info": ("node_id", "swarm_id"),
@@ -80,7 +89,7 @@ def metrics() -> str:
     """The page."""
     sections = {
         "## Of a node": (*made_in(node_metrics), _actions(), *made_in(process_metrics)),
-        "## Of a manager": (*made_in(manager_metrics), *_of_etcd()),
+        "## Of a manager": (*made_in(manager_metrics), *made_in(showing), *_of_etcd()),
         "## Of containers": tuple(Metric(*family[:3]) for family in usage.families([])),
     }
     below = {"## Of a manager": _MANAGERS, "## Of containers": _CONTAINERS}

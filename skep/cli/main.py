@@ -83,6 +83,9 @@ GROUPS = {
         "volume": Command("skep.cli.cluster.volume:volume", "Manage volumes."),
         "user": Command("skep.cli.cluster.user:user", "Manage users of the API."),
         "door": Command("skep.cli.cluster.door:door", "Manage the front door, the cluster's HTTP proxies."),
+        "certificate": Command(
+            "skep.cli.cluster.certificate:certificate", "Manage certificates of host names."
+        ),
         "notify": Command("skep.cli.cluster.notify:notify", "Manage notifications about problems."),
     },
     "Maintain": {

@@ -47,6 +47,7 @@ _METAVARS = {
     "registry-mirror": "URL",
     "metrics-host": "NAME",
     "engine-socket": "FILE",
+    "acme-dns-hook": "FILE",
     "dashboard-public": "BOOL",
     "executor": "oci|process",
     "encryption": "auto|kernel|wireguard-go",

@@ -124,6 +124,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """If None, the node searches etcd next to the Python environment, then on ``PATH``."""
     store_quota: int = 4 * 1024**3
     """Largest size of a manager's store file in bytes."""
+    acme_dns_hook: Path | None = None
+    """Program that a manager runs to write DNS records for certificates (DNS-01), or None."""
 
     insecure_registries: tuple[str, ...] = ()
     registry_mirrors: tuple[str, ...] = ()

@@ -208,6 +208,11 @@ SETTINGS = (
     Setting(name="nft", help="nftables command (nft)", read=values.text),
     Setting(name="etcd-binary", help="etcd binary to run on a manager", read=values.existing_file),
     Setting(
+        name="acme-dns-hook",
+        help="program of a manager that writes DNS records for certificates, as root",
+        read=values.existing_file,
+    ),
+    Setting(
         name="store-quota",
         help="maximum file size of the manager store, the same on every manager (4GiB)",
         read=values.store_quota,

@@ -6,6 +6,7 @@ import structlog
 
 from skep.csi.drivers import Drivers
 from skep.manager.acme.calls import AuthorityCalls
+from skep.manager.acme.dns_hook import DnsHook
 from skep.manager.control_loops.loops import loops
 from skep.manager.dispatcher.node_sessions.adoption import SessionAdoption
 from skep.manager.environment import ManagerEnvironment
@@ -40,7 +41,7 @@ class Leader:
         self._status = status
         self._observation = observation
         self._journal = journal
-        self._authority = AuthorityCalls()
+        self._authority = AuthorityCalls(DnsHook(environment.config.acme_dns_hook))
 
     async def run(self) -> None:
         """Lead whenever this manager is elected, until cancelled."""

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from skep.api.formats.service_form import settled, with_defaults
 from skep.errors import SkepError
 from skep.model.container import ConfigReference, SecretReference
+from skep.model.door.routes import tls_secrets
 from skep.model.needs import needs_of
 from skep.model.options.autoscaling import with_number_kept, with_present_number
 from skep.model.options.labels import STACK_REVISION
@@ -573,6 +574,7 @@ def _names_in(spec: ServiceSpec | None, kind: str) -> Iterator[str]:
     needs = needs_of(spec)
     if kind == "secret":
         yield from (one.secret_name for one in needs.secrets)
+        yield from tls_secrets(spec.labels)
     else:
         yield from (one.config_name for one in needs.configs)
 

@@ -2,116 +2,34 @@
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine
 from pathlib import Path
-from random import Random
 
 import pytest
 from aiohttp import web
 from cryptography import x509
 from msgspec.structs import replace
 
-from skep.aio.clock import SystemClock
 from skep.manager.acme.calls import AuthorityCalls
-from skep.manager.acme.loop import Certificates
+from skep.manager.acme.dns_hook import DnsHook
 from skep.manager.acme.records import (
     AcmeAccount,
     HostCertificate,
-    account_in,
     certificates_in,
     challenges_in,
-    record_id,
-    record_in,
     records_in,
 )
 from skep.manager.acme.steps import FIRST_AWAY_S, LIMITED_S, OrderPending, Outcome
 from skep.manager.acme.writing import ask_for_renewal, configure
 from skep.model.values.times import SECOND_NS
-from skep.security.keys import load_private_key, new_private_key, private_pem
-from skep.store.interface import Transaction
-from skep.store.kinds import Payload, write_record
-from skep.store.level import LEVEL
-from skep.store.memory import MemoryStore
-from tests.support.security.pebble import Front, pebble
+from skep.security.keys import load_private_key
+from tests.support.security.acme_rig import APP, CLOCK, a_rig
+from tests.support.security.pebble import a_zone
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("pebble") is None, reason="pebble is not installed"),
     pytest.mark.timeout(120),
 ]
-APP = "app.example.com"
-CLOCK = SystemClock()
-
-
-class Rig:
-    """A store whose leaders order from ``front``."""
-
-    def __init__(self, front: Front) -> None:
-        self.front = front
-        self.store = MemoryStore(CLOCK)
-        self.wanted = frozenset({APP})
-        self.outcomes: list[Outcome] = []
-        self.run_step = AuthorityCalls().run_step
-        front.challenges = lambda: challenges_in(records_in(self.store.view()))
-
-    async def found(self) -> None:
-        key = private_pem(new_private_key()).decode()
-        account = AcmeAccount(
-            email="ops@example.com", directory=self.front.directory, roots=self.front.roots, key=key
-        )
-
-        def write(tx: Transaction) -> None:
-            tx.raise_level(LEVEL)
-            configure(tx, account)
-
-        await self.store.update(write)
-
-    async def change(self, name: str, **fields: object) -> None:
-        """Set fields of a record, as if time had passed."""
-        await self.store.update(
-            lambda tx: write_record(tx, record_id(name), replace(record_in(tx, name), **fields))
-        )
-
-    @property
-    def account(self) -> AcmeAccount:
-        account = account_in(self.store.view())
-        assert account is not None
-        return account
-
-    def record(self, name: str = APP) -> HostCertificate:
-        return record_in(self.store.view(), name)
-
-    async def noting_step(self, account: AcmeAccount, record: HostCertificate | None) -> Outcome:
-        outcome = await self.run_step(account, record)
-        self.outcomes.append(outcome)
-        return outcome
-
-    @asynccontextmanager
-    async def leading(self) -> AsyncIterator[None]:
-        """Run the loop of one leader.  At the end it is gone, as if its machine had lost power."""
-        loop = Certificates(
-            self.store, CLOCK, Random(1), self.noting_step, confirm, lambda view: self.wanted, publish_s=0.0
-        )
-        running = asyncio.create_task(loop.run())
-        try:
-            yield
-            assert not running.done(), running
-        finally:
-            running.cancel()
-            await asyncio.wait([running])
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until the store fulfils a condition."""
-        async with asyncio.timeout(25), self.store.watch(Payload) as watch:
-            if condition():
-                return
-            async for _ in watch:
-                if condition():
-                    return
-
-
-async def confirm() -> None:
-    pass
 
 
 async def first_of(*waits: Coroutine[None, None, object]) -> None:
@@ -120,14 +38,6 @@ async def first_of(*waits: Coroutine[None, None, object]) -> None:
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         task.cancel()
-
-
-@asynccontextmanager
-async def a_rig(directory: Path, **options: str) -> AsyncIterator[Rig]:
-    async with pebble(directory, **options) as front:
-        rig = Rig(front)
-        await rig.found()
-        yield rig
 
 
 async def test_a_name_gets_a_certificate_with_its_key(tmp_path: Path) -> None:
@@ -332,3 +242,19 @@ async def test_another_email_is_sent_to_the_same_account(tmp_path: Path) -> None
         await rig.until(lambda: bool(rig.account.url) and len(rig.outcomes) > 1)
         assert (rig.account.url, rig.account.key) == (before.url, before.key)
         assert rig.front.counts["my-account"] >= 1
+
+
+async def test_a_wildcard_is_validated_by_the_administrators_program(tmp_path: Path) -> None:
+    with a_zone(tmp_path) as (names_at, program):
+        async with a_rig(tmp_path, names_at=names_at) as rig:
+            rig.wanted = frozenset({"*.wild.example.com"})
+            rig.run_step = AuthorityCalls(DnsHook(str(program))).run_step
+            async with rig.leading():
+                await rig.until(lambda: bool(rig.record("*.wild.example.com").pem))
+    [pem] = certificates_in(records_in(rig.store.view())).values()
+    names = x509.load_pem_x509_certificate(pem.encode()).extensions
+    assert names.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(
+        x509.DNSName
+    ) == ["*.wild.example.com"]
+    runs = (tmp_path / "dns-hook.log").read_text().splitlines()
+    assert runs == [f"{one} _acme-challenge.wild.example.com" for one in ("set", "remove")]

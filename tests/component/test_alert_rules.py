@@ -66,6 +66,9 @@ def a_cluster(**changed: Mapping[str, str]) -> dict[str, str]:
         'skep_node_session{node="m1"}': always(1),
         'skep_peer_reachable{node="m1",peer="w1"}': always(1),
         'skep_network_repairs_total{node="m1",kind="route"}': always(3),
+        'skep_certificate_expires_timestamp_seconds{name="a.example"}': always(7200),
+        'skep_certificate_valid_from_timestamp_seconds{name="a.example"}': always(0),
+        'skep_certificate_failures{name="a.example"}': always(1),
         'container_memory_working_set_bytes{name="web.1"}': always(50),
         'container_spec_memory_limit_bytes{name="web.1"}': always(100),
         **spread(fsync, 'node="m1"', 100, 0),
@@ -96,6 +99,9 @@ CAUSES: Mapping[str, Mapping[str, str]] = {
     "SkepNetworkRepairs": {'skep_network_repairs_total{node="m1",kind="route"}': growing(5)},
     "SkepTaskStartSlow": spread("skep_task_start_seconds", "", 50, 50),
     "SkepEventLoopLag": spread("skep_event_loop_lag_seconds", 'node="m1",process="node"', 50, 50),
+    "SkepCertificateNotRenewed": {
+        'skep_certificate_expires_timestamp_seconds{name="a.example"}': always(1200)
+    },
     "SkepContainerNearMemoryLimit": {'container_memory_working_set_bytes{name="web.1"}': always(97)},
 }
 """What is other than in a well cluster."""

@@ -8,10 +8,11 @@ from msgspec.structs import replace
 
 from skep.cli.cluster.certificate import shown_list
 from skep.cli.output import Screen
-from skep.manager.acme.records import account_in, record_id, record_in
+from skep.manager.acme.records import ACCOUNT_ID, account_in, record_id, record_in
 from skep.manager.acme.showing import certificate_families, certificate_warnings, expiring_soon
 from skep.manager.acme.steps import AcmeFailed
 from skep.manager.acme.writing import begin_order, note_outcome
+from skep.manager.control.validation.new_objects import known_task
 from skep.manager.notify.problems import LastBackup, problems_of_cluster
 from skep.manager.routes.access import ManagerApi
 from skep.model.options.notifications import Topic
@@ -20,7 +21,7 @@ from skep.store.interface import Transaction
 from skep.store.kinds import write_record
 from skep.store.level import LEVEL
 from tests.component.test_users_on_a_manager import Rig, _a_rig
-from tests.support.builders import a_service
+from tests.support.builders import a_service, a_task
 
 DAY_NS = 86_400 * SECOND_NS
 APP = "app.example.com"
@@ -64,8 +65,10 @@ async def listed(rig: Rig) -> tuple[dict[str, object], list[str]]:
 
 async def test_names_wait_for_an_authority_and_failures_are_shown(rig: Rig) -> None:
     _, lines = await listed(rig)
-    assert len(lines) == 3  # hosts without TLS or with a certificate of their own are not listed
+    assert len(lines) == 4  # hosts without TLS are not listed
     assert lines[1].split()[:2] == [APP, "wanted"]
+    assert lines[2].split()[:4] == ["own.example.com", "failing", "secret", "a-secret"]
+    assert "there is no secret a-secret" in lines[2]
     assert "skep door acme" in lines[-1]
     status, text, _ = await rig.exchange("admin", "POST /skep/certificates/authority", AUTHORITY)
     assert status == 204, text
@@ -115,8 +118,20 @@ async def test_terms_are_read_unless_they_were_agreed_to(rig: Rig) -> None:
 
 
 async def test_users_below_administrator_see_nothing(rig: Rig) -> None:
-    for request in ("GET /skep/certificates", f"POST /skep/certificates/{APP}/renew"):
-        assert (await rig.exchange("operator", request))[0] == 403
+    for request, body in (
+        ("GET /skep/certificates", None),
+        (f"POST /skep/certificates/{APP}/renew", None),
+        ("POST /skep/certificates/authority", AUTHORITY),
+    ):
+        assert (await rig.exchange("operator", request, body))[0] == 403
+
+
+async def test_users_below_administrator_reach_no_container_with_keys(rig: Rig) -> None:
+    door = a_service("door")
+    door = replace(door, spec=replace(door.spec, name="door", labels={"skep.door": "true"}))
+    task = replace(a_task("door1"), service_id=door.id)
+    await rig.api.store.update(lambda tx: [tx.put(door), tx.put(task)])
+    assert "skep.door" in known_task(rig.api.store.view(), task).machine_rights
 
 
 async def test_a_certificate_that_is_not_renewed_is_a_problem_a_warning_and_a_metric(rig: Rig) -> None:
@@ -134,8 +149,23 @@ async def test_a_certificate_that_is_not_renewed_is_a_problem_a_warning_and_a_me
         )
         await rig.api.store.update(write_record, record_id(APP), record)
 
-    await expire(20)
-    assert list(expiring_soon(rig.api.store.view(), now_ns)) == []
+    def expires() -> list[str]:
+        return [name for name, _ in expiring_soon(rig.api.store.view(), now_ns) if name == APP]
+
+    await expire(31)
+    assert expires() == []
+    await expire(29)  # the last attempt has failed, and renewals begin when a third is left
+    assert expires() == [APP]
+
+    def forget_errors(tx: Transaction) -> None:
+        write_record(tx, record_id(APP), replace(record_in(tx, APP), error=""))
+        account = account_in(tx)
+        assert account is not None
+        write_record(tx, ACCOUNT_ID, replace(account, error=""))
+
+    await rig.api.store.update(forget_errors)
+    assert expires() == []
+    await fail(rig.api, "no such host")
     await expire(14)
     view = rig.api.store.view()
     [warning] = certificate_warnings(view, now_ns)
@@ -144,9 +174,10 @@ async def test_a_certificate_that_is_not_renewed_is_a_problem_a_warning_and_a_me
     [problem] = [one for one in problems if one.topic is Topic.CERTIFICATE and one.subject == APP]
     assert "expires on" in problem.message
     assert "no such host" in problem.message
-    expires, failures = certificate_families(view)
-    assert [sample.value for sample in failures.samples] == [1]
-    assert [sample.value for sample in expires.samples] == [(now_ns + 14 * DAY_NS) / SECOND_NS]
+    expiries, starts, failures = certificate_families(view)
+    assert [sample.value for sample in failures.samples] == [2]
+    assert [sample.value for sample in expiries.samples] == [(now_ns + 14 * DAY_NS) / SECOND_NS]
+    assert [sample.value for sample in starts.samples] == [(now_ns - 76 * DAY_NS) / SECOND_NS]
     await expire(-1)
-    [(_, sentence)] = expiring_soon(rig.api.store.view(), now_ns)
+    sentence = dict(expiring_soon(rig.api.store.view(), now_ns))[APP]
     assert "expired on" in sentence

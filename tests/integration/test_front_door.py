@@ -1,5 +1,6 @@
 """The front door on a playground: the blocks of its page, and no failed request over every change."""
 
+import json
 import os
 import subprocess
 import sys
@@ -20,8 +21,13 @@ from tests.support.machines.playground_rig import (
     wait_running,
     wait_until,
 )
+from tests.support.security.pebble import PebbleAtSwitch, pebble_in
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.needs("debootstrap", "curl")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.needs("debootstrap", "curl", "pebble", "pebble-challtestsrv"),
+]
 
 NAME = "app.example.com"
 ENOUGH = 100
@@ -88,14 +94,16 @@ def answers(cluster: TestCluster, node: TestNode, host: str) -> str:
     return run(cluster, f"curl -s -m 5 {resolved} -w ' %{{http_code}}' {url} || true")
 
 
+UP, HELLO, EXPOSE, ACME = shell_blocks("docs/guide/front-door.md")
+
+
 def test_the_front_door() -> None:
-    up, hello, expose = shell_blocks("docs/guide/front-door.md")
     with a_cluster_with_debian() as cluster:
         m1 = cluster.node("m1")
-        assert "front door created" in run(cluster, up)
+        assert "front door created" in run(cluster, UP)
         wait_running(m1, "skep-door", 3, within_s=90)
-        assert run(cluster, hello).strip()
-        printed = run(cluster, expose)
+        assert run(cluster, HELLO).strip()
+        printed = run(cluster, EXPOSE)
         assert "hello.example.com/hosts" in printed
         assert "failing" not in printed
         for node in cluster.nodes():  # each node answers, and a name without a route is told so
@@ -126,6 +134,45 @@ def test_the_front_door() -> None:
             kill_one(cluster, "web")
             wait_until(lambda: len(running(m1, "web")) == 2, "its replacement runs", within_s=60)
         assert seen.failed == []
+        check_certificates(cluster)
+
+
+def check_certificates(cluster: TestCluster) -> None:
+    """Certificates from Pebble: every node answers, and a renewal and new proxies lose no request."""
+    m1 = cluster.node("m1")
+    assert "Certificates are ordered from" in run(cluster, ACME)
+    switch = f"{m1.description['addr'].rpartition('.')[0]}.1"
+    with pebble_in(outside(cluster), switch, m1.description["addr"], cluster.directory) as pebble:
+        run(
+            cluster,
+            f"skep door acme ops@{NAME} --agree-tos --directory {pebble.directory} --roots {pebble.own_roots}",
+        )
+        nodes = [one.description["addr"] for one in cluster.nodes()]
+        for node in nodes:
+            wait_until(lambda node=node: has_https(cluster, node, pebble), "it has https", within_s=90)
+        assert answers(cluster, m1, NAME).endswith(" 308")
+        first = end_of_certificate(cluster)
+        strict = ["strict_client.py", "--pause", "0.02", "--name", NAME, "--ca", str(pebble.issuer)]
+        with asking(*((outside(cluster), [*strict, f"https://{node}:443/"]) for node in nodes)) as seen:
+            run(cluster, f"skep certificate renew {NAME}")
+            wait_until(lambda: end_of_certificate(cluster) > first, "another certificate", within_s=90)
+        assert seen.failed == []
+        assert seen.count > ENOUGH
+        m1.docker("service", "update", "--force", "--detach=false", "skep-door")
+        for node in nodes:
+            wait_until(lambda node=node: has_https(cluster, node, pebble), "the new proxy has it")
+
+
+def has_https(cluster: TestCluster, node: str, pebble: PebbleAtSwitch) -> bool:
+    """Return whether a client that trusts Pebble's root gets an answer from a node."""
+    ask = f"curl -s -m 5 --cacert {pebble.issuer} --resolve {NAME}:443:{node} -w ' %{{http_code}}'"
+    return run(cluster, f"{ask} https://{NAME}/ || true").endswith(" 200")
+
+
+def end_of_certificate(cluster: TestCluster) -> str:
+    found = json.loads(run(cluster, "skep certificate ls -o json"))
+    [certificate] = [one for one in found["Certificates"] if one["Name"] == NAME]
+    return str(certificate["NotAfter"])
 
 
 def kill_one(cluster: TestCluster, service: str) -> None:

@@ -19,6 +19,8 @@ from skep.engine.containers.container import MountPoint
 from skep.engine.containers.request import CreateRequest, HostConfig, LogOptions, TaskOptions
 from skep.gotemplate import Struct
 from skep.model.container import ContainerSpec, Mount, Privileges
+from skep.model.door.settings import NAME as DOOR_VOLUME
+from skep.model.door.settings import is_door
 from skep.model.history import stack_of
 from skep.model.network import MTU_OPTION, MTUS, Network
 from skep.model.networks.data_planes import driver_of, is_overlay
@@ -82,6 +84,7 @@ def create_request(
     """
     spec = templates.expand_container(container_spec(task), context_of(task, node))
     _refuse_driver_options(task.task)
+    _refuse_volume_of_door(task, spec)
     if spec.isolation not in ("", "default"):
         raise Rejected(f"invalid isolation '{spec.isolation}' on linux")
     resources = task.task.spec.resources or ResourceRequirements()
@@ -147,6 +150,19 @@ def _bound(mounts: Sequence[Mount], cluster_volumes: Sequence[PublishedVolume]) 
         else mount
         for mount in mounts
     )
+
+
+def _refuse_volume_of_door(task: AssignedTask, spec: ContainerSpec) -> None:
+    """Refuse the front door's volume to other tasks.  HAProxy's sockets are in it, by which it could show its keys.
+
+    Managers cannot do that, because placeholders in the volume's name are expanded here.
+
+    Raises: Rejected.
+    """
+    if is_door(task.service_labels):
+        return
+    if any(mount.type == "volume" and mount.source == DOOR_VOLUME for mount in spec.mounts):
+        raise Rejected(f"only tasks of the front door may mount the volume {DOOR_VOLUME}. Use another volume")
 
 
 def _check_mount(mount: Mount) -> None:

@@ -44,6 +44,7 @@ from skep.engine.volumes.volumes import Volumes
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.linux import mounting
 from skep.linux.name_files import RESOLVER
+from skep.model.door.settings import is_door
 from skep.model.network import Network
 from skep.model.networks.data_planes import driver_of, is_overlay
 from skep.model.networks.sandbox import as_requested
@@ -249,6 +250,8 @@ class OciController:
             spec.image, self._registry_auth, uses_helper=task.trust.logins
         )
         secrets = executor.payloads.mounts(task.task.id, spec.secrets, spec.configs)
+        if is_door(task.service_labels):
+            secrets += (executor.payloads.door_mount(task.task.id),)
         try:
             async with self._cluster_volumes() as volumes:
                 await self._engine.create(
@@ -303,6 +306,8 @@ class OciController:
         try:
             # in a thread, because expanding templates may block for long
             await asyncio.to_thread(self._executor.payloads.materialize, self._task.task.id, spec, seen)
+            if is_door(self._task.service_labels):
+                await asyncio.to_thread(self._executor.payloads.materialize_door, self._task.task.id)
             secret_env = await asyncio.to_thread(self._executor.payloads.environment, spec, seen)
             # Check again: after a restart since ``prepare``, the machine may number its devices differently.
             async with self._cluster_volumes() as volumes:

@@ -3,14 +3,23 @@
 ``<run>/secrets`` is a ramfs, because a tmpfs may be swapped out.  Its data survives a restart of the node process, but
 not a reboot.  ``known/`` has the data that the manager sent.  File names contain the id and, for templates, the
 template driver.  ``files/<container id>/`` has the files that are mounted into that container.
+
+Tasks of the front door have a directory there (``files/<container id>/door``), whose files change while they run.
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
+import structlog
+from msgspec.structs import replace
+
+from skep.aio.event import Event
 from skep.aio.trees import discard_tree_now
+from skep.dataplane.door.certificates import why_not_loadable, write_certificates
 from skep.engine.containers.container import MountPoint
 from skep.errors import InvalidArgument, NotFound
 from skep.gotemplate import Struct, to_text
@@ -18,9 +27,13 @@ from skep.linux.files import replace_file
 from skep.linux.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount
 from skep.model.assignment import ConfigFile, SecretFile
 from skep.model.container import ConfigReference, ContainerSpec, SecretReference
+from skep.model.door.payloads import DoorPayload, is_door_file, merged
+from skep.model.door.settings import KEYS_DIRECTORY
 from skep.model.options import templates
 from skep.model.options.secret_env import environment_entry, secret_variables
 from skep.model.values.ids import ConfigId, SecretId
+
+log = structlog.get_logger(__name__)
 
 _SECRETS_DIRECTORY = "/run/secrets"
 
@@ -39,6 +52,10 @@ class Payloads:
         self._mount_ramfs = mount_ramfs
         self._secrets = directory / "known" / "secret"
         self._configs = directory / "known" / "config"
+        self._door: dict[str, DoorPayload] = {}
+        self._door_lock = threading.Lock()
+        self.door_changed = Event()
+        """Set when certificates or challenges of the front door change."""
 
     def open(self) -> None:
         """Mount the ramfs, unless an earlier process has mounted it.  Raises: OSError."""
@@ -53,6 +70,7 @@ class Payloads:
         """Store these secrets and configs, replacing earlier data with the same ids."""
         for secret in secrets:
             _keep(self._secrets, secret)
+            self._note_door(secret.id)
         for config in configs:
             _keep(self._configs, config)
 
@@ -62,6 +80,7 @@ class Payloads:
             for id in ids:
                 for driver in _DRIVERS:
                     (directory / _file_name(id, driver)).unlink(missing_ok=True)
+                self._note_door(id)
 
     def keep_only(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None:
         """Forget all other secrets and configs, because a complete assignment names everything that is still needed."""
@@ -70,10 +89,58 @@ class Payloads:
                 for path in directory.iterdir():
                     if path.stem not in ids:
                         path.unlink(missing_ok=True)
+                        self._note_door(path.stem)
 
     def text_of_secret(self, id: str) -> str:
         """Return the data of a secret for a volume driver.  Raises: SkepError."""
         return to_text(_read(self._secrets, "secret", id)[0])
+
+    def _note_door(self, id: str) -> None:
+        if is_door_file(id):
+            self.door_changed.set()
+
+    def door(self) -> DoorPayload:
+        """Return the certificates and challenges of the front door.  Reads files.
+
+        Certificates that OpenSSL refuses are left out, because HAProxy would refuse its whole configuration.
+        """
+        known: dict[str, DoorPayload] = {}
+        for path in self._secrets.glob("*") if self._secrets.is_dir() else ():
+            if is_door_file(path.name):
+                with suppress(FileNotFoundError):
+                    known[path.name] = self._door.get(path.name) or self._usable(path)
+        self._door = known
+        return merged(known.values())
+
+    def _usable(self, path: Path) -> DoorPayload:
+        try:
+            payload = msgspec.json.decode(path.read_bytes(), type=DoorPayload)
+        except msgspec.DecodeError as error:
+            log.warning("part of the front door left out", error=str(error))
+            return DoorPayload()
+        usable = {}
+        for host, pem in payload.certificates.items():
+            if problem := why_not_loadable(pem, self._directory):
+                log.warning("certificate of the front door left out", name=host, error=problem)
+            else:
+                usable[host] = pem
+        return replace(payload, certificates=usable)
+
+    def write_door(self, seen_at: str = KEYS_DIRECTORY) -> DoorPayload:
+        """Write the present certificates for all tasks of the front door.  Raises: OSError.
+
+        Args:
+            seen_at: The directory of a task as HAProxy sees it.
+
+        Returns: The challenges, and the certificates unless no task of the front door has a directory.
+        """
+        with self._door_lock:
+            directories = list(self._directory.glob("files/*/door"))
+            present = self.door()
+            for directory in directories:
+                with suppress(FileNotFoundError):  # its task was removed meanwhile
+                    write_certificates(directory, present.certificates, seen_at)
+            return present if directories else replace(present, certificates={})
 
     # --- what a container sees --------------------------------------------------------------------------------
 
@@ -83,17 +150,17 @@ class Payloads:
         """Return the mounts of secret and config files for ``key``'s container.  ``materialize`` writes the files."""
         targets = [_secret_path(reference) for reference in secrets if reference.file is not None]
         targets += [_config_path(reference) for reference in configs if reference.file is not None]
-        return tuple(
-            MountPoint(
-                type="bind",
-                source=str(self._files(key) / str(number)),
-                destination=target,
-                read_only=True,
-                options=("noexec", "nosuid", "nodev"),
-                internal=True,
-            )
-            for number, target in enumerate(targets)
-        )
+        return tuple(_mount(self._files(key) / str(number), target) for number, target in enumerate(targets))
+
+    def door_mount(self, key: str) -> MountPoint:
+        """Return the mount of the front door's certificates.  ``materialize_door`` writes the first files."""
+        return _mount(self._files(key) / "door", KEYS_DIRECTORY)
+
+    def materialize_door(self, key: str) -> None:
+        """Write the front door's certificates for ``key``'s container.  Raises: OSError."""
+        directory = self._files(key) / "door"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.write_door()
 
     def materialize(self, key: str, container: ContainerSpec, seen: Struct) -> None:
         """Write the secret and config files of ``key``'s container with the requested owners and modes, and expand
@@ -193,6 +260,17 @@ class _Expanded:
             if one.file is not None and one.file.name == target:
                 return to_text(_read(self._configs, "config", one.config_id)[0])
         raise NotFound(f"config target {target} not found")
+
+
+def _mount(source: Path, target: str) -> MountPoint:
+    return MountPoint(
+        type="bind",
+        source=str(source),
+        destination=target,
+        read_only=True,
+        options=("noexec", "nosuid", "nodev"),
+        internal=True,
+    )
 
 
 def _secret_path(reference: SecretReference) -> str:

@@ -24,6 +24,7 @@ from skep.cli import options, passthrough
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.running import run_requests, say
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
+from skep.model.door.routes import tls_secrets, with_tls_secret
 from skep.model.options.labels import ROTATION_OF, is_stopped
 from skep.model.options.schedules import CRON
 from skep.model.service import Service
@@ -118,10 +119,23 @@ def next_name(objects: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str,
     return f"{root}-v{number}"
 
 
-def moved(kind: FileKind, spec: Mapping[str, Any], old: Collection[str], new: Mapping[str, Any]) -> Any:
-    """Return a service's spec with references to ``old`` replaced by ``new``, or None without such references."""
-    made = copy.deepcopy(spec)
+def moved(
+    kind: FileKind,
+    spec: Mapping[str, Any],
+    old: Collection[str],
+    new: Mapping[str, Any],
+    names: Collection[str] = (),
+) -> Any:
+    """Return a service's spec with references to ``old`` replaced by ``new``, or None without such references.
+
+    Args:
+        names: The names of the old versions, for labels that name a secret with a certificate.
+    """
+    made = copy.deepcopy(dict(spec))
     touched = False
+    if kind is SECRET and (labels := made.get("Labels")):
+        made["Labels"] = with_tls_secret(labels, names, new["Spec"]["Name"])
+        touched = made["Labels"] != labels
     for reference in _references(kind, made):
         if reference[kind.id_key] in old:
             reference[kind.id_key], reference[kind.name_key] = new["ID"], new["Spec"]["Name"]
@@ -213,6 +227,10 @@ def unused(
         for spec in (service["Spec"], service.get("PreviousSpec"))
         for reference in _references(kind, spec)
     }
+    specs = [spec for one in services for spec in (one["Spec"], one.get("PreviousSpec") or {})]
+    if kind is SECRET:
+        named = {name for spec in specs for name in tls_secrets(spec.get("Labels") or {})}
+        used |= {one["ID"] for one in objects if one["Spec"]["Name"] in named}
     return [
         one
         for one in sorted(objects, key=lambda one: str(one["Spec"]["Name"]))
@@ -236,12 +254,17 @@ class _Rotation:
         self._reasons = Reasons(client, FAILURES_MAX)
         self._steadiness = Steadiness()
 
-    async def next_version(self, name: str, data: bytes | None) -> tuple[Mapping[str, Any], Collection[str]]:
-        """Return the target version and the ids of older ones.  Without ``data``, the latest version is the target."""
+    async def next_version(
+        self, name: str, data: bytes | None
+    ) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+        """Return the target version, and the names of older ones by id.
+
+        Without ``data``, the latest version is the target.
+        """
         objects = await self._client.get(self._kind.path, timeout_s=RESPONSE_TIMEOUT_S)
         known = versions(objects, name)
         if data is None:
-            return known[-1], {one["ID"] for one in known[:-1]}
+            return known[-1], {one["ID"]: one["Spec"]["Name"] for one in known[:-1]}
         first = known[0]["Spec"]
         spec = {key: value for key, value in first.items() if key != "Data"} | {
             "Name": next_name(objects, known),
@@ -250,9 +273,9 @@ class _Rotation:
         }
         made = await self._client.post(f"{self._kind.path}/create", spec, timeout_s=RESPONSE_TIMEOUT_S)
         click.echo(f"{spec['Name']} created", err=True)
-        return {"ID": made["ID"], "Spec": spec}, {one["ID"] for one in known}
+        return {"ID": made["ID"], "Spec": spec}, {one["ID"]: one["Spec"]["Name"] for one in known}
 
-    async def move(self, old: Collection[str], new: Mapping[str, Any]) -> list[str]:
+    async def move(self, old: Mapping[str, str], new: Mapping[str, Any]) -> list[str]:
         """Update the services that use an older version, and return the ids of the services to wait for.
 
         A service that cannot be updated becomes a problem and does not stop the others.
@@ -263,7 +286,7 @@ class _Rotation:
             is_job = "ReplicatedJob" in mode or "GlobalJob" in mode
             try:
                 if is_job and not _is_scheduled(service):
-                    if moved(self._kind, service["Spec"], old, new) is not None:
+                    if moved(self._kind, service["Spec"], old, new, old.values()) is not None:
                         await self._leave(service, new["Spec"]["Name"])
                     continue
                 await self._move_one(service["ID"], old, new)
@@ -304,12 +327,12 @@ class _Rotation:
             pass
         return False
 
-    async def _move_one(self, id: str, old: Collection[str], new: Mapping[str, Any]) -> None:
+    async def _move_one(self, id: str, old: Mapping[str, str], new: Mapping[str, Any]) -> None:
         await update(
             self._client,
             "services",
             id,
-            lambda service: moved(self._kind, service["Spec"], old, new),
+            lambda service: moved(self._kind, service["Spec"], old, new, old.values()),
             timeout_s=RESPONSE_TIMEOUT_S,
         )
 

@@ -1,7 +1,4 @@
-"""``skep certificate`` and ``skep door acme``: certificates of the host names of services.
-
-The command does not have them yet (``cli.main``), because no proxy answers an authority's challenges.
-"""
+"""``skep certificate`` and ``skep door acme``: certificates of the host names of services."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -97,6 +94,7 @@ def shown_list(found: Mapping[str, Any]) -> Shown:
         {
             "Name": one["Name"],
             "State": one["State"] if one["IsWanted"] else "unused",
+            "From": f"secret {one['Secret']}" if one.get("Secret") else "authority",
             "Expires": _minute(one.get("NotAfter", "")),
             "NextAttempt": _minute(one.get("NextAttemptAt", "")),
             "Error": one.get("Error") or "-",
@@ -106,7 +104,7 @@ def shown_list(found: Mapping[str, Any]) -> Shown:
 
     def lines(screen: Screen) -> Iterator[str]:
         cells = [tuple(printable(str(value)) for value in row.values()) for row in rows]
-        names = ("NAME", "STATE", "EXPIRES", "NEXT ATTEMPT", "LAST ERROR")
+        names = ("NAME", "STATE", "FROM", "EXPIRES", "NEXT ATTEMPT", "LAST ERROR")
         yield from table(names, cells, screen, empty="No certificates: no service has a host name.")
         if authority is None:
             yield "No authority is configured. Set one with skep door acme EMAIL."

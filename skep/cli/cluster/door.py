@@ -12,6 +12,7 @@ import msgspec
 
 from skep.api.client.requests import Requests
 from skep.cli import passthrough
+from skep.cli.cluster.certificate import acme
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests
@@ -76,6 +77,9 @@ def door() -> None:
       skep service expose web app.example.com
       skep door status
     """
+
+
+door.add_command(acme)
 
 
 @door.command()

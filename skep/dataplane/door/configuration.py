@@ -16,8 +16,9 @@ from typing import Final
 
 import msgspec
 
+from skep.dataplane.door.certificates import LIST, certificate_file
 from skep.model.door.routes import HeaderRule, HttpRoute, RouteOptions
-from skep.model.door.settings import DoorSettings
+from skep.model.door.settings import KEYS_DIRECTORY, DoorSettings
 
 UNUSED: Final = "0.0.0.0"
 """Address of a server line without a task."""
@@ -43,12 +44,18 @@ NOBODY: Final = ServerLine()
 
 
 class RouteBackend(msgspec.Struct, frozen=True, kw_only=True):
-    """The tasks of one service with the options of some of its routes.  ``stripped``: prefix that paths lose."""
+    """The tasks of one service with the options of some of its routes.
+
+    Args:
+        stripped: Prefix that paths lose.
+        is_secure: Whether requests without TLS are redirected, because the host has a certificate.
+    """
 
     name: str
     options: RouteOptions
     service: str = ""
     stripped: str = ""
+    is_secure: bool = False
     servers: tuple[ServerLine, ...] = ()
 
 
@@ -73,10 +80,11 @@ def key_of(route: HttpRoute) -> str:
     return f"{route.host}{route.path}/"
 
 
-def backend_name(service_id: str, route: HttpRoute) -> str:
+def backend_name(service_id: str, route: HttpRoute, *, is_secure: bool = False) -> str:
     """Return the name of a route's backend, which routes of the service with the same options share."""
     stripped = route.path if route.options.strip_prefix else ""
-    digest = sha256(msgspec.json.encode((route.options, stripped))).hexdigest()
+    kind = (route.options, stripped, is_secure) if is_secure else (route.options, stripped)
+    digest = sha256(msgspec.json.encode(kind)).hexdigest()
     return f"{service_id}-{digest[:12]}"
 
 
@@ -103,39 +111,54 @@ def slotted(before: Sequence[ServerLine], wanted: Iterable[ServerLine]) -> tuple
 
 
 def structure(state: DoorState) -> DoorState:
-    """Return the part of ``state`` whose change needs a reload: everything but the tasks in the server lines."""
+    """Return the part of ``state`` whose change needs a reload.
+
+    Tasks in server lines, challenges and renewed certificates are changed by commands.
+    """
     emptied = {
         name: msgspec.structs.replace(one, servers=(NOBODY,) * len(one.servers))
         for name, one in state.backends.items()
     }
-    return msgspec.structs.replace(state, backends=emptied)
+    return msgspec.structs.replace(
+        state, backends=emptied, challenges={}, certificates=dict.fromkeys(state.certificates, "")
+    )
 
 
 def version_of(state: DoorState) -> str:
-    """Return a short name for the structure of ``state``, which HAProxy shows as its description."""
-    return sha256(msgspec.json.encode(structure(state), order="deterministic")).hexdigest()[:16]
+    """Return a short name for the structure of ``state``."""
+    return _digest(structure(state))
 
 
-def files(state: DoorState, directory: str) -> dict[str, str]:
-    """Return the content of each file in HAProxy's ``directory``."""
-    version = version_of(state)
-    found = {
-        "haproxy.cfg": "\n".join(_configuration(state, directory, version)) + "\n",
+def description_of(state: DoorState) -> str:
+    """Return the description of the configuration, which HAProxy shows: the structure, and the certificates."""
+    return f"{version_of(state)}.{_digest(state.certificates)}"
+
+
+def _digest(value: object) -> str:
+    return sha256(msgspec.json.encode(value, order="deterministic")).hexdigest()[:16]
+
+
+def files(state: DoorState, directory: str, keys: str = KEYS_DIRECTORY) -> dict[str, str]:
+    """Return the content of each file in HAProxy's ``directory``.
+
+    Args:
+        keys: The directory of the certificates (``certificates.write_certificates``) as HAProxy sees it.
+    """
+    return {
+        "haproxy.cfg": "\n".join(_configuration(state, directory, keys)) + "\n",
         "routes.map": "".join(f"{key} {name}\n" for key, name in sorted(state.routes.items())),
         "challenges.map": "".join(f"{token} {key}\n" for token, key in sorted(state.challenges.items())),
     }
-    for host, pem in state.certificates.items():
-        found[f"certificates/{host.replace('*', '_')}.pem"] = pem
-    return found
 
 
-def _configuration(state: DoorState, directory: str, version: str) -> Iterator[str]:
-    yield from _global(directory, version)
+def _configuration(state: DoorState, directory: str, keys: str) -> Iterator[str]:
+    yield from _global(directory, description_of(state))
     yield from _defaults(state.settings)
     http, https = state.settings.ports
     yield from _frontend("http", str(http), state, directory)
     if state.certificates:
-        tls = f"{https} ssl crt {directory}/certificates/ alpn h2,http/1.1"
+        # Clients that name no host of ours get no certificate, since each of them belongs to another site.
+        tls = f"{https} ssl crt-list {keys}/{LIST} strict-sni alpn h2,http/1.1"
         yield from _frontend("https", tls, state, directory)
     yield "backend no-route"
     yield "    http-request return status 404 content-type text/plain string 'No route leads to this address.\\n'"
@@ -143,10 +166,10 @@ def _configuration(state: DoorState, directory: str, version: str) -> Iterator[s
         yield _backend_text(state.backends[name])
 
 
-def _global(directory: str, version: str) -> Iterator[str]:
+def _global(directory: str, description: str) -> Iterator[str]:
     yield "# Written by Skep.  Changes are overwritten."
     yield "global"
-    yield f"    description {version}"
+    yield f"    description {description}"
     yield f"    stats socket {directory}/admin.sock mode 600 level admin expose-fd listeners"
     yield "    user haproxy"
     yield "    group haproxy"
@@ -208,12 +231,11 @@ def _frontend(name: str, bind: str, state: DoorState, directory: str) -> Iterato
     settings, scheme = state.settings, name
     yield f"frontend {name}"
     yield f"    bind :{bind}{' accept-proxy' if settings.accepts_proxy else ''}"
-    if state.challenges:
-        yield (
-            f"    http-request return status 200 content-type text/plain lf-string "
-            f"%[path,field(-1,/),map_str({directory}/challenges.map)] if {{ path_beg {_CHALLENGES} }} "
-            f"{{ path,field(-1,/),map_str({directory}/challenges.map) -m found }}"
-        )
+    yield (
+        f"    http-request return status 200 content-type text/plain lf-string "
+        f"%[path,field(-1,/),map_str({directory}/challenges.map)] if {{ path_beg {_CHALLENGES} }} "
+        f"{{ path,field(-1,/),map_str({directory}/challenges.map) -m found }}"
+    )
     yield "    http-request set-var(txn.method) method"
     yield "    http-request set-var(txn.path) path"
     yield "    http-request set-var(txn.host) req.hdr(host),field(1,:),lower,rtrim(.)"
@@ -248,9 +270,10 @@ def _backend(backend: RouteBackend) -> Iterator[str]:
     yield f"backend {backend.name}"
     if options.allow:
         yield f"    http-request deny deny_status 403 unless {{ src {' '.join(options.allow)} }}"
-    if options.redirect == "https":
-        yield "    http-request redirect scheme https code 308 unless { ssl_fc }"
-    elif options.redirect:
+    if options.redirect == "https" or backend.is_secure:
+        # The frontend has removed the header, unless a trusted proxy has sent it.
+        yield "    http-request redirect scheme https code 308 unless { req.hdr(X-Forwarded-Proto) https }"
+    if options.redirect not in ("", "https"):
         yield f"    http-request redirect prefix {literal(options.redirect)} code 308"
     yield from _limits(options)
     if backend.stripped:
@@ -314,8 +337,13 @@ def quoted(text: str) -> str:
 
 # -- changes while HAProxy runs ----------------------------------------------------------------------------------
 
+_COMMAND_MAX: Final = 15_000
+"""Characters of a command.  HAProxy reads at most 16 KiB at once."""
 
-def commands(before: DoorState, after: DoorState) -> list[str] | None:
+
+def commands(
+    before: DoorState, after: DoorState, directory: str, keys: str = KEYS_DIRECTORY
+) -> list[str] | None:
     """Return the commands of the runtime API that turn ``before`` into ``after``, or None if that needs a reload."""
     if before.backends.keys() != after.backends.keys() or structure(before) != structure(after):
         return None
@@ -326,18 +354,39 @@ def commands(before: DoorState, after: DoorState) -> list[str] | None:
         for number, (old, new) in enumerate(lines, start=1):
             if old != new:
                 found += _changed(f"{name}/s{number}", old, new, one.options.port)
-    return found
+    answers = f"{directory}/challenges.map"
+    found += [
+        f"del map {answers} {token}" for token in sorted(before.challenges.keys() - after.challenges.keys())
+    ]
+    found += [
+        f"add map {answers} {token} {text}"
+        for token, text in sorted(after.challenges.items())
+        if token not in before.challenges
+    ]
+    for host, pem in sorted(after.certificates.items()):
+        if before.certificates[host] != pem:
+            file = f"{keys}/{certificate_file(host)}"
+            found += [f"set ssl cert {file} <<\n{_without_blank_lines(pem)}\n", f"commit ssl cert {file}"]
+    return found if max(map(len, found), default=0) < _COMMAND_MAX else None
 
 
-def every_command(state: DoorState) -> list[str]:
-    """Return the commands that set each server line to its state, from any other state."""
+def every_command(state: DoorState, directory: str) -> list[str]:
+    """Return the commands that set server lines and challenges to their state, from any other state."""
     other = ServerLine(task="unknown", address="unknown", is_ready=True)
-    return [
+    lines = [
         command
         for name, one in sorted(state.backends.items())
         for number, server in enumerate(one.servers, start=1)
         for command in _changed(f"{name}/s{number}", other, server, one.options.port)
     ]
+    answers = f"{directory}/challenges.map"
+    added = [f"add map {answers} {token} {text}" for token, text in sorted(state.challenges.items())]
+    return [*lines, f"clear map {answers}", *added]
+
+
+def _without_blank_lines(pem: str) -> str:
+    """Return the text without blank lines, which would end the command."""
+    return "\n".join(line for line in pem.splitlines() if line.strip())
 
 
 def _changed(line: str, old: ServerLine, new: ServerLine, port: int) -> Iterator[str]:

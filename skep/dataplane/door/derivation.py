@@ -13,6 +13,7 @@ from skep.dataplane.door.configuration import (
     slotted,
 )
 from skep.model.door.claims import Claimant, settled
+from skep.model.door.payloads import NOTHING, DoorPayload
 from skep.model.door.routes import HttpRoute, has_routes, routes_of
 from skep.model.door.settings import STACK, DoorSettings, is_door, settings_of
 from skep.model.networks.tables import NetworkTable, TableEndpoint, TableService
@@ -36,10 +37,16 @@ def claimant(service: TableService) -> Claimant:
     )
 
 
-def state_of(table: NetworkTable, before: DoorState, settings: DoorSettings | None = None) -> DoorState:
+def state_of(
+    table: NetworkTable,
+    before: DoorState,
+    settings: DoorSettings | None = None,
+    payload: DoorPayload = NOTHING,
+) -> DoorState:
     """Return what HAProxy serves.  Tasks of ``before`` keep their server lines.
 
     Args:
+        payload: Certificates and challenges.
         settings: Used instead of the labels of the door's service.
     """
     exposed = [claimant(one) for one in table.services.values() if has_routes(one.labels)]
@@ -49,13 +56,21 @@ def state_of(table: NetworkTable, before: DoorState, settings: DoorSettings | No
     backends: dict[str, RouteBackend] = {}
     for id, accepted in claims.accepted.items():
         for route in accepted:
-            name = routes[key_of(route)] = backend_name(id, route)
+            is_secure = route.host in payload.certificates and route.options.tls != "off"
+            name = routes[key_of(route)] = backend_name(id, route, is_secure=is_secure)
             if name not in backends:
-                backends[name] = _backend(name, id, route, before.backends.get(name), servers[id])
+                backend = _backend(name, id, route, before.backends.get(name), servers[id])
+                backends[name] = replace(backend, is_secure=is_secure)
     if settings is None:
         door = min(filter(lambda one: is_door(one.labels), table.services.values()), key=_age, default=None)
         settings = settings_of(door.labels) if door is not None else DoorSettings()
-    return replace(before, settings=settings, backends=backends, routes=routes)
+    return DoorState(
+        settings=settings,
+        backends=backends,
+        routes=routes,
+        certificates=payload.certificates,
+        challenges=payload.challenges,
+    )
 
 
 def _age(service: TableService) -> tuple[str, str]:

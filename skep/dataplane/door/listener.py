@@ -1,26 +1,36 @@
 """Applies the table of the door's network to the HAProxy that runs on this node.
 
-The door's task mounts a volume of this node.  Its files are written there, and its sockets are in it.  Files are
-written before the commands are sent, so that a HAProxy that starts in between reads the current ones.
+The door's task mounts a volume of this node.  Its files are written there, and its sockets are in it.  Certificates are
+elsewhere (``Keys``), where no other container can mount them.  Files are written before the commands are sent, so that
+a HAProxy that starts in between reads the current ones.
 
-Tasks are added and removed by commands.  All other changes are a reload, after which the former process serves its open
-connections on.  The description in the configuration tells which one HAProxy runs.
+Tasks and challenges are added and removed by commands, which also replace renewed certificates.  All other changes are
+a reload, after which the former process serves its open connections on.  The description in the configuration tells
+which one HAProxy runs.
 """
 
 import asyncio
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import structlog
 
 from skep.aio.clock import Clock
-from skep.dataplane.door.configuration import DoorState, commands, every_command, files, version_of
+from skep.dataplane.door.configuration import (
+    DoorState,
+    commands,
+    description_of,
+    every_command,
+    files,
+    version_of,
+)
 from skep.dataplane.door.derivation import proxies_on, state_of
 from skep.errors import Unavailable
-from skep.model.door.settings import DIRECTORY, DoorSettings
+from skep.model.door.payloads import DoorPayload
+from skep.model.door.settings import DIRECTORY, KEYS_DIRECTORY, DoorSettings
 from skep.model.networks.tables import NetworkTable
 from skep.model.values.ids import NetworkId, NodeId
 
@@ -40,8 +50,14 @@ _RESPONSE_MAX = 1 << 20
 _DESCRIPTION = re.compile(r"^Description: (\S+)", re.MULTILINE | re.IGNORECASE)
 _WORKER = re.compile(r"^(\d+) +worker ", re.MULTILINE)
 _STOPPING = re.compile(r"^Stopping: 1$|Can't find the target", re.MULTILINE)
-_DONE = ("changed from", "no need to change")
+_DONE = ("changed from", "no need to change", "Transaction created", "Committing", "Success!")
 _ADMIN, _MASTER = "admin.sock", "master.sock"
+
+
+Keys = Callable[[], DoorPayload]
+"""Writes the certificates that the front door's tasks can read, and returns them with the challenges.  It is called in
+a thread.
+"""
 
 
 class FrontDoor:
@@ -51,19 +67,21 @@ class FrontDoor:
         self,
         directory: Callable[[], Path | None],
         clock: Clock,
+        keys: Keys,
         *,
-        seen_at: str = DIRECTORY,
+        seen_at: tuple[str, str] = (DIRECTORY, KEYS_DIRECTORY),
         settings: DoorSettings | None = None,
     ) -> None:
         """Make the listener.
 
         Args:
             directory: Returns the directory of the volume, or None if this node has none.
-            seen_at: The same directory as HAProxy sees it.
+            seen_at: The same directory, and the one of the certificates, as HAProxy sees them.
             settings: Used instead of the labels of the door's service.
         """
         self._directory = directory
         self._clock = clock
+        self._keys = keys
         self._seen_at = seen_at
         self._settings = settings
         self._state = DoorState()
@@ -93,10 +111,11 @@ class FrontDoor:
                 raise Unavailable("the front door's task has no volume skep-door on this node")
             return
         # In a thread, because ten thousand routes take a second.
-        state = self._state = await asyncio.to_thread(state_of, door, self._state, self._settings)
+        payload = await asyncio.to_thread(self._keys)
+        state = self._state = await asyncio.to_thread(state_of, door, self._state, self._settings, payload)
         if state == self._applied:
             return
-        await asyncio.to_thread(write_files, directory, files(state, self._seen_at))
+        await asyncio.to_thread(write_files, directory, files(state, *self._seen_at))
         before, self._applied = self._applied, None
         try:
             await self._bring(directory, before, state)
@@ -108,17 +127,24 @@ class FrontDoor:
 
     async def _bring(self, directory: Path, before: DoorState | None, state: DoorState) -> None:
         """Bring the running HAProxy to ``state``, whose files are written.  Raises: Unavailable."""
-        version = version_of(state)
-        if await self._version(directory) == version:
-            found = commands(before, state) if before is not None else None
-            await self._run(directory, every_command(state) if found is None else found)
-            return
+        wanted = description_of(state)
+        running = await self._description(directory)
+        if running.partition(".")[0] == version_of(state):
+            found = commands(before, state, *self._seen_at) if before is not None else None
+            if found is None and running == wanted:
+                found = every_command(state, self._seen_at[0])
+            with suppress(
+                _Refused
+            ):  # for example a certificate that this HAProxy does not accept while it runs
+                if found is not None:
+                    await self._run(directory, found)
+                    return
         await self._ask(directory / _MASTER, "reload\n")
-        log.info("front door reloaded", routes=len(state.routes), version=version)
+        log.info("front door reloaded", routes=len(state.routes), version=wanted)
         until = self._clock.monotonic() + RELOAD_S_MAX
         while self._clock.monotonic() < until:
             with suppress(Unavailable):
-                if await self._version(directory) == version and await self._is_alone(directory):
+                if await self._description(directory) == wanted and await self._is_alone(directory):
                     return
             await self._clock.sleep(LOOK_S)
         raise Unavailable("the front door's HAProxy does not run the new configuration: see its log")
@@ -131,20 +157,20 @@ class FrontDoor:
                 return False
         return True
 
-    async def _version(self, directory: Path) -> str:
+    async def _description(self, directory: Path) -> str:
         """Return the description of the configuration that HAProxy runs."""
         found = _DESCRIPTION.search(await self._ask(directory / _ADMIN, "show info\n"))
         return found[1] if found is not None else ""
 
     async def _run(self, directory: Path, wanted: list[str]) -> None:
-        for start in range(0, len(wanted), _BATCH):
-            batch = wanted[start : start + _BATCH]
+        """Send commands.  Raises: _Refused, Unavailable."""
+        for batch in _batches(wanted):
             response = await self._ask(directory / _ADMIN, ";".join(batch) + "\n")
             # HAProxy responds to these commands with empty lines, or with the change.
             lines = filter(None, response.splitlines())
             refused = [line for line in lines if not any(word in line for word in _DONE)]
             if refused:
-                raise Unavailable(f"the front door's HAProxy refused a command: {refused[0][:200]}")
+                raise _Refused(f"the front door's HAProxy refused a command: {refused[0][:200]}")
 
     async def _ask(self, socket: Path, request: str) -> str:
         """Return the response to commands.  Raises: Unavailable."""
@@ -167,6 +193,22 @@ class FrontDoor:
         return found.decode(errors="replace")
 
 
+class _Refused(Unavailable):
+    """Raised if HAProxy refuses a command."""
+
+
+def _batches(wanted: Sequence[str]) -> Iterator[list[str]]:
+    """Yield commands that are sent together.  A command with several lines is sent alone."""
+    batch: list[str] = []
+    for command in wanted:
+        if batch and (len(batch) == _BATCH or "\n" in command or "\n" in batch[-1]):
+            yield batch
+            batch = []
+        batch.append(command)
+    if batch:
+        yield batch
+
+
 def _network(table: NetworkTable) -> str:
     return table.head.id
 
@@ -185,39 +227,24 @@ async def _connect(socket: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWr
 
 
 def write_files(directory: Path, wanted: Mapping[str, str]) -> None:
-    """Write changed files below ``directory``, and remove other certificates.  Raises: OSError.
+    """Write changed files into ``directory``.  Raises: OSError.
 
     The container can put links into the directory.  They are replaced and never followed.
     """
     top = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        certificates = _opened_directory(top, "certificates")
-        try:
-            for name, text in wanted.items():
-                folder, _, file = name.rpartition("/")
-                _replace(certificates if folder else top, file, text.encode(), 0o600 if folder else 0o644)
-            kept = {name.rpartition("/")[2] for name in wanted}
-            for name in os.listdir(certificates):
-                if name not in kept:
-                    os.unlink(name, dir_fd=certificates)
-        finally:
-            os.close(certificates)
+        for name, text in wanted.items():
+            _replace(top, name, text.encode())
     finally:
         os.close(top)
 
 
-def _opened_directory(parent: int, name: str) -> int:
-    with suppress(FileExistsError):
-        os.mkdir(name, 0o700, dir_fd=parent)
-    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
-
-
-def _replace(directory: int, name: str, data: bytes, mode: int) -> None:
+def _replace(directory: int, name: str, data: bytes) -> None:
     """Replace a file at once, so that HAProxy never reads a part of it."""
     temporary = f".{name}.new"
     with suppress(FileNotFoundError):
         os.unlink(temporary, dir_fd=directory)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(temporary, flags, mode, dir_fd=directory), "wb") as file:
+    with os.fdopen(os.open(temporary, flags, 0o644, dir_fd=directory), "wb") as file:
         file.write(data)
     os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)

@@ -154,6 +154,10 @@ class NetworkTables:
             )
         )
 
+    def apply_again(self, concerns: Callable[[NetworkTable], bool]) -> None:
+        """Apply tables again, because something else changed that a listener uses with them."""
+        self._mark_changed(frozenset(id for id, table in self._tables.items() if concerns(table)))
+
     async def clear(self) -> None:
         """Drop all tables, because the node leaves its swarm.  Returns when all listeners have removed them."""
         changed = frozenset(self._tables)

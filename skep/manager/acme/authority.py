@@ -95,14 +95,20 @@ def fetch_terms(account: AcmeAccount) -> str | AcmeFailed:
         return _failure(error, None)
 
 
-def run_step(account: AcmeAccount, name: str = "", order: CertificateOrder | None = None) -> Outcome:
-    """Register the account, or send or continue the order of a name.  Waits for the authority."""
+def run_step(
+    account: AcmeAccount, name: str = "", order: CertificateOrder | None = None, *, has_dns: bool = False
+) -> Outcome:
+    """Register the account, or send or continue the order of a name.  Waits for the authority.
+
+    Args:
+        has_dns: Whether this manager can write DNS records.
+    """
     client = None
     try:
         client = AuthorityClient(account)
         if order is None:
             return _register(client, account)
-        return _continue(client, name, order) if order.url else _open(client, name)
+        return _continue(client, name, order) if order.url else _open(client, name, has_dns)
     except _FAILURES as error:
         return _failure(error, client)
 
@@ -116,31 +122,40 @@ def _register(client: AuthorityClient, account: AcmeAccount) -> Outcome:
         return AccountRegistered(url=client.update_registration(known).uri)
 
 
-def _open(client: AuthorityClient, name: str) -> Outcome:
-    if name.startswith("*."):
+def _open(client: AuthorityClient, name: str, has_dns: bool) -> Outcome:
+    if name.startswith("*.") and not has_dns:
         return AcmeFailed(
-            reason="a certificate of a wildcard needs DNS-01, which is not configured", is_over=True
+            reason="a certificate of a wildcard needs DNS-01. Set acme-dns-hook on every manager",
+            is_over=True,
         )
     url, body = client.new_order_for(name)
-    found = {}
+    answers: dict[str, str] = {}
+    records: dict[str, str] = {}
+    key = client.network.account_key
     for authorization in map(client.authorization, body.authorizations):
-        if authorization.body.status != messages.STATUS_VALID:
-            challenge = _http_challenge(authorization)
-            if challenge is None:
-                return AcmeFailed(
-                    reason="the authority offers no challenge HTTP-01 for the name", is_over=True
-                )
-            key = client.network.account_key
-            found[challenge.chall.encode("token")] = challenge.chall.key_authorization(key)
-    return OrderOpened(url=url, challenges=found)
+        if authorization.body.status == messages.STATUS_VALID:
+            continue
+        host = authorization.body.identifier.value
+        if (challenge := _challenge(authorization, challenges.HTTP01)) is not None:
+            answers[challenge.chall.encode("token")] = challenge.chall.key_authorization(key)
+        elif has_dns and (challenge := _challenge(authorization, challenges.DNS01)) is not None:
+            records[challenge.chall.validation_domain_name(host)] = challenge.chall.validation(key)
+        else:
+            offered = ", ".join(sorted(one.chall.typ for one in authorization.body.challenges)) or "nothing"
+            return AcmeFailed(
+                reason=f"the authority offers {offered}. Skep answers http-01, and dns-01 by acme-dns-hook",
+                is_over=True,
+            )
+    return OrderOpened(url=url, challenges=answers, dns=records)
 
 
 def _continue(client: AuthorityClient, name: str, order: CertificateOrder) -> Outcome:
     body, retry_after_s = client.order(order.url)
     look_after_s = min(max(retry_after_s, LOOK_S), LOOK_S_MAX)
     if body.status == messages.STATUS_PENDING:
+        kind = challenges.DNS01 if order.dns else challenges.HTTP01
         for authorization in map(client.authorization, body.authorizations):
-            challenge = _http_challenge(authorization)
+            challenge = _challenge(authorization, kind)
             if challenge is not None and challenge.status == messages.STATUS_PENDING:
                 client.answer_challenge(challenge, challenge.response(client.network.account_key))
         return OrderPending(look_after_s)
@@ -155,8 +170,10 @@ def _continue(client: AuthorityClient, name: str, order: CertificateOrder) -> Ou
     return OrderPending(look_after_s)
 
 
-def _http_challenge(authorization: messages.AuthorizationResource) -> messages.ChallengeBody | None:
-    found = (one for one in authorization.body.challenges if isinstance(one.chall, challenges.HTTP01))
+def _challenge(
+    authorization: messages.AuthorizationResource, kind: type[challenges.KeyAuthorizationChallenge]
+) -> messages.ChallengeBody | None:
+    found = (one for one in authorization.body.challenges if isinstance(one.chall, kind))
     return next(found, None)
 
 

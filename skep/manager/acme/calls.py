@@ -9,6 +9,7 @@ from typing import TypeVar
 import structlog
 
 from skep.errors import Unavailable
+from skep.manager.acme.dns_hook import DnsHook
 from skep.manager.acme.records import AcmeAccount, HostCertificate
 from skep.manager.acme.steps import AccountRegistered, AcmeFailed, CertificateIssued, Outcome
 from skep.model.values.times import timestamp
@@ -32,19 +33,31 @@ async def skip_steps(account: AcmeAccount, record: HostCertificate | None) -> Ou
 class AuthorityCalls:
     """Makes one call at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, hook: DnsHook | None = None) -> None:
+        self._hook = hook or DnsHook()
         self._lock = threading.Lock()
 
     async def run_step(self, account: AcmeAccount, record: HostCertificate | None) -> Outcome:
         """Register the account, or send or continue the order of a name."""
+        records = record.order.dns if record is not None and record.order is not None else {}
+        if records and (problem := await self._hook.set(records)):
+            return AcmeFailed(reason=problem)
+        outcome = await self._ask(account, record)
+        is_over = isinstance(outcome, CertificateIssued) or (
+            isinstance(outcome, AcmeFailed) and outcome.is_over
+        )
+        if records and is_over:
+            await self._hook.remove(records)
+        return outcome
 
+    async def _ask(self, account: AcmeAccount, record: HostCertificate | None) -> Outcome:
         def step() -> Outcome:
             # Importing the library takes 9 MiB, which a cluster without certificates does not need.
             from skep.manager.acme.authority import run_step
 
             if record is None or record.order is None:
                 return run_step(account)
-            return run_step(account, record.name, record.order)
+            return run_step(account, record.name, record.order, has_dns=bool(self._hook))
 
         try:
             return await self._in_thread(step)

@@ -52,12 +52,14 @@ class CertificateOrder(msgspec.Struct, frozen=True, kw_only=True):
         url: URL of the order, or empty before the authority has responded.
         challenges: Key authorizations by token, which the door serves.
         opened_ns: Time at which the challenges were stored.
+        dns: Values of TXT records by name, which the leader's hook writes (DNS-01).
     """
 
     key: str
     began_ns: int
     url: str = ""
     challenges: dict[str, str] = {}
+    dns: dict[str, str] = {}
     opened_ns: int = 0
 
     def __repr__(self) -> str:

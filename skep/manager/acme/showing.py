@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from skep.api.telemetry.exposition import MetricFamily, Sample, label_text
+from skep.manager.acme.own_certificates import OwnCertificate, own_certificates
 from skep.manager.acme.records import AcmeAccount, HostCertificate, account_in, records_in
 from skep.manager.acme.state import WantedNames, names_of_routes
 from skep.manager.acme.steps import LEFT_SHARE, due_at_ns, present_record
@@ -22,11 +23,28 @@ _OVERDUE_SHARE = 2 * LEFT_SHARE
 def shown_certificates(view: View, now_ns: int, wanted: WantedNames = names_of_routes) -> CertificatesShown:
     """Return the authority and all names, sorted."""
     account, records, names = account_in(view), records_in(view), wanted(view)
+    own = own_certificates(view)
     return CertificatesShown(
         authority=_shown_authority(account) if account is not None else None,
         certificates=tuple(
-            _shown(account, records, name, name in names, now_ns) for name in sorted({*records, *names})
+            _shown_own(name, own[name], now_ns)
+            if name in own
+            else _shown(account, records, name, name in names, now_ns)
+            for name in sorted({*records, *names, *own})
         ),
+    )
+
+
+def _shown_own(name: str, own: OwnCertificate, now_ns: int) -> CertificateShown:
+    expired = "it has expired" if own.pem and own.not_after_ns <= now_ns else ""
+    problem = own.problem or expired
+    return CertificateShown(
+        name=name,
+        state=CertificateProgress.FAILING if problem else CertificateProgress.VALID,
+        secret=own.secret,
+        not_before=_time(own.not_before_ns),
+        not_after=_time(own.not_after_ns),
+        error=problem,
     )
 
 
@@ -73,53 +91,81 @@ def _progress(record: HostCertificate, now_ns: int) -> CertificateProgress:
 def expiring_soon(
     view: View, now_ns: int, wanted: WantedNames = names_of_routes
 ) -> Iterator[tuple[str, str]]:
-    """Yield the names whose certificates are not renewed in time, each with a sentence."""
-    account = account_in(view)
-    if account is None:
+    """Yield the names whose certificates are not renewed in time, each with a sentence.
+
+    An attempt that failed is reported from the time at which renewals begin.
+    """
+    for name, one in own_certificates(view).items():
+        if one.problem:
+            yield name, f"{name} has no certificate: {one.problem}"
+        elif _is_left(_OVERDUE_SHARE, one.not_before_ns, one.not_after_ns, now_ns):
+            words = _expiry(name, one.not_after_ns, now_ns)
+            yield name, f"{words}. Run skep secret rotate {one.secret} FILE"
+    if (account := account_in(view)) is None:
         return
     names = wanted(view)
     for name, record in records_in(view).items():
-        left_ns = record.not_after_ns - now_ns
-        life_ns = record.not_after_ns - record.not_before_ns
-        if not record.pem or name not in names or left_ns * _OVERDUE_SHARE > life_ns:
-            continue
-        verb = "expired" if left_ns <= 0 else "expires"
-        day = timestamp(record.not_after_ns)[:16].replace("T", " ")
         reason = record.error or account.error
-        yield (
-            name,
-            f"the certificate of {name} {verb} on {day} UTC and is not renewed{f': {reason}' if reason else ''}",
-        )
+        share = LEFT_SHARE if reason else _OVERDUE_SHARE
+        if (
+            record.pem
+            and name in names
+            and _is_left(share, record.not_before_ns, record.not_after_ns, now_ns)
+        ):
+            words = _expiry(name, record.not_after_ns, now_ns)
+            yield name, f"{words} and is not renewed{f': {reason}' if reason else ''}"
+
+
+def _is_left(share: int, not_before_ns: int, not_after_ns: int, now_ns: int) -> bool:
+    """Return whether less than one ``share`` of a certificate's life is left."""
+    return (not_after_ns - now_ns) * share <= not_after_ns - not_before_ns
+
+
+def _expiry(name: str, not_after_ns: int, now_ns: int) -> str:
+    verb = "expired" if not_after_ns <= now_ns else "expires"
+    day = timestamp(not_after_ns)[:16].replace("T", " ")
+    return f"the certificate of {name} {verb} on {day} UTC"
 
 
 def certificate_warnings(view: View, now_ns: int) -> Iterator[str]:
     """Yield a warning if certificates expire soon.  It names no hosts, because every user reads it."""
     if number := len(list(expiring_soon(view, now_ns))):
-        noun = "certificate of a host name expires" if number == 1 else "certificates of host names expire"
-        yield f"WARNING: {number} {noun} soon and cannot be renewed (skep certificate ls)"
+        words = "certificate is" if number == 1 else "certificates are"
+        yield f"WARNING: {number} {words} missing or not renewed in time (skep certificate ls)"
 
 
 def certificate_families(view: View) -> list[MetricFamily]:
     """Return the metrics of certificates."""
-    if account_in(view) is None:
-        return []
-    records = [
-        (label_text({"name": name}), one) for name, one in records_in(view).items() if one.pem or one.error
-    ]
+    records = [one for one in records_in(view).values() if one.pem or one.error]
+    own = {name: one for name, one in own_certificates(view).items() if one.pem}
+    expiries = {one.name: one.not_after_ns for one in records if one.pem}
+    expiries |= {name: one.not_after_ns for name, one in own.items()}
+    starts = {one.name: one.not_before_ns for one in records if one.pem}
+    starts |= {name: one.not_before_ns for name, one in own.items()}
     return [
         MetricFamily(
             "skep_certificate_expires_timestamp_seconds",
             "gauge",
             "Time at which the certificate of a host name expires.",
-            [Sample(labels, one.not_after_ns / SECOND_NS) for labels, one in records if one.pem],
+            [_sample(name, at_ns / SECOND_NS) for name, at_ns in sorted(expiries.items())],
+        ),
+        MetricFamily(
+            "skep_certificate_valid_from_timestamp_seconds",
+            "gauge",
+            "Time from which the certificate of a host name is valid.",
+            [_sample(name, at_ns / SECOND_NS) for name, at_ns in sorted(starts.items())],
         ),
         MetricFamily(
             "skep_certificate_failures",
             "gauge",
             "Failed orders of a host name since its last certificate.",
-            [Sample(labels, one.failures) for labels, one in records],
+            [_sample(one.name, one.failures) for one in records],
         ),
     ]
+
+
+def _sample(name: str, value: float) -> Sample:
+    return Sample(label_text({"name": name}), value)
 
 
 def _time(at_ns: int) -> Timestamp:

@@ -5,6 +5,7 @@ from random import Random
 from typing import Final
 
 from skep.aio.clock import Clock
+from skep.manager.acme.own_certificates import secrets_of_hosts
 from skep.manager.acme.records import ACCOUNT_ID, account_in, record_id, records_in
 from skep.manager.acme.steps import PUBLISH_S, Step, WaitUntil, next_step
 from skep.manager.control_loops.failures import Failures
@@ -30,9 +31,10 @@ WantedNames = Callable[[View], frozenset[str]]
 
 def names_of_routes(view: View) -> frozenset[str]:
     """Return the hosts of HTTP routes with automatic certificates."""
-    claims = settled(map(claimant_of, exposed(view)))
-    routes = (route for accepted in claims.accepted.values() for route in accepted)
-    return frozenset(route.host for route in routes if route.options.tls in ("", "auto"))
+    claimants = [claimant_of(one) for one in exposed(view)]
+    routes = (route for accepted in settled(claimants).accepted.values() for route in accepted)
+    hosts = frozenset(route.host for route in routes if route.options.tls in ("", "auto"))
+    return hosts - secrets_of_hosts(claimants).keys()
 
 
 class CertificatesState:

@@ -85,10 +85,16 @@ class AccountRegistered(msgspec.Struct, frozen=True):
 
 
 class OrderOpened(msgspec.Struct, frozen=True):
-    """The authority has accepted the order.  ``challenges``: key authorizations by token."""
+    """The authority has accepted the order.
+
+    Attributes:
+        challenges: Key authorizations by token (HTTP-01).
+        dns: Values of TXT records by name (DNS-01).
+    """
 
     url: str
     challenges: dict[str, str] = {}
+    dns: dict[str, str] = {}
 
 
 class OrderPending(msgspec.Struct, frozen=True):
@@ -247,8 +253,9 @@ def after_step(record: HostCertificate, outcome: Outcome, now_ns: int, chance: f
     if order is None:
         return record
     match outcome:
-        case OrderOpened(url=url, challenges=challenges):
-            opened = replace(order, url=url, challenges=challenges, opened_ns=now_ns if challenges else 0)
+        case OrderOpened(url=url, challenges=challenges, dns=dns):
+            opened_ns = now_ns if challenges else 0
+            opened = replace(order, url=url, challenges=challenges, dns=dns, opened_ns=opened_ns)
             return replace(record, order=opened)
         case OrderPending() if now_ns - order.began_ns > _ns(ORDER_S):
             given_up = AcmeFailed(

@@ -41,7 +41,7 @@ def ask_for_renewal(tx: Transaction, name: str, now_ns: int) -> None:
     if account is None:
         raise FailedPrecondition("no authority is configured: run skep door acme EMAIL")
     if tx.rely_on(Payload, record_id(name)) is None:
-        raise NotFound(f"no certificate for {name}: see skep certificate ls")
+        raise NotFound(f"no certificate of the authority for {name}: see skep certificate ls")
     record = present_record(account, records_in(tx), name)
     if record.blocked_until_ns > now_ns:
         until = timestamp(record.blocked_until_ns)[:16].replace("T", " ")

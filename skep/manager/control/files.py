@@ -12,6 +12,7 @@ from skep.api.access.permissions import STACK_LABEL
 from skep.api.errors import Untranslated
 from skep.errors import InvalidArgument, OutOfSequence
 from skep.gotemplate import quoted
+from skep.manager.acme.own_certificates import services_with
 from skep.manager.control.deploys import replace_deploys
 from skep.manager.control.quotas import check_file_quota
 from skep.manager.control.validation.names import check_file_name
@@ -83,6 +84,8 @@ def remove_secret(tx: Transaction, id: SecretId) -> None:
     """Remove a secret, with its data.  Raises: NotFound; InvalidArgument: a service uses it."""
     secret = tx.get(Secret, id)
     _check_runs(tx, "secret", id, secret.spec.name)
+    if users := services_with(tx, secret.spec.name):
+        raise _used_by("secret", secret.spec.name, users)
     try:
         tx.delete(Secret, id)
     except InUse as error:

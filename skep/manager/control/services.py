@@ -20,6 +20,7 @@ from skep.errors import (
     PermissionDenied,
     Unimplemented,
 )
+from skep.manager.acme.own_certificates import check_certificates
 from skep.manager.cluster import cluster_of
 from skep.manager.control.networks import known_ingress_network
 from skep.manager.control.quotas import check_quota
@@ -96,6 +97,7 @@ def create_service(
     check_level(tx, spec)
     check_dependencies(tx, spec)
     check_routes(tx, spec)
+    check_certificates(tx, spec)
     _check_rights(tx, spec)
     check_quota(tx, spec)
     _check_volumes(tx, spec)
@@ -140,6 +142,7 @@ def update_service(
     service = _changeable(tx, id, spec, version)
     spec = with_number_kept(spec, service.spec)
     check_routes(tx, spec, id)
+    check_certificates(tx, spec, id)
     _check_rights(tx, spec, service.spec)
     check_quota(tx, spec, service)
     _check_volumes(tx, spec, service.spec)
@@ -186,6 +189,7 @@ def rollback_service(
         raise FailedPrecondition(f"service {id} does not have a previous spec")
     check_dependencies(tx, service.previous_spec)
     check_routes(tx, service.previous_spec, id)
+    check_certificates(tx, service.previous_spec, id)
     _check_ingress(tx, service.previous_spec)
     _check_rights(tx, service.previous_spec, service.spec)
     check_quota(tx, service.previous_spec, service)

@@ -10,7 +10,7 @@ import structlog
 from skep.errors import SkepError
 from skep.manager.dispatcher.assignments import difference, everything
 from skep.manager.dispatcher.node_sessions.sessions import Sessions
-from skep.manager.services.volume_index import VolumeIndex
+from skep.manager.dispatcher.state import SentObjects
 from skep.model.assignment import AssignmentSet
 from skep.model.task import Task, Trust
 from skep.model.values.ids import TaskId
@@ -31,9 +31,9 @@ TASKS_AT_ONCE = 50
 class AssignmentStreams:
     """Assignments for nodes with a session here.  Engines get SwarmKit's messages, skep nodes also the revision."""
 
-    def __init__(self, store: Store, sessions: Sessions, volumes: VolumeIndex) -> None:
+    def __init__(self, store: Store, sessions: Sessions, sent: SentObjects) -> None:
         self._store = store
-        self._volumes = volumes
+        self._volumes, self._door = sent
         self._sessions = sessions
 
     def services(self) -> Sequence[Handler]:
@@ -72,7 +72,9 @@ class AssignmentStreams:
         """Yield the messages of one stream, with their revisions and the trust in their tasks."""
         session = self._sessions.require(caller.node_id, request.session_id)
         with session.assignment_signal() as signal:
-            change, sent = everything(self._store.view(), session.node_id, self._volumes.on)
+            change, sent = everything(
+                self._store.view(), session.node_id, self._volumes.on, self._door.present
+            )
             number = 1
             yield change.revision, _trust_in(change), await encode_assignments(change, "", str(number))
             del change
@@ -83,7 +85,9 @@ class AssignmentStreams:
                 if changed is None:  # includes deleted tasks, whose only trace is the sent state
                     here = (task.id for task in view.find(Task, node_id=session.node_id))
                     changed = {*sent.tasks, *here}
-                update, sent = difference(view, session.node_id, sent, changed, self._volumes.on)
+                update, sent = difference(
+                    view, session.node_id, sent, changed, self._volumes.on, self._door.present
+                )
                 del view
                 if update is None:
                     continue

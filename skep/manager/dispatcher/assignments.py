@@ -10,6 +10,8 @@ message and a ``SentState`` for the next comparison.
 * A task of a global service has its node before it is assigned.  While its status is unreadable it may still wait for a
   port or for its predecessor, so it is not sent.  If the node has the task, the node keeps it and reports its status.
 * Secrets and configs are sent with the first task that needs them, and removed with the last such task that still runs.
+* Certificates and challenges of the front door (``model.door.payloads``) are secrets that all tasks of the front door
+  need, and no others.
 
 Source: swarmkit, manager/dispatcher/assignments.go.
 """
@@ -22,6 +24,8 @@ from msgspec.structs import replace
 
 from skep.manager.nodes.trust import trust_of
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
+from skep.model.door.payloads import is_door_file
+from skep.model.door.settings import is_door
 from skep.model.needs import images_of
 from skep.model.networks.data_planes import is_docker_node, is_overlay
 from skep.model.node import Node
@@ -45,6 +49,8 @@ from skep.store.kinds import (
 )
 from skep.store.schema import UNREAD_STATUS
 
+DoorFilesIn: TypeAlias = Callable[[View], Mapping[SecretId, SecretFile]]
+"""Returns the certificates and challenges of the front door (``acme.door_files``)."""
 VolumesOf: TypeAlias = Callable[[NodeId], Iterable[VolumeId]]
 """Returns the volumes that may concern a node.  Without it all volumes are checked."""
 
@@ -57,14 +63,20 @@ class SentState(msgspec.Struct, frozen=True, kw_only=True):
     """The ``sent_labels`` of tasks that have some."""
     secrets: frozenset[SecretId] = frozenset()
     configs: frozenset[ConfigId] = frozenset()
+    proxies: frozenset[TaskId] = frozenset()
+    """Tasks of the front door that have not ended."""
     volumes: Mapping[VolumeId, VolumeAssignment] = {}
     """Volumes published on the node."""
     leaving: Mapping[VolumeId, VolumeAssignment] = {}
     """Volumes that the node should unpublish, whether it has them or not.  It confirms that in a report."""
 
 
+def _no_door(_: View) -> Mapping[SecretId, SecretFile]:
+    return {}
+
+
 def everything(
-    view: View, node_id: NodeId, volumes_of: VolumesOf | None = None
+    view: View, node_id: NodeId, volumes_of: VolumesOf | None = None, door_files: DoorFilesIn = _no_door
 ) -> tuple[AssignmentSet, SentState]:
     """Return all assignments of a node, as the first message of a stream.
 
@@ -79,16 +91,19 @@ def everything(
         if task.id not in tasks
     )
     volumes, leaving = _volumes_on(view, node_id, volumes_of)
+    proxies = frozenset(id for id, task in tasks.items() if _is_proxy(view, task, was=False))
+    door = door_files(view) if proxies else {}
     sent = SentState(
         tasks=tasks,
         labels={id: labels for id, task in tasks.items() if (labels := _sent_labels(view, task, {}))},
-        secrets=_secrets_of(tasks.values()) | _secrets_for(volumes),
+        secrets=_secrets_of(tasks.values()) | _secrets_for(volumes) | door.keys(),
         configs=_configs_of(tasks.values()),
+        proxies=proxies,
         volumes=volumes,
         leaving=leaving,
     )
     complete = is_known and not view.unreadable(Task)
-    return _message(view, SentState(), sent, tasks.values(), complete=complete), sent
+    return _message(view, SentState(), sent, tasks.values(), door, complete=complete), sent
 
 
 def difference(
@@ -97,14 +112,16 @@ def difference(
     sent: SentState,
     changed: Iterable[TaskId],
     volumes_of: VolumesOf | None = None,
+    door_files: DoorFilesIn = _no_door,
 ) -> tuple[AssignmentSet | None, SentState]:
     """Return the message after ``changed`` tasks changed, or None if the node needs none."""
-    tasks, labels = dict(sent.tasks), dict(sent.labels)
+    tasks, labels, proxies = dict(sent.tasks), dict(sent.labels), set(sent.proxies)
     updated: list[Task] = []
     referring = False
     for id in sorted(set(changed)):
         task, before = view.lookup(Task, id), tasks.pop(id, None)
         labels_before = labels.pop(id, {})
+        proxies.discard(id)
         referring = referring or _refers(before)
         if task is None or task.node_id != node_id:
             continue
@@ -112,6 +129,8 @@ def difference(
         if not _is_due(view, task) and (before is None or not _is_held_back(view, task)):
             continue
         tasks[id] = task
+        if _is_proxy(view, task, was=id in sent.proxies):
+            proxies.add(id)
         if labels_now := _sent_labels(view, task, labels_before):
             labels[id] = labels_now
         referring = referring or _refers(task)
@@ -123,9 +142,12 @@ def difference(
         secrets = _secrets_of(tasks.values()) | _secrets_for(volumes)
         now = SentState(tasks=tasks, secrets=secrets, configs=_configs_of(tasks.values()))
     else:
-        now = SentState(tasks=tasks, secrets=sent.secrets, configs=sent.configs)
+        others = frozenset(id for id in sent.secrets if not is_door_file(id))
+        now = SentState(tasks=tasks, secrets=others, configs=sent.configs)
+    door = door_files(view) if proxies else {}
     now = replace(now, labels=labels, volumes=volumes, leaving=leaving)
-    message = _message(view, sent, now, updated, complete=False)
+    now = replace(now, proxies=frozenset(proxies), secrets=now.secrets | door.keys())
+    message = _message(view, sent, now, updated, door, complete=False)
     is_empty = not (
         message.tasks
         or message.removed_tasks
@@ -236,7 +258,13 @@ def _is_due(view: View, task: Task) -> bool:
 
 
 def _message(
-    view: View, before: SentState, now: SentState, updated: Iterable[Task], *, complete: bool
+    view: View,
+    before: SentState,
+    now: SentState,
+    updated: Iterable[Task],
+    door: Mapping[SecretId, SecretFile],
+    *,
+    complete: bool,
 ) -> AssignmentSet:
     tasks = tuple(_assigned(view, task) for task in updated)
     return AssignmentSet(
@@ -244,7 +272,7 @@ def _message(
         revision=view.revision,
         tasks=tasks,
         removed_tasks=tuple(sorted(before.tasks.keys() - now.tasks.keys())),
-        secrets=tuple(_secret_files(view, sorted(now.secrets - before.secrets))),
+        secrets=tuple(_secret_files(view, sorted(now.secrets - before.secrets), door)),
         removed_secrets=tuple(sorted(before.secrets - now.secrets)),
         configs=tuple(_config_files(view, sorted(now.configs - before.configs))),
         removed_configs=tuple(sorted(before.configs - now.configs)),
@@ -290,6 +318,19 @@ def _ports_of(service: Service) -> tuple[PortConfig, ...]:
 
 def _needs(task: Task) -> bool:
     return bool(task.status.state <= TaskState.RUNNING)
+
+
+def _is_proxy(view: View, task: Task, *, was: bool) -> bool:
+    """Return whether a task belongs to the front door and needs its certificates.
+
+    Engines of Docker could not use them.  While the service is unreadable, a task stays what it ``was``.
+    """
+    if not _needs(task):
+        return False
+    if (service := view.lookup(Service, task.service_id)) is None:
+        return was
+    node = view.lookup(Node, task.node_id)
+    return is_door(service.spec.labels) and node is not None and not is_docker_node(node)
 
 
 def _refers(task: Task | None) -> bool:
@@ -361,7 +402,9 @@ def _secrets_for(volumes: Mapping[VolumeId, VolumeAssignment]) -> frozenset[Secr
     return frozenset(SecretId(secret.secret) for one in volumes.values() for secret in one.secrets)
 
 
-def _secret_files(view: View, ids: Iterable[SecretId]) -> Iterator[SecretFile]:
+def _secret_files(
+    view: View, ids: Iterable[SecretId], door: Mapping[SecretId, SecretFile]
+) -> Iterator[SecretFile]:
     """Yield the files of secrets.
 
     A secret that does not exist, is unreadable or has no data (SwarmKit's driver secrets may have none) is left out.
@@ -370,6 +413,9 @@ def _secret_files(view: View, ids: Iterable[SecretId]) -> Iterator[SecretFile]:
     Source: swarmkit, manager/dispatcher/assignments.go (assignSecret).
     """
     for id in ids:
+        if id in door:
+            yield door[id]
+            continue
         payload_id = f"secret/{id}"
         secret, payload = view.lookup(Secret, id), view.lookup(Payload, payload_id)
         if secret is not None and payload is not None and payload_id not in view.unreadable(Payload):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from skep.aio.clock import Clock
 from skep.aio.event import Event
 from skep.aio.time_slices import STEP, run_in_slices
+from skep.model.door.settings import is_door
 from skep.model.options.labels import sent_labels
 from skep.model.service import Service
 from skep.model.task import Task
@@ -29,7 +30,7 @@ class ChangedLabels:
     def on_update(self, old: Service, new: Service) -> None:
         """Record a changed service."""
         before, now = old.spec.labels, new.spec.labels
-        if before != now and sent_labels(before) != sent_labels(now):
+        if before != now and (sent_labels(before) != sent_labels(now) or is_door(before) is not is_door(now)):
             self._changed[new.id] = None
             self._has_changed.set()
 

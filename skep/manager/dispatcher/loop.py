@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 
 from skep.aio.clock import Clock
+from skep.manager.acme.door_files import DoorFiles
 from skep.manager.control_loops.informer import run_informer
 from skep.manager.dispatcher.assignment_streams import AssignmentStreams
 from skep.manager.dispatcher.changed_labels import ChangedLabels
@@ -24,7 +25,7 @@ from skep.manager.dispatcher.node_sessions.quorum_contact import QuorumContact
 from skep.manager.dispatcher.node_sessions.registrar import Registrar
 from skep.manager.dispatcher.node_sessions.sessions import LiveSession, Sessions
 from skep.manager.dispatcher.session_streams import SessionStreams
-from skep.manager.dispatcher.state import KINDS, DispatcherState
+from skep.manager.dispatcher.state import KINDS, DispatcherState, SentObjects
 from skep.manager.dispatcher.usages import MeasuredTasks
 from skep.manager.peer_reports import PeerReport, PeerReports
 from skep.manager.services.volume_index import VolumeIndex
@@ -61,8 +62,8 @@ class Dispatcher:
         self._contact = QuorumContact(store, self.deadlines, clock)
         self.stops = Stops(store, self.sessions, clock, wait_unused)
         labels = ChangedLabels(store, clock, self.stops.wake)
-        late_marks, volumes = LateMarks(store, self.deadlines), VolumeIndex()
-        self.state = DispatcherState(store, own, self.deadlines, late_marks, volumes, self.stops, labels)
+        late_marks, sent = LateMarks(store, self.deadlines), SentObjects(VolumeIndex(), DoorFiles())
+        self.state = DispatcherState(store, own, self.deadlines, late_marks, sent, self.stops, labels)
         queue = RegistrationQueue(clock, random)
         self.registrar = Registrar(store, own.node_id, self.deadlines, self._contact, queue, clock, new_id)
         silence = SilenceCheck(store, self.deadlines, late_marks, self._contact, queue, self.reports, clock)
@@ -76,7 +77,7 @@ class Dispatcher:
         self._handlers = (
             *SessionStreams(store, self.registrar, self.state, balancing).services(),
             *Heartbeats(self.deadlines).services(),
-            *AssignmentStreams(store, self.sessions, volumes).services(),
+            *AssignmentStreams(store, self.sessions, sent).services(),
             *self._usages.services(),
             *self.node_reports.services(),
         )

@@ -4,6 +4,9 @@ The other loops' states queue keys that are decided later.  Here a commit only w
 the store with its earlier messages.
 """
 
+from typing import NamedTuple
+
+from skep.manager.acme.door_files import DoorFiles
 from skep.manager.control_loops.failures import isolated
 from skep.manager.dispatcher.changed_labels import ChangedLabels
 from skep.manager.dispatcher.delayed_stops import Stops
@@ -12,6 +15,7 @@ from skep.manager.dispatcher.node_sessions.heartbeat_deadlines import HeartbeatD
 from skep.manager.dispatcher.node_sessions.messages import ManagerPeer, managers_of
 from skep.manager.dispatcher.node_sessions.registration import NotRegistered, SessionInvalid
 from skep.manager.services.volume_index import VolumeIndex
+from skep.model.door.settings import is_door
 from skep.model.networks.data_planes import is_docker_node
 from skep.model.node import Node, NodeState, differ_in_load_alone
 from skep.model.service import Service
@@ -24,6 +28,13 @@ from skep.store.kinds import GOSSIP_KEYS_ID, Payload
 KINDS = (Node, Task, Service, Swarm, Payload, Volume)
 
 
+class SentObjects(NamedTuple):
+    """Objects that nodes get with their tasks."""
+
+    volumes: VolumeIndex
+    door: DoorFiles
+
+
 class DispatcherState:
     """The managers that nodes are sent, and the streams that a commit wakes."""
 
@@ -33,7 +44,7 @@ class DispatcherState:
         own: ManagerPeer,
         deadlines: HeartbeatDeadlines,
         late_marks: LateMarks,
-        volumes: VolumeIndex,
+        sent: SentObjects,
         stops: Stops,
         labels: ChangedLabels,
     ) -> None:
@@ -47,7 +58,7 @@ class DispatcherState:
         self._deadlines = deadlines
         self._sessions = deadlines.sessions
         self._late_marks = late_marks
-        self._volumes = volumes
+        self._volumes, self._door = sent
         self._stops = stops
         self._labels = labels
         self.managers: tuple[ManagerPeer, ...] = (own,)
@@ -68,13 +79,15 @@ class DispatcherState:
             with isolated("session", node.id):
                 self._on_node(node, is_start=True)
         self._volumes.reset(view.find(Volume))
+        self._door.reset()
         for session in self._sessions.all():
             session.wake_for_all()
 
     def on_commit(self, commit: Commit) -> None:
         """Wake the streams of the nodes that the commit concerns."""
-        has_new_managers = False
+        has_new_managers = has_new_certificates = False
         for event in commit.events:
+            has_new_certificates |= self._door.on_event(event)
             match event:
                 case Created(Task() as task) | Deleted(Task() as task):
                     self._stops.release(task)
@@ -107,6 +120,18 @@ class DispatcherState:
         if has_new_managers:
             self.managers = managers_of(self._store.view().find(Node), self.own)
             self._wake_messages()
+
+        if has_new_certificates:
+            self._wake_proxies()
+
+    def _wake_proxies(self) -> None:
+        """Send the front door's certificates and challenges to the nodes of its tasks."""
+        view = self._store.view()
+        doors = [one.id for one in view.find(Service) if is_door(one.spec.labels)]
+        nodes = {task.node_id for id in doors for task in view.find(Task, service_id=id) if task.node_id}
+        for node_id in sorted(nodes):
+            if (session := self._sessions.live(node_id)) is not None:
+                session.wake_assignments(())
 
     def _wake_messages(self) -> None:
         for session in self._sessions.all():

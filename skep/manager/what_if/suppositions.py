@@ -16,6 +16,7 @@ from skep.manager.membership.roles import quorum
 from skep.manager.nodes.heartbeats import configured_grace_s
 from skep.manager.what_if.rehearsal import Rehearsal
 from skep.model.container import ConfigReference, SecretReference
+from skep.model.door.routes import tls_secrets
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.constraints import label_reader
@@ -113,6 +114,8 @@ def _with_references(tx: Transaction, spec: ServiceSpec, new_id: IdSource) -> Se
         known = known or tx.put(Config(id=ConfigId(new_id()), spec=ConfigSpec(name=one.config_name)))
         return replace(one, config_id=known.id)
 
+    for name in sorted(tls_secrets(spec.labels)):
+        secret(SecretReference(secret_name=name))
     template = spec.task_template
     container = template.container_spec
     if container is not None:

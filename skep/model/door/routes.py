@@ -9,7 +9,7 @@ characters without a meaning there, and all other values are checked for control
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from ipaddress import ip_network
 from typing import Any, Final
 
@@ -91,6 +91,11 @@ class RouteOptions(msgspec.Struct, frozen=True, kw_only=True):
     request_headers: tuple[HeaderRule, ...] = ()
     response_headers: tuple[HeaderRule, ...] = ()
 
+    @property
+    def tls_secret(self) -> str:
+        """The name of the secret with the certificate, or an empty text."""
+        return "" if self.tls in ("auto", "off") else self.tls
+
 
 class HttpRoute(msgspec.Struct, frozen=True, kw_only=True):
     """One host, with the paths below one prefix."""
@@ -155,6 +160,19 @@ def parsed_routes(labels: Mapping[str, str]) -> tuple[HttpRoute, ...]:
     if len(found) > ROUTES_MAX:
         raise InvalidArgument(f"the labels {HTTP} have {len(found)} routes: at most {ROUTES_MAX} are allowed")
     return tuple(found[key] for key in sorted(found))
+
+
+def tls_secrets(labels: Mapping[str, str]) -> frozenset[str]:
+    """Return the names of the secrets with certificates that a service's labels name."""
+    return frozenset(one.options.tls_secret for one in routes_of(labels)) - {""}
+
+
+def with_tls_secret(labels: Mapping[str, str], old: Collection[str], new: str) -> dict[str, str]:
+    """Return labels with the secret ``new`` in the place of ``old`` ones."""
+    return {
+        name: new if is_http_label(name) and name.endswith(".tls") and value in old else value
+        for name, value in labels.items()
+    }
 
 
 def _is_source(label: str) -> bool:

@@ -20,6 +20,8 @@ NAME: Final = "skep-door"
 """Name of the service, of its network, and of the volume with HAProxy's files."""
 DIRECTORY: Final = "/etc/skep-door"
 """Directory of the files in the container."""
+KEYS_DIRECTORY: Final = "/run/skep-door"
+"""Directory of certificates and keys in the container.  No other container can mount it."""
 
 
 class DoorSettings(msgspec.Struct, frozen=True, kw_only=True):

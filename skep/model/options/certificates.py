@@ -54,6 +54,8 @@ class CertificateShown(ApiObject):
     state: CertificateProgress = always(CertificateProgress.WANTED)
     is_wanted: bool = always(True)
     """Whether a service still has the name."""
+    secret: str = ""
+    """The secret with the certificate, or empty if it comes from the authority."""
     not_before: Timestamp = Timestamp("")
     not_after: Timestamp = Timestamp("")
     next_attempt_at: Timestamp = Timestamp("")

@@ -58,6 +58,7 @@ class ManagerFiles:
                 etcd_binary=str(configuration.etcd_binary or ""),
                 store_quota=configuration.store_quota,
                 trace_endpoint=configuration.trace_endpoint,
+                acme_dns_hook=str(configuration.acme_dns_hook or ""),
             )
         )
 
@@ -104,6 +105,7 @@ class ManagerFiles:
             look_at=configuration.managers,
             store_quota=configuration.store_quota,
             trace_endpoint=configuration.trace_endpoint,
+            acme_dns_hook=str(configuration.acme_dns_hook or ""),
         )
         if config != before:
             self._write(config)

@@ -15,6 +15,7 @@ from skep.agent.executor.process import ProcessExecutor
 from skep.agent.executor.pulling import nothing_beside
 from skep.agent.session.probe_stream import NodeProbes
 from skep.agent.tasks.task_logs import NoLogs, TaskLogs
+from skep.aio.failures import isolate
 from skep.configuration.configuration import Configuration, UnixHost
 from skep.dataplane.dataplane import DataPlane, Host, NetProcess
 from skep.dataplane.dns.checks import NameChecks
@@ -118,7 +119,7 @@ class Containers:
         self.cluster_volumes = self.executor.cluster_volumes
         self.local_networks = self.data_plane.local
         self.logs = TaskLogs(self.engine)
-        self._front_door = FrontDoor(self._door_directory, foundation.clock)
+        self._front_door = FrontDoor(self._door_directory, foundation.clock, self.payloads.write_door)
         self.usage_page = UsagePage(self.engine.list, foundation.cgroups, foundation.clock)
 
     def _present_engine(self) -> Engine | None:
@@ -170,6 +171,19 @@ class Containers:
         run(tables.run, "network tables")
         watch = partial(unreachable.watch, foundation.session, plane.prober, tables.exclude, foundation.clock)
         run(watch, "silent peers")
+        run(partial(self._follow_certificates, tables), "certificates of the front door")
+
+    async def _follow_certificates(self, tables: NetworkTables) -> None:
+        """Apply the front door's network again when its certificates or challenges change, until cancelled.
+
+        Files are also written if the node has left that network, so that no key outlives the last proxy.
+        """
+        while True:
+            await self.payloads.door_changed.wait()
+            self.payloads.door_changed.clear()
+            writing = asyncio.to_thread(self.payloads.write_door)
+            await isolate(writing, "certificates of the front door not written")
+            tables.apply_again(lambda table: table.head.is_door)
 
     def run_checks(self, run: Run) -> None:
         """Run the checks and the background work of images and networks."""

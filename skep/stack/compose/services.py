@@ -9,7 +9,14 @@ from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.model.container import ConfigReference, FileTarget, SecretReference
-from skep.model.door.routes import HEADER_OPTIONS, HTTP, OPTIONS, parsed_routes
+from skep.model.door.routes import (
+    HEADER_OPTIONS,
+    HTTP,
+    OPTIONS,
+    parsed_routes,
+    tls_secrets,
+    with_tls_secret,
+)
 from skep.model.networks.publishing import PREFIX
 from skep.model.options import labels as known_labels
 from skep.model.options.affinity import AFFINITY_LABELS, MAX_SKEW, check_affinities
@@ -109,7 +116,7 @@ def service_of(name: str, node: YamlNode, objects: StackObjects, report: Problem
     ports, labels = _ports(service)
     declared = deploy.labels("labels")
     named = mode_name(deploy)
-    labels |= declared | _x_skep(service, named, objects.stack) | {NAMESPACE: objects.stack, IMAGE: image}
+    labels |= declared | _x_skep(service, named, objects) | {NAMESPACE: objects.stack, IMAGE: image}
     mode = mode_of(named, service, deploy, leaves_number=AUTOSCALE in labels)
     is_job = mode.replicated_job is not None or mode.global_job is not None
     spec = ServiceSpec(
@@ -479,7 +486,7 @@ def _checked_labels(
     return made
 
 
-def _x_skep(service: MappingReader, mode: str, stack: str) -> dict[str, str]:
+def _x_skep(service: MappingReader, mode: str, objects: StackObjects) -> dict[str, str]:
     """Return service labels for the settings below ``x-skep``.  Affinities name services of the file."""
     settings = service.reader("x-skep")
     if settings is None:
@@ -488,13 +495,13 @@ def _x_skep(service: MappingReader, mode: str, stack: str) -> dict[str, str]:
     for label in AFFINITY_LABELS:
         key = label.removeprefix(LABEL_PREFIX).replace(".", "-")
         if text := settings.text(key):
-            made[label] = ",".join(f"{stack}_{part.strip()}" for part in text.split(","))
+            made[label] = ",".join(f"{objects.stack}_{part.strip()}" for part in text.split(","))
     made |= _autoscaling(settings)
     priority = settings.integer("priority", -known_labels.PRIORITY_MAX, known_labels.PRIORITY_MAX)
     if priority is not None:
         made |= {known_labels.PRIORITY: str(priority)}
     made |= _cron(settings, mode, made)
-    made |= _http(settings)
+    made |= _with_secrets_of_file(_http(settings), objects.secrets)
     publish = settings.reader("publish")
     if publish is not None:
         for key, node in publish.names().items():
@@ -540,6 +547,13 @@ def _http(settings: MappingReader) -> dict[str, str]:
         except InvalidArgument as error:
             settings.problem("http", str(error))
     return made
+
+
+def _with_secrets_of_file(labels: Mapping[str, str], known: Mapping[str, StackFile]) -> dict[str, str]:
+    """Return labels of routes whose certificates are in secrets of the file, with the full names of these secrets."""
+    for name in tls_secrets(labels) & known.keys():
+        labels = with_tls_secret(labels, [name], known[name].name)
+    return dict(labels)
 
 
 def _route_labels(reader: MappingReader, prefix: str) -> Iterator[tuple[str, str]]:

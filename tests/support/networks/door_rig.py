@@ -7,14 +7,18 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
 
+from skep.agent.executor.payloads import Payloads
 from skep.aio.clock import SystemClock
 from skep.dataplane.door.configuration import DoorState, files
 from skep.dataplane.door.listener import FrontDoor
 from skep.errors import Unavailable
+from skep.model.assignment import SecretFile
+from skep.model.door.payloads import DoorPayload, door_file
 from skep.model.door.settings import DoorSettings
 from skep.model.networks.tables import NetworkHead, NetworkTable, TableEndpoint, TableService
 from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
@@ -36,15 +40,32 @@ class DoorRig:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.port, self.task_port = free_port(), free_port()
-        settings = DoorSettings(ports=(self.port, 0))
-        self.door = FrontDoor(lambda: directory, SystemClock(), seen_at=str(directory), settings=settings)
+        self.port, self.tls_port, self.task_port = free_port(), free_port(), free_port()
+        self.payloads = Payloads(directory.parent / "secrets", mount_ramfs=lambda _: None)
+        self.payloads.open()
+        self.payloads.materialize_door("proxy")
+        self._settings = DoorSettings(ports=(self.port, self.tls_port))
+        self.door = self._listener()
         self.services = {
             "door": TableService(id=ServiceId("door"), name="door", labels={"skep.door": "true"})
         }
         self.endpoints = {"proxy": self._endpoint("proxy", "door", "127.0.0.1", is_serving=True)}
-        self._first = files(DoorState(settings=settings), str(directory))
+        self._first = files(DoorState(settings=self._settings), str(directory))
         self._process: subprocess.Popen[bytes] | None = None
+
+    def _listener(self) -> FrontDoor:
+        keys = self.payloads.door_mount("proxy").source
+        return FrontDoor(
+            lambda: self.directory,
+            SystemClock(),
+            partial(self.payloads.write_door, keys),
+            seen_at=(str(self.directory), keys),
+            settings=self._settings,
+        )
+
+    def restart_node(self) -> None:
+        """Forget what HAProxy has, as a node process does that starts again."""
+        self.door = self._listener()
 
     def service(self, name: str, labels: Mapping[str, str], *, age: str = "1", port: bool = True) -> None:
         """Add or change a service.  Its tasks listen at ``task_port``, unless ``labels`` have a port."""
@@ -52,6 +73,16 @@ class DoorRig:
         self.services[name] = TableService(
             id=ServiceId(name), name=name, labels={**ports, **labels}, created_at=age
         )
+
+    async def send(self, *payloads: DoorPayload) -> None:
+        """Send the node these certificates and challenges, and no others."""
+        await self.send_files(*map(door_file, payloads))
+
+    async def send_files(self, *files: SecretFile) -> None:
+        """Send the node these files, and no others."""
+        self.payloads.put(files, ())
+        self.payloads.keep_only([one.id for one in files], ())
+        await self.apply()
 
     def task(self, id: str, service: str, address: str, *, is_serving: bool = True) -> None:
         """Add or change a task."""

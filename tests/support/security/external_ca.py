@@ -153,7 +153,7 @@ class ExternalAuthority:
 
 
 def server_certificate(root: Authority, host: str) -> tuple[bytes, bytes]:
-    """Return a certificate and its key (PEM) for a server at the address ``host``."""
+    """Return a certificate and its key (PEM) for a server at ``host``, an address or a name."""
     key = new_private_key()
     now = datetime.now(UTC)
     builder = (
@@ -164,11 +164,18 @@ def server_certificate(root: Authority, host: str) -> tuple[bytes, bytes]:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(hours=1))
         .not_valid_after(now + timedelta(days=30))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(host))]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([_general_name(host)]), critical=False)
         .add_extension(x509.ExtendedKeyUsage(USES), critical=False)
         .add_extension(_issuer_key(root), critical=False)
     )
     return pem(builder.sign(load_private_key(root.key_pem), hashes.SHA256())), private_pem(key)
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
 
 
 def _issuer_key(root: Authority) -> x509.AuthorityKeyIdentifier:

@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+import os
 import ssl
+import subprocess
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import aiohttp
 from aiohttp import web
@@ -27,7 +30,7 @@ class Front:
     def __init__(self, context: ssl.SSLContext, roots: str) -> None:
         self.roots = roots
         self.directory = ""
-        self.pebble = ""
+        self.pebble = self.management = ""
         self.counts: Counter[str] = Counter()
         """Number of requests by the first part of their path."""
         self.is_away = False
@@ -79,6 +82,11 @@ class Front:
         found = self.challenges().get(token)
         return web.Response(text=found) if found is not None else web.Response(status=404)
 
+    async def issuer(self) -> str:
+        """Return the root (PEM) of the certificates that Pebble issues."""
+        async with self._session.get(f"{self.management}/roots/0") as response:
+            return await response.text()
+
     async def wait_ready(self) -> None:
         """Wait until Pebble accepts connections."""
         while True:
@@ -89,9 +97,83 @@ class Front:
                 await asyncio.sleep(0.05)
 
 
+class PebbleAtSwitch(NamedTuple):
+    """Pebble in a playground's network: its directory, and the files with the roots that its clients need."""
+
+    directory: str
+    own_roots: Path
+    issuer: Path
+
+
+@contextmanager
+def pebble_in(namespace: Path, address: str, node: str, directory: Path) -> Iterator[PebbleAtSwitch]:
+    """Run Pebble at ``address`` in a network namespace.  It finds all names at ``node`` and reads challenges there."""
+    root = Authority.create(name="pebble")
+    files = {name: directory / f"pebble.{name}" for name in ("roots", "crt", "key", "json", "issuer")}
+    certificate, key = server_certificate(root, address)
+    for name, data in (("roots", root.root_pem), ("crt", certificate), ("key", key)):
+        files[name].write_bytes(data)
+    settings = {
+        "listenAddress": f"{address}:14000",
+        "managementListenAddress": f"{address}:15000",
+        "certificate": str(files["crt"]),
+        "privateKey": str(files["key"]),
+        "httpPort": 80,
+        "tlsPort": 443,
+    }
+    files["json"].write_text(json.dumps({"pebble": settings}))
+    enter = ["nsenter", f"--net={namespace}"]
+    names = ["pebble-challtestsrv", "-defaultIPv4", node, "-defaultIPv6", "", "-dns01", "127.0.0.1:8053"]
+    names += ["-http01", "", "-https01", "", "-tlsalpn01", "", "-management", "127.0.0.1:8055"]
+    authority = ["pebble", "-config", str(files["json"]), "-dnsserver", "127.0.0.1:8053"]
+    environment = {**os.environ, "PEBBLE_VA_NOSLEEP": "1", "PEBBLE_WFE_NONCEREJECT": "5"}
+    with ExitStack() as stack, (directory / "pebble.log").open("wb") as log:
+        for command in (names, authority):
+            process = subprocess.Popen([*enter, *command], env=environment, stdout=log, stderr=log)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        fetch = ["curl", "-sk", "--retry", "20", "--retry-connrefused", "--retry-delay", "1"]
+        url = f"https://{address}:15000/roots/0"
+        subprocess.run([*enter, *fetch, "-o", str(files["issuer"]), url], check=True, timeout=60)
+        yield PebbleAtSwitch(f"https://{address}:14000/dir", files["roots"], files["issuer"])
+
+
+@contextmanager
+def a_zone(directory: Path) -> Iterator[tuple[str, Path]]:
+    """Run a name server.  Yields its address, and a program that writes records into it (``acme-dns-hook``)."""
+    port, management = free_port(), free_port()
+    command = ["pebble-challtestsrv", "-defaultIPv6", "", "-dns01", f"127.0.0.1:{port}"]
+    command += ["-http01", "", "-https01", "", "-tlsalpn01", "", "-management", f"127.0.0.1:{management}"]
+    program = directory / "dns-hook"
+    program.write_text(
+        f"""#!/bin/sh
+echo "$1 $2" >>{directory}/dns-hook.log
+[ "$1" = set ] && action=set-txt || action=clear-txt
+exec curl -sf --retry 20 --retry-connrefused --retry-delay 1 \\
+  -d "{{\\"host\\": \\"$2.\\", \\"value\\": \\"$3\\"}}" http://127.0.0.1:{management}/$action
+"""
+    )
+    program.chmod(0o755)
+    with (directory / "zone.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        yield f"127.0.0.1:{port}", program
+    finally:
+        process.kill()
+        process.wait()
+
+
 @asynccontextmanager
-async def pebble(directory: Path, **options: str) -> AsyncIterator[Front]:
-    """Run Pebble with ``options`` in its environment (``PEBBLE_WFE_NONCEREJECT``)."""
+async def pebble(
+    directory: Path, validated_at: int = 0, names_at: str = "", **options: str
+) -> AsyncIterator[Front]:
+    """Run Pebble.
+
+    Args:
+        validated_at: Port on loopback at which Pebble reads challenges.  By default, the web server of the test.
+        names_at: Address and port of the name server.  By default, each name leads to loopback.
+        options: Its environment (``PEBBLE_WFE_NONCEREJECT``).
+    """
     root = Authority.create(name="pebble")
     certificate, key = server_certificate(root, "127.0.0.1")
     certificate_file, key_file = directory / "pebble.crt", directory / "pebble.key"
@@ -99,12 +181,13 @@ async def pebble(directory: Path, **options: str) -> AsyncIterator[Front]:
     key_file.write_bytes(key)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate_file, key_file)
-    port, http_port = free_port(), free_port()
+    port, management_port, http_port = free_port(), free_port(), free_port()
     configuration = {
         "listenAddress": f"127.0.0.1:{port}",
+        "managementListenAddress": f"127.0.0.1:{management_port}",
         "certificate": str(certificate_file),
         "privateKey": str(key_file),
-        "httpPort": http_port,
+        "httpPort": validated_at or http_port,
         "tlsPort": free_port(),
         "ocspResponderURL": "",
         "externalAccountBindingRequired": False,
@@ -119,6 +202,7 @@ async def pebble(directory: Path, **options: str) -> AsyncIterator[Front]:
     }
     front = Front(context, root.root_pem.decode())
     front.pebble = f"https://127.0.0.1:{port}"
+    front.management = f"https://127.0.0.1:{management_port}"
     async with upstream(knows("127.0.0.1")) as names, front.serving(http_port):
         with (directory / "pebble.log").open("wb") as log:
             process = await asyncio.create_subprocess_exec(
@@ -126,7 +210,7 @@ async def pebble(directory: Path, **options: str) -> AsyncIterator[Front]:
                 "-config",
                 str(file),
                 "-dnsserver",
-                f"{names.address}:{names.port}",
+                names_at or f"{names.address}:{names.port}",
                 "-strict",
                 env=environment,
                 stdout=log,

@@ -116,6 +116,29 @@ def test_a_service_that_uses_none_of_the_versions_is_left_alone(spec: dict[str, 
     assert moved(SECRET, spec, {"i1"}, OBJECTS[0]) is None
 
 
+def test_labels_that_name_a_certificate_move_to_the_new_version() -> None:
+    labels = {
+        "skep.http": "a.example",
+        "skep.http.tls": "site",
+        "skep.http.more.tls": "auto",
+        "other": "site",
+    }
+    made = moved(SECRET, {"Labels": labels}, {"i1"}, {"ID": "i2", "Spec": {"Name": "site-v2"}}, ["site"])
+    assert made == {"Labels": {**labels, "skep.http.tls": "site-v2"}}
+    assert moved(SECRET, {"Labels": labels}, {"i1"}, OBJECTS[0], ["another"]) is None
+    assert moved(CONFIG, {"Labels": labels}, {"i1"}, OBJECTS[0], ["site"]) is None
+
+
+def test_a_secret_with_a_certificate_in_use_is_not_pruned() -> None:
+    objects = [{"ID": "i1", "Spec": {"Name": "site"}}, {"ID": "i2", "Spec": {"Name": "old"}}]
+    service = {
+        "Spec": {"Labels": {"skep.http": "a.example", "skep.http.tls": "site"}},
+        "PreviousSpec": {"Labels": {"skep.http": "a.example", "skep.http.tls": "old"}},
+    }
+    assert unused(SECRET, objects, [service], all=True) == []
+    assert unused(SECRET, objects, [{"Spec": service["Spec"]}], all=True) == objects[1:]
+
+
 def test_configs_are_moved_by_their_own_references() -> None:
     assert moved(CONFIG, a_spec("i1"), {"i1"}, OBJECTS[0]) is None
     made = moved(CONFIG, a_spec("i1", field="Configs"), {"i1"}, OBJECTS[0])
@@ -214,7 +237,7 @@ async def test_a_service_that_cannot_be_updated_is_named_and_the_others_are_upda
     }
     services = _Services(refused, "broken", "removed", "without-network", "whole")
     rotation = _Rotation(SECRET, services)  # type: ignore[arg-type]
-    using = await rotation.move({"i1"}, an_object("i2", "key-v2", "key"))
+    using = await rotation.move({"i1": "password"}, an_object("i2", "key-v2", "key"))
     assert using == services.moved == ["whole"]
     assert rotation.problems == ["broken: no such mount", "without-network: network gone"]
 
@@ -238,7 +261,7 @@ async def test_a_rotation_is_waited_for_over_a_change_of_leader(capsys: pytest.C
     services = _Flaky({}, "web")
     rotation = _Rotation(SECRET, services)  # type: ignore[arg-type]
     new = an_object("i3", "key-v3")
-    ids = await rotation.move({"i1"}, new)
+    ids = await rotation.move({"i1": "password"}, new)
     services.outage = 3
     await rotation.wait(ids, new)
     assert rotation.problems == []

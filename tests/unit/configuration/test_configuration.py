@@ -242,6 +242,7 @@ BAD = [
     ("cgroup-parent", "a/../b", "names separated by '/'"),
     ("runc", "", "is empty"),
     ("etcd-binary", "/nonexistent/etcd", "there is no such file"),
+    ("acme-dns-hook", "/nonexistent/hook", "there is no such file"),
     ("store-quota", "4 GB", "write a number with its unit"),
     ("store-quota", "1MiB", "from 16MiB to 64GiB"),
     ("insecure-registry", "http://x", "without http://"),

@@ -327,6 +327,16 @@ def test_the_image_that_a_service_has_counts_only_if_it_is_the_files_with_a_dige
         assert change.spec.task_template.container_spec.image == "w:1"
 
 
+def test_a_secret_with_a_certificate_in_use_is_not_superseded() -> None:
+    stack = a_stack()
+    objects = [{"ID": "s", "Spec": {"Name": "shop_cert-1", "Labels": {NAMESPACE: stack.name}}}]
+    services = list(deployed(stack).services)
+    assert superseded(stack, "secret", objects, services) == objects
+    labels = {"skep.http": "a.example", "skep.http.tls": "shop_cert-1"}
+    services[0] = replace(services[0], spec=replace(services[0].spec, labels=labels))
+    assert superseded(stack, "secret", objects, services) == []
+
+
 def test_superseded_configs_are_those_that_nothing_uses_nor_returns_to() -> None:
     old, new = a_stack(), a_stack(TEXT.replace("content: one", "content: two"))
     before, after = deployed(old), deployed(new)

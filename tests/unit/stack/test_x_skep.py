@@ -35,6 +35,17 @@ def test_every_label_of_services_has_a_key() -> None:
             assert found["Labels"][label.name] == value
 
 
+def test_a_certificate_is_a_secret_of_the_file_or_of_the_cluster() -> None:
+    stack, report = read(
+        "{services: {web: {image: w, x-skep: {http: {host: a.example, tls: cert, "
+        "more: {host: b.example, tls: other}}}}}, "
+        "secrets: {cert: {external: true, name: shop_cert-1}}}"
+    )
+    assert not report.problems
+    labels = stack.services["web"].spec.labels
+    assert (labels["skep.http.tls"], labels["skep.http.more.tls"]) == ("shop_cert-1", "other")
+
+
 def test_affinities_name_services_of_the_file() -> None:
     stack, report = read(
         "services: {db: {image: w}, web: {image: w, x-skep: {affinity: db@node.labels.zone, anti-affinity: 'db, web', "

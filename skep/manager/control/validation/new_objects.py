@@ -14,6 +14,7 @@ from skep.errors import SkepError
 from skep.manager.cluster import reserved_ports_of
 from skep.manager.nodes.trust import machine_log, trusted_of
 from skep.model.container import ContainerSpec
+from skep.model.door.routes import tls_secrets
 from skep.model.needs import sources_of
 from skep.model.network import Network, NetworkSpec
 from skep.model.options.affinity import named_services
@@ -88,9 +89,8 @@ def planned_service(view: View, spec: ServiceSpec, among: Callable[[Any], bool] 
     container = spec.task_template.container_spec or ContainerSpec()
     new = new_service(view, spec, among)
     uses = [one for one in new.uses if one[0] not in ("secret", "config")]
-    uses += [
-        ("secret", _by_name(view, Secret, one.secret_name), one.secret_name) for one in container.secrets
-    ]
+    secrets = [*(one.secret_name for one in container.secrets), *sorted(tls_secrets(spec.labels))]
+    uses += [("secret", _by_name(view, Secret, name), name) for name in secrets]
     uses += [
         ("config", _by_name(view, Config, one.config_name), one.config_name) for one in container.configs
     ]
@@ -175,6 +175,8 @@ def _uses(
         yield "network", _named(view, Network, attachment.target, among), attachment.target
     for secret in container.secrets:
         yield "secret", _by_id(view.lookup(Secret, secret.secret_id)), secret.secret_name
+    for name in sorted(tls_secrets(spec.labels)):
+        yield "secret", _by_name(view, Secret, name), name
     for config in container.configs:
         yield "config", _by_id(view.lookup(Config, config.config_id)), config.config_name
     for mount in container.mounts:

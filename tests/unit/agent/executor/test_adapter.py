@@ -75,6 +75,16 @@ def configured(privileges: Privileges) -> ContainerConfig:
     return container_config(request, ContainerDefaults(), options, NodeDefaults("m1", "", Driver()))
 
 
+@pytest.mark.parametrize("source", ["skep-door", "skep-{{.Service.Name}}"])
+def test_only_the_front_door_mounts_its_volume(source: str) -> None:
+    mount = Mount(type="volume", source=source, target="/x")
+    spec = TaskSpec(container_spec=ContainerSpec(image="busybox:1", mounts=(mount,)))
+    task = AssignedTask(task=replace(a_task("t1"), spec=spec), service_name="door")
+    with pytest.raises(Rejected, match="only tasks of the front door may mount the volume skep-door"):
+        create_request(task, NODE)
+    create_request(replace(task, service_labels={"skep.door": "true"}), NODE)
+
+
 def test_an_empty_seccomp_profile_is_not_taken_for_the_default_one() -> None:
     with pytest.raises(Rejected, match="seccomp profile"):
         configured(Privileges(seccomp=SeccompOpts(mode="custom", profile=b"")))

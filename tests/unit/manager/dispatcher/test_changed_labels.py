@@ -57,6 +57,15 @@ async def test_the_nodes_of_tasks_that_have_not_ended_are_woken() -> None:
     assert sorted(rig.woken) == [("n1", "t1"), ("n2", "t2")]
 
 
+async def test_tasks_that_become_proxies_of_the_front_door_are_sent_its_certificates() -> None:
+    rig = Rig()
+    await put_all(rig.store, WEB, a_task("t1", node="n1", service=WEB))
+    rig.labels.on_update(WEB, labeled(**{"skep.door": "true"}))
+    rig.labels.on_update(labeled(**{"skep.door": "true"}), WEB)
+    await rig.run()
+    assert rig.woken == [("n1", "t1")]
+
+
 @pytest.mark.parametrize("labels", [{}, {"tier": "front"}])
 async def test_labels_that_nodes_do_not_go_by_wake_none(labels: dict[str, str]) -> None:
     rig = Rig()

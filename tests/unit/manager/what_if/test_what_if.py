@@ -166,7 +166,7 @@ def test_more_tasks_than_fit_wait() -> None:
     assert [(one.tasks, one.kind) for one in found.missing] == [(1, "no-node")]
 
 
-def test_a_stack_brings_its_own_networks_and_configs() -> None:
+def test_a_stack_brings_its_own_networks_configs_and_certificates() -> None:
     spec = a_service_spec("web", replicas=2)
     container = replace(
         spec.task_template.container_spec,
@@ -181,7 +181,8 @@ def test_a_stack_brings_its_own_networks_and_configs() -> None:
     w1 = node("w1")
     w1 = replace(w1, description=replace(w1.description, engine=engine))
     state = a_state(Swarm(id="s", default_addr_pool=("10.0.0.0/8",), subnet_size=24), w1)
-    wanted = replace(spec, task_template=template)
+    labels = {"skep.http": "a.example", "skep.http.tls": "shop_cert"}
+    wanted = replace(spec, task_template=template, labels=labels)
     (found,) = ask(state, lambda rehearsal: deploy(rehearsal, wanted)).services
     assert (found.name, found.before, found.after, found.missing) == ("web", 0, 2, ())
     with pytest.raises(InvalidArgument):

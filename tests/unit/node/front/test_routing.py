@@ -1,7 +1,12 @@
 """Which request goes where."""
 
-import pytest
+import re
 
+import pytest
+from aiohttp import web
+
+from skep.api.http.framing import is_for_manager
+from skep.manager.routes import _TABLES
 from skep.node.front.routing import Destination, route
 
 HERE, MANAGER, ENGINE = Destination.HERE, Destination.MANAGER, Destination.ENGINE
@@ -31,6 +36,21 @@ class Owned:
 
     def task_of_exec(self, id: str) -> str:
         return ""
+
+
+OF_MANAGERS = sorted(
+    {
+        re.sub(r"\{[^}]*\}", "x", one.path)
+        for table in _TABLES
+        for one in table
+        if isinstance(one, web.RouteDef) and one.path.startswith("/skep/")
+    }
+)
+
+
+@pytest.mark.parametrize("path", OF_MANAGERS)
+def test_requests_that_only_managers_serve_reach_them(path: str) -> None:
+    assert is_for_manager(path)
 
 
 ALWAYS = [

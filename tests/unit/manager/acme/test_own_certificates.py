@@ -1,0 +1,164 @@
+"""Certificates in secrets: which are refused, who chooses them, and that the front door gets them."""
+
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+
+from skep.aio.clock import SystemClock
+from skep.api.access.permissions import KnownObject
+from skep.errors import InvalidArgument
+from skep.manager.acme.door_files import DoorFiles
+from skep.manager.acme.own_certificates import check_certificates, own_certificates
+from skep.manager.acme.state import names_of_routes
+from skep.manager.control.files import remove_secret
+from skep.manager.control.validation.new_objects import new_service, planned_service
+from skep.model.door.payloads import DoorPayload
+from skep.model.secret import Secret, SecretSpec
+from skep.model.service import Service, ServiceSpec
+from skep.model.values.ids import SecretId, ServiceId
+from skep.model.values.times import Timestamp
+from skep.security.authority import Authority
+from skep.security.keys import load_private_key
+from skep.store.interface import Transaction
+from skep.store.kinds import Payload
+from skep.store.memory import MemoryStore
+from tests.support.builders import a_service_spec
+from tests.support.security.external_ca import server_certificate
+
+APP = "app.example.com"
+ROOT = Authority.create(name="own")
+CHAIN, KEY = server_certificate(ROOT, APP)
+
+
+def spec_with(secret: str, *, host: str = APP, stack: str = "", **labels: str) -> ServiceSpec:
+    found = {"skep.http": host, "skep.http.tls": secret, **labels}
+    if stack:
+        found["com.docker.stack.namespace"] = stack
+    return msgspec.structs.replace(a_service_spec("web"), labels=found)
+
+
+def service(id: str, spec: ServiceSpec, age: str) -> Service:
+    return Service(id=ServiceId(id), created_at=Timestamp(age), spec=msgspec.structs.replace(spec, name=id))
+
+
+async def store_with(*services: Service, **secrets: bytes) -> MemoryStore:
+    store = MemoryStore(SystemClock())
+
+    def write(tx: Transaction) -> None:
+        for name, data in secrets.items():
+            tx.put(Secret(id=SecretId(name), spec=SecretSpec(name=name)))
+            tx.put(Payload(id=f"secret/{name}", data=data))
+        for one in services:
+            tx.put(one)
+
+    await store.update(write)
+    return store
+
+
+def encrypted(key: bytes) -> bytes:
+    return load_private_key(key).private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"phrase")
+    )
+
+
+OTHER_CHAIN, OTHER_KEY = server_certificate(ROOT, "other.example.com")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"hello", "secret site has no certificate"),
+        (b"\xff-----BEGIN CERTIFICATE-----\n", "secret site has no certificate"),
+        (CHAIN, "secret site has no private key"),
+        (CHAIN + encrypted(KEY), "secret site has an encrypted key"),
+        (CHAIN + OTHER_KEY, "secret site has a key that does not belong to its first certificate"),
+        (ROOT.root_pem + CHAIN + KEY, "secret site has a key that does not belong"),
+        (OTHER_CHAIN + OTHER_KEY, f"for other.example.com and not for {APP}"),
+        (
+            CHAIN
+            + rsa.generate_private_key(65537, 1024).private_bytes(
+                Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+            ),
+            "an RSA key of 1024 bits",
+        ),
+    ],
+)
+async def test_a_secret_without_a_usable_certificate_is_refused_by_name(data: bytes, words: str) -> None:
+    store = await store_with(site=data)
+    with pytest.raises(InvalidArgument, match=r"invalid label skep\.http\.tls=site: ") as refused:
+        check_certificates(store.view(), spec_with("site"))
+    assert words in str(refused.value)
+
+
+async def test_a_missing_secret_is_refused_by_name() -> None:
+    store = await store_with()
+    with pytest.raises(InvalidArgument, match="there is no secret site"):
+        check_certificates(store.view(), spec_with("site"))
+
+
+async def test_a_rehearsal_that_knows_only_the_size_of_a_secret_refuses_nothing() -> None:
+    store = await store_with(site=bytes(2000))
+    check_certificates(store.view(), spec_with("site"))
+    await store.update(lambda tx: tx.delete(Payload, "secret/site"))
+    check_certificates(store.view(), spec_with("site"))
+
+
+async def test_the_front_door_gets_the_chain_and_its_key_alone() -> None:
+    spec = spec_with("site")
+    store = await store_with(service("web", spec, "1"), site=b"# a comment\n" + KEY + CHAIN + ROOT.root_pem)
+    check_certificates(store.view(), spec_with("site"))
+    [file] = DoorFiles().present(store.view()).values()
+    payload = msgspec.json.decode(file.data, type=DoorPayload)
+    assert payload.certificates == {APP: (CHAIN + ROOT.root_pem + KEY).decode()}
+    assert names_of_routes(store.view()) == frozenset()
+
+
+async def test_a_wildcard_certificate_serves_the_hosts_below_it() -> None:
+    chain, key = server_certificate(ROOT, "*.example.com")
+    store = await store_with(site=chain + key)
+    for host in (APP, "*.example.com"):
+        check_certificates(store.view(), spec_with("site", host=host))
+    with pytest.raises(InvalidArgument, match=r"not for a.b.example.com"):
+        check_certificates(store.view(), spec_with("site", host="a.b.example.com"))
+
+
+async def test_the_stack_that_has_a_host_chooses_its_certificate() -> None:
+    owner = service("owner", spec_with("auto", stack="one", **{"skep.http.share": "true"}), "1")
+    store = await store_with(owner, site=CHAIN + KEY)
+    guest = spec_with("site", host=f"{APP}/guest", stack="two")
+    with pytest.raises(InvalidArgument, match="another service chooses the certificate"):
+        check_certificates(store.view(), guest)
+    check_certificates(store.view(), spec_with("site", host=f"{APP}/more", stack="one"))
+    await store.update(lambda tx: tx.put(service("guest", guest, "2")))  # written at the same moment
+    assert own_certificates(store.view()) == {}
+    assert names_of_routes(store.view()) == {APP}
+
+
+async def test_an_update_of_something_else_does_not_check_the_secret_again() -> None:
+    spec = spec_with("site")
+    store = await store_with(service("web", spec, "1"), site=OTHER_CHAIN + OTHER_KEY)
+    check_certificates(store.view(), spec_with("site", other="label"), ServiceId("web"))
+    with pytest.raises(InvalidArgument):
+        check_certificates(store.view(), spec_with("site", host=f"{APP},b.example.com"), ServiceId("web"))
+
+
+async def test_a_secret_with_a_certificate_in_use_stays() -> None:
+    store = await store_with(service("web", spec_with("site"), "1"), site=CHAIN + KEY)
+    with pytest.raises(InvalidArgument, match="secret 'site' is in use by the following service: web"):
+        await store.update(remove_secret, SecretId("site"))
+
+
+async def test_a_user_needs_the_right_to_the_secret() -> None:
+    store = await store_with()
+    labels = {"com.docker.stack.namespace": "one"}
+    secret = Secret(id=SecretId("s1"), spec=SecretSpec(name="site", labels=labels))
+    await store.update(lambda tx: tx.put(secret))
+    known = KnownObject(id="s1", stack="one")
+    assert ("secret", known, "site") in new_service(store.view(), spec_with("site", stack="two")).uses
+    assert ("secret", known, "site") in planned_service(store.view(), spec_with("site", stack="two")).uses
