@@ -6,7 +6,7 @@ import msgspec
 
 from skep.model.door.routes import HTTP, PORT_DEFAULT
 from skep.model.door.settings import ACCESS_LOG, DOOR, PROXY_PROTOCOL, TRUSTED
-from skep.model.node_reports.conditions import ConditionName
+from skep.model.node_reports.conditions import BOOT_LABEL, ConditionName
 from skep.model.options.affinity import (
     AFFINITY,
     AFFINITY_PREFERRED,
@@ -727,6 +727,13 @@ LABELS = (
         "",
         "A fact about the machine, which constraints read as `node.facts.NAME`: `kernel`, `cgroup` (1 or 2), "
         "`distribution` and `distribution-version`.",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        BOOT_LABEL,
+        "a boot id",
+        "",
+        "Id of the present boot of the machine's kernel. `skep upgrade --system` waits until it is another one.",
     ),
     Label(
         LabelTarget.ENGINE,

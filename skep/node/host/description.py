@@ -15,7 +15,7 @@ from skep.model.networks.data_planes import DATA_PATH_LABEL, IMAGES_LABEL, NODE_
 from skep.model.networks.routes import ROUTES_LABEL, routes_label
 from skep.model.networks.used_ports import PORTS_LABEL, UsedPort, ports_label
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
-from skep.model.node_reports.conditions import ConditionName
+from skep.model.node_reports.conditions import BOOT_LABEL, ConditionName
 from skep.model.node_reports.description_size import size_condition, within_size
 from skep.model.options.constraints import FACT_LABEL
 from skep.model.options.secret_env import PLUGIN as SECRET_ENV
@@ -189,6 +189,8 @@ class NodeDescriber:
             ROUTES_LABEL: routes_label(self._offers.present.routes),
             **_fact_labels(self._machine, self._features),
         }
+        if self._machine.boot_id:
+            own[BOOT_LABEL] = self._machine.boot_id
         if self._has_probes:
             own[PATHS_LABEL] = "1"
         if port := self._image_port():

@@ -9,7 +9,7 @@ from skep.aio.clock import SystemClock
 from skep.configuration.configuration import Configuration
 from skep.engine.log_drivers.drivers import JOURNAL
 from skep.model.node import NodeDescription
-from skep.model.node_reports.conditions import condition_messages
+from skep.model.node_reports.conditions import BOOT_LABEL, condition_messages
 from skep.model.options.constraints import is_satisfied
 from skep.node.host.conditions import Conditions
 from skep.node.host.description import NodeDescriber, within_bounds
@@ -27,6 +27,7 @@ MACHINE = Machine(
     cpus=2,
     memory_bytes=1 << 30,
     distribution="debian",
+    boot_id="b1",
 )
 
 
@@ -76,6 +77,7 @@ def test_constraints_read_the_facts_that_a_node_announces() -> None:
 
 def test_what_every_node_has_is_announced() -> None:
     description = described(Features())
+    assert description.engine.labels[BOOT_LABEL] == "b1"
     assert plugins(description, "Volume") == {"local"}
     assert plugins(description, "Secret") == {"skep-env"}
     assert (description.resources.nano_cpus, description.resources.memory_bytes) == (2 * 10**9, 1 << 30)
