@@ -454,7 +454,7 @@ LABELS = (
                 "skep.devices",
                 "`/dev/a`, `/dev/a:/dev/b:rwm`, `vendor.com/class=name`, separated by commas",
                 "none",
-                "Devices, directories of them, and CDI devices. Tasks run on nodes that have them (right `devices`).",
+                "Devices, directories of them, CDI devices, or [`reserved`](../guide/devices.md) (right `devices`).",
             ),
             (
                 "skep.device-rules",
@@ -464,9 +464,9 @@ LABELS = (
             ),
             (
                 "skep.gpus",
-                "`all`, a number, `device=NAME,...`",
+                "`all`, a number, `device=NAME,...`, `reserved`",
                 "none",
-                "GPUs by CDI. The scheduler does not count them (right `gpus`).",
+                "GPUs by CDI (right `gpus`). Only `reserved` GPUs are counted ([guide](../guide/devices.md)).",
             ),
             (
                 API_LABEL,
