@@ -147,7 +147,15 @@ def _system_means(
         )
     if packages and command:
         raise InvalidArgument("--packages needs SSH. Leave out --command, or install packages by it.")
-    return SystemMeans(ssh_user=ssh_user, command=command, installs=packages, here=boot_id())
+    return SystemMeans(ssh_user=ssh_user, command=command, installs=packages, here=_own_boot_id())
+
+
+def _own_boot_id() -> str:
+    """Return this machine's boot id, or an empty text if it runs no Linux, so that it is no node either."""
+    try:
+        return boot_id()
+    except OSError:
+        return ""
 
 
 def _version(package: Path | None, command: str, version: str) -> str:

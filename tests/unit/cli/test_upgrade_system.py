@@ -265,7 +265,8 @@ async def test_the_machine_of_the_command_and_a_node_without_a_boot_id_are_refus
 APT = """case " $* " in
 *" --simulate "*) printf 'Inst libc6 [1] (2)\\nInst linux (3)\\nConf libc6 (2)\\n' ;;
 *" update "*) ;;
-*) grep -A2 'Package: skep' "${!###*=}" 2>/dev/null; echo "E: broken" >&2; exit 100 ;;
+*) for one; do case $one in Dir::Etc::Preferences=*) cat "${one#*=}" >>"$CALLS" ;; esac; done
+echo "E: broken" >&2; exit 100 ;;
 esac
 echo "$@" >>"$CALLS"
 """
@@ -308,6 +309,8 @@ def test_pending_packages_are_counted(tmp_path: Path, programs: Mapping[str, str
 def test_a_failed_installation_shows_the_last_lines(tmp_path: Path) -> None:
     done = scripted(tmp_path / "apt", INSTALL, {"apt-get": APT}, boot_id())
     assert (done.returncode, done.stderr) == (1, "E: broken\n")
+    kept = "Package: skep\nPin: version *\nPin-Priority: -1\n"
+    assert kept in (tmp_path / "apt/calls").read_text(), "skep upgrade --package upgrades it"
     done = scripted(tmp_path / "dnf", INSTALL, {"dnf": DNF}, boot_id())
     assert (done.returncode, (tmp_path / "dnf/calls").read_text()) == (0, "-y --exclude=skep upgrade\n")
 
@@ -340,3 +343,34 @@ def test_the_installed_actions_of_a_node() -> None:
         "installing 1 package with dnf upgrade",
         "rebooting",
     ]
+
+
+async def test_the_scripts_reach_the_machine_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenSSH joins its words by spaces for the shell of the machine."""
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    ssh = 'echo "$@" >>"$CALLS"; while [ "$1" != -- ]; do shift; done; shift 2; exec sh -c "$*"'
+    for name, text in {
+        "ssh": ssh,
+        "apt-get": APT,
+        "systemctl": 'echo "$@" >"$REBOOTED"',
+        "sleep": "",
+    }.items():
+        (binaries / name).write_text(f"#!/bin/bash\n{text}\n")
+        (binaries / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{binaries}:{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("REBOOTED", str(tmp_path / "rebooted"))
+    os.mkfifo(tmp_path / "rebooted")
+    means = SystemMeans(installs=True, ssh_user="admin")
+    node = UpgradableNode(id="w1", name="w1", address="192.0.2.7", boot=boot_id())
+    assert await means.check(node)
+    assert means.pending == {"w1": ("apt", 2)}
+    assert "-l admin -- 192.0.2.7 sh -c" in (tmp_path / "calls").read_text()
+    install, reboot = means.actions(node)
+    with pytest.raises(Unavailable, match="E: broken"):
+        await install.run()
+    await reboot.run()
+    assert await asyncio.to_thread((tmp_path / "rebooted").read_text) == "reboot\n"
+    with pytest.raises(Unavailable, match="this machine has another boot id than the node"):
+        await means.check(UpgradableNode(id="w2", name="w2", address="192.0.2.7", boot="b2"))
