@@ -151,7 +151,7 @@ def _system_means(
 
 
 def _own_boot_id() -> str:
-    """Return this machine's boot id, or an empty text if it runs no Linux, so that it is no node either."""
+    """Return this machine's boot id, or an empty text on a machine without Linux, which cannot be a node."""
     try:
         return boot_id()
     except OSError:
