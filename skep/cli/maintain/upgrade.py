@@ -199,7 +199,9 @@ class _Upgrade:
                 f"{node.name} cannot be upgraded and is unchanged: {error}. Fix the problem and rerun the command."
             ) from error
         self._visited.add(node.id)
-        if not is_needed:
+        # An interrupted run may have installed its packages, and nothing else would tell that the reboot is due.
+        is_interrupted = node.id == self.holder.node and bool(node.boot) and node.boot == self.holder.boot
+        if not is_needed and not (self._means.is_system and is_interrupted):
             await self._activate()
             return False
         drains = (

@@ -90,7 +90,7 @@ class Rebooting(SystemMeans, frozen=True, kw_only=True):
 
     async def _install(self, node: UpgradableNode) -> None:
         self.cluster.log.append(f"install {node.name}")
-        del self.pending[node.id]
+        self.pending.pop(node.id)
 
 
 async def a_run(cluster: Machines, means: Means | None = None, *, continues: bool = False) -> int:
@@ -149,6 +149,16 @@ async def test_a_run_that_ended_before_the_reboot_is_continued_with_its_node() -
         await a_run(cluster)
     assert await a_run(cluster, continues=True) == 2
     assert cluster.rebooted == ["w1", "w2"]
+
+
+async def test_a_run_that_ended_after_the_installation_reboots_its_node_without_another_package() -> None:
+    """Libraries leave no mark that the machine needs a reboot."""
+    cluster = Machines("m1", "w1", "w2", due=())
+    with pytest.raises(asyncio.CancelledError):
+        await a_run(cluster, Interrupted(cluster=cluster, installs=True, pending={"w1": ("apt", 2)}))
+    found = Rebooting(cluster=cluster, installs=True, pending={})
+    assert await a_run(cluster, found, continues=True) == 1
+    assert cluster.rebooted == ["w1"]
 
 
 async def test_a_manager_that_is_down_and_two_managers_forbid_the_reboot_of_another_one() -> None:
