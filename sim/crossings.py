@@ -36,12 +36,12 @@ from skep.manager.control.quotas import set_quota
 from skep.manager.control.services import create_service, update_service
 from skep.manager.control.swarm import Rotations, update_swarm
 from skep.manager.control.volumes import create_volume
-from skep.manager.services.freezes import set_freeze
+from skep.manager.services.freezes import set_freeze, set_window
 from skep.manager.verify.objects import EXTRA
 from skep.model.container import ContainerSpec, Mount, SecretFileTarget, SecretReference
 from skep.model.node import Availability, Node
 from skep.model.options.dependencies import DEPENDS_ON
-from skep.model.options.freezes import FreezeRequest
+from skep.model.options.freezes import FreezeRequest, MaintenanceWindow
 from skep.model.options.labels import (
     FORGET_NODES,
     JOB_TTL,
@@ -266,15 +266,35 @@ def _relabeled_at_once(cluster: SimulatedCluster) -> None:
 
 def _frozen(cluster: SimulatedCluster) -> None:
     """Tasks stay on relabeled nodes until the freeze ends, while failed tasks and tasks of lost nodes are replaced."""
+
+    def hold(tx: Transaction, now_ns: int) -> None:
+        until = FreezeRequest(until=timestamp(now_ns + 60 * SECOND_NS))
+        set_freeze(tx, "", until, by="", now_ns=now_ns)
+
+    _held(cluster, hold)
+
+
+def _outside_the_window(cluster: SimulatedCluster) -> None:
+    """The same until the window of the stack opens."""
+
+    def hold(tx: Transaction, now_ns: int) -> None:
+        minute = (now_ns // SECOND_NS + 90) // 60 % 60
+        window = MaintenanceWindow(cron=f"{minute} * * * *", length=600 * SECOND_NS)
+        set_window(tx, window, "shop", now_ns=now_ns)
+
+    _held(cluster, hold)
+
+
+def _held(cluster: SimulatedCluster, hold: Callable[[Transaction, int], None]) -> None:
     north, south = cluster.workers[::2], cluster.workers[1::2]
     for id in cluster.workers:
         cluster.label(id, zone="north")
     spec = _a_spec("web", _replicas(3))
     template = replace(spec.task_template, placement=Placement(constraints=("node.labels.zone==north",)))
-    _create(cluster, replace(spec, task_template=template))
+    _create(cluster, with_labels(replace(spec, task_template=template), {STACK_LABEL: "shop"}))
     _expect(cluster, "web does not run", lambda: cluster.running("web") == 3)
-    until = FreezeRequest(until=timestamp(_now_ns(cluster) + 60 * SECOND_NS))
-    cluster.write(lambda tx: set_freeze(tx, "", until, by="", now_ns=_now_ns(cluster)))
+    now_ns = _now_ns(cluster)
+    cluster.write(lambda tx: hold(tx, now_ns))
     cluster.run_for(1.0)  # until every manager's replica shows it
     for id in south:
         cluster.label(id, zone="south")
@@ -285,7 +305,7 @@ def _frozen(cluster: SimulatedCluster) -> None:
     cluster.kill_node(lost)
     cluster.run_for(5.0)
     _expect(cluster, "web is not repaired during the freeze", lambda: _runs_off(cluster, lost))
-    cluster.run_for(60.0)
+    cluster.run_for(80.0)
     _expect(cluster, "web does not run in the north", partial(_runs_only_on, cluster, north[1:]))
 
 
@@ -630,6 +650,7 @@ CROSSINGS: Mapping[str, Simulate] = {
         ("drained and updated", _drained_and_updated),
         ("relabeled at once", _relabeled_at_once),
         ("frozen", _frozen),
+        ("outside the window", _outside_the_window),
         ("dependency that removes itself", _depends_on_a_job_that_removes_itself),
         ("shrinks under a quota", _shrinks_under_a_quota),
         ("task of higher priority", partial(_waits_for_resources, priority=10, allows=True)),

@@ -6,7 +6,7 @@ import msgspec
 
 from skep.model.door.routes import HTTP, PORT_DEFAULT
 from skep.model.door.settings import ACCESS_LOG, DOOR, PROXY_PROTOCOL, TRUSTED
-from skep.model.node_reports.conditions import ConditionName
+from skep.model.node_reports.conditions import BOOT_LABEL, ConditionName
 from skep.model.options.affinity import (
     AFFINITY,
     AFFINITY_PREFERRED,
@@ -454,7 +454,7 @@ LABELS = (
                 "skep.devices",
                 "`/dev/a`, `/dev/a:/dev/b:rwm`, `vendor.com/class=name`, separated by commas",
                 "none",
-                "Devices, directories of them, and CDI devices. Tasks run on nodes that have them (right `devices`).",
+                "Devices, directories of them, CDI devices, or [`reserved`](../guide/devices.md) (right `devices`).",
             ),
             (
                 "skep.device-rules",
@@ -464,9 +464,9 @@ LABELS = (
             ),
             (
                 "skep.gpus",
-                "`all`, a number, `device=NAME,...`",
+                "`all`, a number, `device=NAME,...`, `reserved`",
                 "none",
-                "GPUs by CDI. The scheduler does not count them (right `gpus`).",
+                "GPUs by CDI (right `gpus`). Only `reserved` GPUs are counted ([guide](../guide/devices.md)).",
             ),
             (
                 API_LABEL,
@@ -727,6 +727,13 @@ LABELS = (
         "",
         "A fact about the machine, which constraints read as `node.facts.NAME`: `kernel`, `cgroup` (1 or 2), "
         "`distribution` and `distribution-version`.",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        BOOT_LABEL,
+        "a boot id",
+        "",
+        "Id of the present boot of the machine's kernel. `skep upgrade --system` waits until it is another one.",
     ),
     Label(
         LabelTarget.ENGINE,

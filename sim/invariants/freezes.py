@@ -1,4 +1,4 @@
-"""Rule on change freezes and the maintenance window: nothing happens by itself while they hold."""
+"""Rule on change freezes and maintenance windows: nothing happens by itself while they hold."""
 
 from collections.abc import Iterable
 
@@ -24,7 +24,7 @@ class FreezesHold:
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         """Check one change."""
         before, self._before = self._before, next(iter(view.find(Swarm)), None)
-        if before is None or not (before.change_freezes or before.window):
+        if before is None or not (before.change_freezes or before.window or before.stack_windows):
             return
         for event in change.events:
             match event:
@@ -45,7 +45,8 @@ def _is_held(swarm: Swarm, view: View, task: Task) -> bool:
 
 def _covers(swarm: Swarm, service: Service) -> bool:
     scopes = {"", service.spec.labels.get(STACK_LABEL, "")}
-    is_closed = swarm.window is not None and bool(swarm.window.closed_until)
+    windows = (swarm.window, swarm.stack_windows.get(service.spec.labels.get(STACK_LABEL, "")))
+    is_closed = any(one is not None and one.closed_until for one in windows)
     return is_closed or bool(scopes & swarm.change_freezes.keys())
 
 

@@ -210,8 +210,9 @@ class SimulatedMeans(Means, frozen=True, kw_only=True):
     cluster: SimulatedCluster
     broken: frozenset[str] = frozenset()
 
-    async def check(self, node: UpgradableNode) -> None:
+    async def check(self, node: UpgradableNode) -> bool:
         """See ``Means``."""
+        return True
 
     async def upgrade(self, node: UpgradableNode) -> None:
         """See ``Means``."""

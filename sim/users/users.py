@@ -57,7 +57,7 @@ from skep.manager.rebalance.records import (
     start_run,
     stop_run,
 )
-from skep.manager.services.freezes import end_freeze, set_freeze, set_window
+from skep.manager.services.freezes import end_freeze, has_freezes, set_freeze, set_window
 from skep.manager.services.quotas import quota_of
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
@@ -489,7 +489,7 @@ class Users:
         """Suspend every schedule, and end all freezes and the measurements of tasks, so that the cluster can come to
         rest.
         """
-        while any(one.change_freezes or one.window for one in self._cluster.view.find(Swarm)):
+        while has_freezes(self._cluster.view):
             with suppress(SkepError):
                 await (await self._store()).update(_unfrozen)
             await asyncio.sleep(0.2)
@@ -642,7 +642,7 @@ class Users:
         await self._freeze(store, Random(self._now_ns()))
 
     async def _freeze(self, store: EtcdStore, random: Random) -> None:
-        """Freeze the cluster or a stack, end the cluster's freeze, or set a window.  Sometimes do nothing.
+        """Freeze the cluster or a stack, end the cluster's freeze, or set or remove a window.  Sometimes do nothing.
 
         Args:
             random: Draws the request.  It is separate, so that other requests of a seed stay the same.
@@ -657,6 +657,8 @@ class Users:
             "unfreeze": lambda tx: end_freeze(tx, ""),
             "window": lambda tx: set_window(tx, window, now_ns=now_ns),
             "no window": lambda tx: set_window(tx, None, now_ns=now_ns),
+            "window of a stack": lambda tx: set_window(tx, window, stack, now_ns=now_ns),
+            "no window of a stack": lambda tx: set_window(tx, None, stack, now_ns=now_ns),
         }
         name = random.choice([*requests, "", "", ""])
         if name:
@@ -793,7 +795,7 @@ def _relabeled(tx: Transaction, labels: Mapping[str, str]) -> None:
 
 def _unfrozen(tx: Transaction) -> None:
     for swarm in tx.find(Swarm):
-        tx.put(replace(swarm, change_freezes={}, window=None))
+        tx.put(replace(swarm, change_freezes={}, window=None, stack_windows={}))
 
 
 def _of_another_mode(spec: ServiceSpec) -> ServiceSpec:

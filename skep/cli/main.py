@@ -89,7 +89,9 @@ GROUPS = {
         "notify": Command("skep.cli.cluster.notify:notify", "Manage notifications about problems."),
     },
     "Maintain": {
-        "upgrade": Command("skep.cli.maintain.upgrade:upgrade", "Upgrade all nodes one after the other."),
+        "upgrade": Command(
+            "skep.cli.maintain.upgrade_command:upgrade", "Upgrade all nodes one after the other."
+        ),
         "rebalance": Command(
             "skep.cli.maintain.rebalance:rebalance", "Move tasks for an even spread over the nodes."
         ),

@@ -163,13 +163,13 @@ class Swarm(ApiObject):
     """The cluster.
 
     The API writes ``spec``.  The CA writes ``join_tokens``, ``tls_info``, ``root_rotation_in_progress`` and
-    ``rotation``.  The leader writes ``freeze``, which the API may end.  The API writes ``change_freezes`` and
-    ``window``, and the leader ends freezes that are over, and opens and closes the window.  The init of the cluster
-    writes all other fields.
+    ``rotation``.  The leader writes ``freeze``, which the API may end.  The API writes ``change_freezes``,
+    ``window`` and ``stack_windows``, and the leader ends freezes that are over, and opens and closes windows.  The init
+    of the cluster writes all other fields.
 
     There is exactly one object, whose id is the cluster's.  While the root is rotated, ``tls_info`` trusts the old root
     and names the new one as issuer.  API responses do not have ``rotation``, ``freeze``,
-    ``change_freezes`` and ``window``.
+    ``change_freezes``, ``window`` and ``stack_windows``.
     """
 
     id: ClusterId
@@ -188,6 +188,8 @@ class Swarm(ApiObject):
     change_freezes: Mapping[str, ChangeFreeze] = {}
     """Freezes in force by their scope, which is a stack, or empty for the cluster."""
     window: MaintenanceWindow | None = None
+    stack_windows: Mapping[str, MaintenanceWindow] = {}
+    """Maintenance windows of stacks by their stack."""
     damage: str = ""
     """The parts that cannot be read; in responses only, not in Docker's API."""
 

@@ -6,7 +6,8 @@ without checking that they exist.
 Source: moby 20.10, daemon/info.go; recorded responses of a real engine.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -16,10 +17,12 @@ from skep.api.http.versions import ApiVersion
 from skep.configuration.configuration import Configuration
 from skep.dataplane.wireguard.methods import choose
 from skep.engine.confinement import apparmor
+from skep.engine.confinement.cdi import Described, units
 from skep.engine.containers.container import EngineCounts
 from skep.engine.log_drivers.drivers import log_drivers
 from skep.model.networks.wireguard import ENCRYPTION_LABEL, EncryptionMethod
 from skep.model.values.times import Timestamp
+from skep.node.host.description import generic_resources
 from skep.node.host.features import Features
 from skep.node.host.machine import Machine
 from skep.node.host.runtime_choice import RuntimeChoice
@@ -90,9 +93,9 @@ def info(
     swarm: Mapping[str, Any],
     warnings: Sequence[str],
     now: Timestamp,
-    devices: Sequence[str] = (),
+    devices: Mapping[str, Described] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Return the response to ``GET /info`` in its newest form.  ``devices``: names of CDI devices."""
+    """Return the response to ``GET /info`` in its newest form.  ``devices``: CDI devices by name."""
     machine, features, configuration = node.machine, node.features, node.configuration
     return {
         "ID": node.id,
@@ -129,7 +132,7 @@ def info(
         "RegistryConfig": registry_config(configuration),
         "NCPU": machine.cpus,
         "MemTotal": machine.memory_bytes,
-        "GenericResources": list(configuration.generic_resources) or None,
+        "GenericResources": list(generic_resources(configuration, units(devices))) or None,
         "DockerRootDir": str(configuration.data_dir),
         "HttpProxy": "",
         "HttpsProxy": "",
@@ -139,9 +142,14 @@ def info(
         **_runtime(node, swarm),
         "FirewallBackend": {"Driver": "nftables"},
         "CDISpecDirs": [str(path) for path in configuration.cdi_spec_dirs],
-        **({"DiscoveredDevices": [{"Source": "cdi", "ID": name} for name in devices]} if devices else {}),
+        **_discovered(devices),
         "Warnings": list(warnings) or None,
     }
+
+
+def _discovered(devices: Iterable[str]) -> dict[str, Any]:
+    found = [{"Source": "cdi", "ID": name} for name in sorted(devices)]
+    return {"DiscoveredDevices": found} if found else {}
 
 
 def _limits(features: Features) -> dict[str, bool]:

@@ -25,6 +25,7 @@ from skep.node.front.users import KnownUsers
 from skep.node.host.disk_check import DiskCheck
 from skep.node.host.disk_space import DiskSpace
 from skep.node.host.environment import NodeEnvironment
+from skep.node.host.pending_reboot import keep_condition, look
 from skep.node.host.reaping import reap_orphans
 from skep.node.layers.agent_parts import AgentParts
 from skep.node.layers.engine_api import EngineApi
@@ -154,5 +155,6 @@ class Node:
             DiskCheck((paths.data, paths.run), conditions, clock, paths.store_full, describe).run,
             "disk check",
         )
+        run(partial(keep_condition, conditions, clock, describe, partial(look, clock)), "pending reboot")
         run(self._api.metrics.run, "metrics")
         self._foundation.run(run)

@@ -275,7 +275,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         parts={
             "ca": ("join_tokens", "tls_info", "root_rotation_in_progress", "rotation"),
             "freeze": ("freeze",),
-            "holds": ("change_freezes", "window"),
+            "holds": ("change_freezes", "window", "stack_windows"),
         },
         irreplaceable=frozenset({"ca"}),
         taken=_nothing_taken,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.cli.maintain.upgrade import version_of
+from skep.cli.maintain.upgrade_command import version_of
 
 ROOT = Path(__file__).parents[2]
 VERSION = "7.8.9rc1"

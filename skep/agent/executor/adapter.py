@@ -30,8 +30,15 @@ from skep.model.networks.sandbox import EndpointConfig, PublishedPort
 from skep.model.networks.tables import NetworkHead
 from skep.model.options import templates
 from skep.model.options.labels import LABEL_TASK_ID
-from skep.model.permissions.rights import ALL_RIGHTS, MachineRights, Right, rights_of, rights_text
-from skep.model.service import PublishMode, ResourceRequirements
+from skep.model.permissions.rights import (
+    ALL_RIGHTS,
+    MachineRights,
+    Right,
+    is_reserved_by,
+    rights_of,
+    rights_text,
+)
+from skep.model.service import GenericResource, PublishMode, ResourceRequirements
 from skep.model.task import AssignedTask, NetworkAttachment, Task
 from skep.model.values.times import SECOND_NS
 
@@ -126,7 +133,7 @@ def create_request(
             pids_limit=limits.pids if limits else 0,
             ulimits=spec.ulimits,
             init=spec.init,
-            **_machine_options(rights_of(spec), node, volume_device_rules(spec.mounts, cluster_volumes))
+            **_machine_options(task.task, node, volume_device_rules(spec.mounts, cluster_volumes))
             | _swap(resources),
         ),
     )
@@ -201,18 +208,20 @@ def _swap(resources: ResourceRequirements) -> dict[str, Any]:
     return found
 
 
-def _machine_options(rights: MachineRights, node: NodeFacts, device_rules: tuple[str, ...]) -> dict[str, Any]:
+def _machine_options(task: Task, node: NodeFacts, device_rules: tuple[str, ...]) -> dict[str, Any]:
     """Return the options of the create request for rights over the machine and for access to block volumes.
 
     Raises:
         Rejected: This node does not grant a right.
     """
+    rights = rights_of(task.spec.container_spec)
     refused = rights.kinds - node.allowed
     if refused:
         raise Rejected(f"the setting `allow` of this node refuses its tasks: {rights_text(refused)}")
-    requests = [DeviceRequest(driver="cdi", device_ids=rights.cdi_devices)] if rights.cdi_devices else []
-    if rights.gpus is not None:
-        gpus = rights.gpus
+    cdi_devices = (*rights.cdi_devices, *_assigned_devices(rights, task.generic_resources))
+    requests = [DeviceRequest(driver="cdi", device_ids=cdi_devices)] if cdi_devices else []
+    gpus = rights.gpus
+    if gpus is not None and not gpus.is_reserved:
         requests.append(DeviceRequest(count=gpus.count, device_ids=gpus.ids, capabilities=(("gpu",),)))
     return {
         "privileged": rights.privileged,
@@ -239,6 +248,14 @@ def _machine_options(rights: MachineRights, node: NodeFacts, device_rules: tuple
         "blkio_device_read_iops": _throttles(rights.read_iops),
         "blkio_device_write_iops": _throttles(rights.write_iops),
     }
+
+
+def _assigned_devices(rights: MachineRights, assigned: Iterable[GenericResource]) -> Iterator[str]:
+    """Yield the CDI names of the assigned resources that the container gets as devices."""
+    for one in assigned:
+        named = one.named_resource_spec
+        if named is not None and is_reserved_by(rights, named.kind):
+            yield f"{named.kind}={named.value}"
 
 
 def _throttles(rates: Iterable[tuple[str, int]]) -> tuple[ThrottleDevice, ...]:

@@ -384,7 +384,7 @@ RULES: Final = (
         *(_OPERATOR, PermissionScope.OBJECT, "target"),
     ),
     _rule("GET", rf"/skep/stacks/{_NAME}/quota", _VIEWER, PermissionScope.OBJECT, "stack"),
-    _rule("PUT DELETE", rf"/skep/stacks/{_NAME}/freeze", _OPERATOR, PermissionScope.OBJECT, "stack"),
+    _rule("PUT DELETE", rf"/skep/stacks/{_NAME}/(freeze|window)", _OPERATOR, PermissionScope.OBJECT, "stack"),
     # Objects of one node.  A local volume can be any directory of the machine.
     _rule("GET", r"/containers/json", _VIEWER, PermissionScope.LIST, "container", container=_READ),
     _rule("GET", rf"/containers/{_NAME}/json", _VIEWER, PermissionScope.OBJECT, "container", container=_READ),

@@ -1,4 +1,4 @@
-"""``skep cluster freeze`` and ``window``, and ``skep stack freeze``: times in which Skep changes nothing by itself."""
+"""``skep cluster freeze`` and ``window``, and the same for stacks: times in which Skep changes nothing by itself."""
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -146,12 +146,27 @@ def unfreeze_stack(host: HostOptions, name: str) -> None:
     click.echo(f"Stack {name} is not frozen any longer.")
 
 
+def _opens(command: F) -> F:
+    """Add the options of a window."""
+    for option in (
+        click.option("--remove", is_flag=True, help="Remove the window."),
+        click.option(
+            "--time-zone", default="UTC", show_default=True, metavar="ZONE", help="Time zone of CRON."
+        ),
+        click.option(
+            "--for",
+            "length",
+            type=options.Duration(),
+            metavar="DURATION",
+            help="Time for which it stays open.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @click.command()
-@click.option(
-    "--for", "length", type=options.Duration(), metavar="DURATION", help="Time for which it stays open."
-)
-@click.option("--time-zone", default="UTC", show_default=True, metavar="ZONE", help="Time zone of CRON.")
-@click.option("--remove", is_flag=True, help="Remove the window.")
+@_opens
 @click.argument("cron", metavar="[CRON]", default="")
 @shows
 @click.pass_obj
@@ -169,16 +184,56 @@ def window(
       skep cluster window
       skep cluster window --remove
     """
+    _change_window(host, "/skep/cluster/window", cron, length, time_zone, remove=remove)
+    output.show(lambda: _fetch_window(host))
+
+
+@click.command("window")
+@_opens
+@click.argument("name", metavar="STACK")
+@click.argument("cron", metavar="[CRON]", default="")
+@shows
+@click.pass_obj
+def window_of_stack(
+    host: HostOptions,
+    name: str,
+    cron: str,
+    length: float | None,
+    time_zone: str,
+    remove: bool,
+    output: OutputOptions,
+) -> None:
+    """Show or set the maintenance window of a stack.
+
+    Outside of the window the stack is frozen, as by skep stack freeze. The cluster's own window and freezes hold, too:
+    Skep acts by itself on the stack only when both windows are open.
+
+    CRON has the times at which the window opens, in the five fields of cron.
+
+    \b
+    Examples:
+      skep stack window shop '0 3 * * MON-FRI' --for 2h --time-zone Europe/Berlin
+      skep stack window shop
+      skep stack window shop --remove
+    """
+    path = f"/skep/stacks/{quote(name, safe='')}/window"
+    _change_window(host, path, cron, length, time_zone, remove=remove)
+    output.show(lambda: _fetch_window(host, name))
+
+
+def _change_window(
+    host: HostOptions, path: str, cron: str, length: float | None, time_zone: str, *, remove: bool
+) -> None:
+    """Set or remove a window, or do nothing if it is only shown.  Raises: click.UsageError."""
     if remove and (cron or length is not None):
         raise click.UsageError("--remove takes no window")
     if bool(cron) != (length is not None):
         raise click.UsageError("a window needs CRON and --for DURATION")
     if remove:
-        run_requests(_delete(host, "/skep/cluster/window"))
+        run_requests(_delete(host, path))
     elif length is not None:
         wanted = MaintenanceWindow(cron=cron, time_zone=time_zone, length=round(length * SECOND_NS))
-        run_requests(_put(host, "/skep/cluster/window", wanted))
-    output.show(lambda: _fetch_window(host))
+        run_requests(_put(host, path, wanted))
 
 
 def _wanted(length: float | None, until: str, reason: str, *, strict: bool) -> FreezeRequest | None:
@@ -245,10 +300,17 @@ def shown_freezes(found: Mapping[str, ChangeFreeze], stack: str | None = None) -
     return Shown(data=rows, rows=rows, lines=lambda _: lines())
 
 
-async def _fetch_window(host: HostOptions) -> Shown:
-    found = (await _freezes(host)).window
-    if found is None:
-        return Shown(data={}, lines=lambda _: iter(["No window: Skep may act at any time."]))
-    state = found.words() if found.closed_until else "the maintenance window is open"
-    line = f"{found.cron} ({found.time_zone}), for {found.length / SECOND_NS / 60:g} minutes; {state}"
-    return Shown(data=msgspec.to_builtins(found), lines=lambda _: iter([printable(line)]))
+async def _fetch_window(host: HostOptions, stack: str = CLUSTER) -> Shown:
+    return shown_window(await _freezes(host), stack)
+
+
+def shown_window(found: FreezesResponse, stack: str = CLUSTER) -> Shown:
+    """Return the window of the cluster or a stack."""
+    window = found.stack_windows.get(stack) if stack else found.window
+    if window is None:
+        none = f"Stack {stack} has no window of its own." if stack else "No window: Skep may act at any time."
+        return Shown(data={}, lines=lambda _: iter([none]))
+    is_open = f"the maintenance window{f' of stack {stack}' if stack else ''} is open"
+    state = window.words(stack) if window.closed_until else is_open
+    line = f"{window.cron} ({window.time_zone}), for {window.length / SECOND_NS / 60:g} minutes; {state}"
+    return Shown(data=msgspec.to_builtins(window), lines=lambda _: iter([printable(line)]))

@@ -31,6 +31,10 @@ class LockHolder(msgspec.Struct, frozen=True, kw_only=True):
     by: str
     until: datetime
     is_upgrade: bool = False
+    is_system: bool = False
+    """Whether the upgrade is one of the machines, with reboots."""
+    boot: str = ""
+    """Boot id of the node before its reboot, or empty if it is not being rebooted."""
     availability: str = ""
     """Availability of the node before the upgrade drained it, which is restored afterwards.  Empty if it was not
     drained.
@@ -96,7 +100,9 @@ def is_same(one: LockHolder, other: LockHolder) -> bool:
 def described(holder: LockHolder, members: Sequence[UpgradableNode], now: datetime) -> str:
     """Return a text about a holder, in capital letters if it is long overdue."""
     names = {one.id: one.name for one in members}
-    what = "an upgrade" if holder.is_upgrade else "the reboot lock"
+    what = (
+        ("a system upgrade" if holder.is_system else "an upgrade") if holder.is_upgrade else "the reboot lock"
+    )
     text = f"{what} is held by {holder.by}"
     if holder.node:
         text += f" for {names.get(holder.node, holder.node)}"

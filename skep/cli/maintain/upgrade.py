@@ -1,4 +1,4 @@
-"""``skep upgrade``: installs a new version on one node after the other, drained by default.
+"""``skep upgrade``: upgrades Skep, or with ``--system`` the machines, one node after the other, drained by default.
 
 The command stores in the cluster which node it is upgrading (``maintenance``).  So a second upgrade is refused while it
 runs, and an interrupted one can be resumed or aborted.
@@ -6,12 +6,10 @@ runs, and an interrupted one can be resumed or aborted.
 
 import asyncio
 import os
-import subprocess
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -21,7 +19,6 @@ from skep.api.client.client import ApiClient
 from skep.api.client.requests import overriding
 from skep.api.client.updates import update
 from skep.api.client.waiting import persistently
-from skep.cli import options
 from skep.cli.cluster.node import drain_and_wait
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import counted
@@ -38,9 +35,9 @@ from skep.cli.maintain.upgrade_plan import (
     plan,
     running_of,
 )
-from skep.cli.running import errors_shown, say
+from skep.cli.running import say
 from skep.cli.start.up import INSTALLS_WITHIN_S
-from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError, Unavailable
+from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 
 T = TypeVar("T")
 
@@ -51,154 +48,44 @@ _LOOK_S = 0.5
 """Seconds between two looks at a node that is drained or restarts, which takes seconds."""
 _LEVEL_UNKNOWN = 4
 """Level of the last version that does not report its level."""
-_REPAIR = "Repair the node and rerun with --continue, or use --abort."
-
-
-@click.command(cls=options.accepting({"--plan": "--dry-run"}))
-@click.option(
-    "--package",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Debian package to install over SSH on each node.",
-)
-@click.option("--ssh-user", default="root", show_default=True, metavar="USER", help="SSH user for --package.")
-@click.option(
-    "--command",
-    default="",
-    metavar="COMMAND",
-    help="Upgrade each node by running this command here. It gets SKEP_NODE and SKEP_ADDRESS.",
-)
-@click.option(
-    "--rollback-command", "rollback", default="", metavar="COMMAND", help="Command that undoes --command."
-)
-@click.option(
-    "--to",
-    "version",
-    default="",
-    metavar="VERSION",
-    help="Version that nodes report after --command.",
-)
-@click.option("--keep-running", is_flag=True, help="Keep containers running instead of draining each node.")
-@click.option(
-    "--within",
-    type=options.Duration(),
-    default="3m",
-    show_default=True,
-    metavar="DURATION",
-    help="Longest time for a node to become healthy.",
-)
-@options.dry_run("Show the steps without taking them. Exit code 2: blocked.")
-@click.option("--continue", "continues", is_flag=True, help="Resume an interrupted upgrade.")
-@click.option(
-    "--abort",
-    "aborts",
-    is_flag=True,
-    help="Abort an interrupted upgrade and activate its node.",
-)
-@options.override_freeze
-@click.pass_obj
-def upgrade(
-    host: HostOptions,
-    package: Path | None,
-    ssh_user: str,
-    command: str,
-    rollback: str,
-    version: str,
-    *,
-    keep_running: bool,
-    within: float,
-    dry_run: bool,
-    continues: bool,
-    aborts: bool,
-    override_freeze: bool,
-) -> None:
-    """Upgrade all nodes one after the other.
-
-    Drains each node, upgrades it, waits until it is healthy, and activates it. Workers come first, then managers, the
-    leader last.
-
-    If a node is not healthy in time, its previous version is installed again and the upgrade stops. The upgrade does
-    not start while a manager is unreachable or a service other than a job is degraded. With --keep-running, services
-    are not checked, because their containers keep running.
-
-    \b
-    Examples:
-      skep upgrade --dry-run --package skep_0.2.0_amd64.deb
-      skep upgrade --package skep_0.2.0_amd64.deb
-      skep upgrade --to 0.2.0 --command 'ssh root@$SKEP_ADDRESS skep-install 0.2.0'
-      skep upgrade --abort
-    """
-    with errors_shown():
-        if aborts:
-            asyncio.run(abort(host))
-            return
-        means = Means(
-            version=_version(package, command, version),
-            package=package,
-            ssh_user=ssh_user,
-            command=command,
-            rollback=rollback,
-        )
-        if dry_run:
-            raise SystemExit(asyncio.run(show_plan(host, means, drains=not keep_running)))
-        asyncio.run(
-            carry_out(
-                host,
-                means,
-                drains=not keep_running,
-                within_s=within,
-                continues=continues,
-                is_override=override_freeze,
-            )
-        )
-
-
-def _version(package: Path | None, command: str, version: str) -> str:
-    """Return the version that nodes report afterwards.  Raises: InvalidArgument."""
-    if (package is None) == (not command):
-        raise InvalidArgument("Specify --package or --command.")
-    if package is None:
-        if not version:
-            raise InvalidArgument("--command needs --to VERSION.")
-        return version
-    done = subprocess.run(
-        ["dpkg-deb", "-f", package, "Version"], capture_output=True, text=True, timeout=30, check=False
-    )
-    if done.returncode:
-        raise InvalidArgument(
-            f"{package} is not a Debian package: {done.stderr.strip()}. Choose the package of the new version."
-        )
-    return version or version_of(done.stdout.strip())
-
-
-def version_of(debian: str) -> str:
-    """Return the version that a node with this Debian version of the package reports (``setup/package.sh``)."""
-    return debian.replace("~", "")
 
 
 class _Upgrade:
     """One run of the command."""
 
-    def __init__(self, client: ApiClient, means: Means, *, drains: bool, within_s: float) -> None:
+    def __init__(
+        self, client: ApiClient, means: Means, *, drains: bool, within_s: float, is_override: bool = True
+    ) -> None:
+        """``is_override``: continue in a freeze of the cluster that begins while the command runs."""
         self._client = client
+        self._is_override = is_override
         self._means = means
         self._drains = drains
         self._within_s = within_s
         self.holder = LockHolder(
-            node="", by=f"{whoami()}, process {os.getpid()}", until=_UNSET, is_upgrade=True
+            node="",
+            by=f"{whoami()}, process {os.getpid()}",
+            until=_UNSET,
+            is_upgrade=True,
+            is_system=means.is_system,
         )
         self._spread: set[str] = set()
+        self._visited: set[str] = set()
+        """Nodes whose turn is over in this run."""
 
     async def take(self, *, continues: bool) -> None:
         """Take the lock.  Raises: FailedPrecondition: another upgrade, or a node's reboot, has it."""
         members, now = await maintenance.nodes_and_time(self._client)
         former = next((one for one in await maintenance.holders_of(self._client) if one.is_upgrade), None)
         if former is not None:
+            held = maintenance.described(former, members, now)
+            if former.is_system != self.holder.is_system:
+                way = "skep upgrade --system" if former.is_system else "skep upgrade without --system"
+                raise FailedPrecondition(f"{held}. Run {way} --continue, or skep upgrade --abort.")
             if not continues and not former.is_overdue(now):
-                held = maintenance.described(former, members, now)
                 raise FailedPrecondition(f"{held}. Use --continue to take over, or --abort to end it.")
             self.holder = msgspec.structs.replace(
-                self.holder, node=former.node, availability=former.availability
+                self.holder, node=former.node, availability=former.availability, boot=former.boot
             )
         await self.hold(former)
 
@@ -241,6 +128,10 @@ class _Upgrade:
         Raises: FailedPrecondition: the next step is not permitted; Unavailable: a node did not become healthy.
         """
         count = 0
+        if self.holder.boot and self._means.is_system:
+            await (
+                self._interrupted_is_back()
+            )  # it may be rebooting, and nothing can be checked until it is back
         while True:
             step = await self._next()
             if self.holder.node and (step is None or step.node.id != self.holder.node):
@@ -248,13 +139,14 @@ class _Upgrade:
                 continue
             if step is None:
                 return count
+            if self._means.is_system and not self._is_override and not self.holder.node:
+                await maintenance.require_unfrozen(self._client)
             if spread := [name for name in step.spread if name not in self._spread]:
                 await self._distribute(spread)
                 self._spread.update(spread)
                 continue
-            await self._make(step)
+            count += await self._make(step)
             self._spread.clear()
-            count += 1
 
     async def _next(self) -> UpgradeStep | None:
         """Return the next step.  If it is not permitted, wait, because tasks may still start elsewhere.
@@ -279,29 +171,44 @@ class _Upgrade:
         return await self._retry(
             lambda: plan_now(
                 self._client,
-                self._means.version,
+                self._is_due,
                 drains=self._drains,
                 spread=self._spread,
                 first=self.holder.node,
+                can_keep=not self._means.is_system,
             )
         )
 
-    async def _make(self, step: UpgradeStep) -> None:
+    def _is_due(self, node: UpgradableNode) -> bool:
+        return node.id not in self._visited and self._means.is_due(node)
+
+    @property
+    def _repair(self) -> str:
+        return f"Repair the node and {self._means.words.resume}, or use --abort."
+
+    async def _make(self, step: UpgradeStep) -> bool:
+        """Upgrade a node, and return whether it needed that."""
         node = step.node
         try:
-            await self._means.check(node)
+            is_needed = await self._means.check(node)
         except Unavailable as error:
             if self.holder.node:
-                raise Unavailable(f"{node.name}: {error}. {_REPAIR}") from error
+                raise Unavailable(f"{node.name}: {error}. {self._repair}") from error
             await self.release()
             raise Unavailable(
                 f"{node.name} cannot be upgraded and is unchanged: {error}. Fix the problem and rerun the command."
             ) from error
+        self._visited.add(node.id)
+        # An interrupted run may have installed its packages, and nothing else would tell that the reboot is due.
+        is_interrupted = node.id == self.holder.node and bool(node.boot) and node.boot == self.holder.boot
+        if not is_needed and not (self._means.is_system and is_interrupted):
+            await self._activate()
+            return False
         drains = (
             step.drains and node.is_ready
         )  # the node of an interrupted upgrade may be down and have no tasks
         before = self.holder.availability or (node.availability if drains else "")
-        await self.hold(node=node.id, availability=before)
+        await self.hold(node=node.id, availability=before, boot="")
         if drains:
             say(f"{node.name}: draining")
             try:
@@ -312,16 +219,21 @@ class _Upgrade:
                 await self._activate()
                 await self.release()
                 raise
-        await self.hold()
         supported = (await self._levels()).get(node.id, _LEVEL_UNKNOWN)
-        say(f"{node.name}: upgrading from {node.version} to {self._means.version}")
+        for action in self._means.actions(node):
+            await self.hold(boot=node.boot)
+            say(f"{node.name}: {action.words}")
+            try:
+                await action.run()
+            except Unavailable as error:
+                raise Unavailable(await self._rolled_back(node, str(error), supported)) from error
         try:
-            await self._means.upgrade(node)
-            await self._comes_back(node, self._means.version)
+            await self._comes_back(node, partial(self._means.is_done, node))
         except Unavailable as error:
             raise Unavailable(await self._rolled_back(node, str(error), supported)) from error
         await self._activate()
-        say(f"{node.name}: upgraded to {self._means.version}")
+        say(f"{node.name}: {self._means.words.done}")
+        return True
 
     async def _levels(self) -> Mapping[str, int]:
         """Return the level of data that each manager supports, by id, and the level of the cluster as ``""``.
@@ -340,65 +252,71 @@ class _Upgrade:
         Args:
             supported: the level of data that its former version can read.
         """
-        text = f"{node.name} did not become healthy with {self._means.version}: {reason}"
+        text = f"{node.name} {self._means.words.failed}: {reason}"
         if not self._means.can_roll_back:
-            return f"{text}. It stays drained. {_REPAIR}"
+            return f"{text}. It stays drained. {self._repair}"
         # If no manager responds, none uses the data. A manager that never became ready has not raised the level.
         level = (await self._levels()).get("", supported)
         if node.is_manager and level > supported:
             return (
                 f"{text}. It keeps {self._means.version}, because the cluster's data has level {level} and "
-                f"{node.version} reads level {supported} at most. It stays drained. {_REPAIR}"
+                f"{node.version} reads level {supported} at most. It stays drained. {self._repair}"
             )
         with suppress(Unavailable):  # if no manager responds, no other upgrade can have taken over
             await self.hold()
         say(f"{node.name}: not healthy, rolling back to {node.version}")
         try:
             await self._means.roll_back(node)
-            await self._comes_back(node, node.version)
+            await self._comes_back(node, lambda now: now.is_ready and now.version == node.version)
         except Unavailable as error:
-            return f"{text}. The rollback to {node.version} failed: {error}. It stays drained. {_REPAIR}"
+            return f"{text}. The rollback to {node.version} failed: {error}. It stays drained. {self._repair}"
         await self._activate()
         await self.release()
         return f"{text}. It has {node.version} again, and the upgrade stops. Run journalctl -u skep on {node.name}."
 
-    async def _comes_back(self, node: UpgradableNode, version: str) -> None:
-        """Wait until the node is healthy with ``version``.  Raises: Unavailable."""
+    async def _comes_back(self, node: UpgradableNode, is_back: Callable[[UpgradableNode], bool]) -> None:
+        """Wait until the node is healthy again by ``is_back``.  Raises: Unavailable."""
         seen = node
         try:
             async with asyncio.timeout(self._within_s):
                 while True:
                     members, _ = await self._retry(lambda: maintenance.nodes_and_time(self._client))
                     seen = next((one for one in members if one.id == node.id), seen)
-                    if seen.is_ready and seen.version == version:
+                    if is_back(seen):
                         return
                     await asyncio.sleep(_LOOK_S)
         except TimeoutError:
             state = "ready" if seen.is_ready else "not ready"
+            if self._means.is_system and seen.is_ready:
+                state = "ready but not rebooted,"
             raise Unavailable(f"after {self._within_s:g} s it is {state} with {seen.version}") from None
 
     async def _activate(self) -> None:
         if self.holder.node and self.holder.availability:
             await self._restore_availability()
-        await self.hold(node="", availability="")
+        await self.hold(node="", availability="", boot="")
 
     async def _restore_availability(self) -> None:
         node, word = self.holder.node, self.holder.availability
         await self._retry(lambda: _set_availability(self._client, node, word))
 
     async def _finish_interrupted(self) -> None:
-        """Finish the interrupted upgrade of a node that has the version.  Raises: Unavailable: it is not healthy."""
+        """Finish the interrupted upgrade of a node that is not due.  Raises: Unavailable: it is not healthy."""
+        await self._interrupted_is_back()
+        await self._activate()
+
+    async def _interrupted_is_back(self) -> None:
+        """Wait until the node of an interrupted upgrade is healthy, if it still exists.  Raises: Unavailable."""
         members, _ = await self._retry(lambda: maintenance.nodes_and_time(self._client))
         node = next((one for one in members if one.id == self.holder.node), None)
         if node is None:
-            await self.hold(node="", availability="")
+            await self.hold(node="", availability="", boot="")
             return
         try:
-            await self._comes_back(node, self._means.version)
+            await self._comes_back(node, self._means.is_healthy)
         except Unavailable as error:
             text = f"the interrupted upgrade of {node.name} did not succeed: {error}"
-            raise Unavailable(f"{text}. {_REPAIR}") from error
-        await self._activate()
+            raise Unavailable(f"{text}. {self._repair}") from error
 
     async def _distribute(self, names: Sequence[str]) -> None:
         """Force updates of services, by their own policy, so that the scheduler spreads tasks after a drain."""
@@ -430,7 +348,13 @@ class _Upgrade:
 
 
 async def plan_now(
-    client: ApiClient, version: str, *, drains: bool, spread: Iterable[str] = (), first: str = ""
+    client: ApiClient,
+    is_due: Callable[[UpgradableNode], bool],
+    *,
+    drains: bool,
+    spread: Iterable[str] = (),
+    first: str = "",
+    can_keep: bool = True,
 ) -> UpgradePlan:
     """Return the plan for the present state of the cluster."""
     members, _ = await maintenance.nodes_and_time(client)
@@ -439,11 +363,12 @@ async def plan_now(
     return plan(
         members,
         running_of(services, tasks),
-        version,
+        is_due,
         drains=drains,
         spread=spread,
         first=first,
         degraded=degraded_of(services),
+        can_keep=can_keep,
     )
 
 
@@ -490,7 +415,7 @@ async def carry_out(
     async with host.client() as client:
         if not is_override:
             await maintenance.require_unfrozen(client)
-        run = _Upgrade(client, means, drains=drains, within_s=within_s)
+        run = _Upgrade(client, means, drains=drains, within_s=within_s, is_override=is_override)
         await run.take(continues=continues)
         try:
             count = await run.run()
@@ -501,16 +426,16 @@ async def carry_out(
             say("Interrupted. Rerun the command with --continue, or run skep upgrade --abort.")
             raise
         await run.release()
-    click.echo(f"{counted(count, 'node')} upgraded to {means.version}")
+    click.echo(f"{counted(count, 'node')} {means.words.done}")
 
 
 async def show_plan(host: HostOptions, means: Means, *, drains: bool) -> int:
     """Print the steps and the reasons that forbid them, and return the exit code."""
     async with host.client() as client:
-        found = await plan_now(client, means.version, drains=drains)
+        found = await plan_now(client, means.is_due, drains=drains, can_keep=not means.is_system)
         members, now = await maintenance.nodes_and_time(client)
         held = [maintenance.described(one, members, now) for one in await maintenance.holders_of(client)]
-    for line in lines_of(found, means.version):
+    for line in lines_of(found, means.step_words):
         click.echo(line)
     for reason in (*held, *found.refusals):
         click.echo(f"blocked: {reason}", err=True)

@@ -4,12 +4,13 @@ Nodes are upgraded one at a time: workers, then managers, the leader last, since
 moment.  The plan is computed from the cluster's state before every step, so an interrupted upgrade can resume.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from skep.model.networks.data_planes import NODE_LABEL
+from skep.model.node_reports.conditions import BOOT_LABEL, reboot_reason
 from skep.model.options.labels import VOLUME_AFFINITY, VolumeAffinity, is_stopped, volume_affinity
 from skep.model.options.slot_volumes import local_volumes
 from skep.model.service import TaskSpec
@@ -23,6 +24,10 @@ class UpgradableNode(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     name: str
     version: str = ""
+    boot: str = ""
+    """Boot id of its kernel."""
+    reboot: str = ""
+    """Reason why the machine needs a reboot, or empty."""
     address: str = ""
     is_manager: bool = False
     is_leader: bool = False
@@ -66,7 +71,7 @@ class UpgradePlan(msgspec.Struct, frozen=True, kw_only=True):
 
     steps: tuple[UpgradeStep, ...]
     done: tuple[str, ...]
-    """Nodes that already have the version."""
+    """Nodes that need nothing."""
     left_out: tuple[str, ...]
     """Docker nodes, and workers that are down."""
     refusals: tuple[str, ...]
@@ -75,29 +80,32 @@ class UpgradePlan(msgspec.Struct, frozen=True, kw_only=True):
 def plan(
     members: Iterable[UpgradableNode],
     services: Sequence[RunningService],
-    version: str,
+    is_due: Callable[[UpgradableNode], bool],
     *,
     drains: bool,
     spread: Iterable[str] = (),
     first: str = "",
     degraded: Mapping[str, str] | None = None,
+    can_keep: bool = True,
 ) -> UpgradePlan:
-    """Return the steps until all nodes have ``version``.
+    """Return the steps until no node is due.
 
     Args:
+        is_due: returns whether a node needs the upgrade.
         drains: drain each node before its upgrade; otherwise its tasks keep running while its daemon restarts.
         spread: services that were already redistributed for the next step.  If the node still has too many of their
             tasks, the step is refused.
         first: the node whose upgrade was interrupted, which comes next and may be down already.
-        degraded: the reason of each degraded service, by name (``degraded_of``).  It refuses a drain, except that
-            of ``first``, which has no tasks left.
+        degraded: the reason of each degraded service, by name (``degraded_of``).  It refuses drains, but not the
+            drain of ``first``, which has no tasks left.
+        can_keep: whether an upgrade without drains is possible, so that refusals propose it.
     """
     nodes = sorted(members, key=_turn)
     ours = [one for one in nodes if one.is_ours]
     left_out = [
         one for one in nodes if not one.is_ours or not (one.is_manager or one.is_ready or one.id == first)
     ]
-    due = [one for one in ours if one.version != version and one not in left_out]
+    due = [one for one in ours if is_due(one) and one not in left_out]
     due.sort(key=lambda one: one.id != first)
     refusals = list(refusals_of_quorum(nodes, due[0], first) if due else ())
     steps = []
@@ -111,10 +119,10 @@ def plan(
             for name, reason in unwell.items()
         ]
         healthy = [one for one in services if one.name not in unwell]
-        refusals += _refusals_of_replicas(steps[0].node, nodes, healthy, frozenset(spread))
+        refusals += _refusals_of_replicas(steps[0].node, nodes, healthy, frozenset(spread), can_keep=can_keep)
     return UpgradePlan(
         steps=tuple(steps),
-        done=tuple(one.name for one in ours if one.version == version),
+        done=tuple(one.name for one in ours if not is_due(one)),
         left_out=tuple(one.name for one in left_out),
         refusals=tuple(refusals),
     )
@@ -144,10 +152,13 @@ def _refusals_of_replicas(
     nodes: Sequence[UpgradableNode],
     services: Sequence[RunningService],
     spread: frozenset[str],
+    *,
+    can_keep: bool,
 ) -> Iterator[str]:
     others = [one for one in nodes if one.id != away.id and one.is_ready and one.availability == "active"]
     if any(away.id in one.on for one in services) and not others:
-        yield f"no other node can run the tasks of {away.name}. Use --keep-running to keep them on the node."
+        way = "Use --keep-running to keep them on the node" if can_keep else "Add or activate a node"
+        yield f"no other node can run the tasks of {away.name}. {way}."
         return
     for one in services:
         running = sum(one.on.values())
@@ -156,8 +167,8 @@ def _refusals_of_replicas(
         elif one.excess(away.id) and (one.returns or one.name in spread):
             text = (
                 f"{one.name} has {one.on[away.id]} of its {one.replicas} tasks on {away.name}, but its update policy "
-                f"stops {one.away_max} at a time. Raise --update-parallelism of the service, or use --keep-running."
-            )
+                f"stops {one.away_max} at a time. Raise --update-parallelism of the service"
+            ) + (", or use --keep-running." if can_keep else ".")
             if one.returns:
                 text += (
                     " Its tasks stay with their local volumes. The label "
@@ -166,12 +177,11 @@ def _refusals_of_replicas(
             yield text
 
 
-def lines_of(found: UpgradePlan, version: str) -> Iterator[str]:
-    """Yield the steps of an upgrade to ``version`` for people."""
+def lines_of(found: UpgradePlan, words: Callable[[UpgradeStep], str]) -> Iterator[str]:
+    """Yield the steps of an upgrade for people.  ``words`` returns the text about a step."""
     for number, step in enumerate(found.steps, 1):
         role = "leader" if step.node.is_leader else "manager" if step.node.is_manager else "worker"
-        how = "drain, upgrade, activate" if step.drains else "upgrade while containers keep running"
-        yield f"{number}. {step.node.name} ({role}): {how}, from {step.node.version or 'unknown'} to {version}"
+        yield f"{number}. {step.node.name} ({role}): {words(step)}"
         if step.spread:
             yield f"   first redistributes the tasks of {', '.join(step.spread)}"
     if found.done:
@@ -187,16 +197,19 @@ def members_of(nodes: Iterable[Mapping[str, Any]]) -> list[UpgradableNode]:
 
 def _member(node: Mapping[str, Any]) -> UpgradableNode:
     manager, engine = node.get("ManagerStatus"), node["Description"].get("Engine") or {}
+    labels: Mapping[str, str] = engine.get("Labels") or {}
     is_reachable = manager is None or manager.get("Reachability") == "reachable"
     return UpgradableNode(
         id=node["ID"],
         name=node["Description"].get("Hostname") or node["ID"],
         version=engine.get("EngineVersion", ""),
+        boot=labels.get(BOOT_LABEL, ""),
+        reboot=reboot_reason(labels),
         address=node["Status"].get("Addr", ""),
         is_manager=manager is not None or node["Spec"].get("Role") == "manager",
         is_leader=bool(manager and manager.get("Leader")),
         is_ready=node["Status"]["State"] == "ready" and is_reachable,
-        is_ours=NODE_LABEL in (engine.get("Labels") or {}),
+        is_ours=NODE_LABEL in labels,
         availability=node["Spec"].get("Availability", "active"),
     )
 

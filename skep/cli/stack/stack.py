@@ -12,7 +12,7 @@ import msgspec
 from skep.api.client.requests import Requests, overriding
 from skep.cli import options, passthrough
 from skep.cli.apps.registry_logins import RegistryLogins
-from skep.cli.cluster.freezes import freeze_stack, strict_freezes, unfreeze_stack
+from skep.cli.cluster.freezes import freeze_stack, strict_freezes, unfreeze_stack, window_of_stack
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import OutputOptions, Shown, shows
 from skep.cli.running import errors_shown, run_requests
@@ -75,7 +75,7 @@ def stack() -> None:
     """
 
 
-for command in (ls, services, ps, quota, start, stop, freeze_stack, unfreeze_stack):
+for command in (ls, services, ps, quota, start, stop, freeze_stack, unfreeze_stack, window_of_stack):
     stack.add_command(command)
 
 

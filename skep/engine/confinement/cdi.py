@@ -27,6 +27,8 @@ _FILE_BYTES_MAX = 1 << 20
 """Limit in bytes for a description file."""
 _FILES_MAX = 256
 """Limit for the description files in a directory, and for the parsed files that are cached."""
+_ALL: Final = "all"
+"""Name with which vendors describe all devices of a kind together."""
 _DEPTH_MAX = 64
 """Limit for the nesting depth of lists and mappings."""
 _HOOKS = frozenset(
@@ -132,6 +134,32 @@ def described(
                     edits=device.container_edits, file=path, shared=content.container_edits
                 )
     return found
+
+
+def units(devices: Mapping[str, Described]) -> tuple[str, ...]:
+    """Return the devices that can be handed out one by one: each device file belongs to at most one of a kind.
+
+    Vendors also describe names for all devices together, and several names of one device.  A device with the device
+    files of another one and further ones counts as a name for several.  Of equal devices, the first name counts.
+    """
+    found: dict[tuple[str, object], str] = {}
+    for name, one in sorted(devices.items()):
+        kind, _, word = name.partition("=")
+        if word != _ALL:
+            found.setdefault((kind, _files_of(one) or one.edits), name)
+    files = {name: _files_of(devices[name]) for name in found.values()}
+    kinds: dict[str, list[frozenset[str]]] = {}
+    for name, own in files.items():
+        kinds.setdefault(name.partition("=")[0], []).append(own)
+    return tuple(
+        name
+        for name, own in files.items()
+        if not any(other and other < own for other in kinds[name.partition("=")[0]])
+    )
+
+
+def _files_of(device: Described) -> frozenset[str]:
+    return frozenset(one.host_path or one.path for one in device.edits.nodes)
 
 
 @lru_cache(_FILES_MAX)

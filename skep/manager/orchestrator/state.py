@@ -415,8 +415,12 @@ def _affects_tasks(before: Node, after: Node) -> bool:
 
 
 def _holds_others(old: Swarm, new: Swarm) -> bool:
-    """Return whether a change freeze or the maintenance window has changed."""
-    return old.change_freezes != new.change_freezes or old.window != new.window
+    """Return whether a change freeze or a maintenance window has changed."""
+    return (old.change_freezes, old.window, old.stack_windows) != (
+        new.change_freezes,
+        new.window,
+        new.stack_windows,
+    )
 
 
 def _is_global(service: Service) -> bool:

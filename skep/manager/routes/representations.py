@@ -151,7 +151,7 @@ def path_message(node: Node) -> str:
 
 def shown_swarm(view: View, swarm: Swarm) -> Swarm:
     """Return ``swarm`` for a response."""
-    shown = replace(swarm, rotation=None, freeze=None, change_freezes={}, window=None)
+    shown = replace(swarm, rotation=None, freeze=None, change_freezes={}, window=None, stack_windows={})
     return replace(shown, damage=damage_of(view, Swarm, swarm.id))
 
 

@@ -1,10 +1,10 @@
-"""Change freezes and the maintenance window: whether Skep may act by itself now, and who may change what.
+"""Change freezes and maintenance windows: whether Skep may act by itself now, and who may change what.
 
 They are a part of the cluster object.  A freeze holds as long as it is there, because the leader removes it at its end
 (``schedules.loop``).  So decisions need no clock, and each change is a commit.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 
 from msgspec.structs import replace
@@ -52,8 +52,16 @@ def why_held(swarm: Swarm, stack: str = "") -> str:
     for scope in (CLUSTER, stack):
         if (freeze := swarm.change_freezes.get(scope)) is not None:
             return freeze.words(scope)
-    window = swarm.window
-    return window.words() if window is not None and window.closed_until else ""
+    for scope in (CLUSTER, stack):
+        window = window_of(swarm, scope)
+        if window is not None and window.closed_until:
+            return window.words(scope)
+    return ""
+
+
+def window_of(swarm: Swarm, scope: str) -> MaintenanceWindow | None:
+    """Return the window of a stack, or of the cluster if ``scope`` is empty."""
+    return swarm.stack_windows.get(scope) if scope else swarm.window
 
 
 def is_held_at_commit(tx: Transaction, stack: str) -> bool:
@@ -75,18 +83,22 @@ def freeze_changes(old: Swarm, new: Swarm) -> Iterator[tuple[FreezeAction, Mappi
                 "end-freeze",
                 {**facts, "message": f"{f'stack {scope}' if scope else 'the cluster'} is not frozen"},
             )
-    if old.window != new.window and new.window is not None:
-        is_open = not new.window.closed_until
-        words = "the maintenance window is open" if is_open else new.window.words()
-        yield "open-window" if is_open else "close-window", {"message": words}
-    elif old.window is not None and new.window is None:
-        yield "remove-window", {"message": "the maintenance window was removed"}
+    for scope in (CLUSTER, *sorted({*old.stack_windows, *new.stack_windows})):
+        earlier, window = window_of(old, scope), window_of(new, scope)
+        facts = {"stack": scope} if scope else {}
+        subject = f"the maintenance window of stack {scope}" if scope else "the maintenance window"
+        if window is not None and window != earlier:
+            is_open = not window.closed_until
+            words = f"{subject} is open" if is_open else window.words(scope)
+            yield "open-window" if is_open else "close-window", {**facts, "message": words}
+        elif earlier is not None and window is None:
+            yield "remove-window", {**facts, "message": f"{subject} was removed"}
 
 
-def frozen_stacks(view: View) -> Collection[str]:
-    """Return the stacks that have a freeze of their own."""
-    swarm = known_cluster(view)
-    return {*swarm.change_freezes} - {CLUSTER} if swarm is not None else ()
+def held_stacks(swarm: Swarm) -> frozenset[str]:
+    """Return the stacks that have a freeze of their own, or a window that is closed."""
+    closed = (stack for stack, window in swarm.stack_windows.items() if window.closed_until)
+    return frozenset((*swarm.change_freezes, *closed)) - {CLUSTER}
 
 
 def stack_of_service(service: Service | None) -> str:
@@ -153,8 +165,8 @@ def set_freeze(tx: Transaction, scope: str, wanted: FreezeRequest, *, by: str, n
     """
     swarm = tx.get(Swarm, cluster_of(tx).id)
     freeze = checked_freeze(wanted, by, now_ns)
-    if scope and not any(one.removed_at is None for one in tx.find(Service, stack=stack_index(scope))):
-        raise NotFound(f"stack {scope} has no services")
+    if scope:
+        _require_services(tx, scope)
     freezes = {**swarm.change_freezes, scope: freeze}
     if len(freezes) > STACKS_MAX:
         raise ResourceExhausted(f"{STACKS_MAX} freezes are in force: end one of them first")
@@ -170,36 +182,69 @@ def end_freeze(tx: Transaction, scope: str) -> None:
     tx.put(replace(swarm, change_freezes={k: v for k, v in swarm.change_freezes.items() if k != scope}))
 
 
-def set_window(tx: Transaction, wanted: MaintenanceWindow | None, *, now_ns: int) -> MaintenanceWindow | None:
-    """Set the maintenance window, or remove it.  Raises: InvalidArgument."""
+def set_window(
+    tx: Transaction, wanted: MaintenanceWindow | None, scope: str = CLUSTER, *, now_ns: int
+) -> MaintenanceWindow | None:
+    """Set the maintenance window of the cluster or a stack, or remove it.
+
+    Raises:
+        InvalidArgument: It would never open or never close.
+        NotFound: The stack has no services, or no window to remove.
+        ResourceExhausted: Too many stacks have a window.
+    """
     swarm = tx.get(Swarm, cluster_of(tx).id)
     window = checked_window(wanted, now_ns) if wanted is not None else None
-    tx.put(replace(swarm, window=window))
+    if not scope:
+        tx.put(replace(swarm, window=window))
+        return window
+    windows = {stack: one for stack, one in swarm.stack_windows.items() if stack != scope}
+    if window is not None:
+        _require_services(tx, scope)
+        windows[scope] = window
+    elif len(windows) == len(swarm.stack_windows):
+        raise NotFound(f"stack {scope} has no maintenance window")
+    if len(windows) > STACKS_MAX:
+        raise ResourceExhausted(f"{STACKS_MAX} stacks have a maintenance window: remove one of them first")
+    tx.put(replace(swarm, stack_windows=windows))
     return window
+
+
+def _require_services(view: View, stack: str) -> None:
+    if not _has_services(view, stack):
+        raise NotFound(f"stack {stack} has no services")
+
+
+def _has_services(view: View, stack: str) -> bool:
+    return any(one.removed_at is None for one in view.find(Service, stack=stack_index(stack)))
 
 
 def has_freezes(view: View) -> bool:
     """Return whether there is a freeze or a window, so that one may begin or end."""
-    return any(swarm.change_freezes or swarm.window is not None for swarm in view.find(Swarm))
+    return any(one.change_freezes or one.window is not None or one.stack_windows for one in view.find(Swarm))
 
 
 def is_out_of_date(view: View, now_ns: int) -> bool:
-    """Return whether a freeze is over, or the window has to open or close."""
-    return any(_at(swarm, now_ns) != swarm for swarm in view.find(Swarm))
+    """Return whether a freeze is over, or a window has to open, close or go."""
+    return any(_at(swarm, view, now_ns) != swarm for swarm in view.find(Swarm))
 
 
 def bring_up_to_date(tx: Transaction, now_ns: int) -> None:
-    """Remove the freezes that are over, and open or close the window."""
+    """Remove the freezes that are over and the windows of removed stacks, and open or close the others."""
     for swarm in tx.find(Swarm):
-        present = _at(swarm, now_ns)
+        present = _at(swarm, tx, now_ns)
         if present != swarm:
             tx.put(present)
 
 
-def _at(swarm: Swarm, now_ns: int) -> Swarm:
+def _at(swarm: Swarm, view: View, now_ns: int) -> Swarm:
     over = ended(swarm.change_freezes, now_ns)
-    if not over and swarm.window is None:
+    if not over and swarm.window is None and not swarm.stack_windows:
         return swarm
     freezes = {scope: one for scope, one in swarm.change_freezes.items() if scope not in over}
     window = window_at(swarm.window, now_ns) if swarm.window is not None else None
-    return replace(swarm, change_freezes=freezes, window=window)
+    windows = {
+        stack: window_at(one, now_ns)
+        for stack, one in swarm.stack_windows.items()
+        if _has_services(view, stack)
+    }
+    return replace(swarm, change_freezes=freezes, window=window, stack_windows=windows)

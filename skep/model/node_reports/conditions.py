@@ -1,5 +1,6 @@
 """Conditions of a node, which it reports as engine labels."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
 
@@ -33,6 +34,8 @@ class ConditionName(StrEnum):
     """The kernel's neighbor table overflows."""
     NETWORKS = "networks"
     """The networks of some containers are not maintained."""
+    REBOOT_REQUIRED = "reboot-required"
+    """The machine needs a reboot, for example because a new kernel is installed."""
     RESTORE = "restore"
     """Some containers were not adopted when the node started."""
     STORE_FULL = "store-full"
@@ -60,6 +63,8 @@ def is_condition(label: str) -> bool:
 
 
 DISK_PRESSURE_LABEL: Final = condition_label(ConditionName.DISK_PRESSURE)
+BOOT_LABEL: Final = "skep.boot"
+"""Engine label with the boot id of the node's kernel, which tells a reboot from a restart of the daemon."""
 
 
 def condition_messages(description: NodeDescription) -> tuple[str, ...]:
@@ -72,6 +77,11 @@ def condition_messages(description: NodeDescription) -> tuple[str, ...]:
 def disk_pressure(description: NodeDescription) -> str:
     """Return why the node gets no new tasks because its disk is full, or an empty text."""
     return description.engine.labels.get(DISK_PRESSURE_LABEL, "")[:CHARACTERS_MAX]
+
+
+def reboot_reason(labels: Mapping[str, str]) -> str:
+    """Return why a node with these engine labels needs a reboot, or an empty text."""
+    return labels.get(condition_label(ConditionName.REBOOT_REQUIRED), "")[:CHARACTERS_MAX]
 
 
 def network_conditions(description: NodeDescription) -> tuple[str, ...]:

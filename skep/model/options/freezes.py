@@ -1,7 +1,7 @@
 """Change freezes and maintenance windows: times in which Skep changes nothing by itself.  Pure.
 
 A freeze holds for the cluster or for one stack, and has an end.  A window is a recurring time.  Outside of it, the
-cluster is frozen as well.  ``docs/decisions/0189`` lists what waits and what does not.
+cluster or the stack is frozen as well.  ``docs/decisions/0189`` lists what waits and what does not.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,9 @@ REASON_CHARACTERS_MAX: Final = 200
 ADMIN_OVERRIDES = "Only administrators may override it"
 """End of the refusal of a user who overrides the cluster's freeze."""
 STACKS_MAX: Final = 200
-"""Largest number of frozen stacks.  All freezes are one value of the store, which is read with each decision."""
+"""Largest number of frozen stacks, and of stacks with a window.  All of them are one value of the store, which is read
+with each decision.
+"""
 LENGTH_S_MIN, LENGTH_S_MAX = 60.0, 7 * 24 * 3600.0
 """Shortest and longest opening of a window.  A minute is the unit of its times, and a week their longest usual
 period."""
@@ -51,7 +53,7 @@ class ChangeFreeze(ApiObject):
 
 
 class MaintenanceWindow(ApiObject):
-    """A recurring time in which Skep may act by itself.
+    """A recurring time in which Skep may act by itself, on the cluster or on one stack.
 
     ``cron`` has the times at which it opens, ``length`` how long it stays open.  The leader writes ``closed_until``,
     the next opening, which is empty while the window is open.
@@ -62,9 +64,10 @@ class MaintenanceWindow(ApiObject):
     length: Nanoseconds = always(0)
     closed_until: Timestamp = always(Timestamp(""))
 
-    def words(self) -> str:
-        """Return a sentence about the closed window."""
-        return f"the maintenance window is closed until {_clock(self.closed_until)}"
+    def words(self, scope: str = CLUSTER) -> str:
+        """Return a sentence about the closed window of ``scope``, which is a stack or empty for the cluster."""
+        subject = f"the maintenance window of stack {scope}" if scope else "the maintenance window"
+        return f"{subject} is closed until {_clock(self.closed_until)}"
 
 
 class FreezeRequest(ApiObject):
@@ -76,10 +79,14 @@ class FreezeRequest(ApiObject):
 
 
 class FreezesResponse(ApiObject):
-    """The freezes that a user may see.  The key of the cluster's freeze is empty."""
+    """The freezes and windows that a user may see.  The key of the cluster's freeze is empty.
+
+    ``stack_windows`` has the windows of stacks by their stack.
+    """
 
     freezes: Mapping[str, ChangeFreeze] = always({})
     window: MaintenanceWindow | None = None
+    stack_windows: Mapping[str, MaintenanceWindow] = {}
 
 
 def checked_freeze(wanted: FreezeRequest, by: str, now_ns: int) -> ChangeFreeze:

@@ -31,6 +31,8 @@ _WORDS_MAX = 256
 
 _SIZE = re.compile(r"(\d{1,15})([bkmgt]?)b?", re.IGNORECASE)
 _FACTORS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+RESERVED: Final = "reserved"
+"""Value of ``skep.gpus`` and ``skep.devices``: the CDI devices that the task has reserved as generic resources."""
 _CDI_NAME = re.compile(r"[a-zA-Z][\w.-]*/[a-zA-Z][\w.-]*=[\w.:-]+")
 _ACCESS = re.compile(r"[rwm]{1,3}")
 _RULE = re.compile(r"[acb] ([0-9]+|\*):([0-9]+|\*) [rwm]{1,3}")
@@ -80,10 +82,11 @@ class Device(msgspec.Struct, frozen=True):
 
 
 class Gpus(msgspec.Struct, frozen=True, kw_only=True):
-    """Requested GPUs: a number of them (``count`` -1 for all), or the GPUs with these names."""
+    """Requested GPUs: a number of them (``count`` -1 for all), GPUs with these names, or the task's reserved GPUs."""
 
     count: int = 0
     ids: tuple[str, ...] = ()
+    is_reserved: bool = False
 
 
 class MachineRights(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +95,8 @@ class MachineRights(msgspec.Struct, frozen=True, kw_only=True):
     privileged: bool = False
     devices: tuple[Device, ...] = ()
     cdi_devices: tuple[str, ...] = ()
+    has_reserved_devices: bool = False
+    """Whether the task gets the CDI devices, except GPUs, that the scheduler has assigned to it."""
     device_rules: tuple[str, ...] = ()
     gpus: Gpus | None = None
     pid: str = ""
@@ -119,7 +124,7 @@ class MachineRights(msgspec.Struct, frozen=True, kw_only=True):
         """Return the kinds of rights that the labels need."""
         groups = {
             Right.PRIVILEGED: ("privileged",),
-            Right.DEVICES: ("devices", "cdi_devices", "device_rules"),
+            Right.DEVICES: ("devices", "cdi_devices", "has_reserved_devices", "device_rules"),
             Right.GPUS: ("gpus",),
             Right.NAMESPACES: ("pid", "ipc", "uts"),
             Right.API: ("api_full",),
@@ -161,6 +166,15 @@ def api_access(labels: Mapping[str, str]) -> ApiAccess:
     except ValueError as error:
         raise InvalidArgument(f"invalid label {API_LABEL}={text}: {error}") from None
     return ApiAccess(text)
+
+
+def is_reserved_by(rights: MachineRights, kind: str) -> bool:
+    """Return whether a container with ``rights`` gets its reserved resources of this kind, ``vendor.com/class``."""
+    if "/" not in kind:
+        return False
+    if kind.endswith("/gpu"):
+        return rights.gpus is not None and rights.gpus.is_reserved
+    return rights.has_reserved_devices
 
 
 def check_service_rights(container: ContainerSpec | None, service_labels: Iterable[str]) -> None:
@@ -275,7 +289,10 @@ def _api(text: str) -> dict[str, Any]:
 def _devices(text: str) -> dict[str, Any]:
     """Parse devices in the form of ``--device``, ``/dev/a[:/dev/b[:rwm]]``, and CDI names."""
     devices, names = [], []
-    for word in _words(text):
+    words = _words(text)
+    for word in words:
+        if word == RESERVED:
+            continue
         if _CDI_NAME.fullmatch(word):
             names.append(word)
             continue
@@ -289,7 +306,11 @@ def _devices(text: str) -> dict[str, Any]:
                 "expected devices like /dev/ttyUSB0 or /dev/ttyUSB0:/dev/modem:rw, separated by commas"
             )
         devices.append(Device(path, inside, access))
-    return {"devices": tuple(devices), "cdi_devices": tuple(names)}
+    return {
+        "devices": tuple(devices),
+        "cdi_devices": tuple(names),
+        "has_reserved_devices": RESERVED in words,
+    }
 
 
 def _rules(text: str) -> dict[str, Any]:
@@ -303,11 +324,13 @@ def _gpus(text: str) -> dict[str, Any]:
     words = _words(text)
     if words == ["all"]:
         return {"gpus": Gpus(count=-1)}
+    if words == [RESERVED]:
+        return {"gpus": Gpus(is_reserved=True)}
     if len(words) == 1 and words[0].isascii() and words[0].isdigit() and 0 < int(words[0]) <= 1024:
         return {"gpus": Gpus(count=int(words[0]))}
     names = text.removeprefix("device=").split(",") if text.startswith("device=") else []
     if not names or not all(re.fullmatch(r"[\w.:-]+", name) for name in names):
-        raise ValueError("expected all, a number, or device=NAME,...")
+        raise ValueError("expected all, a number, reserved, or device=NAME,...")
     return {"gpus": Gpus(ids=tuple(names))}
 
 

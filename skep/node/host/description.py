@@ -15,13 +15,13 @@ from skep.model.networks.data_planes import DATA_PATH_LABEL, IMAGES_LABEL, NODE_
 from skep.model.networks.routes import ROUTES_LABEL, routes_label
 from skep.model.networks.used_ports import PORTS_LABEL, UsedPort, ports_label
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
-from skep.model.node_reports.conditions import ConditionName
+from skep.model.node_reports.conditions import BOOT_LABEL, ConditionName
 from skep.model.node_reports.description_size import size_condition, within_size
 from skep.model.options.constraints import FACT_LABEL
 from skep.model.options.secret_env import PLUGIN as SECRET_ENV
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, slot_volumes_label
 from skep.model.permissions.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL, MORE, reported_rights
-from skep.model.service import Platform, Resources
+from skep.model.service import GenericResource, NamedResource, Platform, Resources
 from skep.node.host.conditions import Conditions
 from skep.node.host.features import Features, labels
 from skep.node.host.machine import Machine
@@ -121,6 +121,18 @@ def listed(names: Iterable[str]) -> str:
     return ",".join(kept)
 
 
+def generic_resources(configuration: Configuration, units: Iterable[str]) -> tuple[GenericResource, ...]:
+    """Return the resources that services can reserve: configured resources and CDI ``units``.
+
+    A unit ``acme.com/gpu=0`` is the resource ``0`` of the kind ``acme.com/gpu``.  Configured kinds have no slash.
+    """
+    named = ((kind, name) for kind, _, name in (unit.partition("=") for unit in units))
+    return (
+        *configuration.generic_resources,
+        *(GenericResource(named_resource_spec=NamedResource(kind=kind, value=name)) for kind, name in named),
+    )
+
+
 def _fact_labels(machine: Machine, features: Features) -> Mapping[str, str]:
     """Return the labels that constraints read as ``node.facts.NAME``."""
     facts = {
@@ -189,6 +201,8 @@ class NodeDescriber:
             ROUTES_LABEL: routes_label(self._offers.present.routes),
             **_fact_labels(self._machine, self._features),
         }
+        if self._machine.boot_id:
+            own[BOOT_LABEL] = self._machine.boot_id
         if self._has_probes:
             own[PATHS_LABEL] = "1"
         if port := self._image_port():
@@ -201,7 +215,7 @@ class NodeDescriber:
             resources=Resources(
                 nano_cpus=self._machine.nano_cpus,
                 memory_bytes=self._machine.memory_bytes,
-                generic_resources=configuration.generic_resources,
+                generic_resources=generic_resources(configuration, self._offers.present.cdi_units),
             ),
             engine=EngineDescription(
                 engine_version=__version__,

@@ -21,6 +21,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import IFF_LOOPBACK, IFF_UP
 from skep.api.formats.swarm_requests import Interface, Interfaces
 from skep.engine.capacity import processors
 from skep.errors import Unavailable
+from skep.linux.processes import boot_id
 
 _SECOND_TO_NANO = 1_000_000_000
 
@@ -47,6 +48,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """Short name of the distribution, such as ``debian``."""
     cpus: int
     memory_bytes: int
+    boot_id: str = ""
 
     @property
     def go_architecture(self) -> str:
@@ -74,6 +76,7 @@ def this_machine() -> Machine:
         distribution=release.get("ID", ""),
         cpus=processors(),
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        boot_id=boot_id(),
     )
 
 

@@ -16,7 +16,7 @@ import structlog
 from skep.aio.clock import Clock, tick
 from skep.aio.failures import describe_error
 from skep.configuration.configuration import Configuration
-from skep.engine.confinement.cdi import described
+from skep.engine.confinement.cdi import described, units
 from skep.engine.confinement.devices import DEV, Failed, device_directories, device_paths
 from skep.linux.network.ports import read_listening_ports
 from skep.linux.network.routes import read_routes
@@ -28,6 +28,12 @@ log = structlog.get_logger()
 
 READ_EVERY_S = 5.0
 """Seconds between two reads of these files."""
+UNITS_KEPT_S = 60.0
+"""Seconds for which a CDI device without a description is still counted.  Vendors' tools write descriptions anew after
+a driver update, and managers stop the tasks that hold a device which their node no longer has.
+"""
+UNITS_MAX = 256
+"""Largest number of CDI devices that are counted, as each is a part of the node's description."""
 
 _Times: TypeAlias = tuple[tuple[str, int, int], ...]
 
@@ -38,6 +44,8 @@ class MachineResources(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...] = ()
     """Paths of the devices that tasks may get."""
     cdi_devices: tuple[str, ...] = ()
+    cdi_units: tuple[str, ...] = ()
+    """CDI devices that are handed out one by one."""
     routes: tuple[MachineRoute, ...] = ()
     listening: frozenset[UsedPort] = frozenset()
     """Ports on which programs of this machine listen."""
@@ -67,6 +75,9 @@ class ResourceReader:
         self._may_have = may_have
         self._device_times: _Times | None = None
         self._cdi_times: _Times | None = None
+        self._described_units: tuple[str, ...] = ()
+        self._units_seen: dict[str, float] = {}
+        """CDI devices that are counted, and when each was last described."""
         self.present = MachineResources()
         self._unread: set[str] = set()
 
@@ -92,12 +103,14 @@ class ResourceReader:
             devices: tuple[str, ...] = ()
             cdi_devices: tuple[str, ...] = ()
             self._device_times = self._cdi_times = None  # read again once containers can run again
+            self._described_units, self._units_seen = (), {}
         else:
             devices = self._devices(before.devices)
             cdi_devices = self._described_devices(configuration.cdi_spec_dirs, before.cdi_devices)
         return MachineResources(
             devices=devices,
             cdi_devices=cdi_devices,
+            cdi_units=self._counted_units(),
             routes=self._routes(before.routes),
             listening=self._listening(before.listening),
         )
@@ -129,11 +142,19 @@ class ResourceReader:
         times = _times(paths, failed.append)
         if times == self._cdi_times and not failed:
             return before
-        found = set(described(directories, failed.append))
+        devices = described(directories, failed.append)
+        found, self._described_units = set(devices), units(devices)
         if not self._is_whole("CDI devices", failed):
             return tuple(sorted(found.union(before)))
         self._cdi_times = times
         return tuple(sorted(found))
+
+    def _counted_units(self) -> tuple[str, ...]:
+        """Return the CDI devices that are described, or were until a moment ago."""
+        now = self._clock.monotonic()
+        self._units_seen |= dict.fromkeys(self._described_units, now)
+        self._units_seen = {name: at for name, at in self._units_seen.items() if now - at < UNITS_KEPT_S}
+        return tuple(sorted(self._units_seen))[:UNITS_MAX]
 
     def _routes(self, before: tuple[MachineRoute, ...]) -> tuple[MachineRoute, ...]:
         try:

@@ -139,6 +139,8 @@ class NodeSystem:
         """
         swarm = await self._membership.info()
         counts = await self._counts(identity)
+        directories = self._node.configuration.cdi_spec_dirs if self._engine is not None else ()
+        described = await asyncio.to_thread(cdi.described, directories)
         shown = info.info(
             self._node,
             counts=counts,
@@ -149,7 +151,7 @@ class NodeSystem:
                 *(f"WARNING: {sentence}" for sentence in self._warnings()),
             ),
             now=timestamp(self._events.clock.now_ns()),
-            devices=sorted(await asyncio.to_thread(cdi.described)) if self._engine is not None else (),
+            devices=described,
         )
         shown["Plugins"]["Volume"] += volume_drivers(self._engine)
         return shown

@@ -43,10 +43,10 @@ class Versions:
     def __init__(self, folder: Path, earlier: Path) -> None:
         self._folder = folder
         self._environments = {
-            is_present: _environment(folder / name, package)
+            is_present: environment(folder / name, package)
             for is_present, name, package in ((True, "present", ROOT), (False, "earlier", earlier))
         }
-        playground = _environment(folder / "playground", ROOT)
+        playground = environment(folder / "playground", ROOT)
         self.command = playground / "bin/skep-playground"
         (playground / "bin/skep").rename(self.command)
         launcher = playground / "bin/skep"
@@ -76,7 +76,7 @@ class Versions:
         (self._folder / name).write_text(str(self._environments[is_present]))
 
 
-def _environment(folder: Path, package: Path) -> Path:
+def environment(folder: Path, package: Path) -> Path:
     """Create a virtual environment with the libraries of this one and the package below ``package``."""
     real = Path(sys.prefix)
     library = next((real / "lib").glob("python3*")).name

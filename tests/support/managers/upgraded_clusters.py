@@ -124,9 +124,10 @@ class Installing(Means, frozen=True, kw_only=True):
     level: int = 1
     """Level of the data afterwards."""
 
-    async def check(self, node: UpgradableNode) -> None:
+    async def check(self, node: UpgradableNode) -> bool:
         if node.name in self.refuses:
             raise Unavailable("Host key verification failed.")
+        return True
 
     async def upgrade(self, node: UpgradableNode) -> None:
         self.cluster.level = self.level

@@ -17,11 +17,11 @@ def test_the_cluster_is_frozen_by_administrators_only() -> None:
 
 
 def test_a_stack_is_frozen_by_its_operators() -> None:
-    path = "/skep/stacks/shop/freeze"
-    assert why_not("operator:shop", "PUT", path, "shop") is None
-    assert why_not("operator", "DELETE", path, "shop") is None
-    assert why_not("operator:blog", "PUT", path, "shop")
-    assert why_not("viewer:shop", "PUT", path, "shop")
+    for path in ("/skep/stacks/shop/freeze", "/skep/stacks/shop/window"):
+        assert why_not("operator:shop", "PUT", path, "shop") is None
+        assert why_not("operator", "DELETE", path, "shop") is None
+        assert why_not("operator:blog", "PUT", path, "shop")
+        assert why_not("viewer:shop", "PUT", path, "shop")
 
 
 def test_every_user_reads_the_freezes_of_visible_stacks() -> None:

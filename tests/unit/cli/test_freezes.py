@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 
-from skep.cli.cluster.freezes import shown_freezes, strict_freezes
+from skep.cli.cluster.freezes import shown_freezes, shown_window, strict_freezes
 from skep.cli.main import main
 from skep.cli.maintain.maintenance import require_unfrozen
 from skep.errors import FailedPrecondition
-from skep.model.options.freezes import ChangeFreeze
+from skep.model.options.freezes import ChangeFreeze, FreezesResponse, MaintenanceWindow
 from skep.model.values.times import Timestamp
 from tests.support.managers.upgraded_clusters import UpgradedCluster
 
@@ -30,6 +31,8 @@ WINDOW = {"Cron": "0 2 * * *", "Length": 3600 * 10**9, "ClosedUntil": "2026-12-2
         ("cluster window --for 2h", "a window needs CRON and --for DURATION"),
         ("cluster window @daily", "a window needs CRON and --for DURATION"),
         ("cluster window --remove --for 2h", "--remove takes no window"),
+        ("stack window shop --for 2h", "a window needs CRON and --for DURATION"),
+        ("stack window shop @daily --remove", "--remove takes no window"),
     ],
 )
 def test_a_freeze_without_an_end_is_refused_before_any_request(words: str, why: str) -> None:
@@ -47,10 +50,27 @@ def test_freezes_are_listed_with_their_reasons() -> None:
     assert list(shown_freezes(found, "blog").lines(None)) == ["Stack blog is not frozen."]  # type: ignore[arg-type]
 
 
+def test_a_stacks_window_is_shown_by_its_name() -> None:
+    window = MaintenanceWindow(
+        cron="0 2 * * *", length=3600 * 10**9, closed_until=Timestamp("2026-12-28T02:00:00Z")
+    )
+    found = FreezesResponse(stack_windows={"shop": window, "blog": replace(window, closed_until="")})
+
+    def line(stack: str) -> str:
+        return "".join(shown_window(found, stack).lines(None))  # type: ignore[arg-type]
+
+    times = "0 2 * * * (UTC), for 60 minutes; the maintenance window of stack"
+    assert line("shop") == f"{times} shop is closed until 2026-12-28 02:00 UTC"
+    assert line("blog") == f"{times} blog is open"
+    assert line("mail") == "Stack mail has no window of its own."
+    assert line("") == "No window: Skep may act at any time."
+
+
 @pytest.mark.parametrize(
     ("found", "why"),
     [
         ({}, ""),
+        ({"StackWindows": {"shop": WINDOW}}, ""),
         ({"Freezes": {"shop": {}}}, ""),
         (
             {"Freezes": {"": {"Until": "2026-12-27T05:00:00Z"}}},

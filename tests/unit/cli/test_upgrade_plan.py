@@ -19,6 +19,10 @@ from skep.cli.maintain.upgrade_plan import (
 OLD, NEW = "1.0.0", "1.1.0"
 
 
+def is_due(node: UpgradableNode) -> bool:
+    return node.version != NEW
+
+
 def a_member(name: str, **fields: Any) -> UpgradableNode:
     return UpgradableNode(id=f"id-{name}", name=name, **{"version": OLD, **fields})
 
@@ -46,7 +50,7 @@ CLUSTER = [*managers(3), a_member("w2"), a_member("w1")]
 def names(
     members: Sequence[UpgradableNode], services: Sequence[RunningService] = (), **options: Any
 ) -> list[str]:
-    return [step.node.name for step in plan(members, services, NEW, **{"drains": True, **options}).steps]
+    return [step.node.name for step in plan(members, services, is_due, **{"drains": True, **options}).steps]
 
 
 def test_workers_come_first_then_managers_the_leader_last() -> None:
@@ -60,7 +64,7 @@ def test_what_has_the_version_is_done_and_docker_nodes_and_lost_workers_are_left
         a_member("w2", is_ours=False),
         a_member("w3", is_ready=False),
     ]
-    found = plan(members, [], NEW, drains=False)
+    found = plan(members, [], is_due, drains=False)
     assert ([step.node.name for step in found.steps], found.done, found.left_out) == (
         ["m1"],
         ("w1",),
@@ -70,87 +74,89 @@ def test_what_has_the_version_is_done_and_docker_nodes_and_lost_workers_are_left
 
 def test_with_a_manager_away_nothing_is_begun() -> None:
     members = [replace(CLUSTER[0], is_ready=False), *CLUSTER[1:]]
-    assert plan(members, [], NEW, drains=True).refusals == (
+    assert plan(members, [], is_due, drains=True).refusals == (
         "the manager m1 is unreachable. Restart it first.",
     )
 
 
 def test_of_two_managers_none_may_be_away_and_one_alone_may() -> None:
-    (refusal,) = plan(managers(2), [], NEW, drains=False).refusals
+    (refusal,) = plan(managers(2), [], is_due, drains=False).refusals
     assert "two managers need each other" in refusal
-    assert plan(managers(1), [], NEW, drains=False).refusals == ()
+    assert plan(managers(1), [], is_due, drains=False).refusals == ()
 
 
 def test_two_managers_do_not_keep_workers_from_their_turn() -> None:
-    assert plan([*managers(2), a_member("w1")], [], NEW, drains=True).refusals == ()
+    assert plan([*managers(2), a_member("w1")], [], is_due, drains=True).refusals == ()
 
 
 def test_an_interrupted_node_goes_on_first_even_if_it_is_away() -> None:
     members = [replace(one, is_ready=one.name != "m3") for one in CLUSTER]
-    found = plan(members, [], NEW, drains=True, first="id-m3")
+    found = plan(members, [], is_due, drains=True, first="id-m3")
     assert (found.steps[0].node.name, found.refusals) == ("m3", ())
 
 
 def test_a_worker_whose_turn_was_interrupted_is_not_left_out_while_it_is_away() -> None:
     members = [replace(one, is_ready=one.name != "w2") for one in CLUSTER]
-    found = plan(members, [], NEW, drains=True, first="id-w2")
+    found = plan(members, [], is_due, drains=True, first="id-w2")
     assert (found.steps[0].node.name, found.left_out) == ("w2", ())
 
 
 def test_a_service_that_lacks_tasks_forbids_a_drain_but_not_an_upgrade_under_running_containers() -> None:
     web = a_service("web", {"w1": 1}, replicas=3)
-    (refusal,) = plan(CLUSTER, [web], NEW, drains=True).refusals
+    (refusal,) = plan(CLUSTER, [web], is_due, drains=True).refusals
     assert refusal == "web runs 1 of 3 tasks. Run skep explain web."
-    assert plan(CLUSTER, [web], NEW, drains=False).refusals == ()
+    assert plan(CLUSTER, [web], is_due, drains=False).refusals == ()
 
 
 def test_a_degraded_service_forbids_a_drain_by_its_reason_and_is_named_once() -> None:
     web = a_service("web", {"w1": 1}, replicas=3)
     degraded = {"agent": 'exit 7, last line "no disk"', "web": "No such image: web:9."}
-    assert plan(CLUSTER, [web], NEW, drains=True, degraded=degraded).refusals == (
+    assert plan(CLUSTER, [web], is_due, drains=True, degraded=degraded).refusals == (
         'agent is degraded: exit 7, last line "no disk". Run skep explain agent.',
         "web is degraded: No such image: web:9. Run skep explain web.",
     )
-    assert plan(CLUSTER, [web], NEW, drains=False, degraded=degraded).refusals == ()
+    assert plan(CLUSTER, [web], is_due, drains=False, degraded=degraded).refusals == ()
 
 
 def test_a_degraded_service_does_not_stop_the_drained_node_of_an_interrupted_upgrade() -> None:
     members = [*managers(3), a_member("w1", availability="drain")]
     degraded = {"web": "exit 1"}
-    assert plan(members, [], NEW, drains=True, first="id-w1", degraded=degraded).refusals == ()
-    assert plan(members, [], NEW, drains=True, degraded=degraded).refusals != ()
+    assert plan(members, [], is_due, drains=True, first="id-w1", degraded=degraded).refusals == ()
+    assert plan(members, [], is_due, drains=True, degraded=degraded).refusals != ()
 
 
 def test_more_tasks_on_a_node_than_the_update_policy_takes_away_are_distributed_first_and_then_refused() -> (
     None
 ):
     web = a_service("web", {"w1": 3, "w2": 1}, away_max=2)
-    found = plan(CLUSTER, [web], NEW, drains=True)
+    found = plan(CLUSTER, [web], is_due, drains=True)
     assert (found.steps[0].spread, found.refusals) == (("web",), ())
-    (refusal,) = plan(CLUSTER, [web], NEW, drains=True, spread=["web"]).refusals
+    (refusal,) = plan(CLUSTER, [web], is_due, drains=True, spread=["web"]).refusals
     assert refusal.startswith("web has 3 of its 4 tasks on w1, but its update policy stops 2 at a time")
 
 
 def test_tasks_that_return_to_their_data_are_not_distributed_in_vain() -> None:
     db = replace(a_service("db", {"w1": 2}), returns=True)
-    found = plan(CLUSTER, [db], NEW, drains=True)
+    found = plan(CLUSTER, [db], is_due, drains=True)
     assert [step.spread for step in found.steps] == [()] * len(found.steps)
     (refusal,) = found.refusals
     assert refusal.startswith("db has 2 of its 2 tasks on w1, but its update policy stops 1 at a time")
     assert refusal.endswith("The label skep.volume-affinity=none allows them to move.")
     assert (
-        plan(CLUSTER, [replace(a_service("db", {"w1": 1, "w2": 1}), returns=True)], NEW, drains=True).refusals
+        plan(
+            CLUSTER, [replace(a_service("db", {"w1": 1, "w2": 1}), returns=True)], is_due, drains=True
+        ).refusals
         == ()
     )
 
 
 def test_an_update_policy_of_zero_takes_all_away() -> None:
-    found = plan(CLUSTER, [a_service("web", {"w1": 4}, away_max=0)], NEW, drains=True)
+    found = plan(CLUSTER, [a_service("web", {"w1": 4}, away_max=0)], is_due, drains=True)
     assert (found.steps[0].spread, found.refusals) == ((), ())
 
 
 def test_tasks_need_another_node_to_go_to() -> None:
-    (refusal,) = plan(managers(1), [a_service("web", {"m1": 1})], NEW, drains=True).refusals
+    (refusal,) = plan(managers(1), [a_service("web", {"m1": 1})], is_due, drains=True).refusals
     assert "no other node can run the tasks of m1" in refusal
 
 
@@ -179,7 +185,9 @@ def test_carried_out_it_keeps_the_quorum_and_every_services_policy(
     members, services = cluster
     turns: list[UpgradableNode] = []
     spread: tuple[str, ...] = ()
-    while (found := plan(members, services, NEW, drains=drains, spread=spread)).steps and not found.refusals:
+    while (
+        found := plan(members, services, is_due, drains=drains, spread=spread)
+    ).steps and not found.refusals:
         step = found.steps[0]
         if set(step.spread) - set(spread):
             services = [distributed(one, members) for one in services]
@@ -289,11 +297,11 @@ def test_degraded_services_are_read_whatever_their_mode_but_jobs_are_not() -> No
 def test_a_one_shot_that_has_completed_lacks_no_task() -> None:
     migrate = a_response("migrate", "Replicated", "healthy", CompletedTasks=1)
     web = a_service("web", {"w1": 1, "w2": 1})
-    assert plan(CLUSTER, [web, *running_of([migrate], [])], NEW, drains=True).refusals == ()
+    assert plan(CLUSTER, [web, *running_of([migrate], [])], is_due, drains=True).refusals == ()
 
 
 def test_a_stopped_service_lacks_no_task() -> None:
     stopped = a_response("stopped", "Replicated", "healthy")
     stopped["Spec"]["Labels"] = {"skep.stopped": "true"}
     web = a_service("web", {"w1": 1, "w2": 1})
-    assert plan(CLUSTER, [web, *running_of([stopped], [])], NEW, drains=True).refusals == ()
+    assert plan(CLUSTER, [web, *running_of([stopped], [])], is_due, drains=True).refusals == ()

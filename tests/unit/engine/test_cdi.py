@@ -7,7 +7,17 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from skep.engine.confinement.cdi import Hook, described, edits_for, names_of, oci_hooks
+from skep.engine.confinement.cdi import (
+    Described,
+    DeviceFile,
+    Edits,
+    Hook,
+    described,
+    edits_for,
+    names_of,
+    oci_hooks,
+    units,
+)
 from skep.engine.confinement.machine import DeviceRequest
 from skep.errors import FailedPrecondition, InvalidArgument
 
@@ -139,3 +149,39 @@ def test_a_description_that_stays_unreadable_is_logged_once(tmp_path: Path) -> N
     with capture_logs() as logged:
         assert [list(described([tmp_path])) for _ in range(3)] == [["acme.com/gpu=0"]] * 3
     assert [one["path"] for one in logged] == [str(tmp_path / "nvidia.yaml")]
+
+
+def named(**devices: tuple[str, ...]) -> dict[str, Described]:
+    """Devices of one kind by their device files."""
+    return {
+        f"acme.com/gpu={name}": Described(
+            edits=Edits(nodes=tuple(DeviceFile(path=path) for path in paths)),
+            file=Path("/etc/cdi/acme.json"),
+            shared=Edits(),
+        )
+        for name, paths in devices.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("devices", "counted"),
+    [
+        ({"g0": ("/dev/g0",), "g1": ("/dev/g1",), "all": ("/dev/g0", "/dev/g1")}, ["g0", "g1"]),
+        ({"g0": ("/dev/g0",), "GPU_ab": ("/dev/g0",), "g1": ("/dev/g1",)}, ["GPU_ab", "g1"]),
+        ({"g0": ("/dev/g0",), "g1": ("/dev/g1",), "both": ("/dev/g0", "/dev/g1")}, ["g0", "g1"]),
+        ({"a": ("/dev/g0", "/dev/cap1"), "b": ("/dev/g0", "/dev/cap2")}, ["a", "b"]),
+        ({"all": ("/dev/g0",)}, []),
+    ],
+)
+def test_each_device_is_counted_once_whatever_its_names(
+    devices: dict[str, tuple[str, ...]], counted: list[str]
+) -> None:
+    assert units(named(**devices)) == tuple(f"acme.com/gpu={name}" for name in counted)
+
+
+def test_devices_without_device_files_are_compared_by_their_edits() -> None:
+    found = {
+        f"acme.com/license={name}": Described(edits=Edits(env=env), file=Path("/a"), shared=Edits())
+        for name, env in (("a", ("KEY=1",)), ("b", ("KEY=2",)), ("c", ("KEY=1",)))
+    }
+    assert units(found) == ("acme.com/license=a", "acme.com/license=b")

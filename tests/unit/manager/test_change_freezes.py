@@ -12,26 +12,31 @@ from msgspec.structs import replace
 from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
 from skep.api.access.permissions import STACK_LABEL
-from skep.errors import FailedPrecondition, NotFound, PermissionDenied, SkepError
+from skep.errors import FailedPrecondition, NotFound, PermissionDenied, ResourceExhausted, SkepError
 from skep.manager.autoscaling.state import Scaling, write_replicas
 from skep.manager.control.quotas import check_quota
 from skep.manager.orchestrator.changes import ReplaceTask, RetireTask
 from skep.manager.orchestrator.global_services import reconcile
 from skep.manager.orchestrator.reaper.node_loop import remove_lost
+from skep.manager.orchestrator.state import _holds_others
 from skep.manager.routes import application
 from skep.manager.routes.warnings import freeze_warnings
 from skep.manager.schedules.loop import ChangeFreezes
 from skep.manager.services.freezes import (
+    bring_up_to_date,
     end_freeze,
     freeze_changes,
+    has_freezes,
     held_by,
+    is_out_of_date,
     set_freeze,
     set_window,
     unless_frozen,
 )
 from skep.model.node import Node, NodeState, NodeStatus
 from skep.model.options.autoscaling import autoscaling_of
-from skep.model.options.freezes import CLUSTER, ChangeFreeze, FreezeRequest, MaintenanceWindow
+from skep.model.options.freezes import CLUSTER, STACKS_MAX, ChangeFreeze, FreezeRequest, MaintenanceWindow
+from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import TaskState
 from skep.model.values.ids import ClusterId, NodeId
@@ -76,6 +81,43 @@ async def test_a_closed_window_holds_everything() -> None:
     assert held_by(store.view(), "shop") == "the maintenance window is closed until 1970-01-01 02:00 UTC"
     await store.update(set_window, None, now_ns=0)
     assert held_by(store.view()) == ""
+
+
+async def test_a_closed_window_of_a_stack_holds_that_stack_and_the_clusters_holds_as_well() -> None:
+    store = await a_store(SHOP)
+    window = MaintenanceWindow(cron="0 2 * * *", length=HOUR_NS)
+    with pytest.raises(NotFound, match="stack blog has no services"):
+        await store.update(set_window, window, "blog", now_ns=0)
+    with pytest.raises(NotFound, match="stack shop has no maintenance window"):
+        await store.update(set_window, None, "shop", now_ns=0)
+    await store.update(set_window, window, "shop", now_ns=0)
+    closed = "the maintenance window of stack shop is closed until 1970-01-01 02:00 UTC"
+    assert [held_by(store.view(), stack) for stack in ("", "blog", "shop")] == ["", "", closed]
+    await store.update(set_window, window, "shop", now_ns=2 * HOUR_NS)
+    assert held_by(store.view(), "shop") == ""
+    await store.update(set_window, replace(window, cron="0 5 * * *"), now_ns=2 * HOUR_NS)
+    assert held_by(store.view(), "shop") == "the maintenance window is closed until 1970-01-01 05:00 UTC"
+    await store.update(set_window, None, "shop", now_ns=0)
+    assert store.view().get(Swarm, "c").stack_windows == {}
+
+
+async def test_the_number_of_stacks_with_a_window_is_bounded() -> None:
+    window = MaintenanceWindow(cron="0 2 * * *", length=HOUR_NS)
+    store = await a_store(SHOP)
+    full = {f"s{number}": window for number in range(STACKS_MAX)}
+    await store.update(lambda tx: tx.put(replace(tx.get(Swarm, "c"), stack_windows=full)))
+    with pytest.raises(ResourceExhausted, match="remove one of them first"):
+        await store.update(set_window, window, "shop", now_ns=0)
+
+
+async def test_the_window_of_a_removed_stack_goes_with_it() -> None:
+    store = await a_store(SHOP)
+    await store.update(set_window, MaintenanceWindow(cron="0 2 * * *", length=HOUR_NS), "shop", now_ns=0)
+    assert not is_out_of_date(store.view(), 0)
+    await store.update(lambda tx: tx.delete(Service, SHOP.id))
+    assert is_out_of_date(store.view(), 0)
+    await store.update(bring_up_to_date, 0)
+    assert not has_freezes(store.view())
 
 
 async def test_only_stacks_with_services_are_frozen_and_only_once() -> None:
@@ -214,6 +256,32 @@ async def test_requests_are_refused_by_name_and_pass_with_the_header() -> None:
             assert response.status == 200
 
 
+async def test_users_see_the_windows_of_their_stacks() -> None:
+    async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
+        web = {
+            "Name": "web",
+            "Labels": {STACK_LABEL: "shop"},
+            "TaskTemplate": {"ContainerSpec": {"Image": "app"}},
+        }
+        async with client.post("/services/create", json=web) as response:
+            assert response.status == 201
+        body = {"Cron": "0 2 * * *", "TimeZone": "UTC", "Length": HOUR_NS}
+        async with client.put("/skep/stacks/shop/window", json=body) as response:
+            assert response.status == 200
+        async with client.put("/skep/stacks/blog/window", json=body) as response:
+            assert response.status == 404
+        async with client.get("/skep/cluster/freezes") as response:
+            found = await response.json()
+            assert found["StackWindows"]["shop"]["Cron"] == body["Cron"]
+            assert "Window" not in found
+        async with client.get("/swarm") as response:
+            assert "StackWindows" not in await response.json()
+        async with client.delete("/skep/stacks/shop/window") as response:
+            assert response.status == 204
+        async with client.delete("/skep/stacks/shop/window") as response:
+            assert response.status == 404
+
+
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +310,13 @@ def test_the_leader_ends_freezes_and_opens_the_window_at_their_times() -> None:
             seen.append(bool(words()))
             await asyncio.sleep(30)
         assert 6 <= seen.count(False) <= 10, "two of ten minutes"
+        await store.update(set_window, None, now_ns=clock.now_ns())
+        await store.update(set_window, window, "shop", now_ns=clock.now_ns())
+        seen.clear()
+        for _ in range(40):
+            seen.append(bool(words()))
+            await asyncio.sleep(30)
+        assert 6 <= seen.count(False) <= 10
         freezes.cancel()
         await asyncio.gather(freezes, return_exceptions=True)
 
@@ -256,6 +331,13 @@ def test_each_change_is_an_event() -> None:
     assert list(freeze_changes(frozen, frozen)) == []
     window = MaintenanceWindow(cron="0 2 * * *", length=HOUR_NS)
     closed = replace(window, closed_until=timestamp(HOUR_NS))
+    shops = [replace(free, stack_windows={"shop": one} if one else {}) for one in (None, closed, window)]
+    assert [list(freeze_changes(a, b)) for a, b in pairwise((*shops, free))] == [
+        [("close-window", {"stack": "shop", "message": closed.words("shop")})],
+        [("open-window", {"stack": "shop", "message": "the maintenance window of stack shop is open"})],
+        [("remove-window", {"stack": "shop", "message": "the maintenance window of stack shop was removed"})],
+    ]
+    assert all(_holds_others(a, b) for a, b in pairwise((*shops, free)))
     windows = [None, window, closed, window, None]
     pairs = pairwise(windows)
     found = [

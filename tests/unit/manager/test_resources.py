@@ -1,11 +1,12 @@
 """The generic resources of one node: what is free, and what a task takes and gives back."""
 
 import pytest
+from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.manager.control.validation.service_rules import check_service_spec
 from skep.manager.services.resources import GenericStock
-from skep.model.service import DiscreteResource, GenericResource, NamedResource, Resources
+from skep.model.service import DiscreteResource, GenericResource, NamedResource, Resources, ServiceSpec
 from tests.support.builders import a_service_spec
 
 
@@ -52,3 +53,25 @@ def test_a_service_that_reserves_a_negative_number_is_refused() -> None:
     reserved = Resources(generic_resources=(named("a"), gpus(-5)))
     with pytest.raises(InvalidArgument, match=r"^cannot ask for negative resource gpu$"):
         check_service_spec(a_service_spec(reserve=reserved))
+
+
+def reserving(kind: str, **labels: str) -> ServiceSpec:
+    wanted = GenericResource(discrete_resource_spec=DiscreteResource(kind=kind, value=1))
+    spec = a_service_spec(reserve=Resources(generic_resources=(wanted,)))
+    container = replace(
+        spec.task_template.container_spec, labels={f"skep.{name}": text for name, text in labels.items()}
+    )
+    return replace(spec, task_template=replace(spec.task_template, container_spec=container))
+
+
+def test_a_container_gets_reserved_devices_only_with_a_reservation_of_such_devices() -> None:
+    check_service_spec(reserving("acme.com/gpu", gpus="reserved"))
+    check_service_spec(reserving("acme.com/net", devices="reserved"))
+    for kind, labels, example in (
+        ("gpu", {"gpus": "reserved"}, "vendor.com/gpu=1"),
+        ("acme.com/net", {"gpus": "reserved"}, "vendor.com/gpu=1"),
+        ("acme.com/gpu", {"devices": "reserved"}, "vendor.com/class=1"),
+        ("acme.com/gpu", {"gpus": "reserved", "devices": "reserved"}, "vendor.com/class=1"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"needs a reservation .* use --generic-resource {example}"):
+            check_service_spec(reserving(kind, **labels))

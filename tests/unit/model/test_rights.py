@@ -62,6 +62,13 @@ def test_a_service_without_labels_asks_for_nothing() -> None:
             Right.DEVICES,
         ),
         ("gpus", "all", MachineRights(gpus=Gpus(count=-1)), Right.GPUS),
+        ("gpus", "reserved", MachineRights(gpus=Gpus(is_reserved=True)), Right.GPUS),
+        (
+            "devices",
+            "reserved,acme.com/net=eth9",
+            MachineRights(cdi_devices=("acme.com/net=eth9",), has_reserved_devices=True),
+            Right.DEVICES,
+        ),
         ("gpus", "2", MachineRights(gpus=Gpus(count=2)), Right.GPUS),
         ("gpus", "device=0,GPU-ab", MachineRights(gpus=Gpus(ids=("0", "GPU-ab"))), Right.GPUS),
         ("api", "full", MachineRights(api_full=True), Right.API),

@@ -9,10 +9,11 @@ from skep.aio.clock import SystemClock
 from skep.configuration.configuration import Configuration
 from skep.engine.log_drivers.drivers import JOURNAL
 from skep.model.node import NodeDescription
-from skep.model.node_reports.conditions import condition_messages
+from skep.model.node_reports.conditions import BOOT_LABEL, condition_messages
 from skep.model.options.constraints import is_satisfied
+from skep.model.service import DiscreteResource, GenericResource, NamedResource
 from skep.node.host.conditions import Conditions
-from skep.node.host.description import NodeDescriber, within_bounds
+from skep.node.host.description import NodeDescriber, generic_resources, within_bounds
 from skep.node.host.features import Features
 from skep.node.host.machine import Machine
 from skep.node.host.machine_resources import ResourceReader
@@ -27,6 +28,7 @@ MACHINE = Machine(
     cpus=2,
     memory_bytes=1 << 30,
     distribution="debian",
+    boot_id="b1",
 )
 
 
@@ -76,6 +78,7 @@ def test_constraints_read_the_facts_that_a_node_announces() -> None:
 
 def test_what_every_node_has_is_announced() -> None:
     description = described(Features())
+    assert description.engine.labels[BOOT_LABEL] == "b1"
     assert plugins(description, "Volume") == {"local"}
     assert plugins(description, "Secret") == {"skep-env"}
     assert (description.resources.nano_cpus, description.resources.memory_bytes) == (2 * 10**9, 1 << 30)
@@ -85,3 +88,11 @@ def test_what_every_node_has_is_announced() -> None:
 def test_overlay_networks_are_announced_where_they_work(feature: str) -> None:
     assert "overlay" in plugins(described(Features()), "Network")
     assert "overlay" not in plugins(described(Features(missing={feature: "not in this kernel"})), "Network")
+
+
+def test_devices_of_cdi_are_resources_beside_the_configured_ones() -> None:
+    ssd = GenericResource(discrete_resource_spec=DiscreteResource(kind="ssd", value=2))
+    found = generic_resources(Configuration(generic_resources=(ssd,)), ["acme.com/gpu=0", "acme.com/gpu=1"])
+    named = [one.named_resource_spec for one in found]
+    gpus = [NamedResource(kind="acme.com/gpu", value=name) for name in ("0", "1")]
+    assert (found[0], named[1:]) == (ssd, gpus)

@@ -1,5 +1,6 @@
 """``GET /info`` in the form of each version of the Engine API."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,9 @@ import pytest
 
 from skep.api.http.versions import ApiVersion
 from skep.configuration.configuration import Configuration
+from skep.engine.confinement.cdi import Described, Edits
 from skep.engine.containers.container import EngineCounts
+from skep.model.service import GenericResource, NamedResource
 from skep.model.values.times import timestamp
 from skep.node.host.features import Features
 from skep.node.host.machine import Machine
@@ -34,7 +37,9 @@ NODE = NodeProperties(
 
 
 def shown(version: str, *devices: str) -> Any:
-    newest = info(NODE, counts=EngineCounts(), swarm={}, warnings=(), now=timestamp(0), devices=devices)
+    one = Described(edits=Edits(), file=Path("/etc/cdi/a.json"), shared=Edits())
+    found = dict.fromkeys(devices, one)
+    newest = info(NODE, counts=EngineCounts(), swarm={}, warnings=(), now=timestamp(0), devices=found)
     return known_to(ApiVersion(version), newest)
 
 
@@ -99,6 +104,9 @@ def test_1_49_the_firewall_is_named_and_obsolete_fields_are_gone() -> None:
 def test_1_50_devices_of_cdi_are_listed() -> None:
     assert shown("1.50", "vendor.com/gpu=0")["DiscoveredDevices"] == [
         {"Source": "cdi", "ID": "vendor.com/gpu=0"}
+    ]
+    assert shown("1.50", "vendor.com/gpu=0")["GenericResources"] == [
+        GenericResource(named_resource_spec=NamedResource(kind="vendor.com/gpu", value="0"))
     ]
     assert "DiscoveredDevices" not in shown("1.50")
     assert "DiscoveredDevices" not in shown("1.49", "vendor.com/gpu=0")

@@ -10,6 +10,7 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.configuration.configuration import Configuration
+from skep.engine.confinement.cdi import Described, Edits
 from skep.node.host import machine_resources
 from skep.node.host.machine_resources import ResourceReader
 
@@ -25,10 +26,16 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append("devices")
         yield from (f"/dev/{name}" for name in sorted(os.listdir(dev)))
 
-    def described(directories: Any, _failed: Any) -> list[str]:
+    def described(directories: Any, _failed: Any) -> dict[str, Described]:
         assert threading.get_ident() != loop_thread
         found.append("cdi")
-        return [f"vendor.com/class={path.stem}" for one in directories for path in one.iterdir()]
+        return {
+            f"vendor.com/class={path.stem}": Described(
+                edits=Edits(env=(path.stem,)), file=path, shared=Edits()
+            )
+            for one in directories
+            for path in one.iterdir()
+        }
 
     monkeypatch.setattr(machine_resources, "device_paths", devices)
     monkeypatch.setattr(machine_resources, "described", described)
@@ -82,3 +89,29 @@ async def test_devices_are_offered_again_when_containers_run_again(tmp_path: Pat
         del configured[0]
     offered = (("/dev/ttyUSB0",), ("vendor.com/class=gpu",))
     assert found == [offered, ((), ()), offered]
+
+
+class SetClock(SystemClock):
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def monotonic(self) -> float:
+        return self.time
+
+
+async def test_a_described_device_stays_counted_while_its_description_is_written_anew(
+    tmp_path: Path, walks: list[str]
+) -> None:
+    clock, cdi = SetClock(), tmp_path / "cdi"
+    for path in (cdi, tmp_path / "dev"):
+        path.mkdir()
+    reader = ResourceReader(clock, lambda: Configuration(cdi_spec_dirs=(cdi,)), tmp_path / "dev")
+    (cdi / "gpu.json").touch()
+    await reader.refresh()
+    assert reader.present.cdi_units == ("vendor.com/class=gpu",)
+    (cdi / "gpu.json").unlink()
+    for time, units in ((30.0, ("vendor.com/class=gpu",)), (59.0, ("vendor.com/class=gpu",)), (61.0, ())):
+        clock.time = time
+        await reader.refresh()
+        assert (reader.present.cdi_devices, reader.present.cdi_units) == ((), units), time
+    assert walks.count("cdi") == 2

@@ -18,6 +18,7 @@ from skep.model.container import (
     SecretReference,
 )
 from skep.model.door.routes import HTTP, has_routes
+from skep.model.needs import kind_and_amount
 from skep.model.networks.addresses import PORT_MAX
 from skep.model.networks.publishing import check_publishing
 from skep.model.options import constraints, templates
@@ -26,7 +27,7 @@ from skep.model.options.autoscaling import check_autoscaling
 from skep.model.options.labels import MIN_AVAILABLE, check_container_labels, check_service_labels
 from skep.model.options.schedules import check_schedule
 from skep.model.options.secret_env import check_secret_env
-from skep.model.permissions.rights import check_service_rights
+from skep.model.permissions.rights import RESERVED, check_service_rights, is_reserved_by, rights_of
 from skep.model.service import (
     REPLICAS_MAX,
     EndpointSpec,
@@ -82,6 +83,7 @@ def check_service_spec(spec: ServiceSpec) -> None:
 
 def _check_template(template: TaskSpec) -> None:
     _check_resources(template.resources)
+    _check_reserved_devices(template)
     _check_restart(template.restart_policy)
     if template.placement is not None:
         _check_constraints(template.placement.constraints)
@@ -106,6 +108,26 @@ def _check_resources(requirements: ResourceRequirements | None) -> None:
         discrete = one.discrete_resource_spec
         if discrete is not None and discrete.value < 0:  # docker's command refuses them as well
             raise InvalidArgument(f"cannot ask for negative resource {discrete.kind}")
+
+
+def _check_reserved_devices(template: TaskSpec) -> None:
+    """Raise InvalidArgument for a container that gets reserved devices without a reservation of any."""
+    rights = rights_of(template.container_spec)
+    reserved = template.resources.reservations if template.resources is not None else None
+    resources = reserved.generic_resources if reserved is not None else ()
+    kinds = [kind for kind, amount in map(kind_and_amount, resources) if amount]
+    wants_gpus = rights.gpus is not None and rights.gpus.is_reserved
+    for label, is_wanted, is_gpu in (
+        ("skep.gpus", wants_gpus, True),
+        ("skep.devices", rights.has_reserved_devices, False),
+    ):
+        if is_wanted and not any(
+            is_reserved_by(rights, one) and one.endswith("/gpu") is is_gpu for one in kinds
+        ):
+            example = "vendor.com/gpu=1" if is_gpu else "vendor.com/class=1"
+            raise InvalidArgument(
+                f"{label}={RESERVED} needs a reservation of such devices: use --generic-resource {example}"
+            )
 
 
 def _check_swap(requirements: ResourceRequirements) -> None:

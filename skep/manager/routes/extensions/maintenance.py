@@ -1,6 +1,6 @@
 """Maintenance of a cluster: ``/skep/cluster/evict``, ``/skep/cluster/rotate-keys`` and ``/skep/backup``, and times in
-which Skep changes nothing by itself: ``/skep/cluster/freezes``, ``/skep/cluster/freeze``, ``/skep/cluster/window`` and
-``/skep/stacks/{name}/freeze``.
+which Skep changes nothing by itself: ``/skep/cluster/freezes``, ``/skep/cluster/freeze``, ``/skep/cluster/window``,
+``/skep/stacks/{name}/freeze`` and ``/skep/stacks/{name}/window``.
 
 ``/skep/rebalance`` shows the moves that would spread tasks more evenly (``GET``), and starts or stops the run that
 makes them (``POST``, ``DELETE``).  ``PUT`` of ``/skep/cluster/rebalance`` sets whether a run starts after nodes return.
@@ -9,7 +9,9 @@ An eviction removes a node and revokes every secret it has had.  All of them are
 """
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
+from typing import TypeVar
 
 import structlog
 from aiohttp import web
@@ -40,6 +42,7 @@ from skep.model.values.encoding import ApiObject, always
 from skep.model.values.times import Timestamp
 from skep.store.level import NOTIFICATIONS
 
+T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 BY_CHARACTERS_MAX = 200
@@ -187,14 +190,19 @@ async def rotate_keys(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/skep/cluster/freezes")
 async def list_freezes(request: web.Request) -> web.StreamResponse:
-    """Show the freezes in force, and the window.  Users see the cluster's freeze and their stacks' freezes."""
+    """Show the freezes in force, and the windows.  Users see those of the cluster and of their stacks."""
     swarm, identity = cluster_of(await current_view(request)), identity_of(request)
-    seen = {
-        scope: one
-        for scope, one in sorted(swarm.change_freezes.items())
-        if scope == CLUSTER or sees(identity, scope)
-    }
-    return json_response(FreezesResponse(freezes=seen, window=swarm.window))
+
+    def seen(found: Mapping[str, T]) -> Mapping[str, T]:
+        return {
+            scope: one for scope, one in sorted(found.items()) if scope == CLUSTER or sees(identity, scope)
+        }
+
+    return json_response(
+        FreezesResponse(
+            freezes=seen(swarm.change_freezes), window=swarm.window, stack_windows=seen(swarm.stack_windows)
+        )
+    )
 
 
 @routes.put("/skep/cluster/freeze")
@@ -233,8 +241,18 @@ async def unfreeze_stack(request: web.Request) -> web.StreamResponse:
 @routes.put("/skep/cluster/window")
 async def put_window(request: web.Request) -> web.StreamResponse:
     """Set the maintenance window."""
+    return await _set_window(request, CLUSTER)
+
+
+@routes.put("/skep/stacks/{name}/window")
+async def put_stack_window(request: web.Request) -> web.StreamResponse:
+    """Set the maintenance window of a stack."""
+    return await _set_window(request, request.match_info["name"])
+
+
+async def _set_window(request: web.Request, scope: str) -> web.StreamResponse:
     manager, wanted = manager_of(request), await read_json(request, MaintenanceWindow)
-    window = await manager.update(set_window, wanted, now_ns=manager.clock.now_ns())
+    window = await manager.update(set_window, wanted, scope, now_ns=manager.clock.now_ns())
     return json_response(window)
 
 
@@ -243,6 +261,14 @@ async def remove_window(request: web.Request) -> web.StreamResponse:
     """Remove the maintenance window, so that Skep may act by itself at any time."""
     manager = manager_of(request)
     await manager.update(set_window, None, now_ns=manager.clock.now_ns())
+    return web.Response(status=204)
+
+
+@routes.delete("/skep/stacks/{name}/window")
+async def remove_stack_window(request: web.Request) -> web.StreamResponse:
+    """Remove the maintenance window of a stack."""
+    manager = manager_of(request)
+    await manager.update(set_window, None, request.match_info["name"], now_ns=manager.clock.now_ns())
     return web.Response(status=204)
 
 

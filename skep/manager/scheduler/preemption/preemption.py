@@ -26,12 +26,13 @@ from typing import Final, TypeAlias
 import msgspec
 
 from skep.aio.time_slices import SlicedWork
+from skep.manager.cluster import known_cluster
 from skep.manager.scheduler.nodes.accounting import Account, Accounting
 from skep.manager.scheduler.nodes.filters import filters_for
 from skep.manager.scheduler.nodes.requirements import Requirements
 from skep.manager.scheduler.preemption.priorities import Priorities
 from skep.manager.services.disruption_budget import budget_of, required
-from skep.manager.services.freezes import frozen_stacks, stack_of_service
+from skep.manager.services.freezes import held_stacks, stack_of_service
 from skep.model.needs import Holdings, HostPort, VolumeUse, kind_and_amount, volume_uses
 from skep.model.node import Node, NodeState
 from skep.model.options.labels import PRIORITY_MAX
@@ -113,7 +114,8 @@ class Occupants:
         self._priorities = priorities
         self._below = below
         self._least = least
-        self._frozen = frozen_stacks(view())
+        swarm = known_cluster(view())
+        self._frozen = held_stacks(swarm) if swarm is not None else frozenset()
         self._chosen: set[TaskId] = set()
         """Victims of this decision, which the view does not show yet."""
         self._running: dict[ServiceId, int] = {}
@@ -145,7 +147,7 @@ class Occupants:
         return staying, possible
 
     def _is_frozen(self, service_id: ServiceId) -> bool:
-        """Return whether the service's stack has a change freeze."""
+        """Return whether the service's stack has a change freeze or a closed window."""
         return (
             bool(self._frozen) and stack_of_service(self._view().lookup(Service, service_id)) in self._frozen
         )

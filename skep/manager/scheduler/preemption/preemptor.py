@@ -18,7 +18,7 @@ from skep.manager.scheduler.preemption.preemption import (
     reserve_candidate,
 )
 from skep.manager.scheduler.preemption.priorities import Priorities
-from skep.manager.services.freezes import why_held
+from skep.manager.services.freezes import held_stacks, why_held
 from skep.model.node import NodeState
 from skep.model.options.labels import allows_preemption
 from skep.model.service import Service
@@ -50,7 +50,7 @@ class Preemptor:
         self._view = view
         self._is_allowed = False
         self._frozen: Collection[str] = ()
-        """Stacks with a change freeze, whose tasks are not preempted."""
+        """Stacks with a change freeze or a closed window, whose tasks are not preempted."""
         self._claims: dict[Group, list[Nomination]] = {}
         """Claims of pending tasks whose victims have not ended, as reservations in the accounting."""
         self._victims: dict[TaskId, float] = {}
@@ -64,7 +64,7 @@ class Preemptor:
         """Apply the cluster's settings and freezes.  Returns whether other tasks may be preempted than before."""
         before = self._is_allowed, self._frozen
         self._is_allowed = allows_preemption(swarm.spec.labels) and not why_held(swarm)
-        self._frozen = frozenset(swarm.change_freezes)
+        self._frozen = held_stacks(swarm)
         if not self._is_allowed:
             for group in list(self._claims):
                 self.release(group)

@@ -208,6 +208,36 @@ def test_rights_of_a_tasks_labels_are_options_of_its_container() -> None:
     assert [(one.path, one.rate) for one in host.blkio_device_read_bps] == [("/dev/sda", 2)]
 
 
+@pytest.mark.parametrize(
+    ("labels", "devices"),
+    [
+        ({}, ()),
+        ({"gpus": "reserved"}, ("acme.com/gpu=1", "acme.com/gpu=3")),
+        ({"devices": "reserved"}, ("acme.com/net=eth9",)),
+        (
+            {"devices": "reserved,acme.com/x=y", "gpus": "reserved"},
+            ("acme.com/x=y", "acme.com/gpu=1", "acme.com/net=eth9", "acme.com/gpu=3"),
+        ),
+    ],
+)
+def test_a_container_gets_the_devices_that_its_task_was_assigned(
+    labels: dict[str, str], devices: tuple[str, ...]
+) -> None:
+    kinds = (("acme.com/gpu", "1"), ("acme.com/net", "eth9"), ("fpga", "f1"), ("acme.com/gpu", "3"))
+    given = [
+        GenericResource(named_resource_spec=NamedResource(kind=kind, value=name)) for kind, name in kinds
+    ]
+    given.append(GenericResource(discrete_resource_spec=DiscreteResource(kind="ssd", value=2)))
+    task = with_labels(**labels)
+    assigned = replace(task, task=replace(task.task, generic_resources=tuple(given)))
+    requests = create_request(assigned, NODE).host_config.device_requests
+    assert [(one.driver, one.device_ids) for one in requests] == ([("cdi", devices)] if devices else [])
+    refusing = NodeFacts(hostname="n", allowed=frozenset())
+    if devices:
+        with pytest.raises(Rejected, match="the setting `allow` of this node refuses its tasks"):
+            create_request(assigned, refusing)
+
+
 def test_a_right_that_is_not_granted_rejects_the_task() -> None:
     node = NodeFacts(hostname="n", allowed=frozenset({Right.RESOURCES}))
     assert create_request(with_labels(shm_size="1m"), node).host_config.shm_size == 1 << 20

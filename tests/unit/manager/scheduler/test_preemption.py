@@ -32,7 +32,7 @@ from skep.manager.scheduler.preemption.priorities import Priorities
 from skep.model.container import ContainerSpec, Mount
 from skep.model.needs import holds_of, host_ports
 from skep.model.node import Node, NodeState
-from skep.model.options.freezes import ChangeFreeze
+from skep.model.options.freezes import ChangeFreeze, MaintenanceWindow
 from skep.model.options.labels import MIN_AVAILABLE, PREEMPTION, PRIORITY
 from skep.model.service import (
     DiscreteResource,
@@ -299,6 +299,14 @@ def test_nothing_is_preempted_in_a_frozen_stack_or_cluster() -> None:
     assert victims()
     assert victims(blog=freeze)
     assert victims(shop=freeze) is None
+    closed = MaintenanceWindow(closed_until=timestamp(4 * 10**18))
+    for windows, is_held in (
+        ({"shop": closed}, True),
+        ({"blog": closed, "shop": MaintenanceWindow()}, False),
+    ):
+        narrowed = replace(preempts, stack_windows=windows)
+        world.view = asyncio.run(view_of([*world.tasks.values(), shop, narrowed]))
+        assert (world.victims(IMPORTANT) is None) is is_held
     preemptor = Preemptor(world.accounting, lambda: world.view, lambda: 0.0)
     for service in (IMPORTANT, shop):
         preemptor.priorities.set(service)

@@ -11,7 +11,14 @@ from skep.model.container import ContainerSpec
 from skep.model.networks.data_planes import NODE_LABEL
 from skep.model.node import EngineDescription, Node
 from skep.model.permissions.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL
-from skep.model.service import Service
+from skep.model.service import (
+    DiscreteResource,
+    GenericResource,
+    NamedResource,
+    ResourceRequirements,
+    Resources,
+    Service,
+)
 from skep.model.task import TaskState
 from tests.support.builders import a_docker_node, a_node, a_service, a_task
 from tests.unit.manager.scheduler.test_placement import accounting_of, nodes_of, reason
@@ -69,6 +76,26 @@ def test_a_task_with_gpus_runs_where_as_many_are() -> None:
     two = a_node_with("n2", "all", cdi="acme.com/gpu=0,acme.com/gpu=1")
     assert nodes_of(placed({"skep.gpus": "2"}, one, two)) == {"n2": 1}
     assert nodes_of(placed({"skep.gpus": "all"}, one)) == {"n1": 1}
+
+
+def test_no_two_tasks_get_the_same_reserved_gpu() -> None:
+    kind = "acme.com/gpu"
+    node = a_node_with("n1", "all", cdi=f"{kind}=0,{kind}=1")
+    gpus = [GenericResource(named_resource_spec=NamedResource(kind=kind, value=name)) for name in "01"]
+    resources = replace(node.description.resources, generic_resources=tuple(gpus))
+    node = replace(node, description=replace(node.description, resources=resources))
+    service = a_service_with({"skep.gpus": "reserved"})
+    wanted = GenericResource(discrete_resource_spec=DiscreteResource(kind=kind, value=1))
+    reserved = ResourceRequirements(reservations=Resources(generic_resources=(wanted,)))
+    template = replace(service.spec.task_template, resources=reserved)
+    tasks = [
+        replace(a_task(slot=slot, service=service, state=TaskState.PENDING), spec=template)
+        for slot in (1, 2, 3)
+    ]
+    requirements = requirements_of(tasks[0], replace(service.spec, task_template=template))
+    found = place(tasks, requirements, CachedSpreads(accounting_of([node])), now=0.0, limit=100)
+    assert nodes_of(found) == {"n1": 2}
+    assert {one.generic_resources for one in found.assignments} == {(gpu,) for gpu in gpus}
 
 
 def test_a_task_without_rights_runs_anywhere() -> None:
