@@ -678,6 +678,12 @@ CLUSTER_EVENTS = (
         ("_violation",),
     ),
     ClusterEvent(
+        ("address",),
+        ("take", "release"),
+        "a node is named for [a failover address](../guide/front-door.md), or none is left that holds it (*Skep*)",
+        ("_address",),
+    ),
+    ClusterEvent(
         ("stream",), ("progress",), "`skep events` only: nothing happened up to its cursor (*Skep*)"
     ),
     ClusterEvent(("config", "network", "secret"), ("create", "remove", "update"), ""),

@@ -76,7 +76,8 @@ def hold(
 
     Raises: FailedPrecondition: this machine cannot hold it, with the reason.
     """
-    interface = known if known is not None and _is_up(known) else interface_for(order)
+    is_known = known is not None and order.interface in ("", known.name) and _is_up(known)
+    interface = known if known is not None and is_known else interface_for(order)
     body = _body(order, interface.index, KERNEL_S)
     if not is_allowed():
         return None

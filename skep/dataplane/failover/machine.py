@@ -52,6 +52,7 @@ _OUTPUT_CHARACTERS = 200
 """Shown characters of the hook's output."""
 
 _BROADCAST = b"\xff" * 6
+"""The Ethernet address of all machines of the network."""
 # Source: linux/if_ether.h: ETH_P_*.
 _ARP, _IPV6 = 0x0806, 0x86DD
 _ARP_HEADER = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1)
@@ -126,7 +127,10 @@ def require_of_root(path: Path) -> None:
             found = one.lstat()
         except OSError as error:
             raise FailedPrecondition(f"{path} cannot be run: {error}") from error
-        if found.st_uid != 0 or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or stat.S_ISLNK(found.st_mode):
+        # In a directory like /tmp, others can replace only what belongs to them.
+        is_sticky = stat.S_ISDIR(found.st_mode) and bool(found.st_mode & stat.S_ISVTX)
+        is_open = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and not is_sticky
+        if found.st_uid != 0 or is_open or stat.S_ISLNK(found.st_mode):
             raise FailedPrecondition(
                 f"{path} is not run, because others than root may change {one}: "
                 "let it belong to root, and remove write permissions of others and links"

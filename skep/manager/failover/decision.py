@@ -31,7 +31,7 @@ SILENT = "it was silent"
 """Reason of a node that lost an address because its lease is over."""
 
 
-class Holders(msgspec.Struct, frozen=True):
+class DoorNodes(msgspec.Struct, frozen=True):
     """The nodes that may hold addresses: they take tasks and run the front door.
 
     Attributes:
@@ -73,7 +73,7 @@ def door_services(services: Iterable[Service]) -> frozenset[ServiceId]:
     return frozenset(one.id for one in services if is_door(one.spec.labels) and one.removed_at is None)
 
 
-def holders_in(view: View, doors: Iterable[ServiceId]) -> Holders:
+def holders_in(view: View, doors: Iterable[ServiceId]) -> DoorNodes:
     """Return the nodes that may hold addresses."""
     running = {
         task.node_id
@@ -82,7 +82,7 @@ def holders_in(view: View, doors: Iterable[ServiceId]) -> Holders:
         if task.status.state is TaskState.RUNNING and task.desired_state is TaskState.RUNNING
     }
     nodes = [node for id in sorted(running) if (node := view.lookup(Node, id)) is not None]
-    return Holders({node.id: _subnets(node) for node in nodes if takes_tasks(node)})
+    return DoorNodes({node.id: _subnets(node) for node in nodes if takes_tasks(node)})
 
 
 def _subnets(node: Node) -> Collection[Subnet]:
@@ -103,7 +103,7 @@ def observed(
 
 
 def decide(
-    record: FailoverAddresses, seen: Mapping[str, Seen], holders: Holders, now: float, now_ns: int
+    record: FailoverAddresses, seen: Mapping[str, Seen], holders: DoorNodes, now: float, now_ns: int
 ) -> Decision:
     """Return the changes that are due.  ``seen`` has every address with a holder."""
     load = Counter(one.node_id for one in record.addresses if one.node_id)
@@ -133,7 +133,7 @@ def decide(
 
 
 def _change(
-    one: FailoverAddress, seen: Seen | None, holders: Holders, best: NodeId, now: float
+    one: FailoverAddress, seen: Seen | None, holders: DoorNodes, best: NodeId, now: float
 ) -> HolderChange | None:
     """Return the change of one address, or None."""
     if seen is None:
@@ -162,7 +162,7 @@ def _refused_s(one: FailoverAddress, node_id: NodeId, now_ns: int) -> float:
     return max(0.0, REFUSED_S - abs(now_ns - refusal.at_ns) / SECOND_NS) if refusal is not None else 0.0
 
 
-def why_unheld(one: FailoverAddress, holders: Holders, names: Mapping[NodeId, str]) -> str:
+def why_unheld(one: FailoverAddress, holders: DoorNodes, names: Mapping[NodeId, str]) -> str:
     """Return why no node holds an address, with the next step."""
     if one.is_removed:
         return "it is being removed"

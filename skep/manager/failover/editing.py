@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from skep.manager.cluster import known_cluster, node_name
-from skep.manager.failover.decision import Holders, door_services, holders_in, why_unheld
+from skep.manager.failover.decision import DoorNodes, door_services, holders_in, why_unheld
 from skep.manager.failover.records import ADDRESSES_ID, FailoverAddress, addresses_in, renewals_in
 from skep.model.network import Network, subnet_of
 from skep.model.networks.addresses import Address, host_of, is_address, is_of_a_machine, is_subnet, parsed
@@ -109,7 +109,7 @@ def shown_addresses(view: View) -> list[AddressShown]:
     return [_shown(view, one, holders) for one in record.addresses]
 
 
-def _shown(view: View, one: FailoverAddress, holders: Holders) -> AddressShown:
+def _shown(view: View, one: FailoverAddress, holders: DoorNodes) -> AddressShown:
     names = {id: node_name(view, id) for id in (*one.refusals, one.node_id) if id}
     is_held = bool(one.node_id) and renewals_in(view, one.node_id).epochs.get(one.address) == one.epoch
     state = "held" if is_held and not one.is_leaving else "moving" if one.node_id else "unheld"

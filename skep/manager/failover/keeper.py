@@ -48,7 +48,7 @@ log = structlog.get_logger(__name__)
 SECOND_S = 0.3
 """Seconds by which other managers act later than the leader, so that usually only the leader writes."""
 RETRY_S = 1.0
-"""Seconds after a refused write.  Holders renew meanwhile, as soon as the store accepts writes again."""
+"""Seconds after a refused write.  DoorNodes renew meanwhile, as soon as the store accepts writes again."""
 WAIT_S_MIN = 0.001
 """Shortest wait in seconds, so that rounded times cause no busy loop."""
 RELEASED_MAX = 2 * ADDRESSES_MAX

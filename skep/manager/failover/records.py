@@ -5,8 +5,8 @@ a change of holders compares the renewals of the former holder.  So in the store
 after its replacement.  Every manager may write these records, whoever leads.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 from msgspec.structs import replace
@@ -17,6 +17,8 @@ from skep.store.interface import Transaction, View
 from skep.store.kinds import Payload, read_record, write_record
 
 ADDRESSES_ID: Final = "failover/addresses"
+HolderAction: TypeAlias = Literal["take", "release"]
+"""Actions of events."""
 _RENEWALS: Final = "failover/renewals/"
 _EPOCHS: Final = 1 << 32
 """Epochs of one incarnation.  A restored store must not use an epoch again."""
@@ -24,8 +26,8 @@ REFUSALS_MAX: Final = 16
 """Refusals kept for one address, the latest ones."""
 
 
-class Refusal(msgspec.Struct, frozen=True, kw_only=True):
-    """The reason why a node does not hold an address.  Not by its ``is_moving`` own failure: a planned stop."""
+class AddressRefusal(msgspec.Struct, frozen=True, kw_only=True):
+    """The reason why a node lost an address or refused it, and when."""
 
     reason: str
     at_ns: int
@@ -51,7 +53,7 @@ class FailoverAddress(msgspec.Struct, frozen=True, kw_only=True):
     since_ns: int = 0
     is_leaving: bool = False
     is_removed: bool = False
-    refusals: dict[NodeId, Refusal] = {}
+    refusals: dict[NodeId, AddressRefusal] = {}
 
     @property
     def shown(self) -> str:
@@ -74,7 +76,7 @@ class FailoverAddresses(msgspec.Struct, frozen=True, kw_only=True):
     """All addresses, sorted.
 
     Attributes:
-        incarnation: The cluster's incarnation at the last naming.  Holders of an earlier one are not known.
+        incarnation: The cluster's incarnation at the last naming.  DoorNodes of an earlier one are not known.
     """
 
     addresses: tuple[FailoverAddress, ...] = ()
@@ -151,6 +153,25 @@ def decoded_addresses(payload: Payload | None) -> FailoverAddresses:
 def renewals_in(view: View, node_id: NodeId) -> Renewals:
     """Return the renewals of a node."""
     return read_record(view.lookup(Payload, renewals_id(node_id)), Renewals())
+
+
+def holder_changes(
+    old: Payload | None, new: Payload
+) -> Iterator[tuple[HolderAction, FailoverAddress, NodeId, str]]:
+    """Yield the changes of holders between two records: action of events, address, former node and reason.
+
+    The address has its new node, or none if it was released.
+    """
+    before, after = decoded_addresses(old), decoded_addresses(new)
+    for one in after.addresses:
+        former = before.get(one.address)
+        last = former.node_id if former is not None else NodeId("")
+        refusal = one.refusals.get(last)
+        reason = refusal.reason if refusal is not None and last else ""
+        if one.node_id and (former is None or former.epoch != one.epoch):
+            yield "take", one, last, reason
+        elif last and not one.node_id:
+            yield "release", one, last, reason
 
 
 def orders_for(view: View, node_id: NodeId, incarnation: int) -> tuple[AddressOrder, ...]:
@@ -246,7 +267,7 @@ def _freed(found: FailoverAddress, reason: str, now_ns: int) -> FailoverAddress:
     """Return an address without its holder, and with that node's reason."""
     refusals = found.refusals
     if reason:
-        refusal = Refusal(reason=reason[:REASON_CHARACTERS_MAX], at_ns=now_ns)
+        refusal = AddressRefusal(reason=reason[:REASON_CHARACTERS_MAX], at_ns=now_ns)
         latest = {**refusals, found.node_id: refusal}
         kept = sorted(latest, key=lambda node_id: (latest[node_id].at_ns, node_id))[-REFUSALS_MAX:]
         refusals = {id: latest[id] for id in kept}

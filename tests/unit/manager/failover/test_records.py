@@ -5,13 +5,13 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, SkepError
-from skep.manager.failover.decision import Holders, Seen, decide, observed
+from skep.manager.failover.decision import SILENT, DoorNodes, Seen, decide, observed
 from skep.manager.failover.editing import add_address, remove_address, shown_addresses
 from skep.manager.failover.records import (
+    AddressRefusal,
     FailoverAddress,
     FailoverAddresses,
     HolderChange,
-    Refusal,
     Renewals,
     addresses_in,
     apply_report,
@@ -19,18 +19,21 @@ from skep.manager.failover.records import (
     orders_for,
     renewals_in,
 )
+from skep.manager.journal.changes import entries_of
+from skep.manager.telemetry.events import messages_of
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.networks.failover import ADDRESSES_MAX, LEASE_S, AddressRequest
 from skep.model.values.ids import NetworkId, NodeId
 from skep.model.values.times import SECOND_NS
 from skep.store.interface import Transaction
+from skep.store.kinds import Payload
 from skep.store.level import LEVEL
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node
 
 ONE, TWO = NodeId("n1"), NodeId("n2")
 ADDRESS = "10.0.0.100"
-ANY = Holders({ONE: (), TWO: ()})
+ANY = DoorNodes({ONE: (), TWO: ()})
 
 
 async def a_store(*texts: str) -> MemoryStore:
@@ -95,22 +98,22 @@ async def test_an_earlier_incarnation_gives_no_orders() -> None:
 
 def test_a_refusing_node_is_not_named_again_for_some_time() -> None:
     refused = FailoverAddress(
-        address=ADDRESS, prefix=24, refusals={ONE: Refusal(reason="no interface", at_ns=0)}
+        address=ADDRESS, prefix=24, refusals={ONE: AddressRefusal(reason="no interface", at_ns=0)}
     )
     record = FailoverAddresses(addresses=(refused,))
     (change,) = decide(record, {}, ANY, 0.0, SECOND_NS).changes
     assert change.node_id == TWO
-    alone = decide(record, {}, Holders({ONE: ()}), 0.0, SECOND_NS)
+    alone = decide(record, {}, DoorNodes({ONE: ()}), 0.0, SECOND_NS)
     assert alone.changes == ()
     assert alone.look_at == 29.0
-    (change,) = decide(record, {}, Holders({ONE: ()}), 0.0, 31 * SECOND_NS).changes
+    (change,) = decide(record, {}, DoorNodes({ONE: ()}), 0.0, 31 * SECOND_NS).changes
     assert change.node_id == ONE
 
 
 def test_a_silent_holder_stays_if_nobody_else_could_hold_the_address() -> None:
     record = FailoverAddresses(addresses=(FailoverAddress(address=ADDRESS, prefix=24, node_id=ONE, epoch=1),))
     seen = {ADDRESS: Seen(1, Renewals(), 0.0)}
-    assert decide(record, seen, Holders({ONE: ()}), LEASE_S, 0).changes == ()
+    assert decide(record, seen, DoorNodes({ONE: ()}), LEASE_S, 0).changes == ()
     (change,) = decide(record, seen, ANY, LEASE_S, 0).changes
     assert (change.node_id, change.is_over) == (TWO, True)
 
@@ -183,3 +186,27 @@ async def test_the_number_of_addresses_is_limited() -> None:
     store = await a_store(*(f"10.0.1.{n + 1}/24" for n in range(ADDRESSES_MAX)))
     with pytest.raises(SkepError, match="at most"):
         await store.update(add_address, AddressRequest(address="10.0.2.1/24"))
+
+
+async def test_events_and_history_tell_of_each_move() -> None:
+    store = await a_store(f"{ADDRESS}/24")
+    await store.update(lambda tx: tx.put(a_node("n2")))
+    async with store.watch(Payload) as watch:
+        epoch = await named(store)
+        change = HolderChange(
+            address=ADDRESS, epoch=epoch, renewals=Renewals(), is_over=True, node_id=TWO, reason=SILENT
+        )
+        await store.update(change_holder, change, 1, 0)
+        await store.update(apply_report, TWO, {}, [(ADDRESS, epoch + 1, "")], 1, 0)
+        events = [event for commit in watch.waiting() for event in commit.events]
+    messages = [one for event in events for one in messages_of(event, 0, store.view())]
+    told = [
+        (one.action, one.actor.attributes["node"], one.actor.attributes["formerNode"]) for one in messages
+    ]
+    assert told == [("take", "n1", ""), ("take", "n2", "n1"), ("release", "", "n2")]
+    entries = [one.message for event in events for one in entries_of(event, store.view())]
+    assert entries == [
+        "n1 takes failover address 10.0.0.100",
+        "n2 takes failover address 10.0.0.100 from n1: it was silent",
+        "n2 gives up failover address 10.0.0.100",
+    ]
