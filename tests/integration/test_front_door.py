@@ -89,7 +89,7 @@ def answers(cluster: TestCluster, node: TestNode, host: str) -> str:
 
 
 def test_the_front_door() -> None:
-    up, hello, expose = shell_blocks("docs/guide/front-door.md")
+    up, hello, expose, _ = shell_blocks("docs/guide/front-door.md")
     with a_cluster_with_debian() as cluster:
         m1 = cluster.node("m1")
         assert "front door created" in run(cluster, up)

@@ -16,7 +16,7 @@ from skep.aio.clock import Clock
 from skep.aio.event import Event
 from skep.aio.race import is_set_within, wait_first
 from skep.errors import SkepError, Unavailable
-from skep.model.networks.failover import ADDRESSES_MAX, ANSWER_S_MAX, RENEWAL_S, AddressOrder
+from skep.model.networks.failover import ADDRESSES_MAX, ANSWER_S_MAX, RENEWAL_S, STOPS, AddressOrder
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import ManagerChannel, StreamCall
@@ -32,8 +32,6 @@ SENT_KEPT = 64
 """Renewals whose time of sending is kept.  A confirmation of an earlier one would be too late anyway."""
 GIVEN_UP_S_MAX = 0.5
 """Longest wait in seconds of a planned stop for the managers to record that the addresses are free."""
-STOPS = "its daemon stops"
-"""Reason of a node that gives up its addresses before a planned stop."""
 
 
 class AddressKernel(Protocol):

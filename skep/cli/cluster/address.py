@@ -78,5 +78,5 @@ def _lines(found: Sequence[Mapping[str, Any]], screen: Screen) -> Iterator[str]:
         )
         for one in found
     ]
-    head = ("ADDRESS", "STATE", "NODE", "SINCE", "REASON")
+    head = ("ADDRESS", "STATE", "NODE", "TAKEN", "REASON")
     yield from table(head, rows, screen, empty="No failover addresses.")

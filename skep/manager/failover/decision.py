@@ -13,7 +13,7 @@ import msgspec
 from skep.manager.failover.records import FailoverAddress, FailoverAddresses, HolderChange, Renewals
 from skep.model.door.settings import is_door
 from skep.model.networks.addresses import parsed
-from skep.model.networks.failover import LEASE_S
+from skep.model.networks.failover import LEASE_S, SILENT, STOPS
 from skep.model.networks.routes import Subnet, routes_of
 from skep.model.node import Node, takes_tasks
 from skep.model.service import Service
@@ -23,12 +23,9 @@ from skep.model.values.times import SECOND_NS
 from skep.store.interface import View
 
 REFUSED_S = 30.0
-"""Seconds for which a node that refused an address, or was silent with it, is not named for it again.
-
-Long enough for a restart of its daemon, and short enough for a cluster in which only one node is left.
-"""
-SILENT = "it was silent"
-"""Reason of a node that lost an address because its lease is over."""
+"""Seconds for which a node that refused an address is not named for it again, so that few writes are in vain."""
+AWAY_S = 5.0
+"""The same for a node that was silent or stops.  After three seconds of silence it counts as down anyway."""
 
 
 class DoorNodes(msgspec.Struct, frozen=True):
@@ -159,7 +156,10 @@ def _change(
 def _refused_s(one: FailoverAddress, node_id: NodeId, now_ns: int) -> float:
     """Return the seconds for which a node is not named for an address, because it has refused it."""
     refusal = one.refusals.get(node_id)
-    return max(0.0, REFUSED_S - abs(now_ns - refusal.at_ns) / SECOND_NS) if refusal is not None else 0.0
+    if refusal is None:
+        return 0.0
+    lasts_s = AWAY_S if refusal.reason in (SILENT, STOPS) else REFUSED_S
+    return max(0.0, lasts_s - abs(now_ns - refusal.at_ns) / SECOND_NS)
 
 
 def why_unheld(one: FailoverAddress, holders: DoorNodes, names: Mapping[NodeId, str]) -> str:

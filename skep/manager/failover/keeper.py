@@ -5,7 +5,7 @@ moves in time even if the leader's machine is the one that was lost.  The others
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import structlog
@@ -61,9 +61,20 @@ class FailoverKeeper:
     """Names holders, and tells the nodes of this manager which addresses are theirs."""
 
     def __init__(
-        self, store: Store, own: NodeId, session: Callable[[NodeId, str], NodeSession], clock: Clock
+        self,
+        store: Store,
+        own: NodeId,
+        session: Callable[[NodeId, str], NodeSession],
+        clock: Clock,
+        find_doors: Callable[[Iterable[Service]], frozenset[ServiceId]] = door_services,
     ) -> None:
-        """``session`` returns a node's session here by its id, or raises SkepError."""
+        """Create a keeper.
+
+        Args:
+            session: Returns a node's session here by its id, or raises SkepError.
+            find_doors: Returns the services whose nodes may hold addresses.
+        """
+        self._find_doors = find_doors
         self._store = store
         self._own = own
         self._session = session
@@ -95,7 +106,7 @@ class FailoverKeeper:
     # -- the store ------------------------------------------------------------------------------------------------
 
     def _on_snapshot(self, view: View) -> None:
-        self._doors = door_services(view.find(Service))
+        self._doors = self._find_doors(view.find(Service))
         self._observe(view)
 
     def _on_commit(self, commit: Commit) -> None:
@@ -116,7 +127,7 @@ class FailoverKeeper:
     def _note_service(self, event: StoreEvent) -> None:
         one = event.new if isinstance(event, Updated) else event.object
         assert isinstance(one, Service), "the caller has matched it"
-        found = door_services((one,)) if not isinstance(event, Deleted) else frozenset()
+        found = self._find_doors((one,)) if not isinstance(event, Deleted) else frozenset()
         if (one.id in self._doors) != bool(found):
             self._doors = (self._doors - {one.id}) | found
             self._changed.set()

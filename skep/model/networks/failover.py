@@ -36,6 +36,10 @@ LEASE_S: Final = 2.7
 At least the three times above, by the slowest clock of a node and the fastest clock of a manager.
 """
 
+SILENT: Final = "it was silent"
+"""Reason of a node that lost an address because its lease is over."""
+STOPS: Final = "its daemon stops"
+"""Reason of a node that gives up its addresses before a planned stop."""
 ADDRESSES_MAX: Final = 32
 """Largest number of failover addresses.  Each renewal names all addresses of its node."""
 REASON_CHARACTERS_MAX: Final = 200

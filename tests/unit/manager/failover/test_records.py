@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, SkepError
-from skep.manager.failover.decision import SILENT, DoorNodes, Seen, decide, observed
+from skep.manager.failover.decision import DoorNodes, Seen, decide, observed
 from skep.manager.failover.editing import add_address, remove_address, shown_addresses
 from skep.manager.failover.records import (
     AddressRefusal,
@@ -22,7 +22,7 @@ from skep.manager.failover.records import (
 from skep.manager.journal.changes import entries_of
 from skep.manager.telemetry.events import messages_of
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
-from skep.model.networks.failover import ADDRESSES_MAX, LEASE_S, AddressRequest
+from skep.model.networks.failover import ADDRESSES_MAX, LEASE_S, SILENT, AddressRequest
 from skep.model.values.ids import NetworkId, NodeId
 from skep.model.values.times import SECOND_NS
 from skep.store.interface import Transaction
@@ -108,6 +108,13 @@ def test_a_refusing_node_is_not_named_again_for_some_time() -> None:
     assert alone.look_at == 29.0
     (change,) = decide(record, {}, DoorNodes({ONE: ()}), 0.0, 31 * SECOND_NS).changes
     assert change.node_id == ONE
+
+
+def test_a_node_that_was_away_is_named_again_soon() -> None:
+    away = FailoverAddress(address=ADDRESS, prefix=24, refusals={ONE: AddressRefusal(reason=SILENT, at_ns=0)})
+    record = FailoverAddresses(addresses=(away,))
+    assert decide(record, {}, DoorNodes({ONE: ()}), 0.0, 4 * SECOND_NS).changes == ()
+    assert decide(record, {}, DoorNodes({ONE: ()}), 0.0, 6 * SECOND_NS).changes
 
 
 def test_a_silent_holder_stays_if_nobody_else_could_hold_the_address() -> None:
