@@ -92,5 +92,5 @@ class SimulatedAddresses:
     def took(self, order: AddressOrder) -> None:
         """Announce nothing."""
 
-    async def released(self, order: AddressOrder) -> None:
+    async def run_release_hook(self, order: AddressOrder) -> None:
         """Run no hook."""

@@ -171,7 +171,7 @@ async def test_the_hook_runs_until_it_succeeds(lab: Lab) -> None:
     fails.unlink()
     await until(lambda: lab.reports[-1] == "")
     await lab.addresses.drop(FOUR)
-    await lab.addresses.released(FOUR)
+    await lab.addresses.run_release_hook(FOUR)
     lines = lab.log.read_text().splitlines()
     assert set(lines[:-1]) == {"10.0.0.100 w1 take"}
     assert lines[-1] == "10.0.0.100 w1 release"

@@ -1,4 +1,4 @@
-"""Failover addresses on this node: what a manager has confirmed is kept in the kernel, everything else is not.
+"""Failover addresses on this node.  Addresses that a manager has confirmed are in the kernel, and no others.
 
 An address is only added after a manager has confirmed a renewal, and the time counts from when that renewal was sent.
 The kernel gets a lifetime of a second, which each confirmation renews.  So it drops the address by itself if the node
@@ -51,7 +51,7 @@ class AddressKernel(Protocol):
     def took(self, order: AddressOrder) -> None:
         """Announce an added address to the neighbors, and run the hook.  Returns at once."""
 
-    async def released(self, order: AddressOrder) -> None:
+    async def run_release_hook(self, order: AddressOrder) -> None:
         """Run the hook of a removed address to its end."""
 
 
@@ -70,7 +70,7 @@ class HeldAddresses:
         self._confirmed_at: dict[tuple[str, int], float] = {}
         """When the last confirmed renewal was sent, by address and epoch."""
         self._gone: dict[tuple[str, int], str] = {}
-        """What this node has given up, with the reason, as long as it is ordered."""
+        """Released addresses with their epochs and reasons, as long as they are ordered."""
         self._leaving: dict[tuple[str, int], asyncio.Task[None]] = {}
         """Hooks that run before an address counts as given up."""
         self._sent: dict[int, float] = {}
@@ -125,7 +125,7 @@ class HeldAddresses:
         )
 
     async def take(self, message: skep.AddressOrders) -> None:
-        """Apply a manager's message: drop what is not this node's, and hold what is confirmed."""
+        """Apply a manager's message: drop the addresses of other nodes, and hold the confirmed ones."""
         async with self._writing:
             before, self._orders = self._orders, {one.address: one for one in _orders(message)}
             for address, order in before.items():
@@ -187,7 +187,7 @@ class HeldAddresses:
     async def _finish(self, order: AddressOrder, reason: str) -> None:
         key = order.address, order.epoch
         try:
-            await self._kernel.released(order)
+            await self._kernel.run_release_hook(order)
         finally:
             self._leaving.pop(key, None)
             self._note_gone(key, reason)

@@ -44,7 +44,7 @@ _LINK_ADDRESS, _NAME = 1, 3
 _SIOCGIFFLAGS = 0x8913
 """Source: linux/sockios.h."""
 _FOREIGN_S = 10
-"""Seconds of lifetime from which an address is not Skep's.  DHCP and routers give minutes at least."""
+"""Seconds of lifetime from which an address is not Skep's.  Lifetimes of DHCP and routers are minutes at least."""
 _ETHERNET_BYTES = 6
 
 

@@ -45,7 +45,7 @@ A switch may drop the first one, and a cache that was filled during the move is 
 TAKE_S_MAX: Final = 30.0
 """Seconds for the hook of a node that takes an address.  Calls of clouds' APIs take some seconds."""
 RELEASE_S_MAX: Final = 5.0
-"""Seconds for the hook of a node that gives an address up.  The next node waits meanwhile."""
+"""Seconds for the hook of a node that releases an address.  The next node waits meanwhile."""
 RETRY_S, RETRY_S_MAX = 1.0, 60.0
 """Seconds before the hook runs again after a failure: first, and at most."""
 _OUTPUT_CHARACTERS = 200
@@ -195,7 +195,7 @@ class MachineAddresses:
             name = f"announce {order.address}"
             self._jobs[order.address] = self._group.create_task(self._take(order.address), name=name)
 
-    async def released(self, order: AddressOrder) -> None:
+    async def run_release_hook(self, order: AddressOrder) -> None:
         """Run the hook of a removed address."""
         if not self._hook.exists:
             return

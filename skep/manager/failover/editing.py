@@ -81,7 +81,7 @@ def parsed_request(wanted: AddressRequest) -> FailoverAddress:
 
 
 def _users_of(view: View, ip: Address) -> Iterator[str]:
-    """Yield what has an address already."""
+    """Yield the nodes and networks that have an address, as parts of a sentence."""
     for node in view.find(Node):
         status = node.manager_status
         texts = [node.status.addr, claimed_underlay(node) or ""]

@@ -1,7 +1,7 @@
 """Keeps each failover address on one node, and serves the nodes' streams.  Active on every manager.
 
 Every manager observes the renewals and may name holders, since the store alone decides (``records``).  So an address
-moves in time even if the leader's machine is the one that was lost.  The others wait a moment longer than the leader.
+moves in time even if the leader's machine was lost as well.  The others wait a moment longer than the leader.
 """
 
 import asyncio
@@ -133,7 +133,7 @@ class FailoverKeeper:
             self._changed.set()
 
     def _observe(self, view: View) -> None:
-        """Record the signs of holders, and wake those that may act on them."""
+        """Record the signs of holders, and wake all streams."""
         record = addresses_in(view)
         renewals = {one.node_id: renewals_in(view, one.node_id) for one in record.addresses if one.node_id}
         self._seen = observed(self._seen, record, renewals, self._clock.monotonic())
@@ -291,7 +291,7 @@ class _Stream(NodeStream):
                 self._released[address, epoch] = reason
 
     def confirm(self, number: int, held: Mapping[str, int]) -> None:
-        """Confirm the report with this number, which is written and has renewed what is ``held``."""
+        """Confirm the report with this number, which is written and has renewed the epochs in ``held``."""
         self._confirmed, self._held = number, held
         self.signal.wake()
 

@@ -34,13 +34,13 @@ class AddressRefusal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FailoverAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """A failover address, with the node that may hold it.
+    """A failover address and its possible holder.
 
     Attributes:
         node_id: The node that may hold it, or empty.
         epoch: Number of the last naming.
         since_ns: Time of the last naming.
-        is_leaving: Whether the node was asked to give it up.
+        is_leaving: Whether the node was asked to release it.
         is_removed: Whether a user has removed it.  It exists until no node can hold it.
         refusals: By node.
     """
@@ -62,7 +62,7 @@ class FailoverAddress(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def order(self) -> AddressOrder:
-        """What its node is to do."""
+        """The order for its node."""
         return AddressOrder(
             address=self.address,
             prefix=self.prefix,
@@ -116,7 +116,7 @@ class HolderChange(msgspec.Struct, frozen=True, kw_only=True):
         epoch: The present naming, on which the decision was based.
         renewals: The last renewals of the present holder, on which the decision was based if ``is_over``.
         is_over: Whether the lease of the present holder is over.
-        asks: Whether the present holder is asked to give the address up, and nothing else is done.
+        asks: Whether the present holder is asked to release the address, and nothing else is done.
         node_id: The next holder, or empty.
         reason: Why the present holder loses the address.
     """
@@ -190,7 +190,7 @@ def apply_report(
     incarnation: int,
     now_ns: int,
 ) -> dict[str, int]:
-    """Record what a node has given up, and renew what it may still hold.  Return what was renewed.
+    """Record the releases of a node, and renew its other addresses.  Return the renewed epochs by address.
 
     Args:
         renewed: Epochs by address.

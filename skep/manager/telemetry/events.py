@@ -400,7 +400,7 @@ def _violation(action: str, violation: ShownViolation, at_ns: int) -> EventMessa
 def _address(
     action: str, address: FailoverAddress, former: tuple[NodeId, str], view: View, at_ns: int
 ) -> EventMessage:
-    """Return the message about a failover address, which a node takes or gives up.  A Skep extension."""
+    """Return the message about a failover address, which a node takes or releases.  A Skep extension."""
     attributes = {
         "name": address.shown,
         "node": node_name(view, address.node_id) if address.node_id else "",

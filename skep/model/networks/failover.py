@@ -39,7 +39,7 @@ At least the three times above, by the slowest clock of a node and the fastest c
 SILENT: Final = "it was silent"
 """Reason of a node that lost an address because its lease is over."""
 STOPS: Final = "its daemon stops"
-"""Reason of a node that gives up its addresses before a planned stop."""
+"""Reason of a node that releases its addresses before a planned stop."""
 ADDRESSES_MAX: Final = 32
 """Largest number of failover addresses.  Each renewal names all addresses of its node."""
 REASON_CHARACTERS_MAX: Final = 200
@@ -47,13 +47,13 @@ REASON_CHARACTERS_MAX: Final = 200
 
 
 class AddressOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """What one node does with an address.
+    """An order to one node about an address.
 
     Attributes:
         prefix: Prefix length of the subnet in which the address is.
         interface: Name of the interface, or empty to use the one whose subnet has the address.
         epoch: Number of the naming of a holder.
-        is_leaving: Whether the node gives the address up.
+        is_leaving: Whether the node has to release the address.
     """
 
     address: str
