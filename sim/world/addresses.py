@@ -71,6 +71,8 @@ class SimulatedAddresses:
     ) -> None:
         """``always_late``: whether the kernel is as late as it can be."""
         self._always_late = always_late
+        self.release_s = 0.0
+        """Seconds for which the hook of a released address runs."""
         self._node_id = node_id
         self._truth = truth
         self._clock = clock
@@ -93,4 +95,5 @@ class SimulatedAddresses:
         """Announce nothing."""
 
     async def run_release_hook(self, order: AddressOrder) -> None:
-        """Run no hook."""
+        """Take as long as a hook."""
+        await self._clock.sleep(self.release_s)

@@ -114,7 +114,7 @@ class HeldAddresses:
         self._number += 1
         self._sent[self._number] = self._since_boot()
         self._sent.pop(self._number - SENT_KEPT, None)
-        renewed = [key for key, one in ordered.items() if key not in self._gone and not one.is_leaving]
+        renewed = [key for key in ordered if key not in self._gone]
         return skep.AddressReport(
             number=self._number,
             renewed=[skep.AddressEpoch(address=address, epoch=epoch) for address, epoch in renewed],

@@ -15,7 +15,7 @@ from skep.model.door.settings import is_door
 from skep.model.networks.addresses import parsed
 from skep.model.networks.failover import LEASE_S, SILENT, STOPS
 from skep.model.networks.routes import Subnet, routes_of
-from skep.model.node import Node, takes_tasks
+from skep.model.node import Availability, Node, NodeState, takes_tasks
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId
@@ -29,13 +29,15 @@ AWAY_S = 5.0
 
 
 class DoorNodes(msgspec.Struct, frozen=True):
-    """The nodes that may hold addresses: they take tasks and run the front door.
+    """The nodes that may hold addresses: they are ready, not drained, and run the front door.
 
     Attributes:
         subnets: The subnets that each of them reaches, or an empty collection if it has reported none.
+        paused: Those that only keep what they have.
     """
 
     subnets: Mapping[NodeId, Collection[Subnet]] = {}
+    paused: frozenset[NodeId] = frozenset()
 
     def reaches(self, node_id: NodeId, address: FailoverAddress) -> bool:
         """Return whether a node may hold an address, by its subnets.  The node itself decides at last."""
@@ -79,7 +81,16 @@ def holders_in(view: View, doors: Iterable[ServiceId]) -> DoorNodes:
         if task.status.state is TaskState.RUNNING and task.desired_state is TaskState.RUNNING
     }
     nodes = [node for id in sorted(running) if (node := view.lookup(Node, id)) is not None]
-    return DoorNodes({node.id: _subnets(node) for node in nodes if takes_tasks(node)})
+    kept = [node for node in nodes if keeps_addresses(node)]
+    return DoorNodes(
+        {node.id: _subnets(node) for node in kept},
+        frozenset(node.id for node in kept if not takes_tasks(node)),
+    )
+
+
+def keeps_addresses(node: Node) -> bool:
+    """Return whether a node keeps its addresses: it is ready, and not drained."""
+    return node.status.state is NodeState.READY and node.spec.availability is not Availability.DRAIN
 
 
 def _subnets(node: Node) -> Collection[Subnet]:
@@ -113,7 +124,7 @@ def decide(
         free = [
             id
             for id in holders.subnets
-            if id != one.node_id and id not in silent and holders.reaches(id, one)
+            if id != one.node_id and id not in silent | holders.paused and holders.reaches(id, one)
         ]
         waits = {id: _refused_s(one, id, now_ns) for id in free}
         willing = [(load[id], id) for id in free if not waits[id]]
@@ -168,6 +179,8 @@ def why_unheld(one: FailoverAddress, holders: DoorNodes, names: Mapping[NodeId, 
         return "it is being removed"
     if not holders.subnets:
         return "no active node runs the front door: run skep door up"
+    if holders.paused == holders.subnets.keys():
+        return "all nodes with the front door are paused: activate one"
     if not any(holders.reaches(id, one) for id in holders.subnets):
         return (
             f"no node with the front door has a subnet with {one.address}: name an interface with --interface"

@@ -14,7 +14,7 @@ from skep.model.networks.addresses import Address, host_of, is_address, is_of_a_
 from skep.model.networks.data_planes import claimed_underlay
 from skep.model.networks.failover import ADDRESSES_MAX, AddressRequest, AddressShown
 from skep.model.networks.routes import routes_of_all
-from skep.model.node import Node
+from skep.model.node import Node, NodeState
 from skep.model.service import Service
 from skep.model.values.times import Timestamp, timestamp
 from skep.store.interface import Transaction, View
@@ -111,13 +111,20 @@ def shown_addresses(view: View) -> list[AddressShown]:
 
 def _shown(view: View, one: FailoverAddress, holders: DoorNodes) -> AddressShown:
     names = {id: node_name(view, id) for id in (*one.refusals, one.node_id) if id}
-    is_held = bool(one.node_id) and renewals_in(view, one.node_id).epochs.get(one.address) == one.epoch
-    state = "held" if is_held and not one.is_leaving else "moving" if one.node_id else "unheld"
-    reason = "" if state == "held" else why_unheld(one, holders, names)
-    if one.node_id and not one.is_leaving and not is_held:
-        reason = f"{names[one.node_id]} takes it"
-    elif one.is_leaving and not one.is_removed:
-        reason = f"{names[one.node_id]} gives it up"
+    state, reason = "unheld", why_unheld(one, holders, names)
+    if one.node_id:
+        name, node = names[one.node_id], view.lookup(Node, one.node_id)
+        is_held = renewals_in(view, one.node_id).epochs.get(one.address) == one.epoch
+        if node is None or node.status.state is not NodeState.READY:
+            reason = (
+                f"{name} is down, and no other node can take it: activate another node with the front door"
+            )
+        elif one.is_leaving:
+            state, reason = "moving", f"{name} releases it"
+        elif is_held:
+            state, reason = "held", ""
+        else:
+            state, reason = "moving", f"{name} takes it"
     return AddressShown(
         address=one.shown,
         interface=one.interface,

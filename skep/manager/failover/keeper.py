@@ -31,7 +31,8 @@ from skep.manager.failover.records import (
 from skep.manager.nodes.node_session import NodeSession, StreamWaker
 from skep.manager.nodes.node_streams import NodeStream, NodeStreams, run_stream, session_named
 from skep.model.networks.failover import ADDRESSES_MAX, LEASE_S, AddressOrder
-from skep.model.node import Node, takes_tasks
+from skep.model.networks.routes import differ_in_routes
+from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId
@@ -118,7 +119,9 @@ class FailoverKeeper:
                 case Created(Service()) | Updated(_, Service()) | Deleted(Service()):
                     self._note_service(event)
                 case Updated(Node() as old, Node() as new):
-                    if takes_tasks(old) != takes_tasks(new) or old.description != new.description:
+                    if (old.status.state, old.spec) != (new.status.state, new.spec) or differ_in_routes(
+                        old, new
+                    ):
                         self._changed.set()
                 case Created(Task() as task) | Updated(_, Task() as task) | Deleted(Task() as task):
                     if task.service_id in self._doors and _is_decisive(event):

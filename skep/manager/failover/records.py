@@ -206,12 +206,11 @@ def apply_report(
             record = record.put(_freed(found, reason, now_ns))
     if record != before:
         write_record(tx, ADDRESSES_ID, record)
-    held = {
-        one.address: one.epoch
-        for one in record.addresses
-        if one.node_id == node_id and not one.is_leaving and renewed.get(one.address) == one.epoch
-    }
-    if held:
+    kept = [
+        one for one in record.addresses if one.node_id == node_id and renewed.get(one.address) == one.epoch
+    ]
+    held = {one.address: one.epoch for one in kept if not one.is_leaving}
+    if kept:  # a node that releases an address may need longer than a lease for its hook
         tx.rely_on(Payload, renewals_id(node_id))
         count = renewals_in(tx, node_id).count + 1
         write_record(tx, renewals_id(node_id), Renewals(count=count, epochs=held))

@@ -226,7 +226,8 @@ class _Process(HeldAddresses):
         self._rig = rig
         self._id = id
         self.is_killed = False
-        super().__init__(_Kernel(self, rig, id), rig.clocks[id].since_boot)
+        self.kernel = _Kernel(self, rig, id)
+        super().__init__(self.kernel, rig.clocks[id].since_boot)
 
     async def take(self, message: skep.AddressOrders) -> None:
         await self._rig.links.wait_thawed(self._id)

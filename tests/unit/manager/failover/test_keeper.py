@@ -94,6 +94,31 @@ async def test_a_drain_moves_the_address_at_once() -> None:
 
 
 @on_virtual_time
+async def test_the_next_node_waits_for_the_hook_of_the_former_one() -> None:
+    async with rig() as cluster:
+        await cluster.add()
+        first = await cluster.wait_held()
+        cluster.held[first].kernel.release_s = 4.5
+        began = cluster.loop.time()
+        await cluster.drain(first)
+        await cluster.wait_held(first)
+        assert 4.5 <= cluster.loop.time() - began <= 4.7
+        assert not cluster.violations
+
+
+@on_virtual_time
+async def test_a_paused_node_keeps_its_address_and_gets_no_other_one() -> None:
+    async with rig() as cluster:
+        await cluster.drain("n1", Availability.PAUSE)
+        await cluster.add()
+        assert await cluster.wait_held() == "n2"
+        await cluster.drain("n2", Availability.PAUSE)
+        await asyncio.sleep(5)
+        assert cluster.holder() == "n2"
+        assert len(cluster.truth.moves) == 1
+
+
+@on_virtual_time
 async def test_a_planned_stop_moves_the_address_at_once() -> None:
     async with rig() as cluster:
         await cluster.add()

@@ -1,11 +1,13 @@
 """Records of failover addresses: what is written only if nothing has changed, and which addresses are refused."""
 
+from ipaddress import ip_network
+
 import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, SkepError
-from skep.manager.failover.decision import DoorNodes, Seen, decide, observed
+from skep.manager.failover.decision import DoorNodes, Seen, decide, observed, why_unheld
 from skep.manager.failover.editing import add_address, remove_address, shown_addresses
 from skep.manager.failover.records import (
     AddressRefusal,
@@ -23,6 +25,7 @@ from skep.manager.journal.changes import entries_of
 from skep.manager.telemetry.events import messages_of
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.networks.failover import ADDRESSES_MAX, LEASE_S, SILENT, AddressRequest
+from skep.model.node import NodeState
 from skep.model.values.ids import NetworkId, NodeId
 from skep.model.values.times import SECOND_NS
 from skep.store.interface import Transaction
@@ -217,3 +220,34 @@ async def test_events_and_history_tell_of_each_move() -> None:
         "n2 takes failover address 10.0.0.100 from n1: it was silent",
         "n2 gives up failover address 10.0.0.100",
     ]
+
+
+async def test_what_is_shown_of_an_address() -> None:
+    store = await a_store(f"{ADDRESS}/24")
+
+    def shown() -> tuple[str, str]:
+        (one,) = shown_addresses(store.view())
+        return one.state, one.reason
+
+    assert shown() == ("unheld", "no active node runs the front door: run skep door up")
+    epoch = await named(store)
+    assert shown() == ("moving", "n1 takes it")
+    await store.update(apply_report, ONE, {ADDRESS: epoch}, [], 1, 0)
+    assert shown() == ("held", "")
+    await store.update(lambda tx: tx.put(a_node("n1", state=NodeState.DOWN)))
+    assert shown()[0] == "unheld"
+    assert shown()[1].startswith("n1 is down, and no other node can take it")
+    await store.update(lambda tx: tx.put(a_node("n1")))
+    await store.update(change_holder, HolderChange(address=ADDRESS, epoch=epoch, asks=True), 1, 0)
+    assert shown() == ("moving", "n1 releases it")
+
+
+def test_reasons_name_the_next_step() -> None:
+    one = FailoverAddress(
+        address=ADDRESS, prefix=24, refusals={ONE: AddressRefusal(reason="its interface is down", at_ns=0)}
+    )
+    far = DoorNodes({ONE: (ip_network("10.7.0.0/24"),)})
+    assert "name an interface with --interface" in why_unheld(one, far, {})
+    paused = DoorNodes({ONE: ()}, frozenset({ONE}))
+    assert why_unheld(one, paused, {}) == "all nodes with the front door are paused: activate one"
+    assert why_unheld(one, DoorNodes({ONE: ()}), {ONE: "w1"}) == "w1: its interface is down"
