@@ -16,7 +16,15 @@ from skep.aio.groups import errors_as_they_are
 from skep.aio.race import wait_first
 from skep.errors import InvalidArgument, SkepError
 from skep.manager.control_loops.informer import run_informer
-from skep.manager.failover.decision import Decision, Seen, decide, door_services, holders_in, observed
+from skep.manager.failover.decision import (
+    Decision,
+    DoorNodes,
+    Seen,
+    decide,
+    door_services,
+    holders_in,
+    observed,
+)
 from skep.manager.failover.records import (
     FailoverAddresses,
     HolderChange,
@@ -82,6 +90,8 @@ class FailoverKeeper:
         self._clock = clock
         self._streams: NodeStreams[_Stream] = NodeStreams("addresses")
         self._doors: frozenset[ServiceId] = frozenset()
+        self._nodes: DoorNodes | None = None
+        """The nodes that may hold addresses, or None if they may have changed.  Renewals do not change them."""
         self._seen: dict[str, Seen] = {}
         self._restored_at: float | None = None
         """When a record of an earlier incarnation was first seen."""
@@ -107,7 +117,7 @@ class FailoverKeeper:
     # -- the store ------------------------------------------------------------------------------------------------
 
     def _on_snapshot(self, view: View) -> None:
-        self._doors = self._find_doors(view.find(Service))
+        self._doors, self._nodes = self._find_doors(view.find(Service)), None
         self._observe(view)
 
     def _on_commit(self, commit: Commit) -> None:
@@ -119,13 +129,14 @@ class FailoverKeeper:
                 case Created(Service()) | Updated(_, Service()) | Deleted(Service()):
                     self._note_service(event)
                 case Updated(Node() as old, Node() as new):
-                    if (old.status.state, old.spec) != (new.status.state, new.spec) or differ_in_routes(
-                        old, new
-                    ):
-                        self._changed.set()
+                    states = [(one.status.state, one.spec) for one in (old, new)]
+                    if states[0] != states[1] or differ_in_routes(old, new):
+                        self._note_nodes()
+                case Deleted(Node()):
+                    self._note_nodes()
                 case Created(Task() as task) | Updated(_, Task() as task) | Deleted(Task() as task):
                     if task.service_id in self._doors and _is_decisive(event):
-                        self._changed.set()
+                        self._note_nodes()
 
     def _note_service(self, event: StoreEvent) -> None:
         one = event.new if isinstance(event, Updated) else event.object
@@ -133,7 +144,11 @@ class FailoverKeeper:
         found = self._find_doors((one,)) if not isinstance(event, Deleted) else frozenset()
         if (one.id in self._doors) != bool(found):
             self._doors = (self._doors - {one.id}) | found
-            self._changed.set()
+            self._note_nodes()
+
+    def _note_nodes(self) -> None:
+        self._nodes = None
+        self._changed.set()
 
     def _observe(self, view: View) -> None:
         """Record the signs of holders, and wake all streams."""
@@ -190,7 +205,9 @@ class FailoverKeeper:
     def _decision(self, view: View, record: FailoverAddresses, now: float) -> Decision:
         if any(one.node_id and one.address not in self._seen for one in record.addresses):
             self._observe(view)  # the informer has not shown this commit yet
-        return decide(record, self._seen, holders_in(view, self._doors), now, self._clock.now_ns())
+        if self._nodes is None:
+            self._nodes = holders_in(view, self._doors)
+        return decide(record, self._seen, self._nodes, now, self._clock.now_ns())
 
     async def _forget_former(self, now: float) -> float | None:
         """Name no holder of a record that was restored, once the leases of its time are certainly over."""
