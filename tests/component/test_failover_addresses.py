@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.failover.machine import AddressHook, MachineAddresses, require_of_root
+from skep.dataplane.failover.machine import AddressHook, DoorWatch, MachineAddresses, require_of_root
 from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.errors import FailedPrecondition, Unavailable
+from skep.model.door.settings import DOOR
 from skep.model.networks.failover import KERNEL_LATE_S, KERNEL_S, AddressOrder
+from skep.model.networks.tables import NetworkHead, NetworkTable, TableEndpoint, TableService
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 
 pytestmark = pytest.mark.needs("root")
 
@@ -195,3 +198,16 @@ async def test_a_hook_has_a_deadline(lab: Lab) -> None:
     hook = AddressHook(lab.hook, "w1", SystemClock(), lambda: 0.0)
     with pytest.raises(Unavailable, match=r"no end within 0\.2 s"):
         await hook.run("10.0.0.100", "take", 0.2)
+
+
+async def test_only_nodes_with_a_proxy_may_be_named() -> None:
+    wanted: list[bool] = []
+    door = TableService(id=ServiceId("d"), name="skep-door", labels={DOOR: "true"})
+    proxy = TableEndpoint(task_id=TaskId("t"), node_id=NodeId("w1"), service_id=door.id)
+    head = NetworkHead(id=NetworkId("n"), name="skep-door", is_door=True)
+    table = NetworkTable(head=head, services={door.id: door}, endpoints={proxy.task_id: proxy})
+    watch = DoorWatch(wanted.append)
+    for node in ("w1", "w2"):
+        await watch.apply(NodeId(node), {head.id: table}, frozenset({head.id}))
+    await watch.apply(NodeId("w1"), {}, frozenset({head.id}))
+    assert wanted == [True, False, False]
