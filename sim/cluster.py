@@ -32,6 +32,7 @@ from sim.invariants.observer import Observer
 from sim.invariants.quiescence import rest_violations
 from sim.invariants.services.removals import DisruptionsRemoveNoNode
 from sim.trace import Trace
+from sim.world.addresses import AddressTruth, SimulatedAddresses
 from sim.world.certificates import Certificates, first_certificate
 from sim.world.links import Isolation, Links, Machine, Port, Uptime
 from sim.world.manager import SimulatedManager
@@ -142,6 +143,11 @@ class SimulatedCluster:
         self.removals: set[NodeId] = set()
         """Nodes that operators are removing."""
         self.observer = self._observer()
+        self.addresses = AddressTruth(
+            self.loop, lambda violation: self.observer.note(self.loop.time(), [violation])
+        )
+        """The machines that have failover addresses in truth, whatever the store says."""
+        self._has_addresses = False
         self.newer: set[NodeId] = set()
         """Managers that run a newer version than the others from their next start."""
         self.observer.rules += [
@@ -243,6 +249,12 @@ class SimulatedCluster:
 
         self.write(body)
 
+    def hold_addresses(self) -> None:
+        """Let managers name the nodes for failover addresses from now on."""
+        self._has_addresses = True
+        for node in self.nodes.values():
+            node.hold_addresses()
+
     def forget(self, id: NodeId) -> None:
         """Remove a node, as ``node rm --force`` does."""
         self.removals.add(id)
@@ -290,6 +302,8 @@ class SimulatedCluster:
             renew=lambda: self.renew(id),
         )
         node.nano_cpus = self._nano_cpus_of
+        node.addresses = SimulatedAddresses(id, self.addresses, self.clocks[id], Random(f"addresses of {id}"))
+        node.holds_addresses = self._has_addresses
         node.watchers.append(self.observer)
         return node
 

@@ -26,6 +26,7 @@ from skep.cli.main import main
 from skep.configuration.configuration import Configuration
 from skep.configuration.settings import SETTINGS, Setting
 from skep.configuration.sources import DEFAULT_DAEMON_JSON, DEFAULT_TOML
+from skep.manager.failover import records as failover_records
 from skep.manager.services import freezes
 from skep.manager.telemetry import events as manager_events
 from skep.manager.telemetry import node_events as from_nodes
@@ -678,6 +679,12 @@ CLUSTER_EVENTS = (
         ("_violation",),
     ),
     ClusterEvent(
+        ("address",),
+        ("take", "release"),
+        "a node is named for [a failover address](../guide/front-door.md), or none is left that holds it (*Skep*)",
+        ("_address",),
+    ),
+    ClusterEvent(
         ("stream",), ("progress",), "`skep events` only: nothing happened up to its cursor (*Skep*)"
     ),
     ClusterEvent(("config", "network", "secret"), ("create", "remove", "update"), ""),
@@ -857,7 +864,7 @@ def _attributes_in(function: ast.FunctionDef) -> Iterator[str]:
 def cluster_actions() -> set[str]:
     """Actions of all messages that ``skep.manager.telemetry.events`` makes."""
     found = {*manager_events.TASK_ACTIONS.values(), *get_args(freezes.FreezeAction)}
-    found |= {*get_args(verify_records.ViolationAction)}
+    found |= {*get_args(verify_records.ViolationAction), *get_args(failover_records.HolderAction)}
     for call in ast.walk(parsed(Path(manager_events.__file__))):
         match call:
             case ast.Call(func=ast.Name(id="_message" | "_task"), args=[ast.Constant(value=str(action)), *_]):

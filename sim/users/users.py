@@ -39,7 +39,7 @@ from sim.users.upgrades import Upgrades
 from sim.world.certificates import root
 from sim.world.storage import DRIVER
 from skep.api.errors import status_of
-from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
+from skep.errors import AlreadyExists, FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.manager.control.files import create_secret, remove_secret
 from skep.manager.control.jobs import retry_job, run_job
 from skep.manager.control.networks import create_network, remove_network
@@ -49,6 +49,8 @@ from skep.manager.control.services import create_service, remove_service, rollba
 from skep.manager.control.swarm import Rotations, update_swarm
 from skep.manager.control.users import create_user, remove_user, set_roles
 from skep.manager.control.volumes import create_volume, remove_volume
+from skep.manager.failover.editing import add_address, remove_address
+from skep.manager.failover.records import addresses_in
 from skep.manager.membership.service import resign
 from skep.manager.rebalance.records import (
     AFTER_RETURN_S_MIN,
@@ -60,6 +62,7 @@ from skep.manager.rebalance.records import (
 from skep.manager.services.freezes import end_freeze, has_freezes, set_freeze, set_window
 from skep.manager.services.quotas import quota_of
 from skep.model.network import Network, NetworkSpec
+from skep.model.networks.failover import AddressRequest
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
 from skep.model.options.freezes import FreezeRequest, MaintenanceWindow
 from skep.model.options.labels import (
@@ -100,6 +103,8 @@ NETWORK = "overlay"
 """Prefix of the names of users' networks."""
 NETWORKS_MAX, SECRETS_MAX = 4, 2
 VOLUMES_MAX, USERS_MAX = 3, 2
+ADDRESSES = ("192.168.7.100/24", "fd07::100/64")
+"""Failover addresses, outside of the address pools and of the nodes' addresses."""
 ATTEMPTS_MAX = 25
 """Number of attempts after which a request counts as refused permanently."""
 ACCESS_MODES = (
@@ -107,6 +112,8 @@ ACCESS_MODES = (
     AccessMode(sharing=VolumeSharing.ONE_WRITER, mount_volume=TypeMount()),
     AccessMode(scope=VolumeScope.MULTI, sharing=VolumeSharing.ALL, mount_volume=TypeMount()),
 )
+WITH_ADDRESSES = 0.4
+"""Share of the runs with extensions that begin with failover addresses."""
 DRAWS_MAX = 100
 """Maximum number of drawn specs.  About one in ten is of a service that can be steady."""
 DRAINED_NOW = 0.3
@@ -192,7 +199,7 @@ class Users:
         actions = [self._create]
         if self._extensions is not None:
             first = (self._volume, self._volume, self._set_cluster, self._quota, self._user)
-            actions = [*first, *[self._create] * FIRST_SERVICES]
+            actions = [*first, *[self._create] * FIRST_SERVICES, self._first_addresses]
         for action in actions:
             self._begin(action)
 
@@ -498,6 +505,11 @@ class Users:
                 await (await self._store()).update(set_after_return, 0)
                 await (await self._store()).update(stop_run)
             await asyncio.sleep(1.0)
+        while addresses := addresses_in(self._cluster.view).addresses:
+            for one in addresses:
+                with suppress(SkepError):
+                    await (await self._store()).update(remove_address, one.address)
+            await asyncio.sleep(1.0)
         self._cluster.nano_cpus = lambda _: None
         if self._upgrades is not None:
             await self._upgrades.end()
@@ -679,6 +691,29 @@ class Users:
         if name:
             self._cluster.trace.add(f"user: {name}")
             with suppress(NotFound, FailedPrecondition):
+                await store.update(requests[name])
+        await self._address(store, random)
+
+    async def _first_addresses(self) -> None:
+        """Begin some runs with failover addresses, which every later fault then meets."""
+        if Random(self._now_ns()).random() < WITH_ADDRESSES:
+            self._cluster.hold_addresses()
+            for text in ADDRESSES:
+                store = await self._store(creates=False)
+                await store.update(add_address, AddressRequest(address=text))
+
+    async def _address(self, store: EtcdStore, random: Random) -> None:
+        """Add or remove a failover address.  Mostly do nothing, because each one causes writes all the time."""
+        text = random.choice(ADDRESSES)
+        requests: dict[str, Callable[[Transaction], object]] = {
+            "add": lambda tx: add_address(tx, AddressRequest(address=text)),
+            "remove": lambda tx: remove_address(tx, text),
+        }
+        name = random.choice(["add", "add", "remove", *[""] * 6])
+        if name:
+            self._cluster.trace.add(f"user: {name} {text}")
+            self._cluster.hold_addresses()
+            with suppress(NotFound, AlreadyExists, FailedPrecondition):
                 await store.update(requests[name])
 
     async def _rotate_root(self) -> None:

@@ -19,6 +19,7 @@ from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.node_sessions.adoption import SessionAdoption
 from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.manager.eviction.loop import Evictions
+from skep.manager.failover.keeper import FailoverKeeper
 from skep.manager.journal.loop import Journal
 from skep.manager.link.loop import ManagerLink
 from skep.manager.logbroker.broker import LogBroker
@@ -146,6 +147,13 @@ class SimulatedManager:
         )
         logs = self._logs = LogBroker(store, self._new_id, self._clock)
         discovery = Discovery(store, self._id, dispatcher.session, self._clock)
+        addresses = FailoverKeeper(
+            store,
+            self._id,
+            dispatcher.session,
+            self._clock,
+            lambda services: frozenset(s.id for s in services),
+        )
         link = ManagerLink(store, self._id, self._connect, self._clock, self._random, reports=reports)
         self.members = members
         space = StoreSpace(store, self._id, self.members, link.channel, self._clock)
@@ -158,12 +166,14 @@ class SimulatedManager:
             *dispatcher.services(),
             *discovery.services(),
             *logs.services(),
+            *addresses.services(),
             *link.services(),
             *space.services(),
         )
         async with self._network.listening(self._addr, handlers), asyncio.TaskGroup() as group:
             group.create_task(dispatcher.run(), name=f"{self._id} dispatcher")
             group.create_task(discovery.run(), name=f"{self._id} discovery")
+            group.create_task(addresses.run(), name=f"{self._id} addresses")
             group.create_task(link.run(), name=f"{self._id} link")
             group.create_task(presence.run(), name=f"{self._id} presence")
             if self._journal is not None:

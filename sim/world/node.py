@@ -11,6 +11,7 @@ from typing import Protocol, cast
 
 from msgspec.structs import replace
 
+from sim.world.addresses import SimulatedAddresses
 from sim.world.certificates import Certificates
 from sim.world.credentials import NoLogs, SimulatedCredentials
 from sim.world.network import Network
@@ -25,6 +26,7 @@ from skep.agent.executor.simulated import (
     SimulatedMachine,
     container_id_of,
 )
+from skep.agent.session.address_stream import HeldAddresses
 from skep.agent.session.last_seen import LastSeen
 from skep.agent.session.managers import KnownManager, ManagerList
 from skep.agent.session.reports import Reports
@@ -89,6 +91,12 @@ class SimulatedNode:
         self._managers = managers
         self._list: ManagerList | None = None
         """Manager list of the running process."""
+        self.addresses: SimulatedAddresses | None = None
+        """The machine's failover addresses, set by the cluster, or None if it cannot have any."""
+        self.holds_addresses = False
+        """Whether managers may name the machine for failover addresses."""
+        self._held: HeldAddresses | None = None
+        """The failover addresses of the running process."""
         self._clock = clock
         self._random = random
         self._behavior = behavior
@@ -149,6 +157,11 @@ class SimulatedNode:
             StoredTables(None, self._clock), (), session_state, self._clock, self._random.random
         )
         managers = self._list = ManagerList(self._managers)
+        # Its ``run`` would drop the addresses at the end, which a process does not do that crashes.
+        kernel = self.addresses
+        self._held = HeldAddresses(kernel, self._clock.since_boot) if kernel is not None else None
+        if self._held is not None:
+            self._held.want(self.holds_addresses)
         agent = Agent(
             credentials=SimulatedCredentials(self._identity, self._network, self._certificates, self._renew),
             managers=managers,
@@ -160,6 +173,7 @@ class SimulatedNode:
                 seen=self._seen,
                 tables=tables,
                 usages=SimulatedUsages(self, self._clock),
+                addresses=self._held,
                 volumes=self.volumes,
             ),
             clock=self._clock,
@@ -176,6 +190,13 @@ class SimulatedNode:
             self._registered = None
             self._managers = managers.peers  # a node keeps the last list of managers
             self._list = None
+            self._held = None
+
+    def hold_addresses(self) -> None:
+        """Let managers name the machine for failover addresses from now on."""
+        self.holds_addresses = True
+        if self._held is not None:
+            self._held.want(True)
 
     def note_local_volumes(self, assigned: AssignedTask) -> None:
         """Record that a task of a slot has used its local volumes here, as a node's engine does."""

@@ -290,6 +290,10 @@ class VirtualClock:
         """Return the monotonic time including suspension."""
         return self._began_s + self._loop.time() * self._drift
 
+    def loop_time_after(self, seconds: float) -> float:
+        """Return the loop's time once this clock has counted ``seconds`` from now."""
+        return self._loop.time() + seconds / self._drift
+
     async def sleep(self, seconds: float) -> None:
         if seconds > 0:
             loop = self._loop

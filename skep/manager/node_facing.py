@@ -9,6 +9,7 @@ from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.manager.dispatcher.node_sessions.sessions import LiveSession
 from skep.manager.environment import ManagerEnvironment
+from skep.manager.failover.keeper import FailoverKeeper
 from skep.manager.gossip.relay import GossipRelay
 from skep.manager.link.loop import ManagerLink
 from skep.manager.logbroker.broker import LogBroker
@@ -64,6 +65,7 @@ class NodeFacingServices:
         self.diagnostics = Diagnostics(store, own, self._probes, channel_to, clock)
         self.tunnels = NodeTunnels(store, own, self._session, channel_to)
         self.logs = LogBroker(store, new_id, clock, own, LinkRelays(link))
+        self._addresses = FailoverKeeper(store, own, self._session, clock)
         self._attachments = AttachmentService(store, clock, new_id)
         self._images = ImageDirectory(store, config.cluster_id, clock, random)
         self._reads = WorkerReads(store.view, config.paths.manager_socket)
@@ -78,6 +80,7 @@ class NodeFacingServices:
             *self.diagnostics.services(),
             *self.logs.services(),
             *self.tunnels.services(),
+            *self._addresses.services(),
             *self._attachments.services(),
             *self._images.services(),
             *self._reads.services(),
@@ -93,6 +96,7 @@ class NodeFacingServices:
         yield "dispatcher", self.dispatcher.run()
         yield "discovery", self._discovery.run()
         yield "probes", self._probes.run()
+        yield "failover addresses", self._addresses.run()
         yield "log broker", self.logs.run()
         yield "gossip relay", GossipRelay(store, host, clock, random).run()
 

@@ -132,7 +132,12 @@ class Node:
                 await asyncio.Event().wait()
 
     async def announce_stop(self) -> None:
-        """Announce a planned stop to the manager, so that it replaces no tasks during the restart."""
+        """Announce a planned stop to the manager, so that it replaces no tasks during the restart.
+
+        Failover addresses are given up first, so that another node has them before this process ends.
+        """
+        if self._runtime.addresses is not None:
+            await self._runtime.addresses.give_up()
         await self._foundation.session.announce_stop()
 
     def reload(self, configuration: Configuration) -> None:

@@ -44,6 +44,9 @@ NOTIFICATIONS: Final = 6
 CERTIFICATES: Final = 6
 """From this level on there may be an account for certificates.  A leader of a lower level would not renew them."""
 
+ADDRESSES: Final = 6
+"""From this level on there may be failover addresses.  A manager of a lower level would not confirm them."""
+
 LOWEST: Final = 1
 """The level of managers that do not report one."""
 

@@ -187,6 +187,7 @@ NETWORKS = BothStream(
 PATHS = BothStream(
     "/skep.v1.NodeLink/Paths", skep.ProbeUpdate, skep.ProbeOrder, request_bytes_max=DESCRIPTION_BYTES_MAX
 )
+ADDRESSES = BothStream("/skep.v1.NodeLink/Addresses", skep.AddressReport, skep.AddressOrders)
 RELAY_DIAGNOSTICS = BothStream(
     "/skep.v1.ManagerLink/RelayExaminations",
     skep.DiagnosticsRelay,

@@ -14,6 +14,7 @@ import msgspec
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
+from skep.agent.session.address_stream import AddressStream, HeldAddresses
 from skep.agent.session.probe_stream import ProbeSource, ProbeStream
 from skep.agent.session.reports import Reports
 from skep.agent.session.revisions import SeenRevision
@@ -128,6 +129,7 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
         tunnels: Serves tunnels to this node's containers, or None.
         volumes: Reports unmounted cluster volumes, or None.
         usages: Measures tasks that a manager asks about, sent with each heartbeat, or None.
+        addresses: Holds failover addresses, or None.
         serve_images: Serves this node's images to other nodes until cancelled, or None.
     """
 
@@ -142,6 +144,7 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
     serve_images: Callable[[], Coroutine[Any, Any, None]] | None = None
     volumes: VolumeSource | None = None
     usages: UsageSource | None = None
+    addresses: HeldAddresses | None = None
 
 
 class SessionHost(Protocol):
@@ -274,6 +277,9 @@ class ManagerSession:
         if self._services.volumes is not None:
             report = partial(self._report_volumes, self._services.volumes)
             parts["volumes"] = partial(self._run_if_implemented, "volumes", report)
+        if self._services.addresses is not None:
+            addresses = AddressStream(self._channel, self._services.addresses, self._clock)
+            parts["addresses"] = partial(self._run_if_implemented, "addresses", addresses.run)
         if self._services.tunnels is not None:
             orders = partial(self._services.tunnels.receive_orders, self._channel)
             parts["tunnels"] = partial(self._run_if_implemented, "tunnels", orders)

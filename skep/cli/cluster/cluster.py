@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from skep.cli.cluster.address import address
 from skep.cli.cluster.freezes import freeze, unfreeze, window
 from skep.cli.cluster.recover import recover
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
@@ -29,7 +30,7 @@ def cluster() -> None:
     """
 
 
-for command in (recover, freeze, unfreeze, window, rebalance_setting):
+for command in (address, recover, freeze, unfreeze, window, rebalance_setting):
     cluster.add_command(command)
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from skep.manager.cluster import node_name
 from skep.manager.diagnosis.reasons import failure_of
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
+from skep.manager.failover.records import ADDRESSES_ID, holder_changes
 from skep.manager.services.freezes import freeze_changes
 from skep.manager.services.job_runs import FAILED, of_present_run, restarts_in
 from skep.model.container import ContainerSpec
@@ -84,6 +86,8 @@ def entries_of(event: Event, view: View) -> Iterator[JournalEntry]:
         case Created(Payload() as payload) | Updated(_, Payload() as payload) if payload.id == EVICTION_ID:
             before = event.old if isinstance(event, Updated) else None
             yield from _eviction(before, payload)
+        case Created(Payload() as payload) | Updated(_, Payload() as payload) if payload.id == ADDRESSES_ID:
+            yield from _addresses(event.old if isinstance(event, Updated) else None, payload, view)
         case Created(Secret() | Config() | Network() | Volume() as object):
             yield _object(object, "create")
         case Deleted(Secret() | Config() | Network() | Volume() as object):
@@ -418,6 +422,25 @@ def _eviction(before: Any, payload: Payload) -> Iterator[JournalEntry]:
         node=eviction.hostname,
         message=message,
     )
+
+
+def _addresses(before: Any, payload: Payload, view: View) -> Iterator[JournalEntry]:
+    """Yield an entry for each failover address that another node takes, or that no node has any longer."""
+    for action, one, former, reason in holder_changes(before, payload):
+        name = node_name(view, one.node_id or former)
+        why = f": {reason}" if reason else ""
+        left = f" from {node_name(view, former)}" if former and one.node_id else ""
+        what = f"{name} takes failover address {one.address}{left}{why}"
+        yield JournalEntry(
+            type="cluster",
+            action=f"{action}-address",
+            severity=Severity.WARNING if reason else Severity.INFO,
+            object_id=one.address,
+            name=one.address,
+            node_id=one.node_id or former,
+            node=name,
+            message=what if one.node_id else f"{name} gives up failover address {one.address}{why}",
+        )
 
 
 # -- other objects ---------------------------------------------------------------------------------------------------

@@ -24,8 +24,10 @@ from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.manager.ca.admission import stamp
 from skep.manager.ca.expiry import Expiry
+from skep.manager.cluster import node_name
 from skep.manager.control_loops.failures import isolated, object_id
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
+from skep.manager.failover.records import ADDRESSES_ID, FailoverAddress, holder_changes
 from skep.manager.services.freezes import FreezeAction, freeze_changes
 from skep.manager.verify.records import VIOLATIONS_ID, ShownViolation, violation_changes
 from skep.model.network import Network
@@ -37,6 +39,7 @@ from skep.model.service import JobStatus, Service, UpdateState
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.values.encoding import ApiObject, always
+from skep.model.values.ids import NodeId
 from skep.model.values.times import SECOND_NS, unix_ns
 from skep.model.volume import PublishState, Volume
 from skep.store.interface import Created, Deleted, Event, Store, Updated, View, WatchLagged
@@ -288,6 +291,7 @@ def messages_of(event: Event, now_ns: int, view: View | None = None) -> Iterator
     """
     if view is not None:
         yield from _messages_of_tasks(event, now_ns, view)
+        yield from _messages_of_addresses(event, now_ns, view)
     yield from _dockers(event, now_ns)
 
 
@@ -304,6 +308,16 @@ def _messages_of_tasks(event: Event, now_ns: int, view: View) -> Iterator[EventM
             for task in view.find(Task, node_id=after.id):
                 if task.status.state is TaskState.RUNNING:
                     yield _task("lost", task, view, now_ns)
+
+
+def _messages_of_addresses(event: Event, now_ns: int, view: View) -> Iterator[EventMessage]:
+    match event:
+        case Created(Payload() as payload) | Updated(_, Payload() as payload) if payload.id == ADDRESSES_ID:
+            old = event.old if isinstance(event, Updated) else None
+            for action, one, former, reason in holder_changes(
+                old if isinstance(old, Payload) else None, payload
+            ):
+                yield _address(action, one, (former, reason), view, now_ns)
 
 
 def _dockers(event: Event, now_ns: int) -> Iterator[EventMessage]:
@@ -381,6 +395,20 @@ def _violation(action: str, violation: ShownViolation, at_ns: int) -> EventMessa
     return EventMessage(
         type="invariant", action=action, actor=actor, time=at_ns // SECOND_NS, time_nano=at_ns
     )
+
+
+def _address(
+    action: str, address: FailoverAddress, former: tuple[NodeId, str], view: View, at_ns: int
+) -> EventMessage:
+    """Return the message about a failover address, which a node takes or releases.  A Skep extension."""
+    attributes = {
+        "name": address.shown,
+        "node": node_name(view, address.node_id) if address.node_id else "",
+        "formerNode": node_name(view, former[0]) if former[0] else "",
+        "reason": former[1],
+    }
+    actor = Actor(id=address.address, attributes=attributes)
+    return EventMessage(type="address", action=action, actor=actor, time=at_ns // SECOND_NS, time_nano=at_ns)
 
 
 def _went_down(old: Node, new: Node) -> bool:

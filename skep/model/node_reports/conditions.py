@@ -24,6 +24,8 @@ class ConditionName(StrEnum):
     """A disk of the node, or a disk that its containers write to, is nearly full."""
     ENCRYPTED_NETWORKS = "encrypted-networks"
     """WireGuard does not work, so encrypted networks carry no traffic."""
+    FAILOVER_ADDRESS = "failover-address"
+    """The hook of a failover address fails."""
     IMAGES = "images"
     """Images are damaged or were removed outside of Skep."""
     MANAGER = "manager"

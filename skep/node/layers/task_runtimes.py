@@ -13,6 +13,7 @@ from skep.agent.executor.attaching import ClusterAttachments, SessionRequests
 from skep.agent.executor.oci import oci_executor
 from skep.agent.executor.process import ProcessExecutor
 from skep.agent.executor.pulling import nothing_beside
+from skep.agent.session.address_stream import HeldAddresses
 from skep.agent.session.probe_stream import NodeProbes
 from skep.agent.tasks.task_logs import NoLogs, TaskLogs
 from skep.aio.failures import isolate
@@ -21,6 +22,7 @@ from skep.dataplane.dataplane import DataPlane, Host, NetProcess
 from skep.dataplane.dns.checks import NameChecks
 from skep.dataplane.door.listener import FrontDoor
 from skep.dataplane.endpoint_allocation import ClusterEndpoints
+from skep.dataplane.failover.machine import HOOK, AddressHook, DoorWatch, MachineAddresses
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.net_process.client import MESH, NetClient
 from skep.dataplane.net_process.name_registration import NameRegistration
@@ -120,6 +122,8 @@ class Containers:
         self.local_networks = self.data_plane.local
         self.logs = TaskLogs(self.engine)
         self._front_door = FrontDoor(self._door_directory, foundation.clock, self.payloads.write_door)
+        self._machine_addresses = _machine_addresses(foundation)
+        self.addresses = HeldAddresses(self._machine_addresses, foundation.clock.since_boot)
         self.usage_page = UsagePage(self.engine.list, foundation.cgroups, foundation.clock)
 
     def _present_engine(self) -> Engine | None:
@@ -153,7 +157,8 @@ class Containers:
 
         The front door is the last one, because HAProxy may be slow to respond.
         """
-        return self.data_plane.overlays, self.data_plane.mesh, shared, self._front_door
+        watch = DoorWatch(self.addresses.want)
+        return self.data_plane.overlays, self.data_plane.mesh, shared, watch, self._front_door
 
     def _door_directory(self) -> Path | None:
         """Return the directory of the front door's volume, or None if this node has none."""
@@ -169,6 +174,8 @@ class Containers:
         if not file_exists(foundation.paths.node_json):
             plane.prober.set_targets(None)
         run(tables.run, "network tables")
+        run(self._machine_addresses.run, "announcements of failover addresses")
+        run(self.addresses.run, "failover addresses")
         watch = partial(unreachable.watch, foundation.session, plane.prober, tables.exclude, foundation.clock)
         run(watch, "silent peers")
         run(partial(self._follow_certificates, tables), "certificates of the front door")
@@ -229,6 +236,7 @@ class PlainProcesses:
     """Tasks as processes of the machine, without containers and networks."""
 
     engine: None = None
+    addresses: None = None
     data_plane: None = None
     payloads: None = None
     cluster_volumes: None = None
@@ -324,6 +332,16 @@ def _data_plane(foundation: Foundation, endpoints: ClusterEndpoints) -> DataPlan
             process=environment.processes.new_wireguard,
             port=configuration.wireguard_port,
         ),
+    )
+
+
+def _machine_addresses(foundation: Foundation) -> MachineAddresses:
+    environment, clock = foundation.environment, foundation.clock
+    return MachineAddresses(
+        Namespaces(foundation.paths.netns),
+        clock,
+        AddressHook(HOOK, environment.machine.hostname, clock, environment.random.random),
+        environment.conditions.reporter(ConditionName.FAILOVER_ADDRESS),
     )
 
 

@@ -5,6 +5,8 @@ which Skep changes nothing by itself: ``/skep/cluster/freezes``, ``/skep/cluster
 ``/skep/rebalance`` shows the moves that would spread tasks more evenly (``GET``), and starts or stops the run that
 makes them (``POST``, ``DELETE``).  ``PUT`` of ``/skep/cluster/rebalance`` sets whether a run starts after nodes return.
 
+``/skep/cluster/addresses`` lists (``GET``), adds (``POST``) and removes (``DELETE``) failover addresses.
+
 An eviction removes a node and revokes every secret it has had.  All of them are Skep extensions.
 """
 
@@ -24,6 +26,7 @@ from skep.api.http.server import Routes, flag, json_response, read_json
 from skep.errors import NotFound, ResourceExhausted, SkepError
 from skep.manager.cluster import cluster_of
 from skep.manager.eviction.steps import TEXTS, Eviction, begin, eviction_of
+from skep.manager.failover.editing import add_address, remove_address, shown_addresses
 from skep.manager.notify.records import note_backup
 from skep.manager.rebalance.plan import Balance, loads_of
 from skep.manager.rebalance.records import (
@@ -37,6 +40,7 @@ from skep.manager.rebalance.records import (
 from skep.manager.routes.access import ManagerApi, current_view, manager_of
 from skep.manager.routes.guard.audit import author_of
 from skep.manager.services.freezes import end_freeze, held_by, set_freeze, set_window
+from skep.model.networks.failover import AddressRequest
 from skep.model.options.freezes import CLUSTER, FreezeRequest, FreezesResponse, MaintenanceWindow
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.times import Timestamp
@@ -308,4 +312,26 @@ async def set_rebalance(request: web.Request) -> web.StreamResponse:
     """Set the wait after the return of a node.  Raises: InvalidArgument."""
     wanted = await read_json(request, Rebalancing)
     await manager_of(request).update(set_after_return, wanted.after_return_s)
+    return web.Response(status=204)
+
+
+@routes.get("/skep/cluster/addresses")
+async def list_addresses(request: web.Request) -> web.StreamResponse:
+    """List the failover addresses with their nodes."""
+    return json_response(shown_addresses(await current_view(request)))
+
+
+@routes.post("/skep/cluster/addresses")
+async def create_address(request: web.Request) -> web.StreamResponse:
+    """Add a failover address.  Raises: InvalidArgument: a node or network has it."""
+    manager, wanted = manager_of(request), await read_json(request, AddressRequest)
+    await manager.require_room(creates=True)
+    await manager.update(add_address, wanted)
+    return web.Response(status=201)
+
+
+@routes.delete("/skep/cluster/addresses/{address}")
+async def delete_address(request: web.Request) -> web.StreamResponse:
+    """Remove a failover address.  Raises: NotFound."""
+    await manager_of(request).update(remove_address, request.match_info["address"])
     return web.Response(status=204)

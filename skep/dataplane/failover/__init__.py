@@ -1,0 +1,1 @@
+"""Failover addresses on the interfaces of this machine."""

@@ -1,0 +1,281 @@
+"""The failover addresses of this machine: its interfaces, announcements to the neighbors, and the administrator's hook.
+
+The hook is for clouds, in which an address moves by a call of their API.  It is one file in a folder of root, so only
+the machine's administrator decides what runs.
+
+Without an announcement, other machines send to the former holder until their neighbor entries expire.
+
+Source: RFC 5227 (2.3, ARP announcements) and RFC 4861 (7.2.6, unsolicited neighbor advertisements).
+"""
+
+import asyncio
+import os
+import socket
+import stat
+import struct
+from collections.abc import Callable, Mapping
+from functools import partial
+from ipaddress import IPv6Address, ip_address
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.dataplane.door.derivation import proxies_on
+from skep.dataplane.failover import interfaces
+from skep.dataplane.failover.interfaces import AddressInterface
+from skep.dataplane.netns.kernel.namespaces import Namespaces
+from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.linux.commands import communicate
+from skep.model.networks.failover import AddressOrder
+from skep.model.networks.tables import NetworkTable
+from skep.model.values.ids import NetworkId, NodeId
+
+log = structlog.get_logger(__name__)
+
+HOOK: Final = Path("/etc/skep/hooks/failover-address")
+"""Runs as ``failover-address ADDRESS NODE take|release``."""
+ANNOUNCED_AFTER_S: Final = (0.0, 0.2, 0.8, 2.0, 5.0)
+"""Pauses in seconds before announcements.
+
+A switch may drop the first one, and a cache that was filled during the move is corrected by the later ones.
+"""
+TAKE_S_MAX: Final = 30.0
+"""Seconds for the hook of a node that takes an address.  Calls of clouds' APIs take some seconds."""
+RELEASE_S_MAX: Final = 5.0
+"""Seconds for the hook of a node that releases an address.  The next node waits meanwhile."""
+RETRY_S, RETRY_S_MAX = 1.0, 60.0
+"""Seconds before the hook runs again after a failure: first, and at most."""
+_OUTPUT_CHARACTERS = 200
+"""Shown characters of the hook's output."""
+
+_BROADCAST = b"\xff" * 6
+"""The Ethernet address of all machines of the network."""
+# Source: linux/if_ether.h: ETH_P_*.
+_ARP, _IPV6 = 0x0806, 0x86DD
+_ARP_HEADER = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1)
+"""A request for an IPv4 address on Ethernet."""
+_ALL_NODES = IPv6Address("ff02::1")
+_ALL_NODES_ETHERNET = bytes.fromhex("333300000001")
+# Source: RFC 4443 (2.3) and RFC 4861 (4.4, 4.6.1).
+_ICMP6, _ADVERTISEMENT, _OVERRIDE, _TARGET_LINK_ADDRESS = 58, 136, 0x20000000, 2
+_HOP_LIMIT = 255
+"""Neighbors ignore advertisements with another limit, which may come from other networks."""
+
+
+class AddressHook:
+    """The administrator's hook.  ``path`` is its file."""
+
+    def __init__(self, path: Path, node_name: str, clock: Clock, rng: Callable[[], float]) -> None:
+        self._path = path
+        self._node_name = node_name
+        self._clock = clock
+        self._rng = rng
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a hook."""
+        return self._path.exists()
+
+    async def run(self, address: str, verb: str, timeout_s: float) -> None:
+        """Run the hook once.  Raises: FailedPrecondition: others may change it; Unavailable: it failed."""
+        require_of_root(self._path)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                str(self._path),
+                address,
+                self._node_name,
+                verb,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env={"PATH": os.defpath, "HOME": "/root"},
+                cwd="/",
+                start_new_session=True,
+            )
+            output, _ = await communicate(process, timeout_s)
+        except (OSError, TimeoutError) as error:
+            reason = str(error) or f"no end within {timeout_s:g} s"
+            raise Unavailable(f"{self._path} {verb}: {reason}") from error
+        if process.returncode:
+            text = output.decode(errors="replace").strip().rpartition("\n")[2][:_OUTPUT_CHARACTERS]
+            raise Unavailable(f"{self._path} {verb}: exit code {process.returncode}: {text}")
+
+    async def run_until_done(self, address: str, report: Callable[[str], None]) -> None:
+        """Run ``take`` until it succeeds.  ``report`` gets each failure, and an empty text at the end."""
+        backoff = Backoff(RETRY_S, RETRY_S_MAX, rng=self._rng)
+        while True:
+            try:
+                await self.run(address, "take", TAKE_S_MAX)
+            except SkepError as error:
+                log.warning(
+                    "hook of a failover address failed, will retry", address=address, reason=str(error)
+                )
+                report(str(error))
+                await backoff.sleep(self._clock)
+            else:
+                report("")
+                return
+
+
+def require_of_root(path: Path) -> None:
+    """Check that only root can change a program.  Raises: FailedPrecondition."""
+    for one in (path, *path.parents):
+        try:
+            found = one.lstat()
+        except OSError as error:
+            raise FailedPrecondition(f"{path} cannot be run: {error}") from error
+        # In a directory like /tmp, others can replace only what belongs to them.
+        is_sticky = stat.S_ISDIR(found.st_mode) and bool(found.st_mode & stat.S_ISVTX)
+        is_open = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and not is_sticky
+        if found.st_uid != 0 or is_open or stat.S_ISLNK(found.st_mode):
+            raise FailedPrecondition(
+                f"{path} is not run, because others than root may change {one}: "
+                "let it belong to root, and remove write permissions of others and links"
+            )
+
+
+class MachineAddresses:
+    """Implements ``agent.session.address_stream.AddressKernel``.  ``run`` has to be running."""
+
+    def __init__(
+        self,
+        namespaces: Namespaces,
+        clock: Clock,
+        hook: AddressHook,
+        report: Callable[[str], None],
+    ) -> None:
+        """``report`` sets the node's condition, or clears it with an empty text."""
+        self._namespaces = namespaces
+        self._clock = clock
+        self._hook = hook
+        self._report = report
+        self._interfaces: dict[str, AddressInterface] = {}
+        self._failures: dict[str, str] = {}
+        self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._group: asyncio.TaskGroup | None = None
+
+    async def run(self) -> None:
+        """Announce addresses and run hooks until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                await asyncio.Event().wait()
+        finally:
+            self._group = None
+
+    async def hold(self, order: AddressOrder, is_allowed: Callable[[], bool]) -> bool:
+        """Add the address or extend its lifetime.  Return whether it was added.  Raises: FailedPrecondition."""
+        known = self._interfaces.get(order.address)
+        try:
+            added = await self._inside(partial(interfaces.hold, order, is_allowed, known))
+        except OSError as error:
+            raise FailedPrecondition(f"{order.address} cannot be added: {error}") from error
+        if added is not None:
+            self._interfaces[order.address] = added
+        return added is not None
+
+    async def drop(self, order: AddressOrder) -> None:
+        """Remove the address if it is there."""
+        if (job := self._jobs.pop(order.address, None)) is not None:
+            job.cancel()
+        self._interfaces.pop(order.address, None)
+        self._note(order.address, "")
+        try:
+            await self._inside(partial(interfaces.drop, order))
+        except OSError as error:  # its lifetime ends within seconds
+            log.warning("failover address not removed", address=order.address, reason=str(error))
+
+    def took(self, order: AddressOrder) -> None:
+        """Announce an added address, and run the hook."""
+        if (job := self._jobs.pop(order.address, None)) is not None:
+            job.cancel()
+        if self._group is not None:
+            name = f"announce {order.address}"
+            self._jobs[order.address] = self._group.create_task(self._take(order.address), name=name)
+
+    async def run_release_hook(self, order: AddressOrder) -> None:
+        """Run the hook of a removed address."""
+        if not self._hook.exists:
+            return
+        try:
+            await self._hook.run(order.address, "release", RELEASE_S_MAX)
+        except SkepError as error:
+            log.warning("hook of a failover address failed", address=order.address, reason=str(error))
+
+    async def _take(self, address: str) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._announce(address), name=f"announce {address}")
+            if self._hook.exists:
+                await self._hook.run_until_done(address, partial(self._note, address))
+
+    async def _announce(self, address: str) -> None:
+        interface = self._interfaces.get(address)
+        if interface is None or not interface.ethernet:
+            return
+        for pause_s in ANNOUNCED_AFTER_S:
+            await self._clock.sleep(pause_s)
+            try:
+                await self._inside(partial(announce, address, interface.name, interface.ethernet))
+            except OSError as error:
+                log.warning("failover address not announced", address=address, reason=str(error))
+
+    async def _inside(self, call: Callable[[], AddressInterface | None]) -> AddressInterface | None:
+        return await self._namespaces.run(self._namespaces.home, call)
+
+    def _note(self, address: str, failure: str) -> None:
+        """Record the last failure of the hook for an address, and report all failures."""
+        self._failures.pop(address, None)
+        if failure:
+            self._failures[address] = failure
+        self._report("; ".join(f"{one}: {reason}" for one, reason in sorted(self._failures.items())))
+
+
+class DoorWatch:
+    """Notes whether this node runs the front door, since only such a node may hold addresses (``TableListener``)."""
+
+    def __init__(self, want: Callable[[bool], None]) -> None:
+        self._want = want
+
+    async def apply(
+        self, node_id: NodeId, tables: Mapping[NetworkId, NetworkTable], changed: frozenset[NetworkId]
+    ) -> None:
+        """Look for proxies of this node in the table of the door's network."""
+        self._want(any(proxies_on(one, node_id) for one in tables.values() if one.head.is_door))
+
+
+def announce(address: str, interface: str, ethernet: bytes) -> None:
+    """Send one announcement in the calling thread's namespace.  Raises: OSError."""
+    frame = announcement(address, ethernet)
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC) as packets:
+        packets.bind((interface, 0))
+        packets.send(frame)
+
+
+def announcement(address: str, ethernet: bytes) -> bytes:
+    """Return the Ethernet frame that announces ``address`` at the hardware address ``ethernet``."""
+    ip = ip_address(address)
+    if isinstance(ip, IPv6Address):
+        packet = _advertisement(ip, ethernet)
+        return _ALL_NODES_ETHERNET + ethernet + _IPV6.to_bytes(2, "big") + packet
+    # The sender and the target are the announced address.
+    arp = _ARP_HEADER + ethernet + ip.packed + bytes(6) + ip.packed
+    return _BROADCAST + ethernet + _ARP.to_bytes(2, "big") + arp
+
+
+def _advertisement(ip: IPv6Address, ethernet: bytes) -> bytes:
+    body = struct.pack("!I16sBB6s", _OVERRIDE, ip.packed, _TARGET_LINK_ADDRESS, 1, ethernet)
+    message = struct.pack("!BBH", _ADVERTISEMENT, 0, 0) + body
+    pseudo = ip.packed + _ALL_NODES.packed + struct.pack("!II", len(message), _ICMP6)
+    message = struct.pack("!BBH", _ADVERTISEMENT, 0, checksum(pseudo + message)) + body
+    header = struct.pack("!IHBB", 6 << 28, len(message), _ICMP6, _HOP_LIMIT)
+    return header + ip.packed + _ALL_NODES.packed + message
+
+
+def checksum(data: bytes) -> int:
+    """Return the checksum of the internet protocols over ``data``, which has an even length.  Source: RFC 1071."""
+    total: int = sum(word for (word,) in struct.iter_unpack("!H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF

@@ -1,0 +1,1 @@
+"""Failover addresses: which node holds each of them."""

@@ -1,0 +1,213 @@
+"""Failover addresses on real interfaces: lifetimes in the kernel, announcements to a neighbor, and hooks."""
+
+import asyncio
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.dataplane.failover.machine import AddressHook, DoorWatch, MachineAddresses, require_of_root
+from skep.dataplane.netns.kernel.namespaces import Namespaces
+from skep.errors import FailedPrecondition, Unavailable
+from skep.model.door.settings import DOOR
+from skep.model.networks.failover import KERNEL_LATE_S, KERNEL_S, AddressOrder
+from skep.model.networks.tables import NetworkHead, NetworkTable, TableEndpoint, TableService
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
+
+pytestmark = pytest.mark.needs("root")
+
+FOUR = AddressOrder(address="10.0.0.100", prefix=24, epoch=1)
+SIX = AddressOrder(address="fd00::100", prefix=64, epoch=1)
+WRONG = "02:00:00:00:00:99"
+"""Hardware address of the former holder."""
+HOOK = """#!/bin/sh
+echo "$@" >> {log}
+[ ! -e {log}.fails ]
+"""
+
+
+class Lab:
+    """A machine with the interface ``n``, and its neighbor with the interface ``p``."""
+
+    def __init__(self, directory: Path) -> None:
+        self.pins = Namespaces(directory / "netns")
+        self.hook = directory / "hook"
+        self.log = directory / "log"
+        self.reports: list[str] = []
+
+    async def begin(self) -> None:
+        (self.log.parent / "netns").mkdir()
+        self.node, self.peer = await self.pins.create("node", {}), await self.pins.create("peer", {})
+        self.run(
+            "node", "ip link add n0 type veth peer name p0; ip link set p0 netns {peer}; ip link set lo up"
+        )
+        for name, device, last in (("node", "n0", 1), ("peer", "p0", 2)):
+            self.run(name, f"ip link set {device} up; ip addr add 10.0.0.{last}/24 dev {device}")
+            self.run(name, f"ip addr add fd00::{last}/64 dev {device} nodad")
+        clock = SystemClock()
+        self.addresses = MachineAddresses(
+            Namespaces(self.pins.path("x").parent, self.node),
+            clock,
+            AddressHook(self.hook, "w1", clock, lambda: 0.0),
+            self.reports.append,
+        )
+
+    def run(self, name: str, command: str) -> str:
+        inside = ["nsenter", f"--net={self.pins.path(name)}", "sh", "-ec", command.format(peer=self.peer)]
+        return subprocess.run(inside, check=True, capture_output=True, text=True, timeout=10).stdout
+
+    def has(self, order: AddressOrder) -> bool:
+        return f" {order.address}/" in self.run("node", "ip -o addr show dev n0")
+
+    def neighbor(self, order: AddressOrder) -> str:
+        return self.run("peer", f"ip neigh show {order.address} dev p0").lower()
+
+    def write_hook(self) -> None:
+        self.hook.write_text(HOOK.format(log=self.log))
+        self.hook.chmod(0o700)
+
+
+@pytest.fixture
+async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
+    made = Lab(tmp_path)
+    await made.begin()
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(made.addresses.run())
+        await asyncio.sleep(0)
+        yield made
+        running.cancel()
+    for name in ("node", "peer"):
+        await made.pins.destroy(name)
+
+
+async def until(condition: object, within_s: float = 5.0) -> float:
+    """Wait until ``condition()`` holds.  Return the seconds."""
+    assert callable(condition)
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < within_s, "it did not happen"
+        await asyncio.sleep(0.01)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("order", [FOUR, SIX])
+async def test_an_address_is_added_once_and_extended(lab: Lab, order: AddressOrder) -> None:
+    assert await lab.addresses.hold(order, lambda: True)
+    began = time.monotonic()
+    while time.monotonic() - began < KERNEL_S + 0.5:
+        assert not await lab.addresses.hold(order, lambda: True)
+        assert lab.has(order)
+        await asyncio.sleep(0.2)
+    assert "noprefixroute" in lab.run("node", f"ip addr show to {order.address}")
+    await lab.addresses.drop(order)
+    assert not lab.has(order)
+    assert await lab.addresses.hold(order, lambda: True)
+
+
+@pytest.mark.parametrize("order", [FOUR, SIX])
+async def test_the_kernel_drops_what_nobody_extends(lab: Lab, order: AddressOrder) -> None:
+    """Also in the worst case, in which the kernel has looked for expired addresses a moment before."""
+    await lab.addresses.hold(order, lambda: True)
+    added_at = time.monotonic()
+    await asyncio.sleep(0.93)
+    other = AddressOrder(address=order.address[:-1] + "1", prefix=order.prefix, epoch=1)
+    await lab.addresses.hold(other, lambda: True)
+    await until(lambda: not lab.has(order))
+    assert time.monotonic() - added_at <= KERNEL_S + KERNEL_LATE_S + 0.1, "0.1 s for this test's own command"
+
+
+async def test_nothing_is_left_if_it_is_too_late(lab: Lab) -> None:
+    assert not await lab.addresses.hold(FOUR, lambda: False)
+    assert not lab.has(FOUR)
+    answers = iter([True, False])  # the process stood still between the two
+    assert not await lab.addresses.hold(FOUR, lambda: next(answers))
+    assert not lab.has(FOUR)
+
+
+@pytest.mark.parametrize("order", [FOUR, SIX])
+async def test_neighbors_learn_the_new_holder(lab: Lab, order: AddressOrder) -> None:
+    lab.run("peer", f"ip neigh replace {order.address} lladdr {WRONG} dev p0 nud reachable")
+    assert WRONG in lab.neighbor(order)
+    await lab.addresses.hold(order, lambda: True)
+    lab.addresses.took(order)
+    await until(lambda: WRONG not in lab.neighbor(order))
+    own = lab.run("node", "cat /dev/null; ip -br link show n0").lower()
+    assert lab.neighbor(order).split()[2] in own
+
+
+async def test_addresses_of_the_machine_are_left_alone(lab: Lab) -> None:
+    own = AddressOrder(address="10.0.0.1", prefix=24, epoch=1)
+    with pytest.raises(FailedPrecondition, match="an address of the machine itself, on n0"):
+        await lab.addresses.hold(own, lambda: True)
+    await lab.addresses.drop(own)
+    assert lab.has(own)
+
+
+async def test_a_machine_without_the_subnet_refuses(lab: Lab) -> None:
+    far = AddressOrder(address="10.7.0.1", prefix=24, epoch=1)
+    with pytest.raises(FailedPrecondition, match=r"no interface with a subnet of 10\.7\.0\.1"):
+        await lab.addresses.hold(far, lambda: True)
+    named = AddressOrder(address="10.7.0.1", prefix=32, interface="n0", epoch=1)
+    assert await lab.addresses.hold(named, lambda: True)
+    unknown = AddressOrder(address="10.7.0.1", prefix=32, interface="x", epoch=1)
+    with pytest.raises(FailedPrecondition, match="no interface x"):
+        await lab.addresses.hold(unknown, lambda: True)
+
+
+async def test_a_holder_whose_interface_is_down_refuses(lab: Lab) -> None:
+    await lab.addresses.hold(FOUR, lambda: True)
+    lab.run("peer", "ip link set p0 down")
+    with pytest.raises(FailedPrecondition, match="its interface n0 is down"):
+        await lab.addresses.hold(FOUR, lambda: True)
+
+
+async def test_the_hook_runs_until_it_succeeds(lab: Lab) -> None:
+    lab.write_hook()
+    fails = lab.log.with_name("log.fails")
+    fails.touch()
+    await lab.addresses.hold(FOUR, lambda: True)
+    lab.addresses.took(FOUR)
+    await until(lambda: any("exit code 1" in one for one in lab.reports))
+    fails.unlink()
+    await until(lambda: lab.reports[-1] == "")
+    await lab.addresses.drop(FOUR)
+    await lab.addresses.run_release_hook(FOUR)
+    lines = lab.log.read_text().splitlines()
+    assert set(lines[:-1]) == {"10.0.0.100 w1 take"}
+    assert lines[-1] == "10.0.0.100 w1 release"
+
+
+async def test_a_hook_that_others_can_change_is_not_run(lab: Lab, tmp_path: Path) -> None:
+    lab.write_hook()
+    lab.hook.chmod(0o722)
+    with pytest.raises(FailedPrecondition, match="others than root may change"):
+        require_of_root(lab.hook)
+    lab.hook.chmod(0o700)
+    link = tmp_path / "link"
+    link.symlink_to(lab.hook)
+    with pytest.raises(FailedPrecondition, match="others than root may change"):
+        require_of_root(link)
+
+
+async def test_a_hook_has_a_deadline(lab: Lab) -> None:
+    lab.hook.write_text("#!/bin/sh\nexec sleep 60\n")
+    lab.hook.chmod(0o700)
+    hook = AddressHook(lab.hook, "w1", SystemClock(), lambda: 0.0)
+    with pytest.raises(Unavailable, match=r"no end within 0\.2 s"):
+        await hook.run("10.0.0.100", "take", 0.2)
+
+
+async def test_only_nodes_with_a_proxy_may_be_named() -> None:
+    wanted: list[bool] = []
+    door = TableService(id=ServiceId("d"), name="skep-door", labels={DOOR: "true"})
+    proxy = TableEndpoint(task_id=TaskId("t"), node_id=NodeId("w1"), service_id=door.id)
+    head = NetworkHead(id=NetworkId("n"), name="skep-door", is_door=True)
+    table = NetworkTable(head=head, services={door.id: door}, endpoints={proxy.task_id: proxy})
+    watch = DoorWatch(wanted.append)
+    for node in ("w1", "w2"):
+        await watch.apply(NodeId(node), {head.id: table}, frozenset({head.id}))
+    await watch.apply(NodeId("w1"), {}, frozenset({head.id}))
+    assert wanted == [True, False, False]

@@ -1,0 +1,168 @@
+"""Failover addresses on a playground: the block of the guide, and what clients see when the holder fails."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from ipaddress import ip_address
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.integration.networks.lab import outside
+from tests.support.harness.documents import shell_blocks
+from tests.support.machines.playground_rig import TestCluster, a_playground, wait_running, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.needs("curl")]
+
+MOVED_S_MAX = 3.0
+"""Seconds that clients wait at most after the death of the holder."""
+DRAINED_S_MAX = 0.2
+CLIENT_S_MAX = 1.5
+"""Seconds until a client that asks again every 0.3 s has an answer, on a busy machine."""
+LOOK_S = 0.02
+PAGE = "docs/guide/front-door.md"
+
+
+class Watch:
+    """Requests to an address, and looks at which nodes have it.  Runs in threads of its own."""
+
+    def __init__(self, cluster: TestCluster, address: str) -> None:
+        self.cluster, self.address = cluster, address
+        self.answers: list[tuple[float, str]] = []
+        """Times of answers, with the host name of the answering task."""
+        self.twice: list[str] = []
+        self._is_over = threading.Event()
+
+    @contextmanager
+    def running(self) -> Iterator["Watch"]:
+        threads = [threading.Thread(target=one) for one in (self._ask, self._look)]
+        for one in threads:
+            one.start()
+        try:
+            yield self
+        finally:
+            self._is_over.set()
+            for one in threads:
+                one.join(5)
+
+    def _ask(self) -> None:
+        inside = ["nsenter", f"--net={outside(self.cluster)}"]
+        while not self._is_over.wait(LOOK_S):
+            command = [*inside, "curl", "-s", "-m", "0.3", f"http://{self.address}/"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                self.answers.append((time.monotonic(), done.stdout.strip()))
+
+    def _look(self) -> None:
+        while not self._is_over.wait(LOOK_S):
+            if len(having := holders(self.cluster, self.address)) > 1:
+                # The first look may have been before a move, and the last one after it.
+                having = sorted(set(having) & set(holders(self.cluster, self.address)))
+                self.twice += [", ".join(having)] if len(having) > 1 else []
+
+    def wait_answer(self, *but: str, within_s: float = 30.0) -> str:
+        """Wait for the answer of a task that is none of ``but``."""
+        found: list[str] = []
+
+        def answers() -> bool:
+            found[:] = [self.answers[-1][1]] if self.answers else []
+            return bool(found) and found[0] not in but
+
+        wait_until(answers, f"another answer than {but}", within_s=within_s)
+        return found[0]
+
+    def longest_gap_s(self) -> float:
+        """Return the longest time without an answer."""
+        times = [at for at, _ in self.answers]
+        return max(later - at for at, later in pairwise(times))
+
+
+def holders(cluster: TestCluster, address: str) -> list[str]:
+    """Return the nodes whose kernel has an address."""
+    found = []
+    for one in cluster.nodes():
+        command = ["nsenter", f"--net={one.description['netns']}", "ip", "-o", "addr", "show", "to", address]
+        if subprocess.run(command, capture_output=True, text=True, check=False).stdout:
+            found.append(one.name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[TestCluster]:
+    """A playground whose front door is a web server that tells its host name."""
+    with a_playground("failover", managers=1, workers=2) as made:
+        m1 = made.node("m1")
+        m1.docker("network", "create", "-d", "overlay", "--label", "skep.door=true", "skep-door")
+        serve = (
+            "trap exit TERM; mkdir /www; hostname > /www/index.html; httpd -h /www; while :; do sleep 1; done"
+        )
+        m1.docker(
+            *("service", "create", "-d", "--name", "skep-door", "--mode", "global", "--network", "skep-door"),
+            *("--label", "skep.door=true", "--constraint", "node.role==worker"),
+            *("--publish", "mode=host,target=80,published=80", "busybox:1", "sh", "-c", serve),
+        )
+        wait_running(m1, "skep-door", 2)
+        yield made
+
+
+@pytest.fixture
+def watch(cluster: TestCluster) -> Iterator[Watch]:
+    """Requests to an address of the guide, which both workers could hold."""
+    m1 = cluster.node("m1")
+    wait_running(m1, "skep-door", 2, within_s=60)
+    address = str(ip_address(m1.description["addr"]) + 80)
+    (block,) = [one for one in shell_blocks(PAGE) if "skep cluster address" in one]
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "DOCKER_HOST": m1.socket,
+        "FREE_ADDRESS": address,
+    }
+    run = ["bash", "-ec", block]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 or "already exists" in done.stderr, done.stderr
+    with Watch(cluster, address).running() as made:
+        made.wait_answer()
+        yield made
+        assert made.twice == []
+
+
+@pytest.mark.parametrize(("fail", "mend"), [("kill", "start"), ("pause", "resume"), ("cut", "reconnect")])
+def test_a_lost_holder_is_replaced_in_time(cluster: TestCluster, watch: Watch, fail: str, mend: str) -> None:
+    first = watch.answers[-1][1]
+    (node,) = holders(cluster, watch.address)
+    cluster.skep(fail, node)
+    second = watch.wait_answer(first)
+    assert watch.longest_gap_s() <= MOVED_S_MAX, "not in time"
+    wait_until(lambda: node not in holders(cluster, watch.address), "the former holder has it no longer")
+    cluster.skep(mend, node)
+    wait_running(cluster.node("m1"), "skep-door", 2, within_s=60)
+    assert watch.wait_answer() == second, "it does not return by itself"
+
+
+def logged_at(cluster: TestCluster, event: str) -> float:
+    """Return the last time at which any node has logged ``event`` (Unix time)."""
+    logs = [line for one in cluster.nodes() for line in _log(cluster, one.name) if event in line]
+    return max(datetime.fromisoformat(json.loads(line)["timestamp"]).timestamp() for line in logs)
+
+
+def _log(cluster: TestCluster, node: str) -> list[str]:
+    return (cluster.directory / node / "skep.log").read_text().splitlines()
+
+
+def test_a_drained_holder_gives_the_address_up_at_once(cluster: TestCluster, watch: Watch) -> None:
+    """Measured in the logs, because a client that has sent a packet to the former holder waits for its timeout."""
+    first = watch.answers[-1][1]
+    (node,) = holders(cluster, watch.address)
+    cluster.node("m1").docker("node", "update", "--availability", "drain", node)
+    watch.wait_answer(first)
+    cluster.node("m1").docker("node", "update", "--availability", "active", node)
+    began = logged_at(cluster, "failover address leaves its node")
+    assert logged_at(cluster, "failover address held") - began <= DRAINED_S_MAX, "not in time"
+    assert watch.longest_gap_s() <= CLIENT_S_MAX, "not in time"
