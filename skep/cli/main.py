@@ -83,6 +83,13 @@ GROUPS = {
         "volume": Command("skep.cli.cluster.volume:volume", "Manage volumes."),
         "user": Command("skep.cli.cluster.user:user", "Manage users of the API."),
         "door": Command("skep.cli.cluster.door:door", "Manage the front door, the cluster's HTTP proxies."),
+        "catalog": Command("skep.cli.cluster.catalog:catalog", "Show where services are reached."),
+        "balance": Command(
+            "skep.cli.cluster.catalog:balance", "Balance this machine's connections over services."
+        ),
+        "register": Command(
+            "skep.cli.cluster.catalog:register", "Register a service of this machine in the catalog."
+        ),
         "notify": Command("skep.cli.cluster.notify:notify", "Manage notifications about problems."),
     },
     "Maintain": {

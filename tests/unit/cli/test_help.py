@@ -26,6 +26,8 @@ VERBS = frozenset(
             "Abort",
             "Add",
             "Attach",
+            "Balance",
+            "Register",
             "Back",
             "Check",
             "Compare",
