@@ -29,7 +29,7 @@ async def catalog(rig: Rig, role: str = "viewer", query: str = "") -> dict[str, 
     status, text, _ = await rig.exchange(role, f"GET /skep/catalog{query}")
     assert status == 200, text
     answer = json.loads(text)
-    return {one["Name"]: one for one in (answer.get("ServiceCatalog") or {}).get("Services", [])} | {
+    return {one["Name"]: one for one in (answer.get("Catalog") or {}).get("Services", [])} | {
         "": answer["Digest"]
     }
 
