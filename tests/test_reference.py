@@ -78,6 +78,7 @@ ACTIONS = {
         "reboot-lock": "release take",
         "node": "drain evict forget",
         "door": "down up",
+        "catalog": "serve",
         "service": "expose hide rollback start stop wait",
         "update": "abort pause resume",
         "network": "update",

@@ -27,11 +27,11 @@ PACE_S: Final = 0.5
 class KnownCatalog:
     """The last known catalog, which stays while no manager responds.
 
-    ``index`` is 0 before the first response, and grows with every change.
+    ``index`` grows with every change.  It is ``first_index`` before the first response.
     """
 
-    def __init__(self) -> None:
-        self.index = 0
+    def __init__(self, first_index: int = 0) -> None:
+        self.first_index = self.index = first_index
         self.services: Mapping[str, CatalogService] = {}
         self.nodes: Mapping[str, str] = {}
         self.digest = ""
@@ -59,6 +59,7 @@ class CatalogReader:
         report: Takes a message when the managers stop responding, and when they respond again.
         pace_s: Least seconds between two responses.
         retry_s: First and longest delay in seconds after a failed request.
+        first_index: See ``KnownCatalog``.
     """
 
     def __init__(
@@ -68,8 +69,9 @@ class CatalogReader:
         report: Callable[[str], None],
         pace_s: float = PACE_S,
         retry_s: tuple[float, float] = RETRY_S,
+        first_index: int = 0,
     ) -> None:
-        self.known = KnownCatalog()
+        self.known = KnownCatalog(first_index)
         self._client = client
         self._clock = clock
         self._report = report

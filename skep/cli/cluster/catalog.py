@@ -4,12 +4,15 @@ The commands run until Ctrl+C or SIGTERM, with the rights of the user that start
 """
 
 import asyncio
+import importlib.util
 import re
 import signal
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -20,9 +23,15 @@ from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests, say
 from skep.model.catalog import TTL_S_MAX, TTL_S_MIN, CatalogAnswer, ServiceCatalog, ServiceRegistration
-from skep.model.networks.addresses import joined
+from skep.model.networks.addresses import PORT_MAX, is_address, joined
 from skep.model.task_end import printable
+from skep.model.values.times import SECOND_NS
 from skep.model.values.unknown import leniently
+
+if TYPE_CHECKING:
+    from skep.catalog.following import KnownCatalog
+
+LOOPBACK = "127.0.0.1"
 
 _INSTANCE = re.compile(r"[^A-Za-z0-9-]+")
 
@@ -36,6 +45,7 @@ def catalog() -> None:
     \b
     Examples:
       skep catalog ls
+      skep catalog serve --consul 8500 --dns 8600
     """
 
 
@@ -84,6 +94,81 @@ def shown_catalog(found: ServiceCatalog) -> Shown:
         )
 
     return Shown(data=msgspec.to_builtins(found), rows=rows, lines=lines)
+
+
+@catalog.command()
+@click.option("--consul", default="", metavar="[ADDRESS:]PORT", help="Serve Consul's HTTP interface.")
+@click.option("--dns", default="", metavar="[ADDRESS:]PORT", help="Serve NAME.service.consul over DNS.")
+@click.option("--etcd", default="", metavar="[ADDRESS:]PORT", help="Serve etcd's v3 interface.")
+@click.pass_obj
+def serve(host: HostOptions, consul: str, dns: str, etcd: str) -> None:
+    """Serve the catalog to programs that know Consul or etcd.
+
+    All interfaces are read-only, and listen on 127.0.0.1 unless you specify ADDRESS. Whoever reaches them reads what
+    you may read.
+
+    While no manager responds, they serve the last known catalog.
+
+    \b
+    Examples:
+      skep catalog serve --consul 8500 --dns 8600
+      skep catalog serve --etcd 10.0.0.1:2379
+    """
+    places = {
+        name: _place(name, word) for name, word in (("consul", consul), ("dns", dns), ("etcd", etcd)) if word
+    }
+    if not places:
+        raise click.UsageError("Use at least one of --consul, --dns and --etcd.")
+    if "etcd" in places and importlib.util.find_spec("hpack") is None:
+        raise click.ClickException(
+            "--etcd needs the Python packages of a node, which this installation does not have. "
+            "Run pip install 'skep-orchestrator[server]'."
+        )
+    run_requests(_until_stopped(_serve(host, places)))
+
+
+def _place(option: str, word: str) -> tuple[str, int]:
+    """Return address and port of an option.  Raises: click.UsageError."""
+    address, _, digits = word.rpartition(":")
+    address = address.strip("[]") or LOOPBACK
+    is_port = digits.isascii() and digits.isdigit() and len(digits) <= 5 and int(digits) <= PORT_MAX
+    if not is_port or not is_address(address):
+        raise click.UsageError(f"--{option}: expected [ADDRESS:]PORT with an IP address, not {word!r}.")
+    return address, int(digits)
+
+
+async def _serve(host: HostOptions, places: Mapping[str, tuple[str, int]]) -> None:
+    from skep.catalog.following import CatalogReader
+
+    clock = SystemClock()
+    # Clients remember indexes, which have to grow when this command is started again.
+    first_index = clock.now_ns() // SECOND_NS
+    async with host.requests() as client, AsyncExitStack() as stack:
+        reader = CatalogReader(client, clock, say, first_index=first_index)
+        known = await stack.enter_async_context(reader.following())
+        for name, (address, port) in places.items():
+            bound = await stack.enter_async_context(_served(name, known, address, port))
+            click.echo(f"{name} at {joined(address, bound)}")
+            if not ip_address(address).is_loopback:
+                say(f"{joined(address, bound)} is open to every machine that reaches it.")
+        await asyncio.Event().wait()
+
+
+def _served(name: str, known: "KnownCatalog", address: str, port: int) -> AbstractAsyncContextManager[int]:
+    """Return a block in which an interface is served, which yields the port."""
+    match name:
+        case "consul":
+            from skep.catalog.consul import ConsulView, serving_consul
+
+            return serving_consul(ConsulView(known), address, port)
+        case "dns":
+            from skep.catalog.names import DnsView, serving_names
+
+            return serving_names(DnsView(known, Random().shuffle), address, port)
+        case _:
+            from skep.catalog.etcd import EtcdView, serving_keys
+
+            return serving_keys(EtcdView(known), address, port)
 
 
 @click.command()

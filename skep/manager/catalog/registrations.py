@@ -1,7 +1,7 @@
 """Registrations of services on machines outside of the cluster, as records in the store.
 
 Each record is a payload, so no other API shows it, and managers of older versions ignore it.  The API writes them, and
-the leader removes those whose lease is over (``manager.catalog.leases``).  Their number is bounded.
+the leader removes those whose lease is over (``manager.catalog.loop``).  Their number is bounded.
 """
 
 import re

@@ -1,6 +1,6 @@
 """When the lease of a registration is over."""
 
-from skep.manager.catalog.leases import LeaseTimes
+from skep.manager.catalog.loop import LeaseTimes
 from skep.manager.catalog.registrations import RegistrationRecord
 from skep.model.catalog import ServiceRegistration
 
