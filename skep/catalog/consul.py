@@ -39,7 +39,8 @@ class ConsulView:
 
     def __init__(self, known: KnownCatalog) -> None:
         self._known = known
-        self._waiting = Slots(WAITING_MAX, 0, "blocking queries wait")
+        self.queries = Slots(WAITING_MAX, 0, "blocking queries wait")
+        """Blocking queries that wait."""
 
     def application(self, *, is_loopback: bool) -> web.Application:
         """Return the application.
@@ -127,7 +128,7 @@ class ConsulView:
         if not index or index > self._known.index:
             return
         try:
-            async with self._waiting.hold():
+            async with self.queries.hold():
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_wait_s(query.get("wait", ""))):
                         await self._known.wait_changed(index)

@@ -25,6 +25,7 @@ from skep.model.catalog import CatalogInstance, CatalogService, ServiceCatalog, 
 from tests.component.test_balancing import served
 from tests.conformance.manager import a_manager_api
 from tests.support.machines.playground_rig import SKEP
+from tests.support.store.store_transactions import eventually
 
 pytestmark = pytest.mark.timeout(60)
 TAGS = ("traefik.enable=true", "traefik.http.routers.web.rule=Host(`a.example`)")
@@ -58,8 +59,8 @@ def known() -> KnownCatalog:
 
 
 @asynccontextmanager
-async def consul(known: KnownCatalog) -> AsyncIterator[Callable[..., Any]]:
-    async with serving_consul(ConsulView(known), "127.0.0.1", 0) as port, ClientSession() as session:
+async def consul(known: KnownCatalog, view: ConsulView | None = None) -> AsyncIterator[Callable[..., Any]]:
+    async with serving_consul(view or ConsulView(known), "127.0.0.1", 0) as port, ClientSession() as session:
 
         async def get(path: str, method: str = "GET", **headers: str) -> tuple[int, Any, int]:
             url = f"http://127.0.0.1:{port}{path}"
@@ -93,10 +94,12 @@ async def test_traefiks_provider_finds_addresses_ports_tags_and_states(known: Kn
 
 async def test_consul_templates_blocking_query_ends_with_a_change(known: KnownCatalog) -> None:
     """The call of consul-template 0.29, dependency/health_service.go, with the index of the response before."""
-    async with consul(known) as get:
+    view = ConsulView(known)
+    async with consul(known, view) as get:
         path = "/v1/health/service/web?passing=1&stale="
         _, _, index = await get(path)
         waiting = asyncio.create_task(get(f"{path}&index={index}&wait=60000ms"))
+        await eventually(lambda: view.queries.held)
         assert (await get(f"{path}&index={index}&wait=20ms"))[2] == index
         assert not waiting.done()
         known.replace("b", a_catalog(ONE))
