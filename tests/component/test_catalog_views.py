@@ -3,7 +3,6 @@
 import asyncio
 import json
 import shutil
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,12 +23,12 @@ from skep.manager.catalog.registrations import register
 from skep.model.catalog import CatalogInstance, CatalogService, ServiceCatalog, ServiceRegistration
 from tests.component.test_balancing import served
 from tests.conformance.manager import a_manager_api
+from tests.conftest import SEARCHED
 from tests.support.machines.playground_rig import SKEP
 from tests.support.store.store_transactions import eventually
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.needs("etcdctl"), pytest.mark.timeout(60)]
 TAGS = ("traefik.enable=true", "traefik.http.routers.web.rule=Host(`a.example`)")
-LIBEXEC = Path(sys.prefix) / "libexec/skep"
 
 
 def an_instance(id: str, address: str, port: int = 8080, tags: tuple[str, ...] = TAGS) -> CatalogInstance:
@@ -227,9 +226,8 @@ async def test_a_long_answer_is_truncated_over_udp_and_whole_over_tcp(known: Kno
 
 @pytest.fixture
 async def etcdctl(known: KnownCatalog) -> AsyncIterator[Callable[..., Any]]:
-    program = str(LIBEXEC / "etcdctl") if (LIBEXEC / "etcdctl").exists() else shutil.which("etcdctl")
-    if program is None:
-        pytest.skip("needs etcdctl")
+    program = shutil.which("etcdctl", path=SEARCHED)
+    assert program is not None
     async with serving_keys(EtcdView(known), "127.0.0.1", 0) as port:
 
         async def start(*words: str) -> asyncio.subprocess.Process:
