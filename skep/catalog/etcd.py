@@ -1,6 +1,6 @@
 """A read-only view of the catalog in etcd's v3 interface: ranges, transactions of ranges, and watches.
 
-Changes are refused.  The keys are those of ``etcd_keys``.
+Changes are refused.  ``etcd_keys`` has the keys.
 
 Source: etcd, api/etcdserverpb/rpc.proto and server/etcdserver/api/v3rpc.
 """
@@ -275,7 +275,7 @@ class _Connections:
         self._open: set[ServerConnection] = set()
 
     def accept(self) -> asyncio.Protocol:
-        """Return the protocol of a new connection, or one that closes it if there are too many."""
+        """Return the protocol of a new connection, which only closes it if there are too many."""
         self._open = {one for one in self._open if one.is_open}
         if len(self._open) >= CONNECTIONS_MAX:
             return _Refused()
