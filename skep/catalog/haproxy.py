@@ -82,7 +82,7 @@ def _sections(listeners: Sequence[BalancedPort], services: Mapping[str, CatalogS
         yield "    default-server inter 2s fastinter 500ms downinter 2s fall 2 rise 1 observe layer4"
         service = services.get(listener.service)
         for instance in service.instances if service is not None else ():
-            if instance.port:
+            if instance.port and is_address(instance.address):
                 yield f"    server {_name(instance)} {joined(instance.address, instance.port)} check"
 
 

@@ -44,6 +44,11 @@ NOTIFICATIONS: Final = 6
 CERTIFICATES: Final = 6
 """From this level on there may be an account for certificates.  A leader of a lower level would not renew them."""
 
+REGISTRATIONS: Final = 6
+"""From this level on there may be registrations of services outside.  A leader of a lower level would not remove those
+whose leases are over.
+"""
+
 LOWEST: Final = 1
 """The level of managers that do not report one."""
 

@@ -27,6 +27,7 @@ from skep.manager.routes.access import ManagerApi
 from skep.model.catalog import CatalogInstance, CatalogService, ServiceRegistration
 from tests.conformance.manager import a_manager_api
 from tests.support.networks.names_lab import wait_until
+from tests.support.store.store_transactions import raise_level
 
 pytestmark = [pytest.mark.needs("haproxy"), pytest.mark.timeout(60)]
 
@@ -149,6 +150,7 @@ async def answers(port: int, path: str = "/", count: int = 1) -> list[str]:
 async def test_servers_come_and_go_without_a_lost_connection(machine: Machine, tmp_path: Path) -> None:
     one, two = Backend("one"), Backend("two")
     async with a_manager_api() as api, served(api, tmp_path / "m.sock"):
+        await api.store.update(raise_level)
         await one.start()
         await two.start()
         await api.store.update(register, a_registration(one))
@@ -194,6 +196,7 @@ async def test_without_managers_it_goes_on_and_leaves_out_what_fails(
     await two.start()
     socket = tmp_path / "m.sock"
     async with a_manager_api() as api, following(machine, socket) as known:
+        await api.store.update(raise_level)
         for backend in (one, two):
             await api.store.update(register, a_registration(backend))
         async with served(api, socket):
@@ -225,7 +228,7 @@ async def test_a_file_of_somebody_else_and_a_refused_configuration_change_nothin
     assert not await machine.balancer.apply({})
     written = machine.files.file.read_text()
     broken = CatalogService(
-        name=SERVICE, instances=(CatalogInstance(id="t1", address="not an address", port=80),)
+        name=SERVICE, instances=(CatalogInstance(id="t1", address="10.0.0.1", port=70000),)
     )
     with pytest.raises(FailedPrecondition, match="haproxy -c"):
         await machine.balancer.apply({SERVICE: broken})
@@ -241,6 +244,7 @@ async def test_a_service_is_registered_while_its_check_passes(tmp_path: Path) ->
         served(api, socket),
         PlainRequests(RawClient(f"unix://{socket}", None)) as client,
     ):
+        await api.store.update(raise_level)
         registration = msgspec.structs.replace(a_registration(backend), address="192.0.2.7", ttl=5)
         check = http_check("127.0.0.1", backend.port, "/health")
         rules = CheckRules(interval_s=0.02, rise=2, fall=2)

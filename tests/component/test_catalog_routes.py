@@ -15,12 +15,13 @@ from skep.model.task import PortStatus, Task, TaskState
 from skep.store.kinds import Payload
 from tests.component.test_users_on_a_manager import Rig, _a_rig, labeled, running
 from tests.support.builders import a_node, a_service
-from tests.support.store.store_transactions import eventually, put
+from tests.support.store.store_transactions import eventually, put, raise_level
 
 
 @pytest.fixture
 async def rig() -> AsyncIterator[Rig]:
     async with _a_rig() as made:
+        await made.api.store.update(raise_level)
         yield made
 
 
@@ -144,6 +145,12 @@ async def test_a_user_of_a_stack_registers_and_sees_its_services_alone(rig: Rig)
     assert (await catalog(rig, "viewer:shop")).keys() == {"", "shop_db", "shop_web"}
     taken = a_registration("blog_db", Stack="")
     assert (await rig.exchange("operator", put_it.format("blog_db"), taken))[0] == 409
+
+
+async def test_a_leader_that_would_end_no_lease_gets_no_registration() -> None:
+    async with _a_rig() as rig:
+        status, text, _ = await rig.exchange("operator", "PUT /skep/registrations/db@db1", a_registration())
+        assert (status, "upgrade the others first" in text) == (400, True), text
 
 
 async def test_the_number_of_registrations_is_bounded(rig: Rig) -> None:

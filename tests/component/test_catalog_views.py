@@ -25,7 +25,7 @@ from tests.component.test_balancing import served
 from tests.conformance.manager import a_manager_api
 from tests.conftest import SEARCHED
 from tests.support.machines.playground_rig import SKEP
-from tests.support.store.store_transactions import eventually
+from tests.support.store.store_transactions import eventually, raise_level
 
 pytestmark = [pytest.mark.needs("etcdctl"), pytest.mark.timeout(60)]
 TAGS = ("traefik.enable=true", "traefik.http.routers.web.rule=Host(`a.example`)")
@@ -346,6 +346,7 @@ async def test_changes_are_refused(etcdctl: Callable[..., Any]) -> None:
 async def test_the_command_serves_all_interfaces_until_it_is_stopped(tmp_path: Path) -> None:
     socket = tmp_path / "m.sock"
     async with a_manager_api() as api, served(api, socket):
+        await api.store.update(raise_level)
         await api.store.update(register, REGISTRATION)
         words = (
             "--host",

@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from skep.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
+from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from skep.manager.control.validation.names import check_dns_name
 from skep.model.catalog import (
     REGISTRATIONS_MAX,
@@ -23,6 +23,7 @@ from skep.model.catalog import (
 from skep.model.networks.addresses import PORT_MAX, is_of_a_machine, parsed
 from skep.store.interface import Transaction, View
 from skep.store.kinds import Payload, read_record, write_record
+from skep.store.level import REGISTRATIONS
 
 PREFIX: Final = "registration/"
 _TAG = re.compile(r"[!-~]+")
@@ -92,9 +93,12 @@ def register(tx: Transaction, registration: ServiceRegistration) -> None:
     """Add a registration, or replace it and renew its lease.
 
     Raises:
+        FailedPrecondition: A manager is too old to end leases.
         AlreadyExists: It belongs to another stack.
         ResourceExhausted: There are too many.
     """
+    if tx.level < REGISTRATIONS:
+        raise FailedPrecondition("registrations need managers of this version: upgrade the others first")
     name = name_of(registration)
     found = read_record(tx.lookup(Payload, PREFIX + name), RegistrationRecord())
     if not found.registration.service:
