@@ -102,7 +102,7 @@ async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
 @asynccontextmanager
 async def served(api: ManagerApi, socket: Path) -> AsyncIterator[None]:
     """Let the manager answer on a socket."""
-    run = runner(application(api))
+    run = runner(application(api), shutdown_timeout=0.1)
     await run.setup()
     try:
         await web.UnixSite(run, str(socket)).start()
