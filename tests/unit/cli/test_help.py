@@ -28,6 +28,7 @@ VERBS = frozenset(
             "Attach",
             "Balance",
             "Register",
+            "Serve",
             "Back",
             "Check",
             "Compare",
