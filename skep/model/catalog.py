@@ -10,6 +10,8 @@ from skep.model.values.encoding import ApiObject, always
 
 REGISTRATIONS_MAX: Final = 500
 """Largest number of registrations.  Each is written at every renewal, so they take 50 writes/s at the default lease."""
+STACK_REGISTRATIONS_MAX: Final = 100
+"""Largest number of registrations of one stack, so that users of one stack leave room for the others."""
 TTL_S_MIN: Final = 5
 """Shortest lease in seconds.  A change of the leader, in which no renewal is accepted, takes about a second."""
 TTL_S_MAX: Final = 3600

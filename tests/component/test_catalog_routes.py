@@ -9,7 +9,8 @@ import pytest
 from msgspec.structs import replace
 
 from skep.api.access.permissions import STACK_LABEL
-from skep.model.catalog import REGISTRATIONS_MAX
+from skep.manager.catalog.registrations import register
+from skep.model.catalog import REGISTRATIONS_MAX, STACK_REGISTRATIONS_MAX, ServiceRegistration
 from skep.model.service import Endpoint, PortConfig, PublishMode, Service
 from skep.model.task import PortStatus, Task, TaskState
 from skep.store.kinds import Payload
@@ -145,6 +146,72 @@ async def test_a_user_of_a_stack_registers_and_sees_its_services_alone(rig: Rig)
     assert (await catalog(rig, "viewer:shop")).keys() == {"", "shop_db", "shop_web"}
     taken = a_registration("blog_db", Stack="")
     assert (await rig.exchange("operator", put_it.format("blog_db"), taken))[0] == 409
+
+
+async def addresses(rig: Rig, name: str, role: str = "viewer") -> list[str]:
+    """The addresses of a service for a reader, or none if the reader sees no such service."""
+    return [one["Address"] for one in (await catalog(rig, role)).get(name, {"Instances": []})["Instances"]]
+
+
+@pytest.mark.parametrize("labels", [{}, {STACK_LABEL: "blog"}])
+@pytest.mark.parametrize("name", ["shop_web", "shop_WEB"])
+async def test_a_registration_joins_no_service_of_another_stack(
+    rig: Rig, name: str, labels: dict[str, str]
+) -> None:
+    web = labeled(published(a_service("shop_web")), labels)
+    evil = a_registration(name, "evil", Stack="shop")
+    await deploy(rig, web, running("t1", web))
+    status, text, _ = await rig.exchange("operator:shop", f"PUT /skep/registrations/{name}@evil", evil)
+    assert (status, "belongs to another stack or to none" in text) == (409, True), text
+    for role in ("viewer", "viewer:shop"):
+        assert "192.0.2.7" not in await addresses(rig, name, role)
+
+
+@pytest.mark.parametrize("name", ["shop_web", "shop_WEB"])
+async def test_a_registration_whose_name_becomes_a_service_is_left_out_and_says_so(
+    rig: Rig, name: str
+) -> None:
+    path = f"/skep/registrations/{name}@evil"
+    evil = a_registration(name, "evil", Stack="shop")
+    assert (await rig.exchange("operator:shop", f"PUT {path}", evil))[0] == 204
+    assert await addresses(rig, name, "viewer:shop") == ["192.0.2.7"]
+    web = published(a_service("shop_web"))
+    await deploy(rig, web, running("t1", web))
+    assert await addresses(rig, "shop_web") == [a_node("n1").status.addr]
+    assert await addresses(rig, name, "viewer:shop") == []
+    status, text, _ = await rig.exchange("operator:shop", f"POST {path}/renew")
+    assert (status, "belongs to another stack or to none" in text) == (409, True), text
+
+
+async def test_a_registration_joins_a_service_and_registrations_of_its_stack_alone(rig: Rig) -> None:
+    web = labeled(a_service("shop_web"), {STACK_LABEL: "shop"})
+    await deploy(rig, web)
+    first = a_registration("shop_web", "a", Stack="shop")
+    assert (await rig.exchange("operator:shop", "PUT /skep/registrations/shop_web@a", first))[0] == 204
+    assert await addresses(rig, "shop_web") == ["192.0.2.7"]
+    outside = a_registration("shop_db", "a")
+    assert (await rig.exchange("operator", "PUT /skep/registrations/shop_db@a", outside))[0] == 204
+    for name, instance in (("shop_db", "evil"), ("shop_DB", "evil"), ("shop_DB", "a"), ("shop_web", "A")):
+        body = a_registration(name, instance, Stack="shop")
+        request = f"PUT /skep/registrations/{name}@{instance}"
+        assert (await rig.exchange("operator:shop", request, body))[0] == 409, request
+    misspelled = a_registration("shop_Db", "b")
+    status, text, _ = await rig.exchange("operator", "PUT /skep/registrations/shop_Db@b", misspelled)
+    assert (status, "called shop_db: use this spelling" in text) == (409, True), text
+
+
+async def test_one_stack_leaves_room_for_the_registrations_of_others(rig: Rig) -> None:
+    def request(stack: str, number: int) -> tuple[str, str, dict[str, Any]]:
+        body = a_registration(f"{stack}_db", f"m{number}", Stack=stack)
+        return f"operator:{stack}", f"PUT /skep/registrations/{stack}_db@m{number}", body
+
+    for number in range(STACK_REGISTRATIONS_MAX):
+        one = ServiceRegistration(service="shop_db", instance=f"m{number}", stack="shop")
+        await rig.api.store.update(register, one)
+    status, text, _ = await rig.exchange(*request("shop", STACK_REGISTRATIONS_MAX))
+    assert (status >= 400, "stack shop can have at most 100 registrations" in text) == (True, True), text
+    assert (await rig.exchange(*request("shop", 1)))[0] == 204, "an instance that is registered already"
+    assert (await rig.exchange(*request("blog", 0)))[0] == 204
 
 
 async def test_a_leader_that_would_end_no_lease_gets_no_registration() -> None:

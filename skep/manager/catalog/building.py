@@ -2,6 +2,9 @@
 
 A service with published ports is reached at its nodes, in host mode at the node of each task, and over the routing mesh
 at each node that runs a task.  A service without them is reached at its tasks' addresses on overlay networks.
+
+A registration whose name has become a service of another stack is left out.  Its registrar reports that, because the
+lease is not renewed.
 """
 
 import hashlib
@@ -36,18 +39,24 @@ def built_catalog(view: View, sees: Callable[[str], bool]) -> SlicedWork[Catalog
     """Return the catalog of the stacks that ``sees`` accepts."""
     nodes = {one.id: one for one in view.find(Node) if one.status.state is NodeState.READY}
     found: dict[str, CatalogService] = {}
+    owners: dict[str, tuple[str, str]] = {}
     for service in view.find(Service):
         yield
+        if service.removed_at is not None:
+            continue
         stack = stack_of(service.spec.labels)
-        if service.removed_at is None and sees(stack):
+        owners[service.spec.name.lower()] = service.spec.name, stack
+        if sees(stack):
             tags = tuple(sorted(_tags(service.spec.labels)))
             instances = _instances(service, view.find(Task, service_id=service.id), nodes, tags)
             found[service.spec.name] = CatalogService(
                 name=service.spec.name, stack=stack, tags=tags, instances=tuple(instances)
             )
     for record in records_in(view):
-        if sees(record.registration.stack):
-            _add(found, record.registration)
+        one = record.registration
+        own = one.service, one.stack
+        if owners.setdefault(one.service.lower(), own) == own and sees(one.stack):
+            _add(found, one)
     catalog = ServiceCatalog(
         services=tuple(found[name] for name in sorted(found)),
         nodes={node.shown_name: node.status.addr for node in sorted(nodes.values(), key=lambda one: one.id)},

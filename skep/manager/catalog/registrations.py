@@ -2,10 +2,13 @@
 
 Each record is a payload, so no other API shows it, and managers of older versions ignore it.  The API writes them, and
 the leader removes those whose lease is over (``manager.catalog.loop``).  Their number is bounded.
+
+A registration never joins a service or registrations of another stack, because the readers of a service trust those
+that can change it.  Names that differ only in case count as one, as in DNS.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -14,13 +17,16 @@ from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotF
 from skep.manager.control.validation.names import check_dns_name
 from skep.model.catalog import (
     REGISTRATIONS_MAX,
+    STACK_REGISTRATIONS_MAX,
     TAGS_MAX,
     TEXT_MAX,
     TTL_S_MAX,
     TTL_S_MIN,
     ServiceRegistration,
 )
+from skep.model.history import stack_of
 from skep.model.networks.addresses import PORT_MAX, is_of_a_machine, parsed
+from skep.model.service import Service
 from skep.store.interface import Transaction, View
 from skep.store.kinds import Payload, read_record, write_record
 from skep.store.level import REGISTRATIONS
@@ -94,28 +100,68 @@ def register(tx: Transaction, registration: ServiceRegistration) -> None:
 
     Raises:
         FailedPrecondition: A manager is too old to end leases.
-        AlreadyExists: It belongs to another stack.
+        AlreadyExists: The service, or a registration of it, belongs to another stack or has another spelling.
         ResourceExhausted: There are too many.
     """
     if tx.level < REGISTRATIONS:
         raise FailedPrecondition("registrations need managers of this version: upgrade the others first")
+    _require_own_service(tx, registration)
     name = name_of(registration)
     found = read_record(tx.lookup(Payload, PREFIX + name), RegistrationRecord())
+    others = [one.registration for one in records_in(tx)]
+    for one in others:
+        if one.service.lower() == registration.service.lower():
+            _require_same(registration, one.service, one.stack)
+            if (
+                one.instance.lower() == registration.instance.lower()
+                and one.instance != registration.instance
+            ):
+                raise AlreadyExists(f"instance {one.instance} of {one.service} exists: use this spelling")
     if not found.registration.service:
-        if sum(is_record(payload.id) for payload in tx.find(Payload)) >= REGISTRATIONS_MAX:
-            raise ResourceExhausted(
-                f"a cluster can have at most {REGISTRATIONS_MAX} registrations: remove others first"
-            )
-    elif found.registration.stack != registration.stack:
-        raise AlreadyExists(f"registration {name} belongs to another stack: choose another --instance")
+        _require_room(tx, registration.stack, others)
     write_record(
         tx, PREFIX + name, RegistrationRecord(registration=registration, renewals=found.renewals + 1)
     )
 
 
+def _require_room(tx: Transaction, stack: str, others: Sequence[ServiceRegistration]) -> None:
+    """Raises: ResourceExhausted."""
+    if sum(is_record(payload.id) for payload in tx.find(Payload)) >= REGISTRATIONS_MAX:
+        raise ResourceExhausted(
+            f"a cluster can have at most {REGISTRATIONS_MAX} registrations: remove others first"
+        )
+    if stack and sum(one.stack == stack for one in others) >= STACK_REGISTRATIONS_MAX:
+        raise ResourceExhausted(
+            f"stack {stack} can have at most {STACK_REGISTRATIONS_MAX} registrations: remove others first"
+        )
+
+
+def _require_own_service(tx: Transaction, registration: ServiceRegistration) -> None:
+    """Refuse a registration that would join a service of another stack.  Raises: AlreadyExists."""
+    for service in tx.find(Service, name=registration.service):
+        if service.removed_at is None:
+            _require_same(registration, service.spec.name, stack_of(service.spec.labels))
+
+
+def _require_same(registration: ServiceRegistration, service: str, stack: str) -> None:
+    """Raises: AlreadyExists: ``registration`` has another stack, or another spelling of ``service``."""
+    if registration.stack != stack:
+        raise AlreadyExists(
+            f"service {registration.service} belongs to another stack or to none: choose another name"
+        )
+    if registration.service != service:
+        raise AlreadyExists(f"the service is called {service}: use this spelling")
+
+
 def renew(tx: Transaction, name: str) -> None:
-    """Renew the lease of a registration.  Raises: NotFound."""
+    """Renew the lease of a registration.
+
+    Raises:
+        NotFound: It does not exist.
+        AlreadyExists: A service of the same name was created since, and belongs to another stack.
+    """
     found = record_in(tx, name)
+    _require_own_service(tx, found.registration)
     write_record(tx, PREFIX + name, msgspec.structs.replace(found, renewals=found.renewals + 1))
 
 
