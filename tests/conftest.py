@@ -55,7 +55,9 @@ def _present(need: str) -> bool:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--whole", action="store_true", help="at the end, ask for every test of docs/promises.md"
+        "--whole",
+        action="store_true",
+        help="at the end, ask for every test of the pages of promises and talks",
     )
     parser.addoption("--seed", type=int, help="run simulations with this seed alone")
 

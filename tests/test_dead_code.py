@@ -20,6 +20,7 @@ USED_BY_OTHERS = {
     "_ssl_buffer": "read by the base class (asyncio.sslproto)",
     "_ssl_buffer_view": "read by the base class (asyncio.sslproto)",
     "_write_backlog": "read by the base class (asyncio.sslproto)",
+    "datagram_received": "called by asyncio",
     "feed_eof": "called by aiohttp",
     "cert_verify": "called by requests",
     "format_commands": "called by click",

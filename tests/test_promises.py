@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.harness.promises import HARDENING, ROOT, Outcomes, exists, not_shown, rows, shown_by
+from tests.support.harness.promises import (
+    HARDENING,
+    ROOT,
+    TALKS,
+    Outcomes,
+    exists,
+    named_tests,
+    not_shown,
+    rows,
+    shown_by,
+)
 
 A, B = "tests/unit/test_a.py", "tests/unit/test_b.py"
 
@@ -25,6 +35,14 @@ def test_whatever_the_page_of_failures_and_attacks_names_exists() -> None:
     assert len(table) > 80
     assert [row[0] for row in table if not shown_by(row)] == []
     assert [name for row in table for name in shown_by(row) if not exists(name)] == []
+
+
+def test_the_tests_of_the_talks_are_asked_for_except_those_that_few_machines_run() -> None:
+    names = named_tests()
+    assert "tests/integration/test_tutorials.py::test_what_a_page_shows_is_so" in names, "without parameters"
+    rare = "tests/integration/node/test_network_volumes.py"
+    assert rare in TALKS.read_text()
+    assert [name for name in names if name.startswith(rare) or "[" in name] == []
 
 
 def outcomes() -> Outcomes:
@@ -67,6 +85,10 @@ def test_a_whole_run_fails_when_a_named_test_did_not_run(workers: str, tmp_path:
     command = [sys.executable, "-m", "pytest", *words, "tests/test_needs.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
-    _, _, named = done.stdout.partition("docs/promises.md names tests that did not pass")
+    _, _, named = done.stdout.partition("talks.md names tests that did not pass")
     assert "tests/contract/test_store.py" in named.split()
+    assert (
+        "tests/integration/test_stacks_of_the_talks.py::test_portainer_finds_its_agents_and_they_their_cluster"
+        in (named.split())
+    ), "a test of the talks alone"
     assert "tests/test_needs.py" not in named.split()

@@ -72,12 +72,13 @@ def test_every_option_of_a_command_says_what_it_does() -> None:
 ACTIONS = {
     " ".join(filter(None, ("skep", noun, verb)))
     for noun, verbs in {
-        "": "daemon exec attach cp port-forward run backup restore up upgrade",
+        "": "daemon exec attach balance cp port-forward register run backup restore up upgrade",
         "playground": "add cut demo down env exec kill load reconnect pause resume start up",
         "cluster": "recover resume rotate-keys unfreeze",
         "reboot-lock": "release take",
         "node": "drain evict forget",
         "door": "acme down up",
+        "catalog": "serve",
         "service": "expose hide rollback start stop wait",
         "update": "abort pause resume",
         "network": "update",

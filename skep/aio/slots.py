@@ -17,6 +17,7 @@ class Slots:
         self._free = asyncio.Semaphore(slots)
         self._waiting_max = waiting_max
         self.waiting = 0
+        self.held = 0
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[None]:
@@ -30,7 +31,9 @@ class Slots:
             await self._free.acquire()
         finally:
             self.waiting -= 1
+        self.held += 1
         try:
             yield
         finally:
+            self.held -= 1
             self._free.release()

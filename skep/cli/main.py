@@ -86,6 +86,13 @@ GROUPS = {
         "certificate": Command(
             "skep.cli.cluster.certificate:certificate", "Manage certificates of host names."
         ),
+        "catalog": Command("skep.cli.cluster.catalog:catalog", "Show where services are reached."),
+        "balance": Command(
+            "skep.cli.cluster.catalog:balance", "Balance this machine's connections over services."
+        ),
+        "register": Command(
+            "skep.cli.cluster.catalog:register", "Register a service of this machine in the catalog."
+        ),
         "notify": Command("skep.cli.cluster.notify:notify", "Manage notifications about problems."),
     },
     "Maintain": {

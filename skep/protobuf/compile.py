@@ -75,6 +75,7 @@ WIRE: Final = ProtoSet(
 )
 SETS: Final = (
     WIRE,
+    _alone("catalog", "etcd_view"),
     _alone("csi", "csi"),
     _alone("engine/buildkit", "buildkit"),
     _alone("store/etcd", "etcd"),

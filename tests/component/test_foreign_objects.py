@@ -20,14 +20,17 @@ from msgspec.structs import replace
 from skep.api.access.identity import identify
 from skep.api.access.permissions import STACK_LABEL, PermissionScope, rule_for
 from skep.api.http.server import runner
+from skep.manager.catalog.registrations import RegistrationRecord
 from skep.manager.routes import _TABLES, application
 from skep.manager.routes.access import Tunnelling
+from skep.model.catalog import ServiceRegistration
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.permissions.access import Identity, Origin, Role, parse_binding
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service
 from skep.model.values.ids import ConfigId, NetworkId, SecretId, VolumeId
 from skep.store.interface import Store
+from skep.store.kinds import Payload
 from tests.component.test_users_on_a_manager import NoTunnels, running
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_cluster_volume, a_node, a_service
@@ -56,6 +59,11 @@ def objects_of(prefix: str, labels: Mapping[str, str], subnet: str) -> Iterator[
     yield Config(
         id=ConfigId(ids(f"{prefix}c")), spec=ConfigSpec(name=f"{prefix}_config", labels=labels, data=b"x")
     )
+    registration = ServiceRegistration(
+        service=f"{prefix}_db", instance="m1", stack=labels.get(STACK_LABEL, "")
+    )
+    record = msgspec.json.encode(RegistrationRecord(registration=registration))
+    yield Payload(id=f"registration/{prefix}_db@m1", data=record)
     volume = a_cluster_volume(f"{prefix}_vol")
     yield replace(
         volume,
@@ -84,6 +92,7 @@ WORDS = {
     "config": words("c", "config"),
     "volume": words("v", "vol"),
     "stack": ("blog",),
+    "registration": ("blog_db@m1", "none_db@m1"),
 }
 
 
@@ -223,6 +232,10 @@ def new_objects(path: str) -> Iterator[Any]:
             for word in WORDS[noun][:2]:
                 yield {**BODIES[noun], "Name": word}
                 yield {**BODIES[noun], "Name": word, "Labels": {}}
+        case "/skep/registrations/{name}":
+            for name in ("blog_db", "none_db"):
+                body = {"Service": name, "Instance": "m1", "Address": "192.0.2.7", "Port": 80}
+                yield from (body, body | {"Stack": "shop"}, body | {"Stack": "blog"})
         case _:
             raise AssertionError(f"no body for {path}")
 

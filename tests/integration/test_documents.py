@@ -33,6 +33,7 @@ RUN_ELSEWHERE = {
     ("docs/guide/access.md", 1): "tests/integration/daemon/test_users.py",
     **{("docs/guide/front-door.md", block): "tests/integration/test_front_door.py" for block in range(4)},
     ("docs/guide/front-door.md", 4): "tests/integration/networks/test_failover_addresses.py",
+    ("docs/guide/catalog.md", 0): "tests/integration/networks/test_catalog.py",
     ("docs/guide/quotas.md", 0): "tests/integration/daemon/test_users.py",
     ("bench/README.md", 0): "`make bench`; its results are kept",
     ("bench/README.md", 1): "run by hand before a release; its results are kept",

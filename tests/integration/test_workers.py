@@ -217,7 +217,7 @@ def test_a_worker_leaves_is_removed_and_another_joins(trio: TestCluster, m1: Tes
 
 
 @pytest.mark.slow
-def test_constraints_and_global_placement_reach_workers(trio: TestCluster, m1: TestNode) -> None:
+def test_constraints_place_tasks_on_the_nodes_that_meet_them(trio: TestCluster, m1: TestNode) -> None:
     m1.docker("node", "update", "--label-add", "disk=ssd", node_id(m1, "w1"))
     create(m1, "fast", 3, "--constraint", "node.labels.disk==ssd")
     create(m1, "far", 2, "--constraint", "node.role==worker")

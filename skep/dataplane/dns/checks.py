@@ -13,7 +13,9 @@ from pathlib import Path
 import structlog
 
 from skep.aio.clock import Clock
-from skep.dataplane.dns.messages import (
+from skep.dataplane.dns.redirection import ADDRESS
+from skep.dataplane.netns.kernel.namespaces import inside
+from skep.model.networks.dns_messages import (
     AAAA,
     UDP_BYTES_MAX,
     A,
@@ -23,8 +25,6 @@ from skep.dataplane.dns.messages import (
     encoded,
     is_response,
 )
-from skep.dataplane.dns.redirection import ADDRESS
-from skep.dataplane.netns.kernel.namespaces import inside
 from skep.model.networks.paths import DETAIL_CHARACTERS_MAX, NetworkNames, PathCheck, PathFinding
 from skep.model.networks.sandbox import Sandbox
 from skep.model.values.ids import NetworkId

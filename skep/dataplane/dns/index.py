@@ -13,7 +13,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 
 import msgspec
 
-from skep.dataplane.dns.messages import key
+from skep.model.networks.dns_messages import key
 from skep.model.networks.tables import NetworkTable, TableEndpoint
 from skep.model.values.ids import ServiceId
 

@@ -15,7 +15,7 @@ from typing import TypeAlias, TypeVar
 import msgspec
 
 from skep.dataplane.dns.index import Index, NameRecord
-from skep.dataplane.dns.messages import AAAA, ANY, IN, PTR, SRV, A, Query, Record, encoded, key
+from skep.model.networks.dns_messages import AAAA, ANY, IN, PTR, SRV, A, Query, Record, encoded, key
 from skep.model.values.ids import NetworkId, ServiceId
 
 T = TypeVar("T")

@@ -13,7 +13,19 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from skep.dataplane.dns.messages import (
+from skep.dataplane.dns.redirection import ADDRESS
+from skep.dataplane.dns.resolution import TTL_S, Decision, Foreign, FoundName, Missing
+from skep.dataplane.dns.upstream import (
+    DEADLINE_S,
+    ForwardedQuery,
+    Open,
+    QueryForwarder,
+    UpstreamServer,
+    read_message,
+)
+from skep.errors import SkepError
+from skep.linux.descriptors import set_aside
+from skep.model.networks.dns_messages import (
     AAAA,
     NOERROR,
     NXDOMAIN,
@@ -27,18 +39,6 @@ from skep.dataplane.dns.messages import (
     parse,
     reply,
 )
-from skep.dataplane.dns.redirection import ADDRESS
-from skep.dataplane.dns.resolution import TTL_S, Decision, Foreign, FoundName, Missing
-from skep.dataplane.dns.upstream import (
-    DEADLINE_S,
-    ForwardedQuery,
-    Open,
-    QueryForwarder,
-    UpstreamServer,
-    read_message,
-)
-from skep.errors import SkepError
-from skep.linux.descriptors import set_aside
 from skep.model.values.ids import NetworkId, ServiceId
 
 log = structlog.get_logger()

@@ -20,7 +20,9 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.dataplane.dns.messages import (
+from skep.errors import SkepError
+from skep.linux.descriptors import set_aside
+from skep.model.networks.dns_messages import (
     AAAA,
     FORMERR,
     MX,
@@ -39,8 +41,6 @@ from skep.dataplane.dns.messages import (
     reply,
     response_code,
 )
-from skep.errors import SkepError
-from skep.linux.descriptors import set_aside
 
 log = structlog.get_logger()
 

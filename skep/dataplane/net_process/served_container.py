@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from skep.dataplane.dns.messages import Query
 from skep.dataplane.dns.networks import NetworkFiles
 from skep.dataplane.dns.redirection import ADDRESS, NAME, names_table
 from skep.dataplane.dns.resolution import Decision, decide, links_of
@@ -33,6 +32,7 @@ from skep.dataplane.vip.virtual_addresses import (
 )
 from skep.errors import SkepError, Unavailable
 from skep.linux.files import is_no_file, replace_file
+from skep.model.networks.dns_messages import Query
 from skep.model.values.ids import NetworkId, ServiceId
 
 log = structlog.get_logger()

@@ -28,13 +28,16 @@ from skep.engine.buildkit.caches import Caches
 from skep.engine.buildkit.contexts import ContextStore
 from skep.engine.buildkit.protocol.control import Control
 from skep.engine.buildkit.protocol.filesend import image_archive
-from skep.engine.buildkit.protocol.serving import CONNECTIONS_MAX, LIMITS, connection
 from skep.engine.buildkit.protocol.sessions import SILENT_S, BuildSessions, SessionInfo
 from skep.engine.buildkit.solver import Solver
 from skep.engine.buildkit.uploads import PREFIX, OpenUpload, Uploads
 from skep.engine.images.progress import ProgressMessage, failure
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unavailable, Unimplemented
+from skep.rpc.serving import LIMITS, connection
 from skep.rpc.status import CallFailed
+
+CONNECTIONS_MAX = 64
+"""Largest number of connections.  Each build has two or three."""
 
 
 class BuildKit:

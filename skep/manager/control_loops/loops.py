@@ -10,6 +10,7 @@ from skep.manager.allocator.loop import Allocator
 from skep.manager.autoscaling.loop import Autoscaler, Collect
 from skep.manager.autoscaling.state import AutoscalingCounts, Quota
 from skep.manager.ca.loop import CertificateAuthority
+from skep.manager.catalog.loop import RegistrationLeases
 from skep.manager.control.quotas import check_quota
 from skep.manager.gossip.keys import GossipKeyRotation
 from skep.manager.notify.loop import Notifications
@@ -66,6 +67,7 @@ def loops(
         *(kind(term, clock, new_id, random) for kind in kinds),
         OverlayAvoidance(term, clock, random),
         ChangeFreezes(term, clock, random),
+        RegistrationLeases(term, clock, random),
         Schedules(term, clock, random, incarnation),
         VolumeManager(term, clock, random, find_driver, confirm),
         Autoscaler(

@@ -25,6 +25,7 @@ from skep.manager.routes import (
 )
 from skep.manager.routes.access import MANAGER, ManagerApi
 from skep.manager.routes.extensions import (
+    catalog,
     certificates,
     doctor,
     explain,
@@ -64,6 +65,7 @@ _TABLES = (
     users.routes,
     notifications.routes,
     certificates.routes,
+    catalog.routes,
     explain.routes,
     placement.routes,
     what_if.routes,

@@ -162,6 +162,10 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
         default_factory=lambda: Slots(2, 128, "deploys are checked by this manager")
     )
     """Slots for checks.  A check takes milliseconds, so a hundred deploys that start at once wait for each other."""
+    catalog_readers: Slots = msgspec.field(
+        default_factory=lambda: Slots(256, 0, "readers of the catalog are served by this manager")
+    )
+    """Slots for requests that wait for a change of the catalog, one for each machine with a balancer."""
     own: NodeId = NodeId("")
     """This manager's node."""
     own_error: Callable[[], str] = str

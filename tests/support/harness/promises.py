@@ -1,4 +1,4 @@
-"""Reads docs/promises.md: its rows, the tests that they name, and whether these tests ran and passed."""
+"""Reads docs/promises.md and docs/conformance/talks.md: the tests that they name, and whether these ran and passed."""
 
 import ast
 import re
@@ -11,6 +11,10 @@ ROOT = Path(__file__).parents[3]
 PROMISES = ROOT / "docs" / "promises.md"
 HARDENING = ROOT / "docs" / "conformance" / "hardening.md"
 """A page of the same form."""
+TALKS = ROOT / "docs" / "conformance" / "talks.md"
+"""A page whose last column names tests."""
+UNTESTED = ROOT / "docs" / "untested.md"
+"""A page whose second column names the tests that few machines run."""
 
 
 class Outcomes:
@@ -55,8 +59,14 @@ def shown_by(row: list[str]) -> list[str]:
 
 
 def named_tests() -> list[str]:
-    """Return the ids of all tests that the page names, and the test files that it names as a whole."""
-    return sorted({name for row in rows() for name in shown_by(row) if name.startswith("tests/")})
+    """Return the ids of all tests that promises and talks name, and the test files that they name as a whole.
+
+    Leaves out files with tests that few machines run, which are skipped elsewhere.
+    """
+    rare = {name.partition("::")[0] for row in rows(UNTESTED) for name in shown_by(row)}
+    cells = [row[-1] for page in (PROMISES, TALKS) for row in rows(page)]
+    names = {bare(name) for cell in cells for name in re.findall(r"`(tests/[^`]+)`", cell)}
+    return sorted(name for name in names if name.partition("::")[0] not in rare)
 
 
 def not_shown(names: Collection[str], outcomes: Outcomes) -> list[str]:

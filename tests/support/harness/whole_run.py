@@ -1,4 +1,4 @@
-"""At the end of a whole run (``--whole``), every test that docs/promises.md names must have passed.
+"""At the end of a whole run (``--whole``), every test that the pages of promises and talks name must have passed.
 
 With several workers (pytest-xdist) each runs a part of the tests, so their controller compares.
 """
@@ -45,6 +45,8 @@ class WholeRun:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._missing:
-            terminalreporter.section("docs/promises.md names tests that did not pass")
+            terminalreporter.section(
+                "docs/promises.md or docs/conformance/talks.md names tests that did not pass"
+            )
             for name in self._missing:
                 terminalreporter.line(name)

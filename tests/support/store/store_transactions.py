@@ -26,6 +26,7 @@ from skep.model.values.ids import ConfigId, NetworkId, SecretId, ServiceId
 from skep.store.interface import (
     Transaction,
 )
+from skep.store.level import LEVEL
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -36,6 +37,11 @@ def put(tx: Transaction, object: T) -> T:
 
 def delete(tx: Transaction, kind: type[Any], id: str) -> None:
     tx.delete(kind, id)
+
+
+def raise_level(tx: Transaction, level: int = LEVEL) -> None:
+    """Raise the level, as a new cluster has the newest one."""
+    tx.raise_level(level)
 
 
 def change(tx: Transaction, kind: type[T], id: str, **fields: Any) -> T:

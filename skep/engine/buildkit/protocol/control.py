@@ -12,7 +12,6 @@ from skep.aio.trees import walk_tree
 from skep.engine.build.builder import Builder
 from skep.engine.build.emulation import emulated, read_emulators
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.buildkit.protocol.serving import Both, ServedMethod, Streaming, UnaryHandler
 from skep.engine.buildkit.protocol.sessions import BuildSessions, SessionInfo
 from skep.engine.buildkit.protocol.tunnel import carry
 from skep.engine.buildkit.solver import Solver
@@ -20,6 +19,7 @@ from skep.engine.images.platforms import this_platform
 from skep.errors import InvalidArgument, Unimplemented
 from skep.rpc.headers import CallHeaders
 from skep.rpc.server import ServerStream
+from skep.rpc.serving import Both, ServedMethod, Streaming, UnaryHandler
 
 _CONTROL = "/moby.buildkit.v1.Control/"
 _BRIDGE = "/moby.buildkit.v1.frontend.LLBBridge/"

@@ -12,10 +12,10 @@ from google.protobuf.message import DecodeError
 from skep.aio.groups import errors_as_they_are
 from skep.aio.race import wait_first
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.buildkit.protocol.serving import receive_message
 from skep.engine.buildkit.protocol.sessions import BuildSession
 from skep.errors import InvalidArgument
 from skep.rpc.server import ServerStream
+from skep.rpc.serving import receive_message
 
 _PIECE_BYTES = 1 << 20
 """Well below the message limit of 16 MiB, and one window of a stream."""

@@ -45,6 +45,7 @@ _NAMED = {"users": "user", "stacks": "stack"}
 """Nouns whose objects are found by their names alone."""
 _NO_RECORD = re.compile(
     r"/skep/services/placement|/skep/stacks/check"  # dry runs
+    r"|/skep/registrations/[^/]+/renew"  # a few each minute from every machine
     r"|/skep/tasks/[^/]+/(?:container|exec|port)/.*"  # recorded when they start, because they may last for hours
 )
 _READS = re.compile(r"/swarm/unlockkey|/skep/backup")

@@ -22,6 +22,7 @@ from skep.api.formats.networks import NetworkBody
 from skep.api.formats.service_form import settled
 from skep.api.http.server import read_json
 from skep.errors import NotFound, PermissionDenied, ResourceExhausted
+from skep.manager.catalog.registrations import record_in
 from skep.manager.control.targets import target_of, task_named
 from skep.manager.control.validation.new_objects import (
     known_service,
@@ -40,6 +41,7 @@ from skep.manager.routes.files import SecretBody
 from skep.manager.routes.networks import spec_of_body
 from skep.manager.routes.services import ServiceChange, read_changes, read_spec
 from skep.manager.services.quotas import UserBounds, usage_of_file, usage_of_network
+from skep.model.catalog import ServiceRegistration
 from skep.model.network import Network, NetworkSpec
 from skep.model.permissions.access import Identity
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
@@ -130,11 +132,20 @@ async def _known(view: View, kind: str, word: str, identity: Identity) -> KnownO
             return known_service(view, view.resolve(Service, word, among))
         case "task":
             return known_task(view, task_named(view, word, among))
+        case "registration":
+            return _known_registration(view, word, identity)
         case "target":
             return known_task(view, await result_in_slices(target_of(view, word, among), SystemClock()))
         case _:
             found = view.resolve(_KINDS[kind], word, among)
             return KnownObject(id=found.id, stack=stack_of(found.spec.labels))
+
+
+def _known_registration(view: View, name: str, identity: Identity) -> KnownObject:
+    stack = record_in(view, name).registration.stack
+    if not sees(identity, stack):
+        raise NotFound(f"registration {name} not found")
+    return KnownObject(id=name, stack=stack)
 
 
 def _written(request: web.Request, view: View, known: KnownObject | None, spec: ServiceSpec) -> ServiceSpec:
@@ -160,6 +171,8 @@ def _new_object(view: View, body: Any, bounds: UserBounds, *, is_new: bool) -> N
         case ConfigSpec():
             spec = body
             usage = usage_of_file(spec, len(body.data))
+        case ServiceRegistration():
+            return NewObject(name=body.service, stack=body.stack)
         case _:
             raise AssertionError(f"no object: {type(body).__name__}")
     new = new_object(spec)
@@ -244,6 +257,7 @@ _READERS: Final[Mapping[str, Callable[[web.Request], Awaitable[tuple[Any, ...]]]
     "secret": _reader(SecretBody),
     "config": _reader(ConfigSpec),
     "stack": _stack,
+    "registration": _reader(ServiceRegistration),
 }
 _KINDS: Final[Mapping[str, type[Any]]] = {
     "network": Network,

@@ -8,8 +8,8 @@ from dnslib import AAAA, EDNS0, QTYPE, RR, SRV, A, DNSHeader, DNSQuestion, DNSRe
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from skep.dataplane.dns import messages
-from skep.dataplane.dns.messages import Query, Record, parse, reply
+from skep.model.networks import dns_messages as messages
+from skep.model.networks.dns_messages import Query, Record, parse, reply
 
 ADDRESS = bytes((10, 0, 1, 2))
 

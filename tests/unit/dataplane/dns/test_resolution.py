@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.dataplane.dns.index import Index
-from skep.dataplane.dns.messages import AAAA, MX, PTR, SRV, A, Query, encoded
 from skep.dataplane.dns.resolution import Decision, Foreign, FoundName, Missing, decide, links_of, rotated
+from skep.model.networks.dns_messages import AAAA, MX, PTR, SRV, A, Query, encoded
 from skep.model.networks.tables import NetworkTable
 from skep.model.values.ids import NetworkId, ServiceId
 from tests.support.networks.tables import a_container, a_network, a_served

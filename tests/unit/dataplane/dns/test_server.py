@@ -6,10 +6,10 @@ import random
 import socket
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.dns.messages import Query
 from skep.dataplane.dns.resolution import Decision, Missing
 from skep.dataplane.dns.server import ACCEPT_PAUSE_S, ContainerServer, DnsSockets, Forwarding, Services
 from skep.dataplane.dns.upstream import QueryForwarder
+from skep.model.networks.dns_messages import Query
 
 WAIT_S = 5.0
 QUESTION = b"\x00\x07\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00" + b"\x03web\x05front\x00" + b"\x00\x01\x00\x01"

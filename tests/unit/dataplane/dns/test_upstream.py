@@ -9,7 +9,6 @@ import pytest
 from dnslib import DNSRecord
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.dns.messages import REFUSED, Query, parse, response_code
 from skep.dataplane.dns.upstream import (
     CONTAINERS_MIN,
     LIMITS,
@@ -18,6 +17,7 @@ from skep.dataplane.dns.upstream import (
     QueryForwarder,
     UpstreamServer,
 )
+from skep.model.networks.dns_messages import REFUSED, Query, parse, response_code
 from tests.support.networks import upstream as lab
 from tests.support.networks.upstream import knows
 

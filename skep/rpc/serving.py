@@ -1,4 +1,4 @@
-"""Server side of BuildKit's control connection: calls, their messages and limits."""
+"""Server side of gRPC on a connection whose peer needs no certificate: calls, their messages and limits."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
@@ -19,10 +19,8 @@ log = structlog.get_logger(__name__)
 Q = TypeVar("Q", bound=Message)
 
 LIMITS = PeerLimits(streams=64, stream_window=1 << 20, connection_window=4 << 20)
-CONNECTIONS_MAX = 64
-"""Each build has two connections or three."""
 MESSAGE_BYTES_MAX = 16 << 20
-"""BuildKit's limit."""
+"""Largest message, which is BuildKit's limit."""
 _MESSAGE_S = 60.0
 """Seconds between the arrival of a message's length and its end."""
 

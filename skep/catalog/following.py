@@ -1,0 +1,116 @@
+"""Follows the catalog of a cluster over the API, with the rights of the caller."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Final
+
+import msgspec
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.api.client.requests import Requests
+from skep.errors import SkepError
+from skep.model.catalog import CatalogAnswer, CatalogService, ServiceCatalog
+from skep.model.values.unknown import leniently
+
+WAIT_S: Final = 30.0
+"""Seconds that a request waits for a change."""
+GRACE_S: Final = 15.0
+"""Further seconds until a request counts as unanswered.  A change of the leader takes about a second."""
+RETRY_S: Final = 0.5, 5.0
+"""First and longest delay in seconds, with jitter, after a failed request."""
+PACE_S: Final = 0.5
+"""Least seconds between two responses, so that a restless cluster costs its managers two requests a second."""
+
+
+class KnownCatalog:
+    """The last known catalog, which stays while no manager responds.
+
+    ``index`` grows with every change.  It is ``first_index`` before the first response.
+    """
+
+    def __init__(self, first_index: int = 0) -> None:
+        self.first_index = self.index = first_index
+        self.services: Mapping[str, CatalogService] = {}
+        self.nodes: Mapping[str, str] = {}
+        self.digest = ""
+        self._changed = asyncio.Event()
+
+    def replace(self, digest: str, catalog: ServiceCatalog) -> None:
+        """Take another catalog, and wake all that wait."""
+        self.digest = digest
+        self.services = {one.name: one for one in catalog.services}
+        self.nodes = catalog.nodes
+        self.index += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_changed(self, index: int) -> None:
+        """Wait until the index is greater than ``index``."""
+        while self.index <= index:
+            await self._changed.wait()
+
+
+class CatalogReader:
+    """Keeps a ``KnownCatalog`` up to date.
+
+    Args:
+        report: Takes a message when the managers stop responding, and when they respond again.
+        pace_s: Least seconds between two responses.
+        retry_s: First and longest delay in seconds after a failed request.
+        first_index: See ``KnownCatalog``.
+    """
+
+    def __init__(
+        self,
+        client: Requests,
+        clock: Clock,
+        report: Callable[[str], None],
+        pace_s: float = PACE_S,
+        retry_s: tuple[float, float] = RETRY_S,
+        first_index: int = 0,
+    ) -> None:
+        self.known = KnownCatalog(first_index)
+        self._client = client
+        self._clock = clock
+        self._report = report
+        self._pace_s = pace_s
+        self._retry_s = retry_s
+
+    async def run(self) -> None:
+        """Follow the catalog until cancelled."""
+        backoff, is_failing = Backoff(*self._retry_s), False
+        while True:
+            try:
+                await self._read()
+            except SkepError as error:
+                if not is_failing:
+                    self._report(f"the catalog cannot be read, and its last state stays: {error}")
+                is_failing = True
+                await backoff.sleep(self._clock)
+                continue
+            if is_failing:
+                self._report("the catalog is read again")
+            is_failing = False
+            backoff.reset()
+            await self._clock.sleep(self._pace_s)
+
+    async def _read(self) -> None:
+        query = {"after": self.known.digest, "wait": f"{WAIT_S:g}"} if self.known.digest else {}
+        timeout_s = WAIT_S + GRACE_S
+        found = await self._client.request("GET", "/skep/catalog", query=query, timeout_s=timeout_s)
+        answer = leniently(msgspec.json.encode(found), CatalogAnswer)
+        if answer.catalog is not None:
+            self.known.replace(answer.digest, answer.catalog)
+
+    @asynccontextmanager
+    async def following(self) -> AsyncIterator[KnownCatalog]:
+        """Follow the catalog during the block, once it is known.  Raises: SkepError: it cannot be read."""
+        await self._read()
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(self.run(), name="catalog")
+            try:
+                yield self.known
+            finally:
+                task.cancel()

@@ -1,0 +1,206 @@
+"""Registers a service of this machine while its health check passes.
+
+The registration is a lease: it is renewed after a third of its time, removed as soon as the check fails, and ends by
+itself if this machine or its network fails.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import aiohttp
+import msgspec
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.api.client.requests import Requests
+from skep.errors import NotFound, SkepError, reason_of
+from skep.linux.commands import communicate
+from skep.model.catalog import ServiceRegistration
+from skep.model.networks.addresses import joined
+
+LEAVE_S: Final = 5.0
+"""Longest time in seconds for the last request when the command ends."""
+REQUEST_S: Final = 10.0
+"""Longest time in seconds for a renewal."""
+RETRY_S: Final = 0.5, 10.0
+"""First and longest delay in seconds, with jitter, after a request that failed."""
+
+Check = Callable[[], Awaitable[str]]
+"""Returns why the service is unhealthy, or an empty text."""
+
+
+class CheckRules(msgspec.Struct, frozen=True, kw_only=True):
+    """Rules of a health check: its period, and how many results in a row change the state."""
+
+    interval_s: float = 2.0
+    timeout_s: float = 2.0
+    rise: int = 2
+    fall: int = 2
+
+
+class CheckState(msgspec.Struct, frozen=True):
+    """The state of a service, and the number of results in a row that contradict it."""
+
+    is_up: bool = False
+    contrary: int = 0
+
+
+def after_check(state: CheckState, *, passed: bool, rules: CheckRules) -> CheckState:
+    """Return the state after one more result."""
+    if passed is state.is_up:
+        return CheckState(state.is_up)
+    contrary = state.contrary + 1
+    needed = rules.rise if passed else rules.fall
+    return CheckState(passed) if contrary >= needed else CheckState(state.is_up, contrary)
+
+
+class ServiceRegistrar:
+    """Keeps one registration in accordance with the results of its check.
+
+    Args:
+        report: Takes a line about each change and each failure.
+    """
+
+    def __init__(
+        self,
+        client: Requests,
+        registration: ServiceRegistration,
+        check: Check,
+        rules: CheckRules,
+        clock: Clock,
+        report: Callable[[str], None],
+    ) -> None:
+        self._client = client
+        self._registration = registration
+        self._check = check
+        self._rules = rules
+        self._clock = clock
+        self._report = report
+        self._name = f"{registration.service}@{registration.instance}"
+        self._path = f"/skep/registrations/{self._name}"
+        self._state = CheckState()
+        self._reason = ""
+        self._is_registered: bool | None = None
+        """None if the managers may still have a registration of an earlier command."""
+        self._renew_at = 0.0
+        self._retry_at = 0.0
+        self._backoff = Backoff(*RETRY_S)
+        self._is_failing = False
+
+    async def run(self) -> None:
+        """Check and register until cancelled, and then remove the registration."""
+        try:
+            while True:
+                await self.step()
+                await self._clock.sleep(self._rules.interval_s)
+        finally:
+            if self._is_registered is not False:
+                await asyncio.shield(self._leave())
+
+    async def step(self) -> None:
+        """Run the check once, and send what follows from it."""
+        try:
+            async with asyncio.timeout(self._rules.timeout_s):
+                self._reason = await self._check()
+        except TimeoutError:
+            self._reason = f"the check took more than {self._rules.timeout_s:g} s"
+        self._state = after_check(self._state, passed=not self._reason, rules=self._rules)
+        now = self._clock.monotonic()
+        if now < self._retry_at:
+            return
+        try:
+            await self._send(now)
+        except SkepError as error:
+            self._retry_at = now + self._backoff.next_delay_s()
+            if not self._is_failing:
+                self._report(f"{self._name}: the managers do not accept it, will retry: {error}")
+            self._is_failing = True
+        else:
+            self._is_failing = False
+            self._backoff.reset()
+
+    async def _send(self, now: float) -> None:
+        if not self._state.is_up:
+            if self._is_registered is not False and not self._state.contrary:
+                await self._remove()
+            return
+        if self._is_registered and now < self._renew_at:
+            return
+        if self._is_registered:
+            try:
+                await self._client.request("POST", f"{self._path}/renew", timeout_s=REQUEST_S)
+            except NotFound:  # the lease was over
+                self._is_registered = False
+        if not self._is_registered:
+            body = msgspec.to_builtins(self._registration)
+            await self._client.request("PUT", self._path, body=body, timeout_s=REQUEST_S)
+            self._report(f"{self._name} registered")
+        self._is_registered = True
+        self._renew_at = now + self._registration.ttl / 3
+
+    async def _remove(self) -> None:
+        try:
+            await self._client.delete(self._path, timeout_s=REQUEST_S)
+            self._report(f"{self._name} removed: {self._reason}")
+        except NotFound:
+            if self._is_registered:
+                self._report(f"{self._name} removed: {self._reason}")
+        self._is_registered = False
+
+    async def _leave(self) -> None:
+        try:
+            await self._client.delete(self._path, timeout_s=LEAVE_S)
+            self._report(f"{self._name} removed")
+        except SkepError as error:
+            self._report(f"{self._name} ends with its lease: {error}")
+
+
+def tcp_check(address: str, port: int) -> Check:
+    """Return a check that connects to the service."""
+
+    async def check() -> str:
+        try:
+            _, writer = await asyncio.open_connection(address, port)
+        except OSError as error:
+            return f"{joined(address, port)}: {reason_of(error)}"
+        writer.close()
+        return ""
+
+    return check
+
+
+def http_check(address: str, port: int, path: str) -> Check:
+    """Return a check that expects a status below 400 for a path.  Redirections are not followed."""
+    url = f"http://{joined(address, port)}{path}"
+
+    async def check() -> str:
+        try:
+            async with (
+                aiohttp.ClientSession() as session,
+                session.get(url, allow_redirects=False) as response,
+            ):
+                return "" if response.status < 400 else f"{url}: status {response.status}"
+        except (aiohttp.ClientError, OSError) as error:
+            return f"{url}: {error}"
+
+    return check
+
+
+def command_check(command: Sequence[str], timeout_s: float) -> Check:
+    """Return a check that expects a command to exit with 0."""
+
+    async def check() -> str:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+            await communicate(process, timeout_s)
+        except OSError as error:
+            return f"{command[0]}: {reason_of(error)}"
+        return "" if process.returncode == 0 else f"{command[0]} exited with {process.returncode}"
+
+    return check
