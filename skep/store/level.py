@@ -46,6 +46,7 @@ CERTIFICATES: Final = 6
 
 ADDRESSES: Final = 6
 """From this level on there may be failover addresses.  A manager of a lower level would not confirm them."""
+
 REGISTRATIONS: Final = 6
 """From this level on there may be registrations of services outside.  A leader of a lower level would not remove those
 whose leases are over.
