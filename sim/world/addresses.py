@@ -88,7 +88,7 @@ class SimulatedAddresses:
         return self._truth.extend(order.address, self._node_id, until)
 
     async def drop(self, order: AddressOrder) -> bool:
-        """Remove the address.  Return that it is gone."""
+        """Remove the address.  Return True."""
         self._truth.drop(order.address, self._node_id)
         return True
 

@@ -16,11 +16,11 @@ async def communicate(
     *,
     leads_session: bool = False,
 ) -> tuple[bytes, bytes]:
-    """Return the stdout and stderr of ``process``.  When this returns or raises, the process has ended.
+    """Return the stdout and stderr of ``process``.  The process has ended afterwards.
 
     Args:
-        leads_session: Whether it was started with ``start_new_session``.  Then its child processes are killed with it,
-            also those that it left in the background.
+        leads_session: Whether it was started with ``start_new_session``.  Then its child processes are killed at the
+            end, also in the background.
 
     Raises: TimeoutError: it took longer than ``deadline_s`` and was killed.
     """

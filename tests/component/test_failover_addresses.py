@@ -2,7 +2,9 @@
 
 import asyncio
 import errno
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -31,6 +33,16 @@ WRONG = "02:00:00:00:00:99"
 HOOK = """#!/bin/sh
 echo "$@" >> {log}
 [ ! -e {log}.fails ]
+"""
+
+
+NODE = """
+import asyncio, sys
+from pathlib import Path
+from skep.aio.clock import SystemClock
+from skep.dataplane.failover.machine import AddressHook
+hook = AddressHook(Path(sys.argv[1]), "w1", SystemClock(), lambda: 0.0)
+asyncio.run(hook.run("10.0.0.100", "take", 30.0, lambda: 0.5))
 """
 
 
@@ -289,6 +301,22 @@ async def test_an_address_that_the_kernel_keeps_is_not_reported_as_released(
     running.cancel()
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_hook_ends_with_the_lease_if_the_node_process_is_lost(lab: Lab, how: signal.Signals) -> None:
+    lab.hook.write_text(f"#!/bin/sh\necho began >>{lab.log}; sh -c 'sleep 1; echo moved >>{lab.log}'\n")
+    lab.hook.chmod(0o700)
+    node = await asyncio.create_subprocess_exec(sys.executable, "-c", NODE, str(lab.hook))
+    try:
+        await until(lab.log.exists)
+        node.send_signal(how)
+        await asyncio.sleep(1.2)
+        assert lab.log.read_text() == "began\n"
+    finally:
+        if node.returncode is None:
+            node.kill()
+        await node.wait()
+
+
 async def test_a_hook_that_others_can_change_is_not_run(lab: Lab, tmp_path: Path) -> None:
     lab.write_hook()
     lab.hook.chmod(0o722)
@@ -306,7 +334,7 @@ async def test_a_hook_has_a_deadline(lab: Lab) -> None:
     lab.hook.chmod(0o700)
     hook = AddressHook(lab.hook, "w1", SystemClock(), lambda: 0.0)
     with pytest.raises(Unavailable, match=r"no end within 0\.2 s"):
-        await hook.run("10.0.0.100", "take", 0.2)
+        await hook.run("10.0.0.100", "take", 0.2, lambda: 9.0)
 
 
 async def test_only_nodes_with_a_proxy_may_be_named() -> None:

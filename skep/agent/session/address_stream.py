@@ -55,7 +55,7 @@ class AddressKernel(Protocol):
         """
 
     async def drop(self, order: AddressOrder) -> bool:
-        """Remove the address if it is there.  Return whether it is certainly gone."""
+        """Remove the address if it is there.  Return whether it is certainly removed."""
 
     def took(self, order: AddressOrder, left_s: Callable[[], float]) -> None:
         """Announce an added address to the neighbors, and run the hook.  Returns at once.
@@ -64,7 +64,7 @@ class AddressKernel(Protocol):
         """
 
     async def release(self, order: AddressOrder, left_s: Callable[[], float]) -> None:
-        """Return when a dropped address is certainly gone, and its hook has ended.  The hook ends with the lease."""
+        """Wait until a dropped address is certainly removed, and run its hook, which ends with the lease."""
 
 
 class HeldAddresses:

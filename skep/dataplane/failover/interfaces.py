@@ -47,7 +47,7 @@ _FOREIGN_S = 10
 """Seconds of lifetime from which an address is not Skep's.  Lifetimes of DHCP and routers are minutes at least."""
 _ETHERNET_BYTES = 6
 _REMOVED = (0, errno.EADDRNOTAVAIL, errno.ENODEV)
-"""Answers to a removal of an address that is gone: removed now, or before, or with its interface."""
+"""Answers to a removal after which no interface has the address."""
 
 
 class AddressInterface(msgspec.Struct, frozen=True):

@@ -13,6 +13,8 @@ import os
 import socket
 import stat
 import struct
+import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from ipaddress import IPv6Address, ip_address
@@ -23,9 +25,9 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.race import wait_first
+from skep.aio.race import LostRace, run_unless, wait_first
 from skep.dataplane.door.derivation import proxies_on
-from skep.dataplane.failover import interfaces
+from skep.dataplane.failover import hook_guard, interfaces
 from skep.dataplane.failover.interfaces import AddressInterface
 from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.errors import FailedPrecondition, SkepError, Unavailable
@@ -84,15 +86,21 @@ class AddressHook:
         """Whether there is a hook."""
         return self._path.exists()
 
-    async def run(self, address: str, verb: str, timeout_s: float) -> None:
-        """Run the hook once.  Raises: FailedPrecondition: others may change it; Unavailable: it failed."""
+    async def run(self, address: str, verb: str, timeout_s: float, left_s: Callable[[], float]) -> None:
+        """Run the hook once, at most as long as ``left_s()`` seconds of the lease are left.
+
+        Raises:
+            FailedPrecondition: Others may change it.
+            Unavailable: It failed, or the lease is over.
+        """
         require_of_root(self._path)
+        read, write = os.pipe()
+        os.set_blocking(write, False)
         try:
             process = await asyncio.create_subprocess_exec(
-                str(self._path),
-                address,
-                self._node_name,
-                verb,
+                *(sys.executable, "-I", "-m", hook_guard.__name__, str(read)),
+                *(str(self._path), address, self._node_name, verb),
+                pass_fds=(read,),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
@@ -100,13 +108,26 @@ class AddressHook:
                 cwd="/",
                 start_new_session=True,
             )
-            output, _ = await communicate(process, timeout_s, leads_session=True)
+            output, _ = await run_unless(
+                communicate(process, timeout_s, leads_session=True), self._extend(write, left_s)
+            )
+        except LostRace:
+            raise Unavailable(f"{self._path} {verb}: the lease of the address is over") from None
         except (OSError, TimeoutError) as error:
             reason = str(error) or f"no end within {timeout_s:g} s"
             raise Unavailable(f"{self._path} {verb}: {reason}") from error
+        finally:
+            os.close(read)
+            os.close(write)
         if process.returncode:
             text = output.decode(errors="replace").strip().rpartition("\n")[2][:_OUTPUT_CHARACTERS]
             raise Unavailable(f"{self._path} {verb}: exit code {process.returncode}: {text}")
+
+    async def _extend(self, pipe: int, left_s: Callable[[], float]) -> None:
+        """Tell the guard the end of the lease until it is over."""
+        while (seconds := left_s()) > 0:
+            os.write(pipe, b"%f\n" % (time.clock_gettime(time.CLOCK_BOOTTIME) + seconds))
+            await self._clock.sleep(min(seconds, LOOK_S))
 
     async def run_until_done(
         self, address: str, report: Callable[[str], None], left_s: Callable[[], float]
@@ -118,7 +139,7 @@ class AddressHook:
         backoff = Backoff(RETRY_S, RETRY_S_MAX, rng=self._rng)
         while left_s() > 0:
             try:
-                await self.run(address, "take", TAKE_S_MAX)
+                await self.run(address, "take", TAKE_S_MAX, left_s)
             except SkepError as error:
                 log.warning(
                     "hook of a failover address failed, will retry", address=address, reason=str(error)
@@ -187,7 +208,7 @@ class MachineAddresses:
         return added is not None
 
     async def drop(self, order: AddressOrder) -> bool:
-        """Remove the address if it is there.  Return whether it is certainly gone."""
+        """Remove the address if it is there.  Return whether it is certainly removed."""
         if (job := self._jobs.get(order.address)) is not None:
             job.cancel()
         self._interfaces.pop(order.address, None)
@@ -212,24 +233,21 @@ class MachineAddresses:
             job.add_done_callback(partial(self._forget_job, order.address))
 
     async def release(self, order: AddressOrder, left_s: Callable[[], float]) -> None:
-        """Wait until a dropped address is gone, and run its hook, at most as long as the lease lasts."""
-        await self._wait_gone(order)
+        """Wait until a dropped address is removed, and run its hook, at most as long as the lease lasts."""
+        await self._wait_removed(order)
         if (job := self._jobs.get(order.address)) is not None:
             await asyncio.wait((job,))  # its hook must not act after the other one
         if self._hook.exists and left_s() > 0:
-            await wait_first(self._run_release_hook(order.address), self._wait_over(left_s))
+            try:
+                await self._hook.run(order.address, "release", RELEASE_S_MAX, left_s)
+            except SkepError as error:
+                log.warning("hook of a failover address failed", address=order.address, reason=str(error))
 
-    async def _wait_gone(self, order: AddressOrder) -> None:
+    async def _wait_removed(self, order: AddressOrder) -> None:
         """Remove an address again until the kernel does it, or has surely dropped it by itself."""
         gone_at = self._clock.monotonic() + KERNEL_S + KERNEL_LATE_S
         while self._clock.monotonic() < gone_at and not await self.drop(order):
             await self._clock.sleep(DROP_RETRY_S)
-
-    async def _run_release_hook(self, address: str) -> None:
-        try:
-            await self._hook.run(address, "release", RELEASE_S_MAX)
-        except SkepError as error:
-            log.warning("hook of a failover address failed", address=address, reason=str(error))
 
     def _forget_job(self, address: str, job: asyncio.Task[None]) -> None:
         if self._jobs.get(address) is job:
