@@ -15,8 +15,8 @@ from skep.agent.session.address_stream import HeldAddresses
 from skep.aio.clock import SystemClock
 from skep.dataplane.failover import interfaces, machine
 from skep.dataplane.failover.machine import AddressHook, DoorWatch, MachineAddresses, require_of_root
+from skep.dataplane.netns.kernel import netlink
 from skep.dataplane.netns.kernel.namespaces import Namespaces
-from skep.dataplane.netns.kernel.netlink import DELADDR
 from skep.errors import FailedPrecondition, Unavailable
 from skep.model.door.settings import DOOR
 from skep.model.networks.failover import KERNEL_LATE_S, KERNEL_S, AddressOrder
@@ -283,10 +283,10 @@ async def test_an_address_that_the_kernel_keeps_is_not_reported_as_released(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = [errno.EBUSY] * 3
-    real = interfaces.send_changes
+    real = netlink.send_changes
 
     def send_changes(requests: list[tuple[int, int, bytes]]) -> list[int]:
-        is_removal = any(kind == DELADDR for kind, _, _ in requests)
+        is_removal = any(kind == netlink.DELADDR for kind, _, _ in requests)
         return [refused.pop()] if is_removal and refused else real(requests)
 
     monkeypatch.setattr(interfaces, "send_changes", send_changes)
