@@ -87,13 +87,16 @@ class SimulatedAddresses:
         until = self._clock.loop_time_after(KERNEL_S + late_s)
         return self._truth.extend(order.address, self._node_id, until)
 
-    async def drop(self, order: AddressOrder) -> None:
-        """Remove the address."""
+    async def drop(self, order: AddressOrder) -> bool:
+        """Remove the address.  Return True."""
         self._truth.drop(order.address, self._node_id)
+        return True
 
-    def took(self, order: AddressOrder) -> None:
+    def took(self, order: AddressOrder, left_s: Callable[[], float]) -> None:
         """Announce nothing."""
 
-    async def run_release_hook(self, order: AddressOrder) -> None:
-        """Take as long as a hook."""
-        await self._clock.sleep(self.release_s)
+    async def release(self, order: AddressOrder, left_s: Callable[[], float]) -> None:
+        """Take as long as a hook, at most as long as the lease lasts."""
+        end_at = self._clock.monotonic() + self.release_s
+        while (seconds := min(end_at - self._clock.monotonic(), left_s())) > 0:
+            await self._clock.sleep(seconds)

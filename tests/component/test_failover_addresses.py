@@ -1,21 +1,28 @@
 """Failover addresses on real interfaces: lifetimes in the kernel, announcements to a neighbor, and hooks."""
 
 import asyncio
+import errno
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from skep.agent.session.address_stream import HeldAddresses
 from skep.aio.clock import SystemClock
+from skep.dataplane.failover import interfaces, machine
 from skep.dataplane.failover.machine import AddressHook, DoorWatch, MachineAddresses, require_of_root
+from skep.dataplane.netns.kernel import netlink
 from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.errors import FailedPrecondition, Unavailable
 from skep.model.door.settings import DOOR
 from skep.model.networks.failover import KERNEL_LATE_S, KERNEL_S, AddressOrder
 from skep.model.networks.tables import NetworkHead, NetworkTable, TableEndpoint, TableService
 from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.wire import skep_pb2 as skep
 
 pytestmark = pytest.mark.needs("root")
 
@@ -26,6 +33,16 @@ WRONG = "02:00:00:00:00:99"
 HOOK = """#!/bin/sh
 echo "$@" >> {log}
 [ ! -e {log}.fails ]
+"""
+
+
+NODE = """
+import asyncio, sys
+from pathlib import Path
+from skep.aio.clock import SystemClock
+from skep.dataplane.failover.machine import AddressHook
+hook = AddressHook(Path(sys.argv[1]), "w1", SystemClock(), lambda: 0.0)
+asyncio.run(hook.run("10.0.0.100", "take", 30.0, lambda: 0.5))
 """
 
 
@@ -132,7 +149,7 @@ async def test_neighbors_learn_the_new_holder(lab: Lab, order: AddressOrder) -> 
     lab.run("peer", f"ip neigh replace {order.address} lladdr {WRONG} dev p0 nud reachable")
     assert WRONG in lab.neighbor(order)
     await lab.addresses.hold(order, lambda: True)
-    lab.addresses.took(order)
+    lab.addresses.took(order, lambda: 1.0)
     await until(lambda: WRONG not in lab.neighbor(order))
     own = lab.run("node", "cat /dev/null; ip -br link show n0").lower()
     assert lab.neighbor(order).split()[2] in own
@@ -169,15 +186,135 @@ async def test_the_hook_runs_until_it_succeeds(lab: Lab) -> None:
     fails = lab.log.with_name("log.fails")
     fails.touch()
     await lab.addresses.hold(FOUR, lambda: True)
-    lab.addresses.took(FOUR)
+    lab.addresses.took(FOUR, lambda: 1.0)
     await until(lambda: any("exit code 1" in one for one in lab.reports))
     fails.unlink()
     await until(lambda: lab.reports[-1] == "")
     await lab.addresses.drop(FOUR)
-    await lab.addresses.run_release_hook(FOUR)
+    await lab.addresses.release(FOUR, lambda: 1.0)
     lines = lab.log.read_text().splitlines()
     assert set(lines[:-1]) == {"10.0.0.100 w1 take"}
     assert lines[-1] == "10.0.0.100 w1 release"
+
+
+class CutOff:
+    """A node with one confirmed renewal, and without a manager from then on."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.held = HeldAddresses(lab.addresses, SystemClock().since_boot)
+        self.leaving = [skep.AddressOrders.Order(address=FOUR.address, prefix=24, epoch=1, leaving=True)]
+        self.orders = [skep.AddressOrders.Order(address=FOUR.address, prefix=24, epoch=1)]
+        self.epochs = [skep.AddressEpoch(address=FOUR.address, epoch=1)]
+
+    async def confirm(self, orders: list[skep.AddressOrders.Order] | None = None) -> None:
+        await self.held.take(skep.AddressOrders(orders=orders or self.orders))
+        report = self.held.next_report()
+        assert report is not None
+        confirmed = skep.AddressOrders(
+            confirmed=report.number, held=self.epochs, orders=orders or self.orders
+        )
+        await self.held.take(confirmed)
+
+    async def extend_for(self, seconds: float) -> None:
+        began = time.monotonic()
+        while time.monotonic() - began < seconds:
+            self.held.next_report()
+            await self.held.extend()
+            await asyncio.sleep(0.1)
+
+
+async def test_announcements_and_hooks_end_with_the_lease(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    announced = []
+
+    def announce(address: str, *_: object) -> None:
+        announced.append(any(one.address == address for one in interfaces._addresses()))
+
+    monkeypatch.setattr(machine, "ANNOUNCED_AFTER_S", (0.0, *[0.01] * 300))
+    monkeypatch.setattr(machine, "announce", announce)
+    lab.hook.write_text(
+        f"#!/bin/sh\necho began >>{lab.log}; sh -c 'sleep 1.8; echo moved >>{lab.log}'; exit 1\n"
+    )
+    lab.hook.chmod(0o700)
+    node = CutOff(lab)
+    await node.confirm()
+    await node.extend_for(2.4)
+    assert len(announced) >= 5
+    assert all(announced)
+    assert lab.log.read_text() == "began\n"
+    before = len(announced)
+    await node.confirm()  # it was cut off only for a moment, and no other node was named
+    await until(lambda: lab.log.read_text() == "began\nbegan\n" and len(announced) > before)
+
+
+async def test_a_confirmation_after_the_lease_announces_again(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel may be late, and still have the address."""
+    held = []
+
+    async def hold(order: AddressOrder, is_allowed: object) -> bool:
+        return not held
+
+    monkeypatch.setattr(lab.addresses, "hold", hold)
+    monkeypatch.setattr(lab.addresses, "took", lambda order, left_s: held.append(left_s() > 0))
+    node = CutOff(lab)
+    await node.confirm()
+    await node.confirm()
+    assert held == [True]
+    await asyncio.sleep(1.05)
+    await node.confirm()
+    assert held == [True, True]
+
+
+async def test_the_hook_of_a_release_ends_with_the_lease(lab: Lab) -> None:
+    lab.hook.write_text(f"#!/bin/sh\nsleep 2; echo $3 >>{lab.log}\n")
+    lab.hook.chmod(0o700)
+    node = CutOff(lab)
+    running = asyncio.create_task(node.held.run())
+    await asyncio.sleep(0)
+    await node.confirm()
+    await node.held.take(skep.AddressOrders(orders=node.leaving))
+    await until(lambda: bool(report := node.held.next_report()) and bool(report.released), within_s=1.8)
+    assert not lab.log.exists()
+    running.cancel()
+
+
+async def test_an_address_that_the_kernel_keeps_is_not_reported_as_released(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = [errno.EBUSY] * 3
+    real = netlink.send_changes
+
+    def send_changes(requests: list[tuple[int, int, bytes]]) -> list[int]:
+        is_removal = any(kind == netlink.DELADDR for kind, _, _ in requests)
+        return [refused.pop()] if is_removal and refused else real(requests)
+
+    monkeypatch.setattr(interfaces, "send_changes", send_changes)
+    node = CutOff(lab)
+    running = asyncio.create_task(node.held.run())
+    await asyncio.sleep(0)
+    await node.confirm()
+    await node.held.take(skep.AddressOrders(orders=node.leaving))
+    await until(lambda: bool(report := node.held.next_report()) and bool(report.released))
+    assert not lab.has(FOUR)
+    assert not refused
+    running.cancel()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_hook_ends_with_the_lease_if_the_node_process_is_lost(lab: Lab, how: signal.Signals) -> None:
+    lab.hook.write_text(f"#!/bin/sh\necho began >>{lab.log}; sh -c 'sleep 1; echo moved >>{lab.log}'\n")
+    lab.hook.chmod(0o700)
+    node = await asyncio.create_subprocess_exec(sys.executable, "-c", NODE, str(lab.hook))
+    try:
+        await until(lab.log.exists)
+        node.send_signal(how)
+        await asyncio.sleep(1.2)
+        assert lab.log.read_text() == "began\n"
+    finally:
+        if node.returncode is None:
+            node.kill()
+        await node.wait()
 
 
 async def test_a_hook_that_others_can_change_is_not_run(lab: Lab, tmp_path: Path) -> None:
@@ -197,7 +334,7 @@ async def test_a_hook_has_a_deadline(lab: Lab) -> None:
     lab.hook.chmod(0o700)
     hook = AddressHook(lab.hook, "w1", SystemClock(), lambda: 0.0)
     with pytest.raises(Unavailable, match=r"no end within 0\.2 s"):
-        await hook.run("10.0.0.100", "take", 0.2)
+        await hook.run("10.0.0.100", "take", 0.2, lambda: 9.0)
 
 
 async def test_only_nodes_with_a_proxy_may_be_named() -> None:

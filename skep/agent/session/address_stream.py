@@ -8,6 +8,7 @@ clean up.
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -16,7 +17,15 @@ from skep.aio.clock import Clock
 from skep.aio.event import Event
 from skep.aio.race import is_set_within, wait_first
 from skep.errors import SkepError, Unavailable
-from skep.model.networks.failover import ADDRESSES_MAX, ANSWER_S_MAX, RENEWAL_S, STOPS, AddressOrder
+from skep.model.networks.failover import (
+    ADDRESSES_MAX,
+    ANSWER_S_MAX,
+    KERNEL_EARLY_S,
+    KERNEL_S,
+    RENEWAL_S,
+    STOPS,
+    AddressOrder,
+)
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import ManagerChannel, StreamCall
@@ -45,14 +54,17 @@ class AddressKernel(Protocol):
         Raises: SkepError: this machine cannot hold it.
         """
 
-    async def drop(self, order: AddressOrder) -> None:
-        """Remove the address if it is there."""
+    async def drop(self, order: AddressOrder) -> bool:
+        """Remove the address if it is there.  Return whether it is certainly removed."""
 
-    def took(self, order: AddressOrder) -> None:
-        """Announce an added address to the neighbors, and run the hook.  Returns at once."""
+    def took(self, order: AddressOrder, left_s: Callable[[], float]) -> None:
+        """Announce an added address to the neighbors, and run the hook.  Returns at once.
 
-    async def run_release_hook(self, order: AddressOrder) -> None:
-        """Run the hook of a removed address to its end."""
+        Both end when ``left_s()``, the seconds that are left of the lease, is no longer positive.
+        """
+
+    async def release(self, order: AddressOrder, left_s: Callable[[], float]) -> None:
+        """Wait until a dropped address is certainly removed, and run its hook, which ends with the lease."""
 
 
 class HeldAddresses:
@@ -69,6 +81,8 @@ class HeldAddresses:
         self._orders: dict[str, AddressOrder] = {}
         self._confirmed_at: dict[tuple[str, int], float] = {}
         """When the last confirmed renewal was sent, by address and epoch."""
+        self._held_at: dict[tuple[str, int], float] = {}
+        """Since when the kernel counts the present lifetime, by address and epoch."""
         self._gone: dict[tuple[str, int], str] = {}
         """Released addresses with their epochs and reasons, as long as they are ordered."""
         self._leaving: dict[tuple[str, int], asyncio.Task[None]] = {}
@@ -131,6 +145,10 @@ class HeldAddresses:
             for address, order in before.items():
                 if address not in self._orders:
                     await self._kernel.drop(order)
+            if (sent_at := self._sent.get(message.confirmed)) is not None:
+                for held in message.held:
+                    key = held.address, held.epoch
+                    self._confirmed_at[key] = max(self._confirmed_at.get(key, sent_at), sent_at)
             self._forget(one for one in self._orders.values())
             for order in self._orders.values():
                 key = order.address, order.epoch
@@ -138,10 +156,6 @@ class HeldAddresses:
                     await self._leave(order, STOPS if self._is_stopping else "")
                 elif (former := before.get(order.address)) is None or former.epoch != order.epoch:
                     self.changed.set()  # it is new, so it is renewed at once
-            if (sent_at := self._sent.get(message.confirmed)) is not None:
-                for held in message.held:
-                    key = held.address, held.epoch
-                    self._confirmed_at[key] = max(self._confirmed_at.get(key, sent_at), sent_at)
             await self._hold_confirmed()
             if not self._orders:
                 self._are_free.set()
@@ -156,10 +170,15 @@ class HeldAddresses:
             key = order.address, order.epoch
             if order.is_leaving or key in self._gone or key in self._leaving or not self._is_fresh(key):
                 continue
+            left_s, now = partial(self._held_s, key), self._since_boot()
+            is_over = left_s() <= 0  # the kernel may be late and still have it, but nothing announces it
             try:
-                if await self._kernel.hold(order, lambda key=key: self._is_fresh(key)):  # type: ignore[misc]
+                is_added = await self._kernel.hold(order, partial(self._is_fresh, key))
+                if self._is_fresh(key):
+                    self._held_at[key] = now
+                if is_added or (is_over and left_s() > 0):
                     log.info("failover address held", address=order.address, epoch=order.epoch)
-                    self._kernel.took(order)
+                    self._kernel.took(order, left_s)
             except SkepError as error:
                 log.warning("failover address refused", address=order.address, reason=str(error))
                 await self._leave(order, str(error))
@@ -169,16 +188,26 @@ class HeldAddresses:
         sent_at = self._confirmed_at.get(key)
         return sent_at is not None and self._since_boot() - sent_at <= ANSWER_S_MAX
 
+    def _held_s(self, key: tuple[str, int]) -> float:
+        """Return the seconds for which the kernel certainly has an address, or less than 0."""
+        held_at = self._held_at.get(key, float("-inf"))
+        return held_at + KERNEL_S - KERNEL_EARLY_S - self._since_boot()
+
+    def _released_s(self, key: tuple[str, int]) -> float:
+        """Return the seconds for which no other node is named for an address that this node releases."""
+        sent_at = self._confirmed_at.get(key, float("-inf"))
+        return sent_at + ANSWER_S_MAX + KERNEL_S - self._since_boot()
+
     async def _leave(self, order: AddressOrder, reason: str) -> None:
         """Drop an address for good.  It counts as given up once its hook has ended."""
         key = order.address, order.epoch
         if key in self._gone or key in self._leaving:
             return
-        self._confirmed_at.pop(key, None)
+        self._held_at.pop(key, None)
         await self._kernel.drop(order)
         log.info("failover address given up", address=order.address, epoch=order.epoch, reason=reason)
         if self._group is None:
-            self._note_gone(key, reason)
+            await self._finish(order, reason)
         else:
             self._leaving[key] = self._group.create_task(
                 self._finish(order, reason), name="release an address"
@@ -187,7 +216,7 @@ class HeldAddresses:
     async def _finish(self, order: AddressOrder, reason: str) -> None:
         key = order.address, order.epoch
         try:
-            await self._kernel.run_release_hook(order)
+            await self._kernel.release(order, partial(self._released_s, key))
         finally:
             self._leaving.pop(key, None)
             self._note_gone(key, reason)
@@ -201,6 +230,7 @@ class HeldAddresses:
         present = {(one.address, one.epoch) for one in orders}
         self._gone = {key: reason for key, reason in self._gone.items() if key in present}
         self._confirmed_at = {key: at for key, at in self._confirmed_at.items() if key in present}
+        self._held_at = {key: at for key, at in self._held_at.items() if key in present}
 
 
 class AddressStream:

@@ -46,6 +46,8 @@ _SIOCGIFFLAGS = 0x8913
 _FOREIGN_S = 10
 """Seconds of lifetime from which an address is not Skep's.  Lifetimes of DHCP and routers are minutes at least."""
 _ETHERNET_BYTES = 6
+_REMOVED = (0, errno.EADDRNOTAVAIL, errno.ENODEV)
+"""Answers to a removal after which no interface has the address."""
 
 
 class AddressInterface(msgspec.Struct, frozen=True):
@@ -94,9 +96,11 @@ def hold(
 
 
 def drop(order: AddressOrder) -> None:
-    """Remove an address of Skep's wherever it is.  Blocks."""
+    """Remove an address of Skep's wherever it is.  Blocks.  Raises: OSError: the kernel keeps it."""
     found = [one for one in _addresses() if one.address == order.address and one.lifetime_s < _FOREIGN_S]
-    send_changes([(DELADDR, 0, _body(order, one.index, KERNEL_S)) for one in found])
+    for error in send_changes([(DELADDR, 0, _body(order, one.index, KERNEL_S)) for one in found]):
+        if error not in _REMOVED:
+            raise OSError(error, os.strerror(error))
 
 
 def interface_for(order: AddressOrder) -> AddressInterface:

@@ -13,6 +13,8 @@ import os
 import socket
 import stat
 import struct
+import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from ipaddress import IPv6Address, ip_address
@@ -23,13 +25,14 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.aio.race import LostRace, run_unless, wait_first
 from skep.dataplane.door.derivation import proxies_on
-from skep.dataplane.failover import interfaces
+from skep.dataplane.failover import hook_guard, interfaces
 from skep.dataplane.failover.interfaces import AddressInterface
 from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.commands import communicate
-from skep.model.networks.failover import AddressOrder
+from skep.model.networks.failover import KERNEL_LATE_S, KERNEL_S, AddressOrder
 from skep.model.networks.tables import NetworkTable
 from skep.model.values.ids import NetworkId, NodeId
 
@@ -48,6 +51,10 @@ RELEASE_S_MAX: Final = 5.0
 """Seconds for the hook of a node that releases an address.  The next node waits meanwhile."""
 RETRY_S, RETRY_S_MAX = 1.0, 60.0
 """Seconds before the hook runs again after a failure: first, and at most."""
+DROP_RETRY_S: Final = 0.1
+"""Seconds before an address is removed again that the kernel has kept.  The next node waits meanwhile."""
+LOOK_S: Final = 0.2
+"""Longest seconds between two looks at the lease of a running hook.  After a suspend, less than this may be late."""
 _OUTPUT_CHARACTERS = 200
 """Shown characters of the hook's output."""
 
@@ -79,15 +86,21 @@ class AddressHook:
         """Whether there is a hook."""
         return self._path.exists()
 
-    async def run(self, address: str, verb: str, timeout_s: float) -> None:
-        """Run the hook once.  Raises: FailedPrecondition: others may change it; Unavailable: it failed."""
+    async def run(self, address: str, verb: str, timeout_s: float, left_s: Callable[[], float]) -> None:
+        """Run the hook once, at most as long as ``left_s()`` seconds of the lease are left.
+
+        Raises:
+            FailedPrecondition: Others may change it.
+            Unavailable: It failed, or the lease is over.
+        """
         require_of_root(self._path)
+        read, write = os.pipe()
+        os.set_blocking(write, False)
         try:
             process = await asyncio.create_subprocess_exec(
-                str(self._path),
-                address,
-                self._node_name,
-                verb,
+                *(sys.executable, "-I", "-m", hook_guard.__name__, str(read)),
+                *(str(self._path), address, self._node_name, verb),
+                pass_fds=(read,),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
@@ -95,20 +108,38 @@ class AddressHook:
                 cwd="/",
                 start_new_session=True,
             )
-            output, _ = await communicate(process, timeout_s)
+            output, _ = await run_unless(
+                communicate(process, timeout_s, leads_session=True), self._extend(write, left_s)
+            )
+        except LostRace:
+            raise Unavailable(f"{self._path} {verb}: the lease of the address is over") from None
         except (OSError, TimeoutError) as error:
             reason = str(error) or f"no end within {timeout_s:g} s"
             raise Unavailable(f"{self._path} {verb}: {reason}") from error
+        finally:
+            os.close(read)
+            os.close(write)
         if process.returncode:
             text = output.decode(errors="replace").strip().rpartition("\n")[2][:_OUTPUT_CHARACTERS]
             raise Unavailable(f"{self._path} {verb}: exit code {process.returncode}: {text}")
 
-    async def run_until_done(self, address: str, report: Callable[[str], None]) -> None:
-        """Run ``take`` until it succeeds.  ``report`` gets each failure, and an empty text at the end."""
+    async def _extend(self, pipe: int, left_s: Callable[[], float]) -> None:
+        """Tell the guard the end of the lease until it is over."""
+        while (seconds := left_s()) > 0:
+            os.write(pipe, b"%f\n" % (time.clock_gettime(time.CLOCK_BOOTTIME) + seconds))
+            await self._clock.sleep(min(seconds, LOOK_S))
+
+    async def run_until_done(
+        self, address: str, report: Callable[[str], None], left_s: Callable[[], float]
+    ) -> None:
+        """Run ``take`` until it succeeds, and not after the lease, which lasts for ``left_s()``.
+
+        ``report`` gets each failure, and an empty text at the end.
+        """
         backoff = Backoff(RETRY_S, RETRY_S_MAX, rng=self._rng)
-        while True:
+        while left_s() > 0:
             try:
-                await self.run(address, "take", TAKE_S_MAX)
+                await self.run(address, "take", TAKE_S_MAX, left_s)
             except SkepError as error:
                 log.warning(
                     "hook of a failover address failed, will retry", address=address, reason=str(error)
@@ -176,9 +207,9 @@ class MachineAddresses:
             self._interfaces[order.address] = added
         return added is not None
 
-    async def drop(self, order: AddressOrder) -> None:
-        """Remove the address if it is there."""
-        if (job := self._jobs.pop(order.address, None)) is not None:
+    async def drop(self, order: AddressOrder) -> bool:
+        """Remove the address if it is there.  Return whether it is certainly removed."""
+        if (job := self._jobs.get(order.address)) is not None:
             job.cancel()
         self._interfaces.pop(order.address, None)
         self._note(order.address, "")
@@ -186,36 +217,68 @@ class MachineAddresses:
             await self._inside(partial(interfaces.drop, order))
         except OSError as error:  # its lifetime ends within seconds
             log.warning("failover address not removed", address=order.address, reason=str(error))
+            return False
+        return True
 
-    def took(self, order: AddressOrder) -> None:
-        """Announce an added address, and run the hook."""
-        if (job := self._jobs.pop(order.address, None)) is not None:
-            job.cancel()
+    def took(self, order: AddressOrder, left_s: Callable[[], float]) -> None:
+        """Announce an added address, and run the hook, both as long as ``left_s()`` seconds of the lease are left."""
+        former = self._jobs.get(order.address)
+        if former is not None:
+            former.cancel()
         if self._group is not None:
-            name = f"announce {order.address}"
-            self._jobs[order.address] = self._group.create_task(self._take(order.address), name=name)
+            job = self._group.create_task(
+                self._take(order.address, former, left_s), name=f"announce {order.address}"
+            )
+            self._jobs[order.address] = job
+            job.add_done_callback(partial(self._forget_job, order.address))
 
-    async def run_release_hook(self, order: AddressOrder) -> None:
-        """Run the hook of a removed address."""
-        if not self._hook.exists:
-            return
-        try:
-            await self._hook.run(order.address, "release", RELEASE_S_MAX)
-        except SkepError as error:
-            log.warning("hook of a failover address failed", address=order.address, reason=str(error))
+    async def release(self, order: AddressOrder, left_s: Callable[[], float]) -> None:
+        """Wait until a dropped address is removed, and run its hook, at most as long as the lease lasts."""
+        await self._wait_removed(order)
+        if (job := self._jobs.get(order.address)) is not None:
+            await asyncio.wait((job,))  # its hook must not act after the other one
+        if self._hook.exists and left_s() > 0:
+            try:
+                await self._hook.run(order.address, "release", RELEASE_S_MAX, left_s)
+            except SkepError as error:
+                log.warning("hook of a failover address failed", address=order.address, reason=str(error))
 
-    async def _take(self, address: str) -> None:
+    async def _wait_removed(self, order: AddressOrder) -> None:
+        """Remove an address again until the kernel does it, or has surely dropped it by itself."""
+        gone_at = self._clock.monotonic() + KERNEL_S + KERNEL_LATE_S
+        while self._clock.monotonic() < gone_at and not await self.drop(order):
+            await self._clock.sleep(DROP_RETRY_S)
+
+    def _forget_job(self, address: str, job: asyncio.Task[None]) -> None:
+        if self._jobs.get(address) is job:
+            del self._jobs[address]
+
+    async def _take(
+        self, address: str, former: asyncio.Task[None] | None, left_s: Callable[[], float]
+    ) -> None:
+        if former is not None:
+            await asyncio.wait((former,))
+        await wait_first(self._announce_and_run_hook(address, left_s), self._wait_over(left_s))
+
+    async def _announce_and_run_hook(self, address: str, left_s: Callable[[], float]) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._announce(address), name=f"announce {address}")
+            group.create_task(self._announce(address, left_s), name=f"announce {address}")
             if self._hook.exists:
-                await self._hook.run_until_done(address, partial(self._note, address))
+                await self._hook.run_until_done(address, partial(self._note, address), left_s)
 
-    async def _announce(self, address: str) -> None:
+    async def _wait_over(self, left_s: Callable[[], float]) -> None:
+        """Return when the lease is over.  It also counts the time in which the machine is suspended."""
+        while (seconds := left_s()) > 0:
+            await self._clock.sleep(min(seconds, LOOK_S))
+
+    async def _announce(self, address: str, left_s: Callable[[], float]) -> None:
         interface = self._interfaces.get(address)
         if interface is None or not interface.ethernet:
             return
         for pause_s in ANNOUNCED_AFTER_S:
             await self._clock.sleep(pause_s)
+            if left_s() <= 0:
+                return
             try:
                 await self._inside(partial(announce, address, interface.name, interface.ethernet))
             except OSError as error:

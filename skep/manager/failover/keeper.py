@@ -38,7 +38,7 @@ from skep.manager.failover.records import (
 )
 from skep.manager.nodes.node_session import NodeSession, StreamWaker
 from skep.manager.nodes.node_streams import NodeStream, NodeStreams, run_stream, session_named
-from skep.model.networks.failover import ADDRESSES_MAX, LEASE_S, AddressOrder
+from skep.model.networks.failover import ADDRESSES_MAX, DRIFT, LEASE_S, RENEWAL_S, AddressOrder
 from skep.model.networks.routes import differ_in_routes
 from skep.model.node import Node
 from skep.model.service import Service
@@ -60,6 +60,8 @@ RETRY_S = 1.0
 """Seconds after a refused write.  DoorNodes renew meanwhile, as soon as the store accepts writes again."""
 WAIT_S_MIN = 0.001
 """Shortest wait in seconds, so that rounded times cause no busy loop."""
+WRITTEN_EVERY_S = RENEWAL_S * (1 - 2 * DRIFT)
+"""Seconds between two writes of one node's reports: the interval of renewals, by the fastest clock of a node."""
 RELEASED_MAX = 2 * ADDRESSES_MAX
 """Releases in one message.  More than any node has addresses."""
 
@@ -96,6 +98,7 @@ class FailoverKeeper:
         self._restored_at: float | None = None
         """When a record of an earlier incarnation was first seen."""
         self._changed = Event()
+        self._paces: dict[NodeId, _Pace] = {}
         self._due_at: dict[tuple[str, int], float] = {}
         """Since when a change is due, by address and epoch."""
         self._not_before = float("-inf")
@@ -236,6 +239,7 @@ class FailoverKeeper:
     ) -> None:
         session = self._session(caller.node_id, await session_named(requests))
         orders = partial(orders_for, node_id=caller.node_id, incarnation=self._store.incarnation)
+        self._forget_paces()
         with (
             session.signal() as signal,
             self._streams.open(_Stream(caller.node_id, session, signal)) as stream,
@@ -253,9 +257,13 @@ class FailoverKeeper:
                     writing.cancel()
 
     async def _write_reports(self, stream: "_Stream") -> None:
-        """Write the latest report of a node whenever there is one."""
+        """Write the latest report of a node, once per ``WRITTEN_EVERY_S``, whatever it sends.
+
+        The first renewal and the release of each naming do not wait for that, and managers name holders.
+        """
         while True:
-            number, renewed, released = await stream.next_report()
+            await self._wait_due(stream)
+            number, renewed, released = stream.next_report()
             try:
                 held = await self._store.update(
                     apply_report,
@@ -271,11 +279,43 @@ class FailoverKeeper:
                 continue
             stream.confirm(number, held)
 
+    async def _wait_due(self, stream: "_Stream") -> None:
+        """Wait for a report that may be written now, and note that it is."""
+        pace = self._paces.setdefault(stream.node_id, _Pace())
+        await stream.came.wait()
+        while True:
+            orders = orders_for(self._store.view(), stream.node_id, self._store.incarnation)
+            firsts = stream.named_by(orders) - pace.firsts
+            wait_s = pace.due_at - self._clock.monotonic()
+            if firsts or wait_s <= 0:
+                break
+            stream.came.clear()
+            await wait_first(stream.came.wait(), self._clock.sleep(wait_s))
+        present = {one.epoch for one in orders}
+        pace.firsts = {one for one in pace.firsts | firsts if one[0] in present}
+        pace.due_at = self._clock.monotonic() + WRITTEN_EVERY_S
+
+    def _forget_paces(self) -> None:
+        """Forget nodes without a stream whose next report may be written at once."""
+        now = self._clock.monotonic()
+        self._paces = {
+            id: pace for id, pace in self._paces.items() if id in self._streams or pace.due_at > now
+        }
+
+
+class _Pace:
+    """The last writes for one node."""
+
+    def __init__(self) -> None:
+        self.due_at = float("-inf")
+        self.firsts: set[tuple[int, bool]] = set()
+        """Present epochs that were renewed, or released if True, without waiting."""
+
 
 class _Stream(NodeStream):
     """One node's stream."""
 
-    __slots__ = ("_came", "_confirmed", "_held", "_received", "_released", "_renewed", "_sent")
+    __slots__ = ("_confirmed", "_held", "_received", "_released", "_renewed", "_sent", "came")
 
     def __init__(self, node_id: NodeId, session: NodeSession, signal: StreamWaker) -> None:
         super().__init__(node_id, session, signal)
@@ -283,7 +323,8 @@ class _Stream(NodeStream):
         self._held: Mapping[str, int] = {}
         self._renewed: dict[str, int] = {}
         self._released: dict[tuple[str, int], str] = {}
-        self._came = asyncio.Event()
+        self.came = asyncio.Event()
+        """Set when there is a report."""
         self._sent: tuple[int, int, tuple[AddressOrder, ...]] | None = None
 
     def receive(self, message: skep.AddressReport) -> None:
@@ -293,13 +334,18 @@ class _Stream(NodeStream):
         self._received = message.number
         self._renewed = {one.address: one.epoch for one in message.renewed}
         self.keep_released([(one.address, one.epoch, one.error) for one in message.released])
-        self._came.set()
+        self.came.set()
         self.signal.wake()
 
-    async def next_report(self) -> tuple[int, dict[str, int], list[tuple[str, int, str]]]:
-        """Wait for a report.  Return its number, its renewals, and all releases that are not written."""
-        await self._came.wait()
-        self._came.clear()
+    def named_by(self, orders: Sequence[AddressOrder]) -> set[tuple[int, bool]]:
+        """Return the epochs of orders that the last report renews, or releases (True)."""
+        epochs = {one.address: one.epoch for one in orders}
+        renewed = {(epoch, False) for key, epoch in self._renewed.items() if epochs.get(key) == epoch}
+        return renewed | {(epoch, True) for key, epoch in self._released if epochs.get(key) == epoch}
+
+    def next_report(self) -> tuple[int, dict[str, int], list[tuple[str, int, str]]]:
+        """Return the last report: its number, its renewals, and all releases that are not written."""
+        self.came.clear()
         released = [(*key, reason) for key, reason in self._released.items()]
         self._released = {}
         return self._received, self._renewed, released

@@ -11,7 +11,7 @@ from typing import Final, Literal, TypeAlias
 import msgspec
 from msgspec.structs import replace
 
-from skep.model.networks.failover import REASON_CHARACTERS_MAX, AddressOrder
+from skep.model.networks.failover import REASON_CHARACTERS_MAX, UNASKED, AddressOrder
 from skep.model.values.ids import NodeId
 from skep.store.interface import Transaction, View
 from skep.store.kinds import Payload, read_record, write_record
@@ -192,6 +192,8 @@ def apply_report(
 ) -> dict[str, int]:
     """Record the releases of a node, and renew its other addresses.  Return the renewed epochs by address.
 
+    Addresses that the node is releasing are renewed as well, since its hook may need longer than a lease.
+
     Args:
         renewed: Epochs by address.
         released: Addresses with their epochs and the node's reason, which is empty if it was asked to.
@@ -203,14 +205,15 @@ def apply_report(
     for address, epoch, reason in released:
         found = record.get(address)
         if found is not None and (found.node_id, found.epoch) == (node_id, epoch):
-            record = record.put(_freed(found, reason, now_ns))
+            # Without a reason, it would be named again at once.
+            record = record.put(_freed(found, reason or ("" if found.is_leaving else UNASKED), now_ns))
     if record != before:
         write_record(tx, ADDRESSES_ID, record)
     kept = [
         one for one in record.addresses if one.node_id == node_id and renewed.get(one.address) == one.epoch
     ]
-    held = {one.address: one.epoch for one in kept if not one.is_leaving}
-    if kept:  # a node that releases an address may need longer than a lease for its hook
+    held = {one.address: one.epoch for one in kept}
+    if kept:
         tx.rely_on(Payload, renewals_id(node_id))
         count = renewals_in(tx, node_id).count + 1
         write_record(tx, renewals_id(node_id), Renewals(count=count, epochs=held))

@@ -28,6 +28,11 @@ It looks for expired addresses at most once a second, and rounds timers.  Measur
 
 Source: linux, net/ipv4/devinet.c (check_lifetime) and net/ipv6/addrconf.c (addrconf_verify_rtnl).
 """
+KERNEL_EARLY_S: Final = 0.05
+"""Seconds by which the kernel may drop an address too early.  It rounds by 20 ms.
+
+Source: linux, include/net/addrconf.h (ADDRCONF_TIMER_FUZZ_MINUS).
+"""
 DRIFT: Final = 0.01
 """Share by which the clock of a machine may be fast or slow.  NTP slews clocks by at most 0.05 %."""
 LEASE_S: Final = 2.7
@@ -40,6 +45,8 @@ SILENT: Final = "it was silent"
 """Reason of a node that lost an address because its lease is over."""
 STOPS: Final = "its daemon stops"
 """Reason of a node that releases its addresses before a planned stop."""
+UNASKED: Final = "it gave the address up without a reason"
+"""Reason of a node that released an address which it was not asked to release."""
 ADDRESSES_MAX: Final = 32
 """Largest number of failover addresses.  Each renewal names all addresses of its node."""
 REASON_CHARACTERS_MAX: Final = 200

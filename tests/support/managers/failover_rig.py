@@ -245,6 +245,5 @@ class _Kernel(SimulatedAddresses):
         super().__init__(NodeId(id), rig.truth, rig.clocks[id], rig.random, always_late=True)
         self._process = process
 
-    async def drop(self, order: AddressOrder) -> None:
-        if not self._process.is_killed:
-            await super().drop(order)
+    async def drop(self, order: AddressOrder) -> bool:
+        return not self._process.is_killed and await super().drop(order)

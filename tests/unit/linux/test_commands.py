@@ -1,13 +1,15 @@
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from skep.linux.commands import communicate
 
 
-async def shell(line: str) -> asyncio.subprocess.Process:
+async def shell(line: str, *, leads_session: bool = False) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         *("sh", "-c", line),
+        start_new_session=leads_session,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -32,4 +34,29 @@ async def test_a_command_does_not_outlive_its_cancelled_caller():
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
+    assert process.returncode == -9
+
+
+@pytest.mark.parametrize("how", ["cancelled", "late", "background"])
+async def test_the_children_of_a_session_end_with_it(how: str, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    child = f"(sleep 0.4; touch {moved})"
+    line = f"{child} >/dev/null 2>&1 & sleep 0.2" if how == "background" else f"{child}; exit 0"
+    process = await shell(line, leads_session=True)
+    deadline_s = 0.2 if how == "late" else 10
+    asking = asyncio.create_task(communicate(process, deadline_s, leads_session=True))
+    await asyncio.sleep(0.1)
+    if how == "cancelled":
+        asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await asyncio.sleep(0.5)
+    assert not moved.exists()
+
+
+async def test_a_child_that_left_the_session_does_not_delay_its_end() -> None:
+    process = await shell("setsid sleep 5 & exec sleep 5", leads_session=True)
+    asking = communicate(process, 0.1, leads_session=True)
+    async with asyncio.timeout(2):
+        with pytest.raises(TimeoutError):
+            await asking
     assert process.returncode == -9

@@ -4,7 +4,14 @@ import asyncio
 
 import pytest
 
-from skep.model.networks.failover import ANSWER_S_MAX, DRIFT, KERNEL_LATE_S, KERNEL_S, LEASE_S
+from skep.model.networks.failover import (
+    ANSWER_S_MAX,
+    DRIFT,
+    KERNEL_LATE_S,
+    KERNEL_S,
+    LEASE_S,
+    RENEWAL_S,
+)
 from skep.model.node import Availability
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -202,6 +209,37 @@ async def test_a_confirmation_names_only_what_was_renewed() -> None:
                     if message.confirmed == 7:
                         assert bool(message.held) is is_held
                         break
+
+
+@pytest.mark.parametrize("what", ["renewals", "renewals in turn", "refusals"])
+def test_a_holder_writes_at_the_pace_of_renewals_whatever_it_sends(what: str) -> None:
+    @on_virtual_time
+    async def run() -> None:
+        async with rig(("n1",)) as cluster:
+            for one in (ADDRESS, "10.0.0.101"):
+                await cluster.add(one)
+                await cluster.wait_held(address=one)
+            await cluster.kill("n1")
+            store, began = cluster.stores["m2"], cluster.loop.time()
+            before = store.view().revision
+            async with cluster.connected("n1", "m2") as channel, channel.stream(methods.ADDRESSES) as call:
+                await call.send(skep.AddressReport(session_id="s"))
+                for number in range(1000):
+                    held = [
+                        skep.AddressEpoch(address=one.address, epoch=one.epoch)
+                        for one in cluster.record().addresses
+                    ]
+                    if what == "refusals":
+                        await call.send(skep.AddressReport(number=number, released=held))
+                    else:
+                        sent = held[number % 2 :][:1] if what == "renewals in turn" else held
+                        await call.send(skep.AddressReport(number=number, renewed=sent))
+                    await asyncio.sleep(0.002)
+            writes = store.view().revision - before
+            most = (cluster.loop.time() - began) / RENEWAL_S + 3  # and the first ones of two namings
+            assert (0 if what == "refusals" else most - 5) <= writes <= most
+
+    run()
 
 
 @pytest.mark.parametrize("seed", range(40))
