@@ -15,9 +15,7 @@ from skep.manager.acme.dns_hook import DnsHook
 from skep.manager.acme.records import (
     AcmeAccount,
     HostCertificate,
-    certificates_in,
     challenges_in,
-    records_in,
 )
 from skep.manager.acme.steps import FIRST_AWAY_S, LIMITED_S, OrderPending, Outcome
 from skep.manager.acme.writing import ask_for_renewal, configure
@@ -43,7 +41,7 @@ async def first_of(*waits: Coroutine[None, None, object]) -> None:
 async def test_a_name_gets_a_certificate_with_its_key(tmp_path: Path) -> None:
     async with a_rig(tmp_path) as rig, rig.leading():
         await rig.until(lambda: bool(rig.record().pem))
-        [served] = certificates_in(records_in(rig.store.view())).items()
+        [served] = rig.certificates().items()
     name, pem = served
     assert name == APP
     leaf, *chain = x509.load_pem_x509_certificates(pem.encode())
@@ -251,7 +249,7 @@ async def test_a_wildcard_is_validated_by_the_administrators_program(tmp_path: P
             rig.run_step = AuthorityCalls(DnsHook(str(program))).run_step
             async with rig.leading():
                 await rig.until(lambda: bool(rig.record("*.wild.example.com").pem))
-    [pem] = certificates_in(records_in(rig.store.view())).values()
+    [pem] = rig.certificates().values()
     names = x509.load_pem_x509_certificate(pem.encode()).extensions
     assert names.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(
         x509.DNSName

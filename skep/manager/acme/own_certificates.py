@@ -53,9 +53,15 @@ _CACHED = 1024
 
 
 class OwnCertificate(msgspec.Struct, frozen=True, kw_only=True):
-    """The certificate of a host, in a secret.  ``problem``: why it cannot be used, or empty."""
+    """The certificate of a host, in a secret.
+
+    Attributes:
+        problem: Why it cannot be used, or empty.
+        is_unreadable: Whether the store cannot read the secret, so that an earlier certificate is still right.
+    """
 
     secret: str
+    is_unreadable: bool = False
     pem: str = ""
     not_before_ns: int = 0
     not_after_ns: int = 0
@@ -142,8 +148,18 @@ def _data_of(view: View, name: str) -> bytes | None:
     return payload.data.strip(b"\0") if payload is not None else b""
 
 
+def _is_unreadable(view: View, name: str) -> bool:
+    secret = next(iter(view.find(Secret, name=name)), None)
+    if secret is None:
+        return bool(view.unreadable(Secret))  # their names are unknown
+    return f"secret/{secret.id}" in view.unreadable(Payload)
+
+
 def _read(view: View, name: str, host: str) -> OwnCertificate:
     data = _data_of(view, name)
+    if not data and _is_unreadable(view, name):
+        problem = f"the store cannot read the secret {name}. Create another one, and name it in {HTTP}.tls"
+        return OwnCertificate(secret=name, problem=problem, is_unreadable=True)
     if data is None:
         return OwnCertificate(
             secret=name, problem=f"there is no secret {name}. Create it with docker secret create"

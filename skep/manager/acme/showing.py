@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from skep.api.telemetry.exposition import MetricFamily, Sample, label_text
 from skep.manager.acme.own_certificates import OwnCertificate, own_certificates
-from skep.manager.acme.records import AcmeAccount, HostCertificate, account_in, records_in
+from skep.manager.acme.records import AcmeAccount, HostCertificate, account_in, locked_names, records_in
 from skep.manager.acme.state import WantedNames, names_of_routes
 from skep.manager.acme.steps import LEFT_SHARE, due_at_ns, present_record
 from skep.model.options.certificates import (
@@ -23,12 +23,14 @@ _OVERDUE_SHARE = 2 * LEFT_SHARE
 def shown_certificates(view: View, now_ns: int, wanted: WantedNames = names_of_routes) -> CertificatesShown:
     """Return the authority and all names, sorted."""
     account, records, names = account_in(view), records_in(view), wanted(view)
-    own = own_certificates(view)
+    own, locked = own_certificates(view), locked_names(view)
     return CertificatesShown(
         authority=_shown_authority(account) if account is not None else None,
         certificates=tuple(
             _shown_own(name, own[name], now_ns)
             if name in own
+            else _shown_locked(name, name in names)
+            if name in locked
             else _shown(account, records, name, name in names, now_ns)
             for name in sorted({*records, *names, *own})
         ),
@@ -45,6 +47,15 @@ def _shown_own(name: str, own: OwnCertificate, now_ns: int) -> CertificateShown:
         not_before=_time(own.not_before_ns),
         not_after=_time(own.not_after_ns),
         error=problem,
+    )
+
+
+def _shown_locked(name: str, is_wanted: bool) -> CertificateShown:
+    return CertificateShown(
+        name=name,
+        state=CertificateProgress.FAILING,
+        is_wanted=is_wanted,
+        error="the store cannot read its record: see docker info",
     )
 
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from skep.aio.clock import Clock
 from skep.manager.acme.own_certificates import secrets_of_hosts
-from skep.manager.acme.records import ACCOUNT_ID, account_in, record_id, records_in
+from skep.manager.acme.records import ACCOUNT_ID, account_in, locked_names, record_id, records_in
 from skep.manager.acme.steps import PUBLISH_S, Step, WaitUntil, next_step
 from skep.manager.control_loops.failures import Failures
 from skep.manager.control_loops.work_queue import WorkQueue
@@ -82,9 +82,10 @@ class CertificatesState:
         account = account_in(view)
         if account is None:
             return None
-        records = records_in(view)
+        locked = locked_names(view)  # their orders cannot be stored
+        records = {name: one for name, one in records_in(view).items() if name not in locked}
         self._forget_looks(records)
-        step = next_step(account, self._wanted(view), records, now_ns, self.look_at, self._publish_s)
+        step = next_step(account, self._wanted(view) - locked, records, now_ns, self.look_at, self._publish_s)
         if not isinstance(step, WaitUntil):
             return step
         wait_s = (step.at_ns - now_ns) / SECOND_NS if step.at_ns is not None else LONGEST_WAIT_S

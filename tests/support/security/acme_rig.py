@@ -72,6 +72,10 @@ class AcmeRig:
     def record(self, name: str = APP) -> HostCertificate:
         return record_in(self.store.view(), name)
 
+    def certificates(self) -> dict[str, str]:
+        """Return the certificates by host name (PEM: chain, then key)."""
+        return {name: one.pem for name, one in records_in(self.store.view()).items() if one.pem}
+
     async def noting_step(self, account: AcmeAccount, record: HostCertificate | None) -> Outcome:
         outcome = await self.run_step(account, record)
         self.outcomes.append(outcome)
