@@ -16,7 +16,9 @@ from skep.store.kinds import Payload, id_of_name, name_in_id, read_record
 ACCOUNT_ID: Final = "acme/account"
 NAMES_ID: Final = "acme/names"
 NAMES_MAX = 1000
-"""Largest number of names with a record.  The loop reads all of them before each step."""
+"""Largest number of names for which certificates are ordered.  The loop reads all records before each step."""
+RECORDS_MAX = 2 * NAMES_MAX
+"""Largest number of records.  Certificates that are not renewed stay until they expire."""
 
 
 class AcmeAccount(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +80,7 @@ class HostCertificate(msgspec.Struct, frozen=True, kw_only=True):
         retry_at_ns: Time before which nothing is ordered, after a failure and after a success.
         blocked_until_ns: Time until which the authority refuses orders (``Retry-After``), whoever asks for them.
         is_asked: Whether a user has asked for a renewal.
+        left: Values of TXT records by name that former orders have left in the zone.
     """
 
     name: str
@@ -94,6 +97,7 @@ class HostCertificate(msgspec.Struct, frozen=True, kw_only=True):
     retry_at_ns: int = 0
     blocked_until_ns: int = 0
     is_asked: bool = False
+    left: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"HostCertificate(name={self.name!r})"
@@ -117,7 +121,7 @@ def account_in(view: View) -> AcmeAccount | None:
 
 
 def names_in(view: View) -> tuple[str, ...]:
-    """Return the names with a record, sorted.  Without a readable list, they are those of the records' ids."""
+    """Return the names with a record, sorted.  Without a readable list, the records' ids tell them."""
     payload = view.lookup(Payload, NAMES_ID)
     if payload is None and NAMES_ID not in view.unreadable(Payload):
         return ()

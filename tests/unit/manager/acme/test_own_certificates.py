@@ -23,7 +23,8 @@ from skep.api.access.permissions import KnownObject
 from skep.errors import InvalidArgument
 from skep.manager.acme.door_files import DoorFiles
 from skep.manager.acme.own_certificates import check_certificates, own_certificates
-from skep.manager.acme.state import names_of_routes
+from skep.manager.acme.state import NO_DOOR, names_of_routes
+from skep.manager.acme.steps import Wanted
 from skep.manager.control.files import remove_secret
 from skep.manager.control.validation.new_objects import new_service, planned_service
 from skep.model.door.payloads import DoorPayload
@@ -117,7 +118,7 @@ async def test_the_front_door_gets_the_chain_and_its_key_alone() -> None:
     [file] = DoorFiles().present(store.view()).values()
     payload = msgspec.json.decode(file.data, type=DoorPayload)
     assert payload.certificates == {APP: (CHAIN + ROOT.root_pem + KEY).decode()}
-    assert names_of_routes(store.view()) == frozenset()
+    assert names_of_routes(store.view()).stacks == {}
 
 
 async def test_a_wildcard_certificate_serves_the_hosts_below_it() -> None:
@@ -138,7 +139,7 @@ async def test_the_stack_that_has_a_host_chooses_its_certificate() -> None:
     check_certificates(store.view(), spec_with("site", host=f"{APP}/more", stack="one"))
     await store.update(lambda tx: tx.put(service("guest", guest, "2")))  # written at the same moment
     assert own_certificates(store.view()) == {}
-    assert names_of_routes(store.view()) == {APP}
+    assert names_of_routes(store.view()) == Wanted({APP: "one"}, NO_DOOR)
 
 
 async def test_an_update_of_something_else_does_not_check_the_secret_again() -> None:
