@@ -242,6 +242,7 @@ async def test_another_email_is_sent_to_the_same_account(tmp_path: Path) -> None
         assert rig.front.counts["my-account"] >= 1
 
 
+@pytest.mark.needs("root")
 async def test_a_wildcard_is_validated_by_the_administrators_program(tmp_path: Path) -> None:
     with a_zone(tmp_path) as (names_at, program):
         async with a_rig(tmp_path, names_at=names_at) as rig:

@@ -3,11 +3,15 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from skep.manager.acme.calls import AuthorityCalls
 from skep.manager.acme.dns_hook import DnsHook
 from skep.manager.acme.records import AcmeAccount, CertificateOrder, HostCertificate
 from skep.manager.acme.steps import AcmeFailed, after_step
 from skep.model.values.times import SECOND_NS
+
+pytestmark = pytest.mark.needs("root")  # others' programs are not run
 
 RECORD = {"_acme-challenge.example.com": "$(touch never); value"}
 
