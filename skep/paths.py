@@ -4,6 +4,7 @@ The data directory survives a reboot, the run directory is on tmpfs and does not
 directory, because a socket's path has at most 107 bytes.
 """
 
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -311,3 +312,18 @@ class Paths(msgspec.Struct, frozen=True):
     def lock_file(self, process: str) -> Path:
         """Return the lock file that a detached process holds while it runs."""
         return self.run / f"{process}.lock"
+
+
+def open_to_others(program: Path) -> Path | None:
+    """Return which part of an absolute path lets others than root replace the program, or None.
+
+    In a directory like ``/tmp``, others can replace only what belongs to them.  Links count, because
+    their targets are not checked.  Raises: OSError.
+    """
+    for part in (program, *program.parents):
+        found = part.lstat()
+        is_sticky = stat.S_ISDIR(found.st_mode) and bool(found.st_mode & stat.S_ISVTX)
+        is_open = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and not is_sticky
+        if found.st_uid != 0 or is_open or stat.S_ISLNK(found.st_mode):
+            return part
+    return None

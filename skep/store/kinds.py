@@ -114,6 +114,11 @@ def id_of_name(name: str) -> str:
     return name.replace(".", ":")
 
 
+def name_in_id(part: str) -> str:
+    """Return the name from which ``id_of_name`` made a part of an id."""
+    return part.replace(":", ".")
+
+
 def read_record(payload: Payload | None, default: T) -> T:
     """Return the record in a payload.  One that cannot be read counts as missing: nothing else would repair it."""
     if payload is None:

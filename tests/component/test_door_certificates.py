@@ -227,7 +227,7 @@ async def wait_served(
 async def test_pebble_validates_at_haproxy_which_then_has_the_certificate(tmp_path: Path) -> None:
     """The leader, the records, the assignments, the node's files and HAProxy are the real ones."""
     async with a_site(tmp_path) as door, a_rig(tmp_path, door.port) as acme:
-        acme.wanted, acme.publish_s = frozenset({"a.example"}), 0.5
+        acme.wanted, acme.publish_s = ("a.example",), 0.5
         async with sending(acme.store, door), acme.leading():
             await acme.until(lambda: bool(acme.record("a.example").pem))
             roots = await acme.front.issuer()

@@ -11,7 +11,7 @@ import structlog
 from skep.errors import Unavailable
 from skep.manager.acme.dns_hook import DnsHook
 from skep.manager.acme.records import AcmeAccount, HostCertificate
-from skep.manager.acme.steps import AccountRegistered, AcmeFailed, CertificateIssued, Outcome
+from skep.manager.acme.steps import AccountRegistered, AcmeFailed, CertificateIssued, Outcome, RecordsRemoved
 from skep.model.values.times import timestamp
 
 log = structlog.get_logger(__name__)
@@ -22,7 +22,10 @@ CALL_S = 75.0
 T = TypeVar("T")
 
 RunStep = Callable[[AcmeAccount, HostCertificate | None], Awaitable[Outcome]]
-"""Registers the account, or sends or continues the order of a name, within a deadline.  Never raises."""
+"""Registers the account, or sends or continues the order of a name, within a deadline.  Never raises.
+
+TXT records that former orders left are removed before.
+"""
 
 
 async def skip_steps(account: AcmeAccount, record: HostCertificate | None) -> Outcome:
@@ -38,17 +41,14 @@ class AuthorityCalls:
         self._lock = threading.Lock()
 
     async def run_step(self, account: AcmeAccount, record: HostCertificate | None) -> Outcome:
-        """Register the account, or send or continue the order of a name."""
+        """Register the account, send or continue the order of a name, or remove what former ones left."""
+        if record is not None and record.left:
+            await self._hook.remove(record.left)
+            return RecordsRemoved(record.left)
         records = record.order.dns if record is not None and record.order is not None else {}
         if records and (problem := await self._hook.set(records)):
             return AcmeFailed(reason=problem)
-        outcome = await self._ask(account, record)
-        is_over = isinstance(outcome, CertificateIssued) or (
-            isinstance(outcome, AcmeFailed) and outcome.is_over
-        )
-        if records and is_over:
-            await self._hook.remove(records)
-        return outcome
+        return await self._ask(account, record)
 
     async def _ask(self, account: AcmeAccount, record: HostCertificate | None) -> Outcome:
         def step() -> Outcome:

@@ -3,7 +3,14 @@
 from collections.abc import Iterator, Mapping
 
 from skep.manager.acme.own_certificates import own_certificates
-from skep.manager.acme.records import NAMES_ID, certificates_in, challenges_in, record_id, records_in
+from skep.manager.acme.records import (
+    NAMES_ID,
+    challenges_in,
+    names_in,
+    readable_record,
+    record_id,
+    records_in,
+)
 from skep.model.assignment import SecretFile
 from skep.model.door.payloads import DoorPayload, door_file
 from skep.model.door.routes import http_labels
@@ -21,6 +28,7 @@ class DoorFiles:
 
     def __init__(self) -> None:
         self._files: Mapping[SecretId, SecretFile] | None = None
+        self._by_host: dict[str, SecretFile] = {}
 
     def reset(self) -> None:
         """Forget the files."""
@@ -42,9 +50,12 @@ class DoorFiles:
         return is_concerned
 
     def present(self, view: View) -> Mapping[SecretId, SecretFile]:
-        """Return the files by id."""
+        """Return the files by id.  A host keeps its file while the store cannot say which one it has."""
         if self._files is None:
-            self._files = {one.id: one for one in map(door_file, _payloads(view))}
+            self._by_host = dict(_certificates(view, self._by_host))
+            challenges = challenges_in(records_in(view))
+            others = [door_file(DoorPayload(challenges=challenges))] if challenges else []
+            self._files = {one.id: one for one in (*self._by_host.values(), *others)}
         return self._files
 
 
@@ -52,16 +63,24 @@ def _routes(service: Service) -> Mapping[str, str]:
     return http_labels(service.spec.labels) if service.removed_at is None else {}
 
 
-def _payloads(view: View) -> Iterator[DoorPayload]:
-    """Yield a payload for each certificate, so that a renewal sends only that one, and one for all challenges."""
-    records = records_in(view)
+def _certificates(view: View, before: Mapping[str, SecretFile]) -> Iterator[tuple[str, SecretFile]]:
+    """Yield a file for each host, so that a renewal sends only that one.  One of the authority serves as well."""
     own = own_certificates(view)
-    for name, one in own.items():
-        if one.pem:
-            yield DoorPayload(certificates={name: one.pem}, issued_ns=one.not_before_ns)
-    for name, pem in certificates_in(records).items():
-        if name in own:
-            continue
-        yield DoorPayload(certificates={name: pem}, issued_ns=records[name].not_before_ns)
-    if challenges := challenges_in(records):
-        yield DoorPayload(challenges=challenges)
+    names = {*names_in(view), *own}
+    if view.unreadable(Service):
+        names |= before.keys()  # such a service may have any of them
+    for name in sorted(names):
+        chosen, record = own.get(name), readable_record(view, name)
+        is_known = record is not None and (chosen is None or not chosen.is_unreadable)
+        if chosen is not None and chosen.pem:
+            yield name, _file(name, chosen.pem, chosen.not_before_ns)
+        elif name in before and not is_known:
+            yield name, before[name]
+        elif record is not None and record.pem:
+            yield name, _file(name, record.pem, record.not_before_ns)
+        elif name in before and name not in own and view.unreadable(Service):
+            yield name, before[name]
+
+
+def _file(name: str, pem: str, issued_ns: int) -> SecretFile:
+    return door_file(DoorPayload(certificates={name: pem}, issued_ns=issued_ns))

@@ -20,6 +20,7 @@ from skep.manager.acme.steps import (
     OpenOrder,
     OrderPending,
     RegisterAccount,
+    RemoveRecords,
     Step,
     WaitUntil,
 )
@@ -81,14 +82,15 @@ class Certificates:
         match step:
             case None | WaitUntil():
                 pass
-            case DropOrder(name):
-                await self._term.update(drop_order, name, self._clock.now_ns())
+            case DropOrder(name, is_needed):
+                drop = partial(drop_order, is_needed=is_needed)
+                await self._term.update(drop, name, self._clock.now_ns())
             case BeginOrder(name):
                 key = private_pem(new_private_key()).decode()
                 await self._term.update(begin_order, name, key, self._clock.now_ns())
             case RegisterAccount():
                 self._start("")
-            case OpenOrder(name) | ContinueOrder(name):
+            case OpenOrder(name) | ContinueOrder(name) | RemoveRecords(name):
                 self._start(name)
 
     def _start(self, name: str) -> None:
@@ -113,7 +115,7 @@ class Certificates:
         await self._confirm()
         view = self._term.view()
         account, record = account_in(view), record_in(view, name) if name else None
-        if account is None or (record is not None and record.order is None):
+        if account is None or (record is not None and record.order is None and not record.left):
             return
         outcome = await self._run_step(account, record)
         log_outcome(account, record, outcome)

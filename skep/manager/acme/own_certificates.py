@@ -3,7 +3,10 @@
 A secret has a chain, the certificate of the host first, and its private key, all in PEM.
 """
 
+from base64 import b64decode
 from collections.abc import Collection
+from functools import lru_cache
+from typing import Final
 
 import msgspec
 from cryptography import x509
@@ -28,14 +31,37 @@ from skep.model.values.times import SECOND_NS
 from skep.store.interface import View
 from skep.store.kinds import Payload
 
-RSA_BITS_MIN = 2048
-"""Smallest RSA key that OpenSSL accepts at its default level of security."""
+RSA_BITS_MIN, RSA_BITS_MAX = 2048, 4096
+"""Smallest RSA key that OpenSSL accepts at its default level of security, and the largest that authorities recommend.
+A handshake with a key of 8192 bits costs a proxy seven times as much.
+"""
+BYTES_MAX = 32 * 1024
+"""Largest secret that is read for a certificate.  A chain of four with its key has 10 KiB."""
+_KEY_CHARACTERS_MAX = 4096
+"""Longest private key in PEM.  RSA with 4096 bits has 3,300."""
+_CURVES: Final = ("secp256r1", "secp384r1", "secp521r1")
+"""Curves whose certificates TLS 1.3 accepts."""
+_KINDS: Final = {
+    "1.2.840.113549.1.1.1": bytes.fromhex("06092a864886f70d010101"),
+    "1.2.840.10045.2.1": bytes.fromhex("06072a8648ce3d0201"),
+}
+"""Object identifiers of RSA and elliptic curves, as text and in DER.  OpenSSL needs minutes for a crafted DSA key."""
+_KIND_AT = 16
+"""A private key in DER names its kind before this byte, and the kind's own parameters follow it."""
+_CACHED = 1024
+"""Secrets whose certificates are kept.  Without that, each request would read all of them again."""
 
 
 class OwnCertificate(msgspec.Struct, frozen=True, kw_only=True):
-    """The certificate of a host, in a secret.  ``problem``: why it cannot be used, or empty."""
+    """The certificate of a host, in a secret.
+
+    Attributes:
+        problem: Why it cannot be used, or empty.
+        is_unreadable: Whether the store cannot read the secret, so that an earlier certificate is still right.
+    """
 
     secret: str
+    is_unreadable: bool = False
     pem: str = ""
     not_before_ns: int = 0
     not_after_ns: int = 0
@@ -122,64 +148,145 @@ def _data_of(view: View, name: str) -> bytes | None:
     return payload.data.strip(b"\0") if payload is not None else b""
 
 
+def _is_unreadable(view: View, name: str) -> bool:
+    secret = next(iter(view.find(Secret, name=name)), None)
+    if secret is None:
+        return bool(view.unreadable(Secret))  # their names are unknown
+    return f"secret/{secret.id}" in view.unreadable(Payload)
+
+
 def _read(view: View, name: str, host: str) -> OwnCertificate:
     data = _data_of(view, name)
+    if not data and _is_unreadable(view, name):
+        problem = f"the store cannot read the secret {name}. Create another one, and name it in {HTTP}.tls"
+        return OwnCertificate(secret=name, problem=problem, is_unreadable=True)
     if data is None:
         return OwnCertificate(
             secret=name, problem=f"there is no secret {name}. Create it with docker secret create"
         )
-    try:
-        return _parsed(name, data, host)
-    except _Unusable as error:
-        return OwnCertificate(secret=name, problem=f"the secret {name} {error}")
+    found = _parsed(data) if len(data) <= BYTES_MAX else _too_long(len(data))
+    problem = found.problem
+    if not problem and not {host, f"*.{host.partition('.')[2]}"} & found.names:
+        shown = ", ".join(sorted(found.names)[:5]) or "no name"
+        problem = f"has a certificate for {shown} and not for {host}. Order one for that name"
+    if problem:
+        return OwnCertificate(secret=name, problem=f"the secret {name} {problem}")
+    return OwnCertificate(
+        secret=name, pem=found.pem, not_before_ns=found.not_before_ns, not_after_ns=found.not_after_ns
+    )
+
+
+class _Parsed(msgspec.Struct, frozen=True, kw_only=True):
+    """What a secret has.  ``problem`` continues a sentence that begins with the secret."""
+
+    pem: str = ""
+    names: frozenset[str] = frozenset()
+    not_before_ns: int = 0
+    not_after_ns: int = 0
+    problem: str = ""
+
+
+def _too_long(size: int) -> _Parsed:
+    return _Parsed(problem=f"has {size} bytes. Write only a chain and its key into it, at most {BYTES_MAX}")
 
 
 class _Unusable(Exception):
-    """Raised for a secret without a usable certificate.  Its text continues a sentence that begins with the secret."""
+    """Raised for a secret without a usable certificate.  Its text is the ``problem``."""
 
 
-def _parsed(name: str, data: bytes, host: str) -> OwnCertificate:
-    """Return the certificate in its usual form, without anything else that the secret has.  Raises: _Unusable."""
+@lru_cache(maxsize=_CACHED)
+def _parsed(data: bytes) -> _Parsed:
+    """Return the certificate in its usual form, without anything else that the secret has.
+
+    It takes less than a millisecond whatever the secret has, because the event loop waits for it.
+    """
     try:
-        chain = x509.load_pem_x509_certificates(data)
-    except ValueError:
-        raise _Unusable("has no certificate. Write the chain and then its key into it, in PEM form") from None
-    try:
-        key = load_pem_private_key(data[_key_at(data) :], password=None)
-    except TypeError:
-        raise _Unusable("has an encrypted key. Remove its passphrase with openssl pkey") from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise _Unusable("has no private key. Write it after the certificates, in PEM form") from None
-    if not isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
-        raise _Unusable("has a key of another kind. Use RSA or an elliptic curve")
-    if isinstance(key, rsa.RSAPrivateKey) and key.key_size < RSA_BITS_MIN:
-        raise _Unusable(f"has an RSA key of {key.key_size} bits. Use at least {RSA_BITS_MIN}")
+        chain, key = _chain_and_key(data)
+    except _Unusable as error:
+        return _Parsed(problem=str(error))
     leaf = chain[0]
-    if leaf.public_key() != key.public_key():
-        raise _Unusable("has a key that does not belong to its first certificate. Put that certificate first")
-    names = _names(leaf)
-    if not {host, f"*.{host.partition('.')[2]}"} & names:
-        shown = ", ".join(sorted(names)[:5]) or "no name"
-        raise _Unusable(f"has a certificate for {shown} and not for {host}. Order one for that name")
     text = b"".join(one.public_bytes(Encoding.PEM) for one in chain)
     text += key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return OwnCertificate(
-        secret=name,
+    return _Parsed(
         pem=text.decode(),
+        names=_names(leaf),
         not_before_ns=int(leaf.not_valid_before_utc.timestamp()) * SECOND_NS,
         not_after_ns=int(leaf.not_valid_after_utc.timestamp()) * SECOND_NS,
     )
 
 
-def _key_at(data: bytes) -> int:
-    """Return where the private key begins, which may also follow its parameters."""
+def _chain_and_key(
+    data: bytes,
+) -> tuple[list[x509.Certificate], rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey]:
+    """Return what belongs together.  Raises: _Unusable."""
+    try:
+        chain = x509.load_pem_x509_certificates(data)
+        leaf = chain[0]
+        kind = leaf.public_key_algorithm_oid.dotted_string
+    except ValueError:
+        raise _Unusable("has no certificate. Write the chain and then its key into it, in PEM form") from None
+    if kind not in _KINDS:
+        raise _Unusable("has a key of another kind. Use RSA, or an elliptic curve of NIST")
+    try:
+        public = leaf.public_key()
+    except (ValueError, UnsupportedAlgorithm):
+        raise _Unusable("has a certificate with an unknown key. Order one for a usual key") from None
+    if isinstance(public, rsa.RSAPublicKey) and not RSA_BITS_MIN <= public.key_size <= RSA_BITS_MAX:
+        words = f"Use {RSA_BITS_MIN} to {RSA_BITS_MAX}"
+        raise _Unusable(f"has an RSA key of {public.key_size} bits. {words}")
+    if isinstance(public, ec.EllipticCurvePublicKey) and public.curve.name not in _CURVES:
+        raise _Unusable(f"has a key of the curve {public.curve.name}. Use {', '.join(_CURVES)} or RSA")
+    key = _key(_key_text(data), kind)
+    if public != key.public_key():
+        raise _Unusable("has a key that does not belong to its first certificate. Put that certificate first")
+    return chain, key
+
+
+def _key_text(data: bytes) -> bytes:
+    """Return the private key in PEM, which may also follow its parameters.  Raises: _Unusable."""
     found = data.find(b"PRIVATE KEY-----")
-    return data.rfind(b"-----BEGIN ", 0, found) if found >= 0 else len(data)
+    begin = data.rfind(b"-----BEGIN ", 0, found) if found >= 0 else -1
+    end = data.find(b"-----END ", begin)
+    if begin < 0 or end < 0:
+        raise _Unusable("has no private key. Write it after the certificates, in PEM form")
+    text = data[begin : data.find(b"-----", end + 9) + 5]
+    if b"ENCRYPTED" in text:
+        raise _Unusable("has an encrypted key. Remove its passphrase with openssl pkey")
+    if len(text) > _KEY_CHARACTERS_MAX:
+        raise _Unusable(
+            f"has a private key of {len(text)} characters. Use RSA of at most {RSA_BITS_MAX} bits"
+        )
+    return text
 
 
-def _names(leaf: x509.Certificate) -> set[str]:
+def _key(text: bytes, kind: str) -> rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey:
+    """Return a key of the certificate's kind.
+
+    It belongs to the certificate if the public keys are the same.  Whether its numbers are primes is not checked, which
+    takes a third of a second, and only the owner's hosts would not be served.
+
+    Raises: _Unusable.
+    """
+    try:
+        if text.startswith(b"-----BEGIN PRIVATE"):
+            head = b64decode(text.partition(b"\n")[2].rpartition(b"-----END")[0])
+            if head.find(_KINDS[kind], 0, _KIND_AT + len(_KINDS[kind])) < 0:
+                raise _Unusable(
+                    "has a key that does not belong to its first certificate. Put that certificate first"
+                )
+        elif not text.startswith((b"-----BEGIN RSA", b"-----BEGIN EC")):
+            raise _Unusable("has a key of another kind. Use RSA, or an elliptic curve of NIST")
+        key = load_pem_private_key(text, password=None, unsafe_skip_rsa_key_validation=True)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise _Unusable("has no private key. Write it after the certificates, in PEM form") from None
+    if not isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
+        raise _Unusable("has a key of another kind. Use RSA, or an elliptic curve of NIST")
+    return key
+
+
+def _names(leaf: x509.Certificate) -> frozenset[str]:
     try:
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError):
-        return set()
-    return {one.lower() for one in names.get_values_for_type(x509.DNSName)}
+        return frozenset()
+    return frozenset(one.lower() for one in names.get_values_for_type(x509.DNSName))

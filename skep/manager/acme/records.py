@@ -5,17 +5,20 @@ the account and asks for renewals, and the leader writes everything else.  All r
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 
 import msgspec
 
 from skep.store.interface import View
-from skep.store.kinds import Payload, id_of_name, read_record
+from skep.store.kinds import Payload, id_of_name, name_in_id, read_record
 
 ACCOUNT_ID: Final = "acme/account"
 NAMES_ID: Final = "acme/names"
 NAMES_MAX = 1000
-"""Largest number of names with a record.  The loop reads all of them before each step."""
+"""Largest number of names for which certificates are ordered.  The loop reads all records before each step."""
+RECORDS_MAX = 2 * NAMES_MAX
+"""Largest number of records.  Certificates that are not renewed stay until they expire."""
 
 
 class AcmeAccount(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +80,7 @@ class HostCertificate(msgspec.Struct, frozen=True, kw_only=True):
         retry_at_ns: Time before which nothing is ordered, after a failure and after a success.
         blocked_until_ns: Time until which the authority refuses orders (``Retry-After``), whoever asks for them.
         is_asked: Whether a user has asked for a renewal.
+        left: Values of TXT records by name that former orders have left in the zone.
     """
 
     name: str
@@ -93,6 +97,7 @@ class HostCertificate(msgspec.Struct, frozen=True, kw_only=True):
     retry_at_ns: int = 0
     blocked_until_ns: int = 0
     is_asked: bool = False
+    left: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"HostCertificate(name={self.name!r})"
@@ -115,24 +120,49 @@ def account_in(view: View) -> AcmeAccount | None:
     return found if found.directory else None
 
 
+def names_in(view: View) -> tuple[str, ...]:
+    """Return the names with a record, sorted.  Without a readable list, the records' ids tell them."""
+    payload = view.lookup(Payload, NAMES_ID)
+    if payload is None and NAMES_ID not in view.unreadable(Payload):
+        return ()
+    if payload is not None:
+        with suppress(msgspec.DecodeError):
+            return msgspec.json.decode(payload.data, type=KnownNames).names
+    ids = {*view.ids(Payload), *view.unreadable(Payload)}
+    first = record_id("")
+    return tuple(sorted(name_in_id(id[len(first) :]) for id in ids if id.startswith(first)))
+
+
 def records_in(view: View) -> dict[str, HostCertificate]:
     """Return the records by name, sorted."""
-    known = read_record(view.lookup(Payload, NAMES_ID), KnownNames()).names
-    return {name: record_in(view, name) for name in known}
+    return {name: record_in(view, name) for name in names_in(view)}
 
 
 def record_in(view: View, name: str) -> HostCertificate:
     """Return the record of a name.  It is empty if nothing is recorded or readable."""
-    found = read_record(view.lookup(Payload, record_id(name)), HostCertificate(name=name))
-    return found if found.name == name else HostCertificate(name=name)
+    return readable_record(view, name) or HostCertificate(name=name)
+
+
+def readable_record(view: View, name: str) -> HostCertificate | None:
+    """Return the record of a name, which is empty if nothing is recorded, or None if it cannot be read."""
+    id = record_id(name)
+    if (payload := view.lookup(Payload, id)) is None:
+        return None if id in view.unreadable(Payload) else HostCertificate(name=name)
+    with suppress(msgspec.DecodeError):
+        found = msgspec.json.decode(payload.data, type=HostCertificate)
+        if found.name == name:
+            return found
+    return None
+
+
+def locked_names(view: View) -> frozenset[str]:
+    """Return the names whose records cannot be replaced, because the store cannot read them."""
+    first = record_id("")
+    unreadable = view.unreadable(Payload)
+    return frozenset(name_in_id(id[len(first) :]) for id in unreadable if id.startswith(first))
 
 
 def challenges_in(records: Mapping[str, HostCertificate]) -> dict[str, str]:
     """Return the key authorizations that every door serves, by token."""
     orders = (record.order for record in records.values())
     return {token: text for order in orders if order is not None for token, text in order.challenges.items()}
-
-
-def certificates_in(records: Mapping[str, HostCertificate]) -> dict[str, str]:
-    """Return the certificates that every door uses (PEM: chain, then key), by host name."""
-    return {name: record.pem for name, record in records.items() if record.pem}

@@ -2,11 +2,20 @@
 
 from collections.abc import Iterator
 
+from msgspec.structs import replace
+
 from skep.api.telemetry.exposition import MetricFamily, Sample, label_text
 from skep.manager.acme.own_certificates import OwnCertificate, own_certificates
-from skep.manager.acme.records import AcmeAccount, HostCertificate, account_in, records_in
+from skep.manager.acme.records import AcmeAccount, HostCertificate, account_in, locked_names, records_in
 from skep.manager.acme.state import WantedNames, names_of_routes
-from skep.manager.acme.steps import LEFT_SHARE, due_at_ns, present_record
+from skep.manager.acme.steps import (
+    LEFT_SHARE,
+    Wanted,
+    considered_names,
+    due_at_ns,
+    present_record,
+    share_problem,
+)
 from skep.model.options.certificates import (
     AuthorityShown,
     CertificateProgress,
@@ -23,14 +32,24 @@ _OVERDUE_SHARE = 2 * LEFT_SHARE
 def shown_certificates(view: View, now_ns: int, wanted: WantedNames = names_of_routes) -> CertificatesShown:
     """Return the authority and all names, sorted."""
     account, records, names = account_in(view), records_in(view), wanted(view)
-    own = own_certificates(view)
+    considered = frozenset(considered_names(names.stacks, records))
+    own, locked = own_certificates(view), locked_names(view)
     return CertificatesShown(
         authority=_shown_authority(account) if account is not None else None,
         certificates=tuple(
             _shown_own(name, own[name], now_ns)
             if name in own
-            else _shown(account, records, name, name in names, now_ns)
-            for name in sorted({*records, *names, *own})
+            else CertificateShown(
+                name=name,
+                state=CertificateProgress.FAILING,
+                is_wanted=name in names.stacks,
+                error="the store cannot read its record: see docker info",
+            )
+            if name in locked
+            else _with_reason(
+                _shown(account, records, name, name in names.stacks, now_ns), names, name in considered
+            )
+            for name in sorted({*records, *names.stacks, *own})
         ),
     )
 
@@ -80,6 +99,17 @@ def _shown(
     )
 
 
+def _with_reason(shown: CertificateShown, names: Wanted, is_considered: bool) -> CertificateShown:
+    """Return a name with the reason why nothing is ordered for it, unless an order has failed."""
+    if not shown.is_wanted or shown.error:
+        return shown
+    if not is_considered:
+        return replace(shown, error=share_problem(names.stacks[shown.name]), next_attempt_at=Timestamp(""))
+    if names.problem and shown.state is CertificateProgress.WANTED:
+        return replace(shown, error=names.problem, next_attempt_at=Timestamp(""))
+    return shown
+
+
 def _progress(record: HostCertificate, now_ns: int) -> CertificateProgress:
     if record.error:
         return CertificateProgress.FAILING
@@ -103,16 +133,18 @@ def expiring_soon(
             yield name, f"{words}. Run skep secret rotate {one.secret} FILE"
     if (account := account_in(view)) is None:
         return
-    names = wanted(view)
-    for name, record in records_in(view).items():
+    names, records = wanted(view), records_in(view)
+    considered = frozenset(considered_names(names.stacks, records))
+    for name, record in records.items():
         reason = record.error or account.error
         share = LEFT_SHARE if reason else _OVERDUE_SHARE
         if (
             record.pem
-            and name in names
+            and name in names.stacks
             and _is_left(share, record.not_before_ns, record.not_after_ns, now_ns)
         ):
             words = _expiry(name, record.not_after_ns, now_ns)
+            reason = reason or (names.problem if name in considered else share_problem(names.stacks[name]))
             yield name, f"{words} and is not renewed{f': {reason}' if reason else ''}"
 
 

@@ -6,18 +6,20 @@ from typing import Final
 
 from skep.aio.clock import Clock
 from skep.manager.acme.own_certificates import secrets_of_hosts
-from skep.manager.acme.records import ACCOUNT_ID, account_in, record_id, records_in
-from skep.manager.acme.steps import PUBLISH_S, Step, WaitUntil, next_step
+from skep.manager.acme.records import ACCOUNT_ID, account_in, locked_names, record_id, records_in
+from skep.manager.acme.steps import PUBLISH_S, Step, WaitUntil, Wanted, next_step
 from skep.manager.control_loops.failures import Failures
 from skep.manager.control_loops.work_queue import WorkQueue
 from skep.manager.services.routes import claimant_of, exposed
 from skep.model.door.claims import settled
+from skep.model.door.settings import is_door
 from skep.model.service import Service
+from skep.model.task import Task, TaskState
 from skep.model.values.times import SECOND_NS
 from skep.store.interface import Commit, Created, Deleted, Updated, View
 from skep.store.kinds import Payload
 
-WATCHED = (Service, Payload)
+WATCHED = (Service, Payload, Task)
 STEP: Final = "step"
 """The only key: one step follows the other."""
 GATHER_S = 1.0
@@ -25,16 +27,31 @@ GATHER_S = 1.0
 LONGEST_WAIT_S = 3600.0
 """Longest wait in seconds.  The wall clock decides about renewals, and it may be set meanwhile."""
 
-WantedNames = Callable[[View], frozenset[str]]
+NO_DOOR: Final = "no task of the front door runs: run skep door up"
+WantedNames = Callable[[View], Wanted]
 """Returns the host names of services that need a certificate."""
 
 
-def names_of_routes(view: View) -> frozenset[str]:
+def names_of_routes(view: View) -> Wanted:
     """Return the hosts of HTTP routes with automatic certificates."""
     claimants = [claimant_of(one) for one in exposed(view)]
-    routes = (route for accepted in settled(claimants).accepted.values() for route in accepted)
-    hosts = frozenset(route.host for route in routes if route.options.tls in ("", "auto"))
-    return hosts - secrets_of_hosts(claimants).keys()
+    stacks_by_id = {one.id: one.stack for one in claimants}
+    own = secrets_of_hosts(claimants)
+    stacks: dict[str, str] = {}
+    for id, routes in settled(claimants).accepted.items():  # the oldest come first
+        for route in routes:
+            if route.options.tls in ("", "auto") and route.host not in own:
+                stacks.setdefault(route.host, stacks_by_id[id])
+    return Wanted(stacks, "" if not stacks or _has_door(view) else NO_DOOR)
+
+
+def _has_door(view: View) -> bool:
+    doors = (one for one in view.find(Service) if is_door(one.spec.labels))
+    return any(_serves(task) for door in doors for task in view.find(Task, service_id=door.id))
+
+
+def _serves(task: Task) -> bool:
+    return task.status.state is TaskState.RUNNING
 
 
 class CertificatesState:
@@ -73,6 +90,9 @@ class CertificatesState:
                     old.removed_at == new.removed_at
                 ):
                     continue
+                case Updated(Task() as was, Task() as task):
+                    if _serves(was) != _serves(task) and self._is_of_door(task):
+                        self.queue.add((STEP,))
                 case Created(Service()) | Updated(_, Service()) | Deleted(Service()):
                     self.queue.add_at(STEP, self._clock.monotonic() + GATHER_S)
 
@@ -82,14 +102,22 @@ class CertificatesState:
         account = account_in(view)
         if account is None:
             return None
-        records = records_in(view)
+        locked = locked_names(view)  # their orders cannot be stored
+        records = {name: one for name, one in records_in(view).items() if name not in locked}
         self._forget_looks(records)
-        step = next_step(account, self._wanted(view), records, now_ns, self.look_at, self._publish_s)
+        wanted = self._wanted(view)
+        stacks = {name: stack for name, stack in wanted.stacks.items() if name not in locked}
+        wanted = Wanted(stacks, wanted.problem)
+        step = next_step(account, wanted, records, now_ns, self.look_at, self._publish_s)
         if not isinstance(step, WaitUntil):
             return step
         wait_s = (step.at_ns - now_ns) / SECOND_NS if step.at_ns is not None else LONGEST_WAIT_S
         self.queue.add_at(STEP, self._clock.monotonic() + min(wait_s, LONGEST_WAIT_S))
         return None
+
+    def _is_of_door(self, task: Task) -> bool:
+        service = self._view().lookup(Service, task.service_id)
+        return service is not None and is_door(service.spec.labels)
 
     def _forget_looks(self, names: Iterable[str]) -> None:
         known = set(names)

@@ -12,7 +12,13 @@ from typing import TypeAlias
 import msgspec
 from msgspec.structs import replace
 
-from skep.manager.acme.records import NAMES_MAX, AcmeAccount, CertificateOrder, HostCertificate
+from skep.manager.acme.records import (
+    NAMES_MAX,
+    RECORDS_MAX,
+    AcmeAccount,
+    CertificateOrder,
+    HostCertificate,
+)
 from skep.model.values.times import SECOND_NS
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 180.0, 12 * 3600.0
@@ -41,6 +47,18 @@ _CLOCK_SET_NS = int((RETRY_AFTER_S_MAX + 24 * 3600.0) * SECOND_NS)
 """A time further in the future was recorded before the clock was set back."""
 
 
+class Wanted(msgspec.Struct, frozen=True):
+    """The names of services.
+
+    Attributes:
+        stacks: The stack of each name, or an empty text outside of stacks.
+        problem: Why nothing can be ordered now, or empty.
+    """
+
+    stacks: Mapping[str, str]
+    problem: str = ""
+
+
 class RegisterAccount(msgspec.Struct, frozen=True):
     """Tell the authority about the account."""
 
@@ -64,7 +82,17 @@ class ContinueOrder(msgspec.Struct, frozen=True):
 
 
 class DropOrder(msgspec.Struct, frozen=True):
-    """Remove the order of a name that no service has any longer, and its record if that is useless."""
+    """Remove the order of a name that no service has any longer, and its record if that is useless.
+
+    With ``is_needed``, another name needs the place of its record.
+    """
+
+    name: str
+    is_needed: bool = False
+
+
+class RemoveRecords(msgspec.Struct, frozen=True):
+    """Remove the TXT records that former orders of this name have left."""
 
     name: str
 
@@ -75,7 +103,9 @@ class WaitUntil(msgspec.Struct, frozen=True):
     at_ns: int | None = None
 
 
-Step: TypeAlias = RegisterAccount | BeginOrder | OpenOrder | ContinueOrder | DropOrder | WaitUntil
+Step: TypeAlias = (
+    RegisterAccount | BeginOrder | OpenOrder | ContinueOrder | DropOrder | RemoveRecords | WaitUntil
+)
 
 
 class AccountRegistered(msgspec.Struct, frozen=True):
@@ -95,6 +125,12 @@ class OrderOpened(msgspec.Struct, frozen=True):
     url: str
     challenges: dict[str, str] = {}
     dns: dict[str, str] = {}
+
+
+class RecordsRemoved(msgspec.Struct, frozen=True):
+    """The administrator's program has run for these TXT records."""
+
+    records: dict[str, str]
 
 
 class OrderPending(msgspec.Struct, frozen=True):
@@ -128,12 +164,14 @@ class AcmeFailed(msgspec.Struct, frozen=True, kw_only=True):
     is_unknown: bool = False
 
 
-Outcome: TypeAlias = AccountRegistered | OrderOpened | OrderPending | CertificateIssued | AcmeFailed
+Outcome: TypeAlias = (
+    AccountRegistered | OrderOpened | OrderPending | CertificateIssued | RecordsRemoved | AcmeFailed
+)
 
 
 def next_step(
     account: AcmeAccount,
-    wanted: Collection[str],
+    wanted: Wanted,
     records: Mapping[str, HostCertificate],
     now_ns: int,
     look_at: Mapping[str, int] = {},
@@ -142,27 +180,31 @@ def next_step(
     """Return the next step, one order at a time.
 
     Args:
-        wanted: Host names of services.
         look_at: Times of the next look at orders, by name.  A new leader looks at once.
         publish_s: Seconds until the doors have a stored challenge.
     """
-    for name, record in records.items():
-        if name not in wanted and (record.order is not None or record.not_after_ns <= now_ns):
-            return DropOrder(name)
+    names = considered_names(wanted.stacks, records)
+    if (useless := _useless(names, wanted.stacks, records, now_ns)) is not None:
+        return useless
     if (at_ns := _bounded(account.retry_at_ns, now_ns)) > now_ns:
         return WaitUntil(at_ns)
     if not account.url:
         return RegisterAccount()
-    considered = [present_record(account, records, name) for name in considered_names(wanted, records)]
+    has_place = len(records) < RECORDS_MAX
+    considered = [present_record(account, records, name) for name in names if has_place or name in records]
     for record in considered:
         order = record.order
         if order is None or _bounded(record.retry_at_ns, now_ns) > now_ns:
             continue  # an order that has to wait for its authority does not keep others waiting
         if not order.url:
+            if wanted.problem:
+                continue
             return OpenOrder(record.name)
         published_ns = _bounded(order.opened_ns + _ns(publish_s), now_ns)
         at_ns = max(published_ns, _bounded(look_at.get(record.name, 0), now_ns))
         return ContinueOrder(record.name) if at_ns <= now_ns else WaitUntil(at_ns)
+    if wanted.problem:
+        return WaitUntil()
     # Names without a certificate come first, then names in the order of their expiry.
     due = [(due_at_ns(account, record, now_ns), record.not_after_ns, record.name) for record in considered]
     if ready := [(not_after_ns, name) for at_ns, not_after_ns, name in due if at_ns <= now_ns]:
@@ -170,11 +212,45 @@ def next_step(
     return WaitUntil(min(due)[0] if due else None)
 
 
-def considered_names(wanted: Collection[str], records: Mapping[str, HostCertificate]) -> list[str]:
-    """Return the names for which certificates are ordered: at most ``NAMES_MAX``, the known ones first."""
-    known = [name for name in records if name in wanted]
-    free = max(NAMES_MAX - len(records), 0)
-    return known + sorted(set(wanted) - records.keys())[:free]
+def _useless(
+    names: Collection[str], stacks: Collection[str], records: Mapping[str, HostCertificate], now_ns: int
+) -> Step | None:
+    """Return the step that removes something useless, or None.
+
+    Certificates stay until they expire, unless no service has the name and another name needs the place.
+    """
+    kept = frozenset(names)
+    is_full = len(records) >= RECORDS_MAX and not kept <= records.keys()
+    for name, record in records.items():
+        if record.left:
+            return RemoveRecords(name)
+        if name not in kept and (record.order is not None or record.not_after_ns <= now_ns):
+            return DropOrder(name)
+    unused = sorted((one.not_after_ns, name) for name, one in records.items() if name not in stacks)
+    return DropOrder(unused[0][1], is_needed=True) if is_full and unused else None
+
+
+def considered_names(stacks: Mapping[str, str], records: Mapping[str, HostCertificate]) -> list[str]:
+    """Return the names for which certificates are ordered: at most ``NAMES_MAX``, in equal shares of the stacks.
+
+    Each stack's names with a certificate come first, then names that were tried.  New names need a place for a record.
+    """
+    ranks: dict[str, int] = {}
+    ranked: list[tuple[int, str]] = []
+    for name in sorted(stacks, key=lambda one: (not _has_certificate(one, records), one not in records, one)):
+        rank = ranks[stacks[name]] = ranks.get(stacks[name], 0) + 1
+        ranked.append((rank, name))
+    return [name for _, name in sorted(ranked)[:NAMES_MAX]]
+
+
+def _has_certificate(name: str, records: Mapping[str, HostCertificate]) -> bool:
+    return name in records and bool(records[name].pem)
+
+
+def share_problem(stack: str) -> str:
+    """Return why no certificate is ordered for a name that is not considered."""
+    where = f"stack {stack} has" if stack else "services without a stack have"
+    return f"{where} more names than its share of the {NAMES_MAX} for which certificates are ordered: remove some"
 
 
 def present_record(
@@ -185,8 +261,19 @@ def present_record(
     if record.tried == account.directory:
         return record
     return replace(
-        record, order=None, failures=0, error="", failing_since_ns=0, retry_at_ns=0, blocked_until_ns=0
+        without_order(record),
+        failures=0,
+        error="",
+        failing_since_ns=0,
+        retry_at_ns=0,
+        blocked_until_ns=0,
     )
+
+
+def without_order(record: HostCertificate) -> HostCertificate:
+    """Return the record after its order, whose TXT records are still to be removed."""
+    left = record.order.dns if record.order is not None else {}
+    return replace(record, order=None, left={**record.left, **left})
 
 
 def due_at_ns(account: AcmeAccount, record: HostCertificate, now_ns: int) -> int:
@@ -211,12 +298,15 @@ def asked(record: HostCertificate) -> HostCertificate:
     return replace(record, is_asked=record.order is None, retry_at_ns=record.blocked_until_ns)
 
 
-def dropped(record: HostCertificate, now_ns: int) -> HostCertificate | None:
+def dropped(record: HostCertificate, now_ns: int, *, is_needed: bool = False) -> HostCertificate | None:
     """Return the record of a name that no service has any longer, or None if it is useless.
 
-    Its certificate stays until it expires, because a service may come back within minutes.
+    Its certificate stays until it expires, because a service may come back within minutes, unless its place
+    ``is_needed``.
     """
-    return replace(record, order=None, is_asked=False) if record.not_after_ns > now_ns else None
+    ended = replace(without_order(record), is_asked=False)
+    is_useful = record.not_after_ns > now_ns and not is_needed
+    return ended if is_useful or ended.left else None
 
 
 def after_account(account: AcmeAccount, outcome: Outcome, now_ns: int, chance: float) -> AcmeAccount:
@@ -249,6 +339,9 @@ def after_step(record: HostCertificate, outcome: Outcome, now_ns: int, chance: f
     Args:
         chance: A random number from 0 to 1.
     """
+    if isinstance(outcome, RecordsRemoved):
+        left = {name: value for name, value in record.left.items() if outcome.records.get(name) != value}
+        return replace(record, left=left)
     order = record.order
     if order is None:
         return record
@@ -261,15 +354,13 @@ def after_step(record: HostCertificate, outcome: Outcome, now_ns: int, chance: f
             given_up = AcmeFailed(
                 reason=f"the authority did not finish the order in {ORDER_S / 60:g} minutes"
             )
-            return _failed(replace(record, order=None), given_up, now_ns, chance)
+            return _failed(without_order(record), given_up, now_ns, chance)
         case CertificateIssued():
             return _issued(record, order, outcome, now_ns, chance)
         case AcmeFailed(is_unknown=True):
-            return replace(record, order=None)  # an order belongs to its account
+            return without_order(record)  # an order belongs to its account
         case AcmeFailed(is_away=False):
-            return _failed(
-                replace(record, order=None) if outcome.is_over else record, outcome, now_ns, chance
-            )
+            return _failed(without_order(record) if outcome.is_over else record, outcome, now_ns, chance)
         case _:
             return record
 
@@ -292,6 +383,7 @@ def _issued(
         not_after_ns=issued.not_after_ns,
         renew_at_ns=issued.not_after_ns - early_ns,
         retry_at_ns=now_ns + min(life_ns // LEFT_SHARE, _ns(ISSUED_S_MIN)),
+        left=without_order(record).left,
     )
 
 

@@ -14,7 +14,16 @@ from skep.manager.acme.records import (
     record_in,
     records_in,
 )
-from skep.manager.acme.steps import Outcome, after_account, after_step, asked, begun, dropped, present_record
+from skep.manager.acme.steps import (
+    Outcome,
+    RecordsRemoved,
+    after_account,
+    after_step,
+    asked,
+    begun,
+    dropped,
+    present_record,
+)
 from skep.model.values.times import timestamp
 from skep.store.interface import Transaction
 from skep.store.kinds import Payload, write_record
@@ -62,9 +71,9 @@ def begin_order(tx: Transaction, name: str, key: str, now_ns: int) -> None:
         _note_name(tx, name, is_known=True)
 
 
-def drop_order(tx: Transaction, name: str, now_ns: int) -> None:
-    """Remove the order of a name that no service has, and its record if its certificate has expired."""
-    record = dropped(record_in(tx, name), now_ns)
+def drop_order(tx: Transaction, name: str, now_ns: int, *, is_needed: bool = False) -> None:
+    """Remove the order of a name that no service has, and its record if that is useless or its place is needed."""
+    record = dropped(record_in(tx, name), now_ns, is_needed=is_needed)
     if record is not None:
         write_record(tx, record_id(name), record)
         return
@@ -87,6 +96,11 @@ def note_outcome(
         used: The account with which the step was made.
         before: The record for which it was made, or None for a registration.
     """
+    if before is not None and isinstance(outcome, RecordsRemoved):  # says nothing about the authority
+        if tx.rely_on(Payload, record_id(before.name)) is not None:
+            present = record_in(tx, before.name)
+            write_record(tx, record_id(present.name), after_step(present, outcome, now_ns, chance))
+        return
     account = _account(tx)
     if account is None or (account.directory, account.key) != (used.directory, used.key):
         return

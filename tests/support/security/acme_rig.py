@@ -20,7 +20,7 @@ from skep.manager.acme.records import (
     record_in,
     records_in,
 )
-from skep.manager.acme.steps import Outcome
+from skep.manager.acme.steps import Outcome, Wanted
 from skep.manager.acme.writing import configure
 from skep.security.keys import new_private_key, private_pem
 from skep.store.interface import Transaction
@@ -40,7 +40,7 @@ class AcmeRig:
         self.front = front
         self.store = MemoryStore(CLOCK)
         self.publish_s = 0.0
-        self.wanted = frozenset({APP})
+        self.wanted: tuple[str, ...] = (APP,)
         self.outcomes: list[Outcome] = []
         self.run_step = AuthorityCalls().run_step
         front.challenges = lambda: challenges_in(records_in(self.store.view()))
@@ -72,6 +72,10 @@ class AcmeRig:
     def record(self, name: str = APP) -> HostCertificate:
         return record_in(self.store.view(), name)
 
+    def certificates(self) -> dict[str, str]:
+        """Return the certificates by host name (PEM: chain, then key)."""
+        return {name: one.pem for name, one in records_in(self.store.view()).items() if one.pem}
+
     async def noting_step(self, account: AcmeAccount, record: HostCertificate | None) -> Outcome:
         outcome = await self.run_step(account, record)
         self.outcomes.append(outcome)
@@ -81,7 +85,13 @@ class AcmeRig:
     async def leading(self) -> AsyncIterator[None]:
         """Run the loop of one leader.  It ends with the block, as if its machine had lost power."""
         loop = Certificates(
-            self.store, CLOCK, Random(1), self.noting_step, confirm, lambda view: self.wanted, self.publish_s
+            self.store,
+            CLOCK,
+            Random(1),
+            self.noting_step,
+            confirm,
+            lambda view: Wanted(dict.fromkeys(self.wanted, "")),
+            self.publish_s,
         )
         running = asyncio.create_task(loop.run())
         try:

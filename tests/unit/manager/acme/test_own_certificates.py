@@ -1,21 +1,30 @@
 """Certificates in secrets: which are refused, who chooses them, and that the front door gets them."""
 
+import time
+from base64 import encodebytes
+from datetime import UTC, datetime
+
 import msgspec
 import pytest
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
     NoEncryption,
     PrivateFormat,
+    load_pem_private_key,
 )
+from cryptography.x509.oid import NameOID
 
 from skep.aio.clock import SystemClock
 from skep.api.access.permissions import KnownObject
 from skep.errors import InvalidArgument
 from skep.manager.acme.door_files import DoorFiles
 from skep.manager.acme.own_certificates import check_certificates, own_certificates
-from skep.manager.acme.state import names_of_routes
+from skep.manager.acme.state import NO_DOOR, names_of_routes
+from skep.manager.acme.steps import Wanted
 from skep.manager.control.files import remove_secret
 from skep.manager.control.validation.new_objects import new_service, planned_service
 from skep.model.door.payloads import DoorPayload
@@ -80,13 +89,6 @@ OTHER_CHAIN, OTHER_KEY = server_certificate(ROOT, "other.example.com")
         (CHAIN + OTHER_KEY, "secret site has a key that does not belong to its first certificate"),
         (ROOT.root_pem + CHAIN + KEY, "secret site has a key that does not belong"),
         (OTHER_CHAIN + OTHER_KEY, f"for other.example.com and not for {APP}"),
-        (
-            CHAIN
-            + rsa.generate_private_key(65537, 1024).private_bytes(
-                Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
-            ),
-            "an RSA key of 1024 bits",
-        ),
     ],
 )
 async def test_a_secret_without_a_usable_certificate_is_refused_by_name(data: bytes, words: str) -> None:
@@ -116,7 +118,7 @@ async def test_the_front_door_gets_the_chain_and_its_key_alone() -> None:
     [file] = DoorFiles().present(store.view()).values()
     payload = msgspec.json.decode(file.data, type=DoorPayload)
     assert payload.certificates == {APP: (CHAIN + ROOT.root_pem + KEY).decode()}
-    assert names_of_routes(store.view()) == frozenset()
+    assert names_of_routes(store.view()).stacks == {}
 
 
 async def test_a_wildcard_certificate_serves_the_hosts_below_it() -> None:
@@ -137,7 +139,7 @@ async def test_the_stack_that_has_a_host_chooses_its_certificate() -> None:
     check_certificates(store.view(), spec_with("site", host=f"{APP}/more", stack="one"))
     await store.update(lambda tx: tx.put(service("guest", guest, "2")))  # written at the same moment
     assert own_certificates(store.view()) == {}
-    assert names_of_routes(store.view()) == {APP}
+    assert names_of_routes(store.view()) == Wanted({APP: "one"}, NO_DOOR)
 
 
 async def test_an_update_of_something_else_does_not_check_the_secret_again() -> None:
@@ -162,3 +164,73 @@ async def test_a_user_needs_the_right_to_the_secret() -> None:
     known = KnownObject(id="s1", stack="one")
     assert ("secret", known, "site") in new_service(store.view(), spec_with("site", stack="two")).uses
     assert ("secret", known, "site") in planned_service(store.view(), spec_with("site", stack="two")).uses
+
+
+def certificate_with(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
+    """Return a certificate of the app with this key, and the key."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, APP)])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = (
+        builder.serial_number(1)
+        .not_valid_before(datetime(2026, 1, 1, tzinfo=UTC))
+        .not_valid_after(datetime(2028, 1, 1, tzinfo=UTC))
+    )
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(APP)]), critical=False)
+    text = builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
+    return text + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def der(tag: int, *parts: bytes) -> bytes:
+    content = b"".join(parts)
+    return bytes([tag, 0x82]) + len(content).to_bytes(2, "big") + content
+
+
+def crafted_dsa_key(bits: int) -> bytes:
+    """Return a key for which OpenSSL computes a power of these many bits."""
+    p, q, g, x = (der(2, b"\0" + ((1 << bits) - n).to_bytes(bits // 8, "big")) for n in (1, 3, 5, 7))
+    kind = bytes.fromhex("06072a8648ce380401")
+    return b64pem(der(0x30, b"\x02\x01\x00", der(0x30, kind, der(0x30, p, q, g)), der(4, x)))
+
+
+def b64pem(data: bytes) -> bytes:
+    return b"-----BEGIN PRIVATE KEY-----\n" + encodebytes(data) + b"-----END PRIVATE KEY-----\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (certificate_with(rsa.generate_private_key(65537, 1024)), "RSA key of 1024 bits. Use 2048 to 4096"),
+        (
+            certificate_with(rsa.generate_private_key(65537, 4096 + 64)),
+            "RSA key of 4160 bits. Use 2048 to 4096",
+        ),
+        (
+            certificate_with(ec.generate_private_key(ec.BrainpoolP256R1())),
+            "a key of the curve brainpoolP256r1",
+        ),
+        (CHAIN + crafted_dsa_key(30_000), "a private key of"),
+        (CHAIN + crafted_dsa_key(5_000), "has a key that does not belong"),
+        (CHAIN + KEY + b"#" * 32 * 1024, "Write only a chain and its key into it"),
+    ],
+)
+async def test_keys_that_cost_time_are_refused_before_they_are_read(data: bytes, words: str) -> None:
+    store = await store_with(site=data)
+    before = time.process_time()
+    with pytest.raises(InvalidArgument, match="the secret site has") as refused:
+        check_certificates(store.view(), spec_with("site"))
+    assert words in str(refused.value)
+    assert time.process_time() - before < 1.0  # OpenSSL takes 11 s for the longest
+
+
+async def test_a_certificate_of_many_hosts_is_read_at_once_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = certificate_with(rsa.generate_private_key(65537, 2048))
+    spec = spec_with("site", host=f"{APP}, {APP}/a, {APP}/b")
+    store = await store_with(service("web", spec, "1"), site=data)
+    before = time.process_time()
+    assert own_certificates(store.view())[APP].problem == ""
+    took_s, before = time.process_time() - before, time.process_time()
+    load_pem_private_key(data[data.index(b"-----BEGIN PRIVATE") :], password=None)
+    assert took_s < (time.process_time() - before) / 4  # without OpenSSL's check of the primes
+    monkeypatch.setattr(x509, "load_pem_x509_certificates", None)
+    assert own_certificates(store.view())[APP].problem == ""
+    assert len(DoorFiles().present(store.view())) == 1

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.acme.records import NAMES_MAX, AcmeAccount, CertificateOrder, HostCertificate
+from skep.manager.acme.records import NAMES_MAX, RECORDS_MAX, AcmeAccount, CertificateOrder, HostCertificate
 from skep.manager.acme.steps import (
     LONGEST_AWAY_S,
     PUBLISH_S,
@@ -23,9 +23,12 @@ from skep.manager.acme.steps import (
     OrderOpened,
     OrderPending,
     Outcome,
+    RecordsRemoved,
     RegisterAccount,
+    RemoveRecords,
     Step,
     WaitUntil,
+    Wanted,
     after_account,
     after_step,
     begun,
@@ -48,7 +51,8 @@ class World:
 
     def __init__(self, *wanted: str, respond: Callable[["World", Step], Outcome] | None = None) -> None:
         self.account = AcmeAccount(email="", directory="https://one/dir", key="account key")
-        self.wanted = set(wanted)
+        self.stacks = dict.fromkeys(wanted, "")
+        self.problem = ""
         self.records: dict[str, HostCertificate] = {}
         self.now_ns = NOW_NS
         self.random = Random(1)
@@ -61,6 +65,8 @@ class World:
                 return AccountRegistered("https://one/account")
             case OpenOrder(name):
                 return OrderOpened(f"https://one/order/{len(self.steps)}", {f"token of {name}": "text"})
+            case RemoveRecords(name):
+                return RecordsRemoved(self.records[name].left)
             case _:
                 return CertificateIssued(
                     chain="chain", not_before_ns=self.now_ns, not_after_ns=self.now_ns + LIFE_NS
@@ -70,7 +76,7 @@ class World:
         """Make all steps of the next ``duration_ns``."""
         end_ns, count = self.now_ns + duration_ns, len(self.steps)
         while self.now_ns < end_ns:
-            step = next_step(self.account, self.wanted, self.records, self.now_ns)
+            step = next_step(self.account, Wanted(self.stacks, self.problem), self.records, self.now_ns)
             if isinstance(step, WaitUntil):
                 if step.at_ns is None or step.at_ns > end_ns:
                     self.now_ns = end_ns
@@ -87,8 +93,8 @@ class World:
             case BeginOrder(name):
                 present = present_record(self.account, self.records, name)
                 self.records[name] = begun(present, self.account, "key", self.now_ns)
-            case DropOrder(name):
-                kept = dropped(self.records[name], self.now_ns)
+            case DropOrder(name, is_needed):
+                kept = dropped(self.records[name], self.now_ns, is_needed=is_needed)
                 self.records = {
                     **{k: v for k, v in self.records.items() if k != name},
                     **({name: kept} if kept else {}),
@@ -96,8 +102,9 @@ class World:
             case _:
                 outcome, chance = self.respond(self, step), self.random.random()
                 self.now_ns += SECOND_NS
-                self.account = after_account(self.account, outcome, self.now_ns, chance)
-                if isinstance(step, OpenOrder | ContinueOrder):
+                if not isinstance(step, RemoveRecords):
+                    self.account = after_account(self.account, outcome, self.now_ns, chance)
+                if isinstance(step, OpenOrder | ContinueOrder | RemoveRecords):
                     record = self.records[step.name]
                     self.records[step.name] = after_step(record, outcome, self.now_ns, chance)
 
@@ -173,7 +180,7 @@ def test_a_name_that_fails_is_tried_at_most_five_times_in_an_hour_and_keeps_nobo
     assert all(later - earlier > HOUR_NS for earlier, later in zip(tried, tried[5:], strict=False))
     assert tried[-1] - tried[-2] > 11 * HOUR_NS
     assert world.records[A].error == "no such host"
-    world.wanted.add(B)
+    world.stacks[B] = ""
     world.respond = lambda w, step: refusing(w, step) if getattr(step, "name", A) == A else w.issue(step)
     world.run(60 * SECOND_NS)
     assert world.records[B].pem
@@ -231,17 +238,17 @@ def test_a_refused_registration_is_shown_and_tried_again_later() -> None:
 def test_a_name_without_a_service_loses_its_order_at_once_and_its_certificate_when_it_expires() -> None:
     world = World(A)
     world.run(HOUR_NS)
-    world.wanted.clear()
+    world.stacks.clear()
     world.run(80 * DAY_NS)
     assert world.records[A].pem
-    world.wanted.add(A)
+    world.stacks[A] = ""
     assert len(world.times(BeginOrder)) == 1
-    world.wanted.clear()
+    world.stacks.clear()
     world.run(20 * DAY_NS)
     assert world.records  # nothing wakes the loop for it, until the next step
-    assert next_step(world.account, (), world.records, world.now_ns) == DropOrder(A)
+    assert next_step(world.account, Wanted({}), world.records, world.now_ns) == DropOrder(A)
     opened = replace(HostCertificate(name=B), order=CertificateOrder(key="key", began_ns=0))
-    assert next_step(world.account, (), {B: opened}, world.now_ns) == DropOrder(B)
+    assert next_step(world.account, Wanted({}), {B: opened}, world.now_ns) == DropOrder(B)
 
 
 def test_another_authority_issues_everything_again_and_forgets_what_failed() -> None:
@@ -285,11 +292,102 @@ def test_a_retry_that_was_planned_before_the_clock_was_set_back_is_due_at_once()
         assert world.records[A].pem
 
 
-def test_more_names_than_the_limit_leave_the_known_ones_alone() -> None:
-    known = {f"k{number:04}.example.com": HostCertificate(name="") for number in range(NAMES_MAX)}
-    wanted = {*known, A}
-    assert considered_names(wanted, known) == sorted(known)
-    assert considered_names({A, B}, {B: HostCertificate(name=B)}) == [B, A]
+def valid(name: str) -> HostCertificate:
+    return HostCertificate(name=name, pem="pem", not_after_ns=NOW_NS + DAY_NS)
+
+
+def test_more_names_than_the_limit_leave_the_ones_with_certificates_alone() -> None:
+    known = {name: valid(name) for name in (f"k{number:04}.example.com" for number in range(NAMES_MAX))}
+    assert considered_names(dict.fromkeys([*known, A], ""), known) == sorted(known)
+    assert considered_names({A: "", B: ""}, {B: HostCertificate(name=B)}) == [B, A]
+
+
+@pytest.mark.parametrize("has_certificates", [False, True])
+def test_one_stack_cannot_use_up_the_names(has_certificates: bool) -> None:
+    """Its newest name loses the place, and at once if its orders fail."""
+    many = [f"n{number:04}.other.example" for number in range(NAMES_MAX)]
+    last, world = "www.shop.example", World()
+    world.account = replace(world.account, url="https://one/account")
+    world.stacks = {**dict.fromkeys(many, "other"), last: "shop"}
+    later_ns = NOW_NS + DAY_NS
+    for name in many:
+        found = valid(name) if has_certificates else HostCertificate(name=name, failures=3, error="x")
+        world.records[name] = replace(
+            found, tried="https://one/dir", authority="https://one/dir", retry_at_ns=later_ns
+        )
+    world.run(HOUR_NS)
+    assert world.records[last].pem
+    assert (many[-1] in world.records) == has_certificates
+    assert many[-1] not in considered_names(world.stacks, world.records)
+    assert len(world.records) <= NAMES_MAX + 1
+
+
+def test_places_of_names_without_a_service_are_taken_first() -> None:
+    unused = {name: valid(name) for name in (f"u{number:04}.example.com" for number in range(RECORDS_MAX))}
+    unused["u0007.example.com"] = replace(unused["u0007.example.com"], not_after_ns=NOW_NS + 1)
+    world = World(A)
+    step = next_step(world.account, Wanted({A: ""}), unused, NOW_NS)
+    assert step == DropOrder("u0007.example.com", is_needed=True)
+    known = replace(world.account, url="https://one/account")
+    stacks = {**dict.fromkeys(unused, "other"), A: "shop"}
+    used = {
+        name: replace(one, authority=known.directory, tried=known.directory, renew_at_ns=NOW_NS + 1)
+        for name, one in unused.items()
+    }
+    assert next_step(known, Wanted(stacks), used, NOW_NS) == WaitUntil(
+        NOW_NS + 1
+    )  # until one of them expires
+    assert next_step(known, Wanted(stacks), dict(list(used.items())[1:]), NOW_NS) == BeginOrder(A)
+
+
+def test_nothing_is_ordered_without_a_door_and_its_start_orders_at_once() -> None:
+    world = World(A)
+    world.problem = "no door"
+    world.run(10 * DAY_NS)
+    assert [type(step) for _, step in world.steps] == [RegisterAccount]
+    world.problem = ""
+    world.run(60 * SECOND_NS)
+    assert world.records[A].pem
+    world.problem = "no door"
+    world.run(80 * DAY_NS)
+    assert len(world.times(BeginOrder)) == 1
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        OrderPending(look_after_s=60.0),
+        AcmeFailed(reason="over", is_over=True),
+        AcmeFailed(reason="forgotten", is_unknown=True),
+        None,
+    ],
+)
+def test_records_of_every_order_that_ended_are_removed(outcome: Outcome | None) -> None:
+    def respond(world: World, step: Step) -> Outcome:
+        if isinstance(step, OpenOrder):
+            return OrderOpened("u", dns={f"_acme-challenge.{A}": f"value {len(world.steps)}"})
+        is_open = isinstance(step, ContinueOrder) and not world.times(RemoveRecords)
+        return outcome if outcome is not None and is_open else world.issue(step)
+
+    world = World(A, respond=respond)
+    world.run(2 * HOUR_NS)
+    assert len(world.times(RemoveRecords)) == len(world.times(BeginOrder)) > 0
+    assert world.records[A].left == {}
+
+
+def test_records_of_a_dropped_order_are_removed_before_the_record_ends() -> None:
+    world = World()
+    records = {"_acme-challenge.a": "value"}
+    world.records[A] = HostCertificate(
+        name=A, order=CertificateOrder(key="k", began_ns=1, url="u", dns=records)
+    )
+    world.run(HOUR_NS)
+    assert [step for _, step in world.steps[:3]] == [DropOrder(A), RemoveRecords(A), DropOrder(A)]
+    assert world.records == {}
+    moved = HostCertificate(
+        name=A, tried="https://other/dir", order=CertificateOrder(key="k", began_ns=1, dns=records)
+    )
+    assert present_record(world.account, {A: moved}, A).left == records
 
 
 OUTCOMES = st.sampled_from(

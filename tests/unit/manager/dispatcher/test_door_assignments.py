@@ -9,6 +9,7 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.manager.acme.door_files import DoorFiles
+from skep.manager.acme.own_certificates import own_certificates
 from skep.manager.acme.records import (
     NAMES_ID,
     CertificateOrder,
@@ -16,6 +17,7 @@ from skep.manager.acme.records import (
     KnownNames,
     record_id,
 )
+from skep.manager.acme.showing import shown_certificates
 from skep.manager.dispatcher.assignments import SentState, difference, everything
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
@@ -24,12 +26,16 @@ from skep.model.assignment import AssignmentSet
 from skep.model.door.payloads import DoorPayload, merged
 from skep.model.door.settings import DOOR
 from skep.model.node import Node
+from skep.model.secret import Secret, SecretSpec
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.values.ids import NodeId, ServiceId, SessionId, new_id
-from skep.store.interface import Transaction
+from skep.model.values.ids import NodeId, SecretId, ServiceId, SessionId, new_id
+from skep.security.authority import Authority
+from skep.store.interface import Transaction, View
 from skep.store.kinds import Payload, write_record
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_docker_node, a_node, a_service, a_service_spec, a_task
+from tests.support.security.external_ca import server_certificate
+from tests.support.store.damage_rigs import damage
 
 EDGE, INNER = NodeId("edge"), NodeId("inner")
 replace = msgspec.structs.replace
@@ -143,3 +149,50 @@ async def test_a_changed_record_wakes_the_nodes_of_the_door_alone() -> None:
     finally:
         running.cancel()
         await asyncio.wait([running])
+
+
+def damaged(rig: Rig, id: str) -> View:
+    """Return what a manager sees that starts when this payload is damaged."""
+    damage(rig.store.cluster, "payload", id, "")
+    return MemoryStore(SystemClock(), rig.store.cluster).view()
+
+
+@pytest.mark.parametrize("id", [NAMES_ID, record_id("a.example")])
+async def test_an_unreadable_record_takes_no_certificate_from_the_doors(id: str) -> None:
+    rig = await Rig().fill()
+    _, sent = rig.everything(EDGE)
+    await rig.store.update(lambda tx: tx.put(Payload(id=id, data=b"?")))
+    rig.files.reset()
+    assert rig.difference(sent) == (None, sent)
+    view = damaged(rig, id)
+    rig.files.reset()
+    assert difference(view, EDGE, sent, (), door_files=rig.files.present) == (None, sent)
+    [shown] = shown_certificates(view, 0).certificates
+    assert ("cannot read its record" in shown.error) == (id != NAMES_ID)
+
+
+async def test_the_list_of_names_is_not_needed() -> None:
+    rig = await Rig().fill()
+    await rig.store.update(lambda tx: tx.put(Payload(id=NAMES_ID, data=b"?")))
+    assert payload_in(everything(rig.store.view(), EDGE, door_files=DoorFiles().present)[0]).certificates == {
+        "a.example": "first"
+    }
+
+
+async def test_an_unreadable_or_unusable_secret_leaves_its_host_a_certificate() -> None:
+    chain, key = server_certificate(Authority.create(name="own"), "a.example")
+    rig = await Rig().fill()
+    secret = Secret(id=SecretId("s"), spec=SecretSpec(name="site"))
+    spec = replace(a_service_spec("web"), labels={"skep.http": "a.example", "skep.http.tls": "site"})
+    objects = (secret, Payload(id="secret/s", data=chain + key), a_service("web", id="web", spec=spec))
+    await rig.store.update(lambda tx: [tx.put(one) for one in objects])
+    rig.files.reset()
+    message, sent = rig.everything(EDGE)
+    assert payload_in(message).certificates == {"a.example": (chain + key).decode()}
+    view = damaged(rig, "secret/s")
+    rig.files.reset()
+    assert own_certificates(view)["a.example"].is_unreadable
+    assert difference(view, EDGE, sent, (), door_files=rig.files.present) == (None, sent)
+    await rig.store.update(lambda tx: tx.put(Payload(id="secret/s", data=b"?")))
+    rig.files.reset()
+    assert payload_in(rig.difference(sent)[0]).certificates == {"a.example": "first"}  # of the authority
