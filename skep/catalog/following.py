@@ -12,6 +12,7 @@ from skep.aio.clock import Clock
 from skep.api.client.requests import Requests
 from skep.errors import SkepError
 from skep.model.catalog import CatalogAnswer, CatalogService, ServiceCatalog
+from skep.model.networks.addresses import PORT_MAX, is_address
 from skep.model.values.unknown import leniently
 
 WAIT_S: Final = 30.0
@@ -38,10 +39,10 @@ class KnownCatalog:
         self._changed = asyncio.Event()
 
     def replace(self, digest: str, catalog: ServiceCatalog) -> None:
-        """Take another catalog, and wake all that wait."""
+        """Take another catalog without what cannot be an address, and wake all that wait."""
         self.digest = digest
-        self.services = {one.name: one for one in catalog.services}
-        self.nodes = catalog.nodes
+        self.services = {one.name: _checked(one) for one in catalog.services}
+        self.nodes = {name: address for name, address in catalog.nodes.items() if is_address(address)}
         self.index += 1
         self._changed.set()
         self._changed = asyncio.Event()
@@ -50,6 +51,15 @@ class KnownCatalog:
         """Wait until the index is greater than ``index``."""
         while self.index <= index:
             await self._changed.wait()
+
+
+def _checked(service: CatalogService) -> CatalogService:
+    """Return the service without instances that would make a program refuse the whole catalog.
+
+    Addresses and ports come from nodes, which are not trusted, and from managers of any version.
+    """
+    kept = [one for one in service.instances if 0 <= one.port <= PORT_MAX and is_address(one.address)]
+    return msgspec.structs.replace(service, instances=tuple(kept))
 
 
 class CatalogReader:
