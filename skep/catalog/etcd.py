@@ -147,18 +147,22 @@ class EtcdView:
                     if watches.open.pop(id, None) is not None:
                         await watches.send(self._canceled(id))
                 case "progress_request":
-                    await watches.send(pb.WatchResponse(header=self._header(), watch_id=-1))
+                    # A client resumes after this revision, so it has to have the events up to it.
+                    response = pb.WatchResponse(header=self._header(), watch_id=-1)
+                    await self._send_new(watches)
+                    await watches.send(response)
 
     async def _create(self, watches: "_Watches", request: pb.WatchCreateRequest) -> None:
         id = request.watch_id or watches.next_id
         watches.next_id = max(watches.next_id, id) + 1
         created = pb.WatchResponse(header=self._header(), watch_id=id, created=True)
+        # Computed before the response, which can take long: without a start, the watch begins after this revision.
+        start = request.start_revision or created.header.revision + 1
         await watches.send(created)
         if id in watches.open or len(watches.open) >= WATCHES_MAX:
             reason = "etcdserver: too many watches of one stream, or a repeated id"
             await watches.send(self._canceled(id, reason))
             return
-        start = request.start_revision or self._history.last.number + 1
         watches.open[id] = _Watch(request, start - 1)
         await self._send_new(watches)
 

@@ -13,6 +13,7 @@ from skep.api.client.requests import Requests
 from skep.errors import SkepError
 from skep.model.catalog import CatalogAnswer, CatalogService, ServiceCatalog
 from skep.model.networks.addresses import PORT_MAX, is_address
+from skep.model.values.times import SECOND_NS
 from skep.model.values.unknown import leniently
 
 WAIT_S: Final = 30.0
@@ -23,6 +24,15 @@ RETRY_S: Final = 0.5, 5.0
 """First and longest delay in seconds, with jitter, after a failed request."""
 PACE_S: Final = 0.5
 """Least seconds between two responses, so that a restless cluster costs its managers two requests a second."""
+
+
+def first_index_at(now_ns: int) -> int:
+    """Return the first index of a view that starts at this time.
+
+    Clients remember indexes, which have to grow when a view is started again.  So this one grows by a thousand in a
+    second, and an index by one in ``PACE_S`` at most.
+    """
+    return now_ns * 1000 // SECOND_NS
 
 
 class KnownCatalog:
