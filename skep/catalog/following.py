@@ -10,7 +10,7 @@ import msgspec
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.client.requests import Requests
-from skep.errors import SkepError
+from skep.errors import SkepError, Unavailable
 from skep.model.catalog import CatalogAnswer, CatalogService, ServiceCatalog
 from skep.model.networks.addresses import PORT_MAX, is_address
 from skep.model.values.times import SECOND_NS
@@ -24,6 +24,9 @@ RETRY_S: Final = 0.5, 5.0
 """First and longest delay in seconds, with jitter, after a failed request."""
 PACE_S: Final = 0.5
 """Least seconds between two responses, so that a restless cluster costs its managers two requests a second."""
+_OF_A_WORKER: Final = "Worker nodes can't be used"
+"""Part of Docker's words with which a worker refuses a request.  A worker answers its clients with the rights of a
+viewer of all stacks, and the catalog depends on the rights of each user."""
 
 
 def first_index_at(now_ns: int) -> int:
@@ -119,7 +122,14 @@ class CatalogReader:
     async def _read(self) -> None:
         query = {"after": self.known.digest, "wait": f"{WAIT_S:g}"} if self.known.digest else {}
         timeout_s = WAIT_S + GRACE_S
-        found = await self._client.request("GET", "/skep/catalog", query=query, timeout_s=timeout_s)
+        try:
+            found = await self._client.request("GET", "/skep/catalog", query=query, timeout_s=timeout_s)
+        except Unavailable as error:
+            if _OF_A_WORKER in str(error):
+                raise Unavailable(
+                    "workers do not pass on the catalog: choose a manager with --host or --context"
+                ) from error
+            raise
         answer = leniently(msgspec.json.encode(found), CatalogAnswer)
         if answer.catalog is not None:
             self.known.replace(answer.digest, answer.catalog)
