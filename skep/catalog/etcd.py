@@ -3,8 +3,8 @@
 Changes are refused.  ``etcd_keys`` has the keys.
 
 A watch that would lack events is cancelled with ``compact_revision``, after which clients read the keys again.  These
-are watches of changes that are no longer kept, and unlike in etcd also watches of revisions in the future: no client
-gets such a revision except from an earlier run of this view, whose later changes this run does not know.
+are watches of changes before the kept ones, and unlike in etcd also watches of revisions in the future: a client has
+such a revision only from an earlier run of this view, whose later changes are unknown to this run.
 
 Source: etcd, api/etcdserverpb/rpc.proto and server/etcdserver/api/v3rpc.
 """
@@ -187,7 +187,7 @@ class EtcdView:
             return
 
     async def _send_new(self, watches: "_Watches") -> None:
-        """Send all events that the watches have not seen, and cancel those that would lack some."""
+        """Send the new events of each watch, and cancel a watch that would lack events."""
         async with watches.lock:
             for id, watch in list(watches.open.items()):
                 while watches.open.get(id) is watch:

@@ -68,7 +68,7 @@ class KeyHistory:
 
     @property
     def compacted(self) -> int:
-        """The newest revision whose changes are no longer known.  Watches of it and of earlier ones lack events."""
+        """The newest revision without known changes.  Watches that begin there or earlier lack events."""
         oldest = self._revisions[0]
         return oldest.number - 1 if oldest.changes else oldest.number
 
