@@ -2,12 +2,17 @@
 
 Changes are refused.  ``etcd_keys`` has the keys.
 
+A watch that would lack events is cancelled with ``compact_revision``, after which clients read the keys again.  These
+are watches of changes before the kept ones, and unlike in etcd also watches of revisions in the future: a client has
+such a revision only from an earlier run of this view, whose later changes are unknown to this run.
+
 Source: etcd, api/etcdserverpb/rpc.proto and server/etcdserver/api/v3rpc.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Final
 
 from google.protobuf.message import DecodeError, Message
@@ -139,38 +144,36 @@ class EtcdView:
                     await self._create(watches, request.create_request)
                 case "cancel_request":
                     id = request.cancel_request.watch_id
-                    if watches.requests.pop(id, None) is not None:
-                        await watches.send(
-                            pb.WatchResponse(header=self._header(), watch_id=id, canceled=True)
-                        )
+                    if watches.open.pop(id, None) is not None:
+                        await watches.send(self._canceled(id))
                 case "progress_request":
-                    await watches.send(pb.WatchResponse(header=self._header(), watch_id=-1))
+                    # A client resumes after this revision, so it has to have the events up to it.
+                    response = pb.WatchResponse(header=self._header(), watch_id=-1)
+                    await self._send_new(watches)
+                    await watches.send(response)
 
     async def _create(self, watches: "_Watches", request: pb.WatchCreateRequest) -> None:
         id = request.watch_id or watches.next_id
         watches.next_id = max(watches.next_id, id) + 1
         created = pb.WatchResponse(header=self._header(), watch_id=id, created=True)
+        # Computed before the response, which can take long: without a start, the watch begins after this revision.
+        start = request.start_revision or created.header.revision + 1
         await watches.send(created)
-        start = request.start_revision or self._history.last.number + 1
-        reason, compacted = "", 0
-        if id in watches.requests or len(watches.requests) >= WATCHES_MAX:
+        if id in watches.open or len(watches.open) >= WATCHES_MAX:
             reason = "etcdserver: too many watches of one stream, or a repeated id"
-        elif start <= self._history.oldest:
-            reason, compacted = _COMPACTED, self._history.oldest + 1
-        if reason:
-            await watches.send(
-                pb.WatchResponse(
-                    header=self._header(),
-                    watch_id=id,
-                    canceled=True,
-                    cancel_reason=reason,
-                    compact_revision=compacted,
-                )
-            )
+            await watches.send(self._canceled(id, reason))
             return
-        watches.requests[id] = request
-        watches.seen[id] = start - 1
+        watches.open[id] = _Watch(request, start - 1)
         await self._send_new(watches)
+
+    def _canceled(self, id: int, reason: str = "", compacted: int = 0) -> pb.WatchResponse:
+        return pb.WatchResponse(
+            header=self._header(),
+            watch_id=id,
+            canceled=True,
+            cancel_reason=reason,
+            compact_revision=compacted,
+        )
 
     async def _send(self, watches: "_Watches") -> None:
         """Send the events of each change until cancelled."""
@@ -184,23 +187,45 @@ class EtcdView:
             return
 
     async def _send_new(self, watches: "_Watches") -> None:
+        """Send the new events of each watch, and cancel a watch that would lack events."""
         async with watches.lock:
-            for id, request in list(watches.requests.items()):
-                for revision in list(self._history.after(watches.seen[id])):
-                    watches.seen[id] = revision.number
-                    if events := _events(revision, request):
+            for id, watch in list(watches.open.items()):
+                while watches.open.get(id) is watch:
+                    if reason := self._gap(watch):
+                        del watches.open[id]
+                        compacted = self._history.compacted + 1
+                        await watches.stream.send_message(self._canceled(id, reason, compacted))
+                        break
+                    revision = next(self._history.after(watch.seen), None)
+                    if revision is None:
+                        break
+                    watch.seen = revision.number
+                    if events := _events(revision, watch.request):
                         response = pb.WatchResponse(header=self._header(), watch_id=id, events=events)
                         response.header.revision = revision.number
                         await watches.stream.send_message(response)
 
+    def _gap(self, watch: "_Watch") -> str:
+        """Return the reason why a watch would lack events, or an empty text."""
+        if watch.seen < self._history.compacted:
+            return _COMPACTED
+        return _FUTURE if watch.seen > self._header().revision else ""
+
+
+@dataclass
+class _Watch:
+    """A watch, and the revision up to which it has its events."""
+
+    request: pb.WatchCreateRequest
+    seen: int
+
 
 class _Watches:
-    """The watches of one stream, with the revision up to which each has its events."""
+    """The watches of one stream by their ids."""
 
     def __init__(self, stream: ServerStream) -> None:
         self.stream = stream
-        self.requests: dict[int, pb.WatchCreateRequest] = {}
-        self.seen: dict[int, int] = {}
+        self.open: dict[int, _Watch] = {}
         self.next_id = 0
         self.lock = asyncio.Lock()
 

@@ -67,9 +67,10 @@ class KeyHistory:
         return self._revisions[-1]
 
     @property
-    def oldest(self) -> int:
-        """The oldest revision that can be read."""
-        return self._revisions[0].number
+    def compacted(self) -> int:
+        """The newest revision without known changes.  Watches that begin there or earlier lack events."""
+        oldest = self._revisions[0]
+        return oldest.number - 1 if oldest.changes else oldest.number
 
     def advance(self, number: int, values: Mapping[str, str]) -> bool:
         """Add a revision if the values differ.  Return whether they do."""

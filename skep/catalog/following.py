@@ -10,8 +10,10 @@ import msgspec
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.client.requests import Requests
-from skep.errors import SkepError
+from skep.errors import SkepError, Unavailable
 from skep.model.catalog import CatalogAnswer, CatalogService, ServiceCatalog
+from skep.model.networks.addresses import PORT_MAX, is_address
+from skep.model.values.times import SECOND_NS
 from skep.model.values.unknown import leniently
 
 WAIT_S: Final = 30.0
@@ -22,6 +24,18 @@ RETRY_S: Final = 0.5, 5.0
 """First and longest delay in seconds, with jitter, after a failed request."""
 PACE_S: Final = 0.5
 """Least seconds between two responses, so that a restless cluster costs its managers two requests a second."""
+_OF_A_WORKER: Final = "Worker nodes can't be used"
+"""Part of Docker's words with which a worker refuses a request.  A worker answers its clients with the rights of a
+viewer of all stacks, and the catalog depends on the rights of each user."""
+
+
+def first_index_at(now_ns: int) -> int:
+    """Return the first index of a view that starts at this time.
+
+    Clients remember indexes, which have to grow when a view is started again.  So this one grows by a thousand in a
+    second, and an index by one in ``PACE_S`` at most.
+    """
+    return now_ns * 1000 // SECOND_NS
 
 
 class KnownCatalog:
@@ -38,10 +52,10 @@ class KnownCatalog:
         self._changed = asyncio.Event()
 
     def replace(self, digest: str, catalog: ServiceCatalog) -> None:
-        """Take another catalog, and wake all that wait."""
+        """Take another catalog without what cannot be an address, and wake all that wait."""
         self.digest = digest
-        self.services = {one.name: one for one in catalog.services}
-        self.nodes = catalog.nodes
+        self.services = {one.name: _checked(one) for one in catalog.services}
+        self.nodes = {name: address for name, address in catalog.nodes.items() if is_address(address)}
         self.index += 1
         self._changed.set()
         self._changed = asyncio.Event()
@@ -50,6 +64,15 @@ class KnownCatalog:
         """Wait until the index is greater than ``index``."""
         while self.index <= index:
             await self._changed.wait()
+
+
+def _checked(service: CatalogService) -> CatalogService:
+    """Return the service without instances that would make a program refuse the whole catalog.
+
+    Addresses and ports come from nodes, which are not trusted, and from managers of any version.
+    """
+    kept = [one for one in service.instances if 0 <= one.port <= PORT_MAX and is_address(one.address)]
+    return msgspec.structs.replace(service, instances=tuple(kept))
 
 
 class CatalogReader:
@@ -99,7 +122,14 @@ class CatalogReader:
     async def _read(self) -> None:
         query = {"after": self.known.digest, "wait": f"{WAIT_S:g}"} if self.known.digest else {}
         timeout_s = WAIT_S + GRACE_S
-        found = await self._client.request("GET", "/skep/catalog", query=query, timeout_s=timeout_s)
+        try:
+            found = await self._client.request("GET", "/skep/catalog", query=query, timeout_s=timeout_s)
+        except Unavailable as error:
+            if _OF_A_WORKER in str(error):
+                raise Unavailable(
+                    "workers do not pass on the catalog: choose a manager with --host or --context"
+                ) from error
+            raise
         answer = leniently(msgspec.json.encode(found), CatalogAnswer)
         if answer.catalog is not None:
             self.known.replace(answer.digest, answer.catalog)

@@ -82,7 +82,8 @@ def _sections(listeners: Sequence[BalancedPort], services: Mapping[str, CatalogS
         yield "    default-server inter 2s fastinter 500ms downinter 2s fall 2 rise 1 observe layer4"
         service = services.get(listener.service)
         for instance in service.instances if service is not None else ():
-            if instance.port and is_address(instance.address):
+            # HAProxy refuses the whole file because of one impossible server.
+            if 0 < instance.port <= PORT_MAX and is_address(instance.address):
                 yield f"    server {_name(instance)} {joined(instance.address, instance.port)} check"
 
 

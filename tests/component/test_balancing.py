@@ -227,9 +227,8 @@ async def test_a_file_of_somebody_else_and_a_refused_configuration_change_nothin
     assert await machine.balancer.apply({})
     assert not await machine.balancer.apply({})
     written = machine.files.file.read_text()
-    broken = CatalogService(
-        name=SERVICE, instances=(CatalogInstance(id="t1", address="10.0.0.1", port=70000),)
-    )
+    twice = CatalogInstance(id="t1", address="10.0.0.1", port=70)  # HAProxy refuses a second server of a name
+    broken = CatalogService(name=SERVICE, instances=(twice, twice))
     with pytest.raises(FailedPrecondition, match="haproxy -c"):
         await machine.balancer.apply({SERVICE: broken})
     assert machine.files.file.read_text() == written

@@ -50,6 +50,12 @@ def published(service: Service, mode: PublishMode = PublishMode.INGRESS) -> Serv
     return replace(service, endpoint=Endpoint(ports=(port,)))
 
 
+def on_port(id: str, service: Service, number: int) -> Task:
+    """A task whose node has reported that it opened a port in host mode."""
+    task, port = running(id, service), PortConfig(published_port=number, publish_mode=PublishMode.HOST)
+    return replace(task, status=replace(task.status, port_status=PortStatus(ports=(port,))))
+
+
 async def test_a_service_is_reached_at_the_nodes_that_run_it(rig: Rig) -> None:
     web = labeled(
         published(a_service("web")), {"traefik.enable": "true", "api-password": "abc", "skep.drain": "1s"}
@@ -65,13 +71,14 @@ async def test_a_service_is_reached_at_the_nodes_that_run_it(rig: Rig) -> None:
 
 async def test_a_port_of_host_mode_is_the_one_that_the_node_opened(rig: Rig) -> None:
     web = published(a_service("web"), PublishMode.HOST)
-    tasks = []
-    for number in (1, 2):
-        task, port = running(f"t{number}", web), PortConfig(published_port=30000 + number)
-        port = replace(port, publish_mode=PublishMode.HOST)
-        tasks.append(replace(task, status=replace(task.status, port_status=PortStatus(ports=(port,)))))
-    await deploy(rig, web, *tasks)
+    await deploy(rig, web, on_port("t1", web, 30001), on_port("t2", web, 30002))
     assert [one["Port"] for one in (await catalog(rig))["web"]["Instances"]] == [30001, 30002]
+
+
+async def test_a_stored_port_that_cannot_be_leaves_out_its_task_alone(rig: Rig) -> None:
+    web = published(a_service("web"), PublishMode.HOST)
+    await deploy(rig, web, on_port("t1", web, 99_999), on_port("t2", web, 30002))
+    assert [one["Port"] for one in (await catalog(rig))["web"]["Instances"]] == [30002]
 
 
 async def test_a_task_that_does_not_serve_is_left_out(rig: Rig) -> None:

@@ -12,6 +12,7 @@ import dnslib
 import pytest
 from aiohttp import ClientSession
 from click.testing import CliRunner
+from msgspec.structs import replace
 
 from skep.catalog.consul import ConsulView, serving_consul
 from skep.catalog.etcd import EtcdView, serving_keys
@@ -52,6 +53,17 @@ def known() -> KnownCatalog:
     made = KnownCatalog(first_index=100)
     made.replace("a", a_catalog(ONE, TWO))
     return made
+
+
+async def test_one_impossible_instance_or_node_is_left_out_of_every_view(known: KnownCatalog) -> None:
+    bad = (an_instance("t3", "10.0.0.3", 99_999), an_instance("t4", "nowhere"), an_instance("t5", ""))
+    found = a_catalog(ONE, *bad)
+    known.replace("b", replace(found, nodes={**found.nodes, "n2": "", "n3": "nowhere"}))
+    assert [one.id for one in known.services["web"].instances] == ["t1"]
+    async with serving_names(DnsView(known, list.reverse), "127.0.0.1", 0) as port:
+        resolver = Resolver(port)
+        assert await resolver.answers("web.service.consul", "SRV") == ["1 1 8080 0a000001.addr.dc1.consul."]
+        assert (await resolver.ask("n2.node.consul")).header.rcode == dnslib.RCODE.NXDOMAIN
 
 
 # -- Consul ----------------------------------------------------------------------------------------------------------
@@ -369,7 +381,7 @@ async def test_the_command_serves_all_interfaces_until_it_is_stopped(tmp_path: P
             session.get(f"http://127.0.0.1:{ports[0]}/v1/catalog/service/db") as response,
         ):
             assert [one["ServiceAddress"] for one in await response.json()] == ["192.0.2.7"]
-            assert int(response.headers["X-Consul-Index"]) > 1_600_000_000, "it grows over restarts"
+            assert int(response.headers["X-Consul-Index"]) > 1_600_000_000_000, "it grows over restarts"
         assert await Resolver(ports[1]).answers("db.service.consul") == ["192.0.2.7"]
         process.terminate()
         assert await process.wait() == 0

@@ -25,7 +25,6 @@ from skep.cli.running import run_requests, say
 from skep.model.catalog import TTL_S_MAX, TTL_S_MIN, CatalogAnswer, ServiceCatalog, ServiceRegistration
 from skep.model.networks.addresses import PORT_MAX, is_address, joined
 from skep.model.task_end import printable
-from skep.model.values.times import SECOND_NS
 from skep.model.values.unknown import leniently
 
 if TYPE_CHECKING:
@@ -138,11 +137,10 @@ def _place(option: str, word: str) -> tuple[str, int]:
 
 
 async def _serve(host: HostOptions, places: Mapping[str, tuple[str, int]]) -> None:
-    from skep.catalog.following import CatalogReader
+    from skep.catalog.following import CatalogReader, first_index_at
 
     clock = SystemClock()
-    # Clients remember indexes, which have to grow when this command is started again.
-    first_index = clock.now_ns() // SECOND_NS
+    first_index = first_index_at(clock.now_ns())
     async with host.requests() as client, AsyncExitStack() as stack:
         reader = CatalogReader(client, clock, say, first_index=first_index)
         known = await stack.enter_async_context(reader.following())

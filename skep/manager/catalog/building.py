@@ -21,6 +21,7 @@ from skep.model.catalog import (
 )
 from skep.model.history import masked, stack_of
 from skep.model.network import is_ingress
+from skep.model.networks.addresses import PORT_MAX
 from skep.model.networks.data_planes import is_overlay
 from skep.model.node import Node, NodeState
 from skep.model.service import PortConfig, PublishMode, Service
@@ -122,8 +123,18 @@ def _instances(
 
 
 def _first_port(ports: Sequence[PortConfig], mode: PublishMode) -> int:
-    """Return the first published port in the order of the spec, or 0."""
-    return next((one.published_port for one in ports if one.publish_mode is mode and one.published_port), 0)
+    """Return the first published port in the order of the spec, or 0.
+
+    Stored statuses may have impossible ports of nodes, which earlier managers took.
+    """
+    return next(
+        (
+            one.published_port
+            for one in ports
+            if one.publish_mode is mode and 0 < one.published_port <= PORT_MAX
+        ),
+        0,
+    )
 
 
 def _overlay_address(task: Task) -> str:

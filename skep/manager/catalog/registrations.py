@@ -3,8 +3,8 @@
 Each record is a payload, so no other API shows it, and managers of older versions ignore it.  The API writes them, and
 the leader removes those whose lease is over (``manager.catalog.loop``).  Their number is bounded.
 
-A registration never joins a service or registrations of another stack, because the readers of a service trust those
-that can change it.  Names that differ only in case count as one, as in DNS.
+A registration never joins a service or registrations of another stack, because the readers of a service trust
+its stack.  Names that differ only in case are the same name, as in DNS.
 """
 
 import re

@@ -1,6 +1,7 @@
 """Tasks and their statuses."""
 
 from skep.errors import InvalidArgument
+from skep.model.networks.addresses import PORT_MAX
 from skep.model.service import EndpointVirtualIP
 from skep.model.task import (
     AssignedTask,
@@ -148,6 +149,8 @@ def status_to_pb(status: TaskStatus) -> pb.TaskStatus:
 def status_from_pb(message: pb.TaskStatus) -> TaskStatus:
     """Convert a task's status as reported by its node.  Texts are cut, because the store keeps them for every task.
 
+    Impossible ports are left out, so that they reach no reader of addresses, and do not stop the node's other reports.
+
     Raises:
         InvalidArgument: A number is undefined.
     """
@@ -167,7 +170,11 @@ def status_from_pb(message: pb.TaskStatus) -> TaskStatus:
             else None
         ),
         port_status=PortStatus(
-            ports=tuple(port_from_pb(port) for port in message.port_status.ports[:_PORTS_MAX])
+            ports=tuple(
+                port_from_pb(port)
+                for port in message.port_status.ports[:_PORTS_MAX]
+                if max(port.target_port, port.published_port) <= PORT_MAX
+            )
         ),
     )
 

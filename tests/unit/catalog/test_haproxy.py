@@ -31,7 +31,9 @@ def test_each_listener_has_the_servers_of_its_service() -> None:
     inside = CatalogInstance(id="t1", address="10.0.0.1", port=8080)
     outside = CatalogInstance(id="db/1", address="fd00::7", port=5432, is_registered=True)
     unpublished = CatalogInstance(id="t2", address="10.1.0.2", port=0)
-    services = {"web": CatalogService(name="web", instances=(inside, outside, unpublished))}
+    impossible = CatalogInstance(id="t3", address="10.0.0.3", port=99_999)
+    instances = (inside, outside, unpublished, impossible)
+    services = {"web": CatalogService(name="web", instances=instances)}
     listeners = [BalancedPort("web", "127.0.0.1", 80, "http"), BalancedPort("none", "127.0.0.1", 81)]
     text = configuration(listeners, services, "/run/admin.sock", "haproxy")
     servers = [line.split() for line in text.splitlines() if line.startswith("    server ")]

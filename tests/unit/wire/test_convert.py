@@ -31,6 +31,7 @@ from skep.model.container import (
 from skep.model.logs import LogLine, LogQuery
 from skep.model.network import ConfigReference as NodeNetwork
 from skep.model.network import Network, NetworkSpec
+from skep.model.networks.addresses import PORT_MAX
 from skep.model.node import (
     ManagerStatus,
     Node,
@@ -131,6 +132,7 @@ STAMPS = st.one_of(
 )
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 NUMBERS = st.integers(0, 2**31 - 1)
+PORTS = st.integers(0, PORT_MAX)
 DURATIONS = st.integers(-(2**62), 2**62)
 
 
@@ -180,7 +182,11 @@ SPECIAL: dict[type, dict[str, st.SearchStrategy[Any]]] = {
     },
     SeccompOpts: {"mode": st.sampled_from(["default", "unconfined", "custom"])},
     AppArmorOpts: {"mode": st.sampled_from(["default", "disabled"])},
-    PortConfig: {"protocol": st.sampled_from(["tcp", "udp", "sctp"])},
+    PortConfig: {
+        "protocol": st.sampled_from(["tcp", "udp", "sctp"]),
+        "target_port": PORTS,
+        "published_port": PORTS,
+    },
     NodeNetwork: {"network": TEXTS.filter(bool)},
     RestartPolicy: {"condition": st.sampled_from(RestartCondition), "max_attempts": NUMBERS},
     KeptLine: {
@@ -451,6 +457,12 @@ def test_unset_and_false_are_different_for_init():
 def test_numbers_that_mean_nothing_are_refused(message):
     with pytest.raises(InvalidArgument):
         status_from_pb(message)
+
+
+def test_a_nodes_impossible_ports_are_left_out_and_the_others_kept():
+    ports = [pb.PortConfig(published_port=number) for number in (PORT_MAX, PORT_MAX + 1, 2**32 - 1, 80)]
+    status = status_from_pb(pb.TaskStatus(state=pb.RUNNING, port_status=pb.PortStatus(ports=ports)))
+    assert [one.published_port for one in status.port_status.ports] == [PORT_MAX, 80]
 
 
 def test_a_nodes_texts_are_cut_to_what_can_be_kept_for_every_task():
