@@ -23,7 +23,7 @@ PREFIX: Final = "/skep"
 KEPT_MAX: Final = 32
 """Number of revisions that are kept.  confd reads its ranges, 128 at a time, within seconds."""
 EVERYTHING: Final = b"\0"
-"""As the end of a range: all keys from its begin on."""
+"""The end of a range that has all keys from its begin on."""
 
 
 class StoredKey(msgspec.Struct, frozen=True):
@@ -44,7 +44,7 @@ class ChangedKey(msgspec.Struct, frozen=True):
 
 
 class KeysRevision(msgspec.Struct, frozen=True):
-    """All keys at a revision, in order, and what it has changed."""
+    """All keys at a revision, in order, and the changes of that revision."""
 
     number: int
     keys: Mapping[bytes, StoredKey]

@@ -76,7 +76,7 @@ async def test_a_user_can_ask_for_a_renewal(tmp_path: Path) -> None:
 
 
 async def test_refused_nonces_cost_requests_but_no_order(tmp_path: Path) -> None:
-    async with a_rig(tmp_path, PEBBLE_WFE_NONCEREJECT="60") as rig, rig.leading():
+    async with a_rig(tmp_path, PEBBLE_WFE_NONCEREJECT="40") as rig, rig.leading():
         await rig.until(lambda: bool(rig.record().pem))
     assert rig.record().failures == 0
 

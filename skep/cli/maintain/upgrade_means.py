@@ -85,7 +85,7 @@ class UpgradeWords(msgspec.Struct, frozen=True, kw_only=True):
     done: str
     """Participle of a node that was upgraded."""
     resume: str
-    """How to continue after a failure."""
+    """It says how to continue after a failure."""
 
 
 class Means(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,7 @@
 """The means of ``skep upgrade --system``: reboots machines over ssh, or by a command of the operator.
 
 A machine is due while its node reports the condition ``reboot-required``.  With packages, every machine is looked at,
-and is due if its package manager has something to install.  So an interrupted run needs no list of what is done.
+and is due if its package manager has something to install.  So an interrupted run needs no list of machines.
 
 Every script gets the boot id that the node has reported, and does nothing on a machine with another one.  So a command
 that was suspended while another one rebooted the machine does not reboot it again, and an address that leads to another

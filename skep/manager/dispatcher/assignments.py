@@ -323,7 +323,7 @@ def _needs(task: Task) -> bool:
 def _is_proxy(view: View, task: Task, *, was: bool) -> bool:
     """Return whether a task belongs to the front door and needs its certificates.
 
-    Engines of Docker could not use them.  While the service is unreadable, a task stays what it ``was``.
+    Engines of Docker could not use them.  While the service is unreadable, the former result ``was`` stays.
     """
     if not _needs(task):
         return False
