@@ -68,6 +68,15 @@ from skep.model.options.secret_env import SECRET_ENV_LABEL
 from skep.model.options.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
 from skep.model.permissions.rights import ALLOW_LABEL, API_LABEL, CDI_LABEL, DEVICES_LABEL
 from skep.model.service import MAX_ATTEMPTS_MAX
+from skep.model.staged_updates import (
+    CANARY,
+    DEFAULT_STEP_S,
+    STEP_S_MAX,
+    STEPS_MAX,
+    UPDATE,
+    UPDATE_STEP_TIME,
+    UPDATE_STEPS,
+)
 
 _CONDITIONS = ", ".join(f"`{name}`" for name in ConditionName)
 
@@ -161,6 +170,28 @@ LABELS = (
         "(../guide/nodes.md#limit-how-many-tasks-are-away-at-once)). A percentage is rounded up. If it is all tasks, "
         "updates start new tasks first where they can. By default, drains that have to stop tasks first "
         "stop as many at a time as updates do.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        UPDATE,
+        f"`{CANARY}`",
+        "none",
+        "`canary` moves new connections to the new tasks in steps, and rolls back by itself "
+        "([guide](../guide/updates.md#try-an-update-with-a-share-of-the-connections)).",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        UPDATE_STEPS,
+        f"up to {STEPS_MAX} rising percentages like `1%,50%`",
+        "`5%,25%,100%`",
+        "Share of new connections for the new tasks in each step of a canary. At 100 %, the old tasks are replaced.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        UPDATE_STEP_TIME,
+        "duration",
+        f"`{DEFAULT_STEP_S:g}s`",
+        f"Least time of each step after its new tasks run, at most {STEP_S_MAX / 3600:g} h.",
     ),
     Label(
         LabelTarget.SERVICE,

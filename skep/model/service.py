@@ -359,6 +359,22 @@ ENDED = (UpdateState.COMPLETED, UpdateState.ROLLBACK_COMPLETED)
 """States of an update that is over."""
 
 
+class UpdateSplit(ApiObject):
+    """The present step of a staged update (``skep.update``), and the share of new connections for its tasks.
+
+    Attributes:
+        percent: Share of new connections for the new tasks, or None to treat all tasks alike.
+        versions: Indexes of the spec versions whose tasks are new.
+        changes: Number of changes to the spec during the update that left it in progress.  The store drops a status
+            that stays the same when the spec changes.
+    """
+
+    step: int = always(0)
+    percent: int | None = None
+    versions: tuple[int, ...] = ()
+    changes: int = 0
+
+
 class UpdateStatus(ApiObject):
     """The last rolling update or rollback.  ``completed_at`` is None until it has ended."""
 
@@ -369,6 +385,14 @@ class UpdateStatus(ApiObject):
     tolerated_until: Timestamp | None = None
     """Creation time of the newest task when a user resumed the update.  Tasks up to this time that had ended by then do
     not count as failures.  Not in Docker's API.  Managers of older versions keep the field and ignore it."""
+    split: UpdateSplit | None = None
+    """Not in Docker's API, as ``tolerated_until``."""
+
+    @property
+    def withdrawn(self) -> UpdateSplit | None:
+        """The split during a rollback, in which new tasks no longer get connections."""
+        split = self.split
+        return UpdateSplit(percent=0, versions=split.versions) if split is not None else None
 
 
 class HealthState(Enum):

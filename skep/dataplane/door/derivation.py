@@ -1,6 +1,6 @@
 """Derives the state of HAProxy on this node from the table of the door's network.  Pure."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from msgspec.structs import replace
 
@@ -15,6 +15,7 @@ from skep.dataplane.door.configuration import (
 from skep.model.door.claims import Claimant, settled
 from skep.model.door.routes import HttpRoute, has_routes, routes_of
 from skep.model.door.settings import STACK, DoorSettings, is_door, settings_of
+from skep.model.networks.shares import shares_of
 from skep.model.networks.tables import NetworkTable, TableEndpoint, TableService
 from skep.model.values.ids import NodeId, ServiceId
 
@@ -44,7 +45,7 @@ def state_of(table: NetworkTable, before: DoorState, settings: DoorSettings | No
     """
     exposed = [claimant(one) for one in table.services.values() if has_routes(one.labels)]
     claims = settled(exposed)
-    servers = _servers(table.endpoints.values(), claims.accepted)
+    servers = _servers(table, claims.accepted)
     routes: dict[str, str] = {}
     backends: dict[str, RouteBackend] = {}
     for id, accepted in claims.accepted.items():
@@ -79,15 +80,26 @@ def _backend(
 
 
 def _servers(
-    endpoints: Iterable[TableEndpoint], accepted: Mapping[ServiceId, object]
+    table: NetworkTable, accepted: Mapping[ServiceId, object]
 ) -> Mapping[ServiceId, list[ServerLine]]:
-    found: dict[ServiceId, list[ServerLine]] = {id: [] for id in accepted}
-    for one in endpoints:
-        if one.service_id in found and one.addresses and one.is_running:
-            server = ServerLine(
-                task=one.task_id,
-                address=one.addresses[0],
-                is_ready=one.is_serving and not one.is_left_out,
-            )
-            found[one.service_id].append(server)
-    return found
+    running: dict[ServiceId, list[TableEndpoint]] = {id: [] for id in accepted}
+    for one in table.endpoints.values():
+        if one.service_id in running and one.addresses and one.is_running:
+            running[one.service_id].append(one)
+    return {id: [*_lines(table.services[id], tasks)] for id, tasks in running.items()}
+
+
+def _lines(service: TableService, running: Iterable[TableEndpoint]) -> Iterator[ServerLine]:
+    """Yield the server line of each running task.  Tasks without a share of the connections are not ready."""
+    tasks = tuple(running)
+    shares = shares_of(service, (one for one in tasks if one.is_serving and not one.is_left_out))
+    even, new = shares.weights
+    weights = dict.fromkeys((one.task_id for one in shares.even), even)
+    weights |= dict.fromkeys((one.task_id for one in shares.new), new)
+    for one in tasks:
+        yield ServerLine(
+            task=one.task_id,
+            address=one.addresses[0],
+            is_ready=one.task_id in weights,
+            weight=weights.get(one.task_id, 1),
+        )

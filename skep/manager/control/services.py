@@ -51,6 +51,7 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
+from skep.model.staged_updates import is_same_update, is_undecided
 from skep.model.values.ids import IdSource, ServiceId
 from skep.model.values.meta import Version
 from skep.model.values.name_generator import NameSource, free_name
@@ -159,16 +160,37 @@ def update_service(
             service,
             spec=spec,
             author=keep_spec(tx, service, spec, SpecAuthor(by=by, at=now)),
-            previous_spec=_previous(service.spec, spec),
+            previous_spec=_previous(service, spec),
             trusted=trusted_after(tx, service, spec, by_admin=by_admin),
-            update_status=None,
+            update_status=_status_after(service, spec, now),
             job_status=next_job(tx, service, spec, now),
         )
     )
 
 
-def _previous(spec: ServiceSpec, new: ServiceSpec) -> ServiceSpec:
-    """Return ``spec`` as the previous one of ``new``.  A rollback shall not stop a service that ``new`` starts."""
+def _status_after(service: Service, new: ServiceSpec, now: Timestamp) -> UpdateStatus | None:
+    """Return the status of the update to ``new``.
+
+    A staged update continues if its tasks and steps stay the same.  If another update replaces it, its tasks no
+    longer get connections.
+    """
+    status = service.update_status
+    if status is None or status.split is None or not is_undecided(service):
+        return None
+    if is_same_update(service.spec, new):
+        return replace(status, split=replace(status.split, changes=status.split.changes + 1))
+    message = "update in progress"
+    return UpdateStatus(state=UpdateState.UPDATING, started_at=now, message=message, split=status.withdrawn)
+
+
+def _previous(service: Service, new: ServiceSpec) -> ServiceSpec:
+    """Return the previous spec of ``new``.
+
+    A rollback shall not stop a service that ``new`` starts, and not lead to a staged update that never ended.
+    """
+    if is_undecided(service) and service.previous_spec is not None:
+        return service.previous_spec
+    spec = service.spec
     is_started = is_stopped(spec.labels) and not is_stopped(new.labels)
     return comparable(spec) if is_started else spec
 
@@ -200,7 +222,10 @@ def rollback_service(
             previous_spec=service.spec,
             trusted=trusted_after(tx, service, service.previous_spec, by_admin=False),
             update_status=UpdateStatus(
-                state=UpdateState.ROLLBACK_STARTED, message="manually requested rollback", started_at=now
+                state=UpdateState.ROLLBACK_STARTED,
+                message="manually requested rollback",
+                started_at=now,
+                split=service.update_status.withdrawn if service.update_status is not None else None,
             ),
             job_status=next_job(tx, service, service.previous_spec, now),
         )

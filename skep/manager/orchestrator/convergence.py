@@ -30,6 +30,7 @@ from skep.manager.orchestrator.replacement.allowance import within_budget
 from skep.manager.orchestrator.replacement.evacuation import evacuation_steps
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
 from skep.manager.orchestrator.replacement.restart import refill, restart_steps, start_steps
+from skep.manager.orchestrator.replacement.slot_views import is_outdated
 from skep.manager.orchestrator.slots import (
     Slot,
     group_by_node,
@@ -38,7 +39,7 @@ from skep.manager.orchestrator.slots import (
     history,
     wanted,
 )
-from skep.manager.orchestrator.update import is_outdated, update_steps
+from skep.manager.orchestrator.update import update_steps
 from skep.manager.services.job_runs import COMPLETED, of_present_run
 from skep.model.options.labels import JOB_TTL
 from skep.model.service import PAUSED, UNDER_WAY

@@ -1,13 +1,22 @@
 """Requests to pause, resume and abort updates, on a store in memory."""
 
 import pytest
+from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.api.formats.service_form import settled
 from skep.errors import FailedPrecondition, NotFound, OutOfSequence
-from skep.manager.control.services import create_service, remove_service, update_service
+from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
 from skep.manager.control.updates import abort_update, pause_update, resume_update
-from skep.model.service import Service, UpdateState
+from skep.model.service import (
+    ReplicatedService,
+    Service,
+    ServiceMode,
+    ServiceSpec,
+    UpdateSplit,
+    UpdateState,
+    UpdateStatus,
+)
 from skep.model.task import Task
 from skep.model.values.ids import new_id
 from skep.model.values.times import Timestamp
@@ -75,3 +84,63 @@ async def test_only_the_update_that_was_seen_is_aborted(store: MemoryStore) -> N
     assert aborted.update_status.state is UpdateState.ROLLBACK_STARTED
     with pytest.raises(FailedPrecondition, match="already being rolled back"):
         await store.update(abort_update, service.id, aborted.version.index, now=NOW)
+
+
+CANARY = {"skep.update": "canary"}
+
+
+async def a_canary(store: MemoryStore) -> Service:
+    """Return a service in the first step of an update from app:1 to app:2."""
+    service = await a_service(store, is_updated=False)
+    spec = replace(settled(a_service_spec(name="web", image="app:2")), labels=CANARY)
+    service = await store.update(update_service, service.id, spec, service.version.index, now=NOW)
+    split = UpdateSplit(step=0, percent=5, versions=(service.version.index,))
+    status = UpdateStatus(state=UpdateState.UPDATING, message="update in progress: step 1", split=split)
+    return await store.update(lambda tx: tx.put(replace(tx.get(Service, service.id), update_status=status)))
+
+
+def image_of(spec: ServiceSpec | None) -> str:
+    assert spec is not None
+    assert spec.task_template.container_spec is not None
+    return spec.task_template.container_spec.image
+
+
+async def test_a_canary_continues_if_its_service_is_scaled(store: MemoryStore) -> None:
+    service = await a_canary(store)
+    spec = replace(service.spec, mode=ServiceMode(replicated=ReplicatedService(replicas=7)))
+    await store.update(update_service, service.id, spec, service.version.index, now=NOW)
+    scaled = store.view().get(Service, service.id)
+    assert scaled.spec.replicas == 7
+    assert scaled.update_status is not None
+    assert service.update_status is not None
+    assert scaled.update_status.message == service.update_status.message
+    assert scaled.update_status.split == UpdateSplit(
+        step=0, percent=5, versions=(service.version.index,), changes=1
+    )
+    assert image_of(scaled.previous_spec) == "app:1"
+
+
+async def test_another_update_replaces_a_canary_and_is_rolled_back_to_the_spec_before_it(
+    store: MemoryStore,
+) -> None:
+    service = await a_canary(store)
+    spec = replace(settled(a_service_spec(name="web", image="app:3")), labels=CANARY)
+    await store.update(update_service, service.id, spec, service.version.index, now=NOW)
+    updated = store.view().get(Service, service.id)
+    assert image_of(updated.previous_spec) == "app:1"
+    assert updated.update_status is not None
+    assert updated.update_status.split == UpdateSplit(percent=0, versions=(service.version.index,))
+
+
+@pytest.mark.parametrize("verb", ["rollback", "abort"])
+async def test_an_aborted_canary_gets_no_more_connections(store: MemoryStore, verb: str) -> None:
+    service = await a_canary(store)
+    if verb == "abort":
+        await store.update(abort_update, service.id, service.version.index, now=NOW)
+    else:
+        await store.update(rollback_service, service.id, service.spec, service.version.index, now=NOW)
+    after = store.view().get(Service, service.id)
+    assert image_of(after.spec) == "app:1"
+    assert after.update_status is not None
+    assert after.update_status.state is UpdateState.ROLLBACK_STARTED
+    assert after.update_status.split == UpdateSplit(percent=0, versions=(service.version.index,))

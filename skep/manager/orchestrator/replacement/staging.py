@@ -1,0 +1,103 @@
+"""Steps of a staged update, which raises the share of new connections for the new tasks (``model.staged_updates``).
+
+Each step starts new tasks in some of the slots, whose old tasks stay.  Once all of them run, and the time of the step
+has passed, the next step follows.  The last step is an ordinary start-first update, which retires the old tasks.
+
+The step is stored with the update's status, so a new leader continues with it, and measures the time of the step anew.
+Network tables bring the share to the nodes.  A failure of any new task ends the update with a rollback.  The new tasks
+no longer get connections from that moment, and end.
+"""
+
+from collections.abc import Iterable
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.manager.orchestrator.changes import SetUpdateStatus
+from skep.manager.orchestrator.decision_inputs import Situation
+from skep.manager.orchestrator.replacement.slot_views import SlotView
+from skep.manager.orchestrator.slots import age
+from skep.model.service import Service, UpdateSplit, UpdateState, UpdateStatus
+from skep.model.staged_updates import UpdateStage, stages_of
+from skep.model.task import Task
+
+_STAGED = (None, UpdateState.UPDATING, UpdateState.PAUSED)
+"""States of an update in which steps apply.  A rollback has none."""
+
+
+_PLAIN = "update in progress"
+"""Message of an update that a user has resumed."""
+
+
+class Staging(msgspec.Struct, frozen=True):
+    """The steps of a service's update, and the present one."""
+
+    service: Service
+    stages: tuple[UpdateStage, ...]
+    step: int
+
+    @property
+    def stage(self) -> UpdateStage:
+        """The present step."""
+        return self.stages[self.step]
+
+    @property
+    def keeps_old(self) -> bool:
+        """Whether old tasks stay although their successors run."""
+        return self.stage.percent is not None
+
+    def missing(self, slots: int, begun: int) -> int:
+        """Return how many of the ``slots`` get a new task in this step, in addition to ``begun`` slots."""
+        wanted = max(1, -(-slots * self.stage.slots_percent // 100))
+        return max(0, wanted - begun)
+
+    def present(self, new: Iterable[Task]) -> SetUpdateStatus | None:
+        """Return the status of the present step, or None if it is written already.
+
+        Args:
+            new: Tasks of the current spec, whatever the version that they were created from.
+        """
+        status = self.service.update_status or UpdateStatus()
+        found = {task.spec_version.index for task in new if task.spec_version is not None}
+        if self.service.spec_version is not None:
+            found.add(self.service.spec_version.index)
+        before = status.split or UpdateSplit()
+        split = replace(before, step=self.step, percent=self.stage.percent, versions=tuple(sorted(found)))
+        is_named = status.state is not None and status.message != _PLAIN
+        if status.state is UpdateState.PAUSED or (is_named and status.split == split):
+            return None
+        return SetUpdateStatus(self.service, UpdateState.UPDATING, self._message(self.step), split)
+
+    def following(self) -> SetUpdateStatus:
+        """Return the status of the next step."""
+        step = self.step + 1
+        before = (self.service.update_status or UpdateStatus()).split or UpdateSplit()
+        split = replace(before, step=step, percent=self.stages[step].percent)
+        return SetUpdateStatus(self.service, UpdateState.UPDATING, self._message(step), split)
+
+    def _message(self, step: int) -> str:
+        percent = self.stages[step].percent
+        share = f"{percent} % of new connections" if percent is not None else "replacing the old tasks"
+        return f"{_PLAIN}: step {step + 1} of {len(self.stages)}, {share}"
+
+    def failed(self, view: SlotView, situation: Situation) -> Task | None:
+        """Return the last new task of the slot that failed, however long it ran."""
+        failed = [
+            task
+            for task in view.slot
+            if task.spec_version == self.service.spec_version
+            and task.ended_by_itself
+            and not task.is_done
+            and situation.seen.saw_end(task)
+            and not situation.is_tolerated(task)
+        ]
+        return max(failed, key=age, default=None)
+
+
+def staging_of(service: Service) -> Staging | None:
+    """Return the steps of the service's update, or None if it has no steps."""
+    status = service.update_status or UpdateStatus()
+    if status.state not in _STAGED or not (stages := stages_of(service.spec.labels)):
+        return None
+    step = status.split.step if status.split is not None else 0
+    return Staging(service, stages, min(step, len(stages) - 1))

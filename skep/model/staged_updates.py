@@ -1,0 +1,147 @@
+"""Staged updates: labels with which an update moves connections to the new tasks in steps (``skep.update``).
+
+``canary`` starts a few new tasks beside the old ones and raises their share of new connections step by step.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from skep.errors import InvalidArgument
+from skep.model.networks.shares import ALL_PERCENT
+from skep.model.options.overlap import why_stop_first
+from skep.model.service import (
+    PublishMode,
+    Service,
+    ServiceSpec,
+    UpdateConfig,
+    UpdateFailureAction,
+    UpdateState,
+)
+from skep.model.values.times import SECOND_NS, duration_ns
+
+UPDATE: Final = "skep.update"
+CANARY: Final = "canary"
+UPDATE_STEPS: Final = "skep.update.steps"
+"""Shares of new connections, in percent."""
+UPDATE_STEP_TIME: Final = "skep.update.step-time"
+"""Time that each step lasts at least."""
+UPDATE_LABELS: Final = (UPDATE, UPDATE_STEPS, UPDATE_STEP_TIME)
+
+DEFAULT_STEPS: Final = (5, 25)
+"""Few users see a bad version in the first step, and the second one shows how it bears load."""
+STEPS_MAX: Final = 20
+"""Most steps of an update.  More than that would be a mistake."""
+DEFAULT_STEP_S: Final = 60.0
+"""Long enough for some health checks, which docker runs every 30 seconds by default."""
+STEP_S_MAX: Final = 7 * 24 * 3600.0
+"""Longest time of a step.  More than a week is a mistake."""
+_PERCENT: Final = re.compile(r"([1-9][0-9]?|100)%", re.ASCII)
+
+
+class UpdateStage(msgspec.Struct, frozen=True):
+    """A step of a staged update.
+
+    Attributes:
+        percent: Share of new connections for the new tasks.  None in the last step, which replaces the old tasks.
+        slots_percent: Share of the slots that have a new task, rounded up.
+        least_s: Least time in seconds.
+    """
+
+    percent: int | None
+    slots_percent: int
+    least_s: float = 0.0
+
+
+LAST: Final = UpdateStage(None, ALL_PERCENT)
+
+
+def stages_of(labels: Mapping[str, str]) -> tuple[UpdateStage, ...]:
+    """Return the steps of a service's updates.  Empty if they are not staged."""
+    try:
+        return _parsed(labels)
+    except InvalidArgument:
+        return ()
+
+
+def check_staged_update(spec: ServiceSpec) -> None:
+    """Refuse staged updates that cannot work.  Raises: InvalidArgument."""
+    if not _parsed(spec.labels):
+        return
+    label = f"{UPDATE}={spec.labels[UPDATE]}"
+    if spec.mode.name != "replicated":
+        raise InvalidArgument(f"the label {label} works on replicated services only: remove it")
+    endpoint = spec.endpoint_spec
+    for port in endpoint.ports if endpoint is not None else ():
+        if port.publish_mode is PublishMode.HOST:
+            raise InvalidArgument(
+                f"the label {label} starts new tasks while the old ones run, but port {port.target_port} is published "
+                "in host mode: publish it in ingress mode, or remove the label"
+            )
+    if endpoint is not None and endpoint.mode == "dnsrr":
+        raise InvalidArgument(
+            f"the label {label} needs a virtual address: choose --endpoint-mode vip, or remove the label"
+        )
+    if data := why_stop_first(spec):
+        raise InvalidArgument(
+            f"the label {label} starts new tasks while the old ones run, but both would write to {data}: set "
+            "--update-order start-first if they may, or remove the label"
+        )
+    if (spec.update_config or UpdateConfig()).failure_action is UpdateFailureAction.CONTINUE:
+        raise InvalidArgument(
+            f"the label {label} rolls back after a failure, but the failure action is continue: set "
+            "--update-failure-action rollback, or remove the label"
+        )
+
+
+def is_undecided(service: Service) -> bool:
+    """Return whether a staged update of the service has kept the old tasks so far."""
+    status = service.update_status
+    if status is None or status.state not in (UpdateState.UPDATING, UpdateState.PAUSED):
+        return False
+    return status.split is not None and status.split.percent is not None
+
+
+def is_same_update(spec: ServiceSpec, new: ServiceSpec) -> bool:
+    """Return whether a staged update to ``spec`` continues with ``new``: the tasks and the steps are the same."""
+    before, after = ({name: one.labels.get(name) for name in UPDATE_LABELS} for one in (spec, new))
+    return (spec.task_template, spec.endpoint_spec, before) == (new.task_template, new.endpoint_spec, after)
+
+
+def _parsed(labels: Mapping[str, str]) -> tuple[UpdateStage, ...]:
+    kind = labels.get(UPDATE)
+    if kind is None:
+        if extra := next((name for name in UPDATE_LABELS if name in labels), None):
+            raise InvalidArgument(f"the label {extra} needs {UPDATE}={CANARY}: add it, or remove {extra}")
+        return ()
+    if kind != CANARY:
+        raise InvalidArgument(f"invalid label {UPDATE}={kind}: expected {CANARY}")
+    least_s = _seconds(labels, UPDATE_STEP_TIME, DEFAULT_STEP_S)
+    return (*(UpdateStage(percent, percent, least_s) for percent in _steps(labels)), LAST)
+
+
+def _steps(labels: Mapping[str, str]) -> tuple[int, ...]:
+    text = labels.get(UPDATE_STEPS)
+    if text is None:
+        return DEFAULT_STEPS
+    found = [_PERCENT.fullmatch(part.strip()) for part in text.split(",")]
+    steps = [int(one[1]) for one in found if one is not None]
+    if len(steps) < len(found) or len(steps) > STEPS_MAX or steps != sorted(set(steps)):
+        raise InvalidArgument(
+            f"invalid label {UPDATE_STEPS}={text}: expected up to {STEPS_MAX} rising percentages like 5%,25%,100%"
+        )
+    return tuple(step for step in steps if step < ALL_PERCENT)
+
+
+def _seconds(labels: Mapping[str, str], name: str, default_s: float) -> float:
+    text = labels.get(name)
+    if text is None:
+        return default_s
+    duration = duration_ns(text)
+    if duration is None or not 0 <= duration <= STEP_S_MAX * SECOND_NS:
+        raise InvalidArgument(
+            f"invalid label {name}={text}: expected a duration like 30s or 5m, at most {STEP_S_MAX / 3600:g} h"
+        )
+    return duration / SECOND_NS
