@@ -79,7 +79,7 @@ ACTIONS = {
         "node": "drain evict forget",
         "door": "down up",
         "service": "expose hide rollback start stop wait",
-        "update": "abort pause resume",
+        "update": "abort pause promote resume switch-back",
         "network": "update",
         "volume": "forget",
         "job": "retry run",

@@ -69,11 +69,16 @@ from skep.model.options.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
 from skep.model.permissions.rights import ALLOW_LABEL, API_LABEL, CDI_LABEL, DEVICES_LABEL
 from skep.model.service import MAX_ATTEMPTS_MAX
 from skep.model.staged_updates import (
+    AUTO,
+    BLUE_GREEN,
     CANARY,
     DEFAULT_STEP_S,
+    MANUAL,
     STEP_S_MAX,
     STEPS_MAX,
     UPDATE,
+    UPDATE_KEEP,
+    UPDATE_PROMOTE,
     UPDATE_STEP_TIME,
     UPDATE_STEPS,
 )
@@ -174,9 +179,9 @@ LABELS = (
     Label(
         LabelTarget.SERVICE,
         UPDATE,
-        f"`{CANARY}`",
+        f"`{CANARY}`, `{BLUE_GREEN}`",
         "none",
-        "`canary` moves new connections to the new tasks in steps, and rolls back by itself "
+        "`canary` moves new connections to the new tasks in steps, `blue-green` at once. The old tasks stay meanwhile "
         "([guide](../guide/updates.md#try-an-update-with-a-share-of-the-connections)).",
     ),
     Label(
@@ -192,6 +197,20 @@ LABELS = (
         "duration",
         f"`{DEFAULT_STEP_S:g}s`",
         f"Least time of each step after its new tasks run, at most {STEP_S_MAX / 3600:g} h.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        UPDATE_KEEP,
+        "duration",
+        "`10m`",
+        "How long `blue-green` keeps the old tasks after the switch.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        UPDATE_PROMOTE,
+        f"`{AUTO}`, `{MANUAL}`",
+        f"`{AUTO}`",
+        "With `manual`, each step of a canary and the switch of `blue-green` wait for `skep update promote`.",
     ),
     Label(
         LabelTarget.SERVICE,

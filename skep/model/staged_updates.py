@@ -1,10 +1,12 @@
 """Staged updates: labels with which an update moves connections to the new tasks in steps (``skep.update``).
 
-``canary`` starts a few new tasks beside the old ones and raises their share of new connections step by step.
+``canary`` starts a few new tasks in addition to the old ones and raises their share of new connections step by step.
+``blue-green`` starts all of them, gives them all new connections at once, and keeps the old ones for a time.
 """
 
 import re
 from collections.abc import Mapping
+from math import inf
 from typing import Final
 
 import msgspec
@@ -24,18 +26,29 @@ from skep.model.values.times import SECOND_NS, duration_ns
 
 UPDATE: Final = "skep.update"
 CANARY: Final = "canary"
+BLUE_GREEN: Final = "blue-green"
 UPDATE_STEPS: Final = "skep.update.steps"
 """Shares of new connections, in percent."""
 UPDATE_STEP_TIME: Final = "skep.update.step-time"
 """Time that each step lasts at least."""
-UPDATE_LABELS: Final = (UPDATE, UPDATE_STEPS, UPDATE_STEP_TIME)
+UPDATE_KEEP: Final = "skep.update.keep"
+"""Time for which blue-green keeps the old tasks after the switch."""
+UPDATE_PROMOTE: Final = "skep.update.promote"
+"""``manual`` lets each step wait for ``skep update promote``."""
+UPDATE_LABELS: Final = (UPDATE, UPDATE_STEPS, UPDATE_STEP_TIME, UPDATE_KEEP, UPDATE_PROMOTE)
+_ONLY: Final = {UPDATE_STEPS: CANARY, UPDATE_STEP_TIME: CANARY, UPDATE_KEEP: BLUE_GREEN}
+"""Labels that belong to one kind of update."""
 
+AUTO: Final = "auto"
+MANUAL: Final = "manual"
 DEFAULT_STEPS: Final = (5, 25)
 """Few users see a bad version in the first step, and the second one shows how it bears load."""
 STEPS_MAX: Final = 20
 """Most steps of an update.  More than that would be a mistake."""
 DEFAULT_STEP_S: Final = 60.0
 """Long enough for some health checks, which docker runs every 30 seconds by default."""
+DEFAULT_KEEP_S: Final = 600.0
+"""Long enough to notice errors that only many users find, and to switch back."""
 STEP_S_MAX: Final = 7 * 24 * 3600.0
 """Longest time of a step.  More than a week is a mistake."""
 _PERCENT: Final = re.compile(r"([1-9][0-9]?|100)%", re.ASCII)
@@ -47,7 +60,7 @@ class UpdateStage(msgspec.Struct, frozen=True):
     Attributes:
         percent: Share of new connections for the new tasks.  None in the last step, which replaces the old tasks.
         slots_percent: Share of the slots that have a new task, rounded up.
-        least_s: Least time in seconds.
+        least_s: Least time in seconds.  Infinity for a step that waits for a user.
     """
 
     percent: int | None
@@ -55,6 +68,8 @@ class UpdateStage(msgspec.Struct, frozen=True):
     least_s: float = 0.0
 
 
+IN_PROGRESS: Final = "update in progress"
+"""Docker's message."""
 LAST: Final = UpdateStage(None, ALL_PERCENT)
 
 
@@ -96,6 +111,18 @@ def check_staged_update(spec: ServiceSpec) -> None:
         )
 
 
+def tasks_of_step(stage: UpdateStage, slots: int) -> int:
+    """Return how many of the ``slots`` have a new task in a step."""
+    return max(1, -(-slots * stage.slots_percent // ALL_PERCENT))
+
+
+def message_of(stages: tuple[UpdateStage, ...], step: int) -> str:
+    """Return the update's message during a step."""
+    percent = stages[step].percent
+    share = f"{percent} % of new connections" if percent is not None else "replacing the old tasks"
+    return f"{IN_PROGRESS}: step {step + 1} of {len(stages)}, {share}"
+
+
 def is_undecided(service: Service) -> bool:
     """Return whether a staged update of the service has kept the old tasks so far."""
     status = service.update_status
@@ -114,11 +141,20 @@ def _parsed(labels: Mapping[str, str]) -> tuple[UpdateStage, ...]:
     kind = labels.get(UPDATE)
     if kind is None:
         if extra := next((name for name in UPDATE_LABELS if name in labels), None):
-            raise InvalidArgument(f"the label {extra} needs {UPDATE}={CANARY}: add it, or remove {extra}")
+            raise InvalidArgument(f"the label {extra} needs the label {UPDATE}: add it, or remove {extra}")
         return ()
-    if kind != CANARY:
-        raise InvalidArgument(f"invalid label {UPDATE}={kind}: expected {CANARY}")
-    least_s = _seconds(labels, UPDATE_STEP_TIME, DEFAULT_STEP_S)
+    if kind not in (CANARY, BLUE_GREEN):
+        raise InvalidArgument(f"invalid label {UPDATE}={kind}: expected {CANARY} or {BLUE_GREEN}")
+    if wrong := next((name for name, of in _ONLY.items() if name in labels and of != kind), None):
+        raise InvalidArgument(f"the label {wrong} does not work with {UPDATE}={kind}: remove it")
+    if (promote := labels.get(UPDATE_PROMOTE, AUTO)) not in (AUTO, MANUAL):
+        raise InvalidArgument(f"invalid label {UPDATE_PROMOTE}={promote}: expected {AUTO} or {MANUAL}")
+    is_manual = promote == MANUAL
+    if kind == BLUE_GREEN:
+        keep_s = _seconds(labels, UPDATE_KEEP, DEFAULT_KEEP_S)
+        first = UpdateStage(0, ALL_PERCENT, inf if is_manual else 0.0)
+        return first, UpdateStage(ALL_PERCENT, ALL_PERCENT, keep_s), LAST
+    least_s = inf if is_manual else _seconds(labels, UPDATE_STEP_TIME, DEFAULT_STEP_S)
     return (*(UpdateStage(percent, percent, least_s) for percent in _steps(labels)), LAST)
 
 

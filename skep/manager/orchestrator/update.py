@@ -352,7 +352,7 @@ class _Rollout:
         if renewed := [*self._recheck_progress()]:
             yield from renewed
         elif (settled or self._keeps_old) and over_at > self._now:
-            yield Recheck(over_at)
+            yield from [Recheck(over_at)] if over_at < inf else []
         elif self._keeps_old and self._staging is not None:
             yield self._staging.following()
         elif self._is_rollback:

@@ -1,5 +1,7 @@
 """Labels of staged updates: what they mean and what is refused."""
 
+from math import inf
+
 import pytest
 from msgspec.structs import replace
 
@@ -37,6 +39,15 @@ def a_spec(**fields: object) -> ServiceSpec:
             (UpdateStage(1, 1, 300.0), UpdateStage(50, 50, 300.0), LAST),
         ),
         ({**CANARY, "skep.update.steps": "100%"}, (LAST,)),
+        (
+            {**CANARY, "skep.update.promote": "manual", "skep.update.step-time": "5m"},
+            (UpdateStage(5, 5, inf), UpdateStage(25, 25, inf), LAST),
+        ),
+        ({"skep.update": "blue-green"}, (UpdateStage(0, 100), UpdateStage(100, 100, 600.0), LAST)),
+        (
+            {"skep.update": "blue-green", "skep.update.promote": "manual", "skep.update.keep": "1h"},
+            (UpdateStage(0, 100, inf), UpdateStage(100, 100, 3600.0), LAST),
+        ),
         ({"skep.update": "unknown to this version"}, ()),
     ],
 )
@@ -55,6 +66,9 @@ def test_labels_name_the_steps(labels: dict[str, str], stages: tuple[UpdateStage
         {**CANARY, "skep.update.steps": "101%"},
         {**CANARY, "skep.update.steps": ",".join(f"{n}%" for n in range(1, 23))},
         {**CANARY, "skep.update.step-time": "soon"},
+        {**CANARY, "skep.update.keep": "1m"},
+        {**CANARY, "skep.update.promote": "later"},
+        {"skep.update": "blue-green", "skep.update.steps": "5%"},
         {**CANARY, "skep.update.step-time": "200h"},
     ],
 )

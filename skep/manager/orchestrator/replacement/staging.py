@@ -18,15 +18,11 @@ from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.replacement.slot_views import SlotView
 from skep.manager.orchestrator.slots import age
 from skep.model.service import Service, UpdateSplit, UpdateState, UpdateStatus
-from skep.model.staged_updates import UpdateStage, stages_of
+from skep.model.staged_updates import IN_PROGRESS, UpdateStage, message_of, stages_of, tasks_of_step
 from skep.model.task import Task
 
 _STAGED = (None, UpdateState.UPDATING, UpdateState.PAUSED)
 """States of an update in which steps apply.  A rollback has none."""
-
-
-_PLAIN = "update in progress"
-"""Message of an update that a user has resumed."""
 
 
 class Staging(msgspec.Struct, frozen=True):
@@ -48,8 +44,7 @@ class Staging(msgspec.Struct, frozen=True):
 
     def missing(self, slots: int, begun: int) -> int:
         """Return how many of the ``slots`` get a new task in this step, in addition to ``begun`` slots."""
-        wanted = max(1, -(-slots * self.stage.slots_percent // 100))
-        return max(0, wanted - begun)
+        return max(0, tasks_of_step(self.stage, slots) - begun)
 
     def present(self, new: Iterable[Task]) -> SetUpdateStatus | None:
         """Return the status of the present step, or None if it is written already.
@@ -63,22 +58,18 @@ class Staging(msgspec.Struct, frozen=True):
             found.add(self.service.spec_version.index)
         before = status.split or UpdateSplit()
         split = replace(before, step=self.step, percent=self.stage.percent, versions=tuple(sorted(found)))
-        is_named = status.state is not None and status.message != _PLAIN
+        # The message of an update that a user has resumed does not name the step.
+        is_named = status.state is not None and status.message != IN_PROGRESS
         if status.state is UpdateState.PAUSED or (is_named and status.split == split):
             return None
-        return SetUpdateStatus(self.service, UpdateState.UPDATING, self._message(self.step), split)
+        return SetUpdateStatus(self.service, UpdateState.UPDATING, message_of(self.stages, self.step), split)
 
     def following(self) -> SetUpdateStatus:
         """Return the status of the next step."""
         step = self.step + 1
         before = (self.service.update_status or UpdateStatus()).split or UpdateSplit()
         split = replace(before, step=step, percent=self.stages[step].percent)
-        return SetUpdateStatus(self.service, UpdateState.UPDATING, self._message(step), split)
-
-    def _message(self, step: int) -> str:
-        percent = self.stages[step].percent
-        share = f"{percent} % of new connections" if percent is not None else "replacing the old tasks"
-        return f"{_PLAIN}: step {step + 1} of {len(self.stages)}, {share}"
+        return SetUpdateStatus(self.service, UpdateState.UPDATING, message_of(self.stages, step), split)
 
     def failed(self, view: SlotView, situation: Situation) -> Task | None:
         """Return the last new task of the slot that failed, however long it ran."""

@@ -1,5 +1,7 @@
 """Requests to pause, resume and abort updates, on a store in memory."""
 
+from collections.abc import Callable
+
 import pytest
 from msgspec.structs import replace
 
@@ -7,7 +9,13 @@ from skep.aio.clock import SystemClock
 from skep.api.formats.service_form import settled
 from skep.errors import FailedPrecondition, NotFound, OutOfSequence
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
-from skep.manager.control.updates import abort_update, pause_update, resume_update
+from skep.manager.control.updates import (
+    abort_update,
+    pause_update,
+    promote_update,
+    resume_update,
+    switch_back,
+)
 from skep.model.service import (
     ReplicatedService,
     Service,
@@ -17,9 +25,11 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
-from skep.model.task import Task
-from skep.model.values.ids import new_id
+from skep.model.staged_updates import stages_of
+from skep.model.task import Task, TaskState
+from skep.model.values.ids import ServiceId, new_id
 from skep.model.values.times import Timestamp
+from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service_spec, a_task
 
@@ -144,3 +154,66 @@ async def test_an_aborted_canary_gets_no_more_connections(store: MemoryStore, ve
     assert after.update_status is not None
     assert after.update_status.state is UpdateState.ROLLBACK_STARTED
     assert after.update_status.split == UpdateSplit(percent=0, versions=(service.version.index,))
+
+
+async def in_step(store: MemoryStore, labels: dict[str, str], step: int, *, runs: bool) -> Service:
+    """Return a service in a step of its staged update, with a new task that runs or not."""
+    service = await a_service(store, is_updated=False)
+    spec = replace(settled(a_service_spec(name="web", image="app:2")), labels=labels)
+    service = await store.update(update_service, service.id, spec, service.version.index, now=NOW)
+    percent = stages_of(labels)[step].percent
+    split = UpdateSplit(step=step, percent=percent, versions=(service.version.index,))
+    status = UpdateStatus(state=UpdateState.UPDATING, message="update in progress", split=split)
+    task = a_task(service=service, state=TaskState.RUNNING if runs else TaskState.STARTING)
+
+    def put(tx: Transaction) -> Service:
+        tx.put(task)
+        return tx.put(replace(tx.get(Service, service.id), update_status=status))
+
+    return await store.update(put)
+
+
+BLUE_GREEN = {"skep.update": "blue-green"}
+
+
+async def test_a_promoted_update_is_in_its_next_step(store: MemoryStore) -> None:
+    service = await in_step(store, CANARY, 0, runs=True)
+    promoted = await store.update(promote_update, service.id)
+    assert promoted.update_status is not None
+    assert promoted.update_status.split is not None
+    assert (promoted.update_status.split.step, promoted.update_status.split.percent) == (1, 25)
+    assert promoted.update_status.message == "update in progress: step 2 of 3, 25 % of new connections"
+
+
+async def test_no_step_begins_before_its_new_tasks_run(store: MemoryStore) -> None:
+    service = await in_step(store, BLUE_GREEN, 0, runs=False)
+    with pytest.raises(FailedPrecondition, match="0 of 1 new tasks of service web run"):
+        await store.update(promote_update, service.id)
+
+
+async def test_blue_green_switches_back_and_pauses_until_it_is_resumed(store: MemoryStore) -> None:
+    service = await in_step(store, BLUE_GREEN, 1, runs=True)
+    for _ in range(2):
+        back = await store.update(switch_back, service.id)
+        assert back.update_status is not None
+        assert back.update_status.split is not None
+        assert (back.update_status.state, back.update_status.split.percent) == (UpdateState.PAUSED, 0)
+    with pytest.raises(FailedPrecondition, match="is paused"):
+        await store.update(promote_update, service.id)
+    await store.update(resume_update, service.id)
+    again = await store.update(promote_update, service.id)
+    assert again.update_status is not None
+    assert again.update_status.split is not None
+    assert again.update_status.split.percent == 100
+
+
+@pytest.mark.parametrize("verb", [promote_update, switch_back])
+async def test_steps_are_refused_without_a_next_or_former_one(
+    store: MemoryStore, verb: Callable[[Transaction, ServiceId], Service]
+) -> None:
+    service = await in_step(store, CANARY, 2, runs=True)
+    with pytest.raises(FailedPrecondition, match=r"last step|skep update abort web"):
+        await store.update(verb, service.id)
+    await store.update(lambda tx: tx.put(replace(tx.get(Service, service.id), update_status=None)))
+    with pytest.raises(FailedPrecondition, match=r"no update with skep\.update in progress"):
+        await store.update(verb, service.id)

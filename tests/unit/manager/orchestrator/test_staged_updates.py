@@ -12,7 +12,8 @@ from tests.support.builders import a_node
 from tests.support.managers.rollouts import a_spec, a_world, advance, message, state, wanted
 from tests.support.managers.worlds import World
 
-CANARY = {"skep.update": "canary", "skep.update.steps": "5%,50%", "skep.update.step-time": "60s"}
+CANARY_STEPS = {"skep.update": "canary", "skep.update.steps": "5%,50%"}
+CANARY = {**CANARY_STEPS, "skep.update.step-time": "60s"}
 ALL_AT_ONCE = UpdateConfig(parallelism=0, monitor=5 * SECOND_NS)
 RUNNING = TaskState.RUNNING
 
@@ -212,3 +213,47 @@ def test_the_last_step_is_limited_by_the_parallelism() -> None:
         assert sum(counts(world)) <= 5
         assert len([task for task in wanted(world) if task.status.state is RUNNING]) >= 4
         advance(world)
+
+
+BLUE_GREEN = {"skep.update": "blue-green", "skep.update.keep": "100s"}
+
+
+def test_blue_green_switches_once_when_all_new_tasks_run_and_keeps_the_old_ones() -> None:
+    world = a_world(update=ALL_AT_ONCE)
+    world.update(a_canary(labels=BLUE_GREEN))
+    advance(world)
+    assert (percent(world), counts(world)) == (0, (4, 4))
+    pass_time(world, 6)
+    assert (percent(world), counts(world)) == (100, (4, 4))
+    pass_time(world, 99)
+    assert (percent(world), counts(world)) == (100, (4, 4))
+    pass_time(world, 2)
+    pass_time(world, 6)
+    assert (counts(world), state(world)) == ((0, 4), UpdateState.COMPLETED)
+
+
+def test_blue_green_that_fails_after_its_switch_returns_to_the_old_tasks() -> None:
+    world = a_world(update=ALL_AT_ONCE)
+    world.update(a_canary(labels=BLUE_GREEN))
+    advance(world)
+    pass_time(world, 6)
+    old = {task.id for task in wanted(world, "app:1")}
+    world.report(wanted(world, "app:2")[0].id, TaskState.FAILED)
+    world.settle()
+    assert state(world) is UpdateState.ROLLBACK_COMPLETED
+    assert {task.id for task in wanted(world)} == old
+
+
+def test_a_manual_step_waits_for_its_promotion() -> None:
+    world = a_world(update=ALL_AT_ONCE)
+    world.update(a_canary(labels={**CANARY_STEPS, "skep.update.promote": "manual"}))
+    advance(world)
+    pass_time(world, 100_000)
+    assert percent(world) == 5
+    status = world.service.update_status
+    assert status is not None
+    assert status.split is not None
+    promoted = replace(status.split, step=1, percent=50)
+    world.put(replace(world.service, update_status=replace(status, split=promoted)))
+    advance(world)
+    assert (percent(world), counts(world)) == (50, (4, 2))
