@@ -74,6 +74,9 @@ from skep.model.staged_updates import (
     CANARY,
     DEFAULT_STEP_S,
     MANUAL,
+    MAX_ERRORS,
+    MAX_LATENCY,
+    REQUESTS_MIN,
     STEP_S_MAX,
     STEPS_MAX,
     UPDATE,
@@ -211,6 +214,21 @@ LABELS = (
         f"`{AUTO}`, `{MANUAL}`",
         f"`{AUTO}`",
         "With `manual`, each step of a canary and the switch of `blue-green` wait for `skep update promote`.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        MAX_ERRORS,
+        "percentage like `1%`",
+        "none",
+        "A staged update rolls back if more HTTP requests to new tasks fail within a minute. Counts responses with a "
+        f"status from 500 on and failed connections over the front door, from {REQUESTS_MIN} requests on.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        MAX_LATENCY,
+        "duration",
+        "none",
+        "A staged update rolls back if responses of new tasks take longer on average, counted in the same way.",
     ),
     Label(
         LabelTarget.SERVICE,

@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from skep.errors import InvalidArgument
+from skep.model.door.routes import has_routes
 from skep.model.networks.shares import ALL_PERCENT
 from skep.model.options.overlap import why_stop_first
 from skep.model.service import (
@@ -35,7 +36,18 @@ UPDATE_KEEP: Final = "skep.update.keep"
 """Time for which blue-green keeps the old tasks after the switch."""
 UPDATE_PROMOTE: Final = "skep.update.promote"
 """``manual`` lets each step wait for ``skep update promote``."""
-UPDATE_LABELS: Final = (UPDATE, UPDATE_STEPS, UPDATE_STEP_TIME, UPDATE_KEEP, UPDATE_PROMOTE)
+MAX_ERRORS: Final = "skep.update.max-errors"
+MAX_LATENCY: Final = "skep.update.max-latency"
+"""RequestBounds for HTTP requests to new tasks over the front door: failed ones, and the mean time of a response."""
+UPDATE_LABELS: Final = (
+    UPDATE,
+    UPDATE_STEPS,
+    UPDATE_STEP_TIME,
+    UPDATE_KEEP,
+    UPDATE_PROMOTE,
+    MAX_ERRORS,
+    MAX_LATENCY,
+)
 _ONLY: Final = {UPDATE_STEPS: CANARY, UPDATE_STEP_TIME: CANARY, UPDATE_KEEP: BLUE_GREEN}
 """Labels that belong to one kind of update."""
 
@@ -70,6 +82,50 @@ class UpdateStage(msgspec.Struct, frozen=True):
 
 IN_PROGRESS: Final = "update in progress"
 """Docker's message."""
+_PERCENTAGE: Final = re.compile(r"(100|[0-9]{1,2}(?:\.[0-9]{1,2})?)%", re.ASCII)
+REQUESTS_MIN: Final = 20
+"""Fewest requests that are judged.  One failed request of a few is not a rate yet."""
+
+
+class TaskRequests(msgspec.Struct, frozen=True, kw_only=True):
+    """Recent HTTP requests to a task over the front door.  ``milliseconds``: of all responses together."""
+
+    requests: int = 0
+    errors: int = 0
+    milliseconds: int = 0
+
+    def __add__(self, other: "TaskRequests") -> "TaskRequests":
+        return TaskRequests(
+            requests=self.requests + other.requests,
+            errors=self.errors + other.errors,
+            milliseconds=self.milliseconds + other.milliseconds,
+        )
+
+
+class RequestBounds(msgspec.Struct, frozen=True):
+    """Limits for requests to new tasks.  None for no limit."""
+
+    errors_percent: float | None = None
+    latency_s: float | None = None
+
+    def exceeded(self, seen: TaskRequests) -> str:
+        """Return which limit the requests exceed, or an empty text."""
+        if seen.requests < REQUESTS_MIN:
+            return ""
+        percent, mean_s = 100 * seen.errors / seen.requests, seen.milliseconds / seen.requests / 1000
+        if self.errors_percent is not None and percent > self.errors_percent:
+            return (
+                f"because {seen.errors} of {seen.requests} requests to new tasks failed ({percent:.3g} %), more than "
+                f"{self.errors_percent:g} %"
+            )
+        if self.latency_s is not None and mean_s > self.latency_s:
+            return (
+                f"because responses of new tasks took {mean_s:.3g} s on average ({seen.requests} requests), more than "
+                f"{self.latency_s:g} s"
+            )
+        return ""
+
+
 LAST: Final = UpdateStage(None, ALL_PERCENT)
 
 
@@ -86,6 +142,12 @@ def check_staged_update(spec: ServiceSpec) -> None:
     if not _parsed(spec.labels):
         return
     label = f"{UPDATE}={spec.labels[UPDATE]}"
+    if _bounds(spec.labels) != RequestBounds() and not has_routes(spec.labels):
+        name = MAX_ERRORS if MAX_ERRORS in spec.labels else MAX_LATENCY
+        raise InvalidArgument(
+            f"the label {name} counts HTTP requests over the front door, and the service has no route: run "
+            f"skep service expose {spec.name} HOST, or remove {name}"
+        )
     if spec.mode.name != "replicated":
         raise InvalidArgument(f"the label {label} works on replicated services only: remove it")
     endpoint = spec.endpoint_spec
@@ -109,6 +171,25 @@ def check_staged_update(spec: ServiceSpec) -> None:
             f"the label {label} rolls back after a failure, but the failure action is continue: set "
             "--update-failure-action rollback, or remove the label"
         )
+
+
+def bounds_of(labels: Mapping[str, str]) -> RequestBounds | None:
+    """Return the limits of a service's staged updates, or None without limits."""
+    try:
+        bounds = _bounds(labels) if UPDATE in labels else RequestBounds()
+    except InvalidArgument:
+        return None
+    return bounds if bounds != RequestBounds() else None
+
+
+def _bounds(labels: Mapping[str, str]) -> RequestBounds:
+    errors: float | None = None
+    if (text := labels.get(MAX_ERRORS)) is not None:
+        if (found := _PERCENTAGE.fullmatch(text)) is None:
+            raise InvalidArgument(f"invalid label {MAX_ERRORS}={text}: expected a percentage like 1% or 0.5%")
+        errors = float(found[1])
+    latency_s = _seconds(labels, MAX_LATENCY, inf)
+    return RequestBounds(errors, latency_s if latency_s < inf else None)
 
 
 def tasks_of_step(stage: UpdateStage, slots: int) -> int:

@@ -34,13 +34,15 @@ _COMPRESSED: Final = (
 class ServerLine(msgspec.Struct, frozen=True, kw_only=True):
     """A server line.  Only a ready server gets requests.  ``task``: empty in an unused line.
 
-    ``weight``: its share of the requests, relative to the other servers.
+    ``weight``: its share of the requests, relative to the other servers.  ``is_new``: whether its requests are counted,
+    for a staged update.
     """
 
     task: str = ""
     address: str = UNUSED
     is_ready: bool = False
     weight: int = 1
+    is_new: bool = False
 
 
 NOBODY: Final = ServerLine()

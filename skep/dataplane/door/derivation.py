@@ -96,10 +96,12 @@ def _lines(service: TableService, running: Iterable[TableEndpoint]) -> Iterator[
     even, new = shares.weights
     weights = dict.fromkeys((one.task_id for one in shares.even), even)
     weights |= dict.fromkeys((one.task_id for one in shares.new), new)
+    versions = service.split.versions if service.split is not None else ()
     for one in tasks:
         yield ServerLine(
             task=one.task_id,
             address=one.addresses[0],
             is_ready=one.task_id in weights,
             weight=weights.get(one.task_id, 1),
+            is_new=one.version in versions,
         )

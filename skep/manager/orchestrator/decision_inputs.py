@@ -24,7 +24,7 @@ from skep.model.service import (
     UpdateOrder,
     UpdateState,
 )
-from skep.model.staged_updates import stages_of
+from skep.model.staged_updates import TaskRequests, stages_of
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, TaskId, VolumeId
 from skep.model.values.times import unix_ns
@@ -68,6 +68,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a change freeze keeps tasks on nodes whose labels or resources no longer fit."""
     silence_s: float = 0.0
     """Seconds without a heartbeat after which a node is down."""
+    requests: TaskRequests = TaskRequests()
+    """Recent HTTP requests to the new tasks of a staged update with bounds for them."""
     sound_nodes: dict[NodeId, bool] = msgspec.field(default_factory=dict)
     """Cache of ``is_sound``.  The owner removes nodes that change."""
 

@@ -309,19 +309,8 @@ class _Rollout:
     def failure_step(self) -> Step | None:
         """Return the step that follows from too many failures, or None if the update may continue."""
         action = self._config.failure_action or UpdateFailureAction.PAUSE
-        if action is UpdateFailureAction.CONTINUE:
+        if action is UpdateFailureAction.CONTINUE or not (reason := self._failure()):
             return None
-        if not self._failed:
-            return None
-        begun = [view for view in self._views if view.lead is not None]
-        total = len([view for view in self._views if view.lead is not None or view.outdated])
-        if (
-            len(self._failed) / (len(begun) or 1 if self._keeps_old else total)
-            <= self._config.max_failure_ratio
-        ):
-            return None
-        newest = max(self._failed, key=lambda task: (self._seen.ended(task) or 0.0, task.id))
-        reason = self._reason(newest)
         if self._is_rollback:
             # A rollback is never rolled back.
             return SetUpdateStatus(self._service, UpdateState.ROLLBACK_PAUSED, f"rollback paused {reason}")
@@ -331,6 +320,20 @@ class _Rollout:
             message = f"update paused {reason}: there is no previous spec to roll back to"
             return SetUpdateStatus(self._service, UpdateState.PAUSED, message)
         return RollBack(self._service, f"{ROLLED_BACK} {reason}")
+
+    def _failure(self) -> str:
+        """Return the reason why the update fails, with Docker's words for failed tasks, or an empty text."""
+        if self._staging is not None and (reason := self._staging.exceeded(self._situation)):
+            return reason
+        if not self._failed:
+            return ""
+        begun = [view for view in self._views if view.lead is not None]
+        total = len([view for view in self._views if view.lead is not None or view.outdated])
+        if self._keeps_old:
+            total = len(begun) or 1
+        if len(self._failed) / total <= self._config.max_failure_ratio:
+            return ""
+        return self._reason(max(self._failed, key=lambda task: (self._seen.ended(task) or 0.0, task.id)))
 
     def complete(self) -> Iterator[Step]:
         """End the update, or the step of a staged one, once it has started with every slot and has monitored every lead

@@ -192,6 +192,7 @@ class AgentParts:
             tunnels=tunnel_host(runtime.engine, foundation.events, credentials.connect),
             volumes=runtime.cluster_volumes,
             usages=self.usages,
+            requests=runtime.door_requests,
             serve_images=partial(self.image_sharing.exchange, credentials, node),
         )
         managers = ManagerList(

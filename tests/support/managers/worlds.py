@@ -15,6 +15,7 @@ from skep.manager.orchestrator.replacement.enforcement import overcommitted
 from skep.model.node import Node
 from skep.model.permissions.user import User
 from skep.model.service import Service, ServiceSpec
+from skep.model.staged_updates import TaskRequests
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.task_end import TaskEnd
@@ -45,6 +46,7 @@ class World:
         self.now_ns = 0
         self.silence_s = 0.0
         self.keeps_unfit = False
+        self.requests = TaskRequests()
         self.volumes: dict[VolumeId, Volume] = {}
         self.held: set[TaskId] = set()
         """Tasks without reports."""
@@ -69,6 +71,7 @@ class World:
             now_ns=self.now_ns,
             silence_s=self.silence_s,
             keeps_unfit=self.keeps_unfit,
+            requests=self.requests,
         )
 
     def _overcommitted(self, node_id: NodeId) -> frozenset[TaskId]:

@@ -67,6 +67,11 @@ def test_labels_name_the_steps(labels: dict[str, str], stages: tuple[UpdateStage
         {**CANARY, "skep.update.steps": ",".join(f"{n}%" for n in range(1, 23))},
         {**CANARY, "skep.update.step-time": "soon"},
         {**CANARY, "skep.update.keep": "1m"},
+        {**CANARY, "skep.update.max-errors": "1%"},  # without a route
+        {**CANARY, "skep.http": "a.example", "skep.update.max-errors": "1"},
+        {**CANARY, "skep.http": "a.example", "skep.update.max-errors": "101%"},
+        {**CANARY, "skep.http": "a.example", "skep.update.max-latency": "fast"},
+        {"skep.update.max-errors": "1%"},
         {**CANARY, "skep.update.promote": "later"},
         {"skep.update": "blue-green", "skep.update.steps": "5%"},
         {**CANARY, "skep.update.step-time": "200h"},

@@ -8,7 +8,8 @@ Network tables bring the share to the nodes.  A failure of any new task ends the
 no longer get connections from that moment, and end.
 """
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import msgspec
 from msgspec.structs import replace
@@ -18,11 +19,32 @@ from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.replacement.slot_views import SlotView
 from skep.manager.orchestrator.slots import age
 from skep.model.service import Service, UpdateSplit, UpdateState, UpdateStatus
-from skep.model.staged_updates import IN_PROGRESS, UpdateStage, message_of, stages_of, tasks_of_step
+from skep.model.staged_updates import (
+    IN_PROGRESS,
+    TaskRequests,
+    UpdateStage,
+    bounds_of,
+    is_undecided,
+    message_of,
+    stages_of,
+    tasks_of_step,
+)
 from skep.model.task import Task
+from skep.model.values.ids import ServiceId, TaskId
+from skep.store.interface import Commit, Created, Deleted, Updated
 
 _STAGED = (None, UpdateState.UPDATING, UpdateState.PAUSED)
 """States of an update in which steps apply.  A rollback has none."""
+
+COLLECT_S = 5.0
+"""Seconds between two collections of the requests to new tasks, which nodes count as often."""
+CollectRequests = Callable[[], Awaitable[Mapping[TaskId, TaskRequests]]]
+"""Returns the recent HTTP requests of new tasks in staged updates, from all managers, within seconds."""
+
+
+async def no_requests() -> Mapping[TaskId, TaskRequests]:
+    """Return no requests, where no front door is."""
+    return {}
 
 
 class Staging(msgspec.Struct, frozen=True):
@@ -71,6 +93,11 @@ class Staging(msgspec.Struct, frozen=True):
         split = replace(before, step=step, percent=self.stages[step].percent)
         return SetUpdateStatus(self.service, UpdateState.UPDATING, message_of(self.stages, step), split)
 
+    def exceeded(self, situation: Situation) -> str:
+        """Return which bound the requests to new tasks exceed, or an empty text."""
+        bounds = bounds_of(self.service.spec.labels) if self.keeps_old else None
+        return bounds.exceeded(situation.requests) if bounds is not None else ""
+
     def failed(self, view: SlotView, situation: Situation) -> Task | None:
         """Return the last new task of the slot that failed, however long it ran."""
         failed = [
@@ -92,3 +119,54 @@ def staging_of(service: Service) -> Staging | None:
         return None
     step = status.split.step if status.split is not None else 0
     return Staging(service, stages, min(step, len(stages) - 1))
+
+
+class RequestCounts:
+    """The services whose staged updates have bounds for HTTP requests, and the requests that front doors counted."""
+
+    def __init__(self) -> None:
+        self.services: set[ServiceId] = set()
+        self.requests: Mapping[TaskId, TaskRequests] = {}
+        self._has_any = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Wait until there is such a service."""
+        await self._has_any.wait()
+
+    def start(self, services: Iterable[Service]) -> None:
+        """Start with all services of a snapshot."""
+        self.requests = {}
+        self._set({service.id for service in services if _has_bounds(service)})
+
+    def note(self, commit: Commit) -> None:
+        """Follow changes of services."""
+        for event in commit.events:
+            match event:
+                case Created(Service() as service) | Updated(_, Service() as service) if _has_bounds(service):
+                    self._set(self.services | {service.id})
+                case Updated(_, Service() as service) | Deleted(Service() as service):
+                    if service.id in self.services:
+                        self._set(self.services - {service.id})
+
+    def _set(self, services: set[ServiceId]) -> None:
+        self.services = services
+        if services:
+            self._has_any.set()
+        else:
+            self._has_any.clear()
+
+    def requests_of(self, service: Service, tasks: Iterable[Task]) -> TaskRequests:
+        """Return the requests to the new ``tasks`` of a service, all together."""
+        split = service.update_status.split if service.update_status is not None else None
+        if service.id not in self.services or split is None:
+            return TaskRequests()
+        new = (
+            task
+            for task in tasks
+            if task.spec_version is not None and task.spec_version.index in split.versions
+        )
+        return sum((self.requests.get(task.id, TaskRequests()) for task in new), TaskRequests())
+
+
+def _has_bounds(service: Service) -> bool:
+    return is_undecided(service) and bounds_of(service.spec.labels) is not None

@@ -1,21 +1,38 @@
 """Staged updates: shares of new connections, what starts in each step, what a failure leaves, and other updates."""
 
+import asyncio
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import pytest
 from msgspec.structs import replace
 
+from skep.aio.clock import SystemClock
+from skep.api.formats.service_form import settled
+from skep.manager.control.services import update_service
 from skep.manager.control_loops.loop_driver import Recheck
+from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.manager.orchestrator.replacement.staging import RequestCounts
 from skep.model.node import Availability
-from skep.model.service import ServiceSpec, UpdateConfig, UpdateSplit, UpdateState
-from skep.model.task import TaskState
-from skep.model.values.times import SECOND_NS
-from tests.support.builders import a_node
+from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateSplit, UpdateState
+from skep.model.staged_updates import TaskRequests
+from skep.model.task import Task, TaskState
+from skep.model.values.ids import ServiceId, TaskId, new_id
+from skep.model.values.times import SECOND_NS, Timestamp
+from skep.store.interface import Commit, Transaction, Updated
+from skep.store.memory import MemoryStore
+from tests.support.builders import a_node, a_service, a_task
 from tests.support.managers.rollouts import a_spec, a_world, advance, message, state, wanted
 from tests.support.managers.worlds import World
+from tests.support.store.store_transactions import eventually
 
 CANARY_STEPS = {"skep.update": "canary", "skep.update.steps": "5%,50%"}
 CANARY = {**CANARY_STEPS, "skep.update.step-time": "60s"}
 ALL_AT_ONCE = UpdateConfig(parallelism=0, monitor=5 * SECOND_NS)
 RUNNING = TaskState.RUNNING
+NOW = Timestamp("2026-01-02T03:04:05Z")
 
 
 def a_canary(image: str = "app:2", labels: dict[str, str] = CANARY, *, replicas: int = 4) -> ServiceSpec:
@@ -257,3 +274,79 @@ def test_a_manual_step_waits_for_its_promotion() -> None:
     world.put(replace(world.service, update_status=replace(status, split=promoted)))
     advance(world)
     assert (percent(world), counts(world)) == (50, (4, 2))
+
+
+BOUNDED = {
+    "skep.http": "a.example",
+    **CANARY,
+    "skep.update.max-errors": "5%",
+    "skep.update.max-latency": "500ms",
+}
+
+
+@pytest.mark.parametrize(
+    ("requests", "reason"),
+    [
+        (
+            TaskRequests(requests=200, errors=24),
+            "because 24 of 200 requests to new tasks failed (12 %), more than 5 %",
+        ),
+        (
+            TaskRequests(requests=100, milliseconds=80_000),
+            "because responses of new tasks took 0.8 s on average (100 requests), more than 0.5 s",
+        ),
+        (TaskRequests(requests=200, errors=10, milliseconds=100_000), ""),
+        (TaskRequests(requests=19, errors=19, milliseconds=100_000), ""),
+    ],
+)
+def test_requests_beyond_a_bound_end_the_update(requests: TaskRequests, reason: str) -> None:
+    world = a_world(update=ALL_AT_ONCE)
+    world.update(a_canary(labels=BOUNDED))
+    advance(world)
+    world.requests = requests
+    world.settle()
+    assert counts(world) == ((4, 0) if reason else (4, 1))
+    if reason:
+        assert state(world) is UpdateState.ROLLBACK_COMPLETED
+        assert message(world) == f"rollback completed: update rolled back {reason}"
+
+
+def test_requests_of_new_tasks_are_added_for_services_with_bounds_only() -> None:
+    measured, world = RequestCounts(), begun()
+    bounded = replace(world.service, spec=replace(world.service.spec, labels=BOUNDED))
+    measured.start([world.service])
+    assert measured.services == set()
+    measured.note(Commit(1, (Updated(world.service, bounded),)))
+    assert measured.services == {bounded.id}
+    old, new = wanted(world, "app:1")[0], wanted(world, "app:2")[0]
+    measured.requests = dict.fromkeys((old.id, new.id), TaskRequests(requests=7))
+    assert measured.requests_of(bounded, world.tasks.values()) == TaskRequests(requests=7)
+    measured.note(Commit(2, (Updated(bounded, world.service),)))
+    assert measured.requests_of(bounded, world.tasks.values()) == TaskRequests()
+
+
+async def test_the_loop_ends_an_update_by_what_it_collects() -> None:
+    store, clock = MemoryStore(SystemClock()), SystemClock()
+    service = a_service(spec=a_spec(replicas=1))
+    old = a_task(slot=1, node="n1", service=service)
+
+    async def collect() -> dict[TaskId, TaskRequests]:
+        tasks = store.view().find(Task, service_id=service.id)
+        return {task.id: TaskRequests(requests=50, errors=50) for task in tasks}
+
+    def put(*objects: Any) -> Callable[[Transaction], list[Any]]:
+        return lambda tx: [tx.put(one) for one in objects]
+
+    await store.update(put(a_node("n1"), service, old))
+    service = store.view().get(Service, service.id)
+    spec = a_canary(labels=BOUNDED, replicas=1)
+    await store.update(update_service, service.id, settled(spec), service.version.index, now=NOW)
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(Orchestrator(store, clock, new_id, Random(1), collect).run())
+        await eventually(lambda: "requests to new tasks failed" in message_in(store, service.id))
+        running.cancel()
+
+
+def message_in(store: MemoryStore, id: ServiceId) -> str:
+    status = store.view().get(Service, id).update_status
+    return status.message if status is not None else ""
