@@ -10,6 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.api.access.permissions import STACK_LABEL
+from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec, Mount, SecretFileTarget, SecretReference
 from skep.model.options.affinity import (
     AFFINITY,
@@ -53,6 +54,15 @@ from skep.model.service import (
     UpdateConfig,
     UpdateFailureAction,
     UpdateOrder,
+)
+from skep.model.staged_updates import (
+    BLUE_GREEN,
+    CANARY,
+    UPDATE,
+    UPDATE_KEEP,
+    UPDATE_STEP_TIME,
+    UPDATE_STEPS,
+    check_staged_update,
 )
 from skep.model.values.ids import SecretId
 from skep.model.values.times import SECOND_NS
@@ -269,7 +279,7 @@ def extended(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
             spec = addition(spec, random, known)
     # Drawn by the spec, so that the other draws of a seed stay the same.
     by_spec = Random(str(spec))
-    for addition in (_a_constraint, _an_affinity):
+    for addition in (_a_constraint, _an_affinity, _a_staged_update):
         if by_spec.random() < RARE:
             spec = addition(spec, by_spec, known)
     return spec
@@ -286,6 +296,20 @@ def _a_constraint(spec: ServiceSpec, random: Random, known: Dependencies) -> Ser
     placement = spec.task_template.placement or Placement()
     placement = replace(placement, constraints=(*placement.constraints, random.choice(MORE_CONSTRAINTS)))
     return replace(spec, task_template=replace(spec.task_template, placement=placement))
+
+
+def _a_staged_update(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    """Add a staged update to a spec that may have one."""
+    steps = random.choice(({}, {UPDATE_STEPS: "10%,50%"}, {UPDATE_STEPS: "100%"}))
+    labels = {UPDATE: CANARY, UPDATE_STEP_TIME: random.choice(("0s", "2s", "5s")), **steps}
+    if random.random() < 0.3:
+        labels = {UPDATE: BLUE_GREEN, UPDATE_KEEP: random.choice(("0s", "5s"))}
+    staged = with_labels(spec, labels)
+    try:
+        check_staged_update(staged)
+    except InvalidArgument:
+        return spec
+    return staged
 
 
 def _an_affinity(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:

@@ -65,8 +65,10 @@ def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
         ),
     )
     staging = staging_of(situation.service)
-    if staging is not None and staging.keeps_old:
-        others = [task for task in others if task not in serving]
+    if serving and staging is not None and staging.keeps_old:
+        # The old task serves, so the new one need not run until its replacement does.
+        yield ReplaceTask(last, fill, cause_to_leave(last, situation.node_of(last)))
+        return
     yield ReplaceTask(others.pop(), fill) if others else fill
     yield from map(RetireTask, others)
 
