@@ -106,6 +106,8 @@ OFF = 0.6
 """Probability that a spec lacks an extension that its mode can have, so that many specs combine two or three."""
 RARE = 0.2
 """Probability of an extension that limits the nodes.  With more, many services would have no node."""
+STAGED = 0.4
+"""Probability of a staged update of a replicated service.  Many specs cannot have one."""
 PRIORITIES = (-10, 5, 10)
 STACKS = ("shop", "blog")
 MEMORY_BYTES = 512 << 20
@@ -279,9 +281,11 @@ def extended(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
             spec = addition(spec, random, known)
     # Drawn by the spec, so that the other draws of a seed stay the same.
     by_spec = Random(str(spec))
-    for addition in (_a_constraint, _an_affinity, _a_staged_update):
+    for addition in (_a_constraint, _an_affinity):
         if by_spec.random() < RARE:
             spec = addition(spec, by_spec, known)
+    if spec.mode.name == "replicated" and by_spec.random() < STAGED:
+        spec = _a_staged_update(spec, by_spec, known)
     return spec
 
 
@@ -304,7 +308,8 @@ def _a_staged_update(spec: ServiceSpec, random: Random, known: Dependencies) -> 
     labels = {UPDATE: CANARY, UPDATE_STEP_TIME: random.choice(("0s", "2s", "5s")), **steps}
     if random.random() < 0.3:
         labels = {UPDATE: BLUE_GREEN, UPDATE_KEEP: random.choice(("0s", "5s"))}
-    staged = with_labels(spec, labels)
+    config = replace(spec.update_config or UpdateConfig(), failure_action=None)
+    staged = replace(with_labels(spec, labels), update_config=config)
     try:
         check_staged_update(staged)
     except InvalidArgument:

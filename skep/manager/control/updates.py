@@ -155,7 +155,7 @@ def switch_back(tx: Transaction, id: ServiceId) -> Service:
 
 
 def _step_of(service: Service) -> tuple[UpdateStatus, UpdateSplit, tuple[UpdateStage, ...]]:
-    """Return the status, the step and all steps of a staged update.  Raises: FailedPrecondition: There is none."""
+    """Return status, step and all steps of a staged update.  Raises: FailedPrecondition: None is in progress."""
     status, stages = service.update_status, stages_of(service.spec.labels)
     is_staged = status is not None and status.state in (UpdateState.UPDATING, UpdateState.PAUSED)
     if status is None or status.split is None or not is_staged or status.split.step >= len(stages):
