@@ -330,7 +330,10 @@ async def test_the_loop_ends_an_update_by_what_it_collects() -> None:
     service = a_service(spec=a_spec(replicas=1))
     old = a_task(slot=1, node="n1", service=service)
 
+    is_collected = asyncio.Event()
+
     async def collect() -> dict[TaskId, TaskRequests]:
+        await is_collected.wait()
         tasks = store.view().find(Task, service_id=service.id)
         return {task.id: TaskRequests(requests=50, errors=50) for task in tasks}
 
@@ -343,6 +346,10 @@ async def test_the_loop_ends_an_update_by_what_it_collects() -> None:
     await store.update(update_service, service.id, settled(spec), service.version.index, now=NOW)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(Orchestrator(store, clock, new_id, Random(1), collect).run())
+        await eventually(lambda: len(store.view().find(Task, service_id=service.id)) == 2)
+        for _ in range(100):
+            await asyncio.sleep(0)  # no other change leads to the decision
+        is_collected.set()
         await eventually(lambda: "requests to new tasks failed" in message_in(store, service.id))
         running.cancel()
 
