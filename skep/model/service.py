@@ -363,8 +363,12 @@ class UpdateSplit(ApiObject):
     """The present step of a staged update (``skep.update``), and the share of new connections for its tasks.
 
     Attributes:
-        percent: Share of new connections for the new tasks, or None to treat all tasks alike.
+        percent: Share of new connections for the new tasks, or None to treat all tasks alike.  While few new tasks
+            run, it is less than the share of the step.
         versions: Indexes of the spec versions whose tasks are new.
+        old: Index of the last spec version that all tasks had, for old tasks that end and for added slots.  None if
+            the update has no steps, and only withdraws new tasks.
+        withdrawn: Indexes of the spec versions whose staged updates were replaced before their end.
         changes: Number of changes to the spec during the update that left it in progress.  The store drops a status
             that stays the same when the spec changes.
     """
@@ -373,6 +377,8 @@ class UpdateSplit(ApiObject):
     percent: int | None = None
     versions: tuple[int, ...] = ()
     changes: int = 0
+    old: int | None = None
+    withdrawn: tuple[int, ...] = ()
 
 
 class UpdateStatus(ApiObject):
@@ -392,7 +398,9 @@ class UpdateStatus(ApiObject):
     def withdrawn(self) -> UpdateSplit | None:
         """The split during a rollback, in which new tasks no longer get connections."""
         split = self.split
-        return UpdateSplit(percent=0, versions=split.versions) if split is not None else None
+        if split is None:
+            return None
+        return UpdateSplit(percent=0, versions=tuple(sorted({*split.versions, *split.withdrawn})))
 
 
 class HealthState(Enum):
@@ -579,3 +587,9 @@ class Service(ApiObject):
     """The author of ``spec``.  Managers of older versions keep the field and ignore it.  Not in API responses."""
     removed_at: Timestamp | None = None
     """Set when the user removed it: hidden from the API, but owner of its tasks until the last one has stopped."""
+
+    @property
+    def old_version(self) -> int | None:
+        """Return the index of the spec version that a staged update still creates tasks of, or None."""
+        split = self.update_status.split if self.update_status is not None else None
+        return split.old if split is not None else None

@@ -10,15 +10,18 @@ from math import inf
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.model.door.routes import has_routes
 from skep.model.networks.shares import ALL_PERCENT
 from skep.model.options.overlap import why_stop_first
 from skep.model.service import (
+    EndpointSpec,
     PublishMode,
     Service,
     ServiceSpec,
+    TaskSpec,
     UpdateConfig,
     UpdateFailureAction,
     UpdateState,
@@ -70,14 +73,16 @@ class UpdateStage(msgspec.Struct, frozen=True):
     """A step of a staged update.
 
     Attributes:
-        percent: Share of new connections for the new tasks.  None in the last step, which replaces the old tasks.
+        percent: Share of new connections for the new tasks.  None to treat all tasks alike.
         slots_percent: Share of the slots that have a new task, rounded up.
         least_s: Least time in seconds.  Infinity for a step that waits for a user.
+        keeps_old: Whether old tasks stay although their successors run.  False in the last step.
     """
 
     percent: int | None
     slots_percent: int
     least_s: float = 0.0
+    keeps_old: bool = True
 
 
 IN_PROGRESS: Final = "update in progress"
@@ -126,7 +131,9 @@ class RequestBounds(msgspec.Struct, frozen=True):
         return ""
 
 
-LAST: Final = UpdateStage(None, ALL_PERCENT)
+LAST: Final = UpdateStage(None, ALL_PERCENT, keeps_old=False)
+_LAST_OF_BLUE_GREEN: Final = UpdateStage(ALL_PERCENT, ALL_PERCENT, keeps_old=False)
+"""The old tasks, which no longer get connections, get none either until they end."""
 
 
 def stages_of(labels: Mapping[str, str]) -> tuple[UpdateStage, ...]:
@@ -199,8 +206,8 @@ def tasks_of_step(stage: UpdateStage, slots: int) -> int:
 
 def message_of(stages: tuple[UpdateStage, ...], step: int) -> str:
     """Return the update's message during a step."""
-    percent = stages[step].percent
-    share = f"{percent} % of new connections" if percent is not None else "replacing the old tasks"
+    stage = stages[step]
+    share = f"{stage.percent} % of new connections" if stage.keeps_old else "replacing the old tasks"
     return f"{IN_PROGRESS}: step {step + 1} of {len(stages)}, {share}"
 
 
@@ -209,7 +216,29 @@ def is_undecided(service: Service) -> bool:
     status = service.update_status
     if status is None or status.state not in (UpdateState.UPDATING, UpdateState.PAUSED):
         return False
-    return status.split is not None and status.split.percent is not None
+    stages = stages_of(service.spec.labels)
+    if status.split is None or status.split.old is None or not stages:
+        return False
+    return stages[min(status.split.step, len(stages) - 1)].keeps_old
+
+
+def percent_in_force(stage: UpdateStage, running: int, slots: int) -> int | None:
+    """Return the share of connections for ``running`` new tasks: at most the step's, and none has more than its slot's
+    part.
+    """
+    return None if stage.percent is None else min(stage.percent, ALL_PERCENT * running // max(1, slots))
+
+
+def has_same_tasks(spec: ServiceSpec, new: ServiceSpec) -> bool:
+    """Return whether an update from ``spec`` to ``new`` only moves tasks or starts the same ones again.
+
+    Such an update has no steps.
+    """
+
+    def tasks(one: ServiceSpec) -> tuple[TaskSpec, EndpointSpec]:
+        return replace(one.task_template, placement=None, force_update=0), one.endpoint_spec or EndpointSpec()
+
+    return tasks(spec) == tasks(new)
 
 
 def is_same_update(spec: ServiceSpec, new: ServiceSpec) -> bool:
@@ -234,7 +263,7 @@ def _parsed(labels: Mapping[str, str]) -> tuple[UpdateStage, ...]:
     if kind == BLUE_GREEN:
         keep_s = _seconds(labels, UPDATE_KEEP, DEFAULT_KEEP_S)
         first = UpdateStage(0, ALL_PERCENT, inf if is_manual else 0.0)
-        return first, UpdateStage(ALL_PERCENT, ALL_PERCENT, keep_s), LAST
+        return first, UpdateStage(ALL_PERCENT, ALL_PERCENT, keep_s), _LAST_OF_BLUE_GREEN
     least_s = inf if is_manual else _seconds(labels, UPDATE_STEP_TIME, DEFAULT_STEP_S)
     return (*(UpdateStage(percent, percent, least_s) for percent in _steps(labels)), LAST)
 

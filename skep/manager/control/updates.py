@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition
 from skep.manager.control.quotas import check_quota
-from skep.manager.control.services import check_level, present_service, rollback_service
+from skep.manager.control.services import check_level, present_service, rollback_service, status_after
 from skep.manager.control.tasks import is_up_to_date
 from skep.manager.services.job_runs import next_job
 from skep.model.networks.shares import ALL_PERCENT
@@ -105,6 +105,8 @@ def abort_update(tx: Transaction, id: ServiceId, version: int, *, now: Timestamp
 def promote_update(tx: Transaction, id: ServiceId) -> Service:
     """Begin the next step of a staged update, without waiting for the time of the present one.
 
+    Its share follows once its tasks run.
+
     Raises:
         FailedPrecondition: The update has no next step, is paused, or not all new tasks of the step run.
         NotFound: The service was removed.
@@ -114,7 +116,7 @@ def promote_update(tx: Transaction, id: ServiceId) -> Service:
     name = service.spec.name
     if status.state is not UpdateState.UPDATING:
         raise FailedPrecondition(f"the update of service {name} is paused: skep update resume {name}")
-    if split.percent is None:
+    if not stages[split.step].keeps_old:
         raise FailedPrecondition(
             f"the update of service {name} is in its last step: skep service wait {name}"
         )
@@ -131,7 +133,7 @@ def promote_update(tx: Transaction, id: ServiceId) -> Service:
         raise FailedPrecondition(
             f"{len(running)} of {wanted} new tasks of service {name} run: see skep explain {name}"
         )
-    return _put_step(tx, service, stages, split.step + 1)
+    return _put_step(tx, service, stages, split.step + 1, split.percent)
 
 
 def switch_back(tx: Transaction, id: ServiceId) -> Service:
@@ -146,12 +148,13 @@ def switch_back(tx: Transaction, id: ServiceId) -> Service:
     name = service.spec.name
     if split.percent == 0 and status.state is UpdateState.PAUSED:
         return service
-    if split.percent != ALL_PERCENT:
+    stage = stages[split.step]
+    if stage.percent != ALL_PERCENT or not stage.keeps_old:
         raise FailedPrecondition(
             f"the update of service {name} has not switched all connections to new tasks that it could switch back: "
             f"skep update abort {name} returns to the previous spec"
         )
-    return _put_step(tx, service, stages, split.step - 1, is_paused=True)
+    return _put_step(tx, service, stages, split.step - 1, 0, is_paused=True)
 
 
 def _step_of(service: Service) -> tuple[UpdateStatus, UpdateSplit, tuple[UpdateStage, ...]]:
@@ -171,9 +174,11 @@ def _put_step(
     service: Service,
     stages: tuple[UpdateStage, ...],
     step: int,
+    percent: int | None,
     *,
     is_paused: bool = False,
 ) -> Service:
+    """Write the step.  Its share, if it is larger, follows from the tasks that run."""
     status = service.update_status
     assert status is not None
     assert status.split is not None
@@ -184,7 +189,7 @@ def _put_step(
             status,
             state=UpdateState.PAUSED if is_paused else UpdateState.UPDATING,
             message=SWITCHED_BACK if is_paused else message_of(stages, step),
-            split=replace(status.split, step=step, percent=stages[step].percent),
+            split=replace(status.split, step=step, percent=percent),
         ),
     )
 
@@ -265,6 +270,7 @@ def _write_labels(
             service,
             spec=spec,
             previous_spec=changed(previous) if previous is not None else None,
+            update_status=status_after(service, spec, now),
             job_status=job,
         )
     )

@@ -176,7 +176,7 @@ def _split(service: Service) -> TableSplit | None:
     split = service.update_status.split if service.update_status is not None else None
     if split is None or split.percent is None:
         return None
-    return TableSplit(split.percent, split.versions)
+    return TableSplit(split.percent, split.versions, split.withdrawn)
 
 
 def node_on(node: Node, network: Network, claiming: Iterable[Node] = ()) -> TableNode | None:

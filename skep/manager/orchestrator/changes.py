@@ -33,7 +33,7 @@ from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
 from skep.store.keys import HEAD
-from skep.store.kinds import as_run, has_unreadable_status
+from skep.store.kinds import as_before_update, as_run, has_unreadable_status
 
 
 class FillSlot(msgspec.Struct, frozen=True):
@@ -45,6 +45,7 @@ class FillSlot(msgspec.Struct, frozen=True):
         failures: Number of tasks before it that failed in a row.
         alongside: The slot's tasks on nodes that no longer fit, which run until the new task does (``evacuation``).
         node_id: For a replicated service, the target of a move for an even spread.
+        is_old: Whether a staged update lets the slot have a task of the old version (``UpdateSplit.old``).
     """
 
     service: Service
@@ -54,6 +55,7 @@ class FillSlot(msgspec.Struct, frozen=True):
     delay_s: float = 0.0
     failures: int = 0
     alongside: tuple[TaskId, ...] = ()
+    is_old: bool = False
 
 
 class Cause(Enum):
@@ -258,7 +260,7 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
     service = tx.lookup(Service, change.service.id)
     if service is None or not _is_current(tx, change.service):
         return
-    service = as_run(tx, service)
+    service = as_before_update(tx, service) if change.is_old else as_run(tx, service)
     rivals = tx.find(Task, slot=f"{service.id}/{change.slot or change.node_id}")
     iteration = service.job_status.job_iteration if service.job_status is not None else None
     if any(

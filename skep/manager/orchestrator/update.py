@@ -114,7 +114,7 @@ def update_steps(slots: Iterable[Slot], situation: Situation) -> SlicedWork[list
                 yield
         outdated = leaving  # the drains continue
     if not outdated and state not in UNDER_WAY:
-        return steps
+        return [*steps, *rollout.present_share()]
     steps += rollout.present_step()
     yield from rollout.observe()
     if state not in PAUSED and (failure_step := rollout.failure_step()) is not None:
@@ -167,9 +167,17 @@ class _Rollout:
             if view.lead is not None and view.lead.is_done:
                 yield from retired(view.outdated)
             return
-        if not view.serving:
+        if self._staging is not None and self._keeps_old:
+            # An old task that does not run yet will.
+            is_served = any(map(serves, view.current))
+            yield from retired(
+                task
+                for task in view.outdated
+                if not task.is_active or (is_served and self._staging.is_withdrawn(task))
+            )
+        elif not view.serving:
             yield from retired(view.outdated)
-        elif not self._keeps_old and self._may_take_over(view):
+        elif self._may_take_over(view):
             active = [task for task in view.current if task.is_active]
             successor = max(active, key=lambda task: task.status.state.number)
             is_refused = not any(map(self._is_ready, view.current))
@@ -222,21 +230,32 @@ class _Rollout:
     def present_step(self) -> Iterator[Step]:
         """Write that the update, or the present step of a staged one, has begun."""
         if self._staging is not None:
-            step = self._staging.present(task for view in self._views for task in view.current)
-            yield from [step] if step is not None else []
+            yield from self.present_share()
         elif self.state is None:
             yield SetUpdateStatus(self._service, UpdateState.UPDATING, "update in progress")
+
+    def present_share(self) -> Iterator[Step]:
+        """Write the present step of a staged update, with its share and versions, also while it is paused."""
+        if self._staging is not None:
+            new = (task for view in self._views for task in view.current)
+            step = self._staging.present(new, len(self._views))
+            yield from [step] if step is not None else []
 
     def to_start(self, waiting: list[SlotView]) -> tuple[list[SlotView], list[SlotView]]:
         """Return the slots that the update may start with, and the ones for later steps of a staged update."""
         if self._staging is None or not self._keeps_old or self.state in PAUSED:
             return waiting, []
-        leaving = [view for view in waiting if self.leaves(view)]
-        staying = [view for view in waiting if not self.leaves(view)]
+        staying = [view for view in waiting if not self._goes(view)]
+        leaving = [view for view in waiting if self._goes(view)]
         count = self._staging.missing(len(self._views), len(self._views) - len(staying))
         # Slots without a running task come first.  A slot on a drained node gets a new task in any step.
         staying.sort(key=lambda view: view.serves)
         return leaving + staying[:count], staying[count:]
+
+    def _goes(self, view: SlotView) -> bool:
+        """Return whether the slot gets a new task in any step: its node is drained, or its tasks are withdrawn."""
+        staging = self._staging
+        return self.leaves(view) or (staging is not None and all(map(staging.is_withdrawn, view.outdated)))
 
     def start_slots(self, waiting: list[SlotView]) -> SlicedWork[list[Step]]:
         """Start with as many more slots as ``parallelism`` allows, and recheck when a delay ends.
@@ -327,7 +346,7 @@ class _Rollout:
             return reason
         if not self._failed:
             return ""
-        begun = [view for view in self._views if view.lead is not None]
+        begun = [view for view in self._views if view.started is not None]
         total = len([view for view in self._views if view.lead is not None or view.outdated])
         if self._keeps_old:
             total = len(begun) or 1
@@ -339,7 +358,7 @@ class _Rollout:
         """End the update, or the step of a staged one, once it has started with every slot and has monitored every lead
         for the monitor time.
         """
-        if self.state not in UNDER_WAY:
+        if self.state not in UNDER_WAY or (self._keeps_old and not self._service.spec.replicas):
             return
         leads = [view.started if self._keeps_old else view.lead for view in self._views]
         found = [self._settled[lead.id] for lead in leads if lead is not None]
@@ -380,6 +399,8 @@ class _Rollout:
         prepared = replace(fill, desired=TaskState.READY)
         if best.desired_state > TaskState.RUNNING:
             yield prepared if view.stops else fill
+        elif self._keeps_old and best.is_active and not self._withdrawn(best):
+            yield fill
         elif best not in view.serving:
             # Any of several outdated tasks may be assigned to a node before it is retired, so the successor must wait.
             successor = prepared if view.stops or others else fill
@@ -392,11 +413,11 @@ class _Rollout:
         yield from map(RetireTask, others)
 
     def _by_rank(self, tasks: Slot) -> list[Task]:
-        """Return outdated tasks, the best one last: the newest, or in a staged update the oldest.
+        """Return outdated tasks, the best one last: the newest that is not of a replaced staged update."""
+        return sorted(tasks, key=lambda task: (not self._withdrawn(task), age(task)))
 
-        The others are then of staged updates that this one replaced.
-        """
-        return sorted(tasks, key=age, reverse=self._staging is not None)
+    def _withdrawn(self, task: Task) -> bool:
+        return self._staging is not None and self._staging.is_withdrawn(task)
 
     def _may_take_over(self, view: SlotView) -> bool:
         """Return whether the slot's serving tasks may be retired for a current one.

@@ -46,12 +46,13 @@ class Shares(msgspec.Struct, frozen=True):
 def shares_of(service: TableService | None, serving: Iterable[TableEndpoint]) -> Shares:
     """Return the shares of a service's ``serving`` tasks, in their order.
 
-    While only old or only new tasks serve, they get all connections.
+    While only old or only new tasks serve, they get all connections.  Withdrawn tasks get some if no others serve.
     """
     tasks = tuple(serving)
     if service is None or service.split is None:
         return Shares(tasks)
-    versions = frozenset(service.split.versions)
+    versions, withdrawn = frozenset(service.split.versions), frozenset(service.split.withdrawn)
+    tasks = tuple(one for one in tasks if one.version not in withdrawn) or tasks
     new = tuple(one for one in tasks if one.version in versions)
     old = tuple(one for one in tasks if one.version not in versions)
     if not new or not old:

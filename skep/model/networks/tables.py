@@ -133,6 +133,8 @@ class TableSplit(msgspec.Struct, frozen=True):
 
     percent: int
     versions: tuple[int, ...]
+    withdrawn: tuple[int, ...] = ()
+    """Versions whose tasks get no new connections while others serve."""
 
 
 class TableService(msgspec.Struct, frozen=True, kw_only=True):

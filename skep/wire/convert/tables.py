@@ -145,9 +145,9 @@ def _entries_to_pb(change: TableChange) -> Iterator[pb.NetworkNode | pb.NetworkE
 
 
 def _split_to_pb(split: TableSplit | None) -> pb.NetworkService.Split | None:
-    return (
-        pb.NetworkService.Split(percent=split.percent, versions=split.versions) if split is not None else None
-    )
+    if split is None:
+        return None
+    return pb.NetworkService.Split(percent=split.percent, versions=split.versions, withdrawn=split.withdrawn)
 
 
 def _head_to_pb(head: NetworkHead) -> pb.NetworkHead:
@@ -247,7 +247,7 @@ def _service_from_pb(service: pb.NetworkService) -> TableService:
         labels=dict(service.labels),
         created_at=service.created_at,
         split=(
-            TableSplit(service.split.percent, tuple(service.split.versions))
+            TableSplit(service.split.percent, tuple(service.split.versions), tuple(service.split.withdrawn))
             if service.HasField("split")
             else None
         ),

@@ -6,6 +6,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from skep.manager.control.services import previous_after, status_after
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import Change, Step, apply, decided_for
 from skep.manager.orchestrator.convergence import next_steps
@@ -25,7 +26,7 @@ from skep.model.values.times import timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Event, Updated
 from skep.store.keys import HEAD
-from skep.store.kinds import Payload
+from skep.store.kinds import Payload, SpecVersion, spec_version_id
 from skep.store.schema import SCHEMA_BY_TYPE
 
 
@@ -133,7 +134,11 @@ class World:
 
     def update(self, spec: ServiceSpec) -> None:
         """Update the service, as a user does."""
-        self.put(replace(self.service, previous_spec=self.service.spec, spec=spec, update_status=None))
+        service = self.service
+        status = status_after(service, spec, service.updated_at)
+        self.put(
+            replace(service, previous_spec=previous_after(service, spec), spec=spec, update_status=status)
+        )
 
     # -- the part of a transaction that changes need -------------------------------------------------------------
 
@@ -143,6 +148,17 @@ class World:
                 return self.service if self.service.id == id else None
             case "Task":
                 return self.tasks.get(TaskId(id))
+            case "SpecVersion":
+                specs = {
+                    spec_version_id(self.service.id, of): (of, one) for of, one in self.specs.items() if of
+                }
+                return (
+                    SpecVersion(
+                        id=id, service_id=self.service.id, index=specs[id][0].index, spec=specs[id][1]
+                    )
+                    if id in specs
+                    else None
+                )
             case "Payload":
                 return self.payloads.get(id)
             case _:

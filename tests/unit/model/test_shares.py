@@ -35,6 +35,14 @@ def test_while_only_one_side_serves_it_gets_everything() -> None:
         assert shares_of(a_service(percent, 2), ()) == Shares(())
 
 
+def test_withdrawn_tasks_get_connections_only_while_no_others_serve() -> None:
+    service = TableService(id=ServiceId("web"), name="web", split=TableSplit(5, (4,), (2, 3)))
+    found = tasks(1, 2, 3, 4)
+    assert shares_of(service, found) == Shares(found[:1], found[3:], 5)
+    assert shares_of(service, found[1:]) == Shares(found[3:])
+    assert shares_of(service, found[1:3]) == Shares(found[1:3])
+
+
 @given(st.integers(1, 99), st.integers(1, 50), st.integers(1, 50))
 def test_weights_result_in_the_share_whatever_the_numbers_of_tasks(percent: int, old: int, new: int) -> None:
     shares = Shares(tasks(*[1] * old), tasks(*[2] * new), percent)

@@ -29,6 +29,10 @@ def a_spec(**fields: object) -> ServiceSpec:
     return replace(a_service_spec(name="web", image="app:1"), labels=CANARY, **fields)
 
 
+SWITCHED = replace(LAST, percent=100)
+"""The last step of blue-green."""
+
+
 @pytest.mark.parametrize(
     ("labels", "stages"),
     [
@@ -43,10 +47,10 @@ def a_spec(**fields: object) -> ServiceSpec:
             {**CANARY, "skep.update.promote": "manual", "skep.update.step-time": "5m"},
             (UpdateStage(5, 5, inf), UpdateStage(25, 25, inf), LAST),
         ),
-        ({"skep.update": "blue-green"}, (UpdateStage(0, 100), UpdateStage(100, 100, 600.0), LAST)),
+        ({"skep.update": "blue-green"}, (UpdateStage(0, 100), UpdateStage(100, 100, 600.0), SWITCHED)),
         (
             {"skep.update": "blue-green", "skep.update.promote": "manual", "skep.update.keep": "1h"},
-            (UpdateStage(0, 100, inf), UpdateStage(100, 100, 3600.0), LAST),
+            (UpdateStage(0, 100, inf), UpdateStage(100, 100, 3600.0), SWITCHED),
         ),
         ({"skep.update": "unknown to this version"}, ()),
     ],

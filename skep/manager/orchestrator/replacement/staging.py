@@ -26,14 +26,15 @@ from skep.model.staged_updates import (
     bounds_of,
     is_undecided,
     message_of,
+    percent_in_force,
     stages_of,
     tasks_of_step,
 )
-from skep.model.task import Task
+from skep.model.task import Task, TaskState
 from skep.model.values.ids import ServiceId, TaskId
 from skep.store.interface import Commit, Created, Deleted, Updated
 
-_STAGED = (None, UpdateState.UPDATING, UpdateState.PAUSED)
+_STAGED = (UpdateState.UPDATING, UpdateState.PAUSED)
 """States of an update in which steps apply.  A rollback has none."""
 
 COLLECT_S = 5.0
@@ -62,35 +63,56 @@ class Staging(msgspec.Struct, frozen=True):
     @property
     def keeps_old(self) -> bool:
         """Whether old tasks stay although their successors run."""
-        return self.stage.percent is not None
+        return self.stage.keeps_old
 
     def missing(self, slots: int, begun: int) -> int:
         """Return how many of the ``slots`` get a new task in this step, in addition to ``begun`` slots."""
         return max(0, tasks_of_step(self.stage, slots) - begun)
 
-    def present(self, new: Iterable[Task]) -> SetUpdateStatus | None:
+    def is_withdrawn(self, task: Task) -> bool:
+        """Return whether the task is of a staged update that this one has replaced."""
+        split = self.service.update_status.split if self.service.update_status is not None else None
+        return (
+            split is not None and task.spec_version is not None and task.spec_version.index in split.withdrawn
+        )
+
+    def present(self, new: Iterable[Task], slots: int) -> SetUpdateStatus | None:
         """Return the status of the present step, or None if it is written already.
 
         Args:
             new: Tasks of the current spec, whatever the version that they were created from.
+            slots: Number of slots that have tasks.
         """
         status = self.service.update_status or UpdateStatus()
-        found = {task.spec_version.index for task in new if task.spec_version is not None}
+        before = status.split or UpdateSplit()
+        new = tuple(new)
+        found = {task.spec_version.index for task in new if task.spec_version is not None} | {
+            *before.versions
+        }
         if self.service.spec_version is not None:
             found.add(self.service.spec_version.index)
-        before = status.split or UpdateSplit()
-        split = replace(before, step=self.step, percent=self.stage.percent, versions=tuple(sorted(found)))
+        running = len(
+            {task.slot for task in new if task.is_wanted and task.status.state is TaskState.RUNNING}
+        )
+        split = replace(
+            before,
+            step=self.step,
+            percent=percent_in_force(self.stage, running, max(slots, self.service.spec.replicas)),
+            versions=tuple(sorted(found)),
+            withdrawn=tuple(one for one in before.withdrawn if one not in found),
+        )
         # The message of an update that a user has resumed does not name the step.
-        is_named = status.state is not None and status.message != IN_PROGRESS
-        if status.state is UpdateState.PAUSED or (is_named and status.split == split):
+        is_paused = status.state is UpdateState.PAUSED
+        if (is_paused or status.message != IN_PROGRESS) and status.split == split:
             return None
-        return SetUpdateStatus(self.service, UpdateState.UPDATING, message_of(self.stages, self.step), split)
+        message = status.message if is_paused else message_of(self.stages, self.step)
+        return SetUpdateStatus(self.service, status.state or UpdateState.UPDATING, message, split)
 
     def following(self) -> SetUpdateStatus:
-        """Return the status of the next step."""
+        """Return the status of the next step.  Its share follows once its tasks run (``present``)."""
         step = self.step + 1
         before = (self.service.update_status or UpdateStatus()).split or UpdateSplit()
-        split = replace(before, step=step, percent=self.stages[step].percent)
+        split = replace(before, step=step)
         return SetUpdateStatus(self.service, UpdateState.UPDATING, message_of(self.stages, step), split)
 
     def exceeded(self, situation: Situation) -> str:
@@ -103,7 +125,7 @@ class Staging(msgspec.Struct, frozen=True):
         failed = [
             task
             for task in view.slot
-            if task.spec_version == self.service.spec_version
+            if self._is_new(task)
             and task.ended_by_itself
             and not task.is_done
             and situation.seen.saw_end(task)
@@ -111,14 +133,21 @@ class Staging(msgspec.Struct, frozen=True):
         ]
         return max(failed, key=age, default=None)
 
+    def _is_new(self, task: Task) -> bool:
+        """Return whether the task is of this update, also if the service was scaled since."""
+        split = self.service.update_status.split if self.service.update_status is not None else None
+        versions = split.versions if split is not None else ()
+        if task.spec_version == self.service.spec_version:
+            return True
+        return task.spec_version is not None and task.spec_version.index in versions
+
 
 def staging_of(service: Service) -> Staging | None:
     """Return the steps of the service's update, or None if it has no steps."""
-    status = service.update_status or UpdateStatus()
-    if status.state not in _STAGED or not (stages := stages_of(service.spec.labels)):
+    status, stages = service.update_status or UpdateStatus(), stages_of(service.spec.labels)
+    if status.state not in _STAGED or not stages or status.split is None or service.old_version is None:
         return None
-    step = status.split.step if status.split is not None else 0
-    return Staging(service, stages, min(step, len(stages) - 1))
+    return Staging(service, stages, min(status.split.step, len(stages) - 1))
 
 
 class RequestCounts:

@@ -14,6 +14,8 @@ from skep.manager.control.updates import (
     pause_update,
     promote_update,
     resume_update,
+    start_service,
+    stop_service,
     switch_back,
 )
 from skep.model.service import (
@@ -25,11 +27,12 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
-from skep.model.staged_updates import stages_of
+from skep.model.staged_updates import is_undecided, stages_of
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import ServiceId, new_id
 from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction
+from skep.store.level import LEVEL
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service_spec, a_task
 
@@ -104,7 +107,9 @@ async def a_canary(store: MemoryStore) -> Service:
     service = await a_service(store, is_updated=False)
     spec = replace(settled(a_service_spec(name="web", image="app:2")), labels=CANARY)
     service = await store.update(update_service, service.id, spec, service.version.index, now=NOW)
-    split = UpdateSplit(step=0, percent=5, versions=(service.version.index,))
+    assert service.update_status is not None
+    assert service.update_status.split is not None
+    split = replace(service.update_status.split, percent=5, versions=(service.version.index,))
     status = UpdateStatus(state=UpdateState.UPDATING, message="update in progress: step 1", split=split)
     return await store.update(lambda tx: tx.put(replace(tx.get(Service, service.id), update_status=status)))
 
@@ -124,10 +129,53 @@ async def test_a_canary_continues_if_its_service_is_scaled(store: MemoryStore) -
     assert scaled.update_status is not None
     assert service.update_status is not None
     assert scaled.update_status.message == service.update_status.message
-    assert scaled.update_status.split == UpdateSplit(
-        step=0, percent=5, versions=(service.version.index,), changes=1
-    )
-    assert image_of(scaled.previous_spec) == "app:1"
+    assert service.update_status.split is not None
+    assert scaled.update_status.split == replace(service.update_status.split, changes=1)
+    assert scaled.previous_spec is not None
+    assert (image_of(scaled.previous_spec), scaled.previous_spec.replicas) == ("app:1", 7)
+
+
+async def test_a_canary_continues_if_its_service_is_stopped_and_started(store: MemoryStore) -> None:
+    await store.update(lambda tx: tx.raise_level(LEVEL))
+    service = await a_canary(store)
+    for changes, operation in ((1, stop_service), (2, start_service)):
+        await store.update(operation, service.id, now=NOW)
+        found = store.view().get(Service, service.id)
+        assert found.update_status is not None
+        assert service.update_status is not None
+        assert service.update_status.split is not None
+        assert found.update_status.state is UpdateState.UPDATING
+        assert found.update_status.split == replace(service.update_status.split, changes=changes)
+        assert image_of(found.previous_spec) == "app:1"
+
+
+@pytest.mark.parametrize(
+    ("spec", "steps"),
+    [
+        (a_service_spec(name="web", image="app:2"), True),
+        (a_service_spec(name="web", image="app:1"), False),
+    ],
+)
+async def test_only_an_update_with_other_tasks_has_steps(
+    store: MemoryStore, spec: ServiceSpec, steps: bool
+) -> None:
+    service = await a_service(store, is_updated=False)
+    wanted = settled(spec)
+    template = replace(wanted.task_template, force_update=7)
+    spec = replace(wanted, labels=CANARY, task_template=template)
+    updated = await store.update(update_service, service.id, spec, service.version.index, now=NOW)
+    assert is_undecided(updated) is steps
+    if steps:
+        assert updated.old_version == service.version.index
+
+
+async def test_the_spec_before_a_canary_deployed_again_has_no_steps(store: MemoryStore) -> None:
+    service = await a_canary(store)
+    spec = replace(settled(a_service_spec(name="web", image="app:1")), labels=CANARY)
+    updated = await store.update(update_service, service.id, spec, service.version.index, now=NOW)
+    assert updated.update_status is not None
+    assert updated.update_status.split == UpdateSplit(percent=0, versions=(service.version.index,))
+    assert not is_undecided(updated)
 
 
 async def test_another_update_replaces_a_canary_and_is_rolled_back_to_the_spec_before_it(
@@ -139,7 +187,9 @@ async def test_another_update_replaces_a_canary_and_is_rolled_back_to_the_spec_b
     updated = store.view().get(Service, service.id)
     assert image_of(updated.previous_spec) == "app:1"
     assert updated.update_status is not None
-    assert updated.update_status.split == UpdateSplit(percent=0, versions=(service.version.index,))
+    assert updated.update_status.split == UpdateSplit(
+        percent=0, old=service.old_version, withdrawn=(service.version.index,)
+    )
 
 
 @pytest.mark.parametrize("verb", ["rollback", "abort"])
@@ -162,7 +212,10 @@ async def in_step(store: MemoryStore, labels: dict[str, str], step: int, *, runs
     spec = replace(settled(a_service_spec(name="web", image="app:2")), labels=labels)
     service = await store.update(update_service, service.id, spec, service.version.index, now=NOW)
     percent = stages_of(labels)[step].percent
-    split = UpdateSplit(step=step, percent=percent, versions=(service.version.index,))
+    assert service.update_status is not None
+    assert service.update_status.split is not None
+    versions = (service.version.index,)
+    split = replace(service.update_status.split, step=step, percent=percent, versions=versions)
     status = UpdateStatus(state=UpdateState.UPDATING, message="update in progress", split=split)
     task = a_task(service=service, state=TaskState.RUNNING if runs else TaskState.STARTING)
 
@@ -181,7 +234,8 @@ async def test_a_promoted_update_is_in_its_next_step(store: MemoryStore) -> None
     promoted = await store.update(promote_update, service.id)
     assert promoted.update_status is not None
     assert promoted.update_status.split is not None
-    assert (promoted.update_status.split.step, promoted.update_status.split.percent) == (1, 25)
+    # The leader raises the share with the tasks that run.
+    assert (promoted.update_status.split.step, promoted.update_status.split.percent) == (1, 5)
     assert promoted.update_status.message == "update in progress: step 2 of 3, 25 % of new connections"
 
 
@@ -204,7 +258,7 @@ async def test_blue_green_switches_back_and_pauses_until_it_is_resumed(store: Me
     again = await store.update(promote_update, service.id)
     assert again.update_status is not None
     assert again.update_status.split is not None
-    assert again.update_status.split.percent == 100
+    assert again.update_status.split.step == 1
 
 
 @pytest.mark.parametrize("verb", [promote_update, switch_back])

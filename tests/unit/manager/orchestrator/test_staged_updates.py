@@ -15,6 +15,8 @@ from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.staging import RequestCounts
+from skep.model.networks.shares import shares_of
+from skep.model.networks.tables import TableEndpoint, TableService, TableSplit
 from skep.model.node import Availability
 from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateSplit, UpdateState
 from skep.model.staged_updates import TaskRequests
@@ -24,12 +26,13 @@ from skep.model.values.times import SECOND_NS, Timestamp
 from skep.store.interface import Commit, Transaction, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.managers.rollouts import a_spec, a_world, advance, message, state, wanted
+from tests.support.managers.rollouts import a_spec, a_world, advance, image_of, message, state, wanted
 from tests.support.managers.worlds import World
 from tests.support.store.store_transactions import eventually
 
 CANARY_STEPS = {"skep.update": "canary", "skep.update.steps": "5%,50%"}
 CANARY = {**CANARY_STEPS, "skep.update.step-time": "60s"}
+BLUE_GREEN = {"skep.update": "blue-green", "skep.update.keep": "100s"}
 ALL_AT_ONCE = UpdateConfig(parallelism=0, monitor=5 * SECOND_NS)
 RUNNING = TaskState.RUNNING
 NOW = Timestamp("2026-01-02T03:04:05Z")
@@ -99,7 +102,7 @@ def test_a_step_waits_for_a_new_task_that_does_not_run() -> None:
     world.settle()
     world.now += 120
     world.settle()
-    assert (percent(world), counts(world)) == (5, (4, 1))
+    assert (percent(world), counts(world)) == (0, (4, 1))
     advance(world)
     pass_time(world, 59)
     assert percent(world) == 5
@@ -206,6 +209,213 @@ def test_a_second_canary_replaces_the_first_one_and_not_the_old_tasks() -> None:
     assert counts(world) == (4, 0)
 
 
+def shares(world: World) -> dict[str, float]:
+    """Return the percentage of new connections by image."""
+    found = split(world)
+    table = (
+        TableSplit(found.percent, found.versions, found.withdrawn)
+        if found and found.percent is not None
+        else None
+    )
+    running = [task for task in world.tasks.values() if task.is_wanted and task.status.state is RUNNING]
+    serving = [
+        TableEndpoint(task_id=task.id, node_id=task.node_id, version=task.spec_version.index)
+        for task in running
+        if task.spec_version is not None
+    ]
+    divided = shares_of(TableService(id=world.service.id, name="web", split=table), serving)
+    images: dict[str, float] = {}
+    for group, of_group in ((divided.even, 100 - divided.percent), (divided.new, divided.percent)):
+        for one in group:
+            image = image_of(world.tasks[one.task_id])
+            images[image] = images.get(image, 0) + of_group / len(group)
+    return {image: round(part) for image, part in images.items()}
+
+
+@pytest.mark.parametrize("labels", [CANARY, {**CANARY_STEPS, "skep.update.promote": "manual"}, {}])
+def test_the_old_spec_deployed_again_gets_all_connections_at_once(labels: dict[str, str]) -> None:
+    world = begun()
+    old = {task.id for task in wanted(world, "app:1")}
+    world.update(a_canary("app:1", labels))
+    assert shares(world) == {"app:1": 100}
+    while changes := world.changes():
+        world.apply(changes[:1])
+        assert shares(world) == {"app:1": 100}
+    assert {task.id for task in wanted(world)} == old
+    assert (state(world), split(world)) == (UpdateState.COMPLETED, None)
+
+
+def test_the_old_spec_deployed_again_after_the_switch_gets_all_connections_at_once() -> None:
+    world = a_world(update=ALL_AT_ONCE)
+    world.update(a_canary(labels=BLUE_GREEN))
+    advance(world)
+    pass_time(world, 6)
+    assert shares(world) == {"app:2": 100}
+    world.update(a_canary("app:1", labels=BLUE_GREEN))
+    assert shares(world) == {"app:1": 100}
+    advance(world)
+    assert (shares(world), counts(world)) == ({"app:1": 100}, (4, 0))
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_tasks_of_replaced_canaries_are_never_old_ones(times: int) -> None:
+    world = begun(replicas=10)
+    pass_time(world, 61)
+    assert (percent(world), counts(world)) == (50, (10, 5))
+    for number in range(times):
+        world.update(a_canary(f"app:{3 + number}", replicas=10))
+        assert shares(world) == {"app:1": 100}
+        while changes := world.changes():
+            world.apply(changes[:1])
+            assert shares(world) == {"app:1": 100}
+        world.run_all()
+        world.settle()
+    assert shares(world) == {"app:1": 95, f"app:{2 + times}": 5}
+    assert len(wanted(world)) == 11
+
+
+def test_a_canary_after_a_canary_that_failed_leaves_the_failed_tasks_without_connections() -> None:
+    world = begun(replicas=10)
+    pass_time(world, 61)
+    world.report(wanted(world, "app:2")[0].id, TaskState.FAILED)
+    world.apply(world.changes())
+    assert state(world) is UpdateState.ROLLBACK_STARTED
+    world.update(a_canary("app:3", replicas=10))
+    assert shares(world) == {"app:1": 100}
+    advance(world)
+    assert shares(world) == {"app:1": 95, "app:3": 5}
+
+
+def test_a_step_raises_the_share_with_the_new_tasks_that_run() -> None:
+    world = begun(replicas=20)
+    world.now += 61
+    world.settle()
+    found = split(world)
+    assert found is not None
+    assert (found.step, found.percent) == (1, 5)
+    starting = [task for task in wanted(world, "app:2") if task.status.state is not RUNNING]
+    assert len(starting) == 9
+    for running, task in enumerate(starting, 2):
+        world.report(task.id, RUNNING)
+        world.settle()
+        assert percent(world) == 5 * running
+
+
+@pytest.mark.parametrize("labels", [CANARY, BLUE_GREEN])
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_stop_or_a_scale_to_0_does_not_decide_for_the_new_version(
+    labels: dict[str, str], stopped: bool
+) -> None:
+    world = a_world(update=ALL_AT_ONCE)
+    world.update(a_canary(labels=labels))
+    advance(world)
+    world.update(
+        a_canary(labels={**labels, "skep.stopped": "true"})
+        if stopped
+        else a_canary(labels=labels, replicas=0)
+    )
+    for _ in range(4):
+        pass_time(world, 1000)
+    assert wanted(world) == []
+    assert state(world) is UpdateState.UPDATING
+    for task in [task for task in world.tasks.values() if task.desired_state is TaskState.REMOVE]:
+        del world.tasks[task.id]
+    world.update(a_canary(labels=labels))
+    world.settle()
+    assert counts(world) == (4, 1 if labels == CANARY else 4)
+    for task in wanted(world, "app:1"):
+        world.report(task.id, RUNNING)
+        world.settle()
+        assert shares(world) == {"app:1": 100}
+    world.run_all()
+    world.settle()
+    assert shares(world) == ({"app:1": 95, "app:2": 5} if labels == CANARY else {"app:1": 100})
+
+
+@pytest.mark.parametrize(("replicas", "new", "of_new"), [(6, 1, 5), (40, 2, 5), (1, 1, 5)])
+def test_a_scaled_canary_adds_old_tasks_and_as_many_new_ones_as_its_share(
+    replicas: int, new: int, of_new: int
+) -> None:
+    world = begun()
+    world.update(a_canary(replicas=replicas))
+    for _ in range(2):
+        advance(world)
+    assert counts(world) == (replicas, new)
+    assert len({task.slot for task in wanted(world)}) == replicas
+    assert shares(world) == {"app:1": 100 - of_new, "app:2": of_new}
+
+
+def test_a_scaled_paused_canary_keeps_its_share() -> None:
+    world = begun()
+    status = world.service.update_status
+    assert status is not None
+    world.put(replace(world.service, update_status=replace(status, state=UpdateState.PAUSED)))
+    world.update(a_canary(replicas=8))
+    advance(world)
+    pass_time(world, 600)
+    assert (counts(world), shares(world)) == ((8, 1), {"app:1": 95, "app:2": 5})
+    (new,) = wanted(world, "app:2")
+    world.report(new.id, TaskState.FAILED)
+    advance(world)
+    assert (counts(world), shares(world)) == ((8, 1), {"app:1": 95, "app:2": 5})
+    assert state(world) is UpdateState.PAUSED
+
+
+def test_an_old_task_that_ends_is_replaced_by_an_old_one() -> None:
+    world = begun(replicas=10)
+    free = {task.slot for task in wanted(world)} - {task.slot for task in wanted(world, "app:2")}
+    for task in [task for task in wanted(world, "app:1") if task.slot in free]:
+        world.report(task.id, TaskState.FAILED)
+    advance(world)
+    assert (counts(world), shares(world)) == ((10, 1), {"app:1": 95, "app:2": 5})
+
+
+def test_a_new_task_that_fails_after_a_scale_rolls_back_and_keeps_the_number() -> None:
+    world = begun()
+    (new,) = wanted(world, "app:2")
+    world.update(a_canary(replicas=6))
+    advance(world)
+    world.report(new.id, TaskState.FAILED)
+    world.settle()
+    assert (counts(world), state(world)) == ((6, 0), UpdateState.ROLLBACK_COMPLETED)
+
+
+def test_blue_green_keeps_old_tasks_without_connections_until_they_end() -> None:
+    world = a_world(update=ALL_AT_ONCE)
+    world.update(a_canary(labels=BLUE_GREEN))
+    advance(world)
+    pass_time(world, 6)
+    world.now += 101
+    while changes := world.changes():
+        world.apply(changes[:1])
+        assert shares(world) == {"app:2": 100}
+    assert counts(world) == (0, 4)
+
+
+def test_a_forced_update_has_no_steps() -> None:
+    world = a_world(update=ALL_AT_ONCE)
+    world.update(a_canary("app:1"))
+    template = replace(world.service.spec.task_template, force_update=1)
+    world.update(replace(world.service.spec, task_template=template))
+    advance(world)
+    pass_time(world, 6)
+    assert (state(world), split(world)) == (UpdateState.COMPLETED, None)
+    assert {task.spec.force_update for task in wanted(world)} == {1}
+
+
+def test_the_label_removed_lets_the_new_tasks_keep_connections() -> None:
+    slow = replace(ALL_AT_ONCE, parallelism=1, delay=60 * SECOND_NS)
+    world = a_world(update=slow)
+    spec = replace(a_canary(), update_config=slow)
+    world.update(spec)
+    advance(world)
+    world.update(replace(spec, labels={}))
+    assert shares(world) == {"app:1": 80, "app:2": 20}
+    for _ in range(8):
+        pass_time(world, 61)
+    assert (counts(world), state(world)) == ((0, 4), UpdateState.COMPLETED)
+
+
 def test_one_replica_gets_a_second_task() -> None:
     world = begun(replicas=1)
     assert (percent(world), counts(world)) == (5, (1, 1))
@@ -230,9 +440,6 @@ def test_the_last_step_is_limited_by_the_parallelism() -> None:
         assert sum(counts(world)) <= 5
         assert len([task for task in wanted(world) if task.status.state is RUNNING]) >= 4
         advance(world)
-
-
-BLUE_GREEN = {"skep.update": "blue-green", "skep.update.keep": "100s"}
 
 
 def test_blue_green_switches_once_when_all_new_tasks_run_and_keeps_the_old_ones() -> None:
