@@ -43,14 +43,16 @@ async def resume_update(request: web.Request) -> web.StreamResponse:
 async def promote_update(request: web.Request) -> web.StreamResponse:
     """Begin the next step of a staged update at once."""
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
-    return _shown(request, await manager_of(request).update(control.promote_update, service.id))
+    change = unfrozen(request, control.promote_update, stack_of(service.spec.labels))
+    return _shown(request, await manager_of(request).update(change, service.id))
 
 
 @routes.post("/skep/services/{id}/update/switch-back")
 async def switch_back(request: web.Request) -> web.StreamResponse:
     """Return all new connections to the old tasks of a blue-green update, and pause it."""
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
-    return _shown(request, await manager_of(request).update(control.switch_back, service.id))
+    change = unfrozen(request, control.switch_back, stack_of(service.spec.labels))
+    return _shown(request, await manager_of(request).update(change, service.id))
 
 
 @routes.post("/skep/services/{id}/update/abort")
