@@ -138,7 +138,7 @@ def plan(written: Mapping[str, WrittenTable] | None, backends: VipBackends) -> V
             texts.append(_changes(family, old, new))
             changed += elements(family, old.backends, new)
             has_more |= not _spreads(new) <= old.spreads
-            after[family] = WrittenTable(new, old.spreads | _spreads(new))
+            after[family] = WrittenTable(new, (old.spreads | _spreads(new)) - _unused(old, new))
             for address, found in old.backends.items():
                 if set(found) - set(new.get(address, ())):
                     stale[address] = new.get(address, ())
@@ -288,7 +288,21 @@ def _changes(family: str, old: WrittenTable, new: VipBackends) -> str:
         verb = "add" if change.is_added else "delete"
         listed = (f"{key} : {value}" if change.is_added else key for key, value in change.elements)
         lines.append(f"{verb} element {table} {change.map} {{ {', '.join(listed)} }}\n")
+    for spread in sorted(_unused(old, new)):
+        lines.append(f"flush chain {table} {spread.chain}\ndelete chain {table} {spread.chain}\n")
     return "".join(lines)
+
+
+def _unused(old: WrittenTable, new: VipBackends) -> frozenset["_Spread"]:
+    """Return the spreads of staged updates whose chains can be deleted.
+
+    That happens when another chain is added, since nft must parse that change in any case.  The chains for even spreads
+    stay, because there are few of them, and a number of backends often returns.
+    """
+    spreads = _spreads(new)
+    if spreads <= old.spreads:
+        return frozenset()
+    return frozenset(one for one in old.spreads - spreads if one.new)
 
 
 class _Spread(NamedTuple):

@@ -49,6 +49,12 @@ class Kernel:
                 case "add", "chain":
                     assert family in self.tables
                     self.chains[family].add(rest[0])
+                case "flush", "chain":
+                    assert rest[0] in self.chains[family]
+                case "delete", "chain":
+                    used = self.maps[family, "services"].values()
+                    assert f"goto {rest[0]}" not in used, "the kernel refuses to delete a chain in use"
+                    self.chains[family].remove(rest[0])
                 case (("add" | "delete"), "element"):
                     self._element(verb, family, rest[0], line)
 
@@ -192,6 +198,18 @@ def test_new_tasks_of_a_staged_update_have_a_share_of_their_own() -> None:
     without = replace(service, split=TableSplit(0, (2,)))
     even = vip_backends(replace(table, services={service.id: without}))[service.id]
     assert even == {"10.0.1.2": ("10.0.1.3", "10.0.1.5")}
+
+
+def test_chains_of_former_shares_are_deleted() -> None:
+    kernel, there = Kernel(), None
+    for evens in range(1, 20):
+        for percent in (5, 25, 50):
+            even = tuple(f"10.0.2.{number}" for number in range(evens))
+            planned = plan(there, {"10.0.1.2": SplitBackends(even, ("10.0.1.4",), percent)})
+            kernel.apply(planned.text)
+            there = planned.after
+    assert len(there["ip"].spreads) == 1
+    assert [one for one in kernel.chains["ip"] if one.startswith("spread_")] == ["spread_19_1_50"]
 
 
 def test_another_share_changes_no_backend() -> None:
