@@ -186,8 +186,9 @@ def status_after(service: Service, new: ServiceSpec, now: Timestamp) -> UpdateSt
     if split is not None and is_going and is_same_update(service.spec, new):
         return replace(status, split=replace(split, changes=split.changes + 1))
     begun = UpdateStatus(state=UpdateState.UPDATING, started_at=now, message=IN_PROGRESS)
-    if split is not None and split.old is not None and is_going and has_same_tasks(service.spec, new):
-        # Other steps for the same tasks, or none any more.
+    present, wanted = ((one.task_template, one.endpoint_spec) for one in (service.spec, new))
+    if split is not None and split.old is not None and is_going and present == wanted:
+        # Other steps for the same tasks, or no steps.
         again = replace(split, step=0, percent=0, changes=split.changes + 1)
         return replace(begun, split=again if stages_of(new.labels) else None)
     kept, index = service.spec, service.spec_version.index if service.spec_version is not None else None

@@ -403,6 +403,19 @@ def test_a_forced_update_has_no_steps() -> None:
     assert {task.spec.force_update for task in wanted(world)} == {1}
 
 
+def test_a_forced_update_of_a_canary_begins_it_anew_and_keeps_the_old_tasks() -> None:
+    world = begun()
+    old = {task.id for task in wanted(world, "app:1")}
+    template = replace(world.service.spec.task_template, force_update=1)
+    world.update(replace(world.service.spec, task_template=template))
+    assert shares(world) == {"app:1": 100}
+    advance(world)
+    (new,) = wanted(world, "app:2")
+    assert new.spec.force_update == 1
+    assert {task.id for task in wanted(world, "app:1")} == old
+    assert shares(world) == {"app:1": 95, "app:2": 5}
+
+
 def test_the_label_removed_lets_the_new_tasks_keep_connections() -> None:
     slow = replace(ALL_AT_ONCE, parallelism=1, delay=60 * SECOND_NS)
     world = a_world(update=slow)
