@@ -389,6 +389,7 @@ def test_blue_green_keeps_old_tasks_without_connections_until_they_end() -> None
     while changes := world.changes():
         world.apply(changes[:1])
         assert shares(world) == {"app:2": 100}
+        assert state(world) is UpdateState.COMPLETED or percent(world) == 100
     assert counts(world) == (0, 4)
 
 
