@@ -80,7 +80,7 @@ ACTIONS = {
         "door": "acme down up",
         "catalog": "serve",
         "service": "expose hide rollback start stop wait",
-        "update": "abort pause resume",
+        "update": "abort pause promote resume switch-back",
         "network": "update",
         "volume": "forget",
         "job": "retry run",

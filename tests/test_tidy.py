@@ -41,7 +41,6 @@ SEPARATE = {
     "skep/manager/allocator/loop.py": "a loop beside its pure state",
     "skep/manager/orchestrator/converged_slots.py": "a pure decision with a property that tests prove",
     "skep/manager/orchestrator/reaper/loop.py": "a loop beside its pure state",
-    "skep/manager/orchestrator/replacement/evacuation.py": "a decision that CONTRIBUTING.md names",
     "skep/manager/scheduler/loop.py": "a loop beside its pure state",
     "skep/manager/routes/extensions/notifications.py": "the routes of one kind, as those of users",
     "skep/patches/python_3_11_2.py": "only an old Python imports it",

@@ -68,6 +68,23 @@ from skep.model.options.secret_env import SECRET_ENV_LABEL
 from skep.model.options.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
 from skep.model.permissions.rights import ALLOW_LABEL, API_LABEL, CDI_LABEL, DEVICES_LABEL
 from skep.model.service import MAX_ATTEMPTS_MAX
+from skep.model.staged_updates import (
+    AUTO,
+    BLUE_GREEN,
+    CANARY,
+    DEFAULT_STEP_S,
+    MANUAL,
+    MAX_ERRORS,
+    MAX_LATENCY,
+    REQUESTS_MIN,
+    STEP_S_MAX,
+    STEPS_MAX,
+    UPDATE,
+    UPDATE_KEEP,
+    UPDATE_PROMOTE,
+    UPDATE_STEP_TIME,
+    UPDATE_STEPS,
+)
 
 _CONDITIONS = ", ".join(f"`{name}`" for name in ConditionName)
 
@@ -161,6 +178,57 @@ LABELS = (
         "(../guide/nodes.md#limit-how-many-tasks-are-away-at-once)). A percentage is rounded up. If it is all tasks, "
         "updates start new tasks first where they can. By default, drains that have to stop tasks first "
         "stop as many at a time as updates do.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        UPDATE,
+        f"`{CANARY}`, `{BLUE_GREEN}`",
+        "none",
+        "`canary` moves new connections to the new tasks in steps, `blue-green` at once. The old tasks stay meanwhile "
+        "([guide](../guide/updates.md#try-an-update-with-a-share-of-the-connections)).",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        UPDATE_STEPS,
+        f"up to {STEPS_MAX} rising percentages like `1%,50%`",
+        "`5%,25%,100%`",
+        "Share of new connections for the new tasks in each step of a canary. At 100 %, the old tasks are replaced.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        UPDATE_STEP_TIME,
+        "duration",
+        f"`{DEFAULT_STEP_S:g}s`",
+        f"Least time of each step after its new tasks run, at most {STEP_S_MAX / 3600:g} h.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        UPDATE_KEEP,
+        "duration",
+        "`10m`",
+        "How long `blue-green` keeps the old tasks after the switch.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        UPDATE_PROMOTE,
+        f"`{AUTO}`, `{MANUAL}`",
+        f"`{AUTO}`",
+        "With `manual`, each step of a canary and the switch of `blue-green` wait for `skep update promote`.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        MAX_ERRORS,
+        "percentage like `1%`",
+        "none",
+        "A staged update rolls back if more HTTP requests to new tasks fail within a minute. Counts responses with a "
+        f"status from 500 on and failed connections over the front door, from {REQUESTS_MIN} requests on.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        MAX_LATENCY,
+        "duration",
+        "none",
+        "A staged update rolls back if responses of new tasks take longer on average, counted in the same way.",
     ),
     Label(
         LabelTarget.SERVICE,

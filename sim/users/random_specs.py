@@ -10,6 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.api.access.permissions import STACK_LABEL
+from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec, Mount, SecretFileTarget, SecretReference
 from skep.model.options.affinity import (
     AFFINITY,
@@ -54,6 +55,15 @@ from skep.model.service import (
     UpdateFailureAction,
     UpdateOrder,
 )
+from skep.model.staged_updates import (
+    BLUE_GREEN,
+    CANARY,
+    UPDATE,
+    UPDATE_KEEP,
+    UPDATE_STEP_TIME,
+    UPDATE_STEPS,
+    check_staged_update,
+)
 from skep.model.values.ids import SecretId
 from skep.model.values.times import SECOND_NS
 
@@ -96,6 +106,8 @@ OFF = 0.6
 """Probability that a spec lacks an extension that its mode can have, so that many specs combine two or three."""
 RARE = 0.2
 """Probability of an extension that limits the nodes.  With more, many services would have no node."""
+STAGED = 0.4
+"""Probability of a staged update of a replicated service.  Many specs cannot have one."""
 PRIORITIES = (-10, 5, 10)
 STACKS = ("shop", "blog")
 MEMORY_BYTES = 512 << 20
@@ -272,6 +284,8 @@ def extended(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
     for addition in (_a_constraint, _an_affinity):
         if by_spec.random() < RARE:
             spec = addition(spec, by_spec, known)
+    if spec.mode.name == "replicated" and by_spec.random() < STAGED:
+        spec = _a_staged_update(spec, by_spec, known)
     return spec
 
 
@@ -286,6 +300,21 @@ def _a_constraint(spec: ServiceSpec, random: Random, known: Dependencies) -> Ser
     placement = spec.task_template.placement or Placement()
     placement = replace(placement, constraints=(*placement.constraints, random.choice(MORE_CONSTRAINTS)))
     return replace(spec, task_template=replace(spec.task_template, placement=placement))
+
+
+def _a_staged_update(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    """Add a staged update to a spec that may have one."""
+    steps = random.choice(({}, {UPDATE_STEPS: "10%,50%"}, {UPDATE_STEPS: "100%"}))
+    labels = {UPDATE: CANARY, UPDATE_STEP_TIME: random.choice(("0s", "2s", "5s")), **steps}
+    if random.random() < 0.3:
+        labels = {UPDATE: BLUE_GREEN, UPDATE_KEEP: random.choice(("0s", "5s"))}
+    config = replace(spec.update_config or UpdateConfig(), failure_action=None)
+    staged = replace(with_labels(spec, labels), update_config=config)
+    try:
+        check_staged_update(staged)
+    except InvalidArgument:
+        return spec
+    return staged
 
 
 def _an_affinity(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:

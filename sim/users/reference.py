@@ -13,10 +13,12 @@ from typing import TypeAlias, assert_never
 
 import msgspec
 
+from skep.errors import InvalidArgument
 from skep.model.node import NodeSpec
 from skep.model.options.labels import STOPPED, is_stopped
 from skep.model.quota import QuotaSpec
 from skep.model.service import PublishMode, ServiceSpec, UpdateFailureAction, UpdateOrder
+from skep.model.staged_updates import check_staged_update
 from skep.model.values.ids import NodeId, ServiceId
 
 BAD, FORBIDDEN, MISSING, TAKEN, UNKNOWN, NOT_OFFERED = 400, 403, 404, 409, 500, 501
@@ -123,9 +125,15 @@ def automatic_rollback(held: ServiceState) -> ServiceState | None:
     rollbacks.
     """
     config = held.spec.update_config
-    if config is None or config.failure_action is not UpdateFailureAction.ROLLBACK or held.previous is None:
+    is_asked = config is not None and config.failure_action is UpdateFailureAction.ROLLBACK
+    if held.previous is None or not (is_asked or is_staged(held.spec)):
         return None
     return ServiceState(held.previous, None, 0)
+
+
+def is_staged(spec: ServiceSpec) -> bool:
+    """Return whether the spec's updates are staged.  They always roll back after a failure."""
+    return "skep.update" in spec.labels
 
 
 def rejection_of(spec: ServiceSpec) -> int | None:
@@ -134,6 +142,8 @@ def rejection_of(spec: ServiceSpec) -> int | None:
     if _NAME.fullmatch(spec.name) is None or len(spec.name) > 63:
         return BAD
     if spec.labels.get("skep.on-disconnect") not in _DISCONNECT_WORDS:
+        return BAD
+    if is_staged(spec) and _cannot_be_staged(spec):
         return BAD
     if "skep.autoscale" in spec.labels and spec.mode.name != "replicated":
         return BAD
@@ -261,6 +271,14 @@ def _lacks_secrets(state: State, spec: ServiceSpec) -> bool:
 def _mode(spec: ServiceSpec) -> tuple[bool, bool, bool]:
     mode = spec.mode
     return mode.global_ is not None, mode.replicated_job is not None, mode.global_job is not None
+
+
+def _cannot_be_staged(spec: ServiceSpec) -> bool:
+    try:
+        check_staged_update(spec)
+    except InvalidArgument:
+        return True
+    return False
 
 
 def _cannot_start_first(state: State, spec: ServiceSpec, present: ServiceSpec | None) -> bool:

@@ -27,6 +27,7 @@ from sim.users.reference import (
     State,
     Update,
     automatic_rollback,
+    is_staged,
     respond,
 )
 from skep.model.network import Network
@@ -36,6 +37,7 @@ from skep.model.options.schedules import CRON
 from skep.model.quota import StackQuota
 from skep.model.secret import Secret
 from skep.model.service import Service
+from skep.model.values.ids import ServiceId
 from skep.model.volume import Volume, VolumeSharing
 from skep.store.interface import Created, Deleted, Event, Updated, View
 
@@ -189,12 +191,23 @@ class ResponseCheck:
             return  # the quota was set while the request was in progress
         if isinstance(expected, Refused):
             yield f"{_describe(pending.request)} has taken effect, but must be refused with {expected.status}"
-        elif _unversioned(expected.service) != _unversioned(held):
+        elif _unversioned(expected.service) != _unversioned(held) and not _keeps_previous(
+            before.services.get(ServiceId(id)), expected.service, held
+        ):
             yield f"{_describe(pending.request)} made {held}, not {expected.service}"
 
     def _was_acceptable(self, pending: PendingRequest) -> bool:
         states = self._states[pending.since :]
         return any(isinstance(respond(state, pending.request), Accepted) for state in states)
+
+
+def _keeps_previous(
+    before: ServiceState | None, expected: ServiceState | None, held: ServiceState | None
+) -> bool:
+    """Return whether an update during a staged one has kept the spec before both as the previous one."""
+    if before is None or expected is None or held is None or not is_staged(before.spec):
+        return False
+    return _unversioned(replace(expected, previous=before.previous)) == _unversioned(held)
 
 
 def _kept(spec: NodeSpec) -> NodeSpec:

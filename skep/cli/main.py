@@ -59,7 +59,7 @@ GROUPS = {
         "stack": Command("skep.cli.stack.stack:stack", "Deploy and manage Compose stacks."),
         "service": Command("skep.cli.apps.service:service", "Manage services."),
         "job": Command("skep.cli.apps.job:job", "Manage jobs and their schedules."),
-        "update": Command("skep.cli.apps.update:update", "Pause, resume or abort service updates."),
+        "update": Command("skep.cli.apps.update:update", "Pause, resume, abort or promote service updates."),
         "task": Command("skep.cli.apps.through_docker:task", "Manage tasks."),
         "secret": Command("skep.cli.apps.rotation:secret", "Manage secrets."),
         "config": Command("skep.cli.apps.rotation:config", "Manage configs."),

@@ -82,6 +82,7 @@ class Leader:
                     find_driver=Drivers(config.paths.csi_sockets, clock).get,
                     confirm=term.confirm,
                     collect_usages=self._observation.usages.collect,
+                    collect_requests=self._observation.usages.collect_requests,
                     counts=self._observation.autoscaling,
                     send=MessageSender(store.view, clock).send,
                     run_step=self._authority.run_step,

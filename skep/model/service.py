@@ -359,6 +359,28 @@ ENDED = (UpdateState.COMPLETED, UpdateState.ROLLBACK_COMPLETED)
 """States of an update that is over."""
 
 
+class UpdateSplit(ApiObject):
+    """The present step of a staged update (``skep.update``), and the share of new connections for its tasks.
+
+    Attributes:
+        percent: Share of new connections for the new tasks, or None to treat all tasks alike.  While few new tasks
+            run, it is less than the share of the step.
+        versions: Indexes of the spec versions whose tasks are new.
+        old: Index of the last spec version that all tasks had, for old tasks that end and for added slots.  None if
+            the update has no steps, and only withdraws new tasks.
+        withdrawn: Indexes of the spec versions whose staged updates were replaced before their end.
+        changes: Number of changes to the spec during the update that left it in progress.  The store drops a status
+            that stays the same when the spec changes.
+    """
+
+    step: int = always(0)
+    percent: int | None = None
+    versions: tuple[int, ...] = ()
+    changes: int = 0
+    old: int | None = None
+    withdrawn: tuple[int, ...] = ()
+
+
 class UpdateStatus(ApiObject):
     """The last rolling update or rollback.  ``completed_at`` is None until it has ended."""
 
@@ -369,6 +391,16 @@ class UpdateStatus(ApiObject):
     tolerated_until: Timestamp | None = None
     """Creation time of the newest task when a user resumed the update.  Tasks up to this time that had ended by then do
     not count as failures.  Not in Docker's API.  Managers of older versions keep the field and ignore it."""
+    split: UpdateSplit | None = None
+    """Not in Docker's API, as ``tolerated_until``."""
+
+    @property
+    def withdrawn(self) -> UpdateSplit | None:
+        """The split during a rollback, in which new tasks no longer get connections."""
+        split = self.split
+        if split is None:
+            return None
+        return UpdateSplit(percent=0, versions=tuple(sorted({*split.versions, *split.withdrawn})))
 
 
 class HealthState(Enum):
@@ -555,3 +587,9 @@ class Service(ApiObject):
     """The author of ``spec``.  Managers of older versions keep the field and ignore it.  Not in API responses."""
     removed_at: Timestamp | None = None
     """Set when the user removed it: hidden from the API, but owner of its tasks until the last one has stopped."""
+
+    @property
+    def old_version(self) -> int | None:
+        """Return the index of the spec version that a staged update still creates tasks of, or None."""
+        split = self.update_status.split if self.update_status is not None else None
+        return split.old if split is not None else None

@@ -246,6 +246,15 @@ def as_run(view: View, service: Service) -> Service:
     return replace(service, spec=replace(kept.spec, labels=labels), spec_version=pinned)
 
 
+def as_before_update(view: View, service: Service) -> Service:
+    """Return ``service`` with the spec of its old tasks during a staged update, or as it is if that cannot be read."""
+    if service.old_version is None:
+        return service
+    version = Version(index=service.old_version)
+    kept = view.lookup(SpecVersion, spec_version_id(service.id, version))
+    return service if kept is None else replace(service, spec=kept.spec, spec_version=version)
+
+
 def specs_in_use(view: View, service: Service) -> tuple[ServiceSpec, ...]:
     """Return the specs from which tasks of ``service`` were created or may be created.
 

@@ -3,19 +3,21 @@
 import asyncio
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from aiohttp import ClientError
+from msgspec.structs import replace
 
 from skep.dataplane.door.configuration import DoorState, RouteBackend, ServerLine, files, slotted
 from skep.dataplane.door.derivation import state_of
 from skep.errors import Unavailable
 from skep.model.door.settings import DoorSettings
-from skep.model.networks.tables import NetworkHead, NetworkTable, TableService
-from skep.model.values.ids import NetworkId, ServiceId
+from skep.model.networks.tables import NetworkHead, NetworkTable, TableService, TableSplit
+from skep.model.values.ids import NetworkId, ServiceId, TaskId
 from tests.support.networks.door_rig import DoorRig, a_door
 
 pytestmark = pytest.mark.needs("haproxy", "root")
@@ -232,6 +234,51 @@ async def test_no_change_loses_a_request(tmp_path: Path) -> None:
                 await rig.apply()
             assert rig.reloads() == reloads + 5
         assert failed == []
+
+
+async def test_new_tasks_of_a_staged_update_get_their_share_of_the_requests(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE, TWO, THREE):
+        rig.service("web", {"skep.http": "a.example"})
+        rig.task("t1", "web", ONE)
+        rig.task("t2", "web", TWO)
+        rig.task("t3", "web", THREE)
+        rig.endpoints["t3"] = replace(rig.endpoints["t3"], version=2)
+        await rig.apply()
+        reloads = rig.reloads()
+        for percent in (5, 25, 0, 100):
+            split = TableSplit(percent, (2,))
+            rig.services["web"] = replace(rig.services["web"], split=split)
+            await rig.apply()
+            seen: Counter[object] = Counter()
+            for _ in range(200):
+                seen[(await rig.ask_task("a.example/"))["task"]] += 1
+            # HAProxy takes turns, so that the share of any 200 requests is nearly exact.
+            assert abs(seen[THREE] - 2 * percent) <= 4, (percent, seen)
+        assert rig.reloads() == reloads
+
+
+async def test_requests_of_new_tasks_are_counted_with_their_errors_and_times(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE, TWO):
+        rig.service("web", {"skep.http": "a.example"})
+        rig.services["web"] = replace(rig.services["web"], split=TableSplit(50, (2,)))
+        rig.task("t1", "web", ONE)
+        rig.task("t2", "web", TWO)
+        rig.endpoints["t2"] = replace(rig.endpoints["t2"], version=2)
+        await rig.apply()
+        await rig.door.count_requests()
+        for number in range(40):
+            await rig.ask(f"a.example/?wait=0.02{'&status=500' if number < 20 else ''}")
+        await rig.door.count_requests()
+        assert rig.door.requests().keys() == {"t2"}
+        (seen,) = rig.door.requests().values()
+        assert (seen.requests, seen.errors) == (20, 10)
+        assert 20 <= seen.milliseconds / seen.requests < 500
+        rig.service("more", {"skep.http": "more.example"})  # HAProxy is reloaded, and counts from 0
+        await rig.apply()
+        await rig.ask("a.example/")
+        await rig.ask("a.example/")
+        await rig.door.count_requests()
+        assert rig.door.requests()[TaskId("t2")].requests == 21
 
 
 async def test_an_idle_connection_outlives_a_reload(tmp_path: Path) -> None:

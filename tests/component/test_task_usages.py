@@ -1,12 +1,14 @@
 """A node measures the tasks that a manager asks about, and the manager takes its word for these alone."""
 
 import asyncio
+from contextlib import AsyncExitStack
 
 import pytest
 from msgspec.structs import replace
 
 from skep.manager.telemetry.task_usages import TaskUsages
 from skep.model.options.autoscaling import TaskUsage
+from skep.model.staged_updates import TaskRequests
 from skep.model.task import TaskState
 from skep.model.values.ids import NodeId
 from skep.wire import methods
@@ -56,8 +58,28 @@ async def test_the_response_to_a_heartbeat_names_the_tasks_and_the_next_one_is_b
         # A node of an earlier version: no reports, and nothing is measured.
         await call.send(skep.Heartbeat(session_id=session_id))
         await call.receive()
-        own = TaskUsages(cluster.store, NodeId(MANAGER_ID), cluster.dispatcher.usages, no_link)
+        own = TaskUsages(
+            cluster.store, NodeId(MANAGER_ID), cluster.dispatcher.usages, cluster.dispatcher.requests, no_link
+        )
         assert await own.collect() == {}
+
+
+async def test_requests_over_front_doors_of_several_nodes_are_added(cluster, tmp_path):
+    here = cluster.dispatcher
+    own = TaskUsages(cluster.store, NodeId(MANAGER_ID), here.usages, here.requests, no_link)
+    async with AsyncExitStack() as stack:
+        for number in (1, 2):
+            pair = await a_worker(cluster, tmp_path / str(number))
+            channel, session_id = await stack.enter_async_context(a_session(cluster, pair))
+            call = await stack.enter_async_context(channel.stream(methods.HEARTBEATS))
+            sent = skep.TaskRequests(task_id="t1", requests=10, errors=number, milliseconds=50)
+            await call.send(skep.Heartbeat(session_id=session_id, requests=[sent]))
+            await call.receive()
+        counted = TaskRequests(requests=20, errors=3, milliseconds=100)
+        assert await own.collect_requests() == {"t1": counted}
+        await call.send(skep.Heartbeat(session_id=session_id))
+        await call.receive()
+        assert (await own.collect_requests())["t1"].requests == 10
 
 
 def no_link(manager: NodeId):

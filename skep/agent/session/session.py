@@ -33,6 +33,7 @@ from skep.model.node import NodeDescription
 from skep.model.node_reports.revisions import Revision
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.options.slot_volumes import differ_beyond_slots
+from skep.model.staged_updates import TaskRequests
 from skep.model.task import TaskStatus
 from skep.model.values.encoding import to_json
 from skep.model.values.ids import TaskId, VolumeId
@@ -44,7 +45,7 @@ from skep.wire.client import ManagerChannel, StreamCall
 from skep.wire.convert.assignments import assignments_from_pb, revised_from_pb
 from skep.wire.convert.node import description_to_pb
 from skep.wire.convert.task import end_to_pb, status_to_pb
-from skep.wire.convert.usages import usages_to_pb
+from skep.wire.convert.usages import requests_to_pb, usages_to_pb
 from skep.wire.convert.values import duration_from_pb
 
 log = structlog.get_logger(__name__)
@@ -130,6 +131,7 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
         volumes: Reports unmounted cluster volumes, or None.
         usages: Measures tasks that a manager asks about, sent with each heartbeat, or None.
         addresses: Holds failover addresses, or None.
+        requests: Returns the requests of new tasks over this node's front door, sent with each heartbeat.
         serve_images: Serves this node's images to other nodes until cancelled, or None.
     """
 
@@ -145,6 +147,7 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
     volumes: VolumeSource | None = None
     usages: UsageSource | None = None
     addresses: HeldAddresses | None = None
+    requests: Callable[[], Mapping[TaskId, TaskRequests]] = dict
 
 
 class SessionHost(Protocol):
@@ -383,7 +386,12 @@ class ManagerSession:
         thousandths = round(1000 * load) if load is not None else None
         usages = self._services.usages
         used = usages_to_pb(usages.present()) if usages is not None else ()
-        await call.send(skep.Heartbeat(session_id=self._id, away=is_stopping, load=thousandths, usages=used))
+        requests = requests_to_pb(self._services.requests())
+        await call.send(
+            skep.Heartbeat(
+                session_id=self._id, away=is_stopping, load=thousandths, usages=used, requests=requests
+            )
+        )
         reply = await call.receive()
         if usages is not None and reply is not None:
             usages.measure([TaskId(id) for id in reply.measured])

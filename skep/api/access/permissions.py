@@ -363,7 +363,7 @@ RULES: Final = (
     ),
     _rule(
         "POST",
-        rf"/skep/services/{_NAME}/(?:stop|start|update/(?:pause|resume|abort))",
+        rf"/skep/services/{_NAME}/(?:stop|start|update/(?:pause|resume|abort|promote|switch-back))",
         _OPERATOR,
         PermissionScope.OBJECT,
         "service",

@@ -1,4 +1,4 @@
-"""``skep update``: pause, resume and abort the update of a service, or else docker's update of containers."""
+"""``skep update``: pause, resume, abort and promote the update of a service, or else docker's update of containers."""
 
 from typing import Any
 from urllib.parse import quote
@@ -27,7 +27,7 @@ class _Update(click.Group):
 
 @click.group(cls=_Update)
 def update() -> None:
-    """Pause, resume or abort service updates.
+    """Pause, resume, abort or promote service updates.
 
     \b
     Examples:
@@ -87,6 +87,40 @@ def abort(host: HostOptions, names: tuple[str, ...]) -> None:
     """
     for name in names:
         click.echo(_line(run_requests(_post(host, name, "abort"))))
+
+
+@update.command()
+@click.argument("names", metavar="SERVICE...", nargs=-1, required=True)
+@click.pass_obj
+def promote(host: HostOptions, names: tuple[str, ...]) -> None:
+    """Start the next step of a canary, or switch blue-green.
+
+    This does not wait for the time of the present step. With the label skep.update.promote=manual, each step waits for
+    this command.
+
+    \b
+    Example:
+      skep update promote web
+    """
+    for name in names:
+        click.echo(_line(run_requests(_post(host, name, "promote"))))
+
+
+@update.command("switch-back")
+@click.argument("names", metavar="SERVICE...", nargs=-1, required=True)
+@click.pass_obj
+def switch_back(host: HostOptions, names: tuple[str, ...]) -> None:
+    """Return connections to the old tasks of a blue-green update.
+
+    The update is paused, and the new tasks stay. To switch again, resume it. To remove them, abort it.
+
+    \b
+    Example:
+      skep update switch-back web
+    """
+    for name in names:
+        more = f"skep update resume {name}, or skep update abort {name}"
+        click.echo(f"{_line(run_requests(_post(host, name, 'switch-back')))}. Next: {more}")
 
 
 async def _post(host: HostOptions, name: str, verb: str) -> dict[str, Any]:

@@ -33,11 +33,17 @@ _COMPRESSED: Final = (
 
 
 class ServerLine(msgspec.Struct, frozen=True, kw_only=True):
-    """A server line.  Only a ready server gets requests.  ``task``: empty in an unused line."""
+    """A server line.  Only a ready server gets requests.  ``task``: empty in an unused line.
+
+    ``weight``: its share of the requests, relative to the other servers.  ``is_new``: whether its requests are counted,
+    for a staged update.
+    """
 
     task: str = ""
     address: str = UNUSED
     is_ready: bool = False
+    weight: int = 1
+    is_new: bool = False
 
 
 NOBODY: Final = ServerLine()
@@ -301,7 +307,8 @@ def server_line(number: int, server: ServerLine, options: RouteOptions) -> str:
     """Return the definition of a backend's server."""
     address = f"[{server.address}]" if ":" in server.address else server.address
     protocol = " proto h2" if options.h2c else ""
-    return f"s{number} {address}:{options.port}{protocol}{'' if server.is_ready else ' disabled'}"
+    weight = f" weight {server.weight}" if server.weight != 1 else ""
+    return f"s{number} {address}:{options.port}{protocol}{weight}{'' if server.is_ready else ' disabled'}"
 
 
 def _limits(options: RouteOptions) -> Iterator[str]:
@@ -372,7 +379,7 @@ def commands(
 
 def every_command(state: DoorState, directory: str) -> list[str]:
     """Return the commands that set server lines and challenges to their state, from any other state."""
-    other = ServerLine(task="unknown", address="unknown", is_ready=True)
+    other = ServerLine(task="unknown", address="unknown", is_ready=True, weight=0)
     lines = [
         command
         for name, one in sorted(state.backends.items())
@@ -395,5 +402,7 @@ def _changed(line: str, old: ServerLine, new: ServerLine, port: int) -> Iterator
         yield f"set server {line} state maint"
     if moves:
         yield f"set server {line} addr {new.address} port {port}"
+    if new.weight != old.weight:
+        yield f"set server {line} weight {new.weight}"
     if new.is_ready and (moves or not old.is_ready):
         yield f"set server {line} state ready"

@@ -1,6 +1,6 @@
 """Derives the state of HAProxy on this node from the table of the door's network.  Pure."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from msgspec.structs import replace
 
@@ -16,6 +16,7 @@ from skep.model.door.claims import Claimant, settled
 from skep.model.door.payloads import NOTHING, DoorPayload
 from skep.model.door.routes import HttpRoute, has_routes, routes_of
 from skep.model.door.settings import STACK, DoorSettings, is_door, settings_of
+from skep.model.networks.shares import shares_of
 from skep.model.networks.tables import NetworkTable, TableEndpoint, TableService
 from skep.model.values.ids import NodeId, ServiceId
 
@@ -51,7 +52,7 @@ def state_of(
     """
     exposed = [claimant(one) for one in table.services.values() if has_routes(one.labels)]
     claims = settled(exposed)
-    servers = _servers(table.endpoints.values(), claims.accepted)
+    servers = _servers(table, claims.accepted)
     routes: dict[str, str] = {}
     backends: dict[str, RouteBackend] = {}
     for id, accepted in claims.accepted.items():
@@ -94,15 +95,28 @@ def _backend(
 
 
 def _servers(
-    endpoints: Iterable[TableEndpoint], accepted: Mapping[ServiceId, object]
+    table: NetworkTable, accepted: Mapping[ServiceId, object]
 ) -> Mapping[ServiceId, list[ServerLine]]:
-    found: dict[ServiceId, list[ServerLine]] = {id: [] for id in accepted}
-    for one in endpoints:
-        if one.service_id in found and one.addresses and one.is_running:
-            server = ServerLine(
-                task=one.task_id,
-                address=one.addresses[0],
-                is_ready=one.is_serving and not one.is_left_out,
-            )
-            found[one.service_id].append(server)
-    return found
+    running: dict[ServiceId, list[TableEndpoint]] = {id: [] for id in accepted}
+    for one in table.endpoints.values():
+        if one.service_id in running and one.addresses and one.is_running:
+            running[one.service_id].append(one)
+    return {id: [*_lines(table.services[id], tasks)] for id, tasks in running.items()}
+
+
+def _lines(service: TableService, running: Iterable[TableEndpoint]) -> Iterator[ServerLine]:
+    """Yield the server line of each running task.  Tasks without a share of the connections are not ready."""
+    tasks = tuple(running)
+    shares = shares_of(service, (one for one in tasks if one.is_serving and not one.is_left_out))
+    even, new = shares.weights
+    weights = dict.fromkeys((one.task_id for one in shares.even), even)
+    weights |= dict.fromkeys((one.task_id for one in shares.new), new)
+    versions = service.split.versions if service.split is not None else ()
+    for one in tasks:
+        yield ServerLine(
+            task=one.task_id,
+            address=one.addresses[0],
+            is_ready=one.task_id in weights,
+            weight=weights.get(one.task_id, 1),
+            is_new=one.version in versions,
+        )

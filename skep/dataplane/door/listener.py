@@ -18,7 +18,7 @@ from pathlib import Path
 
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.dataplane.door.configuration import (
     DoorState,
     commands,
@@ -28,11 +28,13 @@ from skep.dataplane.door.configuration import (
     version_of,
 )
 from skep.dataplane.door.derivation import proxies_on, state_of
+from skep.dataplane.door.statistics import Line, LineCounters, RequestWindow, counters_of, new_lines
 from skep.errors import Unavailable
 from skep.model.door.payloads import DoorPayload
 from skep.model.door.settings import DIRECTORY, KEYS_DIRECTORY, DoorSettings
 from skep.model.networks.tables import NetworkTable
-from skep.model.values.ids import NetworkId, NodeId
+from skep.model.staged_updates import TaskRequests
+from skep.model.values.ids import NetworkId, NodeId, TaskId
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +44,8 @@ RELOAD_S_MAX = 10.0
 """Seconds for a reload.  HAProxy reads 10,000 routes in two to three."""
 LOOK_S = 0.02
 """Pause in seconds between two looks at whether HAProxy has reloaded."""
+SAMPLE_S = 5.0
+"""Seconds between two readings of counters.  A heartbeat reports them every few seconds."""
 _BATCH = 200
 """Commands in one connection.  HAProxy reads at most 16 KiB at once."""
 _RESPONSE_MAX = 1 << 20
@@ -87,6 +91,7 @@ class FrontDoor:
         self._state = DoorState()
         self._applied: DoorState | None = None
         """The state that HAProxy has for certain."""
+        self._window = RequestWindow()
 
     async def apply(
         self, node_id: NodeId, tables: Mapping[NetworkId, NetworkTable], changed: frozenset[NetworkId]
@@ -124,6 +129,27 @@ class FrontDoor:
                 raise
             return  # it reads the files when it starts
         self._applied = state
+
+    def requests(self) -> Mapping[TaskId, TaskRequests]:
+        """Return the recent requests of new tasks in staged updates."""
+        return self._window.present(self._clock.monotonic())
+
+    async def run(self) -> None:
+        """Count these requests until cancelled."""
+        while True:
+            await tick(self._clock, SAMPLE_S)
+            await self.count_requests()
+
+    async def count_requests(self) -> None:
+        """Read HAProxy's counters once."""
+        lines, directory = new_lines(self._applied or DoorState()), self._directory()
+        found: dict[Line, LineCounters] = {}
+        if lines and directory is not None:
+            with suppress(Unavailable):
+                for backend in dict.fromkeys(name for name, _ in lines):
+                    text = await self._ask(directory / _ADMIN, f"show stat {backend} 4 -1\n")
+                    found.update(counters_of(text, lines))
+        self._window.add(self._clock.monotonic(), found)
 
     async def _bring(self, directory: Path, before: DoorState | None, state: DoorState) -> None:
         """Bring the running HAProxy to ``state``, whose files are written.  Raises: Unavailable."""

@@ -2,9 +2,10 @@
 
 There is one table per address family, ``ip skep_ingress`` and ``ip6 skep_ingress``.  A packet to a local address of the
 node is looked up in ``ports``, or in ``bound`` if a port listens on one address only.  These lead to the chain
-``pick_<n>`` for a port with n backends, or to ``sticky``.  Both chains read the backend from the map ``backends``.  A
-change of backends therefore changes elements of maps and no rules, which takes a tenth of the time.  Only the first
-packet of a connection is looked up.  The others follow connection tracking, whatever changes.
+``pick_<n>`` for a port with n backends, or to ``sticky``.  During a staged update it is ``pick_<n>_<m>_<p>``, which
+first draws whether a connection is among the ``p`` percent for the ``m`` new backends.  All chains read the backend
+from the map ``backends``.  A change of backends therefore changes elements of maps and no rules, which takes a tenth of
+the time.  Only the first packet of a connection is looked up.  The others follow connection tracking, whatever changes.
 
 A backend's address and port are in two maps, ``backends`` and ``targets``.  With a single map for both, nft 1.0.6 lists
 the map wrongly and adds a test for TCP to rules that use it.
@@ -19,18 +20,23 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from hashlib import shake_128
 from ipaddress import ip_address, ip_network
+from itertools import chain
+from typing import NamedTuple
 
 import msgspec
 
 from skep.dataplane.netns.nft_table import Element, NftTable
 from skep.dataplane.plan.flows import StalePort
 from skep.model.networks.publishing import PublishOptions
+from skep.model.networks.shares import ALL_PERCENT, shares_of
 from skep.model.networks.tables import NetworkTable, TableEndpoint, TablePort, TableService
 from skep.model.values.ids import NodeId, TaskId
 
 PROTOCOLS = frozenset({"tcp", "udp", "sctp"})
 STICKY_SLOTS = 256
 """Number of slots of a sticky port.  A client's address determines its slot, and each slot belongs to a task."""
+NEW_FROM = 1 << 15
+"""First number of new backends, which is half of the numbers that the type of the map allows."""
 BRIDGE = "skep-ingress"
 _TABLE = "skep_ingress"
 _STICKY = "sticky"
@@ -54,6 +60,8 @@ class Backend(msgspec.Struct, frozen=True, order=True):
     task_id: TaskId
     address: str
     port: int
+    is_new: bool = False
+    """Whether it gets ``MeshPort.percent`` of the connections, together with the other new tasks."""
 
 
 class MeshPort(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +72,8 @@ class MeshPort(msgspec.Struct, frozen=True, kw_only=True):
     options: PublishOptions = PublishOptions()
     ipv4: tuple[Backend, ...] = ()
     ipv6: tuple[Backend, ...] = ()
+    percent: int = 0
+    """Share of new connections for new tasks during a staged update."""
 
     @property
     def keys(self) -> tuple[PortKey, ...]:
@@ -156,14 +166,26 @@ def addresses_of(addresses: Iterable[str]) -> IngressNode:
     return IngressNode(by_version.get(4, ""), by_version.get(6, ""))
 
 
-def sticky_slots(backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
+def sticky_slots(backends: tuple[Backend, ...], percent: int = 0) -> tuple[Backend, ...]:
     """Return the backend of each slot, or an empty tuple without backends.
 
     Each slot belongs to the backend with the highest hash value for it (rendezvous hashing).  So all nodes agree, and a
-    backend that is added or removed changes only its own slots.
+    backend that is added or removed changes only its own slots.  During a staged update, a share of the slots belongs
+    to new backends.  As the share grows, clients change from old backends to new ones and never back.
     """
     if not backends:
         return ()
+    even, new = divided(backends)
+    if not even or not new:
+        return _owners(backends)
+    changed = frozenset(_ORDER[: round(STICKY_SLOTS * percent / ALL_PERCENT)])
+    return tuple(
+        after if slot in changed else before
+        for slot, (before, after) in enumerate(zip(_owners(even), _owners(new), strict=True))
+    )
+
+
+def _owners(backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
     values = [_values(backend.task_id) for backend in backends]
     order = range(len(backends))
     return tuple(
@@ -171,10 +193,20 @@ def sticky_slots(backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
     )
 
 
+def divided(backends: Iterable[Backend]) -> tuple[tuple[Backend, ...], tuple[Backend, ...]]:
+    """Return the old and the new backends."""
+    found = tuple(backends)
+    return tuple(one for one in found if not one.is_new), tuple(one for one in found if one.is_new)
+
+
 @lru_cache(maxsize=4096)
 def _values(task_id: TaskId) -> memoryview:
     """Return the hash values of a task for each slot."""
     return memoryview(shake_128(task_id.encode()).digest(4 * STICKY_SLOTS)).cast("I")
+
+
+_ORDER = tuple(sorted(range(STICKY_SLOTS), key=_values(TaskId("")).__getitem__))
+"""The slots in the order in which they change to new backends, as if drawn."""
 
 
 def _is_possible(port: TablePort) -> bool:
@@ -186,22 +218,24 @@ def _is_possible(port: TablePort) -> bool:
 def _mesh_port(
     service: TableService, port: TablePort, serving: Iterable[TableEndpoint], node_id: NodeId
 ) -> MeshPort:
-    chosen = tuple(serving)
-    if port.options.prefers_local:
-        chosen = tuple(endpoint for endpoint in chosen if endpoint.node_id == node_id) or chosen
+    shares = shares_of(service, serving)
     backends: dict[int, list[Backend]] = {4: [], 6: []}
-    for endpoint in chosen:
-        node = addresses_of(endpoint.addresses)
-        if node.ipv4:
-            backends[4].append(Backend(endpoint.task_id, node.ipv4, port.target))
-        if node.ipv6:
-            backends[6].append(Backend(endpoint.task_id, node.ipv6, port.target))
+    for chosen, is_new in ((shares.even, False), (shares.new, True)):
+        if port.options.prefers_local:
+            chosen = tuple(endpoint for endpoint in chosen if endpoint.node_id == node_id) or chosen
+        for endpoint in chosen:
+            node = addresses_of(endpoint.addresses)
+            if node.ipv4:
+                backends[4].append(Backend(endpoint.task_id, node.ipv4, port.target, is_new))
+            if node.ipv6:
+                backends[6].append(Backend(endpoint.task_id, node.ipv6, port.target, is_new))
     return MeshPort(
         protocol=port.protocol,
         published=port.published,
         options=port.options,
         ipv4=tuple(backends[4]),
         ipv6=tuple(backends[6]),
+        percent=shares.percent,
     )
 
 
@@ -235,7 +269,7 @@ def ingress_table(plan: IngressPlan, family: Family) -> NftTable:
     key = "meta l4proto . th dport"
     held = tuple(plan.in_force(family.version))
     forwarded = [(port, key, backends) for port, key in held if (backends := _kernel_backends(port, family))]
-    picks = sorted({len(backends) for port, _, backends in forwarded if not port.options.is_sticky})
+    picks = sorted({_pick(port, backends) for port, _, backends in forwarded if not port.options.is_sticky})
     return NftTable(
         name=family.table,
         sets=(
@@ -255,11 +289,11 @@ def ingress_table(plan: IngressPlan, family: Family) -> NftTable:
             ("post", "{ type nat hook postrouting priority 100; }"),
             ("input", "{ type filter hook input priority 0; }"),
             ("forward", "{ type filter hook forward priority 0; }"),
-            *((f"pick_{count}", "") for count in picks),
+            *((one.chain, "") for one in picks),
         ),
         rules=(
             *_rules(family),
-            *((f"pick_{count}", _dnat(family, f"numgen random mod {count}")) for count in picks),
+            *((one.chain, rule) for one in picks for rule in one.rules(family)),
         ),
         elements=frozenset((*_forwarding_elements(forwarded), *_refusing_elements(held))),
     )
@@ -276,8 +310,8 @@ def _rules(family: Family) -> tuple[tuple[str, str], ...]:
         # The kernel lets no packet from ::1 leave the node, so the net process relays such connections.
         *([("out", "ip6 daddr ::1 accept")] if family is IPV6 else []),
         *(
-            (chain, f"fib daddr type local {rule}")
-            for chain in ("pre", "out")
+            (hook, f"fib daddr type local {rule}")
+            for hook in ("pre", "out")
             for rule in (f"{bound_key} vmap @bound", f"{key} vmap @ports")
         ),
         # A task could not answer to the node's own address over the network.
@@ -304,15 +338,44 @@ def _kernel_backends(port: MeshPort, family: Family) -> tuple[Backend, ...]:
 def _forwarding_elements(ports: Iterable[tuple[MeshPort, PortKey, tuple[Backend, ...]]]) -> Iterable[Element]:
     for port, (protocol, number, address), backends in ports:
         key = f"{protocol} . {number}"
-        chain = _STICKY if port.options.is_sticky else f"pick_{len(backends)}"
+        pick = _STICKY if port.options.is_sticky else _pick(port, backends).chain
         is_bound = not is_any(address)
         yield (
-            ("bound", f"{address} . {key} : goto {chain}") if is_bound else ("ports", f"{key} : goto {chain}")
+            ("bound", f"{address} . {key} : goto {pick}") if is_bound else ("ports", f"{key} : goto {pick}")
         )
         yield "targets", f"{key} : {backends[0].port}"
-        chosen = sticky_slots(backends) if port.options.is_sticky else backends
-        for slot, one in enumerate(chosen):
+        for slot, one in _numbered(port, backends):
             yield "backends", f"{key} . {slot} : {one.address}"
+
+
+def _numbered(port: MeshPort, backends: tuple[Backend, ...]) -> Iterable[tuple[int, Backend]]:
+    if port.options.is_sticky:
+        return enumerate(sticky_slots(backends, port.percent))
+    even, new = divided(backends)
+    return chain(enumerate(even), enumerate(new, NEW_FROM)) if even and new else enumerate(backends)
+
+
+class _Pick(NamedTuple):
+    """Numbers of backends, for which a chain is needed.  ``new`` and ``percent`` are 0 without a staged update."""
+
+    even: int
+    new: int = 0
+    percent: int = 0
+
+    @property
+    def chain(self) -> str:
+        return f"pick_{self.even}" + (f"_{self.new}_{self.percent}" if self.new else "")
+
+    def rules(self, family: "Family") -> Iterator[str]:
+        if self.new:
+            draw = f"numgen random mod {self.new} offset {NEW_FROM}"
+            yield f"numgen random mod {ALL_PERCENT} < {self.percent} {_dnat(family, draw)}"
+        yield _dnat(family, f"numgen random mod {self.even}")
+
+
+def _pick(port: MeshPort, backends: tuple[Backend, ...]) -> _Pick:
+    even, new = divided(backends)
+    return _Pick(len(even), len(new), port.percent) if even and new else _Pick(len(backends))
 
 
 def _refusing_elements(ports: Iterable[tuple[MeshPort, PortKey]]) -> Iterable[Element]:

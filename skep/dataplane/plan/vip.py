@@ -10,7 +10,8 @@ three steps:
   connection tracking (9 ms).
 * ``services`` sends the first packet of a flow to ``spread_<n>``, the chain for all services that have exactly ``n``
   backends.  The chain draws one of ``n`` numbers, so the spread is exactly even, and a service needs one element for
-  each backend.
+  each backend.  During a staged update it is ``spread_<n>_<m>_<p>``, which first draws whether a flow is among the
+  ``p`` percent for the ``m`` new backends.  These have numbers from ``NEW_FROM`` on.
 * ``backends`` maps the virtual address and the drawn number to the backend's address.  All later packets of the flow
   follow connection tracking, so established connections are not affected by changes of the maps.
 
@@ -20,13 +21,16 @@ backend.  Every protocol is handled: TCP, UDP, SCTP, and ICMP, so that a ping is
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import NamedTuple, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.dataplane.netns import nft_table
 from skep.dataplane.netns.nft_table import NftTable
-from skep.model.networks.tables import NetworkTable
+from skep.model.networks.shares import shares_of
+from skep.model.networks.tables import NetworkTable, TableEndpoint
 from skep.model.values.ids import ServiceId
 
 NAME = "skep_virtual"
@@ -37,7 +41,22 @@ _DATAGRAMS_MAX = 1024
 """Size of the set ``datagrams``.  The kernel allocates all of it (16 KiB) when the set is created."""
 _ADDRESS_TYPE = {"ip": "ipv4_addr", "ip6": "ipv6_addr"}
 
-Backends: TypeAlias = tuple[str, ...]
+NEW_FROM = 1 << 15
+"""First number of new backends, which is half of the numbers that the type of the map allows."""
+
+
+class SplitBackends(msgspec.Struct, frozen=True):
+    """Backends during a staged update.  A new flow leads to one of ``new`` in ``percent`` of all cases."""
+
+    even: tuple[str, ...]
+    new: tuple[str, ...]
+    percent: int
+
+    def __iter__(self) -> Iterator[str]:
+        return chain(self.even, self.new)
+
+
+Backends: TypeAlias = tuple[str, ...] | SplitBackends
 VipBackends: TypeAlias = Mapping[str, Backends]
 """The backends' addresses by virtual address, of the same family.  Without backends, connections are refused."""
 
@@ -49,25 +68,37 @@ def vip_backends(table: NetworkTable) -> Mapping[ServiceId, VipBackends]:
     """
     if table.head.is_ingress:
         return {}
-    serving: dict[ServiceId, list[tuple[str, ...]]] = defaultdict(list)
+    serving: dict[ServiceId, list[TableEndpoint]] = defaultdict(list)
     for _, endpoint in sorted(table.endpoints.items()):
         if endpoint.is_serving:
-            serving[endpoint.service_id].append(endpoint.addresses)
-    return {
-        id: {
-            address: tuple(filter(None, (first_of_family(one, is_ipv6(address)) for one in serving[id])))
-            for address in service.virtual_ips
-        }
-        for id, service in table.services.items()
-        if service.virtual_ips
-    }
+            serving[endpoint.service_id].append(endpoint)
+    found: dict[ServiceId, VipBackends] = {}
+    for id, service in table.services.items():
+        if service.virtual_ips:
+            shares = shares_of(service, serving[id])
+            found[id] = {
+                address: _backends(
+                    _addresses(shares.even, address), _addresses(shares.new, address), shares.percent
+                )
+                for address in service.virtual_ips
+            }
+    return found
+
+
+def _addresses(tasks: Iterable[TableEndpoint], virtual: str) -> tuple[str, ...]:
+    """Return the tasks' addresses of the same family as a ``virtual`` address."""
+    return tuple(filter(None, (first_of_family(one.addresses, is_ipv6(virtual)) for one in tasks)))
+
+
+def _backends(even: tuple[str, ...], new: tuple[str, ...], percent: int) -> Backends:
+    return SplitBackends(even, new, percent) if even and new else even or new
 
 
 class WrittenTable(msgspec.Struct, frozen=True):
-    """One family's table as it was written: its backends, and the numbers n for which a chain ``spread_<n>`` exists."""
+    """One family's table as it was written: its backends, and the spreads for which a chain exists."""
 
     backends: VipBackends
-    counts: frozenset[int]
+    spreads: frozenset["_Spread"]
 
 
 class VipPlan(msgspec.Struct, frozen=True):
@@ -106,8 +137,8 @@ def plan(written: Mapping[str, WrittenTable] | None, backends: VipBackends) -> V
             new = {address: in_place(old.backends.get(address, ()), found) for address, found in new.items()}
             texts.append(_changes(family, old, new))
             changed += elements(family, old.backends, new)
-            has_more |= not _counts(new) <= old.counts
-            after[family] = WrittenTable(new, old.counts | _counts(new))
+            has_more |= not _spreads(new) <= old.spreads
+            after[family] = WrittenTable(new, (old.spreads | _spreads(new)) - _unused(old, new))
             for address, found in old.backends.items():
                 if set(found) - set(new.get(address, ())):
                     stale[address] = new.get(address, ())
@@ -115,7 +146,7 @@ def plan(written: Mapping[str, WrittenTable] | None, backends: VipBackends) -> V
             has_more = True
             table = vip_table(family, new)
             texts.append(nft_table.whole(table) if written is None else nft_table.fresh(table))
-            after[family] = WrittenTable(new, _counts(new))
+            after[family] = WrittenTable(new, _spreads(new))
             if written is None:
                 stale.update(new)
         elif written is None:
@@ -127,7 +158,7 @@ def plan(written: Mapping[str, WrittenTable] | None, backends: VipBackends) -> V
 def vip_table(family: str, backends: VipBackends) -> NftTable:
     """Return the complete table of one family."""
     kind = _ADDRESS_TYPE[family]
-    counts = sorted(_counts(backends))
+    spreads = sorted(_spreads(backends))
     return NftTable(
         name=f"{family} {NAME}",
         sets=(
@@ -141,7 +172,7 @@ def vip_table(family: str, backends: VipBackends) -> NftTable:
             ("empty", ""),
             ("check", "{ type filter hook output priority -150; }"),
             ("out", "{ type nat hook output priority -100; }"),
-            *((f"spread_{count}", "") for count in counts),
+            *((one.chain, "") for one in spreads),
         ),
         rules=(
             ("known", f"meta l4proto udp ct state new add @{DATAGRAMS} {{ {family} daddr }}"),
@@ -151,7 +182,7 @@ def vip_table(family: str, backends: VipBackends) -> NftTable:
             ("empty", "goto known"),
             ("check", f"{family} daddr vmap @guards"),
             ("out", f"{family} daddr vmap @services"),
-            *((f"spread_{count}", _draw(family, count)) for count in counts),
+            *((one.chain, rule) for one in spreads for rule in one.rules(family)),
         ),
         elements=frozenset(
             (name, f"{key} : {value}")
@@ -205,6 +236,18 @@ def noted(addresses: Iterable[str]) -> str:
 
 
 def in_place(before: Backends, backends: Backends) -> Backends:
+    """Return ``backends`` in an order that keeps as many as possible at the number that they had ``before``."""
+    old_even, old_new = _parts(before)
+    even, new = _parts(backends)
+    even, new = _in_place(old_even, even), _in_place(old_new, new)
+    return replace(backends, even=even, new=new) if isinstance(backends, SplitBackends) else even
+
+
+def _parts(backends: Backends) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return (backends.even, backends.new) if isinstance(backends, SplitBackends) else (backends, ())
+
+
+def _in_place(before: tuple[str, ...], backends: tuple[str, ...]) -> tuple[str, ...]:
     """Return ``backends`` in an order that keeps as many as possible at the index that they had ``before``.
 
     A removed backend leaves a gap, which a new backend fills, or else the last one.  So the number of changed elements
@@ -238,33 +281,67 @@ def _of_family(backends: VipBackends, family: str) -> VipBackends:
 def _changes(family: str, old: WrittenTable, new: VipBackends) -> str:
     table = f"{family} {NAME}"
     lines = []
-    for count in sorted(_counts(new) - old.counts):
-        lines += [
-            f"add chain {table} spread_{count}\n",
-            f"add rule {table} spread_{count} {_draw(family, count)}\n",
-        ]
+    for spread in sorted(_spreads(new) - old.spreads):
+        lines.append(f"add chain {table} {spread.chain}\n")
+        lines += [f"add rule {table} {spread.chain} {rule}\n" for rule in spread.rules(family)]
     for change in elements(family, old.backends, new):
         verb = "add" if change.is_added else "delete"
         listed = (f"{key} : {value}" if change.is_added else key for key, value in change.elements)
         lines.append(f"{verb} element {table} {change.map} {{ {', '.join(listed)} }}\n")
+    for spread in sorted(_unused(old, new)):
+        lines.append(f"flush chain {table} {spread.chain}\ndelete chain {table} {spread.chain}\n")
     return "".join(lines)
 
 
-def _draw(family: str, count: int) -> str:
-    return f"dnat to {family} daddr . numgen random mod {count} map @backends"
+def _unused(old: WrittenTable, new: VipBackends) -> frozenset["_Spread"]:
+    """Return the spreads of staged updates whose chains can be deleted.
+
+    That happens when another chain is added, since nft must parse that change in any case.  The chains for even spreads
+    stay, because there are few of them, and a number of backends often returns.
+    """
+    spreads = _spreads(new)
+    if spreads <= old.spreads:
+        return frozenset()
+    return frozenset(one for one in old.spreads - spreads if one.new)
 
 
-def _counts(backends: VipBackends) -> frozenset[int]:
-    """Return the numbers n of backends for which a chain ``spread_<n>`` is needed."""
-    return frozenset(len(found) for found in backends.values() if found)
+class _Spread(NamedTuple):
+    """Numbers of backends, for which a chain is needed.  ``new`` and ``percent`` are 0 without a staged update."""
+
+    even: int
+    new: int = 0
+    percent: int = 0
+
+    @property
+    def chain(self) -> str:
+        return f"spread_{self.even}" + (f"_{self.new}_{self.percent}" if self.new else "")
+
+    def rules(self, family: str) -> Iterator[str]:
+        if self.new:
+            yield (
+                f"numgen random mod 100 < {self.percent} dnat to {family} daddr . "
+                f"numgen random mod {self.new} offset {NEW_FROM} map @backends"
+            )
+        yield f"dnat to {family} daddr . numgen random mod {self.even} map @backends"
+
+
+def _spread(backends: Backends) -> _Spread:
+    even, new = _parts(backends)
+    return _Spread(len(even), len(new), backends.percent if isinstance(backends, SplitBackends) else 0)
+
+
+def _spreads(backends: VipBackends) -> frozenset[_Spread]:
+    """Return the spreads for which a chain is needed."""
+    return frozenset(_spread(found) for found in backends.values() if found != ())
 
 
 def _elements(address: str, backends: Backends | None) -> Iterator[tuple[str, str, str]]:
     """Yield map, key and value of each element for ``address``.  None as ``backends`` yields nothing."""
     if backends is None:
         return
-    yield "guards", address, "goto known" if backends else "goto empty"
-    if backends:
-        yield "services", address, f"goto spread_{len(backends)}"
-    for number, backend in enumerate(backends):
+    yield "guards", address, "goto empty" if backends == () else "goto known"
+    if backends != ():
+        yield "services", address, f"goto {_spread(backends).chain}"
+    even, new = _parts(backends)
+    for number, backend in chain(enumerate(even), enumerate(new, NEW_FROM)):
         yield "backends", f"{address} . {number}", backend

@@ -10,7 +10,8 @@ from ipaddress import ip_address
 
 import msgspec
 
-from skep.dataplane.plan.ingress import STICKY_SLOTS, IngressPlan, MeshPort, sticky_slots, version_of
+from skep.dataplane.plan.ingress import STICKY_SLOTS, IngressPlan, MeshPort, divided, sticky_slots, version_of
+from skep.model.networks.shares import ALL_PERCENT
 
 
 class RelayPort(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,6 +20,7 @@ class RelayPort(msgspec.Struct, frozen=True, kw_only=True):
     Args:
         backends: Address and port of each backend.  With ``is_sticky``, of the backend of each slot.  A client's
             address determines its slot.
+        new: Backends that get ``percent`` of the connections, during a staged update.
         proxy_protocol: Version of the header that each connection starts with, or 0 for none.
     """
 
@@ -28,6 +30,8 @@ class RelayPort(msgspec.Struct, frozen=True, kw_only=True):
     backends: tuple[tuple[str, int], ...]
     proxy_protocol: int = 0
     is_sticky: bool = False
+    new: tuple[tuple[str, int], ...] = ()
+    percent: int = 0
 
 
 def relay_ports(plan: IngressPlan) -> tuple[RelayPort, ...]:
@@ -41,7 +45,9 @@ def relay_ports(plan: IngressPlan) -> tuple[RelayPort, ...]:
 
 def _relay(port: MeshPort, address: str) -> RelayPort:
     serving = port.ipv4 or port.ipv6
-    chosen = sticky_slots(serving) if port.options.is_sticky else serving
+    even, new = divided(serving)
+    is_split = bool(even and new) and not port.options.is_sticky
+    chosen = sticky_slots(serving, port.percent) if port.options.is_sticky else even if is_split else serving
     return RelayPort(
         protocol=port.protocol,
         address=address,
@@ -49,6 +55,8 @@ def _relay(port: MeshPort, address: str) -> RelayPort:
         backends=tuple((backend.address, backend.port) for backend in chosen),
         proxy_protocol=port.options.proxy_protocol,
         is_sticky=port.options.is_sticky,
+        new=tuple((backend.address, backend.port) for backend in new) if is_split else (),
+        percent=port.percent if is_split else 0,
     )
 
 
@@ -69,5 +77,8 @@ def backend_order(port: RelayPort, client: str, rng: Callable[[], float]) -> tup
     """
     if not port.backends:
         return ()
-    first = sticky_slot(client) if port.is_sticky else int(rng() * len(port.backends))
-    return tuple(dict.fromkeys((*port.backends[first:], *port.backends[:first])))
+    chosen, others = port.backends, port.new
+    if port.new and rng() * ALL_PERCENT < port.percent:
+        chosen, others = others, chosen
+    first = sticky_slot(client) if port.is_sticky else int(rng() * len(chosen))
+    return tuple(dict.fromkeys((*chosen[first:], *chosen[:first], *others)))

@@ -66,7 +66,7 @@ class UdpRelay:
         """End the sessions with removed backends.  The client's next datagram is sent to another backend."""
         self._port = port
         for client, session in tuple(self._sessions.items()):
-            if session.backend not in port.backends:
+            if session.backend not in (*port.backends, *port.new):
                 self._end(client)
 
     def close(self, *, ends_connections: bool = False) -> None:

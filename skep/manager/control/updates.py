@@ -11,19 +11,24 @@ from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition
 from skep.manager.control.quotas import check_quota
-from skep.manager.control.services import check_level, present_service, rollback_service
+from skep.manager.control.services import check_level, present_service, rollback_service, status_after
 from skep.manager.control.tasks import is_up_to_date
 from skep.manager.services.job_runs import next_job
+from skep.model.networks.shares import ALL_PERCENT
 from skep.model.options.labels import STOPPED, is_stopped
 from skep.model.options.schedules import CRON, CRON_SUSPEND
-from skep.model.service import Service, ServiceSpec, UpdateState, UpdateStatus
-from skep.model.task import Task
+from skep.model.service import Service, ServiceSpec, UpdateSplit, UpdateState, UpdateStatus
+from skep.model.staged_updates import UPDATE, UpdateStage, message_of, stages_of, tasks_of_step
+from skep.model.task import Task, TaskState
 from skep.model.values.ids import ServiceId
 from skep.model.values.times import Timestamp, unix_ns
 from skep.store.interface import Transaction, View
 
 PAUSED_BY_USER = "manually paused"
 """Message of an update that a user paused.  The leader's own messages start differently."""
+
+SWITCHED_BACK = "switched back to the old tasks"
+"""Message of a blue-green update that a user switched back, which is paused."""
 
 _PAUSES = {
     UpdateState.UPDATING: UpdateState.PAUSED,
@@ -95,6 +100,98 @@ def abort_update(tx: Transaction, id: ServiceId, version: int, *, now: Timestamp
     if state not in (UpdateState.UPDATING, UpdateState.PAUSED):
         raise _nothing_to(service, "abort")
     return rollback_service(tx, id, service.spec, version, now=now, by=by)
+
+
+def promote_update(tx: Transaction, id: ServiceId) -> Service:
+    """Begin the next step of a staged update, without waiting for the time of the present one.
+
+    Its share follows once its tasks run.
+
+    Raises:
+        FailedPrecondition: The update has no next step, is paused, or not all new tasks of the step run.
+        NotFound: The service was removed.
+    """
+    service = present_service(tx, id)
+    status, split, stages = _step_of(service)
+    name = service.spec.name
+    if status.state is not UpdateState.UPDATING:
+        raise FailedPrecondition(f"the update of service {name} is paused: skep update resume {name}")
+    if not stages[split.step].keeps_old:
+        raise FailedPrecondition(
+            f"the update of service {name} is in its last step: skep service wait {name}"
+        )
+    running = {
+        task.slot
+        for task in tx.find(Task, service_id=id)
+        if task.spec_version is not None
+        and task.spec_version.index in split.versions
+        and task.is_wanted
+        and task.status.state is TaskState.RUNNING
+    }
+    wanted = tasks_of_step(stages[split.step], service.spec.replicas)
+    if len(running) < wanted:
+        raise FailedPrecondition(
+            f"{len(running)} of {wanted} new tasks of service {name} run: see skep explain {name}"
+        )
+    return _put_step(tx, service, stages, split.step + 1, split.percent)
+
+
+def switch_back(tx: Transaction, id: ServiceId) -> Service:
+    """Return all new connections to the old tasks after the switch of a blue-green update, and pause the update.
+
+    Raises:
+        FailedPrecondition: The update has not switched, or the old tasks have ended.
+        NotFound: The service was removed.
+    """
+    service = present_service(tx, id)
+    status, split, stages = _step_of(service)
+    name = service.spec.name
+    if split.percent == 0 and status.state is UpdateState.PAUSED:
+        return service
+    stage = stages[split.step]
+    if stage.percent != ALL_PERCENT or not stage.keeps_old:
+        raise FailedPrecondition(
+            f"the update of service {name} has not switched all connections to new tasks that it could switch back: "
+            f"skep update abort {name} returns to the previous spec"
+        )
+    return _put_step(tx, service, stages, split.step - 1, 0, is_paused=True)
+
+
+def _step_of(service: Service) -> tuple[UpdateStatus, UpdateSplit, tuple[UpdateStage, ...]]:
+    """Return status, step and all steps of a staged update.  Raises: FailedPrecondition: None is in progress."""
+    status, stages = service.update_status, stages_of(service.spec.labels)
+    is_staged = status is not None and status.state in (UpdateState.UPDATING, UpdateState.PAUSED)
+    if status is None or status.split is None or not is_staged or status.split.step >= len(stages):
+        name = service.spec.name
+        raise FailedPrecondition(
+            f"service {name} has no update with {UPDATE} in progress: see docker service inspect {name}"
+        )
+    return status, status.split, stages
+
+
+def _put_step(
+    tx: Transaction,
+    service: Service,
+    stages: tuple[UpdateStage, ...],
+    step: int,
+    percent: int | None,
+    *,
+    is_paused: bool = False,
+) -> Service:
+    """Write the step.  Its share, if it is larger, follows from the tasks that run."""
+    status = service.update_status
+    assert status is not None
+    assert status.split is not None
+    return _put(
+        tx,
+        service,
+        replace(
+            status,
+            state=UpdateState.PAUSED if is_paused else UpdateState.UPDATING,
+            message=SWITCHED_BACK if is_paused else message_of(stages, step),
+            split=replace(status.split, step=step, percent=percent),
+        ),
+    )
 
 
 def _state(view: View, service: Service) -> UpdateState | None:
@@ -173,6 +270,7 @@ def _write_labels(
             service,
             spec=spec,
             previous_spec=changed(previous) if previous is not None else None,
+            update_status=status_after(service, spec, now),
             job_status=job,
         )
     )

@@ -18,6 +18,7 @@ from skep.manager.notify.outbox import Send, skip_sending
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.orchestrator.reaper.node_loop import LostNodes
+from skep.manager.orchestrator.replacement.staging import CollectRequests, no_requests
 from skep.manager.probes.loop import OverlayAvoidance
 from skep.manager.rebalance.loop import Rebalancer
 from skep.manager.scheduler.loop import Scheduler
@@ -47,6 +48,7 @@ def loops(
     find_driver: FindDriver = no_drivers,
     confirm: Confirm = skip_confirmation,
     collect_usages: Collect = no_usages,
+    collect_requests: CollectRequests = no_requests,
     counts: AutoscalingCounts | None = None,
     send: Send = skip_sending,
     run_step: RunStep = skip_steps,
@@ -58,12 +60,14 @@ def loops(
         find_driver: Finds drivers of cluster volumes on this machine.
         confirm: Confirms the term before an action that no fence covers.
         collect_usages: Collects the resource usage of tasks of autoscaled services.
+        collect_requests: Collects the HTTP requests of new tasks in staged updates.
         counts: Counters of changes by autoscaling.
         send: Sends notifications to their targets.
         run_step: Makes steps of orders at the authority for certificates.
     """
-    kinds = (Orchestrator, Allocator, Scheduler, Reaper, LostNodes, GossipKeyRotation, CertificateAuthority)
+    kinds = (Allocator, Scheduler, Reaper, LostNodes, GossipKeyRotation, CertificateAuthority)
     return [
+        Orchestrator(term, clock, new_id, random, collect_requests),
         *(kind(term, clock, new_id, random) for kind in kinds),
         OverlayAvoidance(term, clock, random),
         ChangeFreezes(term, clock, random),

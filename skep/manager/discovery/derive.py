@@ -30,7 +30,7 @@ from skep.model.networks.data_planes import (
 )
 from skep.model.networks.overlays import is_encrypted
 from skep.model.networks.publishing import publish_options
-from skep.model.networks.tables import TableEndpoint, TableNode, TablePort, TableService
+from skep.model.networks.tables import TableEndpoint, TableNode, TablePort, TableService, TableSplit
 from skep.model.networks.wireguard import published_keys
 from skep.model.node import Node, NodeState, SessionOwner
 from skep.model.options.labels import publishes_not_ready
@@ -106,6 +106,7 @@ def endpoint_of(
             and service is not None
             and publishes_not_ready(service.spec.labels)
         ),
+        version=task.spec_version.index if task.spec_version is not None else 0,
     )
 
 
@@ -167,7 +168,15 @@ def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableS
         ),
         labels=labels_for_proxies(spec.labels) if is_door(network.spec.labels) else {},
         created_at=service.created_at if is_door(network.spec.labels) else "",
+        split=_split(service),
     )
+
+
+def _split(service: Service) -> TableSplit | None:
+    split = service.update_status.split if service.update_status is not None else None
+    if split is None or split.percent is None:
+        return None
+    return TableSplit(split.percent, split.versions, split.withdrawn)
 
 
 def node_on(node: Node, network: Network, claiming: Iterable[Node] = ()) -> TableNode | None:

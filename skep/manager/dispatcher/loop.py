@@ -30,6 +30,7 @@ from skep.manager.dispatcher.usages import MeasuredTasks
 from skep.manager.peer_reports import PeerReport, PeerReports
 from skep.manager.services.volume_index import VolumeIndex
 from skep.model.options.autoscaling import TaskUsage
+from skep.model.staged_updates import TaskRequests
 from skep.model.values.ids import IdSource, NodeId, TaskId
 from skep.store.interface import Store
 from skep.wire.service import Handler
@@ -107,6 +108,10 @@ class Dispatcher:
     def usages(self) -> Mapping[TaskId, TaskUsage]:
         """Return the reported usage of autoscaled services' tasks on nodes with a session here."""
         return self._usages.present()
+
+    def requests(self) -> Mapping[TaskId, TaskRequests]:
+        """Return the requests of new tasks over the front doors of nodes with a session here."""
+        return self._usages.requests()
 
     def is_current(self) -> bool:
         """Whether this manager has contact with a quorum.  See ``QuorumContact``."""

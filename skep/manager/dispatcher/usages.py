@@ -14,6 +14,7 @@ from skep.manager.control_loops.informer import run_informer
 from skep.manager.dispatcher.node_sessions.sessions import Sessions
 from skep.model.options.autoscaling import TaskUsage, autoscaling_of
 from skep.model.service import Service
+from skep.model.staged_updates import TaskRequests
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
@@ -21,7 +22,7 @@ from skep.store.transactions.updates import batched
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from skep.wire.convert.usages import usages_to_pb
+from skep.wire.convert.usages import requests_to_pb, usages_to_pb
 from skep.wire.service import Handler, server_stream
 
 CHECK_S = 2.0
@@ -48,6 +49,14 @@ class MeasuredTasks:
     def present(self) -> dict[TaskId, TaskUsage]:
         """Return the usage reported by nodes with a session here."""
         return {id: usage for session in self._sessions.all() for id, usage in session.usages.items()}
+
+    def requests(self) -> dict[TaskId, TaskRequests]:
+        """Return the requests of new tasks, as nodes with a session here report them."""
+        found: dict[TaskId, TaskRequests] = {}
+        for session in self._sessions.all():
+            for id, one in session.requests.items():
+                found[id] = found.get(id, TaskRequests()) + one
+        return found
 
     async def run(self) -> None:
         """Keep the lists until cancelled."""
@@ -96,6 +105,9 @@ class MeasuredTasks:
         present = self.present()
         for ids in batched(list(present), _PIECE):
             yield skep.TaskUsages(usages=usages_to_pb({id: present[id] for id in ids}))
+        requests = self.requests()
+        for ids in batched(list(requests), _PIECE):
+            yield skep.TaskUsages(requests=requests_to_pb({id: requests[id] for id in ids}))
 
 
 def _is_measured(service: Service) -> bool:

@@ -26,14 +26,14 @@ from skep.manager.services.removal import hide_service
 from skep.manager.services.spec_history import keep_spec
 from skep.model.history import stack_of
 from skep.model.node import Availability, Node
-from skep.model.service import ENDED, PAUSED, Service, SpecAuthor, UpdateState, UpdateStatus
+from skep.model.service import ENDED, PAUSED, Service, SpecAuthor, UpdateSplit, UpdateState, UpdateStatus
 from skep.model.task import Restart, StopCause, Task, TaskState, TaskStatus
 from skep.model.values.ids import IdSource, NodeId, TaskId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
 from skep.store.keys import HEAD
-from skep.store.kinds import as_run, has_unreadable_status
+from skep.store.kinds import as_before_update, as_run, has_unreadable_status
 
 
 class FillSlot(msgspec.Struct, frozen=True):
@@ -45,6 +45,7 @@ class FillSlot(msgspec.Struct, frozen=True):
         failures: Number of tasks before it that failed in a row.
         alongside: The slot's tasks on nodes that no longer fit, which run until the new task does (``evacuation``).
         node_id: For a replicated service, the target of a move for an even spread.
+        is_old: Whether a staged update lets the slot have a task of the old version (``UpdateSplit.old``).
     """
 
     service: Service
@@ -54,6 +55,7 @@ class FillSlot(msgspec.Struct, frozen=True):
     delay_s: float = 0.0
     failures: int = 0
     alongside: tuple[TaskId, ...] = ()
+    is_old: bool = False
 
 
 class Cause(Enum):
@@ -112,11 +114,15 @@ class StartTask(msgspec.Struct, frozen=True):
 
 
 class SetUpdateStatus(msgspec.Struct, frozen=True):
-    """Write the status of the update to ``service.spec_version``."""
+    """Write the status of the update to ``service.spec_version``.
+
+    With a ``split``, nothing is written if the split has changed since the decision.
+    """
 
     service: Service
     state: UpdateState
     message: str
+    split: UpdateSplit | None = None
 
 
 class RollBack(msgspec.Struct, frozen=True):
@@ -229,8 +235,8 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
             if current is not None and current.desired_state < TaskState.RUNNING:
                 goal = TaskState.RUNNING if current.job_iteration is None else TaskState.COMPLETE
                 tx.put(replace(current, desired_state=goal))
-        case SetUpdateStatus(service, state, message):
-            _set_update_status(tx, service, state, message, now)
+        case SetUpdateStatus():
+            _set_update_status(tx, change, now)
         case RollBack(service, message):
             _roll_back(tx, service, message, now)
         case RemoveService(ended):
@@ -254,7 +260,7 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
     service = tx.lookup(Service, change.service.id)
     if service is None or not _is_current(tx, change.service):
         return
-    service = as_run(tx, service)
+    service = as_before_update(tx, service) if change.is_old else as_run(tx, service)
     rivals = tx.find(Task, slot=f"{service.id}/{change.slot or change.node_id}")
     iteration = service.job_status.job_iteration if service.job_status is not None else None
     if any(
@@ -472,22 +478,24 @@ def _retire(
     return True
 
 
-def _set_update_status(
-    tx: Transaction, wanted: Service, state: UpdateState, message: str, now: Timestamp
-) -> None:
-    service = tx.lookup(Service, wanted.id)
-    if service is None or service.spec_version != wanted.spec_version or _is_paused_since(service, wanted):
+def _set_update_status(tx: Transaction, wanted: SetUpdateStatus, now: Timestamp) -> None:
+    service, decided = tx.lookup(Service, wanted.service.id), wanted.service
+    if service is None or service.spec_version != decided.spec_version or _is_paused_since(service, decided):
         return
     before = service.update_status or UpdateStatus()
-    if before.state == state and before.message == message:
+    if wanted.split is not None and before.split != (decided.update_status or UpdateStatus()).split:
         return
-    is_final = state in ENDED
+    is_final = wanted.state in ENDED
+    split = None if is_final else wanted.split or before.split
+    if (before.state, before.message, before.split) == (wanted.state, wanted.message, split):
+        return
     status = UpdateStatus(
-        state=state,
+        state=wanted.state,
         started_at=before.started_at or now,
         completed_at=now if is_final else None,
-        message=message,
+        message=wanted.message,
         tolerated_until=before.tolerated_until,
+        split=split,
     )
     tx.put(replace(service, update_status=status))
 
@@ -504,11 +512,15 @@ def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -
         return
     if why := claim_service(tx, service.previous_spec, service):
         # This is not an error. The message of the pause says why, and a user decides how to continue.
-        _set_update_status(tx, wanted, UpdateState.PAUSED, _paused_instead(message, why), now)
+        pause = SetUpdateStatus(wanted, UpdateState.PAUSED, _paused_instead(message, why))
+        _set_update_status(tx, pause, now)
         return
     before = service.update_status or UpdateStatus()
     status = UpdateStatus(
-        state=UpdateState.ROLLBACK_STARTED, started_at=before.started_at or now, message=message
+        state=UpdateState.ROLLBACK_STARTED,
+        started_at=before.started_at or now,
+        message=message,
+        split=before.withdrawn,
     )
     follow_rollback(tx, service)
     restart_dependents(tx, service, service.previous_spec.task_template, now)

@@ -20,9 +20,11 @@ from skep.model.service import (
     Service,
     ServiceSpec,
     UpdateConfig,
+    UpdateFailureAction,
     UpdateOrder,
     UpdateState,
 )
+from skep.model.staged_updates import TaskRequests, stages_of
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, TaskId, VolumeId
 from skep.model.values.times import unix_ns
@@ -66,6 +68,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a change freeze keeps tasks on nodes whose labels or resources no longer fit."""
     silence_s: float = 0.0
     """Seconds without a heartbeat after which a node is down."""
+    requests: TaskRequests = TaskRequests()
+    """Recent HTTP requests to the new tasks of a staged update with bounds for them."""
     sound_nodes: dict[NodeId, bool] = msgspec.field(default_factory=dict)
     """Cache of ``is_sound``.  The owner removes nodes that change."""
 
@@ -75,6 +79,9 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         status, spec = self.service.update_status, self.service.spec
         is_rollback = status is not None and status.state in ROLLBACKS
         config = (spec.rollback_config if is_rollback else spec.update_config) or _DEFAULTS
+        if not is_rollback and stages_of(spec.labels):
+            action = UpdateFailureAction.ROLLBACK
+            return replace(config, order=UpdateOrder.START_FIRST, failure_action=action)
         if (minimum := required(self.service)) and minimum >= spec.replicas and not why_stop_first(spec):
             # Stop-first would have no task that it may stop.  Tasks that write data stop first all the same
             # (``within_budget``).

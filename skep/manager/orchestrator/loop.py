@@ -8,12 +8,13 @@ from random import Random
 import structlog
 from msgspec.structs import replace
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.aio.time_slices import run_in_slices
 from skep.errors import SkepError
 from skep.manager.control_loops.failures import write_each
 from skep.manager.control_loops.loop_driver import LoopDriver
 from skep.manager.orchestrator.changes import Change, apply
+from skep.manager.orchestrator.replacement.staging import COLLECT_S, CollectRequests, no_requests
 from skep.manager.orchestrator.state import OrchestratorState
 from skep.model.node import Node
 from skep.model.service import Service, UpdateState, UpdateStatus
@@ -36,8 +37,16 @@ WRITES = 500
 class Orchestrator:
     """Keeps every service at its desired tasks: replicated and global services, jobs, restarts, rolling updates."""
 
-    def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
+    def __init__(
+        self,
+        term: LoopStore,
+        clock: Clock,
+        new_id: IdSource,
+        random: Random,
+        collect: CollectRequests = no_requests,
+    ) -> None:
         self._term = term
+        self._collect = collect
         self._clock = clock
         self._new_id = new_id
         self.state = OrchestratorState(term, clock, random)
@@ -46,11 +55,21 @@ class Orchestrator:
     async def run(self) -> None:
         """Converge until cancelled.  Runs on the leader only."""
         await self._driver.run(
-            self._converge, self.state.disruption.run, self._queue_left_over, has_rest=self._has_rest
+            self._converge,
+            self.state.disruption.run,
+            self._queue_left_over,
+            self._collect_requests,
+            has_rest=self._has_rest,
         )
 
     def _has_rest(self) -> bool:
         return bool(self.state.unwritten)
+
+    async def _collect_requests(self) -> None:
+        while True:
+            await self.state.measured.wait()
+            self.state.note_requests(await self._collect())
+            await tick(self._clock, COLLECT_S)
 
     async def _queue_left_over(self) -> None:
         await run_in_slices(self.state.queue_left_over(), self._clock)

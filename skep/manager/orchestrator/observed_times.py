@@ -47,6 +47,7 @@ class ObservedTimes:
         self._down: dict[NodeId, float] = {}
         self._back: dict[NodeId, float] = {}
         self._resumed: dict[ServiceId, float] = {}
+        self._stepped: dict[ServiceId, float] = {}
 
     def created(self, task: Task) -> float:
         """Return when the task appeared."""
@@ -138,6 +139,10 @@ class ObservedTimes:
         """Return when a user last resumed the service's update, or minus infinity if not in this term."""
         return self._resumed.get(id, -inf)
 
+    def stepped(self, id: ServiceId) -> float:
+        """Return when the present step of the service's staged update began."""
+        return self._stepped.get(id, self._began)
+
     def record(self, commit: Commit, now: float) -> None:
         """Record first observations in ``commit``."""
         for event in commit.events:
@@ -165,10 +170,14 @@ class ObservedTimes:
                 case Deleted(Node() as node):
                     self._down.pop(node.id, None)
                     self._back.pop(node.id, None)
-                case Updated(Service() as paused, Service() as service) if _is_resumed(paused, service):
-                    self._resumed[service.id] = now
+                case Updated(Service() as before_, Service() as service):
+                    if _is_resumed(before_, service):
+                        self._resumed[service.id] = now
+                    if step_of(before_) != step_of(service):
+                        self._stepped[service.id] = now
                 case Deleted(Service() as service):
                     self._resumed.pop(service.id, None)
+                    self._stepped.pop(service.id, None)
                 case Deleted(Task() as task):
                     for stamps in (
                         self.created_times,
@@ -192,6 +201,12 @@ class ObservedTimes:
 def _is_resumed(before: Service, after: Service) -> bool:
     old, new = before.update_status, after.update_status
     return old is not None and new is not None and old.state in PAUSED and new.state in UNDER_WAY
+
+
+def step_of(service: Service) -> int | None:
+    """Return the step of the service's staged update, or None if it has none."""
+    split = service.update_status.split if service.update_status is not None else None
+    return split.step if split is not None else None
 
 
 def is_waiting(task: Task) -> bool:

@@ -1,6 +1,6 @@
 """State of the orchestrator: which services and slots are due, and the changes of a service (``convergence``)."""
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from math import inf
 from random import Random
 
@@ -28,6 +28,7 @@ from skep.manager.orchestrator.observed_times import ObservedTimes, is_waiting
 from skep.manager.orchestrator.replacement.disconnection import policy_on, replaced_at
 from skep.manager.orchestrator.replacement.disruption_mode import DisruptionMode
 from skep.manager.orchestrator.replacement.enforcement import is_drained, overcommitted, violates_constraints
+from skep.manager.orchestrator.replacement.staging import RequestCounts
 from skep.manager.orchestrator.replicated import retire_all
 from skep.manager.orchestrator.slots import is_lost, is_unknown, is_unusable
 from skep.manager.orchestrator.unwritten_changes import Refusals, UnwrittenChanges
@@ -37,6 +38,7 @@ from skep.model.options.dependencies import DEPENDS_ON, dependencies_of
 from skep.model.options.labels import JOB_TTL, priority_of
 from skep.model.options.slot_volumes import has_other_properties
 from skep.model.service import UNDER_WAY, Service
+from skep.model.staged_updates import TaskRequests
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId, VolumeId
@@ -74,6 +76,7 @@ class OrchestratorState:
         self.global_services: set[ServiceId] = set()
         self._overcommitted: dict[NodeId, frozenset[TaskId]] = {}
         self._sound_nodes: dict[NodeId, bool] = {}
+        self.measured = RequestCounts()
         self._throttled_until: dict[ServiceId, float] = {}
         """Time at which the throttling of each large service ends."""
 
@@ -87,6 +90,7 @@ class OrchestratorState:
         self.disruption.start(snapshot)
         services = snapshot.find(Service)
         self.global_services = {service.id for service in services if _is_global(service)}
+        self.measured.start(services)
         self.queue.add(service.id for service in services)
         yield
 
@@ -104,6 +108,7 @@ class OrchestratorState:
     def on_commit(self, commit: Commit) -> None:
         """Queue the services whose decision may change, and note their due slots."""
         self.seen.record(commit, self._clock.monotonic())
+        self.measured.note(commit)
         self.disruption.note(commit)  # first: a disruption must be known before the decisions it would cause
         for service_id, slot in self._affected(commit):
             if slot is None:
@@ -218,6 +223,13 @@ class OrchestratorState:
         service = self._view().lookup(Service, id)
         return priority_of(service.spec.labels) if service is not None else 0
 
+    def note_requests(self, requests: Mapping[TaskId, TaskRequests]) -> None:
+        """Decide about the services with bounds for requests to their new tasks."""
+        self.measured.requests = requests
+        for id in sorted(self.measured.services):
+            self._due.add_all(id)
+            self.queue.add((id,))
+
     def _requeue_all(self) -> None:
         """Make all slots due, at the end of a freeze, which began with more than half of the nodes down."""
         self._due.clear()
@@ -331,6 +343,7 @@ class OrchestratorState:
             keeps_unfit=bool(held_by(view, stack_of_service(run))),
             silence_s=configured_grace_s(view),
             sound_nodes=self._sound_nodes,
+            requests=self.measured.requests_of(run, tasks),
         )
 
     def _nodes(self, ids: Sequence[str] | None) -> tuple[Node, ...]:

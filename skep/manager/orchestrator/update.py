@@ -44,10 +44,9 @@ Source: swarmkit, manager/orchestrator/update/updater.go.
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import islice, takewhile
+from itertools import islice
 from math import inf
 
-import msgspec
 from msgspec.structs import replace
 
 from skep.aio.time_slices import STEP, SlicedWork, collect_in_slices
@@ -67,20 +66,16 @@ from skep.manager.orchestrator.changes import (
 from skep.manager.orchestrator.decision_inputs import ROLLBACKS, Situation
 from skep.manager.orchestrator.replacement.early_failures import EarlyFailures
 from skep.manager.orchestrator.replacement.held_places import blocks, excludes, holds
-from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
-from skep.manager.orchestrator.replacement.restart import is_held
+from skep.manager.orchestrator.replacement.slot_views import SlotView, monitor_s, retired, serves, view_of
+from skep.manager.orchestrator.replacement.staging import staging_of
 from skep.manager.orchestrator.slots import (
     Slot,
     age,
-    history,
-    is_assigned,
-    wanted,
 )
 from skep.model.service import (
     PAUSED,
     UNDER_WAY,
     Service,
-    UpdateConfig,
     UpdateFailureAction,
     UpdateOrder,
     UpdateState,
@@ -89,47 +84,6 @@ from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.times import SECOND_NS
 
-DEFAULT_MONITOR_S = 5.0
-"""Monitor time of an update config without one.  Docker documents the same default."""
-
-
-class _SlotView(msgspec.Struct, frozen=True):
-    """A slot from the update's point of view."""
-
-    slot: Slot
-    current: Slot
-    """Wanted tasks made from the current spec."""
-    outdated: Slot
-    """Wanted tasks (or the last one, ended for good) made from an older, different spec."""
-    serving: Slot
-    """Outdated tasks that run, or that may run because their status is unreadable."""
-    lead: Task | None
-    """The attempt of the current version that decides about success or failure (``_leads``)."""
-    first: Task | None
-    """The lead, or an earlier attempt whose run a new leader has not observed.  Used by ``_Rollout._settled_at``
-    only.
-    """
-    started: Task | None
-    """The task that the update started the slot with: the lead, or a task of an earlier version with the same task spec
-    (``_started``)."""
-    held: Slot
-    """Wanted tasks that wait for their start time (``is_held``)."""
-
-    @property
-    def serves(self) -> bool:
-        """Whether a wanted task of the slot runs or may run."""
-        return bool(self.serving) or any(map(_serves, self.current))
-
-    @property
-    def stops(self) -> bool:
-        """Whether a task of the slot is stopping, or would have to be stopped."""
-        return any(map(is_assigned, self.slot))
-
-
-def monitor_s(config: UpdateConfig) -> float:
-    """Return how many seconds a lead is monitored."""
-    return config.monitor / SECOND_NS if config.monitor else DEFAULT_MONITOR_S
-
 
 def update_steps(slots: Iterable[Slot], situation: Situation) -> SlicedWork[list[Step]]:
     """Return the next steps of the service's update, given the ``slots`` that stay.
@@ -137,8 +91,8 @@ def update_steps(slots: Iterable[Slot], situation: Situation) -> SlicedWork[list
     After the steps are applied, the next call returns ``[]`` or a ``Recheck`` until something else happens.
     """
     service = situation.service
-    views: list[_SlotView] = []
-    yield from collect_in_slices((_view(slot, situation) for slot in slots), views)
+    views: list[SlotView] = []
+    yield from collect_in_slices((view_of(slot, situation) for slot in slots), views)
     rollout = _Rollout(service, views, situation)
     yield
     steps: list[Step] = []
@@ -152,7 +106,7 @@ def update_steps(slots: Iterable[Slot], situation: Situation) -> SlicedWork[list
     yield
     outdated = [view for view in views if view.outdated]
     if state in PAUSED:
-        leaving: list[_SlotView] = []
+        leaving: list[SlotView] = []
         for number, view in enumerate(outdated):
             steps += rollout.retire_surplus(view) if not view.current else ()
             leaving += [view] if rollout.leaves(view) else []
@@ -160,21 +114,26 @@ def update_steps(slots: Iterable[Slot], situation: Situation) -> SlicedWork[list
                 yield
         outdated = leaving  # the drains continue
     if not outdated and state not in UNDER_WAY:
-        return steps
-    if state is None:
-        steps.append(SetUpdateStatus(service, UpdateState.UPDATING, "update in progress"))
+        return [*steps, *rollout.present_share()]
+    steps += rollout.present_step()
     yield from rollout.observe()
     if state not in PAUSED and (failure_step := rollout.failure_step()) is not None:
         return [*steps, failure_step]
-    if waiting := [view for view in outdated if not view.current and view.lead is None]:
-        return [*steps, *(yield from rollout.start_slots(waiting))]
+    waiting = [view for view in outdated if not view.current and view.lead is None]
+    more, later = rollout.to_start(waiting)
+    for number, view in enumerate(later):
+        steps += rollout.retire_surplus(view)
+        if number % STEP == 0:
+            yield
+    if more:
+        return [*steps, *(yield from rollout.start_slots(more))]
     return [*steps, *rollout.complete()]
 
 
 class _Rollout:
     """Progress and settings of the update to one version."""
 
-    def __init__(self, service: Service, views: list[_SlotView], situation: Situation) -> None:
+    def __init__(self, service: Service, views: list[SlotView], situation: Situation) -> None:
         self._service = service
         self._views = views
         self._started = [view.started for view in views if view.started is not None]
@@ -195,26 +154,36 @@ class _Rollout:
         self._has_unknown_status = situation.has_unknown_status
         self.state = service.update_status.state if service.update_status else None
         self._is_rollback = self.state in ROLLBACKS
+        self._staging = staging_of(service)
+        self._keeps_old = self._staging is not None and self._staging.keeps_old
         self._config = config = situation.rollout_config
         self._starts_first = config.order is UpdateOrder.START_FIRST
         self._delay_s = config.delay / SECOND_NS
         self._monitor_s = monitor_s(config)
 
-    def finish(self, view: _SlotView) -> Iterator[Step]:
+    def finish(self, view: SlotView) -> Iterator[Step]:
         """Retire the outdated tasks that a current task of the same slot replaces."""
         if not view.current:
             if view.lead is not None and view.lead.is_done:
-                yield from _retired(view.outdated)
+                yield from retired(view.outdated)
             return
-        if not view.serving:
-            yield from _retired(view.outdated)
+        if self._staging is not None and self._keeps_old:
+            # An old task that does not run yet will.
+            is_served = any(map(serves, view.current))
+            yield from retired(
+                task
+                for task in view.outdated
+                if not task.is_active or (is_served and self._staging.is_withdrawn(task))
+            )
+        elif not view.serving:
+            yield from retired(view.outdated)
         elif self._may_take_over(view):
             active = [task for task in view.current if task.is_active]
             successor = max(active, key=lambda task: task.status.state.number)
             is_refused = not any(map(self._is_ready, view.current))
             yield from (
                 replace(step, successor=successor.id, is_refused=is_refused)
-                for step in _retired(view.outdated)
+                for step in retired(view.outdated)
             )
         if len(view.current) > 1:
             # A task on a drained node runs until its replacement does.
@@ -232,23 +201,23 @@ class _Rollout:
         is_begun = task.status.state >= TaskState.ASSIGNED and self._has_unknown_status(task)
         return task.status.state is TaskState.RUNNING, is_begun, task.status.state.number
 
-    def leaves(self, view: _SlotView) -> bool:
+    def leaves(self, view: SlotView) -> bool:
         """Return whether a drained node keeps a task of the slot until its replacement runs."""
         return any(map(self._situation.moves_start_first, view.serving))
 
-    def retire_surplus(self, view: _SlotView) -> Iterator[RetireTask]:
+    def retire_surplus(self, view: SlotView) -> Iterator[RetireTask]:
         """Retire the outdated tasks of a slot that waits for its turn, except for a running task.
 
         A slot has two running tasks after a drain that was undone.
         """
         if len(view.outdated) == 1:
             return iter(())
-        running = [task for task in view.serving if _serves(task)]
+        running = [task for task in self._by_rank(view.serving) if serves(task)]
         best = max(
-            running, key=lambda task: (not self._situation.moves_start_first(task), age(task)), default=None
+            reversed(running), key=lambda task: not self._situation.moves_start_first(task), default=None
         )
         kept = view.serving if best is None else (best,)
-        return _retired(task for task in view.outdated if view.serving and task not in kept)
+        return retired(task for task in view.outdated if view.serving and task not in kept)
 
     def count_stopped(self) -> SlicedWork[None]:
         """Count the slots that the update took out of service, so that ``finish`` can limit them."""
@@ -258,7 +227,37 @@ class _Rollout:
             if number % STEP == 0:
                 yield
 
-    def start_slots(self, waiting: list[_SlotView]) -> SlicedWork[list[Step]]:
+    def present_step(self) -> Iterator[Step]:
+        """Write that the update, or the present step of a staged one, has begun."""
+        if self._staging is not None:
+            yield from self.present_share()
+        elif self.state is None:
+            yield SetUpdateStatus(self._service, UpdateState.UPDATING, "update in progress")
+
+    def present_share(self) -> Iterator[Step]:
+        """Write the present step of a staged update, with its share and versions, also while it is paused."""
+        if self._staging is not None:
+            new = (task for view in self._views for task in view.current)
+            step = self._staging.present(new, len(self._views))
+            yield from [step] if step is not None else []
+
+    def to_start(self, waiting: list[SlotView]) -> tuple[list[SlotView], list[SlotView]]:
+        """Return the slots that the update may start with, and the ones for later steps of a staged update."""
+        if self._staging is None or not self._keeps_old or self.state in PAUSED:
+            return waiting, []
+        staying = [view for view in waiting if not self._goes(view)]
+        leaving = [view for view in waiting if self._goes(view)]
+        count = self._staging.missing(len(self._views), len(self._views) - len(staying))
+        # Slots without a running task come first.  A slot on a drained node gets a new task in any step.
+        staying.sort(key=lambda view: view.serves)
+        return leaving + staying[:count], staying[count:]
+
+    def _goes(self, view: SlotView) -> bool:
+        """Return whether the slot gets a new task in any step: its node is drained, or its tasks are withdrawn."""
+        staging = self._staging
+        return self.leaves(view) or (staging is not None and all(map(staging.is_withdrawn, view.outdated)))
+
+    def start_slots(self, waiting: list[SlotView]) -> SlicedWork[list[Step]]:
         """Start with as many more slots as ``parallelism`` allows, and recheck when a delay ends.
 
         Idle slots, which have no running task, come first, and then slots of drained nodes.  The update starts
@@ -278,9 +277,9 @@ class _Rollout:
                 allowed_at.append(settled_at + self._delay_s)
         allowed = (self._config.parallelism or len(waiting)) - busy
         yield
-        idle: list[_SlotView] = []
-        leaving: list[_SlotView] = []
-        staying: list[_SlotView] = []
+        idle: list[SlotView] = []
+        leaving: list[SlotView] = []
+        staying: list[SlotView] = []
         for number, view in enumerate(waiting):
             (idle if not view.serves else leaving if self.leaves(view) else staying).append(view)
             if number % STEP == 0:
@@ -300,7 +299,7 @@ class _Rollout:
             steps.append(Recheck(min(allowed_at)))
         return [*steps, *self._recheck_progress()]
 
-    def _holders(self, idle: list[_SlotView]) -> list[_SlotView]:
+    def _holders(self, idle: list[SlotView]) -> list[SlotView]:
         """Return idle slots that hold something that new tasks were refused, at most one for each such task."""
         refused = [task for task in self._started if self._settled[task.id] is None and task.status.err]
         kinds = {task.status.state: task for task in refused}.values()
@@ -320,21 +319,17 @@ class _Rollout:
                     self._due.append(due_at)
             if view.lead is not None and self._has_failed(view.lead):
                 self._failed.append(view.lead)
+            elif self._keeps_old and self._staging is not None:
+                failed = self._staging.failed(view, self._situation)
+                self._failed += [failed] if failed is not None else []
             if number % STEP == 0:
                 yield
 
     def failure_step(self) -> Step | None:
         """Return the step that follows from too many failures, or None if the update may continue."""
         action = self._config.failure_action or UpdateFailureAction.PAUSE
-        if action is UpdateFailureAction.CONTINUE:
+        if action is UpdateFailureAction.CONTINUE or not (reason := self._failure()):
             return None
-        if not self._failed:
-            return None
-        total = len([view for view in self._views if view.lead is not None or view.outdated])
-        if len(self._failed) / total <= self._config.max_failure_ratio:
-            return None
-        newest = max(self._failed, key=lambda task: (self._seen.ended(task) or 0.0, task.id))
-        reason = self._reason(newest)
         if self._is_rollback:
             # A rollback is never rolled back.
             return SetUpdateStatus(self._service, UpdateState.ROLLBACK_PAUSED, f"rollback paused {reason}")
@@ -345,20 +340,43 @@ class _Rollout:
             return SetUpdateStatus(self._service, UpdateState.PAUSED, message)
         return RollBack(self._service, f"{ROLLED_BACK} {reason}")
 
+    def _failure(self) -> str:
+        """Return the reason why the update fails, with Docker's words for failed tasks, or an empty text."""
+        if self._staging is not None and (reason := self._staging.exceeded(self._situation)):
+            return reason
+        if not self._failed:
+            return ""
+        begun = [view for view in self._views if view.started is not None]
+        total = len([view for view in self._views if view.lead is not None or view.outdated])
+        if self._keeps_old:
+            total = len(begun) or 1
+        if len(self._failed) / total <= self._config.max_failure_ratio:
+            return ""
+        return self._reason(max(self._failed, key=lambda task: (self._seen.ended(task) or 0.0, task.id)))
+
     def complete(self) -> Iterator[Step]:
-        """End the update once it has started with every slot and has monitored every lead for the monitor time."""
-        if self.state not in UNDER_WAY:
+        """End the update, or the step of a staged one, once it has started with every slot and has monitored every lead
+        for the monitor time.
+        """
+        if self.state not in UNDER_WAY or (self._keeps_old and not self._service.spec.replicas):
             return
-        leads = [self._settled[view.lead.id] for view in self._views if view.lead is not None]
-        settled = [at for at in leads if at is not None]
-        if len(settled) < len(leads):
+        leads = [view.started if self._keeps_old else view.lead for view in self._views]
+        found = [self._settled[lead.id] for lead in leads if lead is not None]
+        settled = [at for at in found if at is not None]
+        if len(settled) < len(found) or (self._keeps_old and not all(map(_is_ready_for_step, self._views))):
             yield from self._recheck_progress()
             return
         over_at = max(settled, default=self._now) + self._monitor_s
+        if self._keeps_old and self._staging is not None:
+            id = self._service.id
+            since = max([self._seen.stepped(id), self._seen.resumed(id), *settled])
+            over_at = since + max(self._monitor_s, self._staging.stage.least_s)
         if renewed := [*self._recheck_progress()]:
             yield from renewed
-        elif settled and over_at > self._now:
-            yield Recheck(over_at)
+        elif (settled or self._keeps_old) and over_at > self._now:
+            yield from [Recheck(over_at)] if over_at < inf else []
+        elif self._keeps_old and self._staging is not None:
+            yield self._staging.following()
         elif self._is_rollback:
             yield SetUpdateStatus(self._service, UpdateState.ROLLBACK_COMPLETED, self._rolled_back())
         else:
@@ -370,17 +388,19 @@ class _Rollout:
         cause = status.message if status is not None and status.message.startswith(ROLLED_BACK) else ""
         return "rollback completed" + (f": {cause}" if cause else "")
 
-    def _replace(self, view: _SlotView) -> Iterator[Step]:
+    def _replace(self, view: SlotView) -> Iterator[Step]:
         """Start with one slot.  If it has several outdated tasks, after overlapping updates, the best one counts."""
         *others, best = sorted(
-            view.outdated,
-            key=lambda task: (task.status.state is TaskState.RUNNING, task in view.serving, age(task)),
+            self._by_rank(view.outdated),
+            key=lambda task: (task.status.state is TaskState.RUNNING, task in view.serving),
         )
         others = [task for task in others if task.desired_state <= TaskState.RUNNING]
         fill = FillSlot(self._service, best.slot, NodeId("") if best.slot else best.node_id)
         prepared = replace(fill, desired=TaskState.READY)
         if best.desired_state > TaskState.RUNNING:
             yield prepared if view.stops else fill
+        elif self._keeps_old and best.is_active and not self._withdrawn(best):
+            yield fill
         elif best not in view.serving:
             # Any of several outdated tasks may be assigned to a node before it is retired, so the successor must wait.
             successor = prepared if view.stops or others else fill
@@ -392,7 +412,14 @@ class _Rollout:
             yield ReplaceTask(others.pop(), successor) if others else successor
         yield from map(RetireTask, others)
 
-    def _may_take_over(self, view: _SlotView) -> bool:
+    def _by_rank(self, tasks: Slot) -> list[Task]:
+        """Return outdated tasks, the best one last: the newest that is not of a replaced staged update."""
+        return sorted(tasks, key=lambda task: (not self._withdrawn(task), age(task)))
+
+    def _withdrawn(self, task: Task) -> bool:
+        return self._staging is not None and self._staging.is_withdrawn(task)
+
+    def _may_take_over(self, view: SlotView) -> bool:
         """Return whether the slot's serving tasks may be retired for a current one.
 
         The current task runs, or (stop-first) could start at once, and ``parallelism`` allows one more stopped slot.
@@ -432,7 +459,7 @@ class _Rollout:
         least = TaskState.RUNNING if self._starts_first else TaskState.READY
         return least <= task.status.state <= TaskState.RUNNING
 
-    def _settled_at(self, view: _SlotView) -> float | None:
+    def _settled_at(self, view: SlotView) -> float | None:
         """Return the time at which the slot's lead began to run, ended or became overdue.
 
         Parallelism, delay and monitor time count from here.  If the lead failed and the failure is tolerated, they
@@ -502,96 +529,6 @@ class _Rollout:
         return ran_at is None or ended_at is None or ended_at - ran_at <= self._monitor_s
 
 
-def is_outdated(slot: Slot, situation: Situation) -> bool:
-    """Return whether an update would replace a task in the slot."""
-    past = history(slot)
-    return bool(_outdated(wanted(past), past, situation))
-
-
-def _outdated(kept: Slot, past: Slot, situation: Situation) -> Slot:
-    """Return the outdated tasks among a slot's wanted tasks, or its last task in ``past`` if none is wanted."""
-    if len(kept) == 1:
-        return kept if is_dirty(kept[0], situation) else ()
-    return tuple([task for task in kept or past[-1:] if is_dirty(task, situation)])
-
-
-def _view(slot: Slot, situation: Situation) -> _SlotView:
-    # This runs for every slot of a service in every decision, so the usual case of one task has no loop.
-    past = history(slot)
-    kept = wanted(past)
-    outdated = _outdated(kept, past, situation)
-    current = kept if not outdated else tuple([task for task in kept if task not in outdated])
-    serving = tuple([task for task in outdated if _may_serve(task, situation)]) if outdated else ()
-    first, lead = _leads(past, situation, is_given_up=bool(outdated) and not current)
-    started = lead or _started(past, current, situation)
-    held = tuple([task for task in kept if is_held(task, slot, situation)])
-    return _SlotView(slot, current, outdated, serving, lead, first, started, held)
-
-
-def _retired(tasks: Iterable[Task]) -> Iterator[RetireTask]:
-    """Retire the tasks that are not retired yet."""
-    return (RetireTask(task) for task in tasks if task.desired_state <= TaskState.RUNNING)
-
-
-def _serves(task: Task) -> bool:
-    return task.desired_state <= TaskState.RUNNING and task.status.state is TaskState.RUNNING
-
-
-def _may_serve(task: Task, situation: Situation) -> bool:
-    """Return whether an old task runs or has an unreadable status, because an unreadable value must not stop a task
-    (decision 21).
-    """
-    if _serves(task):
-        return True
-    return task.is_wanted and is_assigned(task) and situation.has_unknown_status(task)
-
-
-def _leads(past: Slot, situation: Situation, *, is_given_up: bool) -> tuple[Task | None, Task | None]:
-    """Return the first attempt at the current version, and the first attempt that counts.
-
-    A task that was stopped before it ran is not an attempt, and its slot is still out of service.  A task whose run a
-    new leader has not observed, or that ended before the update was resumed, counts neither as success nor as failure.
-    The next attempt does.
-
-    Args:
-        is_given_up: Whether the slot has only old tasks.  Then a last attempt that stopped before it ran is not a lead,
-            since nothing takes its place: the old task was taken for a current one while its spec was unreadable.
-    """
-    made = [task for task in past if task.spec_version == situation.service.spec_version]
-    if not made:
-        return None, None
-    first: Task | None = None
-    for task in made[:-1]:
-        is_past = task.ended_by_itself
-        if not _says_something(task, situation):
-            continue
-        first = first or task
-        is_unseen = is_past and situation.seen.is_unseen(task, monitor_s(situation.rollout_config))
-        if not (is_unseen or (is_past and situation.is_tolerated(task))):
-            return first, task
-    if is_given_up and made[-1].status.state.is_terminal and not _says_something(made[-1], situation):
-        return first, None
-    return first or made[-1], made[-1]
-
-
-def _says_something(task: Task, situation: Situation) -> bool:
-    """Return whether the task may still run, has run or ended by itself, and was not stopped before it ran."""
-    return task.is_wanted or task.ended_by_itself or situation.seen.running(task) is not None
-
-
-def _started(past: Slot, current: Slot, situation: Situation) -> Task | None:
-    """Return the first matching task of the last attempts, in a slot without a lead.
-
-    Labels that change in the middle of an update make a new version with the same task spec.  A slot that the earlier
-    version has started with still counts against ``parallelism``.  The attempts after the first do not count, as
-    after a lead.  A matching task that was stopped belongs to an earlier update: its replacement may be missing from
-    the history.
-    """
-    if not current:
-        return None
-
-    def is_attempt(task: Task) -> bool:
-        return task in current or (task.ended_by_itself and not is_dirty(task, situation))
-
-    row = takewhile(is_attempt, reversed(past))
-    return min(row, key=age, default=None)
+def _is_ready_for_step(view: SlotView) -> bool:
+    """Return whether the new task of the slot runs, if the slot has one."""
+    return not view.current or any(map(serves, view.current))

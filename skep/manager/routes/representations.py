@@ -97,9 +97,9 @@ def _shown_job(job: JobStatus | None) -> JobStatus | None:
 
 
 def _shown_update(status: UpdateStatus | None) -> UpdateStatus | None:
-    if status is None or status.tolerated_until is None:
+    if status is None or (status.tolerated_until is None and status.split is None):
         return status
-    return replace(status, tolerated_until=None)
+    return replace(status, tolerated_until=None, split=None)
 
 
 def shown_node(problems: Problems, node: Node) -> Node:

@@ -12,12 +12,13 @@ import structlog
 from skep.errors import SkepError
 from skep.model.node import Node
 from skep.model.options.autoscaling import TaskUsage
+from skep.model.staged_updates import TaskRequests
 from skep.model.values.ids import NodeId, TaskId
 from skep.store.interface import Store
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import ManagerChannel
-from skep.wire.convert.usages import usages_from_pb
+from skep.wire.convert.usages import requests_from_pb, usages_from_pb
 
 log = structlog.get_logger(__name__)
 
@@ -33,18 +34,31 @@ class TaskUsages:
         store: Store,
         own: NodeId,
         reported_here: Callable[[], Mapping[TaskId, TaskUsage]],
+        requests_here: Callable[[], Mapping[TaskId, TaskRequests]],
         channel: Callable[[NodeId], ManagerChannel],
     ) -> None:
         """``channel`` returns the link's connection to another manager, or raises Unavailable."""
         self._store = store
         self._own = own
         self._reported_here = reported_here
+        self._requests_here = requests_here
         self._channel = channel
 
     async def collect(self) -> Mapping[TaskId, TaskUsage]:
         """Return the current usages.  Managers that do not respond, or whose version lacks such reports,
         are left out.
         """
+        found = usages_from_pb(one for message in await self._messages() for one in message.usages)
+        return {**found, **self._reported_here()}
+
+    async def collect_requests(self) -> Mapping[TaskId, TaskRequests]:
+        """Return the recent requests of new tasks over all front doors."""
+        found = requests_from_pb(one for message in await self._messages() for one in message.requests)
+        for id, one in self._requests_here().items():
+            found[id] = found.get(id, TaskRequests()) + one
+        return found
+
+    async def _messages(self) -> list[skep.TaskUsages]:
         managers = [
             node.id
             for node in self._store.view().find(Node)
@@ -54,24 +68,20 @@ class TaskUsages:
             asked = [
                 group.create_task(self._of(manager), name=f"usages of {manager}") for manager in managers
             ]
-        found: dict[TaskId, TaskUsage] = {}
-        for one in asked:
-            found |= one.result()
-        return {**found, **self._reported_here()}
+        return [message for one in asked for message in one.result()]
 
-    async def _of(self, manager: NodeId) -> Mapping[TaskId, TaskUsage]:
-        messages: list[skep.TaskUsage] = []
+    async def _of(self, manager: NodeId) -> list[skep.TaskUsages]:
+        messages: list[skep.TaskUsages] = []
         try:
             async with (
                 asyncio.timeout(RESPONSE_S),
                 self._channel(manager).stream(methods.COLLECT_USAGES) as call,
             ):
                 await call.send(skep.CollectUsagesRequest(), end=True)
-                async for message in call:
-                    messages += message.usages
+                messages.extend([message async for message in call])
         except (SkepError, TimeoutError) as error:
             log.debug("usages not collected", manager=manager, reason=str(error))
-        return usages_from_pb(messages)
+        return messages
 
 
 async def no_usages() -> Mapping[TaskId, TaskUsage]:

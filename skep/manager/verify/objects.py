@@ -94,7 +94,8 @@ def unused_version(version: SpecVersion, view: View) -> Iterator[InvariantViolat
         return
     pinned = service.job_status.spec_version if service.job_status is not None else None
     used = {task.spec_version for task in view.find(Task, service_id=service.id)}
-    if version.index not in {one.index for one in (*used, service.spec_version, pinned) if one is not None}:
+    indexes = {one.index for one in (*used, service.spec_version, pinned) if one is not None}
+    if version.index not in indexes and version.index != service.old_version:
         yield InvariantViolation("leftover", f"spec {version.id} is used by no task", (version,))
 
 

@@ -12,6 +12,7 @@ from skep.model.options.constraints import is_satisfied
 from skep.model.options.labels import min_available
 from skep.model.options.overlap import written_data
 from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateOrder
+from skep.model.staged_updates import stages_of
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId
 from skep.model.volume import Volume, VolumeScope, VolumeSharing
@@ -43,8 +44,8 @@ def went_back(old: Task, new: Task) -> Iterator[InvariantViolation]:
 def crowded_slot(wanted: Sequence[Task], service: Service | None, view: View) -> Iterator[InvariantViolation]:
     """Yield a slot with too many tasks.
 
-    During an update with start-first, two may have desired state running.  So may the task of a drained node and its
-    replacement.  If the drain is undone, both may run until one of them is retired.
+    During a staged update, or one with start-first, two may have desired state running.  So may the task of a drained
+    node and its replacement.  If the drain is undone, both may run until one of them is retired.
 
     Args:
         wanted: The wanted tasks of one slot, for jobs of one iteration.
@@ -71,8 +72,10 @@ def is_on_drained_node(task: Task, view: View) -> bool:
 
 def may_start_first(service: Service) -> bool:
     """Return whether an update or rollback to or from the current spec may start the new task first."""
-    return _has_minimum(service) or any(
-        config.order is UpdateOrder.START_FIRST for config in rollout_configs(service)
+    return (
+        _has_minimum(service)
+        or any(config.order is UpdateOrder.START_FIRST for config in rollout_configs(service))
+        or any(stages_of(spec.labels) for spec in (service.spec, service.previous_spec or service.spec))
     )
 
 

@@ -115,6 +115,8 @@ class TableEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     is_left_out: bool = False
     """Whether it gets no new connections although it serves, because its node does not respond and no manager is
     reachable (``dataplane/tables/unreachable.py``)."""
+    version: int = 0
+    """Index of the spec version that the task was created from.  0 for a plain container."""
 
 
 class TablePort(msgspec.Struct, frozen=True, kw_only=True, order=True):
@@ -124,6 +126,15 @@ class TablePort(msgspec.Struct, frozen=True, kw_only=True, order=True):
     published: int
     target: int
     options: PublishOptions = PublishOptions()
+
+
+class TableSplit(msgspec.Struct, frozen=True):
+    """The share of new connections, in percent, for the tasks of some spec versions during a staged update."""
+
+    percent: int
+    versions: tuple[int, ...]
+    withdrawn: tuple[int, ...] = ()
+    """Versions whose tasks get no new connections while others serve."""
 
 
 class TableService(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,6 +151,8 @@ class TableService(msgspec.Struct, frozen=True, kw_only=True):
     """Labels of routes and proxies on the front door's network.  Empty on other networks."""
     created_at: str = ""
     """Age of the service, which decides between two claims of a route.  Empty where ``labels`` are."""
+    split: TableSplit | None = None
+    """None treats all tasks alike."""
 
 
 class NetworkTable(msgspec.Struct, frozen=True, kw_only=True):

@@ -33,6 +33,7 @@ from skep.model.options.schedules import (
     CRON_TIME_ZONE,
 )
 from skep.model.options.slot_volumes import FORGOTTEN_LABEL
+from skep.model.staged_updates import UPDATE
 
 PREFIX: Final = "skep."
 NODE_LABELS: Final = (RESERVE_CPUS, RESERVE_MEMORY, DRAIN_NOW, IGNORE_PATHS, FORGOTTEN_LABEL)
@@ -57,6 +58,7 @@ _SAME_MEANING: Final = {
     PROGRESS_DEADLINE: ("timeout", "update-timeout", "deploy-timeout", "update-deadline"),
     PUBLISH_NOT_READY: ("publish-not-ready-addresses", "not-ready"),
     STOPPED: ("stop", "disabled", "paused"),
+    UPDATE: ("canary", "strategy", "update-strategy", "rollout", "deployment"),
     VOLUME_AFFINITY: ("sticky-volumes", "data-affinity"),
     AFFINITY: ("near", "pod-affinity", "colocate", "machine-of"),
     ANTI_AFFINITY: ("apart", "pod-anti-affinity", "conflicts", "distinct-hosts"),

@@ -101,6 +101,7 @@ from skep.model.service import (
     TaskSpec,
     UpdateConfig,
 )
+from skep.model.staged_updates import UPDATE_LABELS
 from skep.model.values.encoding import ApiObject
 from skep.model.values.meta import Driver
 
@@ -199,6 +200,7 @@ SERVICE_LABELS: Final[Mapping[str, Field]] = {
             ON_DISCONNECT_DELAY,
             PROGRESS_DEADLINE,
         ),
+        *UPDATE_LABELS,
         *(PUBLISH_NOT_READY, STOPPED, VOLUME_AFFINITY, FORMER_VOLUMES),
         *(f"{PUBLISH_LABEL}{option}" for option in ("affinity", "local", "proxy-protocol")),
     ),

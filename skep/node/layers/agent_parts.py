@@ -193,6 +193,7 @@ class AgentParts:
             volumes=runtime.cluster_volumes,
             usages=self.usages,
             addresses=runtime.addresses,
+            requests=runtime.door_requests,
             serve_images=partial(self.image_sharing.exchange, credentials, node),
         )
         managers = ManagerList(

@@ -50,7 +50,8 @@ from skep.model.door import settings as door
 from skep.model.networks.used_ports import UsedPort
 from skep.model.networks.wireguard import EncryptionMethod
 from skep.model.node_reports.conditions import ConditionName
-from skep.model.values.ids import new_container_id
+from skep.model.staged_updates import TaskRequests
+from skep.model.values.ids import TaskId, new_container_id
 from skep.model.values.meta import Driver
 from skep.node.container_apis.exchange import Dispatch
 from skep.node.container_apis.server import ContainerApis
@@ -165,6 +166,10 @@ class Containers:
         volumes = self.engine.volumes
         return volumes.path(door.NAME) if volumes.has(door.NAME) else None
 
+    def door_requests(self) -> Mapping[TaskId, TaskRequests]:
+        """Return the requests of new tasks over the front door."""
+        return self._front_door.requests()
+
     def run_networks(self, run: Run, tables: NetworkTables) -> None:
         """Keep the cluster networks on this node in the state that their tables describe."""
         foundation, plane = self._foundation, self.data_plane
@@ -178,6 +183,7 @@ class Containers:
         run(self.addresses.run, "failover addresses")
         watch = partial(unreachable.watch, foundation.session, plane.prober, tables.exclude, foundation.clock)
         run(watch, "silent peers")
+        run(self._front_door.run, "requests over the front door")
         run(partial(self._follow_certificates, tables), "certificates of the front door")
 
     async def _follow_certificates(self, tables: NetworkTables) -> None:
@@ -269,6 +275,10 @@ class PlainProcesses:
     def network_listeners(self, shared: SharedTables) -> tuple[TableListener, ...]:
         """Return the users of network tables."""
         return (shared,)
+
+    def door_requests(self) -> Mapping[TaskId, TaskRequests]:
+        """Return nothing, because plain processes are not on the front door's network."""
+        return {}
 
     def run_networks(self, run: Run, tables: NetworkTables) -> None:
         """Keep the tables of cluster networks current."""

@@ -43,6 +43,7 @@ from skep.model.service import (
     ServiceSpec,
     TaskSpec,
 )
+from skep.model.staged_updates import UPDATE_LABELS
 from skep.model.values.meta import Driver
 from skep.stack.compose.containers import StackVolumes, container_of, hosts_of
 from skep.stack.compose.deploy_section import (
@@ -78,6 +79,7 @@ _X_SKEP: Final = {
     "publish-not-ready": known_labels.PUBLISH_NOT_READY,
     "stopped": known_labels.STOPPED,
     "max-skew": MAX_SKEW,
+    **{label.removeprefix(LABEL_PREFIX).replace(".", "-"): label for label in UPDATE_LABELS},
 }
 _PUBLISH: Final = ("host-ip", "affinity", "local", "proxy-protocol")
 _ROUTE_HOST: Final = "host"

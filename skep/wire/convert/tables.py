@@ -13,6 +13,7 @@ from skep.model.networks.tables import (
     TablePort,
     TableService,
     TableSet,
+    TableSplit,
 )
 from skep.model.networks.wireguard import PublicKey
 from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
@@ -125,6 +126,7 @@ def _entries_to_pb(change: TableChange) -> Iterator[pb.NetworkNode | pb.NetworkE
             ],
             labels=service.labels,
             created_at=service.created_at,
+            split=_split_to_pb(service.split),
         )
     for endpoint in change.endpoints:
         yield pb.NetworkEndpoint(
@@ -138,7 +140,14 @@ def _entries_to_pb(change: TableChange) -> Iterator[pb.NetworkNode | pb.NetworkE
             running=endpoint.is_running,
             serving=endpoint.is_serving,
             named_early=endpoint.is_named_early,
+            version=endpoint.version,
         )
+
+
+def _split_to_pb(split: TableSplit | None) -> pb.NetworkService.Split | None:
+    if split is None:
+        return None
+    return pb.NetworkService.Split(percent=split.percent, versions=split.versions, withdrawn=split.withdrawn)
 
 
 def _head_to_pb(head: NetworkHead) -> pb.NetworkHead:
@@ -211,6 +220,7 @@ def _endpoint_from_pb(endpoint: pb.NetworkEndpoint) -> TableEndpoint:
         is_running=endpoint.running,
         is_serving=endpoint.serving,
         is_named_early=endpoint.named_early,
+        version=endpoint.version,
     )
 
 
@@ -236,4 +246,9 @@ def _service_from_pb(service: pb.NetworkService) -> TableService:
         ),
         labels=dict(service.labels),
         created_at=service.created_at,
+        split=(
+            TableSplit(service.split.percent, tuple(service.split.versions), tuple(service.split.withdrawn))
+            if service.HasField("split")
+            else None
+        ),
     )

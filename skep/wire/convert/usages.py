@@ -1,8 +1,9 @@
-"""Resource usage of tasks, as nodes report it."""
+"""Resource usage of tasks, and their requests over the front door, as nodes report them."""
 
 from collections.abc import Collection, Iterable, Mapping
 
 from skep.model.options.autoscaling import TaskUsage
+from skep.model.staged_updates import TaskRequests
 from skep.model.values.ids import TaskId
 from skep.wire import skep_pb2 as pb
 
@@ -23,4 +24,24 @@ def usages_from_pb(
         usage = TaskUsage(nano_cpus=message.nano_cpus, memory_bytes=message.memory_bytes)
         if usage.is_plausible and (about is None or message.task_id in about):
             found[TaskId(message.task_id)] = usage
+    return found
+
+
+def requests_to_pb(requests: Mapping[TaskId, TaskRequests]) -> list[pb.TaskRequests]:
+    return [
+        pb.TaskRequests(task_id=id, requests=one.requests, errors=one.errors, milliseconds=one.milliseconds)
+        for id, one in requests.items()
+    ]
+
+
+def requests_from_pb(messages: Iterable[pb.TaskRequests]) -> dict[TaskId, TaskRequests]:
+    """Convert requests, summed by task."""
+    found: dict[TaskId, TaskRequests] = {}
+    for message in messages:
+        one = TaskRequests(
+            requests=message.requests,
+            errors=min(message.errors, message.requests),
+            milliseconds=message.milliseconds,
+        )
+        found[TaskId(message.task_id)] = found.get(TaskId(message.task_id), TaskRequests()) + one
     return found

@@ -6,6 +6,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from skep.manager.control.services import previous_after, status_after
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import Change, Step, apply, decided_for
 from skep.manager.orchestrator.convergence import next_steps
@@ -15,6 +16,7 @@ from skep.manager.orchestrator.replacement.enforcement import overcommitted
 from skep.model.node import Node
 from skep.model.permissions.user import User
 from skep.model.service import Service, ServiceSpec
+from skep.model.staged_updates import TaskRequests
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.task_end import TaskEnd
@@ -24,7 +26,7 @@ from skep.model.values.times import timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Event, Updated
 from skep.store.keys import HEAD
-from skep.store.kinds import Payload
+from skep.store.kinds import Payload, SpecVersion, spec_version_id
 from skep.store.schema import SCHEMA_BY_TYPE
 
 
@@ -45,6 +47,7 @@ class World:
         self.now_ns = 0
         self.silence_s = 0.0
         self.keeps_unfit = False
+        self.requests = TaskRequests()
         self.volumes: dict[VolumeId, Volume] = {}
         self.held: set[TaskId] = set()
         """Tasks without reports."""
@@ -69,6 +72,7 @@ class World:
             now_ns=self.now_ns,
             silence_s=self.silence_s,
             keeps_unfit=self.keeps_unfit,
+            requests=self.requests,
         )
 
     def _overcommitted(self, node_id: NodeId) -> frozenset[TaskId]:
@@ -130,7 +134,11 @@ class World:
 
     def update(self, spec: ServiceSpec) -> None:
         """Update the service, as a user does."""
-        self.put(replace(self.service, previous_spec=self.service.spec, spec=spec, update_status=None))
+        service = self.service
+        status = status_after(service, spec, service.updated_at)
+        self.put(
+            replace(service, previous_spec=previous_after(service, spec), spec=spec, update_status=status)
+        )
 
     # -- the part of a transaction that changes need -------------------------------------------------------------
 
@@ -140,6 +148,17 @@ class World:
                 return self.service if self.service.id == id else None
             case "Task":
                 return self.tasks.get(TaskId(id))
+            case "SpecVersion":
+                specs = {
+                    spec_version_id(self.service.id, of): (of, one) for of, one in self.specs.items() if of
+                }
+                return (
+                    SpecVersion(
+                        id=id, service_id=self.service.id, index=specs[id][0].index, spec=specs[id][1]
+                    )
+                    if id in specs
+                    else None
+                )
             case "Payload":
                 return self.payloads.get(id)
             case _:

@@ -211,7 +211,8 @@ class DoorRig:
             await asyncio.sleep(float(request.query.get("wait", "0")))
             local = request.transport.get_extra_info("sockname")[0] if request.transport else ""
             headers = {name.lower(): value for name, value in request.headers.items()}
-            return web.json_response({"task": local, "path": request.path_qs, "headers": headers})
+            body = {"task": local, "path": request.path_qs, "headers": headers}
+            return web.json_response(body, status=int(request.query.get("status", "200")))
 
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", respond)

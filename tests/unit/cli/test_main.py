@@ -92,7 +92,7 @@ def completed(*words: str) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        (("update", ""), ["abort", "pause", "resume"]),
+        (("update", ""), ["abort", "pause", "promote", "resume", "switch-back"]),
         (("cluster", "re"), ["rebalance", "recover", "resume"]),
         (("cluster", "recover", "--d"), ["--dry-run"]),
         (("cluster", "fo"), ["forget-nodes"]),

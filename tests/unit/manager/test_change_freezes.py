@@ -14,6 +14,7 @@ from skep.aio.clock import SystemClock
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import FailedPrecondition, NotFound, PermissionDenied, ResourceExhausted, SkepError
 from skep.manager.autoscaling.state import Scaling, write_replicas
+from skep.manager.cluster import cluster_of
 from skep.manager.control.quotas import check_quota
 from skep.manager.orchestrator.changes import ReplaceTask, RetireTask
 from skep.manager.orchestrator.global_services import reconcile
@@ -345,3 +346,19 @@ def test_each_change_is_an_event() -> None:
         for a, b in pairs
     ]
     assert found == [["open-window"], ["close-window"], ["open-window"], ["remove-window"]]
+
+
+@pytest.mark.parametrize(
+    "verb", ["stop", "start", "update/abort?version=1", "update/promote", "update/switch-back"]
+)
+async def test_a_strict_freeze_refuses_each_operation_on_a_service(verb: str) -> None:
+    async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
+
+        def freeze(tx: Transaction) -> None:
+            swarm = cluster_of(tx)
+            tx.put(replace(swarm, change_freezes={CLUSTER: a_freeze(is_strict=True)}))
+            tx.put(NORTH)
+
+        await api.store.update(freeze)
+        async with client.post(f"/skep/services/{NORTH.id}/{verb}") as response:
+            assert "the cluster is frozen until" in await response.text()

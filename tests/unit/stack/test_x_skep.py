@@ -31,7 +31,8 @@ def test_every_label_of_services_has_a_key() -> None:
             found = spec(f"ports: ['80:80'], x-skep: {{publish: {{'80/tcp': {{{option}: '{value}'}}}}}}")
             assert found["Labels"][f"skep.publish.80/tcp.{option}"] == value
         else:
-            found = spec(f"x-skep: {{{label.name.removeprefix('skep.')}: '{value}'}}")
+            key = label.name.removeprefix("skep.").replace(".", "-")
+            found = spec(f"x-skep: {{{key}: '{value}'}}")
             assert found["Labels"][label.name] == value
 
 

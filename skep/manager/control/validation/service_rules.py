@@ -41,6 +41,7 @@ from skep.model.service import (
     TaskSpec,
     UpdateConfig,
 )
+from skep.model.staged_updates import check_staged_update
 
 _NANO_CPUS_MIN = 1_000_000
 """Smallest CPU limit or reservation, as in SwarmKit."""
@@ -60,6 +61,7 @@ def check_service_spec(spec: ServiceSpec) -> None:
         )
     if MIN_AVAILABLE in spec.labels and spec.mode.name != "replicated":
         raise InvalidArgument(f"the label {MIN_AVAILABLE} works on replicated services only")
+    check_staged_update(spec)
     check_affinities(spec.labels, spec.name, is_global=spec.mode.name in ("global", "global-job"))
     check_autoscaling(spec)
     check_schedule(spec.labels, spec.mode.name)

@@ -35,12 +35,14 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
-from skep.wire.convert.usages import usages_from_pb
+from skep.wire.convert.usages import requests_from_pb, usages_from_pb
 from skep.wire.convert.values import duration_to_pb
 from skep.wire.service import Handler, both_stream, unary
 
 log = structlog.get_logger(__name__)
 
+REQUESTS_MAX = 1000
+"""Most reports of requests in a heartbeat.  Nodes send fewer."""
 TICK_S, TICK_S_MAX = 0.2, 0.5
 """Minimum and maximum seconds between checks for silent nodes, unless a deadline passes earlier."""
 OWN_PERIOD_S = 2.0
@@ -267,6 +269,8 @@ class Heartbeats:
                     session.load = load_from_heartbeat(request.load)
                 if request.usages or session.usages:
                     session.usages = usages_from_pb(request.usages, frozenset(session.measured))
+                if request.requests or session.requests:
+                    session.requests = requests_from_pb(request.requests[:REQUESTS_MAX])
                 period_s = self._deadlines.record_heartbeat(session, is_away=request.away)
                 yield skep.HeartbeatPeriod(
                     period=duration_to_pb(int(period_s * SECOND_NS)), measured=session.measured

@@ -17,6 +17,7 @@ from skep.aio.event import Event
 from skep.errors import SkepError
 from skep.manager.dispatcher.node_sessions.registration import NotRegistered, SessionInvalid, SilentNode
 from skep.model.options.autoscaling import TaskUsage
+from skep.model.staged_updates import TaskRequests
 from skep.model.values.ids import NodeId, SessionId, TaskId
 
 MISSED_PERIODS = 1.5
@@ -69,6 +70,7 @@ class LiveSession:
         "messages",
         "node_id",
         "period_s",
+        "requests",
         "usages",
     )
 
@@ -99,6 +101,8 @@ class LiveSession:
         """Tasks of the node whose usage is measured."""
         self.usages: Mapping[TaskId, TaskUsage] = {}
         """Usage of these tasks in the last heartbeat."""
+        self.requests: Mapping[TaskId, TaskRequests] = {}
+        """Requests of new tasks over the node's front door, in the last heartbeat."""
         self.messages = StreamSignal()
         """Wakes the stream of session messages."""
         self._disconnect = disconnect

@@ -143,6 +143,8 @@ def unused_versions(
         used.add(service.spec_version.index)
     if service.job_status is not None and service.job_status.spec_version is not None:
         used.add(service.job_status.spec_version.index)
+    if service.old_version is not None:
+        used.add(service.old_version)
     return [version for version in versions if version.index not in used]
 
 

@@ -157,7 +157,11 @@ class ReaperState:
                 case Deleted(Task() as task) if task.service_id:
                     self.queue.add((Key(task.service_id),))
                 case Updated(Service() as before, Service() as after):
-                    if before.removed_at != after.removed_at or before.spec_version != after.spec_version:
+                    if (
+                        before.removed_at != after.removed_at
+                        or before.spec_version != after.spec_version
+                        or before.old_version != after.old_version
+                    ):
                         self.queue.add((Key(after.id),))
                     if keeps_data(before) and not keeps_data(after):
                         tasks = self._view().find(Task, service_id=after.id)

@@ -1,7 +1,7 @@
 """Skep extensions for one service.
 
 ``/skep/services/{id}/revisions`` lists its specs, ``/skep/services/{id}/{verb}`` stops or starts it, and
-``/skep/services/{id}/update/{verb}`` pauses, resumes or aborts its update.
+``/skep/services/{id}/update/{verb}`` pauses, resumes or aborts its update, or changes the step of a staged one.
 """
 
 from aiohttp import web
@@ -37,6 +37,22 @@ async def resume_update(request: web.Request) -> web.StreamResponse:
     """Resume a paused update.  Earlier failures no longer count."""
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
     return _shown(request, await manager_of(request).update(control.resume_update, service.id))
+
+
+@routes.post("/skep/services/{id}/update/promote")
+async def promote_update(request: web.Request) -> web.StreamResponse:
+    """Begin the next step of a staged update at once."""
+    service = (await current_view(request)).resolve(Service, request.match_info["id"])
+    change = unfrozen(request, control.promote_update, stack_of(service.spec.labels))
+    return _shown(request, await manager_of(request).update(change, service.id))
+
+
+@routes.post("/skep/services/{id}/update/switch-back")
+async def switch_back(request: web.Request) -> web.StreamResponse:
+    """Return all new connections to the old tasks of a blue-green update, and pause it."""
+    service = (await current_view(request)).resolve(Service, request.match_info["id"])
+    change = unfrozen(request, control.switch_back, stack_of(service.spec.labels))
+    return _shown(request, await manager_of(request).update(change, service.id))
 
 
 @routes.post("/skep/services/{id}/update/abort")

@@ -7,7 +7,9 @@ import socket
 from collections import Counter
 
 import pytest
+from msgspec.structs import replace
 
+from skep.model.networks.tables import TableSplit
 from skep.node.supervision.supervisor import wait_end
 from tests.support.networks.names_lab import Conversation, NamesLab, net_process, shell, wait_until
 from tests.support.networks.tables import a_network, a_served
@@ -27,6 +29,24 @@ async def test_connections_are_spread_evenly_and_keep_the_source_address(lab: Na
     assert max(found.values()) - min(found.values()) < 100, "five times the standard deviation is 58"
     assert set(await who(lab, 30)) == set(BACKENDS)
     assert (await (await lab.connect("client", VIRTUAL)).say())[1] == CLIENT
+
+
+async def test_new_tasks_of_a_staged_update_get_their_share_of_the_connections(lab: NamesLab) -> None:
+    await start_web(lab, "b11", "b12", "b13")
+    table = web("b11", "b12", "b13")
+    (service,), newest = table.services.values(), list(table.endpoints.values())[-1]
+    endpoints = {**table.endpoints, newest.task_id: replace(newest, version=2)}
+    for percent in (5, 40, 0, 100):
+        split = replace(service, split=TableSplit(percent, (2,)))
+        await lab.change(replace(table, endpoints=endpoints, services={service.id: split}))
+        found: Counter[str] = Counter()
+        for _ in range(500):
+            opened = await flow(lab)
+            found[(await say(opened))[0]] += 1
+            opened.close()
+        assert abs(found["b13"] / 5 - percent) <= (11 if percent % 100 else 0), "five times the deviation"
+        if percent == 5:
+            assert 0 < found["b13"] < 60
 
 
 async def test_a_ping_is_answered(lab: NamesLab) -> None:

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from skep.dataplane.netns.nft_table import NftTable, changes, fresh, whole, with_spare_chains
 from skep.dataplane.netns.state import Flow, Route, RoutingRule, Tuple
@@ -14,6 +15,7 @@ from skep.dataplane.plan.flows import StalePort, is_stale
 from skep.dataplane.plan.ingress import (
     IPV4,
     IPV6,
+    STICKY_SLOTS,
     Backend,
     Family,
     IngressNode,
@@ -25,7 +27,7 @@ from skep.dataplane.plan.ingress import (
     sticky_slots,
 )
 from skep.dataplane.plan.reply_routing import IngressEndpoint, reply_routing
-from skep.dataplane.proxy.relays import RelayPort, relay_ports, sticky_slot
+from skep.dataplane.proxy.relays import RelayPort, backend_order, relay_ports, sticky_slot
 from skep.model.networks.publishing import PublishOptions
 from skep.model.networks.tables import (
     NetworkHead,
@@ -35,6 +37,7 @@ from skep.model.networks.tables import (
     TableNode,
     TablePort,
     TableService,
+    TableSplit,
 )
 from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 
@@ -105,6 +108,59 @@ def test_with_the_label_for_local_tasks_the_nodes_own_come_first() -> None:
     assert [backend.task_id for backend in own.ipv4] == ["t2"]
     none = plan(table(both[0], prefers_local=True), N2).ports[0]
     assert [backend.task_id for backend in none.ipv4] == ["t1"]
+
+
+def split_at(percent: int, **options: object) -> NetworkTable:
+    """Return a table with the new task t4 on N2, and old tasks on both nodes."""
+    made = table(
+        endpoint("t1", N1, "10.0.0.1"),
+        endpoint("t2", N1, "10.0.0.2"),
+        endpoint("t3", N2, "10.0.0.3"),
+        replace(endpoint("t4", N2, "10.0.0.4"), version=2),
+        **options,
+    )
+    return replace(made, services={WEB: replace(made.services[WEB], split=TableSplit(percent, (2,)))})
+
+
+def test_new_tasks_of_a_staged_update_have_a_share_of_their_own() -> None:
+    (port,) = plan(split_at(5), N1).ports
+    assert ([one.task_id for one in port.ipv4 if one.is_new], port.percent) == (["t4"], 5)
+    text = whole(ingress_table(held(port), IPV4))
+    chain = [line.partition("pick_3_1_5 ")[2] for line in text.splitlines() if "rule" in line]
+    first, second = filter(None, chain)
+    assert first.startswith("numgen random mod 100 < 5 dnat")
+    assert "mod 1 offset 32768" in first
+    assert "numgen random mod 3 map" in second
+    (without,) = plan(split_at(0), N1).ports
+    assert [one.task_id for one in without.ipv4] == ["t1", "t2", "t3"]
+
+
+def test_a_share_is_the_same_on_each_node_where_local_tasks_come_first() -> None:
+    (port,) = plan(split_at(5, prefers_local=True), N1).ports
+    assert [(one.task_id, one.is_new) for one in port.ipv4] == [("t1", False), ("t2", False), ("t4", True)]
+
+
+def test_clients_of_a_sticky_port_change_to_new_tasks_and_never_back() -> None:
+    before: set[int] = set()
+    for percent in (5, 25, 60):
+        (port,) = plan(split_at(percent, is_sticky=True), N1).ports
+        slots = sticky_slots(port.ipv4, port.percent)
+        new = {slot for slot, one in enumerate(slots) if one.is_new}
+        assert len(new) == round(STICKY_SLOTS * percent / 100)
+        assert before <= new
+        before = new
+
+
+def test_a_relayed_port_has_the_same_share() -> None:
+    (port,) = plan(split_at(25, proxy_protocol=1), N1).ports
+    relay = relay_ports(held(port))[0]
+    firsts = []
+    for number in range(100):
+        drawn = iter((number / 100, 0.5))
+        order = backend_order(relay, "192.0.2.1", lambda drawn=drawn: next(drawn))  # type: ignore[misc]
+        assert len(order) == 4, "the others follow in case it cannot be reached"
+        firsts.append(order[0])
+    assert firsts.count(("10.0.0.4", 80)) == 25
 
 
 def test_a_node_that_is_not_in_the_table_has_no_address_of_its_own() -> None:

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from skep.dataplane.netns.nft_table import absent, fresh
 from skep.dataplane.plan.vip import (
     Elements,
+    SplitBackends,
     VipBackends,
     WrittenTable,
     in_place,
@@ -17,6 +19,7 @@ from skep.dataplane.plan.vip import (
     vip_backends,
     vip_table,
 )
+from skep.model.networks.tables import TableSplit
 from skep.model.values.ids import ServiceId
 from tests.support.networks.tables import a_network, a_served
 
@@ -46,6 +49,12 @@ class Kernel:
                 case "add", "chain":
                     assert family in self.tables
                     self.chains[family].add(rest[0])
+                case "flush", "chain":
+                    assert rest[0] in self.chains[family]
+                case "delete", "chain":
+                    used = self.maps[family, "services"].values()
+                    assert f"goto {rest[0]}" not in used, "the kernel refuses to delete a chain in use"
+                    self.chains[family].remove(rest[0])
                 case (("add" | "delete"), "element"):
                     self._element(verb, family, rest[0], line)
 
@@ -172,3 +181,42 @@ def test_only_serving_tasks_get_new_connections() -> None:
         ServiceId("id-idle"): {"10.0.1.6": ()},
     }
     assert vip_backends(a_network(web, is_ingress=True)) == {}
+
+
+def test_new_tasks_of_a_staged_update_have_a_share_of_their_own() -> None:
+    service, (first, second, third) = a_served("web", "10.0.1.2", ["10.0.1.3", "10.0.1.4", "10.0.1.5"])
+    service = replace(service, split=TableSplit(5, (2,)))
+    table = a_network((service, [first, replace(second, version=2), third]))
+    wanted = vip_backends(table)[service.id]
+    assert wanted == {"10.0.1.2": SplitBackends(("10.0.1.3", "10.0.1.5"), ("10.0.1.4",), 5)}
+    text = plan({}, wanted).text
+    rules = [line.partition("spread_2_1_5 ")[2] for line in text.splitlines() if "rule" in line]
+    assert [rule for rule in rules if rule] == [
+        "numgen random mod 100 < 5 dnat to ip daddr . numgen random mod 1 offset 32768 map @backends",
+        "dnat to ip daddr . numgen random mod 2 map @backends",
+    ]
+    without = replace(service, split=TableSplit(0, (2,)))
+    even = vip_backends(replace(table, services={service.id: without}))[service.id]
+    assert even == {"10.0.1.2": ("10.0.1.3", "10.0.1.5")}
+
+
+def test_chains_of_former_shares_are_deleted() -> None:
+    kernel, there = Kernel(), None
+    for evens in range(1, 20):
+        for percent in (5, 25, 50):
+            even = tuple(f"10.0.2.{number}" for number in range(evens))
+            planned = plan(there, {"10.0.1.2": SplitBackends(even, ("10.0.1.4",), percent)})
+            kernel.apply(planned.text)
+            there = planned.after
+    assert len(there["ip"].spreads) == 1
+    assert [one for one in kernel.chains["ip"] if one.startswith("spread_")] == ["spread_19_1_50"]
+
+
+def test_another_share_changes_no_backend() -> None:
+    backends = SplitBackends(("10.0.1.3", "10.0.1.5"), ("10.0.1.4",), 5)
+    there = plan({}, {"10.0.1.2": backends}).after
+    planned = plan(there, {"10.0.1.2": replace(backends, percent=25)})
+    assert "backends" not in planned.text.replace("map @backends", "")
+    assert planned.stale == {}
+    gone = plan(planned.after, {"10.0.1.2": backends.even})
+    assert gone.stale == {"10.0.1.2": backends.even}

@@ -16,7 +16,7 @@ from skep.manager.orchestrator.reaper.history import (
     unused_versions,
 )
 from skep.manager.orchestrator.replacement.restart import should_restart
-from skep.model.service import MAX_ATTEMPTS_MAX, RestartPolicy
+from skep.model.service import MAX_ATTEMPTS_MAX, RestartPolicy, UpdateSplit, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.model.values.meta import Version
 from skep.store.kinds import SpecVersion
@@ -144,6 +144,8 @@ def test_versions_that_a_task_or_the_service_follows_stay() -> None:
     web = a_service(version=3)
     versions = [SpecVersion(id=f"web/{n}", service_id=web.id, index=n) for n in (1, 2, 3)]
     assert unused_versions(web, versions, [a_task(version=2)]) == versions[:1]
+    staged = replace(web, update_status=UpdateStatus(split=UpdateSplit(old=versions[0].index)))
+    assert unused_versions(staged, versions, [a_task(version=2)]) == []
 
 
 @given(st.lists(st.sampled_from(list(TaskState)), max_size=12), st.integers(-1, 6))

@@ -28,7 +28,7 @@ from skep.manager.orchestrator.changes import (
     StartTask,
     decided_for,
 )
-from skep.manager.orchestrator.replacement import restart
+from skep.manager.orchestrator.replacement import restart, slot_views
 from skep.manager.orchestrator.slots import group_by_slot, is_unusable
 from skep.model.node import Availability, NodeState
 from skep.model.service import (
@@ -411,7 +411,7 @@ TWINS: tuple[tuple[str, Property, Any, str, Any], ...] = (
     (
         "every version is another task",
         what_did_not_change_is_left_alone,
-        update,
+        slot_views,
         "is_dirty",
         _dirty_by_version,
     ),
@@ -425,8 +425,8 @@ TWINS: tuple[tuple[str, Property, Any, str, Any], ...] = (
     (
         "a running task does not serve",
         what_serves_gives_way_to_what_is_ready,
-        update,
-        "_serves",
+        slot_views,
+        "serves",
         lambda task: False,
     ),
     (

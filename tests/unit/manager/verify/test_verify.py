@@ -252,6 +252,12 @@ def test_a_violation_that_lasts_is_reported_after_a_second_look() -> None:
     assert clock.slept == 1
 
 
+@pytest.mark.parametrize("kind", ["canary", "blue-green"])
+def test_a_staged_update_may_have_two_tasks_in_a_slot(kind: str) -> None:
+    staged = replace(WEB, spec=replace(WEB.spec, labels={"skep.update": kind}))
+    assert check(a_state(*NODES, staged, *TWICE[-2:]), Steps()) == []
+
+
 def test_a_state_in_transit_is_not_reported() -> None:
     state = a_state(*TWICE)
     retired = replace(state.get(Task, "t1"), desired_state=TaskState.SHUTDOWN)

@@ -1,0 +1,112 @@
+"""Counts the responses of new tasks during staged updates, from HAProxy's statistics.  Pure.
+
+HAProxy counts for each server line since its start.  A line may get another task, and a reload starts at 0, so only
+differences between two readings of one task's line count.
+"""
+
+import csv
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from skep.dataplane.door.configuration import DoorState
+from skep.model.staged_updates import TaskRequests
+from skep.model.values.ids import TaskId
+
+WINDOW_S: Final = 60.0
+"""Seconds that are reported.  A shorter time has too few requests, and a longer one notices errors late."""
+TASKS_MAX: Final = 200
+"""Most tasks in a report, which has to fit into a heartbeat.  The share of requests of the others shows the same."""
+
+Line = tuple[str, str]
+"""Names of a backend and of one of its servers."""
+
+
+class LineCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of a server line with its task.  ``latency_ms``: mean of its last 1,024 requests."""
+
+    task: str
+    requests: int
+    errors: int
+    latency_ms: float
+
+
+def new_lines(state: DoorState) -> dict[Line, str]:
+    """Return the server lines with new tasks of staged updates, and these tasks."""
+    found = {
+        (name, f"s{number}"): server.task
+        for name, one in sorted(state.backends.items())
+        for number, server in enumerate(one.servers, start=1)
+        if server.is_new
+    }
+    return dict(list(found.items())[:TASKS_MAX])
+
+
+def counters_of(text: str, lines: Mapping[Line, str]) -> Iterator[tuple[Line, LineCounters]]:
+    """Yield the counters of ``lines`` from HAProxy's statistics as CSV.
+
+    Source: HAProxy, Management Guide, "CSV format".
+    """
+    for row in csv.DictReader(text.lstrip("# ").splitlines()):
+        line = row.get("pxname") or "", row.get("svname") or ""
+        if line not in lines:
+            continue
+        statuses = [_number(row.get(f"hrsp_{kind}")) for kind in ("1xx", "2xx", "3xx", "4xx", "5xx", "other")]
+        failed = _number(row.get("econ")) + _number(row.get("eresp"))
+        yield (
+            line,
+            LineCounters(
+                task=lines[line],
+                requests=sum(statuses) + failed,
+                errors=statuses[4] + failed,
+                latency_ms=float(_number(row.get("rtime"))),
+            ),
+        )
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdigit() else 0
+
+
+class RequestWindow:
+    """The requests of the last ``WINDOW_S`` seconds."""
+
+    def __init__(self) -> None:
+        self._last: Mapping[Line, LineCounters] = {}
+        self._samples: deque[tuple[float, Mapping[Line, LineCounters]]] = deque()
+
+    def add(self, now: float, counters: Mapping[Line, LineCounters]) -> None:
+        """Add a reading of all lines."""
+        sample = {line: _since(self._last[line], one) for line, one in counters.items() if line in self._last}
+        self._last = counters
+        self._samples.append((now, sample))
+
+    def present(self, now: float) -> Mapping[TaskId, TaskRequests]:
+        """Return the requests of each task."""
+        while self._samples and self._samples[0][0] < now - WINDOW_S:
+            self._samples.popleft()
+        found: dict[str, list[LineCounters]] = defaultdict(list)
+        for _, sample in self._samples:
+            for one in sample.values():
+                found[one.task].append(one)
+        return {TaskId(task): _total(parts) for task, parts in found.items()}
+
+
+def _since(before: LineCounters, now: LineCounters) -> LineCounters:
+    if before.task != now.task or before.requests > now.requests or before.errors > now.errors:
+        # Another task, or a reload: earlier requests of the line belong to another task, or were counted.
+        is_reload = before.task == now.task
+        return now if is_reload else LineCounters(task=now.task, requests=0, errors=0, latency_ms=0.0)
+    return msgspec.structs.replace(
+        now, requests=now.requests - before.requests, errors=now.errors - before.errors
+    )
+
+
+def _total(parts: Sequence[LineCounters]) -> TaskRequests:
+    return TaskRequests(
+        requests=sum(one.requests for one in parts),
+        errors=sum(one.errors for one in parts),
+        milliseconds=round(sum(one.requests * one.latency_ms for one in parts)),
+    )

@@ -1,0 +1,201 @@
+"""Steps of a staged update, which raises the share of new connections for the new tasks (``model.staged_updates``).
+
+Each step starts new tasks in some of the slots, whose old tasks stay.  Once all of them run, and the time of the step
+has passed, the next step follows.  The last step is an ordinary start-first update, which retires the old tasks.
+
+The step is stored with the update's status, so a new leader continues with it, and measures the time of the step anew.
+Network tables bring the share to the nodes.  A failure of any new task ends the update with a rollback.  The new tasks
+no longer get connections from that moment, and end.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.manager.orchestrator.changes import SetUpdateStatus
+from skep.manager.orchestrator.decision_inputs import Situation
+from skep.manager.orchestrator.replacement.slot_views import SlotView
+from skep.manager.orchestrator.slots import age
+from skep.model.service import Service, UpdateSplit, UpdateState, UpdateStatus
+from skep.model.staged_updates import (
+    IN_PROGRESS,
+    TaskRequests,
+    UpdateStage,
+    bounds_of,
+    is_undecided,
+    message_of,
+    percent_in_force,
+    stages_of,
+    tasks_of_step,
+)
+from skep.model.task import Task, TaskState
+from skep.model.values.ids import ServiceId, TaskId
+from skep.store.interface import Commit, Created, Deleted, Updated
+
+_STAGED = (UpdateState.UPDATING, UpdateState.PAUSED)
+"""States of an update in which steps apply.  A rollback has none."""
+
+COLLECT_S = 5.0
+"""Seconds between two collections of the requests to new tasks, which nodes count as often."""
+CollectRequests = Callable[[], Awaitable[Mapping[TaskId, TaskRequests]]]
+"""Returns the recent HTTP requests of new tasks in staged updates, from all managers, within seconds."""
+
+
+async def no_requests() -> Mapping[TaskId, TaskRequests]:
+    """Return no requests, where no front door is."""
+    return {}
+
+
+class Staging(msgspec.Struct, frozen=True):
+    """The steps of a service's update, and the present one."""
+
+    service: Service
+    stages: tuple[UpdateStage, ...]
+    step: int
+
+    @property
+    def stage(self) -> UpdateStage:
+        """The present step."""
+        return self.stages[self.step]
+
+    @property
+    def keeps_old(self) -> bool:
+        """Whether old tasks stay although their successors run."""
+        return self.stage.keeps_old
+
+    def missing(self, slots: int, begun: int) -> int:
+        """Return how many of the ``slots`` get a new task in this step, in addition to ``begun`` slots."""
+        return max(0, tasks_of_step(self.stage, slots) - begun)
+
+    def is_withdrawn(self, task: Task) -> bool:
+        """Return whether the task is of a staged update that this one has replaced."""
+        split = self.service.update_status.split if self.service.update_status is not None else None
+        return (
+            split is not None and task.spec_version is not None and task.spec_version.index in split.withdrawn
+        )
+
+    def present(self, new: Iterable[Task], slots: int) -> SetUpdateStatus | None:
+        """Return the status of the present step, or None if it is written already.
+
+        Args:
+            new: Tasks of the current spec, whatever the version that they were created from.
+            slots: Number of slots that have tasks.
+        """
+        status = self.service.update_status or UpdateStatus()
+        before = status.split or UpdateSplit()
+        new = tuple(new)
+        found = {task.spec_version.index for task in new if task.spec_version is not None} | {
+            *before.versions
+        }
+        if self.service.spec_version is not None:
+            found.add(self.service.spec_version.index)
+        running = len(
+            {task.slot for task in new if task.is_wanted and task.status.state is TaskState.RUNNING}
+        )
+        split = replace(
+            before,
+            step=self.step,
+            percent=percent_in_force(self.stage, running, max(slots, self.service.spec.replicas)),
+            versions=tuple(sorted(found)),
+            withdrawn=tuple(one for one in before.withdrawn if one not in found),
+        )
+        # The message of an update that a user has resumed does not name the step.
+        is_paused = status.state is UpdateState.PAUSED
+        if (is_paused or status.message != IN_PROGRESS) and status.split == split:
+            return None
+        message = status.message if is_paused else message_of(self.stages, self.step)
+        return SetUpdateStatus(self.service, status.state or UpdateState.UPDATING, message, split)
+
+    def following(self) -> SetUpdateStatus:
+        """Return the status of the next step.  Its share follows once its tasks run (``present``)."""
+        step = self.step + 1
+        before = (self.service.update_status or UpdateStatus()).split or UpdateSplit()
+        split = replace(before, step=step)
+        return SetUpdateStatus(self.service, UpdateState.UPDATING, message_of(self.stages, step), split)
+
+    def exceeded(self, situation: Situation) -> str:
+        """Return which bound the requests to new tasks exceed, or an empty text."""
+        bounds = bounds_of(self.service.spec.labels) if self.keeps_old else None
+        return bounds.exceeded(situation.requests) if bounds is not None else ""
+
+    def failed(self, view: SlotView, situation: Situation) -> Task | None:
+        """Return the last new task of the slot that failed, however long it ran."""
+        failed = [
+            task
+            for task in view.slot
+            if self._is_new(task)
+            and task.ended_by_itself
+            and not task.is_done
+            and situation.seen.saw_end(task)
+            and not situation.is_tolerated(task)
+        ]
+        return max(failed, key=age, default=None)
+
+    def _is_new(self, task: Task) -> bool:
+        """Return whether the task is of this update, also if the service was scaled since."""
+        split = self.service.update_status.split if self.service.update_status is not None else None
+        versions = split.versions if split is not None else ()
+        if task.spec_version == self.service.spec_version:
+            return True
+        return task.spec_version is not None and task.spec_version.index in versions
+
+
+def staging_of(service: Service) -> Staging | None:
+    """Return the steps of the service's update, or None if it has no steps."""
+    status, stages = service.update_status or UpdateStatus(), stages_of(service.spec.labels)
+    if status.state not in _STAGED or not stages or status.split is None or service.old_version is None:
+        return None
+    return Staging(service, stages, min(status.split.step, len(stages) - 1))
+
+
+class RequestCounts:
+    """The services whose staged updates have bounds for HTTP requests, and the requests that front doors counted."""
+
+    def __init__(self) -> None:
+        self.services: set[ServiceId] = set()
+        self.requests: Mapping[TaskId, TaskRequests] = {}
+        self._has_any = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Wait until there is such a service."""
+        await self._has_any.wait()
+
+    def start(self, services: Iterable[Service]) -> None:
+        """Start with all services of a snapshot."""
+        self.requests = {}
+        self._set({service.id for service in services if _has_bounds(service)})
+
+    def note(self, commit: Commit) -> None:
+        """Follow changes of services."""
+        for event in commit.events:
+            match event:
+                case Created(Service() as service) | Updated(_, Service() as service) if _has_bounds(service):
+                    self._set(self.services | {service.id})
+                case Updated(_, Service() as service) | Deleted(Service() as service):
+                    if service.id in self.services:
+                        self._set(self.services - {service.id})
+
+    def _set(self, services: set[ServiceId]) -> None:
+        self.services = services
+        if services:
+            self._has_any.set()
+        else:
+            self._has_any.clear()
+
+    def requests_of(self, service: Service, tasks: Iterable[Task]) -> TaskRequests:
+        """Return the requests to the new ``tasks`` of a service, all together."""
+        split = service.update_status.split if service.update_status is not None else None
+        if service.id not in self.services or split is None:
+            return TaskRequests()
+        new = (
+            task
+            for task in tasks
+            if task.spec_version is not None and task.spec_version.index in split.versions
+        )
+        return sum((self.requests.get(task.id, TaskRequests()) for task in new), TaskRequests())
+
+
+def _has_bounds(service: Service) -> bool:
+    return is_undecided(service) and bounds_of(service.spec.labels) is not None

@@ -1,0 +1,293 @@
+"""Staged updates: labels with which an update moves connections to the new tasks in steps (``skep.update``).
+
+``canary`` starts a few new tasks in addition to the old ones and raises their share of new connections step by step.
+``blue-green`` starts all of them, gives them all new connections at once, and keeps the old ones for a time.
+"""
+
+import re
+from collections.abc import Mapping
+from math import inf
+from typing import Final
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.errors import InvalidArgument
+from skep.model.door.routes import has_routes
+from skep.model.networks.shares import ALL_PERCENT
+from skep.model.options.overlap import why_stop_first
+from skep.model.service import (
+    EndpointSpec,
+    PublishMode,
+    Service,
+    ServiceSpec,
+    TaskSpec,
+    UpdateConfig,
+    UpdateFailureAction,
+    UpdateState,
+)
+from skep.model.values.times import SECOND_NS, duration_ns
+
+UPDATE: Final = "skep.update"
+CANARY: Final = "canary"
+BLUE_GREEN: Final = "blue-green"
+UPDATE_STEPS: Final = "skep.update.steps"
+"""Shares of new connections, in percent."""
+UPDATE_STEP_TIME: Final = "skep.update.step-time"
+"""Time that each step lasts at least."""
+UPDATE_KEEP: Final = "skep.update.keep"
+"""Time for which blue-green keeps the old tasks after the switch."""
+UPDATE_PROMOTE: Final = "skep.update.promote"
+"""``manual`` lets each step wait for ``skep update promote``."""
+MAX_ERRORS: Final = "skep.update.max-errors"
+MAX_LATENCY: Final = "skep.update.max-latency"
+"""RequestBounds for HTTP requests to new tasks over the front door: failed ones, and the mean time of a response."""
+UPDATE_LABELS: Final = (
+    UPDATE,
+    UPDATE_STEPS,
+    UPDATE_STEP_TIME,
+    UPDATE_KEEP,
+    UPDATE_PROMOTE,
+    MAX_ERRORS,
+    MAX_LATENCY,
+)
+_ONLY: Final = {UPDATE_STEPS: CANARY, UPDATE_STEP_TIME: CANARY, UPDATE_KEEP: BLUE_GREEN}
+"""Labels that belong to one kind of update."""
+
+AUTO: Final = "auto"
+MANUAL: Final = "manual"
+DEFAULT_STEPS: Final = (5, 25)
+"""Few users see a bad version in the first step, and the second one shows how it bears load."""
+STEPS_MAX: Final = 20
+"""Most steps of an update.  More than that would be a mistake."""
+DEFAULT_STEP_S: Final = 60.0
+"""Long enough for some health checks, which docker runs every 30 seconds by default."""
+DEFAULT_KEEP_S: Final = 600.0
+"""Long enough to notice errors that only many users find, and to switch back."""
+STEP_S_MAX: Final = 7 * 24 * 3600.0
+"""Longest time of a step.  More than a week is a mistake."""
+_PERCENT: Final = re.compile(r"([1-9][0-9]?|100)%", re.ASCII)
+
+
+class UpdateStage(msgspec.Struct, frozen=True):
+    """A step of a staged update.
+
+    Attributes:
+        percent: Share of new connections for the new tasks.  None to treat all tasks alike.
+        slots_percent: Share of the slots that have a new task, rounded up.
+        least_s: Least time in seconds.  Infinity for a step that waits for a user.
+        keeps_old: Whether old tasks stay although their successors run.  False in the last step.
+    """
+
+    percent: int | None
+    slots_percent: int
+    least_s: float = 0.0
+    keeps_old: bool = True
+
+
+IN_PROGRESS: Final = "update in progress"
+"""Docker's message."""
+_PERCENTAGE: Final = re.compile(r"(100|[0-9]{1,2}(?:\.[0-9]{1,2})?)%", re.ASCII)
+REQUESTS_MIN: Final = 20
+"""Fewest requests that are judged.  One failed request of a few is not a rate yet."""
+
+
+class TaskRequests(msgspec.Struct, frozen=True, kw_only=True):
+    """Recent HTTP requests to a task over the front door.  ``milliseconds``: of all responses together."""
+
+    requests: int = 0
+    errors: int = 0
+    milliseconds: int = 0
+
+    def __add__(self, other: "TaskRequests") -> "TaskRequests":
+        return TaskRequests(
+            requests=self.requests + other.requests,
+            errors=self.errors + other.errors,
+            milliseconds=self.milliseconds + other.milliseconds,
+        )
+
+
+class RequestBounds(msgspec.Struct, frozen=True):
+    """Limits for requests to new tasks.  None for no limit."""
+
+    errors_percent: float | None = None
+    latency_s: float | None = None
+
+    def exceeded(self, seen: TaskRequests) -> str:
+        """Return which limit the requests exceed, or an empty text."""
+        if seen.requests < REQUESTS_MIN:
+            return ""
+        percent, mean_s = 100 * seen.errors / seen.requests, seen.milliseconds / seen.requests / 1000
+        if self.errors_percent is not None and percent > self.errors_percent:
+            return (
+                f"because {seen.errors} of {seen.requests} requests to new tasks failed ({percent:.3g} %), more than "
+                f"{self.errors_percent:g} %"
+            )
+        if self.latency_s is not None and mean_s > self.latency_s:
+            return (
+                f"because responses of new tasks took {mean_s:.3g} s on average ({seen.requests} requests), more than "
+                f"{self.latency_s:g} s"
+            )
+        return ""
+
+
+LAST: Final = UpdateStage(None, ALL_PERCENT, keeps_old=False)
+_LAST_OF_BLUE_GREEN: Final = UpdateStage(ALL_PERCENT, ALL_PERCENT, keeps_old=False)
+"""The old tasks, which no longer get connections, get none either until they end."""
+
+
+def stages_of(labels: Mapping[str, str]) -> tuple[UpdateStage, ...]:
+    """Return the steps of a service's updates.  Empty if they are not staged."""
+    try:
+        return _parsed(labels)
+    except InvalidArgument:
+        return ()
+
+
+def check_staged_update(spec: ServiceSpec) -> None:
+    """Refuse staged updates that cannot work.  Raises: InvalidArgument."""
+    if not _parsed(spec.labels):
+        return
+    label = f"{UPDATE}={spec.labels[UPDATE]}"
+    if _bounds(spec.labels) != RequestBounds() and not has_routes(spec.labels):
+        name = MAX_ERRORS if MAX_ERRORS in spec.labels else MAX_LATENCY
+        raise InvalidArgument(
+            f"the label {name} counts HTTP requests over the front door, and the service has no route: run "
+            f"skep service expose {spec.name} HOST, or remove {name}"
+        )
+    if spec.mode.name != "replicated":
+        raise InvalidArgument(f"the label {label} works on replicated services only: remove it")
+    endpoint = spec.endpoint_spec
+    for port in endpoint.ports if endpoint is not None else ():
+        if port.publish_mode is PublishMode.HOST:
+            raise InvalidArgument(
+                f"the label {label} starts new tasks while the old ones run, but port {port.target_port} is published "
+                "in host mode: publish it in ingress mode, or remove the label"
+            )
+    if endpoint is not None and endpoint.mode == "dnsrr":
+        raise InvalidArgument(
+            f"the label {label} needs a virtual address: choose --endpoint-mode vip, or remove the label"
+        )
+    if data := why_stop_first(spec):
+        raise InvalidArgument(
+            f"the label {label} starts new tasks while the old ones run, but both would write to {data}: set "
+            "--update-order start-first if they may, or remove the label"
+        )
+    if (spec.update_config or UpdateConfig()).failure_action is UpdateFailureAction.CONTINUE:
+        raise InvalidArgument(
+            f"the label {label} rolls back after a failure, but the failure action is continue: set "
+            "--update-failure-action rollback, or remove the label"
+        )
+
+
+def bounds_of(labels: Mapping[str, str]) -> RequestBounds | None:
+    """Return the limits of a service's staged updates, or None without limits."""
+    try:
+        bounds = _bounds(labels) if UPDATE in labels else RequestBounds()
+    except InvalidArgument:
+        return None
+    return bounds if bounds != RequestBounds() else None
+
+
+def _bounds(labels: Mapping[str, str]) -> RequestBounds:
+    errors: float | None = None
+    if (text := labels.get(MAX_ERRORS)) is not None:
+        if (found := _PERCENTAGE.fullmatch(text)) is None:
+            raise InvalidArgument(f"invalid label {MAX_ERRORS}={text}: expected a percentage like 1% or 0.5%")
+        errors = float(found[1])
+    latency_s = _seconds(labels, MAX_LATENCY, inf)
+    return RequestBounds(errors, latency_s if latency_s < inf else None)
+
+
+def tasks_of_step(stage: UpdateStage, slots: int) -> int:
+    """Return how many of the ``slots`` have a new task in a step."""
+    return max(1, -(-slots * stage.slots_percent // ALL_PERCENT))
+
+
+def message_of(stages: tuple[UpdateStage, ...], step: int) -> str:
+    """Return the update's message during a step."""
+    stage = stages[step]
+    share = f"{stage.percent} % of new connections" if stage.keeps_old else "replacing the old tasks"
+    return f"{IN_PROGRESS}: step {step + 1} of {len(stages)}, {share}"
+
+
+def is_undecided(service: Service) -> bool:
+    """Return whether a staged update of the service has kept the old tasks so far."""
+    status = service.update_status
+    if status is None or status.state not in (UpdateState.UPDATING, UpdateState.PAUSED):
+        return False
+    stages = stages_of(service.spec.labels)
+    if status.split is None or status.split.old is None or not stages:
+        return False
+    return stages[min(status.split.step, len(stages) - 1)].keeps_old
+
+
+def percent_in_force(stage: UpdateStage, running: int, slots: int) -> int | None:
+    """Return the share of connections for ``running`` new tasks: at most the step's, and none has more than its slot's
+    part.
+    """
+    return None if stage.percent is None else min(stage.percent, ALL_PERCENT * running // max(1, slots))
+
+
+def has_same_tasks(spec: ServiceSpec, new: ServiceSpec) -> bool:
+    """Return whether an update from ``spec`` to ``new`` only moves tasks or starts the same ones again.
+
+    Such an update has no steps.
+    """
+
+    def tasks(one: ServiceSpec) -> tuple[TaskSpec, EndpointSpec]:
+        return replace(one.task_template, placement=None, force_update=0), one.endpoint_spec or EndpointSpec()
+
+    return tasks(spec) == tasks(new)
+
+
+def is_same_update(spec: ServiceSpec, new: ServiceSpec) -> bool:
+    """Return whether a staged update to ``spec`` continues with ``new``: the tasks and the steps are the same."""
+    before, after = ({name: one.labels.get(name) for name in UPDATE_LABELS} for one in (spec, new))
+    return (spec.task_template, spec.endpoint_spec, before) == (new.task_template, new.endpoint_spec, after)
+
+
+def _parsed(labels: Mapping[str, str]) -> tuple[UpdateStage, ...]:
+    kind = labels.get(UPDATE)
+    if kind is None:
+        if extra := next((name for name in UPDATE_LABELS if name in labels), None):
+            raise InvalidArgument(f"the label {extra} needs the label {UPDATE}: add it, or remove {extra}")
+        return ()
+    if kind not in (CANARY, BLUE_GREEN):
+        raise InvalidArgument(f"invalid label {UPDATE}={kind}: expected {CANARY} or {BLUE_GREEN}")
+    if wrong := next((name for name, of in _ONLY.items() if name in labels and of != kind), None):
+        raise InvalidArgument(f"the label {wrong} does not work with {UPDATE}={kind}: remove it")
+    if (promote := labels.get(UPDATE_PROMOTE, AUTO)) not in (AUTO, MANUAL):
+        raise InvalidArgument(f"invalid label {UPDATE_PROMOTE}={promote}: expected {AUTO} or {MANUAL}")
+    is_manual = promote == MANUAL
+    if kind == BLUE_GREEN:
+        keep_s = _seconds(labels, UPDATE_KEEP, DEFAULT_KEEP_S)
+        first = UpdateStage(0, ALL_PERCENT, inf if is_manual else 0.0)
+        return first, UpdateStage(ALL_PERCENT, ALL_PERCENT, keep_s), _LAST_OF_BLUE_GREEN
+    least_s = inf if is_manual else _seconds(labels, UPDATE_STEP_TIME, DEFAULT_STEP_S)
+    return (*(UpdateStage(percent, percent, least_s) for percent in _steps(labels)), LAST)
+
+
+def _steps(labels: Mapping[str, str]) -> tuple[int, ...]:
+    text = labels.get(UPDATE_STEPS)
+    if text is None:
+        return DEFAULT_STEPS
+    found = [_PERCENT.fullmatch(part.strip()) for part in text.split(",")]
+    steps = [int(one[1]) for one in found if one is not None]
+    if len(steps) < len(found) or len(steps) > STEPS_MAX or steps != sorted(set(steps)):
+        raise InvalidArgument(
+            f"invalid label {UPDATE_STEPS}={text}: expected up to {STEPS_MAX} rising percentages like 5%,25%,100%"
+        )
+    return tuple(step for step in steps if step < ALL_PERCENT)
+
+
+def _seconds(labels: Mapping[str, str], name: str, default_s: float) -> float:
+    text = labels.get(name)
+    if text is None:
+        return default_s
+    duration = duration_ns(text)
+    if duration is None or not 0 <= duration <= STEP_S_MAX * SECOND_NS:
+        raise InvalidArgument(
+            f"invalid label {name}={text}: expected a duration like 30s or 5m, at most {STEP_S_MAX / 3600:g} h"
+        )
+    return duration / SECOND_NS
