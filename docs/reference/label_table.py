@@ -68,7 +68,7 @@ from skep.model.options.secret_env import SECRET_ENV_LABEL
 from skep.model.options.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
 from skep.model.permissions.rights import ALLOW_LABEL, API_LABEL, CDI_LABEL, DEVICES_LABEL
 from skep.model.service import MAX_ATTEMPTS_MAX
-from skep.model.staged_updates import (
+from skep.model.staging.updates import (
     AUTO,
     BLUE_GREEN,
     CANARY,

@@ -55,7 +55,7 @@ from skep.model.service import (
     UpdateFailureAction,
     UpdateOrder,
 )
-from skep.model.staged_updates import (
+from skep.model.staging.updates import (
     BLUE_GREEN,
     CANARY,
     UPDATE,

@@ -18,7 +18,7 @@ from skep.model.node import NodeSpec
 from skep.model.options.labels import STOPPED, is_stopped
 from skep.model.quota import QuotaSpec
 from skep.model.service import PublishMode, ServiceSpec, UpdateFailureAction, UpdateOrder
-from skep.model.staged_updates import check_staged_update
+from skep.model.staging.updates import check_staged_update
 from skep.model.values.ids import NodeId, ServiceId
 
 BAD, FORBIDDEN, MISSING, TAKEN, UNKNOWN, NOT_OFFERED = 400, 403, 404, 409, 500, 501

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from skep.manager.telemetry.task_usages import TaskUsages
 from skep.model.options.autoscaling import TaskUsage
-from skep.model.staged_updates import TaskRequests
+from skep.model.staging.updates import TaskRequests
 from skep.model.task import TaskState
 from skep.model.values.ids import NodeId
 from skep.wire import methods

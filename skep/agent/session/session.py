@@ -33,7 +33,7 @@ from skep.model.node import NodeDescription
 from skep.model.node_reports.revisions import Revision
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.options.slot_volumes import differ_beyond_slots
-from skep.model.staged_updates import TaskRequests
+from skep.model.staging.updates import TaskRequests
 from skep.model.task import TaskStatus
 from skep.model.values.encoding import to_json
 from skep.model.values.ids import TaskId, VolumeId

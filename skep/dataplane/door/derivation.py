@@ -16,8 +16,8 @@ from skep.model.door.claims import Claimant, settled
 from skep.model.door.payloads import NOTHING, DoorPayload
 from skep.model.door.routes import HttpRoute, has_routes, routes_of
 from skep.model.door.settings import STACK, DoorSettings, is_door, settings_of
-from skep.model.networks.shares import shares_of
 from skep.model.networks.tables import NetworkTable, TableEndpoint, TableService
+from skep.model.staging.shares import shares_of
 from skep.model.values.ids import NodeId, ServiceId
 
 

@@ -33,7 +33,7 @@ from skep.errors import Unavailable
 from skep.model.door.payloads import DoorPayload
 from skep.model.door.settings import DIRECTORY, KEYS_DIRECTORY, DoorSettings
 from skep.model.networks.tables import NetworkTable
-from skep.model.staged_updates import TaskRequests
+from skep.model.staging.updates import TaskRequests
 from skep.model.values.ids import NetworkId, NodeId, TaskId
 
 log = structlog.get_logger(__name__)

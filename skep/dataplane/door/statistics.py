@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from skep.dataplane.door.configuration import DoorState
-from skep.model.staged_updates import TaskRequests
+from skep.model.staging.updates import TaskRequests
 from skep.model.values.ids import TaskId
 
 WINDOW_S: Final = 60.0

@@ -28,8 +28,8 @@ import msgspec
 from skep.dataplane.netns.nft_table import Element, NftTable
 from skep.dataplane.plan.flows import StalePort
 from skep.model.networks.publishing import PublishOptions
-from skep.model.networks.shares import ALL_PERCENT, shares_of
 from skep.model.networks.tables import NetworkTable, TableEndpoint, TablePort, TableService
+from skep.model.staging.shares import ALL_PERCENT, shares_of
 from skep.model.values.ids import NodeId, TaskId
 
 PROTOCOLS = frozenset({"tcp", "udp", "sctp"})

@@ -29,8 +29,8 @@ from msgspec.structs import replace
 
 from skep.dataplane.netns import nft_table
 from skep.dataplane.netns.nft_table import NftTable
-from skep.model.networks.shares import shares_of
 from skep.model.networks.tables import NetworkTable, TableEndpoint
+from skep.model.staging.shares import shares_of
 from skep.model.values.ids import ServiceId
 
 NAME = "skep_virtual"

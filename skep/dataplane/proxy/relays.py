@@ -11,7 +11,7 @@ from ipaddress import ip_address
 import msgspec
 
 from skep.dataplane.plan.ingress import STICKY_SLOTS, IngressPlan, MeshPort, divided, sticky_slots, version_of
-from skep.model.networks.shares import ALL_PERCENT
+from skep.model.staging.shares import ALL_PERCENT
 
 
 class RelayPort(msgspec.Struct, frozen=True, kw_only=True):

@@ -53,7 +53,7 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
-from skep.model.staged_updates import (
+from skep.model.staging.updates import (
     IN_PROGRESS,
     has_same_tasks,
     is_same_update,

@@ -14,11 +14,11 @@ from skep.manager.control.quotas import check_quota
 from skep.manager.control.services import check_level, present_service, rollback_service, status_after
 from skep.manager.control.tasks import is_up_to_date
 from skep.manager.services.job_runs import next_job
-from skep.model.networks.shares import ALL_PERCENT
 from skep.model.options.labels import STOPPED, is_stopped
 from skep.model.options.schedules import CRON, CRON_SUSPEND
 from skep.model.service import Service, ServiceSpec, UpdateSplit, UpdateState, UpdateStatus
-from skep.model.staged_updates import UPDATE, UpdateStage, message_of, stages_of, tasks_of_step
+from skep.model.staging.shares import ALL_PERCENT
+from skep.model.staging.updates import UPDATE, UpdateStage, message_of, stages_of, tasks_of_step
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import ServiceId
 from skep.model.values.times import Timestamp, unix_ns

@@ -30,7 +30,7 @@ from skep.manager.dispatcher.usages import MeasuredTasks
 from skep.manager.peer_reports import PeerReport, PeerReports
 from skep.manager.services.volume_index import VolumeIndex
 from skep.model.options.autoscaling import TaskUsage
-from skep.model.staged_updates import TaskRequests
+from skep.model.staging.updates import TaskRequests
 from skep.model.values.ids import IdSource, NodeId, TaskId
 from skep.store.interface import Store
 from skep.wire.service import Handler

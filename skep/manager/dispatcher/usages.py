@@ -14,7 +14,7 @@ from skep.manager.control_loops.informer import run_informer
 from skep.manager.dispatcher.node_sessions.sessions import Sessions
 from skep.model.options.autoscaling import TaskUsage, autoscaling_of
 from skep.model.service import Service
-from skep.model.staged_updates import TaskRequests
+from skep.model.staging.updates import TaskRequests
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View

@@ -24,7 +24,7 @@ from skep.model.service import (
     UpdateOrder,
     UpdateState,
 )
-from skep.model.staged_updates import TaskRequests, stages_of
+from skep.model.staging.updates import TaskRequests, stages_of
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, TaskId, VolumeId
 from skep.model.values.times import unix_ns

@@ -38,7 +38,7 @@ from skep.model.options.dependencies import DEPENDS_ON, dependencies_of
 from skep.model.options.labels import JOB_TTL, priority_of
 from skep.model.options.slot_volumes import has_other_properties
 from skep.model.service import UNDER_WAY, Service
-from skep.model.staged_updates import TaskRequests
+from skep.model.staging.updates import TaskRequests
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId, VolumeId

@@ -12,7 +12,7 @@ import structlog
 from skep.errors import SkepError
 from skep.model.node import Node
 from skep.model.options.autoscaling import TaskUsage
-from skep.model.staged_updates import TaskRequests
+from skep.model.staging.updates import TaskRequests
 from skep.model.values.ids import NodeId, TaskId
 from skep.store.interface import Store
 from skep.wire import methods

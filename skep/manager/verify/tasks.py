@@ -12,7 +12,7 @@ from skep.model.options.constraints import is_satisfied
 from skep.model.options.labels import min_available
 from skep.model.options.overlap import written_data
 from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateOrder
-from skep.model.staged_updates import stages_of
+from skep.model.staging.updates import stages_of
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId
 from skep.model.volume import Volume, VolumeScope, VolumeSharing

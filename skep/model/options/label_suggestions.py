@@ -33,7 +33,7 @@ from skep.model.options.schedules import (
     CRON_TIME_ZONE,
 )
 from skep.model.options.slot_volumes import FORGOTTEN_LABEL
-from skep.model.staged_updates import UPDATE
+from skep.model.staging.updates import UPDATE
 
 PREFIX: Final = "skep."
 NODE_LABELS: Final = (RESERVE_CPUS, RESERVE_MEMORY, DRAIN_NOW, IGNORE_PATHS, FORGOTTEN_LABEL)

@@ -101,7 +101,7 @@ from skep.model.service import (
     TaskSpec,
     UpdateConfig,
 )
-from skep.model.staged_updates import UPDATE_LABELS
+from skep.model.staging.updates import UPDATE_LABELS
 from skep.model.values.encoding import ApiObject
 from skep.model.values.meta import Driver
 

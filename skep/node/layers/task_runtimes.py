@@ -50,7 +50,7 @@ from skep.model.door import settings as door
 from skep.model.networks.used_ports import UsedPort
 from skep.model.networks.wireguard import EncryptionMethod
 from skep.model.node_reports.conditions import ConditionName
-from skep.model.staged_updates import TaskRequests
+from skep.model.staging.updates import TaskRequests
 from skep.model.values.ids import TaskId, new_container_id
 from skep.model.values.meta import Driver
 from skep.node.container_apis.exchange import Dispatch

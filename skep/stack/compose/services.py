@@ -43,7 +43,7 @@ from skep.model.service import (
     ServiceSpec,
     TaskSpec,
 )
-from skep.model.staged_updates import UPDATE_LABELS
+from skep.model.staging.updates import UPDATE_LABELS
 from skep.model.values.meta import Driver
 from skep.stack.compose.containers import StackVolumes, container_of, hosts_of
 from skep.stack.compose.deploy_section import (
@@ -590,10 +590,7 @@ def _cron(settings: MappingReader, mode: str, others: Mapping[str, str]) -> dict
         texts = {
             label: cron.text(label.removeprefix(f"{CRON}.")) for label in SCHEDULE_LABELS if label != CRON
         }
-        made = {
-            CRON: "; ".join(cron.texts("schedule")),
-            **{label: text for label, text in texts.items() if text},
-        }
+        made = {CRON: "; ".join(cron.texts("schedule"))} | {label: one for label, one in texts.items() if one}
         cron.close()
     try:
         check_schedule({**others, **made}, mode)

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping
 
 from skep.model.options.autoscaling import TaskUsage
-from skep.model.staged_updates import TaskRequests
+from skep.model.staging.updates import TaskRequests
 from skep.model.values.ids import TaskId
 from skep.wire import skep_pb2 as pb
 

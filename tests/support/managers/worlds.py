@@ -16,7 +16,7 @@ from skep.manager.orchestrator.replacement.enforcement import overcommitted
 from skep.model.node import Node
 from skep.model.permissions.user import User
 from skep.model.service import Service, ServiceSpec
-from skep.model.staged_updates import TaskRequests
+from skep.model.staging.updates import TaskRequests
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.task_end import TaskEnd

@@ -1,7 +1,7 @@
 """Requests of new tasks, from HAProxy's counters of server lines."""
 
 from skep.dataplane.door.statistics import WINDOW_S, LineCounters, RequestWindow, counters_of
-from skep.model.staged_updates import TaskRequests
+from skep.model.staging.updates import TaskRequests
 from skep.model.values.ids import TaskId
 
 LINE = ("web-1", "s1")

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.model.networks.shares import WEIGHT_MAX, Shares, shares_of
 from skep.model.networks.tables import TableEndpoint, TableService, TableSplit
+from skep.model.staging.shares import WEIGHT_MAX, Shares, shares_of
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 
 

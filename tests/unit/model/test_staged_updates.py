@@ -19,7 +19,7 @@ from skep.model.service import (
     UpdateFailureAction,
     UpdateOrder,
 )
-from skep.model.staged_updates import LAST, UpdateStage, stages_of
+from skep.model.staging.updates import LAST, UpdateStage, stages_of
 from tests.support.builders import a_service_spec
 
 CANARY = {"skep.update": "canary"}

@@ -41,7 +41,7 @@ from skep.model.service import (
     TaskSpec,
     UpdateConfig,
 )
-from skep.model.staged_updates import check_staged_update
+from skep.model.staging.updates import check_staged_update
 
 _NANO_CPUS_MIN = 1_000_000
 """Smallest CPU limit or reservation, as in SwarmKit."""

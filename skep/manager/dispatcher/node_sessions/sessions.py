@@ -17,7 +17,7 @@ from skep.aio.event import Event
 from skep.errors import SkepError
 from skep.manager.dispatcher.node_sessions.registration import NotRegistered, SessionInvalid, SilentNode
 from skep.model.options.autoscaling import TaskUsage
-from skep.model.staged_updates import TaskRequests
+from skep.model.staging.updates import TaskRequests
 from skep.model.values.ids import NodeId, SessionId, TaskId
 
 MISSED_PERIODS = 1.5

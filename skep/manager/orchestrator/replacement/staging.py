@@ -1,4 +1,4 @@
-"""Steps of a staged update, which raises the share of new connections for the new tasks (``model.staged_updates``).
+"""Steps of a staged update, which raises the share of new connections for the new tasks (``model.staging.updates``).
 
 Each step starts new tasks in some of the slots, whose old tasks stay.  Once all of them run, and the time of the step
 has passed, the next step follows.  The last step is an ordinary start-first update, which retires the old tasks.
@@ -19,7 +19,7 @@ from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.replacement.slot_views import SlotView
 from skep.manager.orchestrator.slots import age
 from skep.model.service import Service, UpdateSplit, UpdateState, UpdateStatus
-from skep.model.staged_updates import (
+from skep.model.staging.updates import (
     IN_PROGRESS,
     TaskRequests,
     UpdateStage,

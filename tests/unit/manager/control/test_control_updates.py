@@ -27,7 +27,7 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
-from skep.model.staged_updates import is_undecided, stages_of
+from skep.model.staging.updates import is_undecided, stages_of
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import ServiceId, new_id
 from skep.model.values.times import Timestamp

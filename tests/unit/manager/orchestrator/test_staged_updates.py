@@ -15,11 +15,11 @@ from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.staging import RequestCounts
-from skep.model.networks.shares import shares_of
 from skep.model.networks.tables import TableEndpoint, TableService, TableSplit
 from skep.model.node import Availability
 from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateSplit, UpdateState
-from skep.model.staged_updates import TaskRequests
+from skep.model.staging.shares import shares_of
+from skep.model.staging.updates import TaskRequests
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import ServiceId, TaskId, new_id
 from skep.model.values.times import SECOND_NS, Timestamp

@@ -14,7 +14,6 @@ from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.model.door.routes import has_routes
-from skep.model.networks.shares import ALL_PERCENT
 from skep.model.options.overlap import why_stop_first
 from skep.model.service import (
     EndpointSpec,
@@ -26,6 +25,7 @@ from skep.model.service import (
     UpdateFailureAction,
     UpdateState,
 )
+from skep.model.staging.shares import ALL_PERCENT
 from skep.model.values.times import SECOND_NS, duration_ns
 
 UPDATE: Final = "skep.update"
