@@ -3,7 +3,7 @@
 Each step starts new tasks in some of the slots, whose old tasks stay.  Once all of them run, and the time of the step
 has passed, the next step follows.  The last step is an ordinary start-first update, which retires the old tasks.
 
-The step is stored with the update's status, so a new leader continues with it, and measures the time of the step anew.
+The step is stored with the update's status, so a new leader continues with it, and measures the time of the step again.
 Network tables bring the share to the nodes.  A failure of any new task ends the update with a rollback.  The new tasks
 no longer get connections from that moment, and end.
 """
