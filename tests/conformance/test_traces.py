@@ -18,7 +18,7 @@ from sim.cluster import SimulatedCluster
 from skep.api.formats.service_form import settled
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
 from skep.manager.orchestrator import update
-from skep.manager.orchestrator.replacement import restart
+from skep.manager.orchestrator.replacement import restart, slot_views
 from skep.model.node import Availability
 from skep.model.options.labels import DRAIN_NOW
 from skep.model.service import Service
@@ -169,7 +169,7 @@ def test_what_happens_is_what_happened_to_an_engine(scenario: Scenario, seed: in
     [
         (restart, "_waits_for_update", lambda *_: False, "update, stop-first"),
         (
-            update,
+            slot_views,
             "is_dirty",
             lambda task, situation: task.spec_version != situation.service.spec_version,
             "scale",

@@ -43,6 +43,7 @@ from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.manager.eviction.steps import is_evicting_manager
+from skep.manager.failover.keeper import FailoverKeeper
 from skep.manager.gossip.keys import first_keys
 from skep.manager.logbroker import subscription
 from skep.manager.logbroker.broker import LogBroker
@@ -179,6 +180,12 @@ class Cluster:
                 lambda node, session: self.dispatcher.session(node, session),
                 self.channel,
             )
+            self.failover = FailoverKeeper(
+                self.store,
+                MANAGER_ID,
+                lambda node, session: self.dispatcher.session(node, session),
+                clock,
+            )
             self.logs = LogBroker(self.store, new_id, clock, limits=self._log_limits)
             self.tls = ServerTls(self.pair(MANAGER_ID, NodeRole.MANAGER))
             self.external = ExternalAuthorities(lambda: self.tls.pair, clock, Random(1), self._call_limits)
@@ -215,6 +222,7 @@ class Cluster:
             self.discovery,
             attachments,
             self.tunnels,
+            self.failover,
             *self.path_parts,
         )
         return [handler for part in parts for handler in part.services()]
