@@ -17,15 +17,14 @@ rules here, so that the program's clients reach the program.
 """
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import shake_128
 from ipaddress import ip_address, ip_network
-from itertools import chain
-from typing import NamedTuple
 
 import msgspec
 
 from skep.dataplane.netns.nft_table import Element, NftTable
+from skep.dataplane.plan.drawing import Draw, numbered
 from skep.dataplane.plan.flows import StalePort
 from skep.model.networks.publishing import PublishOptions
 from skep.model.networks.tables import NetworkTable, TableEndpoint, TablePort, TableService
@@ -35,8 +34,6 @@ from skep.model.values.ids import NodeId, TaskId
 PROTOCOLS = frozenset({"tcp", "udp", "sctp"})
 STICKY_SLOTS = 256
 """Number of slots of a sticky port.  A client's address determines its slot, and each slot belongs to a task."""
-NEW_FROM = 1 << 15
-"""First number of new backends, which is half of the numbers that the type of the map allows."""
 BRIDGE = "skep-ingress"
 _TABLE = "skep_ingress"
 _STICKY = "sticky"
@@ -293,7 +290,7 @@ def ingress_table(plan: IngressPlan, family: Family) -> NftTable:
         ),
         rules=(
             *_rules(family),
-            *((one.chain, rule) for one in picks for rule in one.rules(family)),
+            *((one.chain, rule) for one in picks for rule in one.rules(partial(_dnat, family))),
         ),
         elements=frozenset((*_forwarding_elements(forwarded), *_refusing_elements(held))),
     )
@@ -352,30 +349,12 @@ def _numbered(port: MeshPort, backends: tuple[Backend, ...]) -> Iterable[tuple[i
     if port.options.is_sticky:
         return enumerate(sticky_slots(backends, port.percent))
     even, new = divided(backends)
-    return chain(enumerate(even), enumerate(new, NEW_FROM)) if even and new else enumerate(backends)
+    return numbered(even, new) if even and new else enumerate(backends)
 
 
-class _Pick(NamedTuple):
-    """Numbers of backends, for which a chain is needed.  ``new`` and ``percent`` are 0 without a staged update."""
-
-    even: int
-    new: int = 0
-    percent: int = 0
-
-    @property
-    def chain(self) -> str:
-        return f"pick_{self.even}" + (f"_{self.new}_{self.percent}" if self.new else "")
-
-    def rules(self, family: "Family") -> Iterator[str]:
-        if self.new:
-            draw = f"numgen random mod {self.new} offset {NEW_FROM}"
-            yield f"numgen random mod {ALL_PERCENT} < {self.percent} {_dnat(family, draw)}"
-        yield _dnat(family, f"numgen random mod {self.even}")
-
-
-def _pick(port: MeshPort, backends: tuple[Backend, ...]) -> _Pick:
+def _pick(port: MeshPort, backends: tuple[Backend, ...]) -> Draw:
     even, new = divided(backends)
-    return _Pick(len(even), len(new), port.percent) if even and new else _Pick(len(backends))
+    return Draw("pick", len(even), len(new), port.percent) if even and new else Draw("pick", len(backends))
 
 
 def _refusing_elements(ports: Iterable[tuple[MeshPort, PortKey]]) -> Iterable[Element]:

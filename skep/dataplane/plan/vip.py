@@ -11,7 +11,7 @@ three steps:
 * ``services`` sends the first packet of a flow to ``spread_<n>``, the chain for all services that have exactly ``n``
   backends.  The chain draws one of ``n`` numbers, so the spread is exactly even, and a service needs one element for
   each backend.  During a staged update it is ``spread_<n>_<m>_<p>``, which first draws whether a flow is among the
-  ``p`` percent for the ``m`` new backends.  These have numbers from ``NEW_FROM`` on.
+  ``p`` percent for the ``m`` new backends.  These have numbers from ``drawing.NEW_FROM`` on.
 * ``backends`` maps the virtual address and the drawn number to the backend's address.  All later packets of the flow
   follow connection tracking, so established connections are not affected by changes of the maps.
 
@@ -20,7 +20,7 @@ backend.  Every protocol is handled: TCP, UDP, SCTP, and ICMP, so that a ping is
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import NamedTuple, TypeAlias
 
@@ -29,6 +29,7 @@ from msgspec.structs import replace
 
 from skep.dataplane.netns import nft_table
 from skep.dataplane.netns.nft_table import NftTable
+from skep.dataplane.plan.drawing import Draw, numbered
 from skep.model.networks.tables import NetworkTable, TableEndpoint
 from skep.model.staging.shares import shares_of
 from skep.model.values.ids import ServiceId
@@ -40,9 +41,6 @@ _MAPS = ("backends", "services", "guards")
 _DATAGRAMS_MAX = 1024
 """Size of the set ``datagrams``.  The kernel allocates all of it (16 KiB) when the set is created."""
 _ADDRESS_TYPE = {"ip": "ipv4_addr", "ip6": "ipv6_addr"}
-
-NEW_FROM = 1 << 15
-"""First number of new backends, which is half of the numbers that the type of the map allows."""
 
 
 class SplitBackends(msgspec.Struct, frozen=True):
@@ -98,7 +96,7 @@ class WrittenTable(msgspec.Struct, frozen=True):
     """One family's table as it was written: its backends, and the spreads for which a chain exists."""
 
     backends: VipBackends
-    spreads: frozenset["_Spread"]
+    spreads: frozenset[Draw]
 
 
 class VipPlan(msgspec.Struct, frozen=True):
@@ -182,7 +180,7 @@ def vip_table(family: str, backends: VipBackends) -> NftTable:
             ("empty", "goto known"),
             ("check", f"{family} daddr vmap @guards"),
             ("out", f"{family} daddr vmap @services"),
-            *((one.chain, rule) for one in spreads for rule in one.rules(family)),
+            *((one.chain, rule) for one in spreads for rule in one.rules(_dnat(family))),
         ),
         elements=frozenset(
             (name, f"{key} : {value}")
@@ -283,7 +281,7 @@ def _changes(family: str, old: WrittenTable, new: VipBackends) -> str:
     lines = []
     for spread in sorted(_spreads(new) - old.spreads):
         lines.append(f"add chain {table} {spread.chain}\n")
-        lines += [f"add rule {table} {spread.chain} {rule}\n" for rule in spread.rules(family)]
+        lines += [f"add rule {table} {spread.chain} {rule}\n" for rule in spread.rules(_dnat(family))]
     for change in elements(family, old.backends, new):
         verb = "add" if change.is_added else "delete"
         listed = (f"{key} : {value}" if change.is_added else key for key, value in change.elements)
@@ -293,7 +291,7 @@ def _changes(family: str, old: WrittenTable, new: VipBackends) -> str:
     return "".join(lines)
 
 
-def _unused(old: WrittenTable, new: VipBackends) -> frozenset["_Spread"]:
+def _unused(old: WrittenTable, new: VipBackends) -> frozenset[Draw]:
     """Return the spreads of staged updates whose chains can be deleted.
 
     That happens when another chain is added, since nft must parse that change in any case.  The chains for even spreads
@@ -305,32 +303,18 @@ def _unused(old: WrittenTable, new: VipBackends) -> frozenset["_Spread"]:
     return frozenset(one for one in old.spreads - spreads if one.new)
 
 
-class _Spread(NamedTuple):
-    """Numbers of backends, for which a chain is needed.  ``new`` and ``percent`` are 0 without a staged update."""
-
-    even: int
-    new: int = 0
-    percent: int = 0
-
-    @property
-    def chain(self) -> str:
-        return f"spread_{self.even}" + (f"_{self.new}_{self.percent}" if self.new else "")
-
-    def rules(self, family: str) -> Iterator[str]:
-        if self.new:
-            yield (
-                f"numgen random mod 100 < {self.percent} dnat to {family} daddr . "
-                f"numgen random mod {self.new} offset {NEW_FROM} map @backends"
-            )
-        yield f"dnat to {family} daddr . numgen random mod {self.even} map @backends"
+def _dnat(family: str) -> Callable[[str], str]:
+    """Return what makes the statement that sends a packet to the backend of a number."""
+    return lambda number: f"dnat to {family} daddr . {number} map @backends"
 
 
-def _spread(backends: Backends) -> _Spread:
+def _spread(backends: Backends) -> Draw:
     even, new = _parts(backends)
-    return _Spread(len(even), len(new), backends.percent if isinstance(backends, SplitBackends) else 0)
+    percent = backends.percent if isinstance(backends, SplitBackends) else 0
+    return Draw("spread", len(even), len(new), percent)
 
 
-def _spreads(backends: VipBackends) -> frozenset[_Spread]:
+def _spreads(backends: VipBackends) -> frozenset[Draw]:
     """Return the spreads for which a chain is needed."""
     return frozenset(_spread(found) for found in backends.values() if found != ())
 
@@ -343,5 +327,5 @@ def _elements(address: str, backends: Backends | None) -> Iterator[tuple[str, st
     if backends != ():
         yield "services", address, f"goto {_spread(backends).chain}"
     even, new = _parts(backends)
-    for number, backend in chain(enumerate(even), enumerate(new, NEW_FROM)):
+    for number, backend in numbered(even, new):
         yield "backends", f"{address} . {number}", backend
