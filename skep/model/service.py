@@ -589,7 +589,11 @@ class Service(ApiObject):
     """Set when the user removed it: hidden from the API, but owner of its tasks until the last one has stopped."""
 
     @property
+    def split(self) -> UpdateSplit | None:
+        """Return the present step of a staged update, or None."""
+        return self.update_status.split if self.update_status is not None else None
+
+    @property
     def old_version(self) -> int | None:
         """Return the index of the spec version that a staged update still creates tasks of, or None."""
-        split = self.update_status.split if self.update_status is not None else None
-        return split.old if split is not None else None
+        return self.split.old if self.split is not None else None

@@ -173,7 +173,7 @@ def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableS
 
 
 def _split(service: Service) -> TableSplit | None:
-    split = service.update_status.split if service.update_status is not None else None
+    split = service.split
     if split is None or split.percent is None:
         return None
     return TableSplit(split.percent, split.versions, split.withdrawn)

@@ -483,7 +483,7 @@ def _set_update_status(tx: Transaction, wanted: SetUpdateStatus, now: Timestamp)
     if service is None or service.spec_version != decided.spec_version or _is_paused_since(service, decided):
         return
     before = service.update_status or UpdateStatus()
-    if wanted.split is not None and before.split != (decided.update_status or UpdateStatus()).split:
+    if wanted.split is not None and before.split != decided.split:
         return
     is_final = wanted.state in ENDED
     split = None if is_final else wanted.split or before.split

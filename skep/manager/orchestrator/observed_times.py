@@ -205,8 +205,7 @@ def _is_resumed(before: Service, after: Service) -> bool:
 
 def step_of(service: Service) -> int | None:
     """Return the step of the service's staged update, or None if it has none."""
-    split = service.update_status.split if service.update_status is not None else None
-    return split.step if split is not None else None
+    return service.split.step if service.split is not None else None
 
 
 def is_waiting(task: Task) -> bool:

@@ -9,7 +9,7 @@ no longer get connections from that moment, and end.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 
 import msgspec
 from msgspec.structs import replace
@@ -71,10 +71,7 @@ class Staging(msgspec.Struct, frozen=True):
 
     def is_withdrawn(self, task: Task) -> bool:
         """Return whether the task is of a staged update that this one has replaced."""
-        split = self.service.update_status.split if self.service.update_status is not None else None
-        return (
-            split is not None and task.spec_version is not None and task.spec_version.index in split.withdrawn
-        )
+        return _is_of(task, self.service.split.withdrawn if self.service.split is not None else ())
 
     def present(self, new: Iterable[Task], slots: int) -> SetUpdateStatus | None:
         """Return the status of the present step, or None if it is written already.
@@ -111,7 +108,7 @@ class Staging(msgspec.Struct, frozen=True):
     def following(self) -> SetUpdateStatus:
         """Return the status of the next step.  Its share follows once its tasks run (``present``)."""
         step = self.step + 1
-        before = (self.service.update_status or UpdateStatus()).split or UpdateSplit()
+        before = self.service.split or UpdateSplit()
         split = replace(before, step=step)
         return SetUpdateStatus(self.service, UpdateState.UPDATING, message_of(self.stages, step), split)
 
@@ -135,11 +132,8 @@ class Staging(msgspec.Struct, frozen=True):
 
     def _is_new(self, task: Task) -> bool:
         """Return whether the task is of this update, also if the service was scaled since."""
-        split = self.service.update_status.split if self.service.update_status is not None else None
-        versions = split.versions if split is not None else ()
-        if task.spec_version == self.service.spec_version:
-            return True
-        return task.spec_version is not None and task.spec_version.index in versions
+        versions = self.service.split.versions if self.service.split is not None else ()
+        return task.spec_version == self.service.spec_version or _is_of(task, versions)
 
 
 def staging_of(service: Service) -> Staging | None:
@@ -186,15 +180,16 @@ class RequestCounts:
 
     def requests_of(self, service: Service, tasks: Iterable[Task]) -> TaskRequests:
         """Return the requests to the new ``tasks`` of a service, all together."""
-        split = service.update_status.split if service.update_status is not None else None
-        if service.id not in self.services or split is None:
+        if service.id not in self.services or service.split is None:
             return TaskRequests()
-        new = (
-            task
-            for task in tasks
-            if task.spec_version is not None and task.spec_version.index in split.versions
-        )
+        versions = service.split.versions
+        new = (task for task in tasks if _is_of(task, versions))
         return sum((self.requests.get(task.id, TaskRequests()) for task in new), TaskRequests())
+
+
+def _is_of(task: Task, versions: Collection[int]) -> bool:
+    """Return whether the task was created from one of these spec versions."""
+    return task.spec_version is not None and task.spec_version.index in versions
 
 
 def _has_bounds(service: Service) -> bool:
