@@ -314,8 +314,8 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / f"{process}.lock"
 
 
-def open_to_others(program: Path) -> Path | None:
-    """Return which part of an absolute path lets others than root replace the program, or None.
+def why_open_to_others(program: Path) -> str:
+    """Return why others than root may replace the program at an absolute path, with the next step, or an empty text.
 
     In a directory like ``/tmp``, others can replace only what belongs to them.  Links count, because
     their targets are not checked.  Raises: OSError.
@@ -325,5 +325,8 @@ def open_to_others(program: Path) -> Path | None:
         is_sticky = stat.S_ISDIR(found.st_mode) and bool(found.st_mode & stat.S_ISVTX)
         is_open = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and not is_sticky
         if found.st_uid != 0 or is_open or stat.S_ISLNK(found.st_mode):
-            return part
-    return None
+            return (
+                f"others than root may change {part}: "
+                "let it belong to root, and remove write permissions of others and links"
+            )
+    return ""

@@ -11,7 +11,6 @@ Source: RFC 5227 (2.3, ARP announcements) and RFC 4861 (7.2.6, unsolicited neigh
 import asyncio
 import os
 import socket
-import stat
 import struct
 import sys
 import time
@@ -35,6 +34,7 @@ from skep.linux.commands import communicate
 from skep.model.networks.failover import KERNEL_LATE_S, KERNEL_S, AddressOrder
 from skep.model.networks.tables import NetworkTable
 from skep.model.values.ids import NetworkId, NodeId
+from skep.paths import why_open_to_others
 
 log = structlog.get_logger(__name__)
 
@@ -153,19 +153,12 @@ class AddressHook:
 
 def require_of_root(path: Path) -> None:
     """Check that only root can change a program.  Raises: FailedPrecondition."""
-    for one in (path, *path.parents):
-        try:
-            found = one.lstat()
-        except OSError as error:
-            raise FailedPrecondition(f"{path} cannot be run: {error}") from error
-        # In a directory like /tmp, others can replace only what belongs to them.
-        is_sticky = stat.S_ISDIR(found.st_mode) and bool(found.st_mode & stat.S_ISVTX)
-        is_open = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and not is_sticky
-        if found.st_uid != 0 or is_open or stat.S_ISLNK(found.st_mode):
-            raise FailedPrecondition(
-                f"{path} is not run, because others than root may change {one}: "
-                "let it belong to root, and remove write permissions of others and links"
-            )
+    try:
+        why = why_open_to_others(path)
+    except OSError as error:
+        raise FailedPrecondition(f"{path} cannot be run: {error}") from error
+    if why:
+        raise FailedPrecondition(f"{path} is not run, because {why}")
 
 
 class MachineAddresses:

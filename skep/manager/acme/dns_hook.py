@@ -18,7 +18,7 @@ import structlog
 from skep.aio.race import unless_done
 from skep.model.history import cut
 from skep.model.task_end import on_one_line
-from skep.paths import open_to_others
+from skep.paths import why_open_to_others
 
 log = structlog.get_logger(__name__)
 
@@ -63,11 +63,8 @@ class DnsHook:
         if not self._path:
             return "acme-dns-hook is not set on this manager. Set it on every manager"
         try:
-            if (part := open_to_others(Path(self._path))) is not None:
-                return (
-                    f"{self._path} is not run, because others than root may change {part}: "
-                    "let it belong to root, and remove write permissions of others and links"
-                )
+            if why := why_open_to_others(Path(self._path)):
+                return f"{self._path} is not run, because {why}"
             process = await asyncio.create_subprocess_exec(
                 *(self._path, action, name, value),
                 stdin=asyncio.subprocess.DEVNULL,
