@@ -56,7 +56,6 @@ class DnsView:
     def __init__(self, known: KnownCatalog, shuffle: Shuffle) -> None:
         self._known = known
         self._shuffle = shuffle
-        self._connections = 0
 
     def respond(self, data: bytes, *, is_tcp: bool = False) -> bytes | None:
         """Return the response to a message, or None if no response is sent."""
