@@ -19,6 +19,7 @@ from skep.manager.services.spec_history import comparable
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.labels import JOB_TTL, is_stopped
 from skep.model.service import Service, ServiceSpec
+from skep.model.staging.updates import stages_of
 from skep.model.values.ids import ServiceId
 from skep.store.interface import Created, Deleted, Updated, View
 
@@ -121,7 +122,7 @@ class Acknowledgements:
             return
         if new.removed_at is not None and JOB_TTL in new.spec.labels and new.job_status is not None:
             record.is_removal_asked = record.is_removed = True  # its own label requests the removal
-        if AUTOSCALE in new.spec.labels and any(
+        if (AUTOSCALE in new.spec.labels or stages_of(old.spec.labels)) and any(
             replace(one, mode=new.spec.mode) == new.spec for one in record.specs
         ):
             record.specs.append(new.spec)  # by autoscaling, or by a rollback that keeps the number of tasks

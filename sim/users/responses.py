@@ -204,10 +204,15 @@ class ResponseCheck:
 def _keeps_previous(
     before: ServiceState | None, expected: ServiceState | None, held: ServiceState | None
 ) -> bool:
-    """Return whether an update during a staged one has kept the spec before both as the previous one."""
-    if before is None or expected is None or held is None or not is_staged(before.spec):
+    """Return whether an update during a staged one has kept the spec before both as the previous one.
+
+    If it only scales the staged update, the previous spec gets that number of tasks as well.
+    """
+    if before is None or before.previous is None or expected is None or not is_staged(before.spec):
         return False
-    return _unversioned(replace(expected, previous=before.previous)) == _unversioned(held)
+    scaled = replace(before.previous, mode=expected.spec.mode)
+    kept = (replace(expected, previous=previous) for previous in (before.previous, scaled))
+    return _unversioned(held) in map(_unversioned, kept)
 
 
 def _kept(spec: NodeSpec) -> NodeSpec:

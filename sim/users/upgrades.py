@@ -72,6 +72,8 @@ class Upgrades:
         self._numbers = 1
         self._installing: set[str] = set()
         """Nodes that are being upgraded."""
+        self._contested: set[str] = set()
+        """Nodes that an upgrade took over while another one still installed there: either may end last."""
         for id in cluster.nodes:
             show_version(cluster, id, "1")
 
@@ -128,6 +130,7 @@ class Upgrades:
             cluster=self._cluster,
             broken=frozenset(broken),
             installing=self._installing,
+            contested=self._contested,
             note=self._note,
         )
         await run_upgrade(client, name, means, within_s=WITHIN_S, continues=True)
@@ -139,7 +142,7 @@ class Upgrades:
         """
         unreadable = self._cluster.unreadable_nodes()
         for id, since in self._eligible.items():
-            if id in unreadable:
+            if id in unreadable or id in self._contested:
                 continue
             node = self._cluster.view.get(Node, id)
             shown = node.description.engine.engine_version
@@ -198,6 +201,7 @@ class _CheckedMeans(SimulatedMeans, frozen=True, kw_only=True):
     """Checks on each upgrade that no other node is being upgraded."""
 
     installing: set[str]
+    contested: set[str]
     note: Callable[[Iterable[str]], None]
 
     async def upgrade(self, node: UpgradableNode) -> None:
@@ -215,6 +219,8 @@ class _CheckedMeans(SimulatedMeans, frozen=True, kw_only=True):
             self.note([f"{node.id} is upgraded while {sorted(others)} is"])
         if node.id not in self.cluster.nodes:
             raise Unavailable(f"{node.id} is gone")
+        if node.id in self.installing:
+            self.contested.add(node.id)
         self.installing.add(node.id)
         try:
             await install(node)

@@ -298,7 +298,10 @@ class VirtualClock:
         if seconds > 0:
             loop = self._loop
             woken = loop.create_future()
-            timer = loop.call_at(loop.time() + seconds / self._drift, _wake, woken)
+            # Real clocks move on meanwhile.  Without that, a caller that waits for the last rounding error of a
+            # difference would wait for ever.
+            delay_s = max(seconds / self._drift, RESOLUTION_S)
+            timer = loop.call_at(loop.time() + delay_s, _wake, woken)
             try:
                 await woken
             except BaseException:

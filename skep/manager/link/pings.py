@@ -126,7 +126,7 @@ class Pings:
         """Return the managers that are silent at ``now`` (monotonic seconds), with the seconds since their
         last ping.
         """
-        return self._last_seen.silent(self._time.after(now, TICK_S).seconds)
+        return self._last_seen.silent(self._running_s(now))
 
     def reachable(self, now: float) -> Set[NodeId]:
         """Return the managers that answered a ping shortly before ``now`` and have contact with a quorum."""
@@ -160,9 +160,10 @@ class Pings:
                     async with asyncio.timeout(RESPONSE_SECONDS_MAX):
                         await call.send(self._own_ping())
                         reply = self._checked(await call.receive(), channel.address, manager)
+                    now = self._clock.monotonic()
                     self._channels.add(manager, channel)
-                    self._last_seen.note_answer(manager, self._time.seconds, asked_at)
-                    self._reports.record(manager, report_in(reply), self._clock.monotonic())
+                    self._last_seen.note_answer(manager, self._running_s(now), asked_at)
+                    self._reports.record(manager, report_in(reply), now)
                     self._answered.set()
                     await wait_first(wanted_now.wait(), self._clock.sleep(PING_S))
         finally:
@@ -183,9 +184,18 @@ class Pings:
         """Answer each ping of another manager."""
         async for ping in pings:
             if self._is_manager(caller) and self._incarnation.observe(caller.node_id, ping.incarnation):
-                self._last_seen.note(caller.node_id, self._time.seconds)
-                self._reports.record(caller.node_id, report_in(ping), self._clock.monotonic())
+                now = self._clock.monotonic()
+                self._last_seen.note(caller.node_id, self._running_s(now))
+                self._reports.record(caller.node_id, report_in(ping), now)
             yield self._own_ping()
+
+    def _running_s(self, now: float) -> float:
+        """Return this loop's running time at ``now``, also between two ticks.
+
+        With the time of the last tick instead, a manager would count as silent a tick too early, while it still counts
+        as reachable.
+        """
+        return self._time.after(now, TICK_S).seconds
 
     def _own_ping(self) -> skep.Ping:
         report = self._reports.own

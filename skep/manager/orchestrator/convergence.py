@@ -31,7 +31,6 @@ from skep.manager.orchestrator.replacement.evacuation import evacuation_steps
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
 from skep.manager.orchestrator.replacement.restart import refill, restart_steps, start_steps
 from skep.manager.orchestrator.replacement.slot_views import is_outdated
-from skep.manager.orchestrator.replacement.staging import staging_of
 from skep.manager.orchestrator.slots import (
     Slot,
     group_by_node,
@@ -44,6 +43,7 @@ from skep.manager.orchestrator.update import update_steps
 from skep.manager.services.job_runs import COMPLETED, of_present_run
 from skep.model.options.labels import JOB_TTL
 from skep.model.service import PAUSED, UNDER_WAY
+from skep.model.staging.updates import is_undecided
 from skep.model.task import TaskState
 from skep.model.values.ids import NodeId
 
@@ -248,8 +248,7 @@ def _deciding_slots(
         paused: More slots, on nodes that take no new tasks.
     """
     yield
-    staging = staging_of(situation.service)
-    keeps_old = staging is not None and staging.keeps_old
+    keeps_old = is_undecided(situation.service)
     steps = [_refilled(step, slots, situation) for step in changes]
     # The update then starts the new tasks, in addition.
     steps = [replace(step, is_old=keeps_old) if isinstance(step, FillSlot) else step for step in steps]
@@ -257,8 +256,7 @@ def _deciding_slots(
     kept = {key: slot for key, slot in slots.items() if key not in changed}
     yield
     for number, slot in enumerate(kept.values()):
-        restarts = restart_steps(slot, situation)
-        steps += [_as_before(step, situation) for step in restarts] if keeps_old else restarts
+        steps += restart_steps(slot, situation)
         steps += evacuation_steps(slot, situation)
         if number % STEP == 0:
             yield
@@ -283,13 +281,6 @@ def _refilled(step: Step, slots: Mapping[Any, Slot], situation: Situation) -> St
     if not isinstance(step, FillSlot):
         return step
     return refill(step, slots.get(step.slot or step.node_id, ()), situation)
-
-
-def _as_before(step: Step, situation: Situation) -> Step:
-    """Let a staged update replace an old task that ended by an old one."""
-    if not isinstance(step, ReplaceTask) or not is_dirty(step.task, situation):
-        return step
-    return replace(step, successor=replace(step.successor, is_old=True))
 
 
 def _slots(situation: Situation) -> SlicedWork[tuple[dict[int, Slot], Collection[int]]]:

@@ -45,7 +45,8 @@ def crowded_slot(wanted: Sequence[Task], service: Service | None, view: View) ->
     """Yield a slot with too many tasks.
 
     During a staged update, or one with start-first, two may have desired state running.  So may the task of a drained
-    node and its replacement.  If the drain is undone, both may run until one of them is retired.
+    node and its replacement.  If the drain is undone, both may run until one of them is retired.  A replacement of
+    another version that has not started yet then waits for its image or volume, and the old task serves.
 
     Args:
         wanted: The wanted tasks of one slot, for jobs of one iteration.
@@ -56,12 +57,19 @@ def crowded_slot(wanted: Sequence[Task], service: Service | None, view: View) ->
     both = service is not None and (
         may_start_first(service)
         or any(one.relocation is not None or is_on_drained_node(one, view) for one in wanted)
+        or _has_unstarted_successor(wanted)
     )
     if len(wanted) > WANTED_MAX or started > (STARTED_MAX if both else 1):
         task = wanted[0]
         ids = [one.id for one in wanted]
         text = f"slot {task.slot or task.node_id} of {task.service_id} is filled by {ids}"
         yield InvariantViolation("slot", text, tuple(wanted))
+
+
+def _has_unstarted_successor(wanted: Sequence[Task]) -> bool:
+    """Return whether the tasks have different versions, and one of them has not been started."""
+    versions = {one.spec_version for one in wanted}
+    return len(versions) > 1 and any(one.status.state < TaskState.STARTING for one in wanted)
 
 
 def is_on_drained_node(task: Task, view: View) -> bool:

@@ -14,13 +14,21 @@ RUNNING = TaskState.RUNNING
 AT_ONCE = RestartPolicy(delay=0)
 
 
-def a_spec(image: str = "app:1", *, replicas: int = 4, update: UpdateConfig | None = None) -> ServiceSpec:
-    return a_service_spec(replicas=replicas, image=image, update=update, rollback=update, restart=AT_ONCE)
+def a_spec(
+    image: str = "app:1",
+    *,
+    replicas: int = 4,
+    update: UpdateConfig | None = None,
+    restart: RestartPolicy = AT_ONCE,
+) -> ServiceSpec:
+    return a_service_spec(replicas=replicas, image=image, update=update, rollback=update, restart=restart)
 
 
-def a_world(update: UpdateConfig | None = None, *, replicas: int = 4) -> World:
+def a_world(
+    update: UpdateConfig | None = None, *, replicas: int = 4, restart: RestartPolicy = AT_ONCE
+) -> World:
     """Return a world in which all replicas of app:1 run on n1."""
-    service = a_service(spec=a_spec(update=update, replicas=replicas))
+    service = a_service(spec=a_spec(update=update, replicas=replicas, restart=restart))
     world = World(service, nodes=[a_node("n1")])
     for slot in range(1, replicas + 1):
         world.put(a_task(slot=slot, node="n1", service=service))

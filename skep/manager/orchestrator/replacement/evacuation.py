@@ -17,9 +17,9 @@ from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask,
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
 from skep.manager.orchestrator.replacement.restart import failures_in_a_row, should_restart
-from skep.manager.orchestrator.replacement.staging import staging_of
 from skep.manager.orchestrator.slots import Slot, history, wanted
 from skep.model.node import Availability
+from skep.model.staging.updates import is_undecided
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 
@@ -64,8 +64,7 @@ def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
             id for id, node in nodes if node is not None and node.spec.availability is not Availability.DRAIN
         ),
     )
-    staging = staging_of(situation.service)
-    if serving and staging is not None and staging.keeps_old:
+    if serving and is_undecided(situation.service):
         # The old task serves, so the new one need not run until its replacement does.
         yield ReplaceTask(last, fill, cause_to_leave(last, situation.node_of(last)))
         return

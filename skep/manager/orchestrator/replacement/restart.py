@@ -44,6 +44,7 @@ from skep.manager.orchestrator.slots import Slot, age, history, is_lost, is_stop
 from skep.model.node import Availability
 from skep.model.options.labels import drain_s
 from skep.model.service import RestartCondition, RestartPolicy, UpdateOrder
+from skep.model.staging.updates import is_undecided
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 from skep.model.values.times import SECOND_NS
@@ -218,8 +219,12 @@ def refill(fill: FillSlot, slot: Slot, situation: Situation) -> FillSlot:
 
 
 def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
-    """Return the task that takes over the slot.  It starts at once unless it has to wait."""
-    is_same = task.spec == situation.service.spec.task_template
+    """Return the task that takes over the slot.  It starts at once unless it has to wait.
+
+    A staged update that keeps the old tasks replaces one that ended by an old one.
+    """
+    is_old = is_undecided(situation.service) and is_dirty(task, situation)
+    is_same = is_old or task.spec == situation.service.spec.task_template
     failures = failures_in_a_row(task, situation) if is_same else 0
     delay = _successor_delay_s(task, failures) if is_same and _is_delayed(task, situation) else 0.0
     starts_now = (
@@ -233,6 +238,7 @@ def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
         TaskState.RUNNING if starts_now else TaskState.READY,
         delay,
         failures,
+        is_old=is_old,
     )
 
 

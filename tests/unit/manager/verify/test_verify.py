@@ -32,7 +32,7 @@ from skep.model.service import (
     ServiceMode,
 )
 from skep.model.swarm import Swarm
-from skep.model.task import NetworkAttachment, Task, TaskState, VolumeAttachment
+from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus, VolumeAttachment
 from skep.model.values.ids import ClusterId, NetworkId, SecretId
 from skep.model.values.meta import Version
 from skep.model.values.times import Timestamp
@@ -256,6 +256,18 @@ def test_a_violation_that_lasts_is_reported_after_a_second_look() -> None:
 def test_a_staged_update_may_have_two_tasks_in_a_slot(kind: str) -> None:
     staged = replace(WEB, spec=replace(WEB.spec, labels={"skep.update": kind}))
     assert check(a_state(*NODES, staged, *TWICE[-2:]), Steps()) == []
+
+
+def test_an_old_task_may_serve_until_its_successor_starts_after_a_drain_that_was_undone() -> None:
+    waiting = replace(TWICE[-1], status=TaskStatus(state=TaskState.PREPARING))
+    state = a_state(*TWICE[:-1])
+    put(state, waiting)
+    assert check(state, Steps()) == ["slot"], "a move to another node keeps the version"
+    web = state.get(Service, WEB.id)
+    put(state, replace(web, spec=replace(web.spec, labels={"new": "1"})), waiting)
+    assert check(state, Steps()) == []
+    put(state, TWICE[-1])
+    assert check(state, Steps()) == ["slot"]
 
 
 def test_a_state_in_transit_is_not_reported() -> None:
