@@ -1,6 +1,6 @@
 """Checks in a cluster at rest that an update gets nodes for all its tasks if the dry run accepts it."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from random import Random
 
 from sim.cluster import SimulatedCluster
@@ -69,10 +69,11 @@ def check_planned(
     """
     planned = cluster.do(_plan(cluster.view, spec))
     is_accepted = not planned.error and not planned.preempted
-    waiting = {task.id for service in cluster.view.find(Service) for task in _pending(cluster, service.id)}
+    waiting = [service.id for service in cluster.view.find(Service) if _pending(cluster, service.id)]
+    placed = _placed(cluster, waiting)
     update()
     pass_time(cluster, PLACED_S)
-    if not is_accepted or _has_been_placed(cluster, waiting):
+    if not is_accepted or _placed(cluster, waiting) - placed:
         return
     if _pending(cluster, id):
         pass_time(cluster, EARLIER_LEADER_S)
@@ -81,10 +82,9 @@ def check_planned(
         cluster.observer.note(cluster.loop.time(), [problem])
 
 
-def _has_been_placed(cluster: SimulatedCluster, waiting: Collection[TaskId]) -> bool:
-    """Return whether a task that waited for longer has taken a place that the update freed."""
-    found = (cluster.view.lookup(Task, id) for id in waiting)
-    return any(task is not None and task.node_id for task in found)
+def _placed(cluster: SimulatedCluster, ids: Iterable[ServiceId]) -> set[TaskId]:
+    """Return the tasks with nodes of the services that wait for a place, which the update may free."""
+    return {task.id for id in ids for task in cluster.view.find(Task, service_id=id) if task.node_id}
 
 
 def _pending(cluster: SimulatedCluster, id: ServiceId) -> list[Task]:

@@ -1,5 +1,8 @@
-"""Rules on objects: no used one is removed, and at rest the live objects bound the number of all others."""
+"""Rules on objects: no used one is removed, none is written again and again, and at rest the live objects bound the
+number of all others.
+"""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from sim.invariants.committed import Change
@@ -8,7 +11,32 @@ from skep.model.container import SecretReference
 from skep.model.secret import Secret
 from skep.model.service import Service, TaskSpec
 from skep.model.task import Task
-from skep.store.interface import Deleted, View
+from skep.store.interface import Deleted, Updated, View
+
+WRITES_MAX = 25
+"""Maximum writes of one object within a second.  A task takes ten steps in its whole life, and a node that reconnects
+to each manager in turn is written a few times.
+"""
+
+
+class FewWrites:
+    """No object is written again and again, as by two rules that undo each other."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._writes: Counter[tuple[type, str]] = Counter()
+        """Writes of each object in the present second."""
+
+    def __call__(self, change: Change, _: View) -> Iterable[str]:
+        if self._second != int(change.time_s):
+            self._second = int(change.time_s)
+            self._writes.clear()
+        for event in change.events:
+            if isinstance(event, Updated):
+                key = type(event.new), str(getattr(event.new, "id", ""))
+                self._writes[key] += 1
+                if self._writes[key] == WRITES_MAX + 1:
+                    yield f"{key[0].__name__} {key[1]} was written over {WRITES_MAX} times in a second"
 
 
 def used_secrets_stay(change: Change, view: View) -> Iterable[str]:

@@ -19,7 +19,7 @@ from sim.invariants.nodes.disks import FullNodesGetNoNewTasks
 from sim.invariants.nodes.placement import global_jobs_run_once
 from sim.invariants.nodes.preemption import PreemptionsAreJust
 from sim.invariants.nodes.volumes import LocalVolumesStay
-from sim.invariants.objects import used_secrets_stay
+from sim.invariants.objects import FewWrites, used_secrets_stay
 from sim.invariants.services.attempts import NoRedundantTasks
 from sim.invariants.services.autoscaling import AutoscalingIsCalm
 from sim.invariants.services.damping import DecisionsAreStable
@@ -105,6 +105,7 @@ class Observer:
             names_are_unique,
             nodes_are_not_overcommitted,
             used_secrets_stay,
+            FewWrites(),
             one_leader_writes,
             session_owners_report,
             sessions_are_claimed,

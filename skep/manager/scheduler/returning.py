@@ -63,7 +63,11 @@ class Returning:
             if refusing is None:
                 return assigned(task, account, requirements, self._accounting, ASSIGNED)
             words = away_words(task, home, account.node, _why(refusing, requirements, account, copies))
-            if is_kept or (not refusing.is_lasting and _frees(task, service, home.node_id, view)):
+            is_soon_free = not refusing.is_lasting and (
+                _frees(task, service, home.node_id, view)
+                or account.volumes.is_leaving(requirements.cluster_volumes, home.node_id)
+            )
+            if is_kept or is_soon_free:
                 return PlacementRefused(task, words)
             away = away or words
         return away

@@ -193,6 +193,17 @@ class VolumeUses:
         volumes = (known.volume for id in ids if (known := self._known.get(id)) is not None)
         return {one.spec.driver.name for one in volumes if one and not sources.isdisjoint(sources_of(one))}
 
+    def is_leaving(self, mounts: Iterable[ClusterMount], node_id: NodeId) -> bool:
+        """Return whether a volume for one of the mounts is being unpublished from the node.
+
+        The node can use it again soon, unless another node takes it.
+        """
+        leaving = [
+            id for id in self._on.get(node_id, ()) if self._known[id].takes_tasks.get(node_id) is False
+        ]
+        candidates = [self._by_source.get(mount.source, _Candidates()) for mount in mounts]
+        return any(found.of(id) is not None for id in leaving for found in candidates)
+
     def choose(self, mounts: Sequence[ClusterMount], node: Node) -> tuple[VolumeAttachment, ...] | str:
         """Return the volumes for a task's mounts on a node, or a sentence that says why it cannot have them."""
         chosen: list[VolumeAttachment] = []

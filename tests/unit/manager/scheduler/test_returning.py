@@ -1,5 +1,7 @@
 """Tasks return to the node with their slot's local volumes, or wait for it where their service says so."""
 
+from functools import partial
+
 from msgspec.structs import replace
 
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
@@ -10,8 +12,9 @@ from skep.model.options.labels import VOLUME_AFFINITY
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.service import Placement, Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
+from skep.model.volume import PublishState, VolumeScope, VolumeSharing
 from skep.store.memory import MemoryStore
-from tests.support.builders import a_node, a_service, a_task
+from tests.support.builders import a_cluster_volume, a_node, a_service, a_task, with_disks
 from tests.support.managers.counted_calls import calls_of
 from tests.unit.manager.scheduler.test_scheduler_loop import a_store, put, scheduling, wait_for
 
@@ -162,6 +165,26 @@ async def test_a_task_waits_for_what_its_predecessor_holds() -> None:
         await store.update_each(
             put, [replace(before, status=TaskStatus(state=SHUTDOWN, container_status=CREATED))]
         )
+        await wait_for(store, lambda: bool(on(store, task)))
+    assert on(store, task) == "n3"
+
+
+async def test_a_task_waits_while_its_cluster_volume_leaves_the_node_with_its_data() -> None:
+    service = a_stateful_service()
+    template = service.spec.task_template
+    assert template.container_spec is not None
+    mounts = (*template.container_spec.mounts, Mount(type="cluster", source="shared", target="/shared"))
+    template = replace(template, container_spec=replace(template.container_spec, mounts=mounts))
+    service = replace(service, spec=replace(service.spec, task_template=template))
+    shared = partial(a_cluster_volume, "shared", scope=VolumeScope.MULTI, sharing=VolumeSharing.ALL)
+    leaving = shared(on={"n3": PublishState.PENDING_NODE_UNPUBLISH})
+    nodes = [with_disks(a_node(id)) for id in ("n1", "n3")]
+    task = waiting(service)
+    store = await a_store(service, *nodes, leaving, past(service, "n3"), task)
+    async with scheduling(store):
+        await wait_for(store, lambda: bool(store.view().get(Task, task.id).status.err))
+        assert "shared is being unpublished from the node" in store.view().get(Task, task.id).status.err
+        await store.update_each(put, [shared()])
         await wait_for(store, lambda: bool(on(store, task)))
     assert on(store, task) == "n3"
 
