@@ -90,9 +90,15 @@ class UpdateEndsHaveCauses:
     def _has_cause(self, service: Service, now: float) -> bool:
         if service.spec_version is None:
             return False
-        key = service.id, service.spec_version.index
-        deadline_s = shortest_deadline_s(service.spec)
-        return key in self._failed or now - self._begun.get(key, now) >= TOLERANCE * deadline_s
+        # A staged update continues with the tasks of earlier specs that run the same containers.
+        versions = {
+            service.spec_version.index,
+            *(service.split.versions if service.split is not None else ()),
+        }
+        keys = [(service.id, version) for version in versions]
+        begun = min(self._begun.get(key, now) for key in keys)
+        is_late = now - begun >= TOLERANCE * shortest_deadline_s(service.spec)
+        return is_late or not self._failed.isdisjoint(keys)
 
 
 def _created(change: Change) -> frozenset[TaskId]:
