@@ -13,9 +13,9 @@ from skep.model.service import Service, TaskSpec
 from skep.model.task import Task
 from skep.store.interface import Deleted, Updated, View
 
-WRITES_MAX = 25
-"""Maximum writes of one object within a second.  A task takes ten steps in its whole life, and a node that reconnects
-to each manager in turn is written a few times.
+WRITES_MAX = 60
+"""Maximum writes of one object within a second.  A task takes ten steps in its whole life.  A volume with a single
+writer takes eight for each of several tasks whose nodes reject them one after the other.
 """
 
 

@@ -370,7 +370,7 @@ class _Rollout:
         if self._keeps_old and self._staging is not None:
             id = self._service.id
             since = max([self._seen.stepped(id), self._seen.resumed(id), *settled])
-            over_at = since + max(self._monitor_s, self._staging.stage.least_s)
+            over_at = since + max(self._monitor_s, self._staging.least_s)
         if renewed := [*self._recheck_progress()]:
             yield from renewed
         elif (settled or self._keeps_old) and over_at > self._now:

@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,8 +77,10 @@ class Recipe:
 
 
 @contextmanager
-def a_recipe(name: str, *, workers: int = 2, configuration: str = "") -> Iterator[Recipe]:
-    """Bring up a playground with ``debian:12`` and the packages that the recipe's images install.
+def a_recipe(
+    name: str, *, workers: int = 2, configuration: str = "", packages: Sequence[str] = ()
+) -> Iterator[Recipe]:
+    """Bring up a playground with ``debian:12``, its ``packages``, and those that the recipe's images install.
 
     No task runs on its only manager, so that a test can kill any node with tasks.
     """
@@ -87,14 +89,14 @@ def a_recipe(name: str, *, workers: int = 2, configuration: str = "") -> Iterato
     with a_playground(name, configured=configured, managers=1, workers=workers) as cluster:
         directory = cluster.directory / "recipe"
         shutil.copytree(COOKBOOK / name, directory)
-        _load_debian(cluster.node("m1"), directory)
+        _load_debian(cluster.node("m1"), directory, packages)
         cluster.node("m1").docker("node", "update", "--availability", "drain", "m1")
         yield Recipe(cluster, name, directory)
 
 
-def _load_debian(node: TestNode, directory: Path) -> None:
+def _load_debian(node: TestNode, directory: Path, more: Sequence[str]) -> None:
     files = "".join(path.read_text() for path in directory.rglob("Dockerfile"))
-    packages = sorted({word for words in _INSTALLED.findall(files) for word in words.split()})
+    packages = sorted({*more, *(word for words in _INSTALLED.findall(files) for word in words.split())})
     tarball = directory.parent / "debian.tar"
     made = subprocess.run(
         [ROOT / "setup/debian-image.sh", "bookworm", tarball, *packages],

@@ -8,6 +8,8 @@ If no node takes it, or it fails, the old task stays.  A task of an older spec i
 also while the update is paused (``update``).  If the drain is undone, the update's rules keep the older task and remove
 the surplus one.  ``Situation.moves_start_first`` decides which tasks move in this way.
 
+A new task of a staged update moves at once, because the slot's old task serves meanwhile.
+
 Difference from swarmkit: swarmkit stops the old task first.  The node's label ``skep.drain-now`` restores that.
 """
 

@@ -221,7 +221,7 @@ def refill(fill: FillSlot, slot: Slot, situation: Situation) -> FillSlot:
 def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
     """Return the task that takes over the slot.  It starts at once unless it has to wait.
 
-    A staged update that keeps the old tasks replaces one that ended by an old one.
+    While a staged update keeps the old tasks, an old task replaces an old task that ended.
     """
     is_old = is_undecided(situation.service) and is_dirty(task, situation)
     is_same = is_old or task.spec == situation.service.spec.task_template

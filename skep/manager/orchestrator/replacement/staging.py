@@ -39,6 +39,10 @@ _STAGED = (UpdateState.UPDATING, UpdateState.PAUSED)
 
 COLLECT_S = 5.0
 """Seconds between two collections of the requests to new tasks, which nodes count as often."""
+JUDGED_S = 3 * COLLECT_S
+"""Least seconds of a step with bounds.  The leader knows a request after two collections at most.  So it judges the
+requests of the first seconds before the next step sends more of them to new tasks.
+"""
 CollectRequests = Callable[[], Awaitable[Mapping[TaskId, TaskRequests]]]
 """Returns the recent HTTP requests of new tasks in staged updates, from all managers, within seconds."""
 
@@ -64,6 +68,12 @@ class Staging(msgspec.Struct, frozen=True):
     def keeps_old(self) -> bool:
         """Whether old tasks stay although their successors run."""
         return self.stage.keeps_old
+
+    @property
+    def least_s(self) -> float:
+        """Seconds from the start of the last new task to the end of the present step, at least."""
+        has_bounds = bounds_of(self.service.spec.labels) is not None
+        return max(self.stage.least_s, JUDGED_S if has_bounds and self.keeps_old else 0.0)
 
     def missing(self, slots: int, begun: int) -> int:
         """Return how many of the ``slots`` get a new task in this step, in addition to ``begun`` slots."""

@@ -17,7 +17,7 @@ from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.staging import RequestCounts
 from skep.model.networks.tables import TableEndpoint, TableService, TableSplit
 from skep.model.node import Availability
-from skep.model.service import RestartPolicy, Service, ServiceSpec, UpdateConfig, UpdateSplit, UpdateState
+from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateSplit, UpdateState
 from skep.model.staging.shares import shares_of
 from skep.model.staging.updates import TaskRequests
 from skep.model.task import Task, TaskState
@@ -359,30 +359,6 @@ def test_a_scaled_paused_canary_keeps_its_share() -> None:
     advance(world)
     assert (counts(world), shares(world)) == ((8, 1), {"app:1": 95, "app:2": 5})
     assert state(world) is UpdateState.PAUSED
-
-
-def test_an_old_task_that_ends_is_replaced_by_an_old_one() -> None:
-    world = begun(replicas=10)
-    free = {task.slot for task in wanted(world)} - {task.slot for task in wanted(world, "app:2")}
-    for task in [task for task in wanted(world, "app:1") if task.slot in free]:
-        world.report(task.id, TaskState.FAILED)
-    advance(world)
-    assert (counts(world), shares(world)) == ((10, 1), {"app:1": 95, "app:2": 5})
-
-
-def test_an_old_task_waits_for_its_own_restart_delay() -> None:
-    delayed = RestartPolicy(delay=5 * SECOND_NS)
-    world = a_world(update=ALL_AT_ONCE, restart=delayed)
-    world.update(replace(a_spec("app:2", update=ALL_AT_ONCE, restart=delayed), labels=CANARY))
-    advance(world)
-    taken = {task.slot for task in wanted(world, "app:2")}
-    failed = next(task for task in wanted(world, "app:1") if task.slot not in taken)
-    world.report(failed.id, TaskState.FAILED)
-    advance(world)
-    (successor,) = (task for task in wanted(world) if task.slot == failed.slot)
-    assert (image_of(successor), successor.desired_state) == ("app:1", TaskState.READY)
-    pass_time(world, 5)
-    assert [task.desired_state for task in wanted(world) if task.slot == failed.slot] == [RUNNING]
 
 
 def test_a_new_task_that_fails_after_a_scale_rolls_back_and_keeps_the_number() -> None:
