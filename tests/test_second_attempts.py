@@ -39,12 +39,20 @@ def test_it():
 """
 
 
-def whole_run(root: Path, folder: str, test: str) -> subprocess.CompletedProcess[str]:
+ASKS_WITHOUT_A_DELAY = """
+import socket
+
+def test_it(pytestconfig):
+    assert pytestconfig.failures_db.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+"""
+
+
+def whole_run(root: Path, folder: str, test: str, *options: str) -> subprocess.CompletedProcess[str]:
     (root / folder).mkdir(parents=True)
     (root / "conftest.py").write_text(CONFTEST)
     (root / "pytest.ini").write_text("[pytest]\n")
     (root / folder / "test_one.py").write_text(test)
-    options = ["--timeout", "2", "--reruns", "1", "--only-rerun", "Timeout", "--rerun-show-tracebacks"]
+    repeating = ["--timeout", "2", "--reruns", "1", "--only-rerun", "Timeout", "--rerun-show-tracebacks"]
     return subprocess.run(
         [
             sys.executable,
@@ -53,6 +61,7 @@ def whole_run(root: Path, folder: str, test: str) -> subprocess.CompletedProcess
             "-p",
             "no:cacheprovider",
             "--import-mode=importlib",
+            *repeating,
             *options,
             folder,
         ],
@@ -86,3 +95,8 @@ def test_a_repeated_test_still_has_its_deadline(tmp_path: Path) -> None:
     ended = whole_run(tmp_path, "tests/integration", HANGS_AT_ITS_SECOND_ATTEMPT)
     assert "1 failed, 1 rerun" in ended.stdout, ended.stdout + ended.stderr
     assert "Timeout" in ended.stdout
+
+
+def test_a_worker_asks_for_earlier_attempts_without_a_delay(tmp_path: Path) -> None:
+    ended = whole_run(tmp_path, "tests/unit", ASKS_WITHOUT_A_DELAY, "-n", "1")
+    assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -24,9 +24,9 @@ from tests.support.clients.command_rig import HANGS, Cluster, a_cluster
 async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
     """With a service that runs, and one that does not."""
     async with a_cluster(tmp_path) as made:
-        made.write(
-            f"name: shop\nservices: {{web: {{image: busybox, deploy: {{replicas: 2}}}}, db: {{image: {HANGS}}}}}"
-        )
+        # Without ``monitor``, each test would wait for 5 s until the tasks of ``web`` count as stable.
+        soon = "deploy: {replicas: 2, update_config: {monitor: 1ms}}"
+        made.write(f"name: shop\nservices: {{web: {{image: busybox, {soon}}}, db: {{image: {HANGS}}}}}")
         code, _, err = await made.deploy("--detach")
         assert code == 0, err
         code, _, err = await made.run("service", "wait", "shop_web")

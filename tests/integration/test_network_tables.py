@@ -36,7 +36,7 @@ def serving(cluster: TestCluster, node: str) -> set[str]:
 @pytest.mark.timeout(150)
 def test_every_node_has_the_same_tables_and_a_stop_waits_for_all_of_them(large: TestCluster) -> None:
     m1 = large.node("m1")
-    publish = ("--publish", "8080:80", "--label", "skep.drain=30s")
+    publish = ("--detach", "--publish", "8080:80", "--label", "skep.drain=30s")
     m1.docker("service", "create", "--name", "web", "--replicas", "6", *publish, IMAGE, *IDLE)
     wait_until(lambda: all(len(serving(large, node)) == 6 for node in NODES), "all nodes know all tasks")
     known = table(large, "m1")

@@ -151,7 +151,8 @@ def test_networks_are_added_to_and_removed_from_a_service(m1: TestNode, w1: Test
     for name, subnet in (("front", "10.63.0.0/24"), ("back", "10.64.0.0/24")):
         m1.docker("network", "create", "-d", "overlay", "--subnet", subnet, name)
     create(m1, "db", 1, "--network", "back", command=IDLE)
-    create(m1, "web", 1, "--network", "front", "--constraint", "node.hostname==m1", command=IDLE)
+    soon = ("--update-monitor", "500ms")
+    create(m1, "web", 1, *soon, "--network", "front", "--constraint", "node.hostname==m1", command=IDLE)
     wait_running(m1, "db", 1)
     wait_running(m1, "web", 1)
 

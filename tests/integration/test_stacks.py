@@ -35,6 +35,7 @@ services:
     command: sleep 600
     stop_grace_period: 0s
     healthcheck: {test: "true", interval: 500ms}
+    deploy: {update_config: {monitor: 500ms}}
 configs: {conf: {content: "version ${VERSION:-1}"}}
 secrets: {password: {environment: PASSWORD}}
 """
@@ -177,7 +178,7 @@ def test_a_plan_says_why_a_service_would_not_fit(m1: TestNode, folder: Path) -> 
 def test_an_earlier_revision_is_deployed_again(m1: TestNode, folder: Path) -> None:
     text = (
         "name: shop\nservices: {web: {image: busybox, command: sleep 600, stop_grace_period: 0s, configs: [c], "
-        "deploy: {update_config: {monitor: 0s}}, x-skep: {drain: 0s}}%s}\nconfigs: {c: {content: '%s'}}"
+        "deploy: {update_config: {monitor: 500ms}}, x-skep: {drain: 0s}}%s}\nconfigs: {c: {content: '%s'}}"
     )
     (folder / "compose.yaml").write_text(text % ("", "one"))
     deploy(m1, folder)
@@ -248,7 +249,8 @@ def test_an_interrupted_deploy_is_completed_by_repeating_it(m1: TestNode, folder
 
 @pytest.mark.parametrize("times", [5, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
 def test_a_deploy_may_follow_a_removal_at_once(m1: TestNode, folder: Path, times: int) -> None:
-    service = "{image: busybox, command: sleep 600, stop_grace_period: 0s, x-skep: {drain: 0s}}"
+    soon = "deploy: {update_config: {monitor: 500ms}}, x-skep: {drain: 0s}"
+    service = f"{{image: busybox, command: sleep 600, stop_grace_period: 0s, {soon}}}"
     text = f"name: shop\nservices: {{web: {service}}}"
     (folder / "compose.yaml").write_text(text)
     for _ in range(times):
@@ -294,7 +296,7 @@ def test_a_mounted_file_with_other_content_updates_its_service(m1: TestNode, fol
     service = (
         "{image: busybox, command: sleep 600, stop_grace_period: 0s, volumes: ['./site.conf:/site.conf:ro'], "
     )
-    service += "deploy: {update_config: {monitor: 0s}}, x-skep: {drain: 0s}}"
+    service += "deploy: {update_config: {monitor: 500ms}}, x-skep: {drain: 0s}}"
     (folder / "compose.yaml").write_text(f"name: shop\nservices: {{web: {service}}}")
     deploy(m1, folder)
     before = running(m1, "shop_web")[0]["ID"]
@@ -316,7 +318,8 @@ def test_an_image_is_built_and_its_service_runs(m1: TestNode, folder: Path) -> N
         'FROM busybox\nARG WORD\nENV WORD=$WORD\nCMD ["sleep", "600"]\n'
     )
     build = "{context: app, dockerfile: Containerfile, args: {WORD: built}, extra_hosts: ['h:127.0.0.1']}"
-    text = f"name: shop\nservices: {{app: {{build: {build}, stop_grace_period: 0s}}}}"
+    soon = "stop_grace_period: 0s, deploy: {update_config: {monitor: 500ms}}"
+    text = f"name: shop\nservices: {{app: {{build: {build}, {soon}}}}}"
     (folder / "compose.yaml").write_text(text)
     deploy(m1, folder)
     container = running(m1, "shop_app")[0]["Status"]["ContainerStatus"]["ContainerID"]

@@ -116,7 +116,7 @@ def test_a_service_gives_its_name_port_and_network_back_at_once(m1: TestNode) ->
 
 def test_a_crash_loop_is_damped_and_the_service_beside_it_runs(m1: TestNode) -> None:
     create(m1, "--detach", command=("false",))
-    m1.docker("service", "create", "--name", "calm", IMAGE, *SLEEP)
+    m1.docker("service", "create", "--name", "calm", *QUICK, IMAGE, *SLEEP)
     wait_until(
         lambda: len([t for t in tasks(m1) if t["Status"]["State"] == "failed"]) >= 4, "it failed four times"
     )

@@ -171,9 +171,8 @@ def test_the_token_says_what_joins_and_a_rotated_one_is_refused_while_members_st
     assert join(tokens["worker"]).stdout == "This node joined a swarm as a worker.\n"
     wait_until(lambda: is_listed("Ready"), "the worker is ready")
     m1.docker("swarm", "join-token", "--rotate", "worker")
-    m1.docker(
-        "service", "create", "--name", "web", "--constraint", "node.hostname==m3", IMAGE, "sleep", "600"
-    )
+    there = ("--constraint", "node.hostname==m3")
+    m1.docker("service", "create", "--detach", "--name", "web", *there, IMAGE, "sleep", "600")
     wait_running(m1, "web", 1)
     m1.docker("service", "rm", "web")
     leave()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +25,7 @@ SKEP = str(Path(sys.executable).with_name("skep"))
 UNPACKED = Path(sys.prefix) / "libexec/skep"
 
 
+@cache
 def docker_version(cli: str) -> str:
     """Return the version: ``28.2.2`` for ``Docker version 28.2.2, build e6534b4``."""
     said = subprocess.run([cli, "--version"], capture_output=True, text=True, timeout=120, check=True).stdout

@@ -2,7 +2,9 @@
 
 import time
 from base64 import encodebytes
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 
 import msgspec
 import pytest
@@ -180,6 +182,10 @@ def certificate_with(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> byt
     return text + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
+def certificate_with_rsa(bits: int) -> bytes:
+    return certificate_with(rsa.generate_private_key(65537, bits))
+
+
 def der(tag: int, *parts: bytes) -> bytes:
     content = b"".join(parts)
     return bytes([tag, 0x82]) + len(content).to_bytes(2, "big") + content
@@ -199,22 +205,21 @@ def b64pem(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (certificate_with(rsa.generate_private_key(65537, 1024)), "RSA key of 1024 bits. Use 2048 to 4096"),
+        (partial(certificate_with_rsa, 1024), "RSA key of 1024 bits. Use 2048 to 4096"),
+        (partial(certificate_with_rsa, 4096 + 64), "RSA key of 4160 bits. Use 2048 to 4096"),
         (
-            certificate_with(rsa.generate_private_key(65537, 4096 + 64)),
-            "RSA key of 4160 bits. Use 2048 to 4096",
-        ),
-        (
-            certificate_with(ec.generate_private_key(ec.BrainpoolP256R1())),
+            lambda: certificate_with(ec.generate_private_key(ec.BrainpoolP256R1())),
             "a key of the curve brainpoolP256r1",
         ),
-        (CHAIN + crafted_dsa_key(30_000), "a private key of"),
-        (CHAIN + crafted_dsa_key(5_000), "has a key that does not belong"),
-        (CHAIN + KEY + b"#" * 32 * 1024, "Write only a chain and its key into it"),
+        (lambda: CHAIN + crafted_dsa_key(30_000), "a private key of"),
+        (lambda: CHAIN + crafted_dsa_key(5_000), "has a key that does not belong"),
+        (lambda: CHAIN + KEY + b"#" * 32 * 1024, "Write only a chain and its key into it"),
     ],
 )
-async def test_keys_that_cost_time_are_refused_before_they_are_read(data: bytes, words: str) -> None:
-    store = await store_with(site=data)
+async def test_keys_that_cost_time_are_refused_before_they_are_read(
+    data: Callable[[], bytes], words: str
+) -> None:
+    store = await store_with(site=data())
     before = time.process_time()
     with pytest.raises(InvalidArgument, match="the secret site has") as refused:
         check_certificates(store.view(), spec_with("site"))
