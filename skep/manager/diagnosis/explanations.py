@@ -45,6 +45,7 @@ from skep.model.service import (
     ServiceSpec,
     UpdateStatus,
 )
+from skep.model.staging.updates import end_of_present_step
 from skep.model.task import Restart, Task, TaskState
 from skep.model.task_end import EndCause, TaskEnd, signal_of
 from skep.model.values.encoding import ApiObject, always
@@ -543,6 +544,7 @@ def explain_update(
     if not leads:
         is_last = len(done) == len(slots)
         words = "the monitor time of the last step" if is_last else "the delay before the next step"
+        words = end_of_present_step(service) or words
         return UpdateExplanation(step=step, waiting_for=words)
     first = min(leads, key=lambda task: (task.created_at, task.id))
     # The deadline starts once the previous tasks of the slot have stopped.

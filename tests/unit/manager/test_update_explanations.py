@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from skep.cli.see.explain import about_service
 from skep.manager.diagnosis.explanations import UpdateExplanation, explain_service
-from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.service import Service, UpdateSplit, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.values.encoding import to_json
 from skep.model.values.times import SECOND_NS, Timestamp, unix_ns
@@ -93,6 +93,33 @@ def test_without_such_a_task_it_waits_for_time_to_pass(
 ) -> None:
     found = reported(updated(), *slots(RUNNING, RUNNING, RUNNING), new=new)
     assert found == UpdateExplanation(step=step, waiting_for=waits_for)
+
+
+@pytest.mark.parametrize(
+    ("labels", "step", "waits_for"),
+    [
+        ({"skep.update": "canary", "skep.update.promote": "manual"}, 0, "skep update promote web"),
+        (
+            {"skep.update": "canary", "skep.update.step-time": "90s"},
+            1,
+            "the end of the step, which lasts 90s",
+        ),
+        (
+            {"skep.update": "blue-green", "skep.update.keep": "5m"},
+            1,
+            "the end of the 5m for which old tasks are kept (skep update switch-back web returns to them)",
+        ),
+        ({"skep.update": "canary"}, 2, "the monitor time of the last step"),
+    ],
+)
+def test_a_step_of_a_staged_update_names_what_ends_it(
+    labels: dict[str, str], step: int, waits_for: str
+) -> None:
+    service = updated()
+    status = replace(service.update_status or UpdateStatus(), split=UpdateSplit(step=step))
+    service = replace(service, spec=replace(service.spec, labels=labels), update_status=status)
+    found = reported(service, *slots(RUNNING, RUNNING, RUNNING), new=("t1",))
+    assert found == UpdateExplanation(step="1 of 3 tasks are new", waiting_for=waits_for)
 
 
 @pytest.mark.parametrize("state", [None, *UpdateState])

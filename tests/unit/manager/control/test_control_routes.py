@@ -62,7 +62,7 @@ async def test_a_route_that_does_not_work_is_explained(store):
     task = a_task("t1", node="n1", service=web)
     task = replace(task, status=replace(task.status, state=TaskState.RUNNING))
     await store.update(lambda tx: tx.put(task))
-    assert "are not on the network skep-door" in problems()[0]
+    assert "not on the network skep-door" in problems()[0]
     attached = (NetworkAttachment(network=DOOR),)
     await store.update(lambda tx: tx.put(replace(tx.get(type(task), task.id), networks_attachments=attached)))
     assert problems() == []
