@@ -17,7 +17,7 @@ from skep.cli.endpoint import HostOptions
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests
 from skep.cli.stack.stack_builds import named_by_content
-from skep.errors import NotFound, Unavailable
+from skep.errors import NotFound, PermissionDenied, Unavailable
 from skep.model.door.claims import Claimant, settled
 from skep.model.door.problems import label_problem, route_problem
 from skep.model.door.routes import has_routes, routes_of
@@ -110,8 +110,19 @@ def up(options: HostOptions, /, image: str, base: str, subnet: str, **wanted: An
         ip_network(subnet)
     except ValueError as error:
         raise click.UsageError(f"--subnet: {error}") from None
+    run_requests(require_administrator(options))
     image = image or _built(_docker(options), base)
     run_requests(_bring_up(options, subnet, image, wanted))
+
+
+async def require_administrator(options: HostOptions) -> None:
+    """Refuse other users before an image is built.  Raises: PermissionDenied; Unavailable: it is not a manager."""
+    async with options.requests() as client:
+        access = await client.get("/skep/access")
+    if "admin" not in access["Roles"]:
+        raise PermissionDenied(
+            f"{access['Name']} may not create the front door: only administrators may do this"
+        )
 
 
 def _docker(options: HostOptions) -> list[str]:

@@ -1,14 +1,17 @@
 """``skep door status`` in words, and the labels that ``skep service expose`` and ``hide`` write."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
+from skep.api.client.requests import Requests
 from skep.cli.apps.service import exposed, hidden
-from skep.cli.cluster.door import service_spec, shown_routes
+from skep.cli.cluster.door import require_administrator, service_spec, shown_routes
 from skep.cli.output import Screen
-from skep.errors import NotFound
+from skep.errors import NotFound, PermissionDenied
 from skep.model.network import Network, NetworkSpec
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import NetworkAttachment, Task, TaskState
@@ -118,3 +121,26 @@ def test_the_proxies_have_the_labels_of_their_options() -> None:
         "skep.door.access-log": "false",
     }
     assert spec["TaskTemplate"]["Placement"] == {"Constraints": ["a==b"]}
+
+
+class _Api(Requests):
+    """The API as a user with these roles sees it."""
+
+    def __init__(self, *roles: str) -> None:
+        self._roles = roles
+
+    @asynccontextmanager
+    async def requests(self) -> AsyncIterator["_Api"]:
+        yield self
+
+    async def request(self, method: str, path: str, **_: Any) -> Any:
+        assert (method, path) == ("GET", "/skep/access")
+        return {"Name": "ann", "Roles": list(self._roles)}
+
+
+async def test_only_administrators_build_the_image_of_the_front_door() -> None:
+    host: Any = _Api("admin")
+    await require_administrator(host)
+    host = _Api("operator", "viewer:shop")
+    with pytest.raises(PermissionDenied, match="ann may not create the front door: only administrators"):
+        await require_administrator(host)
