@@ -1,5 +1,6 @@
 """The answer to ``skep what-if``: how services, nodes and free resources differ after a supposed change."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
@@ -12,7 +13,7 @@ from skep.manager.orchestrator.global_services import is_eligible, takes_new_tas
 from skep.manager.orchestrator.replacement.disruption import FROZEN_S_MAX
 from skep.manager.services.disruption_budget import is_available, required
 from skep.manager.what_if.course import Course
-from skep.manager.what_if.rehearsal import Rehearsal
+from skep.manager.what_if.rehearsal import SUPPOSED, Rehearsal
 from skep.model.node import Node, takes_tasks
 from skep.model.options.slot_volumes import local_volumes
 from skep.model.service import Service, UpdateState, UpdateStatus
@@ -27,6 +28,7 @@ SETTLED_S = 3600.0
 disruption budget moves a task every few seconds.
 """
 
+_SUPPOSED_TASK = re.compile(rf"\btask {SUPPOSED}\w+")
 _FAILED_UPDATE = (
     UpdateState.PAUSED,
     UpdateState.ROLLBACK_STARTED,
@@ -215,7 +217,8 @@ class Question:
         before = self._statuses.get(service.id)
         if status is None or status == before or status.state not in _FAILED_UPDATE:
             return ""
-        return status.message
+        # Tasks of the copy have ids that nobody can look up.
+        return _SUPPOSED_TASK.sub("a new task", status.message.removeprefix("rollback completed: "))
 
     def _nodes(self) -> Iterator[NodeEffect]:
         view, course = self._view(), self.course
