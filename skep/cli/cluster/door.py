@@ -265,7 +265,10 @@ def shown_routes(
         sees_all: Whether the user sees objects without a stack, as the front door is.
     """
     exposed = [one for one in services if has_routes(one.spec.labels)]
-    network = next(iter((*networks, *_networks_of(tasks))), None)
+    proxies = {one.id for one in services if is_door(one.spec.labels)}
+    # The network stays while services with routes use it.
+    has_door = bool(proxies) or not sees_all
+    network = next(iter((*networks, *_networks_of(tasks))), None) if has_door else None
     claims = settled(map(_claimant, exposed))
     rows = []
     for service in sorted(exposed, key=lambda one: one.spec.name):
@@ -280,7 +283,6 @@ def shown_routes(
                 why = f"you do not see whether there is a front door. Run skep explain {service.spec.name}"
                 row |= {"State": "unknown", "Problem": why}
             rows.append(row)
-    proxies = {one.id for one in services if is_door(one.spec.labels)}
     running = [task for task in tasks if task.service_id in proxies and task.status.state.name == "RUNNING"]
 
     def lines(screen: Screen) -> Iterator[str]:

@@ -423,7 +423,7 @@ def _of_service(
     policy does not restart.
     """
     update = service.update_status or UpdateStatus()
-    is_updating = update.state in UNDER_WAY
+    is_updating = update.state in UNDER_WAY and not is_stopped(service.spec.labels)
     has_numbers = wanted - done <= min(running, active) and running <= wanted
     if has_numbers and not problems and not is_updating:
         if is_stopped(service.spec.labels):
@@ -533,7 +533,8 @@ def explain_update(
         is_new: Returns whether a task matches the current spec.
         summary: Returns a sentence about a task.
     """
-    if service.update_status is None or service.update_status.state not in UNDER_WAY:
+    status = service.update_status
+    if status is None or status.state not in UNDER_WAY or is_stopped(service.spec.labels):
         return None
     wanted = [task for task in tasks if task.is_wanted]
     new = [task for task in wanted if is_new(task)]

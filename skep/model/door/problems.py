@@ -31,7 +31,7 @@ def route_problem(
 
     Args:
         tasks: Tasks of the service that shall run.
-        door: The network of the front door, or None if there is none.
+        door: The network of the front door, or None without a front door.
         refused: Refused routes of the service.
         address: Host and path of the route.
     """

@@ -35,8 +35,11 @@ def task_of(service: Service, *, is_attached: bool = True) -> Task:
     )
 
 
+PROXIES = routed("skep-door", {"skep.door": "true"})
+
+
 def problems(services: list[Service], tasks: list[Task], networks: list[Network]) -> dict[str, str]:
-    rows: Any = shown_routes(services, tasks, networks).data
+    rows: Any = shown_routes([PROXIES, *services], tasks, networks).data
     return {row["Route"]: row["Problem"] for row in rows}
 
 
@@ -53,10 +56,16 @@ def test_each_route_that_does_not_work_has_a_reason() -> None:
     assert "1 of 1 tasks is not on the network skep-door" in found["old.example"]
     assert "docker service update --force old" in found["old.example"]
     assert "not a DNS name" in found["-"]
-    rows: Any = shown_routes([web, second], tasks, [NETWORK]).data
+    rows: Any = shown_routes([PROXIES, web, second], tasks, [NETWORK]).data
     taken = [row["Problem"] for row in rows if row["Route"] == "a.example"]
     assert taken == ["a.example belongs to service web", ""]
     assert "skep door up" in problems([web], tasks, [])["a.example"]
+
+
+def test_a_network_without_proxies_is_no_front_door() -> None:
+    web = routed("web", {"skep.http": "a.example"})
+    rows: Any = shown_routes([web], [task_of(web)], [NETWORK]).data
+    assert [row["Problem"] for row in rows] == ["there is no front door. Create it with skep door up"]
 
 
 def test_the_list_says_how_many_proxies_run() -> None:

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from skep.cli.see.explain import about_service
 from skep.manager.diagnosis.explanations import UpdateExplanation, explain_service
+from skep.model.options.labels import STOPPED
 from skep.model.service import Service, UpdateSplit, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.values.encoding import to_json
@@ -149,3 +150,13 @@ def test_an_update_of_a_service_whose_tasks_have_ended_counts_none() -> None:
     found = reported(updated(), ended, new=("t1",))
     assert found is not None
     assert (found.step, found.waiting_for) == ("its tasks have ended", "the monitor time of the last step")
+
+
+def test_a_stopped_service_is_stopped_whatever_its_update_waits_for() -> None:
+    service = updated()
+    labels = {"skep.update": "canary", "skep.update.promote": "manual", STOPPED: "true"}
+    status = replace(service.update_status or UpdateStatus(), split=UpdateSplit(step=0))
+    service = replace(service, spec=replace(service.spec, labels=labels), update_status=status)
+    found = explain_service(service, (), wanted=0, nodes={}, now_ns=0)
+    assert found.summary == "stopped: skep service start web starts its tasks"
+    assert found.update is None
