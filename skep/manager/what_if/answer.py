@@ -77,7 +77,7 @@ class ServiceEffect(ApiObject):
     """Local volumes, as in the spec, whose data stays on the nodes that tasks move away from."""
 
     failed_update: str = ""
-    """Why an update of the service fails, or empty.  Its old tasks then run, so none is missing."""
+    """Reason why the update of the service fails.  Empty if it does not.  Its old tasks run, so none is missing."""
 
     @property
     def is_below_minimum(self) -> bool:
@@ -280,7 +280,7 @@ def _moves(tasks: Sequence[Task], view: View, course: Course) -> tuple[MovedTask
             targets[slot_of(task)].append(task.node_id)
     moves = Counter[tuple[str, str]]()
     for slot in sources.keys() | targets.keys():
-        # An old task that stays, such as that of a staged update, moves nowhere beside its successor.
+        # An old task may stay, for example during a staged update.  It does not move, and its successor is new.
         left = sorted((Counter(sources[slot]) - Counter(targets[slot])).elements())
         begun = sorted((Counter(targets[slot]) - Counter(sources[slot])).elements())
         moves.update(zip_longest(left, begun, fillvalue=""))
