@@ -8,6 +8,8 @@ import re
 import ssl
 from typing import Self
 
+_OPENSSL = re.compile(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$")
+"""OpenSSL's code of an error, and Python's line that raised it."""
 _ERRNO = re.compile(r"\[Errno (\d+)\]")
 
 
@@ -111,7 +113,7 @@ def reason_of(error: BaseException) -> str:
     """
     error = getattr(error, "os_error", error)
     if isinstance(error, ssl.SSLError):
-        return str(error)
+        return _OPENSSL.sub("", str(error))
     if isinstance(error, OSError):
         if error.errno and error.errno > 0:
             return os.strerror(error.errno).lower()

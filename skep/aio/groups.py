@@ -16,7 +16,7 @@ async def errors_as_they_are() -> AsyncIterator[None]:
 
 
 @contextmanager
-def first_alone(kind: type[Exception]) -> Iterator[None]:
+def first_alone(kind: type[Exception] | tuple[type[Exception], ...]) -> Iterator[None]:
     """Wrap a ``TaskGroup`` so that the first error is raised, with the group as its cause, if all errors are of
     ``kind``.
 

@@ -6,6 +6,7 @@ its own errors unchanged.  ``rpc_errors`` adds that wording to errors of ``manag
 Source: moby 20.10, errdefs/http_helpers.go (statusCodeFromGRPCError).
 """
 
+import ssl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,7 @@ from skep.errors import (
     Unauthenticated,
     Unavailable,
     Unimplemented,
+    reason_of,
 )
 
 
@@ -105,6 +107,17 @@ def error_of(status: int, message: str) -> SkepError:
     if status == 500 and message.endswith("update out of sequence"):
         return OutOfSequence(message)
     return _CLASSES.get(status, Untranslated)(message)
+
+
+def unanswered(endpoint: str, error: BaseException) -> Unavailable:
+    """Return the error of a request without a response."""
+    cause = getattr(error, "certificate_error", error)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return Unavailable(
+            f"the certificate of {endpoint} is not trusted: {cause.verify_message}. Check that the authority of your "
+            "context (ca.pem) has signed it for this address."
+        )
+    return Unavailable(f"{endpoint} does not answer: {reason_of(error)}")
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class Balancer:
             index = known.index
             try:
                 if await self.apply(known.services):
-                    self._report(self._summary(known.services))
+                    self._report(self.summary(known.services))
                 backoff.reset()
                 await self._clock.sleep(self._pace_s)
             except SkepError as error:
@@ -126,14 +126,19 @@ class Balancer:
             file.flush()
             await _run(["haproxy", "-c", "-q", "-f", file.name], "install HAProxy 2.4 or later")
 
-    def _summary(self, services: Mapping[str, CatalogService]) -> str:
+    def summary(self, services: Mapping[str, CatalogService]) -> str:
         """Return a line with the number of servers of each listener."""
         parts = []
         for one in self._listeners:
             service = services.get(one.service)
             count = sum(bool(each.port) for each in service.instances) if service is not None else 0
-            parts.append(f"{one.service} at {one.address}:{one.port} has {count}")
-        return f"HAProxy reloaded: servers of {', of '.join(parts)}"
+            part = f"{one.address}:{one.port} has {count} server{'' if count == 1 else 's'} of {one.service}"
+            if service is None:
+                part += ", which is not in the catalog (see skep catalog ls)"
+            elif not count and service.instances:
+                part += ", which publishes no port"
+            parts.append(part)
+        return f"HAProxy reloaded: {'; '.join(parts)}"
 
 
 async def _run(command: Sequence[str], step: str) -> None:

@@ -38,6 +38,13 @@ def first_index_at(now_ns: int) -> int:
     return now_ns * 1000 // SECOND_NS
 
 
+def of_a_manager(error: SkepError) -> SkepError:
+    """Return an error of the managers, or the next step if a worker has refused the request."""
+    if _OF_A_WORKER in str(error):
+        return Unavailable("workers do not pass on the catalog: choose a manager with --host or --context")
+    return error
+
+
 class KnownCatalog:
     """The last known catalog, which stays while no manager responds.
 
@@ -125,11 +132,7 @@ class CatalogReader:
         try:
             found = await self._client.request("GET", "/skep/catalog", query=query, timeout_s=timeout_s)
         except Unavailable as error:
-            if _OF_A_WORKER in str(error):
-                raise Unavailable(
-                    "workers do not pass on the catalog: choose a manager with --host or --context"
-                ) from error
-            raise
+            raise of_a_manager(error) from error
         answer = leniently(msgspec.json.encode(found), CatalogAnswer)
         if answer.catalog is not None:
             self.known.replace(answer.digest, answer.catalog)

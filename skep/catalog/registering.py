@@ -7,6 +7,7 @@ itself if this machine or its network fails.
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -14,7 +15,8 @@ import msgspec
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.client.requests import Requests
-from skep.errors import NotFound, SkepError, reason_of
+from skep.catalog.following import of_a_manager
+from skep.errors import InvalidArgument, NotFound, SkepError, reason_of
 from skep.linux.commands import communicate
 from skep.model.catalog import ServiceRegistration
 from skep.model.networks.addresses import joined
@@ -78,9 +80,10 @@ class ServiceRegistrar:
         self._clock = clock
         self._report = report
         self._name = f"{registration.service}@{registration.instance}"
-        self._path = f"/skep/registrations/{self._name}"
+        self._path = f"/skep/registrations/{quote(self._name, safe='@')}"
         self._state = CheckState()
         self._reason = ""
+        self._shown_reason = ""
         self._is_registered: bool | None = None
         """None if the managers may still have a registration of an earlier command."""
         self._renew_at = 0.0
@@ -89,7 +92,10 @@ class ServiceRegistrar:
         self._is_failing = False
 
     async def run(self) -> None:
-        """Check and register until cancelled, and then remove the registration."""
+        """Check and register until cancelled, and then remove the registration.
+
+        Raises: InvalidArgument: the managers refuse a first registration that they can never accept.
+        """
         try:
             while True:
                 await self.step()
@@ -99,26 +105,38 @@ class ServiceRegistrar:
                 await asyncio.shield(self._leave())
 
     async def step(self) -> None:
-        """Run the check once, and send what follows from it."""
+        """Run the check once, and send what follows from it.  Raises: see ``run``."""
         try:
             async with asyncio.timeout(self._rules.timeout_s):
                 self._reason = await self._check()
         except TimeoutError:
             self._reason = f"the check took more than {self._rules.timeout_s:g} s"
         self._state = after_check(self._state, passed=not self._reason, rules=self._rules)
+        self._show_failure()
         now = self._clock.monotonic()
         if now < self._retry_at:
             return
         try:
             await self._send(now)
         except SkepError as error:
+            if isinstance(error, InvalidArgument) and self._is_registered is None:
+                self._is_registered = False
+                raise
             self._retry_at = now + self._backoff.next_delay_s()
             if not self._is_failing:
-                self._report(f"{self._name}: the managers do not accept it, will retry: {error}")
+                why = of_a_manager(error)
+                self._report(f"{self._name}: the managers do not accept it, will retry: {why}")
             self._is_failing = True
         else:
             self._is_failing = False
             self._backoff.reset()
+
+    def _show_failure(self) -> None:
+        """Report the first failure before a registration.  A later one is reported with the removal."""
+        if self._reason and not self._shown_reason and not self._is_registered:
+            self._report(f"{self._name} is not registered while its check fails: {self._reason}")
+        if self._state.is_up or not self._shown_reason:
+            self._shown_reason = self._reason
 
     async def _send(self, now: float) -> None:
         if not self._state.is_up:
@@ -153,7 +171,8 @@ class ServiceRegistrar:
             await self._client.delete(self._path, timeout_s=LEAVE_S)
             self._report(f"{self._name} removed")
         except SkepError as error:
-            self._report(f"{self._name} ends with its lease: {error}")
+            if self._is_registered:
+                self._report(f"{self._name} ends with its lease: {error}")
 
 
 def tcp_check(address: str, port: int) -> Check:

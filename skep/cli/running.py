@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import click
 
+from skep.aio.groups import first_alone
 from skep.cli.endpoint import HostOptions
 from skep.errors import SkepError
 from skep.model.task_end import printable
@@ -25,7 +26,7 @@ _NO_HOST = re.compile(r"unable to parse docker host `[^`]*`")
 
 def run_requests(work: Coroutine[Any, Any, T]) -> T:
     """Run ``work`` and return its result."""
-    with errors_shown():
+    with errors_shown(), first_alone((SkepError, OSError)):
         return asyncio.run(work)
 
 

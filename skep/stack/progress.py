@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from skep.model.node_reports.node_refusals import is_no_node
 from skep.model.options.labels import is_stopped
 from skep.model.service import RestartCondition, Service, UpdateState
+from skep.model.staging.updates import end_of_step, resting_step, tasks_of_step
 from skep.model.task import Task, TaskState
 from skep.model.values.times import SECOND_NS
 
@@ -87,6 +88,8 @@ class ServiceProgress(msgspec.Struct, frozen=True):
     """Whether it cannot converge without a user's action."""
     is_explained: bool = False
     """Whether its tasks show all that the managers know."""
+    is_resting: bool = False
+    """Whether its update waits for a user, or only for the end of tasks without connections."""
     is_final: bool = False
     """Whether its tasks have ended as intended, so that none can fail again."""
     steady_s: float = 0.0
@@ -212,13 +215,16 @@ def progress_of(
     count = max(len(slots), service.spec.replicas if mode.global_ is None else 0)
     under_way = (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED)
     is_updating = update is not None and update.state in under_way
-    is_all = updated == count == len(wanted)
-    if is_all and not is_updating and (count or mode.global_ is None):
+    is_all = updated == count == len(wanted) and not is_updating and bool(count or mode.global_ is None)
+    end = _end_of_rest(service, updated, count)
+    if is_all or end:
+        text = f"{updated} of {count} tasks updated, {_running(wanted)} running, waiting for {end}"
         return ServiceProgress(
-            f"{updated} of {count} tasks run",
+            text if end else f"{updated} of {count} tasks run",
             is_done=True,
             steady_s=_steady_s(service, tasks, current),
             started_at=max((task.status.timestamp for task in wanted), default=""),
+            is_resting=bool(end),
         )
     of_spec = [task for task in tasks if task.id in current]
     cause = _cause(of_spec) if updated < count else ""
@@ -228,6 +234,14 @@ def progress_of(
     if any(task.id not in current for task in wanted):
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
     return ServiceProgress(text, cause, problem=problem, is_updating=is_updating)
+
+
+def _end_of_rest(service: Service, updated: int, count: int) -> str:
+    """Return what ends the present step of a staged update that waits for it, or an empty text."""
+    step = resting_step(service)
+    if step is None or updated < tasks_of_step(step, count):
+        return ""
+    return end_of_step(step, service.spec.name)
 
 
 def _steady_s(service: Service, tasks: Sequence[Task], current: Collection[str]) -> float:

@@ -176,7 +176,7 @@ async def test_servers_come_and_go_without_a_lost_connection(machine: Machine, t
 
 
 async def has_servers(machine: Machine, count: int) -> bool:
-    return machine.messages[-1].endswith(f"has {count}")
+    return f" has {count} server" in machine.messages[-1]
 
 
 async def is_answered_by(machine: Machine, names: set[str]) -> bool:
@@ -275,6 +275,16 @@ async def known_when(known: KnownCatalog, instances: set[str]) -> None:
             if {one.id for one in service.instances if service} == instances if service else not instances:
                 return
             await known.wait_changed(index)
+
+
+async def test_a_listener_without_servers_says_why(machine: Machine) -> None:
+    inside = CatalogService(name=SERVICE, instances=(CatalogInstance(id="t1", address="10.0.0.1"),))
+    texts = [machine.balancer.summary(services) for services in ({}, {SERVICE: inside})]
+    place = f"HAProxy reloaded: 127.0.0.1:{machine.port} has 0 servers of db"
+    assert texts == [
+        f"{place}, which is not in the catalog (see skep catalog ls)",
+        f"{place}, which publishes no port",
+    ]
 
 
 async def test_a_check_of_a_port_fails_without_a_listener() -> None:

@@ -125,7 +125,7 @@ async def test_an_update_is_paused_and_aborted(cluster: Cluster) -> None:
     assert code == 0, err
     assert out.startswith("shop_web: paused: manually paused. Next: skep update resume shop_web")
     code, out, err = await cluster.run("update", "abort", "shop_web")
-    assert (code, out) == (0, "shop_web: rollback_started: manually requested rollback\n"), err
+    assert (code, out) == (0, "shop_web: rollback started: manually requested rollback\n"), err
     code, _, err = await cluster.run("service", "wait", "--timeout", "30", "shop_web")
     assert (code, err) == (0, "shop_web: 2 of 2 tasks run\n"), "the user requested the spec that runs"
 

@@ -7,6 +7,7 @@ import ssl
 
 import pytest
 
+from skep.api.errors import unanswered
 from skep.errors import reason_of
 
 
@@ -33,3 +34,17 @@ def test_a_failure_is_named_by_the_systems_words(error: Exception, words: str) -
 
 def test_the_number_of_an_error_of_tls_is_not_the_systems() -> None:
     assert "certificate" in reason_of(ssl.SSLError(1, "certificate verify failed"))
+
+
+def test_an_error_of_tls_has_no_code_of_a_library() -> None:
+    error = ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)")
+    assert reason_of(error) == "wrong version number"
+
+
+def test_a_certificate_that_is_not_trusted_leads_to_the_authority() -> None:
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed (_ssl.c:1006)")
+    error.verify_message = "self-signed certificate in certificate chain"
+    text = str(unanswered("tcp://manager1:2376", error))
+    assert text.startswith("the certificate of tcp://manager1:2376 is not trusted: self-signed certificate")
+    assert "ca.pem" in text
+    assert "_ssl.c" not in text

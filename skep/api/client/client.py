@@ -25,10 +25,10 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.client.requests import TIMEOUT_S, Filters, Requests, parameters_of
 from skep.api.client.ssh import SshDestination, forward_socket
-from skep.api.errors import error_of
+from skep.api.errors import error_of, unanswered
 from skep.api.http.responses import OutputStream
 from skep.api.http.versions import NEWEST, ApiVersion
-from skep.errors import InvalidArgument, SkepError, Unavailable, reason_of
+from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.model.values.unknown import leniently
 
 T = TypeVar("T")
@@ -215,7 +215,7 @@ class ApiClient(Requests):
                 content_type = response.headers.get("Content-Type", "")
                 return Response(response.status, content_type, await response.read())
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(f"{self._endpoint} does not answer: {reason_of(error)}") from error
+            raise unanswered(self._endpoint, error) from error
 
     @asynccontextmanager
     async def lines(self, path: str, query: Mapping[str, str]) -> AsyncGenerator[AsyncIterator[bytes], None]:
@@ -296,7 +296,7 @@ class ApiClient(Requests):
                     raise error_of(response.status, _message(await response.read(), response.reason))
                 yield response
         except (aiohttp.ClientError, OSError) as error:
-            raise Unavailable(f"{self._endpoint} does not answer: {reason_of(error)}") from error
+            raise unanswered(self._endpoint, error) from error
 
     async def _agreed_version(self) -> str:
         """Return the highest version that both ends support.  It is negotiated once."""
@@ -310,7 +310,7 @@ class ApiClient(Requests):
             async with asyncio.timeout(_CONNECT_S), self._open_session.get("/_ping") as response:
                 theirs = ApiVersion(response.headers.get("Api-Version", str(NEWEST)))
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(f"{self._endpoint} does not answer: {reason_of(error)}") from error
+            raise unanswered(self._endpoint, error) from error
         return str(min(theirs, NEWEST))
 
     @property

@@ -15,8 +15,8 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 
 from skep.api.client.ssh import SshDestination, forward_socket
-from skep.api.errors import error_of
-from skep.errors import InvalidArgument, Unavailable, reason_of
+from skep.api.errors import error_of, unanswered
+from skep.errors import InvalidArgument, Unavailable
 
 CONNECT_S = 10.0
 """Seconds to connect.  A lost SYN is sent again after one and three seconds."""
@@ -188,7 +188,7 @@ class RawClient:
                 await _send_body(writer, body)
             yield await _response(method, reader, writer)
         except (OSError, asyncio.IncompleteReadError) as error:
-            raise Unavailable(f"{self._host} does not answer: {reason_of(error)}") from error
+            raise unanswered(self._host, error) from error
         except ValueError as error:
             raise Unavailable(f"{self._host} does not respond in HTTP") from error
         finally:
@@ -210,7 +210,7 @@ class RawClient:
             async with asyncio.timeout(CONNECT_S):
                 return await self._open()
         except OSError as error:  # includes timeouts
-            raise Unavailable(f"{self._host} does not answer: {reason_of(error)}") from error
+            raise unanswered(self._host, error) from error
 
     async def _opener(self) -> Opener:
         """Return a function that opens connections.  Raises: InvalidArgument; Unavailable."""

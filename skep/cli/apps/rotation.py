@@ -10,6 +10,7 @@ import base64
 import copy
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -89,6 +90,11 @@ def versions(objects: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[st
     """
     named = next((one for one in objects if one["Spec"]["Name"] == name), None)
     if named is None:
+        if made := next((one for one in objects if _is_of_a_file(one, name)), None):
+            raise NotFound(
+                f"{name} is in the file of stack {_labels(made)[NAMESPACE]}, which has made {made['Spec']['Name']} of "
+                f"it. Change its content and deploy the file with skep stack deploy."
+            )
         raise NotFound(f"{name} does not exist. Create it with skep secret create or skep config create.")
     root, stack = root_of(named), _labels(named).get(NAMESPACE)
     found = [one for one in objects if root_of(one) == root and _labels(one).get(NAMESPACE) == stack]
@@ -98,6 +104,14 @@ def versions(objects: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[st
 def _labels(found: Mapping[str, Any]) -> Mapping[str, str]:
     labels: Mapping[str, str] = found["Spec"].get("Labels") or {}
     return labels
+
+
+def _is_of_a_file(found: Mapping[str, Any], name: str) -> bool:
+    """Return whether a stack's file has made the object, whose name has a digest of its content."""
+    made = str(found["Spec"]["Name"])
+    return (
+        NAMESPACE in _labels(found) and re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{10}}", made) is not None
+    )
 
 
 def _version_pattern(root: str) -> str:
@@ -251,6 +265,8 @@ class _Rotation:
         """Names of services that are not done."""
         self.problems: list[str] = []
         """A line for each service that cannot be updated or is stuck."""
+        self._is_kept = False
+        """Whether a service got the new version, or its user is to update it."""
         self._reasons = Reasons(client, FAILURES_MAX)
         self._steadiness = Steadiness()
 
@@ -287,6 +303,7 @@ class _Rotation:
             try:
                 if is_job and not _is_scheduled(service):
                     if moved(self._kind, service["Spec"], old, new, old.values()) is not None:
+                        self._is_kept = True
                         await self._leave(service, new["Spec"]["Name"])
                     continue
                 await self._move_one(service["ID"], old, new)
@@ -297,7 +314,17 @@ class _Rotation:
                 continue
             if _uses(self._kind, current, [new["ID"], *old]):
                 using.append(service["ID"])
+            if _uses(self._kind, current, [new["ID"]]):
+                self._is_kept = True
         return using
+
+    async def drop_refused(self, new: Mapping[str, Any]) -> None:
+        """Remove the new version if every service that should use it was refused."""
+        if not self.problems or self._is_kept:
+            return
+        with suppress(SkepError):  # for example, a service uses it, and only the response was lost
+            await self._client.delete(f"{self._kind.path}/{new['ID']}", timeout_s=RESPONSE_TIMEOUT_S)
+            click.echo(f"{new['Spec']['Name']} removed again, because no service uses it", err=True)
 
     async def _leave(self, service: Mapping[str, Any], new: str) -> None:
         """Report a job that is not updated because that would run it again.  For a job that has not completed, this is
@@ -377,7 +404,13 @@ class _Rotation:
             look = await look_at(self._client, id)
             explained = (await self._reasons.explain({id: look}))[id]
             stuck = explained.text if explained.is_stuck else ""
-            found = replace(found, stuck=stuck, cause=explained.cause, problem=explained.problem)
+            found = replace(
+                found,
+                is_complete=explained.is_resting,
+                stuck=stuck,
+                cause=explained.cause,
+                problem=explained.problem,
+            )
         return service, found
 
     def _show(self, name: str, text: str) -> None:
@@ -400,6 +433,8 @@ async def _rotate(host: HostOptions, kind: FileKind, name: str, data: bytes | No
         rotation = _Rotation(kind, client)
         new, old = await rotation.next_version(name, data)
         ids = await rotation.move(old, new)
+        if data is not None:
+            await rotation.drop_refused(new)
         try:
             async with asyncio.timeout(timeout_s):
                 await rotation.wait(ids, new)

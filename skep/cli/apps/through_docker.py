@@ -68,8 +68,14 @@ async def _socket(client: RawClient, tasks: Mapping[str, CommandTarget]) -> Asyn
     """Serve a socket that only this user can reach, and forward its requests to ``client``'s host."""
     with tempfile.TemporaryDirectory(prefix="skep-docker-") as directory:
         path = Path(directory) / "api.sock"
+        serving = set[asyncio.Task[None]]()
+        """Held here, because a loop has only weak references to tasks, and none may outlive the block."""
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            serving.add(task)
+            task.add_done_callback(serving.discard)
             with suppress(
                 asyncio.CancelledError, SkepError
             ):  # docker has ended, or will notice the closed connection
@@ -81,6 +87,10 @@ async def _socket(client: RawClient, tasks: Mapping[str, CommandTarget]) -> Asyn
             yield path
         finally:
             server.close()
+            for task in serving:
+                task.cancel()
+            if serving:
+                await asyncio.wait(serving)
 
 
 async def _pass_on(

@@ -138,4 +138,5 @@ async def _post(host: HostOptions, name: str, verb: str) -> dict[str, Any]:
 
 def _line(service: dict[str, Any]) -> str:
     status = service["UpdateStatus"]
-    return printable(f"{service['Spec']['Name']}: {status['State']}: {status['Message']}")
+    state = status["State"].replace("_", " ")
+    return printable(f"{service['Spec']['Name']}: {state}: {status['Message']}")

@@ -228,8 +228,20 @@ def balance(host: HostOptions, /, listeners: Sequence[str], path: Path, **places
     run_requests(_until_stopped(run()))
 
 
+def _address(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    if not is_address(value):
+        raise click.BadParameter(f"{value!r} is not an IP address. Use one that other machines reach.")
+    return value
+
+
 @click.command()
-@click.option("--address", required=True, metavar="IP", help="Address at which others reach the service.")
+@click.option(
+    "--address",
+    required=True,
+    callback=_address,
+    metavar="IP",
+    help="Address at which others reach the service.",
+)
 @click.option("--port", required=True, type=click.IntRange(1, 65535), metavar="PORT", help="Its port.")
 @click.option(
     "--instance", default="", metavar="NAME", help="Name of this instance. Default: from the address."

@@ -17,7 +17,7 @@ from skep.cli.endpoint import HostOptions
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests
 from skep.cli.stack.stack_builds import named_by_content
-from skep.errors import NotFound
+from skep.errors import NotFound, PermissionDenied, Unavailable
 from skep.model.door.claims import Claimant, settled
 from skep.model.door.problems import label_problem, route_problem
 from skep.model.door.routes import has_routes, routes_of
@@ -110,8 +110,19 @@ def up(options: HostOptions, /, image: str, base: str, subnet: str, **wanted: An
         ip_network(subnet)
     except ValueError as error:
         raise click.UsageError(f"--subnet: {error}") from None
+    run_requests(require_administrator(options))
     image = image or _built(_docker(options), base)
     run_requests(_bring_up(options, subnet, image, wanted))
+
+
+async def require_administrator(options: HostOptions) -> None:
+    """Refuse other users before an image is built.  Raises: PermissionDenied; Unavailable: it is not a manager."""
+    async with options.requests() as client:
+        access = await client.get("/skep/access")
+    if "admin" not in access["Roles"]:
+        raise PermissionDenied(
+            f"{access['Name']} may not create the front door: only administrators may do this"
+        )
 
 
 def _docker(options: HostOptions) -> list[str]:
@@ -227,22 +238,37 @@ def status(options: HostOptions, output: OutputOptions) -> None:
     output.show(fetch)
 
 
-async def _read(client: Requests) -> tuple[list[Service], list[Task], list[Network]]:
+async def _read(client: Requests) -> tuple[list[Service], list[Task], list[Network], bool]:
     services = [_decoded(one, Service) for one in await client.get("/services")]
     tasks = await client.get("/tasks", filters={"desired-state": ["running"]})
     networks = await client.get("/networks", filters={"label": [f"{DOOR}=true"]})
     found = [Network(id=NetworkId(one["Id"]), spec=NetworkSpec(name=one["Name"])) for one in networks]
-    return services, [_decoded(one, Task) for one in tasks], found
+    sees_all = True
+    with suppress(Unavailable):  # workers answer as to a viewer of all stacks, and know no users
+        sees_all = any(":" not in role for role in (await client.get("/skep/access"))["Roles"])
+    return services, [_decoded(one, Task) for one in tasks], found, sees_all
 
 
 def _decoded(value: Any, kind: Any) -> Any:
     return leniently(msgspec.json.encode(value), kind)
 
 
-def shown_routes(services: Sequence[Service], tasks: Sequence[Task], networks: Sequence[Network]) -> Shown:
-    """Return the list of routes.  A line below the table says why a route does not work."""
+def shown_routes(
+    services: Sequence[Service],
+    tasks: Sequence[Task],
+    networks: Sequence[Network],
+    sees_all: bool = True,
+) -> Shown:
+    """Return the list of routes.  A line below the table says why a route does not work.
+
+    Args:
+        sees_all: Whether the user sees objects without a stack, as the front door is.
+    """
     exposed = [one for one in services if has_routes(one.spec.labels)]
-    network = networks[0] if networks else None
+    proxies = {one.id for one in services if is_door(one.spec.labels)}
+    # The network stays while services with routes use it.
+    has_door = bool(proxies) or not sees_all
+    network = next(iter((*networks, *_networks_of(tasks))), None) if has_door else None
     claims = settled(map(_claimant, exposed))
     rows = []
     for service in sorted(exposed, key=lambda one: one.spec.name):
@@ -252,16 +278,20 @@ def shown_routes(services: Sequence[Service], tasks: Sequence[Task], networks: S
         for route in routes_of(service.spec.labels):
             refused = claims.refused.get(service.id, {})
             problem = route_problem(service, own, network, refused, route.address)
-            rows.append(_row(route.address, service, route.options.port, len(own), problem))
-    proxies = {one.id for one in services if is_door(one.spec.labels)}
+            row = _row(route.address, service, route.options.port, len(own), problem)
+            if network is None and not sees_all:
+                why = f"you do not see whether there is a front door. Run skep explain {service.spec.name}"
+                row |= {"State": "unknown", "Problem": why}
+            rows.append(row)
     running = [task for task in tasks if task.service_id in proxies and task.status.state.name == "RUNNING"]
 
     def lines(screen: Screen) -> Iterator[str]:
-        yield (
-            f"{len(running)} proxies run."
-            if proxies
-            else "There is no front door. Create it with skep door up."
-        )
+        if proxies:
+            yield "1 proxy runs." if len(running) == 1 else f"{len(running)} proxies run."
+        elif sees_all:
+            yield "There is no front door. Create it with skep door up."
+        else:
+            yield "The front door belongs to no stack, so you see only the routes of your stacks."
         cells = [
             tuple(printable(str(row[name])) for name in ("Route", "Service", "Port", "Tasks", "State"))
             for row in rows
@@ -273,6 +303,14 @@ def shown_routes(services: Sequence[Service], tasks: Sequence[Task], networks: S
                 yield printable(f"{row['Route']}: {row['Problem']}")
 
     return Shown(data=rows, rows=rows, lines=lines)
+
+
+def _networks_of(tasks: Sequence[Task]) -> Iterator[Network]:
+    """Yield the front door's networks of tasks.  Users of a stack do not see them otherwise."""
+    for task in tasks:
+        for one in task.networks_attachments:
+            if one.network is not None and is_door(one.network.spec.labels):
+                yield one.network
 
 
 def _row(address: str, service: Service, port: int, tasks: int, problem: str) -> dict[str, Any]:

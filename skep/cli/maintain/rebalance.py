@@ -115,7 +115,8 @@ def _lines(found: Mapping[str, Any], screen: Screen) -> Iterator[str]:
     yield screen.styled(title, bold=True)
     if run := record.get("Run"):
         by = f" by {run['By']}" if run["By"] else " after the return of nodes"
-        yield f"  in progress since {run['StartedAt']}{by}: {counted(run['Moved'], 'move')} begun"
+        since = f"{run['StartedAt'][:16].replace('T', ' ')} UTC"
+        yield f"  in progress since {since}{by}: {counted(run['Moved'], 'move')} begun"
         if run["Waiting"]:
             yield f"  waiting: {run['Waiting']}"
     elif record["Last"]:

@@ -426,7 +426,8 @@ async def carry_out(
             say("Interrupted. Rerun the command with --continue, or run skep upgrade --abort.")
             raise
         await run.release()
-    click.echo(f"{counted(count, 'node')} {means.words.done}")
+    rest = "" if count else ": no node needs it"
+    click.echo(f"{counted(count, 'node')} {means.words.done}{rest}")
 
 
 async def show_plan(host: HostOptions, means: Means, *, drains: bool) -> int:

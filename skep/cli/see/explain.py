@@ -127,27 +127,28 @@ def _targets(service: Mapping[str, Any]) -> list[str]:
     return [one["Target"] for one in attached]
 
 
-def about_node(_: str, node: Mapping[str, Any], now: float) -> Iterator[str]:
+def about_node(name: str, node: Mapping[str, Any], now: float) -> Iterator[str]:
     """Return a node as text, without control characters: its state and its properties."""
-    return map(printable, _node_lines(node, now))
+    return map(printable, _node_lines(name, node, now))
 
 
-def _node_lines(node: Mapping[str, Any], now: float) -> Iterator[str]:
+def _node_lines(name: str, node: Mapping[str, Any], now: float) -> Iterator[str]:
     description, status, spec = node["Description"], node["Status"], node["Spec"]
     silent = node.get("Silence", "")
     message = plain_message(status.get("Message", ""), node.get("SilentSince") or "")
     words = (UNREACHABLE if silent else status["State"], silent, message)
     yield ": ".join(filter(None, (description.get("Hostname") or node["ID"], *words)))
     if status["State"] == "down":
+        demote = f"docker node demote {name} and then " if spec["Role"] == "manager" else ""
         yield (
             "  services replace its tasks on other nodes, unless the tasks need this node or its volumes. If the "
-            "node is lost for good, run skep node forget."
+            f"node is lost for good, run {demote}skep node forget {name}."
         )
     if spec["Availability"] != "active":
         word = spec["Availability"]
         yield (
             f"  it gets no tasks, because its availability is {word}. Run skep node update --availability active "
-            f"{description.get('Hostname') or node['ID']}."
+            f"{name}."
         )
     manager = node.get("ManagerStatus")
     role = spec["Role"]

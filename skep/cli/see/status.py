@@ -423,6 +423,8 @@ def _update(update: Mapping[str, Any], now: float) -> str:
     words = state.replace("_", " ")
     if state in _DONE and update.get("CompletedAt"):
         return f"{words} {age(update['CompletedAt'], now)} ago"
+    if state.endswith("paused") and update.get("StartedAt"):  # the time of the pause is not known
+        return f"{words}, started {age(update['StartedAt'], now)} ago"
     if state and update.get("StartedAt"):
         return f"{words} for {age(update['StartedAt'], now)}"
     return words

@@ -151,7 +151,9 @@ async def _ask(host: HostOptions, kind: str, node: str, title: str) -> Shown:
 def answered(title: str, answer: Mapping[str, Any]) -> Shown:
     """Return the output of an answer, with exit code 3 if something does not run."""
     services: Sequence[Mapping[str, Any]] = answer["Services"]
-    is_worse = answer["OtherMissing"] or any(one["Missing"] or is_below_minimum(one) for one in services)
+    is_worse = answer["OtherMissing"] or any(
+        one["Missing"] or one.get("FailedUpdate") or is_below_minimum(one) for one in services
+    )
     return Shown(
         data=answer,
         rows=services,
@@ -182,13 +184,16 @@ def _lines(title: str, answer: Mapping[str, Any], screen: Screen) -> Iterator[st
         for missing in one["Missing"]:
             text = f"  {one['Name']}: {missing['Tasks']} not running: {missing['Reason']}"
             yield from map(printable, screen.fitted(text, indent=4))
+        if why := one.get("FailedUpdate"):
+            yield from map(printable, screen.fitted(f"  {one['Name']}: its update fails: {why}", indent=4))
         if volumes := one.get("LeftBehind"):
             left = sorted({each["Source"] for each in one["Moves"] if each["Source"] and each["Target"]})
             text = f"  {one['Name']}: starts elsewhere with empty volumes, the data of {named(volumes)} stays on "
             yield from map(printable, screen.fitted(f"{text}{named(left)}", indent=4))
     if answer["OtherServices"]:
         more = f", and {answer['OtherMissing']} of their tasks do not run" if answer["OtherMissing"] else ""
-        yield f"  {counted(answer['OtherServices'], 'service')} of other stacks are affected{more}"
+        verb = "is" if answer["OtherServices"] == 1 else "are"
+        yield f"  {counted(answer['OtherServices'], 'service')} of other stacks {verb} affected{more}"
     if not nodes:
         return
     yield ""
@@ -213,6 +218,9 @@ def _summary(answer: Mapping[str, Any]) -> str:
         each["Tasks"] for one in answer["Services"] for each in one["Missing"]
     )
     moved = sum(each["Tasks"] for one in answer["Services"] for each in one["Moves"])
+    failed = sum(bool(one.get("FailedUpdate")) for one in answer["Services"])
+    if failed and not missing:
+        return f"{counted(failed, 'update')} cannot complete"
     if not missing and not moved:
         return "no task has to move"
     when = f" within about {duration(max(answer['Seconds'], 1.0))}" if answer["Seconds"] else ""

@@ -1,6 +1,7 @@
 """Output of the stack commands."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from skep.cli.running import say, without_code
 from skep.model.needs import CPU_NANO, host_ports
 from skep.model.options.labels import STACK_FILES, STOPPED
 from skep.model.service import ServiceSpec
+from skep.model.staging.updates import BLUE_GREEN, UPDATE, stages_of
 from skep.model.task_end import printable
 from skep.model.values.times import exact_duration
 from skep.stack.compose.document import SCALAR_TAG, FileProblem, YamlNode, resolved
@@ -299,7 +301,21 @@ def _note(change: PlannedChange) -> str:
     causes = dict.fromkeys(
         _field(each.path).partition("[")[0] for each in change.differences if each.restarts
     )
-    return f"   replaces tasks, {at_once or 'all'} at a time, {order}, because of {', '.join(causes)}"
+    how = _staged(change.spec) if change.spec is not None else ""
+    how = how or f"{at_once or 'all'} at a time, {order}"
+    return f"   replaces tasks, {how}, because of {', '.join(causes)}"
+
+
+def _staged(spec: ServiceSpec) -> str:
+    """Return how a staged update replaces tasks, or an empty text for an ordinary update."""
+    stages = stages_of(spec.labels)
+    if not stages:
+        return ""
+    end = f"skep update promote {spec.name}" if stages[0].least_s == inf else ""
+    if spec.labels[UPDATE] == BLUE_GREEN:
+        return f"starting all new tasks, which get connections {f'at {end}' if end else 'once all run'}"
+    shares = ", ".join(f"{stage.percent} %" for stage in stages if stage.percent is not None)
+    return f"in steps of new connections ({shares}){f', each until {end}' if end else ''}"
 
 
 def _field(path: str) -> str:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from skep.errors import InvalidArgument
+from skep.errors import FailedPrecondition, InvalidArgument
 from skep.manager.services.routes import claimant_of, exposed
 from skep.model.door.claims import Claimant, settled
 from skep.model.door.routes import HTTP, routes_of, tls_secrets
@@ -94,6 +94,15 @@ def own_certificates(view: View) -> dict[str, OwnCertificate]:
     """Return the certificates in secrets by host, sorted."""
     chosen = secrets_of_hosts([claimant_of(one) for one in exposed(view)])
     return {host: _read(view, secret, host) for host, secret in sorted(chosen.items())}
+
+
+def refuse_own_certificate(view: View, host: str) -> None:
+    """Refuse a renewal of a certificate that is in a secret.  Raises: FailedPrecondition."""
+    chosen = secrets_of_hosts([claimant_of(one) for one in exposed(view)])
+    if (secret := chosen.get(host)) is not None:
+        raise FailedPrecondition(
+            f"the certificate of {host} is in the secret {secret}: replace it with skep secret rotate {secret} FILE"
+        )
 
 
 def check_certificates(view: View, spec: ServiceSpec, id: ServiceId | None = None) -> None:

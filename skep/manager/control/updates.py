@@ -150,9 +150,9 @@ def switch_back(tx: Transaction, id: ServiceId) -> Service:
         return service
     stage = stages[split.step]
     if stage.percent != ALL_PERCENT or not stage.keeps_old:
+        why = "has not switched to the new tasks" if stage.keeps_old else "already replaces the old tasks"
         raise FailedPrecondition(
-            f"the update of service {name} has not switched all connections to new tasks that it could switch back: "
-            f"skep update abort {name} returns to the previous spec"
+            f"the update of service {name} {why}: skep update abort {name} returns to the previous spec"
         )
     return _put_step(tx, service, stages, split.step - 1, 0, is_paused=True)
 

@@ -45,6 +45,7 @@ from skep.model.service import (
     ServiceSpec,
     UpdateStatus,
 )
+from skep.model.staging.updates import end_of_present_step
 from skep.model.task import Restart, Task, TaskState
 from skep.model.task_end import EndCause, TaskEnd, signal_of
 from skep.model.values.encoding import ApiObject, always
@@ -422,7 +423,7 @@ def _of_service(
     policy does not restart.
     """
     update = service.update_status or UpdateStatus()
-    is_updating = update.state in UNDER_WAY
+    is_updating = update.state in UNDER_WAY and not is_stopped(service.spec.labels)
     has_numbers = wanted - done <= min(running, active) and running <= wanted
     if has_numbers and not problems and not is_updating:
         if is_stopped(service.spec.labels):
@@ -532,7 +533,8 @@ def explain_update(
         is_new: Returns whether a task matches the current spec.
         summary: Returns a sentence about a task.
     """
-    if service.update_status is None or service.update_status.state not in UNDER_WAY:
+    status = service.update_status
+    if status is None or status.state not in UNDER_WAY or is_stopped(service.spec.labels):
         return None
     wanted = [task for task in tasks if task.is_wanted]
     new = [task for task in wanted if is_new(task)]
@@ -543,6 +545,7 @@ def explain_update(
     if not leads:
         is_last = len(done) == len(slots)
         words = "the monitor time of the last step" if is_last else "the delay before the next step"
+        words = end_of_present_step(service) or words
         return UpdateExplanation(step=step, waiting_for=words)
     first = min(leads, key=lambda task: (task.created_at, task.id))
     # The deadline starts once the previous tasks of the slot have stopped.

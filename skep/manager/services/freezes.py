@@ -211,7 +211,7 @@ def set_window(
 
 def _require_services(view: View, stack: str) -> None:
     if not _has_services(view, stack):
-        raise NotFound(f"stack {stack} has no services")
+        raise NotFound(f"stack {stack} has no services: list stacks with skep stack ls")
 
 
 def _has_services(view: View, stack: str) -> bool:

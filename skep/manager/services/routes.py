@@ -59,6 +59,8 @@ def route_problems(view: View, service: Service, sees: Callable[[str], bool]) ->
     }
     doors = (one for one in view.find(Network) if is_door(one.spec.labels))
     door = min(doors, key=lambda one: (one.created_at, one.id), default=None)
+    if not any(is_door(one.spec.labels) and one.removed_at is None for one in view.find(Service)):
+        door = None  # the network stays while services with routes use it
     tasks = [one for one in view.find(Task, service_id=service.id) if one.is_wanted]
     for route in wanted:
         if problem := route_problem(service, tasks, door, shown, route.address):

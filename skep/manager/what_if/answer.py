@@ -1,7 +1,9 @@
 """The answer to ``skep what-if``: how services, nodes and free resources differ after a supposed change."""
 
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 
 from msgspec.structs import replace
 
@@ -11,10 +13,10 @@ from skep.manager.orchestrator.global_services import is_eligible, takes_new_tas
 from skep.manager.orchestrator.replacement.disruption import FROZEN_S_MAX
 from skep.manager.services.disruption_budget import is_available, required
 from skep.manager.what_if.course import Course
-from skep.manager.what_if.rehearsal import Rehearsal
+from skep.manager.what_if.rehearsal import SUPPOSED, Rehearsal
 from skep.model.node import Node, takes_tasks
 from skep.model.options.slot_volumes import local_volumes
-from skep.model.service import Service
+from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import Task
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NodeId, ServiceId
@@ -25,6 +27,14 @@ SETTLED_S = 3600.0
 """Supposed seconds after which a rehearsal ends.  Replacement is frozen for at most ten minutes, and a drain within a
 disruption budget moves a task every few seconds.
 """
+
+_SUPPOSED_TASK = re.compile(rf"\btask {SUPPOSED}\w+")
+_FAILED_UPDATE = (
+    UpdateState.PAUSED,
+    UpdateState.ROLLBACK_STARTED,
+    UpdateState.ROLLBACK_PAUSED,
+    UpdateState.ROLLBACK_COMPLETED,
+)
 
 
 class MovedTasks(ApiObject):
@@ -65,6 +75,9 @@ class ServiceEffect(ApiObject):
     missing: tuple[MissingTasks, ...] = always(())
     left_behind: tuple[str, ...] = ()
     """Local volumes, as in the spec, whose data stays on the nodes that tasks move away from."""
+
+    failed_update: str = ""
+    """Reason why the update of the service fails.  Empty if it does not.  Its old tasks run, so none is missing."""
 
     @property
     def is_below_minimum(self) -> bool:
@@ -122,11 +135,13 @@ class Question:
         self.notes: list[str] = []
         self.answer = SupposedOutcome()
         self._before = FreeCapacity()
+        self._statuses: dict[ServiceId, UpdateStatus | None] = {}
 
     def begin(self) -> Iterator[None]:
         """Load the copy.  The supposed change follows, and then ``settle``."""
         yield from self.rehearsal.start()
         self._before = self._capacity()
+        self._statuses = {one.id: one.update_status for one in self._view().find(Service)}
         self.rehearsal.copy.committed.append(self.course.on_commit)
         yield
 
@@ -193,7 +208,17 @@ class Question:
             left_behind=local_volumes(service.spec.task_template)
             if any(one.source and one.target for one in moves)
             else (),
+            failed_update=self._failure_of_update(service),
         )
+
+    def _failure_of_update(self, service: Service) -> str:
+        """Return why an update fails that was not failing before the change, or an empty text."""
+        status = service.update_status
+        before = self._statuses.get(service.id)
+        if status is None or status == before or status.state not in _FAILED_UPDATE:
+            return ""
+        # Tasks of the copy have ids that nobody can look up.
+        return _SUPPOSED_TASK.sub("a new task", status.message.removeprefix("rollback completed: "))
 
     def _nodes(self) -> Iterator[NodeEffect]:
         view, course = self._view(), self.course
@@ -245,19 +270,20 @@ def _desired(view: View, service: Service, tasks: Sequence[Task]) -> int:
 
 def _moves(tasks: Sequence[Task], view: View, course: Course) -> tuple[MovedTasks, ...]:
     """Return from which to which nodes the service's slots move, the largest numbers first."""
-    sources: dict[SlotId, NodeId] = {}
-    targets: dict[SlotId, NodeId] = {}
+    sources: dict[SlotId, list[NodeId]] = defaultdict(list)
+    targets: dict[SlotId, list[NodeId]] = defaultdict(list)
     for task in tasks:
         old = course.before.get(task.id, task)
         if old is not None and old.node_id and old.is_active:
-            sources[slot_of(old)] = old.node_id
+            sources[slot_of(old)].append(old.node_id)
         if is_available(task, view.lookup(Node, task.node_id)):
-            targets[slot_of(task)] = task.node_id
-    moves = Counter(
-        (sources.get(slot, ""), targets.get(slot, ""))
-        for slot in sources.keys() | targets.keys()
-        if sources.get(slot) != targets.get(slot)
-    )
+            targets[slot_of(task)].append(task.node_id)
+    moves = Counter[tuple[str, str]]()
+    for slot in sources.keys() | targets.keys():
+        # An old task may stay, for example during a staged update.  It does not move, and its successor is new.
+        left = sorted((Counter(sources[slot]) - Counter(targets[slot])).elements())
+        begun = sorted((Counter(targets[slot]) - Counter(sources[slot])).elements())
+        moves.update(zip_longest(left, begun, fillvalue=""))
     named = [
         MovedTasks(tasks=count, source=_named(view, source), target=_named(view, target))
         for (source, target), count in moves.items()

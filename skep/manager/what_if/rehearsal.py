@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import count
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from skep.errors import SkepError
 from skep.manager.allocator import changes as allocations
@@ -39,6 +39,9 @@ R = TypeVar("R")
 BATCH = 100
 """Objects decided before their changes are applied.  Between two of them the work may pause."""
 
+SUPPOSED: Final = "supposed"
+"""Beginning of the ids of objects that only the copy has."""
+
 
 class Rehearsal:
     """One copy of the cluster, with the decisions of its leader."""
@@ -52,7 +55,7 @@ class Rehearsal:
         self._allocator = AllocatorState(self.copy.view, self.clock, random)
         self._scheduler = SchedulerState(self.copy, self.clock, random)
         self._nodes = SupposedNodes(self.copy, self.clock)
-        numbers, prefix = count(1), f"supposed{view.revision:x}x"
+        numbers, prefix = count(1), f"{SUPPOSED}{view.revision:x}x"
         self.new_id: Callable[[], str] = lambda: f"{prefix}{next(numbers):06}"
         """Ids of new objects.  They differ from real ones, and from the ids of a rehearsal that was copied."""
 

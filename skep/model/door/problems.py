@@ -6,7 +6,8 @@ from skep.errors import InvalidArgument
 from skep.model.door.claims import Refusal
 from skep.model.door.routes import parsed_routes
 from skep.model.network import Network
-from skep.model.service import Service
+from skep.model.service import Service, UpdateState
+from skep.model.staging.updates import stages_of
 from skep.model.task import Task, TaskState
 
 
@@ -30,7 +31,7 @@ def route_problem(
 
     Args:
         tasks: Tasks of the service that shall run.
-        door: The network of the front door, or None if there is none.
+        door: The network of the front door, or None without a front door.
         refused: Refused routes of the service.
         address: Host and path of the route.
     """
@@ -44,10 +45,19 @@ def route_problem(
     away = [task for task in present if not is_attached(task, door)]
     if away:
         return (
-            f"{len(away)} of {len(present)} tasks are not on the network {door.spec.name}, because they are older than "
-            f"the route or the front door. Replace them with docker service update --force {service.spec.name}"
+            f"{len(away)} of {len(present)} tasks {'is' if len(away) == 1 else 'are'} not on the network "
+            f"{door.spec.name}, and older than the route or the front door. {_replacement(service)}"
         )
     return ""
+
+
+def _replacement(service: Service) -> str:
+    """Return what replaces tasks.  A forced update would begin a staged update in progress once more."""
+    status = service.update_status
+    is_updating = status is not None and status.state in (UpdateState.UPDATING, UpdateState.PAUSED)
+    if is_updating and stages_of(service.spec.labels):
+        return f"The update in progress replaces them (skep explain {service.spec.name})"
+    return f"Replace them with docker service update --force {service.spec.name}"
 
 
 def is_attached(task: Task, network: Network) -> bool:

@@ -26,7 +26,7 @@ from skep.model.service import (
     UpdateState,
 )
 from skep.model.staging.shares import ALL_PERCENT
-from skep.model.values.times import SECOND_NS, duration_ns
+from skep.model.values.times import SECOND_NS, duration_ns, exact_duration
 
 UPDATE: Final = "skep.update"
 CANARY: Final = "canary"
@@ -208,7 +208,48 @@ def message_of(stages: tuple[UpdateStage, ...], step: int) -> str:
     """Return the update's message during a step."""
     stage = stages[step]
     share = f"{stage.percent} % of new connections" if stage.keeps_old else "replacing the old tasks"
+    if stage.least_s == inf:
+        share += " until skep update promote"
     return f"{IN_PROGRESS}: step {step + 1} of {len(stages)}, {share}"
+
+
+def end_of_step(stage: UpdateStage, name: str) -> str:
+    """Return what ends a step of the service ``name`` once all its tasks run, in words."""
+    if not stage.keeps_old:
+        return "the monitor time of the last step"
+    if stage.least_s == inf:
+        return f"skep update promote {name}"
+    is_minutes = stage.least_s >= 60 and stage.least_s % 60 == 0
+    time = f"{stage.least_s / 60:g}m" if is_minutes else exact_duration(round(stage.least_s * SECOND_NS))
+    if _is_switched(stage):
+        return f"the end of the {time} for which old tasks are kept (skep update switch-back {name} returns to them)"
+    return f"the end of the step, which lasts {time}"
+
+
+def end_of_present_step(service: Service) -> str:
+    """Return what ends the present step of a staged update, or an empty text without one."""
+    status, stages = service.update_status, stages_of(service.spec.labels)
+    if status is None or status.state is not UpdateState.UPDATING or status.split is None or not stages:
+        return ""
+    return end_of_step(stages[min(status.split.step, len(stages) - 1)], service.spec.name)
+
+
+def _is_switched(stage: UpdateStage) -> bool:
+    """Return whether new tasks have all new connections in a step that keeps the old ones."""
+    return stage.keeps_old and stage.percent == ALL_PERCENT
+
+
+def resting_step(service: Service) -> UpdateStage | None:
+    """Return the present step of an update if a wait for its end makes no sense, or None.
+
+    The step ends when a user promotes the update, or when old tasks without connections have been kept for their time.
+    It is recognized by the update's message, because Docker's API does not have the step.
+    """
+    status, stages = service.update_status, stages_of(service.spec.labels)
+    if status is None or status.state is not UpdateState.UPDATING:
+        return None
+    named = (stage for step, stage in enumerate(stages) if message_of(stages, step) == status.message)
+    return next((stage for stage in named if stage.least_s == inf or _is_switched(stage)), None)
 
 
 def is_undecided(service: Service) -> bool:

@@ -1,8 +1,43 @@
 """How results of checks change the state of a registered service."""
 
-from skep.catalog.registering import CheckRules, CheckState, after_check
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.api.client.requests import Requests
+from skep.catalog.registering import CheckRules, CheckState, ServiceRegistrar, after_check
+from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unavailable
+from skep.model.catalog import ServiceRegistration
 
 RULES = CheckRules(rise=2, fall=3)
+
+
+class Managers(Requests):
+    """Managers that refuse each request with ``error``, or accept it without one."""
+
+    def __init__(self, error: SkepError | None = None) -> None:
+        self.error = error
+        self.paths: list[str] = []
+
+    async def request(self, method: str, path: str, **_: Any) -> Mapping[str, Any] | None:
+        self.paths.append(f"{method} {path}")
+        if self.error is not None:
+            raise self.error
+        if method == "DELETE":
+            raise NotFound("there is none")
+        return None
+
+
+def a_registrar(managers: Managers, messages: list[str], why: str = "", name: str = "pg") -> ServiceRegistrar:
+    async def check() -> str:
+        return why
+
+    registration = ServiceRegistration(service=name, instance="one", address="192.0.2.7", port=5432)
+    return ServiceRegistrar(
+        managers, registration, check, CheckRules(rise=1, fall=1), SystemClock(), messages.append
+    )
 
 
 def states(results: str) -> str:
@@ -18,3 +53,41 @@ def test_it_is_up_after_some_passes_and_down_after_some_failures_in_a_row() -> N
     assert states("++---") == "-+++-"
     assert states("+-++") == "---+"
     assert states("++--+--") == "-++++++"
+
+
+async def test_the_first_failing_check_is_reported_once() -> None:
+    managers, messages = Managers(), list[str]()
+    registrar = a_registrar(managers, messages, "192.0.2.7:5432: connection refused")
+    await registrar.step()
+    await registrar.step()
+    assert messages == ["pg@one is not registered while its check fails: 192.0.2.7:5432: connection refused"]
+
+
+async def test_a_registration_that_can_never_be_accepted_ends_with_the_reason() -> None:
+    managers, messages = Managers(InvalidArgument("invalid name")), list[str]()
+    with pytest.raises(InvalidArgument, match="invalid name"):
+        await a_registrar(managers, messages).run()
+    assert len(managers.paths) == 1, "nothing was registered, and nothing is removed"
+
+
+async def test_a_name_stays_within_its_path() -> None:
+    managers, messages = Managers(), list[str]()
+    await a_registrar(managers, messages, name="a b/c").step()
+    assert managers.paths == ["PUT /skep/registrations/a%20b%2Fc@one"]
+
+
+async def test_a_refused_registration_is_tried_again_and_does_not_end_with_a_lease_that_it_never_had() -> (
+    None
+):
+    managers, messages = Managers(PermissionDenied("ann may not")), list[str]()
+    registrar = a_registrar(managers, messages)
+    await registrar.step()
+    await registrar._leave()
+    assert messages == ["pg@one: the managers do not accept it, will retry: ann may not"]
+
+
+async def test_a_worker_that_refuses_a_registration_leads_to_the_managers() -> None:
+    words = "This node is not a swarm manager. Worker nodes can't be used to view or modify cluster state."
+    managers, messages = Managers(Unavailable(words)), list[str]()
+    await a_registrar(managers, messages).step()
+    assert messages[0].endswith("choose a manager with --host or --context")

@@ -1,16 +1,19 @@
 """``skep door status`` in words, and the labels that ``skep service expose`` and ``hide`` write."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
+from skep.api.client.requests import Requests
 from skep.cli.apps.service import exposed, hidden
-from skep.cli.cluster.door import service_spec, shown_routes
+from skep.cli.cluster.door import require_administrator, service_spec, shown_routes
 from skep.cli.output import Screen
-from skep.errors import NotFound
+from skep.errors import NotFound, PermissionDenied
 from skep.model.network import Network, NetworkSpec
-from skep.model.service import Service
+from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.values.ids import NetworkId
 from skep.model.values.times import Timestamp
@@ -32,8 +35,11 @@ def task_of(service: Service, *, is_attached: bool = True) -> Task:
     )
 
 
+PROXIES = routed("skep-door", {"skep.door": "true"})
+
+
 def problems(services: list[Service], tasks: list[Task], networks: list[Network]) -> dict[str, str]:
-    rows: Any = shown_routes(services, tasks, networks).data
+    rows: Any = shown_routes([PROXIES, *services], tasks, networks).data
     return {row["Route"]: row["Problem"] for row in rows}
 
 
@@ -47,13 +53,19 @@ def test_each_route_that_does_not_work_has_a_reason() -> None:
     found = problems([web, second, idle, old, bad], tasks, [NETWORK])
     assert found["b.example"] == ""
     assert found["idle.example"] == "no task of the service runs"
-    assert "1 of 1 tasks are not on the network skep-door" in found["old.example"]
+    assert "1 of 1 tasks is not on the network skep-door" in found["old.example"]
     assert "docker service update --force old" in found["old.example"]
     assert "not a DNS name" in found["-"]
-    rows: Any = shown_routes([web, second], tasks, [NETWORK]).data
+    rows: Any = shown_routes([PROXIES, web, second], tasks, [NETWORK]).data
     taken = [row["Problem"] for row in rows if row["Route"] == "a.example"]
     assert taken == ["a.example belongs to service web", ""]
     assert "skep door up" in problems([web], tasks, [])["a.example"]
+
+
+def test_a_network_without_proxies_is_no_front_door() -> None:
+    web = routed("web", {"skep.http": "a.example"})
+    rows: Any = shown_routes([web], [task_of(web)], [NETWORK]).data
+    assert [row["Problem"] for row in rows] == ["there is no front door. Create it with skep door up"]
 
 
 def test_the_list_says_how_many_proxies_run() -> None:
@@ -61,8 +73,27 @@ def test_the_list_says_how_many_proxies_run() -> None:
     web = routed("web", {"skep.http": "a.example"})
     shown = shown_routes([door, web], [task_of(door)], [NETWORK])
     lines = list(shown.lines(Screen()))
-    assert lines[0] == "1 proxies run."
+    assert lines[0] == "1 proxy runs."
     assert lines[-1] == "a.example: no task of the service runs"
+
+
+def test_a_user_of_a_stack_sees_no_front_door_and_is_not_told_that_there_is_none() -> None:
+    web = routed("web", {"skep.http": "a.example"})
+    shown = shown_routes([web], [task_of(web)], [], sees_all=False)
+    lines = list(shown.lines(Screen()))
+    assert lines[0].startswith("The front door belongs to no stack")
+    assert lines[-1] == "a.example: you do not see whether there is a front door. Run skep explain web"
+    door = replace(NETWORK, spec=replace(NETWORK.spec, labels={"skep.door": "true"}))
+    seen = replace(task_of(web), networks_attachments=(NetworkAttachment(network=door),))
+    rows: Any = shown_routes([web], [seen], [], sees_all=False).data
+    assert [(row["State"], row["Problem"]) for row in rows] == [("ok", "")]
+
+
+def test_tasks_that_a_staged_update_replaces_need_no_other_update() -> None:
+    web = routed("web", {"skep.http": "a.example", "skep.update": "canary"})
+    status = UpdateStatus(state=UpdateState.UPDATING, message="update in progress: step 1 of 3")
+    found = problems([replace(web, update_status=status)], [task_of(web, is_attached=False)], [NETWORK])
+    assert found["a.example"].endswith("The update in progress replaces them (skep explain web)")
 
 
 def test_the_first_route_replaces_the_tasks() -> None:
@@ -99,3 +130,26 @@ def test_the_proxies_have_the_labels_of_their_options() -> None:
         "skep.door.access-log": "false",
     }
     assert spec["TaskTemplate"]["Placement"] == {"Constraints": ["a==b"]}
+
+
+class _Api(Requests):
+    """The API as a user with these roles sees it."""
+
+    def __init__(self, *roles: str) -> None:
+        self._roles = roles
+
+    @asynccontextmanager
+    async def requests(self) -> AsyncIterator["_Api"]:
+        yield self
+
+    async def request(self, method: str, path: str, **_: Any) -> Any:
+        assert (method, path) == ("GET", "/skep/access")
+        return {"Name": "ann", "Roles": list(self._roles)}
+
+
+async def test_only_administrators_build_the_image_of_the_front_door() -> None:
+    host: Any = _Api("admin")
+    await require_administrator(host)
+    host = _Api("operator", "viewer:shop")
+    with pytest.raises(PermissionDenied, match="ann may not create the front door: only administrators"):
+        await require_administrator(host)

@@ -142,6 +142,19 @@ def test_a_paused_update_names_the_commands_that_go_on() -> None:
     assert "  it is paused. Run skep update resume web." in list(about_service("web", service, NOW))
 
 
+def test_a_lost_manager_is_demoted_before_it_is_forgotten() -> None:
+    node = {
+        "ID": "n1",
+        "CreatedAt": "2026-01-31T10:00:00Z",
+        "Description": {"Hostname": "m1"},
+        "Status": {"State": "down"},
+        "Spec": {"Role": "manager", "Availability": "active"},
+        "TaskStates": {},
+    }
+    lines = list(about_node("m1", node, NOW))
+    assert lines[1].endswith("run docker node demote m1 and then skep node forget m1.")
+
+
 def test_a_node_and_a_network_are_explained_as_well() -> None:
     node = {
         "ID": "n1",
@@ -153,7 +166,7 @@ def test_a_node_and_a_network_are_explained_as_well() -> None:
     }
     lines = list(about_node("w1", node, NOW))
     assert lines[0] == "w1: down: heartbeat failure"
-    assert "skep node forget" in lines[1]
+    assert lines[1].endswith("If the node is lost for good, run skep node forget w1.")
     assert "availability is drain" in lines[2]
     assert lines[2].endswith("Run skep node update --availability active w1.")
     assert lines[3:] == [

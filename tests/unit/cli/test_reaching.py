@@ -1,11 +1,17 @@
 """What the commands that reach into containers make of their words."""
 
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
 import pytest
 
 from skep.cli.apps.port_forward import Forward, parse_forward
 from skep.cli.apps.run import run_spec
 from skep.cli.apps.targets import CommandTarget
-from skep.cli.apps.through_docker import _of_copy, arguments_of, rewritten
+from skep.cli.apps.through_docker import _of_copy, _socket, arguments_of, rewritten
 from skep.errors import FailedPrecondition, InvalidArgument
 
 
@@ -101,3 +107,30 @@ def test_a_run_is_a_job_like_a_task_of_its_service():
 def test_a_service_without_containers_runs_nothing():
     with pytest.raises(FailedPrecondition, match="runs no containers"):
         run_spec({"Name": "plug", "TaskTemplate": {"PluginSpec": {}}}, [], name="x")
+
+
+class _Silent:
+    """A host whose connection never ends."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            reader, writer = await asyncio.open_connection(sock=ours)
+            self.begun.set()
+            yield reader, writer
+            writer.close()
+
+
+async def test_no_connection_of_docker_outlives_its_socket() -> None:
+    host: Any = _Silent()
+    before = asyncio.all_tasks()
+    async with _socket(host, {}) as path:
+        _, writer = await asyncio.open_unix_connection(path)
+        writer.write(b"GET /_ping HTTP/1.1\r\n\r\n")
+        await host.begun.wait()
+    assert asyncio.all_tasks() == before
+    writer.close()

@@ -32,9 +32,14 @@ def test_each_move_is_shown_with_what_it_gains() -> None:
 
 
 def test_a_run_and_what_holds_it_back_are_shown() -> None:
-    run = {"StartedAt": "2026-11-28T00:00:00Z", "By": "ada", "Moved": 2, "Waiting": "the cluster is frozen"}
+    run = {
+        "StartedAt": "2026-11-28T00:00:00.65213731Z",
+        "By": "ada",
+        "Moved": 2,
+        "Waiting": "the cluster is frozen",
+    }
     shown = lines(MOVE, held="the cluster is frozen", Run=run)
-    assert "  in progress since 2026-11-28T00:00:00Z by ada: 2 moves begun" in shown
+    assert "  in progress since 2026-11-28 00:00 UTC by ada: 2 moves begun" in shown
     assert "  waiting: the cluster is frozen" in shown
     assert "  the cluster is frozen: no task is moved until then" in shown
     assert "  last rebalance: 3 moves" in lines(Last="3 moves")

@@ -30,9 +30,11 @@ from skep.model.options.schedules import CRON
 from skep.model.secret import Secret
 from skep.model.service import Service
 from skep.model.task import TaskState, TaskStatus
+from skep.security.authority import Authority
 from skep.store.level import SCHEDULES
 from tests.support import builders
 from tests.support.harness.clocks import on_virtual_time
+from tests.support.security.external_ca import server_certificate
 from tests.support.store.store_transactions import put
 
 
@@ -92,6 +94,13 @@ def test_versions_are_found_by_any_of_their_names_in_the_order_of_their_numbers(
 def test_a_name_that_no_object_has_is_an_error() -> None:
     with pytest.raises(NotFound, match=r"^nothing does not exist\. "):
         versions(OBJECTS, "nothing")
+
+
+def test_a_secret_of_a_stacks_file_is_rotated_by_a_deploy() -> None:
+    made = an_object("i9", "shop_pw-5cb5fb91cd")
+    made["Spec"]["Labels"] = {STACK_LABEL: "shop"}
+    with pytest.raises(NotFound, match=r"shop_pw is in the file of stack shop.*skep stack deploy"):
+        versions([made], "shop_pw")
 
 
 def test_the_next_name_is_after_every_version_and_is_free() -> None:
@@ -303,6 +312,23 @@ async def test_what_is_not_done_in_time_is_named_with_what_is_stuck_or_could_not
     text = re.escape(f"not done within 9 s: {waited} {problems}")
     with pytest.raises(Unavailable, match=f"^{text}$"):
         await _rotate(host, SECRET, "key", None, 9)
+
+
+async def test_a_version_that_every_service_refuses_is_removed_again(
+    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager, host = cluster
+    pair = b"".join(server_certificate(Authority.create(name="own"), "app.example.com"))
+    async with host.client() as client:
+        spec = {"Name": "tls", "Labels": {}, "Data": base64.b64encode(pair).decode()}
+        await client.post("/secrets/create", spec, timeout_s=10)
+    labels = {"skep.http": "app.example.com", "skep.http.tls": "tls"}
+    key = await make(host, "key")
+    await serve(host, "web", key, "key", {"Replicated": {"Replicas": 1}}, **labels)
+    with pytest.raises(Unavailable, match=r"web: .*tls-v2"):
+        await _rotate(host, SECRET, "tls", b"not a certificate", 9)
+    assert capsys.readouterr().err.endswith("tls-v2 removed again, because no service uses it\n")
+    assert sorted(one.spec.name for one in manager.store.view().find(Secret)) == ["key", "tls"]
 
 
 class _Failing(_Late):

@@ -1,5 +1,6 @@
 """Texts of nodes reach a terminal without what it would obey."""
 
+import asyncio
 from datetime import UTC, datetime
 
 import click
@@ -7,7 +8,7 @@ import pytest
 
 from skep.cli.apps.port_forward import failure_of
 from skep.cli.output import Cell, Screen, table
-from skep.cli.running import errors_shown
+from skep.cli.running import errors_shown, run_requests
 from skep.cli.see import history, runs
 from skep.cli.see.events import line_of, whole_line_of
 from skep.cli.see.explain import about_network, about_node, about_service, about_task
@@ -143,3 +144,12 @@ def test_an_error_is_cleaned_but_keeps_its_lines():
         raise Unavailable(f"{BAD}second")
     assert raised.value.message == f"{SAFE}\nsecond"
     assert failure_of(80, Unavailable(BAD)) == f"connection to port 80 failed: {SAFE}"
+
+
+def test_the_error_of_a_task_group_is_one_line() -> None:
+    async def work() -> None:
+        async with asyncio.TaskGroup():
+            raise Unavailable("cannot listen on 127.0.0.1:80: address already in use. Choose another port.")
+
+    with pytest.raises(click.ClickException, match=r"^cannot listen on 127\.0\.0\.1:80"):
+        run_requests(work())

@@ -55,3 +55,24 @@ def test_a_plan_says_where_start_first_cannot_be_kept(mode: str, is_warned: bool
     shown = "\n".join(lines_of(plan))
     assert "starting new tasks first" in shown
     assert ("or stopping old ones if no other node has a free host port" in shown) is is_warned
+
+
+@pytest.mark.parametrize(
+    ("labels", "how"),
+    [
+        ("{skep.update: blue-green}", "starting all new tasks, which get connections once all run"),
+        (
+            "{skep.update: blue-green, skep.update.promote: manual}",
+            "starting all new tasks, which get connections at skep update promote shop_w",
+        ),
+        ("{skep.update: canary}", "in steps of new connections (5 %, 25 %)"),
+        (
+            "{skep.update: canary, skep.update.steps: 10%, skep.update.promote: manual}",
+            "in steps of new connections (10 %), each until skep update promote shop_w",
+        ),
+    ],
+)
+def test_a_plan_names_the_steps_of_a_staged_update(labels: str, how: str) -> None:
+    text = "services: {w: {image: %s, deploy: {labels: " + labels.replace("%", "%%") + "}}}"
+    plan = plan_of(a_stack(text % "b"), deployed(a_stack(text % "a")), images={}, prune=False)
+    assert f"replaces tasks, {how}, because of Image" in "\n".join(lines_of(plan))

@@ -186,7 +186,7 @@ def test_a_paused_update_is_not_well() -> None:
     web = a_service("web", 2, 2, health={"State": "degraded", "Reason": "manually paused"})
     web["UpdateStatus"] = {"State": "paused", "StartedAt": "2026-01-31T11:00:00Z"}
     (row,) = service_rows([web], NOW)
-    assert (row.is_healthy, row.update, row.reason) == (False, "paused for 1h", "manually paused")
+    assert (row.is_healthy, row.update, row.reason) == (False, "paused, started 1h ago", "manually paused")
 
 
 def test_a_manager_that_is_not_reached_is_not_well() -> None:

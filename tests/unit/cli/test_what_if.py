@@ -66,6 +66,15 @@ def test_missing_tasks_minimums_and_other_stacks_end_with_another_exit_code() ->
     assert lines(an_answer()) == ["What if w1 is lost: no task has to move"]
 
 
+def test_an_update_that_fails_is_named_although_all_old_tasks_run() -> None:
+    why = "update rolled back: no suitable node"
+    answer = an_answer(Services=[a_service(Moves=[], FailedUpdate=why)], OtherServices=1)
+    assert lines(answer)[0] == "What if w1 is lost: 1 update cannot complete"
+    assert f"  web: its update fails: {why}" in lines(answer)
+    assert "  1 service of other stacks is affected" in lines(answer)
+    assert answered("", answer).exit_code == DIFFERS
+
+
 @pytest.mark.parametrize("word", ["web", "web=", "web=many", "=3", "web=-1"])
 def test_a_scale_needs_a_number(word: str) -> None:
     done = CliRunner().invoke(main, ["--host", "unix:///nowhere", "what-if", "scale", word])

@@ -87,7 +87,7 @@ async def test_a_closed_window_holds_everything() -> None:
 async def test_a_closed_window_of_a_stack_holds_that_stack_and_the_clusters_holds_as_well() -> None:
     store = await a_store(SHOP)
     window = MaintenanceWindow(cron="0 2 * * *", length=HOUR_NS)
-    with pytest.raises(NotFound, match="stack blog has no services"):
+    with pytest.raises(NotFound, match="stack blog has no services: list stacks with skep stack ls"):
         await store.update(set_window, window, "blog", now_ns=0)
     with pytest.raises(NotFound, match="stack shop has no maintenance window"):
         await store.update(set_window, None, "shop", now_ns=0)

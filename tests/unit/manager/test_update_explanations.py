@@ -8,7 +8,8 @@ from msgspec.structs import replace
 
 from skep.cli.see.explain import about_service
 from skep.manager.diagnosis.explanations import UpdateExplanation, explain_service
-from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.options.labels import STOPPED
+from skep.model.service import Service, UpdateSplit, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.values.encoding import to_json
 from skep.model.values.times import SECOND_NS, Timestamp, unix_ns
@@ -95,6 +96,33 @@ def test_without_such_a_task_it_waits_for_time_to_pass(
     assert found == UpdateExplanation(step=step, waiting_for=waits_for)
 
 
+@pytest.mark.parametrize(
+    ("labels", "step", "waits_for"),
+    [
+        ({"skep.update": "canary", "skep.update.promote": "manual"}, 0, "skep update promote web"),
+        (
+            {"skep.update": "canary", "skep.update.step-time": "90s"},
+            1,
+            "the end of the step, which lasts 90s",
+        ),
+        (
+            {"skep.update": "blue-green", "skep.update.keep": "5m"},
+            1,
+            "the end of the 5m for which old tasks are kept (skep update switch-back web returns to them)",
+        ),
+        ({"skep.update": "canary"}, 2, "the monitor time of the last step"),
+    ],
+)
+def test_a_step_of_a_staged_update_names_what_ends_it(
+    labels: dict[str, str], step: int, waits_for: str
+) -> None:
+    service = updated()
+    status = replace(service.update_status or UpdateStatus(), split=UpdateSplit(step=step))
+    service = replace(service, spec=replace(service.spec, labels=labels), update_status=status)
+    found = reported(service, *slots(RUNNING, RUNNING, RUNNING), new=("t1",))
+    assert found == UpdateExplanation(step="1 of 3 tasks are new", waiting_for=waits_for)
+
+
 @pytest.mark.parametrize("state", [None, *UpdateState])
 def test_only_an_update_that_is_under_way_has_steps(state: UpdateState | None) -> None:
     found = reported(updated(state), *slots(RUNNING, RUNNING, RUNNING))
@@ -122,3 +150,13 @@ def test_an_update_of_a_service_whose_tasks_have_ended_counts_none() -> None:
     found = reported(updated(), ended, new=("t1",))
     assert found is not None
     assert (found.step, found.waiting_for) == ("its tasks have ended", "the monitor time of the last step")
+
+
+def test_a_stopped_service_is_stopped_whatever_its_update_waits_for() -> None:
+    service = updated()
+    labels = {"skep.update": "canary", "skep.update.promote": "manual", STOPPED: "true"}
+    status = replace(service.update_status or UpdateStatus(), split=UpdateSplit(step=0))
+    service = replace(service, spec=replace(service.spec, labels=labels), update_status=status)
+    found = explain_service(service, (), wanted=0, nodes={}, now_ns=0)
+    assert found.summary == "stopped: skep service start web starts its tasks"
+    assert found.update is None

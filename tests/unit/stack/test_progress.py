@@ -415,3 +415,49 @@ def test_a_service_of_no_tasks_needs_no_verification() -> None:
     )
     found = progress_of(none, [])
     assert (found.is_done, found.steady_s) == (True, 0.0)
+
+
+STAGED = replace(
+    SERVICE,
+    spec=replace(SERVICE.spec, name="web", labels={"skep.update": "blue-green"}),
+)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message", "end"),
+    [
+        (
+            {"skep.update": "blue-green", "skep.update.promote": "manual"},
+            "update in progress: step 1 of 3, 0 % of new connections until skep update promote",
+            "skep update promote web",
+        ),
+        (
+            {"skep.update": "blue-green"},
+            "update in progress: step 2 of 3, 100 % of new connections",
+            "the end of the 10m for which old tasks are kept (skep update switch-back web returns to them)",
+        ),
+    ],
+)
+def test_a_wait_ends_at_a_step_that_ends_by_a_user_or_after_the_time_of_kept_tasks(
+    labels: dict[str, str], message: str, end: str
+) -> None:
+    status = UpdateStatus(state=UpdateState.UPDATING, message=message)
+    service = replace(STAGED, spec=replace(STAGED.spec, labels=labels), update_status=status)
+    old = [replace(a_task(TaskState.RUNNING), slot=slot) for slot in (1, 2)]
+    new = [replace(a_task(TaskState.RUNNING), slot=slot) for slot in (1, 2)]
+    current = {task.id for task in new}
+    found = progress_of(service, [*old, *new], current)
+    assert found.is_done
+    assert found.text == f"2 of 2 tasks updated, 2 running, waiting for {end}"
+    starting = [replace(new[0], status=TaskStatus(state=TaskState.STARTING)), new[1]]
+    assert not progress_of(service, [*old, *starting], current).is_done
+
+
+def test_a_wait_does_not_end_at_a_step_that_ends_by_itself() -> None:
+    message = "update in progress: step 1 of 3, 5 % of new connections"
+    status = UpdateStatus(state=UpdateState.UPDATING, message=message)
+    labels = {"skep.update": "canary"}
+    service = replace(STAGED, spec=replace(STAGED.spec, labels=labels), update_status=status)
+    old = [replace(a_task(TaskState.RUNNING), slot=slot) for slot in (1, 2)]
+    new = replace(a_task(TaskState.RUNNING), slot=1)
+    assert not progress_of(service, [*old, new], {new.id}).is_done

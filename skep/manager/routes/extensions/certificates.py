@@ -9,6 +9,7 @@ from aiohttp import web
 from skep.api.http.server import Routes, json_response, read_json
 from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 from skep.manager.acme.calls import AuthorityCalls
+from skep.manager.acme.own_certificates import refuse_own_certificate
 from skep.manager.acme.records import AcmeAccount
 from skep.manager.acme.showing import shown_certificates
 from skep.manager.acme.steps import AcmeFailed
@@ -55,8 +56,9 @@ async def set_authority(request: web.Request) -> web.StreamResponse:
 @routes.post("/skep/certificates/{name}/renew")
 async def renew_certificate(request: web.Request) -> web.StreamResponse:
     """Let the leader order a new certificate now."""
-    manager = manager_of(request)
-    await manager.update(ask_for_renewal, request.match_info["name"].lower(), manager.clock.now_ns())
+    manager, name = manager_of(request), request.match_info["name"].lower()
+    refuse_own_certificate(await current_view(request), name)
+    await manager.update(ask_for_renewal, name, manager.clock.now_ns())
     return web.Response(status=204)
 
 

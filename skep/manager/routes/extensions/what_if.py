@@ -75,7 +75,7 @@ async def survive_stack(request: web.Request) -> web.StreamResponse:
         raise InvalidArgument("the request needs the parameter stack")
     is_known = sees(identity_of(request), stack) and view.find(Service, stack=stack_index(stack))
     if not is_known:
-        raise NotFound(f"stack {stack} has no services")
+        raise NotFound(f"stack {stack} has no services: list stacks with skep stack ls")
     return json_response(await _survival(request, lambda spec: stack_of(spec.labels) == stack))
 
 

@@ -22,9 +22,13 @@ from cryptography.x509.oid import NameOID
 
 from skep.aio.clock import SystemClock
 from skep.api.access.permissions import KnownObject
-from skep.errors import InvalidArgument
+from skep.errors import FailedPrecondition, InvalidArgument
 from skep.manager.acme.door_files import DoorFiles
-from skep.manager.acme.own_certificates import check_certificates, own_certificates
+from skep.manager.acme.own_certificates import (
+    check_certificates,
+    own_certificates,
+    refuse_own_certificate,
+)
 from skep.manager.acme.state import NO_DOOR, names_of_routes
 from skep.manager.acme.steps import Wanted
 from skep.manager.control.files import remove_secret
@@ -239,3 +243,10 @@ async def test_a_certificate_of_many_hosts_is_read_at_once_and_once(monkeypatch:
     monkeypatch.setattr(x509, "load_pem_x509_certificates", None)
     assert own_certificates(store.view())[APP].problem == ""
     assert len(DoorFiles().present(store.view())) == 1
+
+
+async def test_a_certificate_of_a_secret_is_renewed_by_another_secret() -> None:
+    store = await store_with(service("web", spec_with("site"), "1"), site=CHAIN + KEY)
+    with pytest.raises(FailedPrecondition, match=r"in the secret site: .* skep secret rotate site FILE"):
+        refuse_own_certificate(store.view(), APP)
+    refuse_own_certificate(store.view(), "other.example.com")

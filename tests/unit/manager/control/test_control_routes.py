@@ -9,7 +9,7 @@ from skep.model.network import Network, NetworkSpec
 from skep.model.service import ReplicatedJob, ServiceMode, ServiceSpec
 from skep.model.task import NetworkAttachment, TaskState
 from skep.model.values.ids import NetworkId
-from tests.support.builders import a_service_spec, a_task
+from tests.support.builders import a_service, a_service_spec, a_task
 from tests.unit.manager.control.test_control_services import create, rollback, store, update
 
 __all__ = ["store"]
@@ -58,11 +58,17 @@ async def test_a_route_that_does_not_work_is_explained(store):
 
     assert problems() == ["route a.example: there is no front door. Create it with skep door up"]
     await store.update(lambda tx: tx.put(DOOR))
+    assert problems() == ["route a.example: there is no front door. Create it with skep door up"], (
+        "its network stays after skep door down"
+    )
+    proxies = a_service("skep-door")
+    proxies = replace(proxies, spec=replace(proxies.spec, labels={"skep.door": "true"}))
+    await store.update(lambda tx: tx.put(proxies))
     assert problems() == ["route a.example: no task of the service runs"]
     task = a_task("t1", node="n1", service=web)
     task = replace(task, status=replace(task.status, state=TaskState.RUNNING))
     await store.update(lambda tx: tx.put(task))
-    assert "are not on the network skep-door" in problems()[0]
+    assert "not on the network skep-door" in problems()[0]
     attached = (NetworkAttachment(network=DOOR),)
     await store.update(lambda tx: tx.put(replace(tx.get(type(task), task.id), networks_attachments=attached)))
     assert problems() == []

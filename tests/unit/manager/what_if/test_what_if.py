@@ -166,6 +166,33 @@ def test_more_tasks_than_fit_wait() -> None:
     assert [(one.tasks, one.kind) for one in found.missing] == [(1, "no-node")]
 
 
+def a_blue_green(memory_bytes: int) -> tuple[Service, Callable[[Rehearsal], None]]:
+    """Return a service, and its blue-green update to another image, which waits for a user."""
+    labels = {"skep.update": "blue-green", "skep.update.promote": "manual"}
+    web = a_service("web", replicas=2, reserve=Resources(memory_bytes=memory_bytes))
+    web = replace(web, spec=replace(web.spec, labels=labels))
+    container = replace(web.spec.task_template.container_spec, image="web:2")
+    wanted = replace(web.spec, task_template=replace(web.spec.task_template, container_spec=container))
+    return web, lambda rehearsal: deploy(rehearsal, wanted)
+
+
+def test_a_staged_update_adds_tasks_to_those_that_stay() -> None:
+    web, update = a_blue_green(GIB)
+    answer = ask(a_state(node("w1"), node("w2"), *with_tasks(web, "w1", "w2")), update)
+    (found,) = answer.services
+    assert (found.before, found.lowest, found.after) == (2, 2, 4)
+    assert {one.source for one in found.moves} == {""}
+    assert sum(one.tasks for one in found.moves) == 2
+    assert (found.missing, found.failed_update) == ((), "")
+
+
+def test_a_staged_update_without_room_for_the_new_tasks_fails() -> None:
+    web, update = a_blue_green(5 * GIB)
+    (found,) = ask(a_state(node("w1"), node("w2"), *with_tasks(web, "w1", "w2")), update).services
+    assert (found.before, found.after, found.moves) == (2, 2, ())
+    assert found.failed_update.startswith("update rolled back because a new task made no progress")
+
+
 def test_a_stack_brings_its_own_networks_configs_and_certificates() -> None:
     spec = a_service_spec("web", replicas=2)
     container = replace(
