@@ -10,7 +10,7 @@ from skep.cli.cluster.certificate import shown_list
 from skep.cli.output import Screen
 from skep.manager.acme.records import ACCOUNT_ID, account_in, record_id, record_in
 from skep.manager.acme.showing import certificate_families, certificate_warnings, expiring_soon
-from skep.manager.acme.steps import AcmeFailed
+from skep.manager.acme.steps import AcmeFailed, OrderOpened
 from skep.manager.acme.writing import begin_order, note_outcome
 from skep.manager.control.validation.new_objects import known_task
 from skep.manager.notify.problems import LastBackup, problems_of_cluster
@@ -77,6 +77,30 @@ async def test_names_wait_for_an_authority_and_failures_are_shown(rig: Rig) -> N
     assert found["Authority"]["Directory"] == AUTHORITY["Directory"]  # type: ignore[index]
     assert lines[1].split()[:2] == [APP, "failing"]
     assert "no such host" in lines[1]
+
+
+async def test_an_order_shows_its_step(rig: Rig) -> None:
+    api = rig.api
+    await rig.exchange("admin", "POST /skep/certificates/authority", AUTHORITY)
+    account = account_in(api.store.view())
+    assert account is not None
+    known = replace(account, url="https://ca.example.com/account")
+
+    async def step() -> str:
+        _, lines = await listed(rig)
+        return lines[1].partition("ACME")[0].removeprefix(APP).strip()
+
+    assert await step() == "wanted"
+    await api.store.update(begin_order, APP, "key", api.clock.now_ns())
+    assert await step() == "ordering: not sent yet"
+    for opened, words in (
+        (OrderOpened(url="https://ca/1"), "waiting for the certificate"),
+        (OrderOpened(url="https://ca/1", challenges={"token": "text"}), "waiting for the challenge"),
+        (OrderOpened(url="https://ca/1", dns={"name": "text"}), "waiting for the challenge in DNS"),
+    ):
+        record = record_in(api.store.view(), APP)
+        await api.store.update(note_outcome, known, record, opened, api.clock.now_ns(), 0.5)
+        assert await step() == f"ordering: {words}"
 
 
 async def test_a_renewal_is_ordered_at_once_unless_the_authority_forbids_it(rig: Rig) -> None:

@@ -12,12 +12,12 @@ import msgspec
 
 from skep.api.client.requests import Requests
 from skep.cli import passthrough
-from skep.cli.cluster.certificate import acme
+from skep.cli.cluster.certificate import acme, authority_problem, certificate_rows
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests
 from skep.cli.stack.stack_builds import named_by_content
-from skep.errors import NotFound
+from skep.errors import NotFound, PermissionDenied
 from skep.model.door.claims import Claimant, settled
 from skep.model.door.problems import label_problem, route_problem
 from skep.model.door.routes import has_routes, routes_of
@@ -213,7 +213,9 @@ def down(options: HostOptions) -> None:
 @shows
 @click.pass_obj
 def status(options: HostOptions, output: OutputOptions) -> None:
-    """Show routes, and reasons why they do not work.
+    """Show routes and certificates, and why they do not work.
+
+    Only administrators see certificates.
 
     \b
     Example:
@@ -222,9 +224,17 @@ def status(options: HostOptions, output: OutputOptions) -> None:
 
     async def fetch() -> Shown:
         async with options.requests() as client:
-            return shown_routes(*await _read(client))
+            return shown_routes(*await _read(client), await _certificates(client))
 
     output.show(fetch)
+
+
+async def _certificates(client: Requests) -> Mapping[str, Any] | None:
+    """Return the certificates, or None for users who may not list them."""
+    try:
+        return dict(await client.get("/skep/certificates"))
+    except PermissionDenied:
+        return None
 
 
 async def _read(client: Requests) -> tuple[list[Service], list[Task], list[Network]]:
@@ -239,8 +249,17 @@ def _decoded(value: Any, kind: Any) -> Any:
     return leniently(msgspec.json.encode(value), kind)
 
 
-def shown_routes(services: Sequence[Service], tasks: Sequence[Task], networks: Sequence[Network]) -> Shown:
-    """Return the list of routes.  A line below the table says why a route does not work."""
+def shown_routes(
+    services: Sequence[Service],
+    tasks: Sequence[Task],
+    networks: Sequence[Network],
+    certificates: Mapping[str, Any] | None = None,
+) -> Shown:
+    """Return the lists of routes and certificates.  Lines below each list say what does not work.
+
+    Args:
+        certificates: Response of ``GET /skep/certificates``, or None to leave them out.
+    """
     exposed = [one for one in services if has_routes(one.spec.labels)]
     network = networks[0] if networks else None
     claims = settled(map(_claimant, exposed))
@@ -271,8 +290,25 @@ def shown_routes(services: Sequence[Service], tasks: Sequence[Task], networks: S
         for row in rows:
             if row["Problem"]:
                 yield printable(f"{row['Route']}: {row['Problem']}")
+        if certificates is not None and certificates["Certificates"]:
+            yield ""
+            yield from _certificate_lines(certificates, screen)
 
-    return Shown(data=rows, rows=rows, lines=lines)
+    data = {"Routes": rows, "Certificates": certificates["Certificates"] if certificates is not None else []}
+    return Shown(data=data, rows=rows, lines=lines)
+
+
+def _certificate_lines(found: Mapping[str, Any], screen: Screen) -> Iterator[str]:
+    rows = certificate_rows(found)
+    cells = [
+        tuple(printable(row[name]) for name in ("Name", "From", "Expires", "State", "NextAttempt"))
+        for row in rows
+    ]
+    yield from table(("CERTIFICATE", "FROM", "EXPIRES", "STATE", "NEXT ATTEMPT"), cells, screen)
+    for row in rows:
+        if row["Error"] != "-":
+            yield printable(f"{row['Name']}: {row['Error']}")
+    yield from authority_problem(found.get("Authority"))
 
 
 def _row(address: str, service: Service, port: int, tasks: int, problem: str) -> dict[str, Any]:

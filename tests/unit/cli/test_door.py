@@ -1,5 +1,6 @@
 """``skep door status`` in words, and the labels that ``skep service expose`` and ``hide`` write."""
 
+import re
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def task_of(service: Service, *, is_attached: bool = True) -> Task:
 
 
 def problems(services: list[Service], tasks: list[Task], networks: list[Network]) -> dict[str, str]:
-    rows: Any = shown_routes(services, tasks, networks).data
+    rows: Any = shown_routes(services, tasks, networks).data["Routes"]  # type: ignore[call-overload,index]
     return {row["Route"]: row["Problem"] for row in rows}
 
 
@@ -50,7 +51,7 @@ def test_each_route_that_does_not_work_has_a_reason() -> None:
     assert "1 of 1 tasks are not on the network skep-door" in found["old.example"]
     assert "docker service update --force old" in found["old.example"]
     assert "not a DNS name" in found["-"]
-    rows: Any = shown_routes([web, second], tasks, [NETWORK]).data
+    rows: Any = shown_routes([web, second], tasks, [NETWORK]).data["Routes"]  # type: ignore[call-overload,index]
     taken = [row["Problem"] for row in rows if row["Route"] == "a.example"]
     assert taken == ["a.example belongs to service web", ""]
     assert "skep door up" in problems([web], tasks, [])["a.example"]
@@ -63,6 +64,46 @@ def test_the_list_says_how_many_proxies_run() -> None:
     lines = list(shown.lines(Screen()))
     assert lines[0] == "1 proxies run."
     assert lines[-1] == "a.example: no task of the service runs"
+
+
+def test_certificates_follow_with_source_end_order_and_the_authoritys_words() -> None:
+    door = routed("skep-door", {"skep.door": "true"})
+    found: dict[str, Any] = {
+        "Authority": {"Directory": "https://ca.example.com/dir"},
+        "Certificates": [
+            {"Name": "a.example", "State": "valid", "IsWanted": True, "NotAfter": "2027-02-01T10:20:30Z"},
+            {
+                "Name": "b.example",
+                "State": "ordering",
+                "IsWanted": True,
+                "Order": "waiting for the challenge",
+            },
+            {
+                "Name": "c.example",
+                "State": "failing",
+                "IsWanted": True,
+                "Error": "too many certificates already issued",
+                "NextAttemptAt": "2026-12-01T00:00:00Z",
+            },
+            {"Name": "d.example", "State": "valid", "IsWanted": True, "Secret": "d-tls"},
+        ],
+    }
+    shown = shown_routes([door], [task_of(door)], [NETWORK], found)
+    lines = list(shown.lines(Screen()))
+    at = next(number for number, line in enumerate(lines) if line.startswith("CERTIFICATE"))
+    assert [re.split(r"  +", line.strip()) for line in lines[at:]] == [
+        ["CERTIFICATE", "FROM", "EXPIRES", "STATE", "NEXT ATTEMPT"],
+        ["a.example", "ACME", "2027-02-01 10:20", "valid", "-"],
+        ["b.example", "ACME", "-", "ordering: waiting for the challenge", "-"],
+        ["c.example", "ACME", "-", "failing", "2026-12-01 00:00"],
+        ["d.example", "secret d-tls", "-", "valid", "-"],
+        ["c.example: too many certificates already issued"],
+    ]
+    no_authority: dict[str, Any] = {"Certificates": [{"Name": "a", "State": "wanted", "IsWanted": True}]}
+    lines = list(shown_routes([door], [task_of(door)], [NETWORK], no_authority).lines(Screen()))
+    assert re.split(r"  +", lines[-2].strip())[:4] == ["a", "none", "-", "wanted"]
+    assert "skep door acme" in lines[-1]
+    assert not any("CERTIFICATE" in line for line in shown_routes([door], [], [NETWORK]).lines(Screen()))
 
 
 def test_the_first_route_replaces_the_tasks() -> None:
