@@ -31,6 +31,7 @@ from skep.model.door.settings import (
     TRUSTED,
     is_door,
 )
+from skep.model.door.traffic import BOUNDS_MS
 from skep.model.network import Network, NetworkSpec
 from skep.model.service import Service
 from skep.model.task import Task
@@ -40,6 +41,8 @@ from skep.model.values.unknown import leniently
 
 SUBNET: Final = "10.254.0.0/16"
 """Default addresses.  Each service with routes has one, and each of its tasks, so Docker's /24 would soon be full."""
+_FIGURES: Final = ("RequestsPerSecond", "ErrorPercent", "LatencyP50", "LatencyP95", "LatencyP99")
+_TITLES: Final = ("ROUTE", "SERVICE", "PORT", "TASKS", "STATE", "REQ/S", "ERRORS", "P50", "P95", "P99")
 GRACE_S: Final = 30
 """Seconds in which HAProxy ends open requests when its task is stopped."""
 FIRST_CONFIGURATION: Final = (
@@ -224,9 +227,40 @@ def status(options: HostOptions, output: OutputOptions) -> None:
 
     async def fetch() -> Shown:
         async with options.requests() as client:
-            return shown_routes(*await _read(client), await _certificates(client))
+            return shown_routes(*await _read(client), await _certificates(client), await traffic_of(client))
 
     output.show(fetch)
+
+
+async def traffic_of(client: Requests) -> Sequence[Mapping[str, Any]]:
+    """Return the routes with their recent requests, or nothing from a manager of an earlier version."""
+    try:
+        found: Sequence[Mapping[str, Any]] = await client.get("/skep/door")
+    except (NotFound, PermissionDenied):
+        return ()
+    return found
+
+
+def traffic_cells(one: Mapping[str, Any] | None) -> tuple[str, str, str, str, str]:
+    """Return requests per second, failed ones and three latencies of a route as short texts."""
+    if one is None or one.get("RequestsPerSecond") is None:
+        return "-", "-", "-", "-", "-"
+    return (
+        f"{one['RequestsPerSecond']:.4g}",
+        f"{one['ErrorPercent']:.3g}%",
+        _milliseconds(one.get("LatencyP50")),
+        _milliseconds(one.get("LatencyP95")),
+        _milliseconds(one.get("LatencyP99")),
+    )
+
+
+def _milliseconds(value: float | None) -> str:
+    """Return a latency.  The last bucket of the counters has no upper bound."""
+    if value is None:
+        return "-"
+    if value >= BOUNDS_MS[-1]:
+        return f">{BOUNDS_MS[-1] / 1000:g}s"
+    return f"{value:.3g}ms" if value < 1000 else f"{value / 1000:.3g}s"
 
 
 async def _certificates(client: Requests) -> Mapping[str, Any] | None:
@@ -254,12 +288,15 @@ def shown_routes(
     tasks: Sequence[Task],
     networks: Sequence[Network],
     certificates: Mapping[str, Any] | None = None,
+    traffic: Sequence[Mapping[str, Any]] = (),
 ) -> Shown:
     """Return the lists of routes and certificates.  Lines below each list say what does not work.
 
     Args:
         certificates: Response of ``GET /skep/certificates``, or None to leave them out.
+        traffic: Response of ``GET /skep/door``.
     """
+    counted = {(one["Service"], one["Route"]): one for one in traffic}
     exposed = [one for one in services if has_routes(one.spec.labels)]
     network = networks[0] if networks else None
     claims = settled(map(_claimant, exposed))
@@ -271,7 +308,8 @@ def shown_routes(
         for route in routes_of(service.spec.labels):
             refused = claims.refused.get(service.id, {})
             problem = route_problem(service, own, network, refused, route.address)
-            rows.append(_row(route.address, service, route.options.port, len(own), problem))
+            row = _row(route.address, service, route.options.port, len(own), problem)
+            rows.append(row | _figures(counted.get((service.spec.name, route.address))))
     proxies = {one.id for one in services if is_door(one.spec.labels)}
     running = [task for task in tasks if task.service_id in proxies and task.status.state.name == "RUNNING"]
 
@@ -282,11 +320,14 @@ def shown_routes(
             else "There is no front door. Create it with skep door up."
         )
         cells = [
-            tuple(printable(str(row[name])) for name in ("Route", "Service", "Port", "Tasks", "State"))
+            (
+                *(printable(str(row[name])) for name in ("Route", "Service", "Port", "Tasks", "State")),
+                *traffic_cells(row),
+            )
             for row in rows
         ]
         empty = "No routes. Add one with skep service expose NAME HOST."
-        yield from table(("ROUTE", "SERVICE", "PORT", "TASKS", "STATE"), cells, screen, empty=empty)
+        yield from table(_TITLES, cells, screen, empty=empty)
         for row in rows:
             if row["Problem"]:
                 yield printable(f"{row['Route']}: {row['Problem']}")
@@ -309,6 +350,10 @@ def _certificate_lines(found: Mapping[str, Any], screen: Screen) -> Iterator[str
         if row["Error"] != "-":
             yield printable(f"{row['Name']}: {row['Error']}")
     yield from authority_problem(found.get("Authority"))
+
+
+def _figures(one: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: (one or {}).get(name) for name in _FIGURES}
 
 
 def _row(address: str, service: Service, port: int, tasks: int, problem: str) -> dict[str, Any]:

@@ -106,6 +106,26 @@ def test_certificates_follow_with_source_end_order_and_the_authoritys_words() ->
     assert not any("CERTIFICATE" in line for line in shown_routes([door], [], [NETWORK]).lines(Screen()))
 
 
+def test_routes_have_their_recent_requests() -> None:
+    web = routed("web", {"skep.http": "a.example,b.example"})
+    traffic = [
+        {
+            "Route": "a.example",
+            "Service": "web",
+            "RequestsPerSecond": 12.5,
+            "ErrorPercent": 0.25,
+            "LatencyP50": 4.25,
+            "LatencyP95": 1500.0,
+            "LatencyP99": 10_000.0,
+        }
+    ]
+    lines = list(shown_routes([web], [task_of(web)], [NETWORK], None, traffic).lines(Screen()))
+    figures = [line.split()[5:] for line in lines[1:]]
+    assert figures[0] == ["REQ/S", "ERRORS", "P50", "P95", "P99"]
+    assert figures[1] == ["12.5", "0.25%", "4.25ms", "1.5s", ">10s"]
+    assert figures[2] == ["-"] * 5
+
+
 def test_the_first_route_replaces_the_tasks() -> None:
     spec = {"Labels": {"a": "b"}, "TaskTemplate": {"ForceUpdate": 2}}
     first = exposed(spec, "a.example", 8080)
