@@ -13,6 +13,7 @@ from skep.model.values.times import Timestamp
 BOUNDS_MS: Final = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000)
 """Upper bounds of the buckets in milliseconds, Prometheus' defaults.  The last bucket has none."""
 BUCKETS: Final = len(BOUNDS_MS) + 1
+"""Number of buckets, with the one above all bounds."""
 ROUTES_MAX: Final = 500
 """Most routes that a node counts, so that a reading of HAProxy's counters takes milliseconds."""
 REPORTED_MAX: Final = 200
