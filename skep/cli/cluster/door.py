@@ -13,11 +13,11 @@ import msgspec
 from skep.api.client.requests import Requests
 from skep.cli import passthrough
 from skep.cli.cluster.certificate import acme, authority_problem, certificate_rows
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests
 from skep.cli.stack.stack_builds import named_by_content
-from skep.errors import NotFound, PermissionDenied
+from skep.errors import NotFound, PermissionDenied, SkepError
 from skep.model.door.claims import Claimant, settled
 from skep.model.door.problems import label_problem, route_problem
 from skep.model.door.routes import has_routes, routes_of
@@ -43,6 +43,10 @@ SUBNET: Final = "10.254.0.0/16"
 """Default addresses.  Each service with routes has one, and each of its tasks, so Docker's /24 would soon be full."""
 _FIGURES: Final = ("RequestsPerSecond", "ErrorPercent", "LatencyP50", "LatencyP95", "LatencyP99")
 _TITLES: Final = ("ROUTE", "SERVICE", "PORT", "TASKS", "STATE", "REQ/S", "ERRORS", "P50", "P95", "P99")
+_NOTES_MAX: Final = 3
+"""Most problems of routes in ``skep status``, which shows nodes and services below."""
+_ERRORS_PERCENT_MAX: Final = 1.0
+"""Failed requests of a hundred that are a problem.  The dashboard marks the same ones."""
 GRACE_S: Final = 30
 """Seconds in which HAProxy ends open requests when its task is stopped."""
 FIRST_CONFIGURATION: Final = (
@@ -233,12 +237,27 @@ def status(options: HostOptions, output: OutputOptions) -> None:
 
 
 async def traffic_of(client: Requests) -> Sequence[Mapping[str, Any]]:
-    """Return the routes with their recent requests, or nothing from a manager of an earlier version."""
+    """Return the routes with their recent requests, or nothing if the manager cannot list them."""
     try:
-        found: Sequence[Mapping[str, Any]] = await client.get("/skep/door")
-    except (NotFound, PermissionDenied):
+        found: Sequence[Mapping[str, Any]] = await client.get("/skep/door", timeout_s=RESPONSE_TIMEOUT_S)
+    except SkepError:  # also a manager of an earlier version
         return ()
     return found
+
+
+def route_notes(routes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the problems of routes as sentences, at most ``_NOTES_MAX``."""
+    found = []
+    for one in routes:
+        if problem := one.get("Problem"):
+            found.append(f"Route {one['Route']} of {one['Service']} does not work: {problem}")
+        elif (one.get("ErrorPercent") or 0) > _ERRORS_PERCENT_MAX:
+            found.append(
+                f"Route {one['Route']} of {one['Service']}: {one['ErrorPercent']:.3g}% of the requests in the last "
+                "minute failed"
+            )
+    more = [f"and {len(found) - _NOTES_MAX} more routes: skep door status"] if len(found) > _NOTES_MAX else []
+    return [*found[:_NOTES_MAX], *more]
 
 
 def traffic_cells(one: Mapping[str, Any] | None) -> tuple[str, str, str, str, str]:

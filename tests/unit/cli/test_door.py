@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.cli.apps.service import exposed, hidden
-from skep.cli.cluster.door import service_spec, shown_routes
+from skep.cli.cluster.door import route_notes, service_spec, shown_routes
 from skep.cli.output import Screen
 from skep.errors import NotFound
 from skep.model.network import Network, NetworkSpec
@@ -124,6 +124,18 @@ def test_routes_have_their_recent_requests() -> None:
     assert figures[0] == ["REQ/S", "ERRORS", "P50", "P95", "P99"]
     assert figures[1] == ["12.5", "0.25%", "4.25ms", "1.5s", ">10s"]
     assert figures[2] == ["-"] * 5
+
+
+def test_status_names_routes_that_fail_and_counts_the_others() -> None:
+    well = {"Route": "a.example", "Service": "web", "ErrorPercent": 0.9}
+    bad = {**well, "Route": "b.example", "ErrorPercent": 7.5}
+    none = {"Route": "c.example", "Service": "idle", "Problem": "no task of the service runs"}
+    assert route_notes([well]) == []
+    assert route_notes([well, bad, none]) == [
+        "Route b.example of web: 7.5% of the requests in the last minute failed",
+        "Route c.example of idle does not work: no task of the service runs",
+    ]
+    assert route_notes([none] * 5)[-1] == "and 2 more routes: skep door status"
 
 
 def test_the_first_route_replaces_the_tasks() -> None:
