@@ -128,6 +128,18 @@ def _source(one: Mapping[str, Any], *, has_authority: bool) -> str:
     return "ACME" if has_authority or one.get("NotAfter") else "none"
 
 
+def certificate_problems(found: Mapping[str, Any] | None) -> list[str]:
+    """Return the problems of certificates as sentences, and of the authority if there is one."""
+    if found is None:
+        return []
+    rows = [
+        f"Certificate of {row['Name']}: {row['Error']}"
+        for row in certificate_rows(found)
+        if row["Error"] != "-"
+    ]
+    return [*rows, *(authority_problem(found["Authority"]) if found.get("Authority") else ())]
+
+
 def authority_problem(authority: Mapping[str, Any] | None) -> Iterator[str]:
     """Yield why no certificates are ordered now."""
     if authority is None:

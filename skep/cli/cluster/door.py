@@ -231,7 +231,7 @@ def status(options: HostOptions, output: OutputOptions) -> None:
 
     async def fetch() -> Shown:
         async with options.requests() as client:
-            return shown_routes(*await _read(client), await _certificates(client), await traffic_of(client))
+            return shown_routes(*await _read(client), await certificates_of(client), await traffic_of(client))
 
     output.show(fetch)
 
@@ -245,8 +245,8 @@ async def traffic_of(client: Requests) -> Sequence[Mapping[str, Any]]:
     return found
 
 
-def route_notes(routes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the problems of routes as sentences, at most ``_NOTES_MAX``."""
+def door_problems(routes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the problems of routes as sentences."""
     found = []
     for one in routes:
         if problem := one.get("Problem"):
@@ -256,7 +256,13 @@ def route_notes(routes: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"Route {one['Route']} of {one['Service']}: {one['ErrorPercent']:.3g}% of the requests in the last "
                 "minute failed"
             )
-    more = [f"and {len(found) - _NOTES_MAX} more routes: skep door status"] if len(found) > _NOTES_MAX else []
+    return found
+
+
+def route_notes(routes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the first problems of routes, and the number of further ones."""
+    found = door_problems(routes)
+    more = [f"and {len(found) - _NOTES_MAX} more routes: skep doctor door"] if len(found) > _NOTES_MAX else []
     return [*found[:_NOTES_MAX], *more]
 
 
@@ -282,7 +288,7 @@ def _milliseconds(value: float | None) -> str:
     return f"{value:.3g}ms" if value < 1000 else f"{value / 1000:.3g}s"
 
 
-async def _certificates(client: Requests) -> Mapping[str, Any] | None:
+async def certificates_of(client: Requests) -> Mapping[str, Any] | None:
     """Return the certificates, or None for users who may not list them."""
     try:
         return dict(await client.get("/skep/certificates"))

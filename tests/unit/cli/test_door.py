@@ -7,6 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.cli.apps.service import exposed, hidden
+from skep.cli.cluster.certificate import certificate_problems
 from skep.cli.cluster.door import route_notes, service_spec, shown_routes
 from skep.cli.output import Screen
 from skep.errors import NotFound
@@ -135,7 +136,18 @@ def test_status_names_routes_that_fail_and_counts_the_others() -> None:
         "Route b.example of web: 7.5% of the requests in the last minute failed",
         "Route c.example of idle does not work: no task of the service runs",
     ]
-    assert route_notes([none] * 5)[-1] == "and 2 more routes: skep door status"
+    assert route_notes([none] * 5)[-1] == "and 2 more routes: skep doctor door"
+
+
+def test_certificates_with_an_error_are_problems() -> None:
+    failing = {"Name": "a.example", "State": "failing", "IsWanted": True, "Error": "too many certificates"}
+    well = {"Name": "b.example", "State": "valid", "IsWanted": True}
+    away = {"Directory": "https://ca/dir", "Error": "timeout", "FailingSince": "2026-01-01T00:00:00Z"}
+    assert certificate_problems(None) == []
+    assert certificate_problems({"Certificates": [well]}) == []
+    first, second = certificate_problems({"Authority": away, "Certificates": [well, failing]})
+    assert first == "Certificate of a.example: too many certificates"
+    assert "https://ca/dir fails since 2026-01-01 00:00 UTC: timeout" in second
 
 
 def test_the_first_route_replaces_the_tasks() -> None:
