@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from skep.aio.clock import SystemClock
 from skep.api.telemetry import process_metrics
+from skep.dataplane.door import traffic as door_metrics
 from skep.engine.metrics import usage
 from skep.manager.acme import showing
 from skep.manager.telemetry import metrics as manager_metrics
@@ -59,6 +60,9 @@ _LABELS = {
         ),
         ("name",),
     ),
+    "skep_door_requests_total": ("route",),
+    "skep_door_errors_total": ("route",),
+    "skep_door_response_seconds": ("route",),
     "engine_daemon_engine_info": ("version", "architecture", "kernel", "os"),
     "engine_daemon_container_actions_seconds": ("action",),
     "swarm_node_info": ("node_id", "swarm_id"),
@@ -88,7 +92,12 @@ class Metric(NamedTuple):
 def metrics() -> str:
     """The page."""
     sections = {
-        "## Of a node": (*made_in(node_metrics), _actions(), *made_in(process_metrics)),
+        "## Of a node": (
+            *made_in(node_metrics),
+            *made_in(door_metrics),
+            _actions(),
+            *made_in(process_metrics),
+        ),
         "## Of a manager": (*made_in(manager_metrics), *made_in(showing), *_of_etcd()),
         "## Of containers": tuple(Metric(*family[:3]) for family in usage.families([])),
     }

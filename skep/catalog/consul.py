@@ -182,7 +182,7 @@ class ConsulView:
             "Address": one.address,
             "Port": one.port,
             "Meta": _meta(service),
-            "Weights": {"Passing": 1, "Warning": 1},
+            "Weights": _weights(one),
             "EnableTagOverride": False,
             "Datacenter": DATACENTER,
             **self._indexes(),
@@ -198,7 +198,7 @@ class ConsulView:
             "ServicePort": one.port,
             "ServiceTags": list(one.tags),
             "ServiceMeta": _meta(service),
-            "ServiceWeights": {"Passing": 1, "Warning": 1},
+            "ServiceWeights": _weights(one),
             "ServiceEnableTagOverride": False,
         }
 
@@ -221,6 +221,10 @@ def has_tags(tags: Iterable[str], wanted: Iterable[str]) -> bool:
 
 def _meta(service: CatalogService) -> dict[str, str]:
     return {"stack": service.stack} if service.stack else {}
+
+
+def _weights(one: CatalogInstance) -> dict[str, int]:
+    return {"Passing": one.weight, "Warning": one.weight}
 
 
 def _service_check(service: CatalogService, one: CatalogInstance) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 =======================================  ==================================================
 ``/skep/services/NAME/INSTANCE``         ``ADDRESS:PORT``, or ``ADDRESS`` without a port
+``/skep/weights/NAME/INSTANCE``          its weight among the instances, a whole number
 ``/skep/tags/NAME/INSTANCE``             the tags of the instance, as a JSON list
 ``/skep/nodes/NAME``                     the address of a node
 =======================================  ==================================================
@@ -114,6 +115,7 @@ def values_of(known: KnownCatalog) -> dict[str, str]:
         for one in service.instances:
             own = f"{service.name}/{one.id}"
             found[f"{PREFIX}/services/{own}"] = joined(one.address, one.port) if one.port else one.address
+            found[f"{PREFIX}/weights/{own}"] = str(one.weight)
             found[f"{PREFIX}/tags/{own}"] = msgspec.json.encode(one.tags).decode()
     return found
 

@@ -13,6 +13,7 @@ from skep.api.client.requests import Requests
 from skep.errors import SkepError, Unavailable
 from skep.model.catalog import CatalogAnswer, CatalogService, ServiceCatalog
 from skep.model.networks.addresses import PORT_MAX, is_address
+from skep.model.staging.shares import WEIGHT_MAX
 from skep.model.values.times import SECOND_NS
 from skep.model.values.unknown import leniently
 
@@ -78,7 +79,11 @@ def _checked(service: CatalogService) -> CatalogService:
 
     Addresses and ports come from nodes, which are not trusted, and from managers of any version.
     """
-    kept = [one for one in service.instances if 0 <= one.port <= PORT_MAX and is_address(one.address)]
+    kept = [
+        msgspec.structs.replace(one, weight=max(1, min(one.weight, WEIGHT_MAX)))
+        for one in service.instances
+        if 0 <= one.port <= PORT_MAX and is_address(one.address)
+    ]
     return msgspec.structs.replace(service, instances=tuple(kept))
 
 

@@ -84,7 +84,8 @@ def _sections(listeners: Sequence[BalancedPort], services: Mapping[str, CatalogS
         for instance in service.instances if service is not None else ():
             # HAProxy refuses the whole file because of one impossible server.
             if 0 < instance.port <= PORT_MAX and is_address(instance.address):
-                yield f"    server {_name(instance)} {joined(instance.address, instance.port)} check"
+                server = f"    server {_name(instance)} {joined(instance.address, instance.port)} check"
+                yield server if instance.weight == 1 else f"{server} weight {instance.weight}"
 
 
 def _name(instance: CatalogInstance) -> str:

@@ -46,11 +46,22 @@ CONNECTIONS_MAX: Final = 64
 Shuffle = Callable[[list[CatalogInstance]], None]
 
 
+def weighted_shuffle(draw: Callable[[], float]) -> Shuffle:
+    """Return a shuffle in which each instance is first as often as its weight demands.
+
+    Args:
+        draw: Returns a random number from 0 to 1.
+
+    Source: Efraimidis and Spirakis, Weighted random sampling with a reservoir, 2006.
+    """
+    return lambda found: found.sort(key=lambda one: draw() ** (1 / one.weight), reverse=True)
+
+
 class DnsView:
     """Answers queries from the known catalog.
 
     Args:
-        shuffle: Orders instances, because many clients use the first address only.
+        shuffle: Orders instances, because many clients use the first address only.  See ``weighted_shuffle``.
     """
 
     def __init__(self, known: KnownCatalog, shuffle: Shuffle) -> None:
@@ -106,7 +117,7 @@ class DnsView:
         answers, extra = [], []
         for one in chosen:
             target = encoded(_target(one.address))
-            answers.append(Record(SRV, struct.pack("!HHH", 1, 1, one.port) + target))
+            answers.append(Record(SRV, struct.pack("!HHH", 1, one.weight, one.port) + target))
             packed = ip_address(one.address)
             extra.append(Record(A if packed.version == 4 else AAAA, packed.packed, owner=target))
         return answers, extra

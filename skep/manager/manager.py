@@ -133,6 +133,7 @@ class Manager:
             past=PastStates(store, self._journal.marks, clock),
             metrics=observation.metrics(),
             collect_usages=observation.usages.collect,
+            collect_routes=observation.usages.collect_routes,
             own=config.node_id,
             own_error=self._member.member.error,
         )

@@ -52,6 +52,7 @@ class CatalogInstance(ApiObject):
         node: Name of the node, or the registration's instance.
         node_address: Address of the node, or of the registration.
         port: Port at ``address``, or 0 if the service publishes none.
+        weight: Share of new connections in relation to the other instances.  It differs during a staged update.
     """
 
     id: str = always("")
@@ -59,6 +60,7 @@ class CatalogInstance(ApiObject):
     node_address: str = always("")
     address: str = always("")
     port: int = always(0)
+    weight: int = always(1)
     tags: tuple[str, ...] = always(())
     is_registered: bool = always(False)
 
@@ -73,7 +75,10 @@ class CatalogService(ApiObject):
 
 
 class ServiceCatalog(ApiObject):
-    """All services that a user sees, in order of their names, and the addresses of the ready nodes by their names."""
+    """All services that a user sees, in order of their names, and the addresses of the ready nodes by their names.
+
+    Nodes with the same host name are named ``HOSTNAME-ID``.
+    """
 
     services: tuple[CatalogService, ...] = always(())
     nodes: Mapping[str, str] = always({})

@@ -222,6 +222,11 @@ class Task(ApiObject):
         return self.slot - 1 if self.slot and self.job_iteration is not None else self.slot
 
     @property
+    def spec_index(self) -> int:
+        """Return the index of the spec version that it was created from, or 0 if that is unknown."""
+        return self.spec_version.index if self.spec_version is not None else 0
+
+    @property
     def is_wanted(self) -> bool:
         """Return whether the task is desired to run, or a job's task to complete.  It may have ended already."""
         return (

@@ -119,14 +119,15 @@ class ShownTask(msgspec.Struct, frozen=True, rename=go_name):
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """All shown objects.
 
-    Nodes and services are in the API's form.  ``without_leader`` has the text of ``skep status`` without a leader, and
-    is empty otherwise.
+    Nodes, services and routes are in the API's form.  ``without_leader`` has the text of ``skep status`` without a
+    leader, and is empty otherwise.
     """
 
     nodes: Mapping[str, Mapping[str, Any]] = _NO_NODES
     services: Mapping[str, Mapping[str, Any]] = _NO_NODES
     tasks: Mapping[str, ShownTask] = {}
     events: tuple[Mapping[str, Any], ...] = ()
+    routes: tuple[Mapping[str, Any], ...] = ()
     without_leader: tuple[str, ...] = ()
     connection: Connection = Connection()
     is_loaded: bool = False

@@ -16,9 +16,11 @@ import msgspec
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.client.client import ApiClient
+from skep.cli.cluster.door import traffic_of
 from skep.cli.see.explain import about_service, about_task
 from skep.cli.see.quorum import STALE, no_leader, quorum_of
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable, reason_of
+from skep.model.door.routes import has_routes
 from skep.top.actions import Action, perform
 from skep.top.logs import ShownLine, follow_logs
 from skep.top.snapshot import Connection, LinkStatus, ShownTask, Snapshot, Touched, touched_by
@@ -39,6 +41,8 @@ _GATHER_S = 0.15
 """Seconds for which changes are gathered before they are read."""
 _LOOK_S = 2.0
 """Seconds between two reads of state that has no events: starting tasks, reasons, load."""
+_ROUTES_S = 5.0
+"""Seconds between two reads of the requests to routes, which nodes count as often."""
 _LIST_SHARE = 10
 """Pause before a list is repeated, as a multiple of its duration."""
 _RECONNECT_S_MAX = 10.0
@@ -96,7 +100,8 @@ class LiveCluster:
         response = await self._client.get(f"/skep/{kind}s/{id}/explain", timeout_s=_RESPONSE_TIMEOUT_S)
         if kind == "task":
             return list(about_task(name, response, time.time()))
-        return list(about_service(name, response, time.time()))
+        routes = [one for one in await traffic_of(self._client) if one["ServiceID"] == id]
+        return list(about_service(name, {**response, "Routes": routes}, time.time()))
 
     async def perform(self, action: Action) -> None:
         await perform(self._client, action)
@@ -121,6 +126,7 @@ class _State:
         self.services: dict[str, Mapping[str, Any]] = {}
         self.tasks: dict[str, ShownTask] = {}
         self.events: deque[Mapping[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        self.routes: tuple[Mapping[str, Any], ...] = ()
         self.without_leader: tuple[str, ...] = ()
         self.cursor = ""
         self._connection = Connection()
@@ -138,6 +144,7 @@ class _State:
                 services=dict(self.services),
                 tasks=dict(self.tasks),
                 events=tuple(self.events),
+                routes=self.routes,
                 without_leader=self.without_leader,
                 connection=self._connection,
                 is_loaded=self._is_loaded,
@@ -157,6 +164,7 @@ class _Connected:
         self._changed = asyncio.Event()
         self._headers: Mapping[str, str] = {}
         self._tasks_again_at = 0.0
+        self._routes_again_at = 0.0
 
     async def run(self) -> None:
         """Run until the stream ends.  Raises: SkepError, OSError, in a group."""
@@ -214,8 +222,18 @@ class _Connected:
             moving = [task.id for task in self._state.tasks.values() if not task.is_settled]
             await self._read_tasks(moving)
             await self._list_nodes_and_services()
+            await self._read_routes()
             self._state.publish()
             took_s = self._clock.monotonic() - begun
+
+    async def _read_routes(self) -> None:
+        """Read the requests to routes, if a service has any."""
+        now, services = self._clock.monotonic(), self._state.services.values()
+        if now < self._routes_again_at:
+            return
+        self._routes_again_at = now + _ROUTES_S
+        has_any = any(has_routes(one["Spec"].get("Labels") or {}) for one in services)
+        self._state.routes = tuple(await traffic_of(self._client)) if has_any else ()
 
     async def _find_leader(self) -> None:
         quorum = await quorum_of(self._client)

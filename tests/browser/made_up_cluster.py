@@ -64,6 +64,8 @@ class MadeUpCluster:
     then: Row = field(default_factory=dict)
     streams: set[asyncio.Queue[Row]] = field(default_factory=set)
     lines: Sequence[str] = LINES
+    routes: list[Row] = field(default_factory=list)
+    """As ``GET /skep/door`` has them."""
     now: float = field(default_factory=time.time)
     made: int = 0
 
@@ -186,6 +188,30 @@ class MadeUpCluster:
         self.set("services", *self.recount(*{task["service"] for task in placed}))
 
 
+def _routes(cluster: MadeUpCluster) -> list[Row]:
+    """Routes of the first services: two with requests, one in a canary, one that does not work."""
+    ids = [(row["id"], row["name"]) for row in cluster.rows["services"].values()]
+    counted = {"RequestsPerSecond": 1284.5, "ErrorPercent": 0.02}
+    busy = {**counted, "LatencyP50": 4.2, "LatencyP95": 31.0, "LatencyP99": 240.0}
+    slow = {"RequestsPerSecond": 3.4, "ErrorPercent": 7.5, "LatencyP50": 180.0, "LatencyP95": 2400.0}
+    in_days = {
+        days: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(cluster.now + 86400 * days))
+        for days in (11, 74)
+    }
+    more: list[Row] = [
+        {"Route": "app.example.com", **busy, "CertificateExpires": in_days[74]},
+        {
+            "Route": "app.example.com/api",
+            **slow,
+            "LatencyP99": 10000.0,
+            "NewPercent": 5,
+            "CertificateExpires": in_days[11],
+        },
+        {"Route": "shop.example.org", "Problem": "no task of the service runs"},
+    ]
+    return [{"ServiceID": id, "Service": name, **route} for (id, name), route in zip(ids, more, strict=False)]
+
+
 def make(nodes: int, tasks: int, *, services: int | None = None, seed: int = 1) -> MadeUpCluster:
     """A cluster in which most is well: one node drained, one service in an update, one task failed."""
     rng = random.Random(seed)
@@ -219,6 +245,7 @@ def make(nodes: int, tasks: int, *, services: int | None = None, seed: int = 1) 
         list(cluster.rows["nodes"].values())[-1]["availability"] = "drain"
     _networks(cluster)
     _services(cluster, tasks, services or max(3, min(24, tasks // 4)), rng)
+    cluster.routes = _routes(cluster)
     leader = next(iter(cluster.rows["nodes"]))
     cluster.info = {
         "id": "c1",

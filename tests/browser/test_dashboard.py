@@ -9,7 +9,7 @@ from playwright.async_api import Page, expect
 
 from tests.browser.made_up_cluster import KINDS, MadeUpCluster, make
 from tests.browser.served_cluster import served
-from tests.support.clients.browser import a_browser, a_page
+from tests.support.clients.browser import a_browser, a_page, open_place
 
 pytestmark = pytest.mark.chromium
 
@@ -51,6 +51,26 @@ async def test_what_is_behind_the_lists() -> None:
         )
         await expect(page.locator("aside")).to_contain_text("% since")
         await expect(page.locator("aside")).to_contain_text("Unreachable nodes")
+
+
+async def test_routes_have_their_requests_shares_and_certificates() -> None:
+    cluster = make(5, 24)
+    service = cluster.routes[1]["ServiceID"]
+    async with served(cluster) as url, a_browser() as browser, a_page(browser) as page:
+        await open_place(page, url, "routes")
+        rows = page.get_by_role("table", name="Routes").locator("tbody tr")
+        await expect(rows).to_have_count(3)
+        for words in ("1\u202f285", "0\u00a0%", "4.2\u00a0ms", "31\u00a0ms", "240\u00a0ms", "ok", "73 d"):
+            await expect(rows.nth(0)).to_contain_text(words)
+        for words in ("3.4", "7.5\u00a0%", "2.4\u00a0s", "over\u00a010\u00a0s", "5\u00a0%"):
+            await expect(rows.nth(1)).to_contain_text(words)
+        await expect(rows.nth(2)).to_contain_text("no task of the service runs")
+        await rows.nth(1).get_by_role("link").first.click()
+        panel = page.locator("aside")
+        await expect(panel).to_contain_text("3.4 requests/s, 7.5\u00a0% failed, median 180\u00a0ms")
+        await expect(panel).to_contain_text("5\u00a0% of new connections to new tasks")
+        await open_place(page, url, f"services/services/{service}")
+        await expect(panel.get_by_role("heading", name="Requests")).to_be_visible()
 
 
 async def test_a_cluster_is_seen_searched_changed_and_scaled() -> None:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.chromium
 
 AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
 SIZES = {"phone": (390, 844), "laptop": (1280, 800), "wide": (2560, 1440)}
-PAGES = ("hive", "services", "nodes", "tasks", "networks", "stacks", "volumes", "secrets", "events")
+PAGES = ("hive", "services", "nodes", "tasks", "networks", "routes", "stacks", "volumes", "secrets", "events")
 CHANGES_OF_A_DAY = 10_000
 GROWTH_MAX = 4 << 20
 """Bytes of the heap after a day's changes: caches of the engine, not of the page."""

@@ -17,9 +17,9 @@ from skep.manager.acme.records import (
     HostCertificate,
     challenges_in,
 )
-from skep.manager.acme.steps import FIRST_AWAY_S, LIMITED_S, OrderPending, Outcome
+from skep.manager.acme.steps import ASK_S, FIRST_AWAY_S, LIMITED_S, OrderPending, Outcome
 from skep.manager.acme.writing import ask_for_renewal, configure
-from skep.model.values.times import SECOND_NS
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.security.keys import load_private_key
 from tests.support.security.acme_rig import APP, CLOCK, a_rig
 from tests.support.security.pebble import a_zone
@@ -64,6 +64,36 @@ async def test_a_certificate_is_renewed_when_a_third_of_its_life_is_left(tmp_pat
         await rig.until(lambda: rig.record().pem not in ("", first.pem))
         assert rig.front.counts["order-plz"] == 2
         assert rig.record().pem.split("PRIVATE KEY")[1] != first.pem.split("PRIVATE KEY")[1]
+
+
+@pytest.mark.parametrize("status", [200, 500])
+async def test_the_authority_is_asked_when_to_renew(tmp_path: Path, status: int) -> None:
+    """Debian's Pebble has no renewal windows, so the front has them."""
+    starts_at = CLOCK.now_ns() + 100 * 86_400 * SECOND_NS
+
+    async with a_rig(tmp_path) as rig:
+        base = rig.front.directory.removesuffix("/dir")
+        paths = {"newNonce": "nonce-plz", "newAccount": "sign-me-up", "newOrder": "order-plz"}
+        directory = {name: f"{base}/{path}" for name, path in {**paths, "renewalInfo": "window"}.items()}
+
+        def with_windows(kind: str) -> web.Response | None:
+            window = {"start": timestamp(starts_at), "end": timestamp(starts_at + 3600 * SECOND_NS)}
+            if kind == "window":
+                body = {"suggestedWindow": window}
+                return web.json_response(body, status=status, headers={"Retry-After": "7200"})
+            return web.json_response(directory) if kind == "dir" else None
+
+        rig.front.spoil = with_windows
+        async with rig.leading():
+            await rig.until(lambda: rig.record().ask_at_ns > 0)
+        record, now_ns = rig.record(), CLOCK.now_ns()
+        is_suggested = starts_at <= record.renew_at_ns <= starts_at + 3600 * SECOND_NS
+        assert is_suggested == (status == 200)
+        asked_again_s = (record.ask_at_ns - now_ns) / SECOND_NS
+        assert abs(asked_again_s - (7200 if status == 200 else ASK_S)) < 60
+        assert rig.front.counts["window"] == 1
+        assert not rig.account.error
+        assert not record.error
 
 
 async def test_a_user_can_ask_for_a_renewal(tmp_path: Path) -> None:

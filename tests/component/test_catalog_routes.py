@@ -11,11 +11,23 @@ from msgspec.structs import replace
 from skep.api.access.permissions import STACK_LABEL
 from skep.manager.catalog.registrations import register
 from skep.model.catalog import REGISTRATIONS_MAX, STACK_REGISTRATIONS_MAX, ServiceRegistration
-from skep.model.service import Endpoint, PortConfig, PublishMode, Service
-from skep.model.task import PortStatus, Task, TaskState
+from skep.model.network import Network
+from skep.model.node import Node, NodeState
+from skep.model.service import (
+    Endpoint,
+    PortConfig,
+    PublishMode,
+    Service,
+    UpdateSplit,
+    UpdateState,
+    UpdateStatus,
+)
+from skep.model.task import NetworkAttachment, PortStatus, Task, TaskState
+from skep.model.values.ids import TaskId
+from skep.model.values.meta import Version
 from skep.store.kinds import Payload
 from tests.component.test_users_on_a_manager import Rig, _a_rig, labeled, running
-from tests.support.builders import a_node, a_service
+from tests.support.builders import a_node, a_service, an_overlay
 from tests.support.store.store_transactions import eventually, put, raise_level
 
 
@@ -88,6 +100,80 @@ async def test_a_task_that_does_not_serve_is_left_out(rig: Rig) -> None:
     stopping = replace(running("t2", web), desired_state=TaskState.SHUTDOWN)
     await deploy(rig, web, starting, stopping)
     assert (await catalog(rig))["web"]["Instances"] == []
+
+
+def staged(service: Service, split: UpdateSplit) -> Service:
+    return replace(service, update_status=UpdateStatus(state=UpdateState.UPDATING, split=split))
+
+
+def of_version(task: Task, version: int, network: Network) -> Task:
+    """The task with its own address on a network, created from a spec version."""
+    place = NetworkAttachment(network=network, addresses=(f"10.0.9.{task.id[1:]}/24",))
+    return replace(task, spec_version=Version(version), networks_attachments=(place,))
+
+
+def weights(found: dict[str, Any], name: str = "web") -> dict[str, int]:
+    return {one["ID"]: one["Weight"] for one in found[name]["Instances"]}
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        (UpdateSplit(percent=5, versions=(2,)), {"t1": 19, "t2": 19, "t3": 2}),
+        (UpdateSplit(percent=0, versions=(2,)), {"t1": 1, "t2": 1}),
+        (UpdateSplit(percent=100, versions=(2,)), {"t3": 1}),
+        (UpdateSplit(percent=None, versions=(2,)), {"t1": 1, "t2": 1, "t3": 1}),
+        (UpdateSplit(percent=50, versions=(3,), withdrawn=(2,)), {"t1": 1, "t2": 1}),
+    ],
+)
+async def test_tasks_of_a_staged_update_have_their_weights_at_the_door_and_none_without_a_share(
+    rig: Rig, split: UpdateSplit, expected: dict[str, int]
+) -> None:
+    web, network = staged(a_service("web"), split), an_overlay("shop")
+    tasks = (
+        of_version(running(id, web), version, network) for id, version in (("t1", 1), ("t2", 1), ("t3", 2))
+    )
+    await deploy(rig, web, *tasks)
+    body = a_registration("web", "old-machine")
+    assert (await rig.exchange("operator", "PUT /skep/registrations/web@old-machine", body))[0] == 204
+    found = weights(await catalog(rig))
+    assert found.pop("old-machine") == (19 if split.percent == 5 else 1), "as much as an old task"
+    assert found == expected
+
+
+async def test_the_mesh_divides_connections_itself_so_its_nodes_have_equal_weights(rig: Rig) -> None:
+    web = staged(published(a_service("web")), UpdateSplit(percent=5, versions=(2,)))
+    network = an_overlay("shop")
+    new = replace(of_version(running("t3", web), 2, network), node_id=a_node("n2").id)
+    idle = replace(of_version(running("t4", web), 9, network), node_id=a_node("n3").id)
+    web = staged(web, UpdateSplit(percent=5, versions=(2,), withdrawn=(9,)))
+    await deploy(rig, web, of_version(running("t1", web), 1, network), new, idle)
+    await rig.api.store.update(put, a_node("n2"))
+    await rig.api.store.update(put, a_node("n3"))
+    assert weights(await catalog(rig)) == {"t1": 1, "t3": 1}
+
+
+async def test_nodes_with_one_host_name_have_a_name_each(rig: Rig) -> None:
+    def named(id: str, name: str, state: NodeState = NodeState.READY) -> Node:
+        node = a_node(id)
+        description = replace(node.description, hostname=name)
+        status = replace(node.status, addr=f"10.0.0.{id[1]}", state=state)
+        return replace(node, description=description, status=status)
+
+    web = published(a_service("web"))
+    nodes = (named("n1", "a"), named("n2", "A"), named("n3", "b"), named("n4", "b", NodeState.DOWN))
+    await deploy(rig, web)
+    for node in nodes:
+        await rig.api.store.update(put, node)
+    for number in (1, 2, 3):
+        task = replace(running(f"t{number}", web), id=TaskId(f"t{number}"), node_id=nodes[number - 1].id)
+        await rig.api.store.update(put, task)
+    _, text, _ = await rig.exchange("viewer", "GET /skep/catalog")
+    found = json.loads(text)["Catalog"]
+    addresses = {name: address for name, address in found["Nodes"].items() if address.startswith("10.0.0.")}
+    assert addresses == {"a-n1": "10.0.0.1", "A-n2": "10.0.0.2", "b": "10.0.0.3"}
+    [service] = [one for one in found["Services"] if one["Name"] == "web"]
+    assert [one["Node"] for one in service["Instances"]] == ["a-n1", "A-n2", "b"]
 
 
 async def test_a_reader_waits_for_a_change(rig: Rig) -> None:

@@ -3,9 +3,11 @@
 import asyncio
 import json
 import shutil
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import dnslib
@@ -16,9 +18,9 @@ from msgspec.structs import replace
 
 from skep.catalog.consul import ConsulView, serving_consul
 from skep.catalog.etcd import EtcdView, serving_keys
-from skep.catalog.etcd_keys import KEPT_MAX
+from skep.catalog.etcd_keys import KEPT_MAX, values_of
 from skep.catalog.following import KnownCatalog
-from skep.catalog.names import DnsView, serving_names
+from skep.catalog.names import DnsView, serving_names, weighted_shuffle
 from skep.cli.main import main
 from skep.manager.catalog.registrations import register
 from skep.model.catalog import CatalogInstance, CatalogService, ServiceCatalog, ServiceRegistration
@@ -101,6 +103,31 @@ async def test_traefiks_provider_finds_addresses_ports_tags_and_states(known: Kn
         assert {check["Status"] for one in healths for check in one["Checks"]} == {"passing"}
         _, tagged, _ = await get("/v1/catalog/service/web?tag=traefik.enable%3Dtrue")
         assert [one["ServiceID"] for one in tagged] == ["t1"]
+
+
+async def test_every_view_has_the_weights_of_a_staged_update(known: KnownCatalog) -> None:
+    known.replace("b", a_catalog(replace(ONE, weight=19), replace(TWO, weight=99_999)))
+    async with consul(known) as get:
+        _, entries, _ = await get("/v1/catalog/service/web")
+        assert [one["ServiceWeights"]["Passing"] for one in entries] == [19, 256]
+        _, healths, _ = await get("/v1/health/service/web?passing=1")
+        assert [one["Service"]["Weights"]["Passing"] for one in healths] == [19, 256]
+    async with serving_names(DnsView(known, list.reverse), "127.0.0.1", 0) as port:
+        assert await Resolver(port).answers("web.service.consul", "SRV") == [
+            "1 19 8080 0a000001.addr.dc1.consul.",
+            "1 256 8080 0a000002.addr.dc1.consul.",
+        ]
+    assert values_of(known)["/skep/weights/web/t1"] == "19"
+
+
+def test_an_instance_is_first_in_dns_as_often_as_its_weight_demands() -> None:
+    random, first = Random(3), Counter[str]()
+    shuffle = weighted_shuffle(random.random)
+    for _ in range(2000):
+        found = [replace(ONE, weight=19), TWO]
+        shuffle(found)
+        first[found[0].id] += 1
+    assert 60 < first["t2"] < 145, first
 
 
 async def test_consul_templates_blocking_query_ends_with_a_change(known: KnownCatalog) -> None:
@@ -282,7 +309,7 @@ async def test_etcdctl_reads_ranges_of_keys(etcdctl: Callable[..., Any]) -> None
     assert (await said(await etcdctl(*words))).split() == ["/skep/services/web/t2"]
     assert await said(await etcdctl("get", "/skep/none")) == ""
     found = json.loads(await said(await etcdctl("get", "--from-key", "/skep/services/web/t2", "-w", "json")))
-    assert (found["count"], found["header"]["revision"]) == (3, 101)
+    assert (found["count"], found["header"]["revision"]) == (5, 101)
     assert "skep" in await said(await etcdctl("member", "list"))
 
 

@@ -6,16 +6,20 @@ from collections.abc import AsyncIterator
 import pytest
 from msgspec.structs import replace
 
+from skep.api.access.permissions import STACK_LABEL
 from skep.cli.cluster.certificate import shown_list
 from skep.cli.output import Screen
 from skep.manager.acme.records import ACCOUNT_ID, account_in, record_id, record_in
 from skep.manager.acme.showing import certificate_families, certificate_warnings, expiring_soon
-from skep.manager.acme.steps import AcmeFailed
+from skep.manager.acme.steps import AcmeFailed, OrderOpened
 from skep.manager.acme.writing import begin_order, note_outcome
 from skep.manager.control.validation.new_objects import known_task
 from skep.manager.notify.problems import LastBackup, problems_of_cluster
 from skep.manager.routes.access import ManagerApi
+from skep.model.door.traffic import BUCKETS, RouteTraffic
 from skep.model.options.notifications import Topic
+from skep.model.service import Service, UpdateSplit, UpdateStatus
+from skep.model.values.ids import ServiceId
 from skep.model.values.times import SECOND_NS
 from skep.store.interface import Transaction
 from skep.store.kinds import write_record
@@ -31,18 +35,18 @@ AUTHORITY = {"Email": "ops@example.com", "Directory": "https://ca.example.com/di
 @pytest.fixture
 async def rig() -> AsyncIterator[Rig]:
     async with _a_rig() as made:
-
-        def found(tx: Transaction) -> None:
-            tx.raise_level(LEVEL)
-            service = a_service("web")
-            tx.put(replace(service, spec=replace(service.spec, labels={"skep.http": f"{APP}/shop"})))
-            for id, tls in (("plain", "off"), ("own", "a-secret")):
-                labels = {"skep.http": f"{id}.example.com", "skep.http.tls": tls}
-                service = a_service(id)
-                tx.put(replace(service, spec=replace(service.spec, name=id, labels=labels)))
-
-        await made.api.store.update(found)
+        await made.api.store.update(write_services)
         yield made
+
+
+def write_services(tx: Transaction) -> None:
+    tx.raise_level(LEVEL)
+    service = a_service("web")
+    tx.put(replace(service, spec=replace(service.spec, labels={"skep.http": f"{APP}/shop"})))
+    for id, tls in (("plain", "off"), ("own", "a-secret")):
+        labels = {"skep.http": f"{id}.example.com", "skep.http.tls": tls}
+        service = a_service(id)
+        tx.put(replace(service, spec=replace(service.spec, name=id, labels=labels)))
 
 
 async def fail(api: ManagerApi, reason: str, **fields: object) -> None:
@@ -77,6 +81,61 @@ async def test_names_wait_for_an_authority_and_failures_are_shown(rig: Rig) -> N
     assert found["Authority"]["Directory"] == AUTHORITY["Directory"]  # type: ignore[index]
     assert lines[1].split()[:2] == [APP, "failing"]
     assert "no such host" in lines[1]
+
+
+async def test_an_order_shows_its_step(rig: Rig) -> None:
+    api = rig.api
+    await rig.exchange("admin", "POST /skep/certificates/authority", AUTHORITY)
+    account = account_in(api.store.view())
+    assert account is not None
+    known = replace(account, url="https://ca.example.com/account")
+
+    async def step() -> str:
+        _, lines = await listed(rig)
+        return lines[1].partition("ACME")[0].removeprefix(APP).strip()
+
+    assert await step() == "wanted"
+    await api.store.update(begin_order, APP, "key", api.clock.now_ns())
+    assert await step() == "ordering: not sent yet"
+    for opened, words in (
+        (OrderOpened(url="https://ca/1"), "waiting for the certificate"),
+        (OrderOpened(url="https://ca/1", challenges={"token": "text"}), "waiting for the challenge"),
+        (OrderOpened(url="https://ca/1", dns={"name": "text"}), "waiting for the challenge in DNS"),
+    ):
+        record = record_in(api.store.view(), APP)
+        await api.store.update(note_outcome, known, record, opened, api.clock.now_ns(), 0.5)
+        assert await step() == f"ordering: {words}"
+
+
+async def test_routes_have_their_requests_and_the_share_of_new_tasks() -> None:
+    def staged(tx: Transaction) -> None:
+        service = tx.get(Service, ServiceId("web"))
+        status = UpdateStatus(split=UpdateSplit(percent=5, versions=(2,)))
+        labels = {**service.spec.labels, STACK_LABEL: "shop"}
+        tx.put(replace(service, update_status=status, spec=replace(service.spec, labels=labels)))
+
+    fast = (0, 90, *[0] * (BUCKETS - 3), 10)
+    counted = RouteTraffic(
+        service_id=ServiceId("web"), route=f"{APP}/shop", seconds=50.0, requests=100, errors=2, buckets=fast
+    )
+
+    async def collect() -> list[RouteTraffic]:
+        return [counted]
+
+    async with _a_rig(collect_routes=collect) as rig:
+        await rig.api.store.update(write_services)
+        await rig.api.store.update(staged)
+        status, text, _ = await rig.exchange("admin", "GET /skep/door")
+        assert status == 200, text
+        routes = {one["Route"]: one for one in json.loads(text)}
+        assert routes.keys() == {f"{APP}/shop", "plain.example.com", "own.example.com"}
+        web = routes[f"{APP}/shop"]
+        assert (web["RequestsPerSecond"], web["ErrorPercent"], web["NewPercent"]) == (2.0, 2.0, 5)
+        assert (web["LatencyP50"], web["LatencyP99"]) == (pytest.approx(7.78, abs=0.01), 10_000.0)
+        assert "skep door up" in web["Problem"]
+        assert "RequestsPerSecond" not in routes["plain.example.com"]
+        _, text, _ = await rig.exchange("viewer:shop", "GET /skep/door")
+        assert [one["Route"] for one in json.loads(text)] == [f"{APP}/shop"]
 
 
 async def test_a_renewal_is_ordered_at_once_unless_the_authority_forbids_it(rig: Rig) -> None:

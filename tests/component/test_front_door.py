@@ -12,10 +12,12 @@ import pytest
 from aiohttp import ClientError
 from msgspec.structs import replace
 
+from skep.api.telemetry.exposition import render
 from skep.dataplane.door.configuration import DoorState, RouteBackend, ServerLine, files, slotted
 from skep.dataplane.door.derivation import state_of
 from skep.errors import Unavailable
 from skep.model.door.settings import DoorSettings
+from skep.model.door.traffic import quantile_ms
 from skep.model.networks.tables import NetworkHead, NetworkTable, TableService, TableSplit
 from skep.model.values.ids import NetworkId, ServiceId, TaskId
 from tests.support.networks.door_rig import DoorRig, a_door
@@ -279,6 +281,41 @@ async def test_requests_of_new_tasks_are_counted_with_their_errors_and_times(tmp
         await rig.ask("a.example/")
         await rig.door.count_requests()
         assert rig.door.requests()[TaskId("t2")].requests == 21
+
+
+async def test_requests_are_counted_by_route_with_their_errors_and_latencies(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE):
+        rig.service("web", {"skep.http": "a.example/shop,b.example"})
+        rig.service("idle", {"skep.http": "idle.example"})
+        rig.service("empty", {"skep.http": "empty.example"})
+        rig.task("t1", "web", ONE)
+        rig.task("t2", "idle", ONE)
+        await rig.apply()
+        await rig.ask("a.example/shop")
+        await rig.door.count_routes()
+        assert rig.door.recent_routes() == (), "the first reading tells where the counters start"
+        for number in range(20):
+            await rig.ask(
+                f"a.example/shop?wait={0.3 if number < 4 else 0}{'&status=500' if number == 5 else ''}"
+            )
+        await rig.ask("b.example/")
+        await rig.ask("empty.example/")
+        await rig.door.count_routes()
+        web, empty = rig.door.recent_routes()
+        assert (web.service_id, web.route, web.requests, web.errors) == ("web", "a.example/shop", 21, 1)
+        assert (empty.route, empty.requests, empty.errors, sum(empty.buckets)) == ("empty.example", 1, 1, 0)
+        assert sum(web.buckets) == 21
+        median, slow = quantile_ms(web.buckets, 0.5), quantile_ms(web.buckets, 0.95)
+        assert (median or 0) < 250 <= (slow or 0) <= 500, web.buckets
+        rig.service("more", {"skep.http": "more.example"})  # HAProxy is reloaded, and counts from 0
+        await rig.apply()
+        await rig.ask("b.example/")
+        await rig.door.count_routes()
+        assert rig.door.recent_routes()[0].requests == 22
+        page = render(rig.door.routes.families()).decode()
+        assert 'skep_door_requests_total{route="a.example/shop"} 22' in page
+        assert 'skep_door_errors_total{route="a.example/shop"} 1' in page
+        assert 'skep_door_response_seconds_bucket{route="a.example/shop",le="+Inf"} 22' in page
 
 
 async def test_an_idle_connection_outlives_a_reload(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.telemetry.task_usages import TaskUsages
+from skep.model.door.traffic import BUCKETS
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.staging.updates import TaskRequests
 from skep.model.task import TaskState
@@ -80,6 +81,39 @@ async def test_requests_over_front_doors_of_several_nodes_are_added(cluster, tmp
         await call.send(skep.Heartbeat(session_id=session_id))
         await call.receive()
         assert (await own.collect_requests())["t1"].requests == 10
+
+
+async def test_requests_by_route_are_added_over_nodes_and_odd_ones_are_left_out(cluster, tmp_path):
+    here = cluster.dispatcher
+    own = TaskUsages(
+        cluster.store, NodeId(MANAGER_ID), here.usages, here.requests, no_link, routes_here=here.routes
+    )
+    fast, odd = [0, 9, *[0] * (BUCKETS - 2)], [1]
+    async with AsyncExitStack() as stack:
+        for number in (1, 2):
+            pair = await a_worker(cluster, tmp_path / str(number))
+            channel, session_id = await stack.enter_async_context(a_session(cluster, pair))
+            call = await stack.enter_async_context(channel.stream(methods.HEARTBEATS))
+            sent = [
+                skep.RouteTraffic(
+                    service_id="web",
+                    route="a.example",
+                    milliseconds=60_000,
+                    requests=10,
+                    errors=1,
+                    buckets=fast,
+                ),
+                skep.RouteTraffic(service_id="web", route="b.example", milliseconds=1, buckets=odd),
+                skep.RouteTraffic(service_id="web", route="\x1b[2J", milliseconds=1, buckets=fast),
+            ]
+            await call.send(skep.Heartbeat(session_id=session_id, routes=sent))
+            await call.receive()
+        [route] = await own.collect_routes()
+        assert (route.route, route.requests, route.errors, route.seconds) == ("a.example", 20, 2, 60.0)
+        assert route.buckets[1] == 18
+        await call.send(skep.Heartbeat(session_id=session_id))
+        await call.receive()
+        assert (await own.collect_routes())[0].requests == 10
 
 
 def no_link(manager: NodeId):

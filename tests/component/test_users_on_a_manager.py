@@ -101,10 +101,11 @@ async def rig() -> AsyncIterator[Rig]:
 
 
 @asynccontextmanager
-async def _a_rig() -> AsyncIterator[Rig]:
+async def _a_rig(**parts: Any) -> AsyncIterator[Rig]:
     async with a_manager_api() as api:
         journal = Recording(api)
-        served = runner(application(replace(api, journal=journal, tunnels=cast("Tunnelling", NoTunnels()))))
+        tunnels = cast("Tunnelling", NoTunnels())
+        served = runner(application(replace(api, journal=journal, tunnels=tunnels, **parts)))
         await served.setup()
         try:
             yield Rig(api, served.server, journal)

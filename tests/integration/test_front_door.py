@@ -129,12 +129,21 @@ def test_the_front_door() -> None:
             m1.docker("service", "update", "--update-order", "stop-first", "--env-add", "VERSION=3", "web")
         assert seen.failed == []
         assert seen.count > ENOUGH
+        wait_until(lambda: (traffic(cluster).get("RequestsPerSecond") or 0) > 0, "requests are counted")
+        assert traffic(cluster)["LatencyP99"] is not None
+        assert "requests/s" in run(cluster, "skep explain web")
 
         with asking(*clients(cluster)) as seen:
             kill_one(cluster, "web")
             wait_until(lambda: len(running(m1, "web")) == 2, "its replacement runs", within_s=60)
         assert seen.failed == []
         check_certificates(cluster)
+
+
+def traffic(cluster: TestCluster) -> dict[str, object]:
+    """Return the route of the service web with its recent requests, over all nodes."""
+    found = json.loads(run(cluster, "skep door status -o json"))
+    return next(one for one in found["Routes"] if one["Route"] == NAME)
 
 
 def check_certificates(cluster: TestCluster) -> None:

@@ -29,6 +29,7 @@ from skep.aio.groups import first_alone
 from skep.aio.race import wait_first
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.assignment import AssignmentSet
+from skep.model.door.traffic import RouteTraffic
 from skep.model.node import NodeDescription
 from skep.model.node_reports.revisions import Revision
 from skep.model.options.autoscaling import TaskUsage
@@ -45,7 +46,7 @@ from skep.wire.client import ManagerChannel, StreamCall
 from skep.wire.convert.assignments import assignments_from_pb, revised_from_pb
 from skep.wire.convert.node import description_to_pb
 from skep.wire.convert.task import end_to_pb, status_to_pb
-from skep.wire.convert.usages import requests_to_pb, usages_to_pb
+from skep.wire.convert.usages import requests_to_pb, routes_to_pb, usages_to_pb
 from skep.wire.convert.values import duration_from_pb
 
 log = structlog.get_logger(__name__)
@@ -132,6 +133,7 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
         usages: Measures tasks that a manager asks about, sent with each heartbeat, or None.
         addresses: Holds failover addresses, or None.
         requests: Returns the requests of new tasks over this node's front door, sent with each heartbeat.
+        routes: Returns the requests by route, sent with each heartbeat.
         serve_images: Serves this node's images to other nodes until cancelled, or None.
     """
 
@@ -148,6 +150,7 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
     usages: UsageSource | None = None
     addresses: HeldAddresses | None = None
     requests: Callable[[], Mapping[TaskId, TaskRequests]] = dict
+    routes: Callable[[], Sequence[RouteTraffic]] = tuple
 
 
 class SessionHost(Protocol):
@@ -389,7 +392,12 @@ class ManagerSession:
         requests = requests_to_pb(self._services.requests())
         await call.send(
             skep.Heartbeat(
-                session_id=self._id, away=is_stopping, load=thousandths, usages=used, requests=requests
+                session_id=self._id,
+                away=is_stopping,
+                load=thousandths,
+                usages=used,
+                requests=requests,
+                routes=routes_to_pb(self._services.routes()),
             )
         )
         reply = await call.receive()

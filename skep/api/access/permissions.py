@@ -312,7 +312,7 @@ RULES: Final = (
     _rule("GET", r"/ui(?:/.*)?", _VIEWER, PermissionScope.ANY),  # the dashboard's files
     _rule("GET", r"/skep/quorum|/skep/access|/skep/cluster/freezes", _VIEWER, PermissionScope.ANY),
     # Its answer names the services of the user's stacks only.
-    _rule("GET", r"/skep/what-if(?:/survive)?|/skep/catalog", _VIEWER, PermissionScope.ANY),
+    _rule("GET", r"/skep/what-if(?:/survive)?|/skep/(?:catalog|door)", _VIEWER, PermissionScope.ANY),
     _rule("PUT", rf"/skep/registrations/{_NAME}", _OPERATOR, PermissionScope.NEW, "registration"),
     _rule("POST", rf"/skep/registrations/{_NAME}/renew", _OPERATOR, PermissionScope.OBJECT, "registration"),
     _rule("DELETE", rf"/skep/registrations/{_NAME}", _OPERATOR, PermissionScope.OBJECT, "registration"),

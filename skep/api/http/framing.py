@@ -275,8 +275,8 @@ _MANAGER = re.compile(
     # requests about the node's own membership must work without a manager, which serves the rest of /swarm
     r"/swarm(?!/(?:init|join|leave|unlock)\Z)(?:/.*)?"
     r"|/(?:services|tasks|nodes|secrets|configs)(?:/.*)?"
-    r"|/skep/(?:access|backup|catalog|certificates|events|history|jobs|notify|quorum|rebalance|state|users|verify|what-if"
-    r"|view(?:/stream)?|doctor/network"
+    r"|/skep/(?:access|backup|catalog|certificates|door|events|history|jobs|notify|quorum|rebalance|state|users|verify"
+    r"|what-if|view(?:/stream)?|doctor/network"
     r"|(?:access|certificates|cluster|notify|registrations|stacks|tasks|services|users|what-if)/.+)"
     r"|/ui(?:/.*)?"
 )

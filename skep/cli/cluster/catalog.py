@@ -160,9 +160,9 @@ def _served(name: str, known: "KnownCatalog", address: str, port: int) -> Abstra
 
             return serving_consul(ConsulView(known), address, port)
         case "dns":
-            from skep.catalog.names import DnsView, serving_names
+            from skep.catalog.names import DnsView, serving_names, weighted_shuffle
 
-            return serving_names(DnsView(known, Random().shuffle), address, port)
+            return serving_names(DnsView(known, weighted_shuffle(Random().random)), address, port)
         case _:
             from skep.catalog.etcd import EtcdView, serving_keys
 

@@ -89,35 +89,66 @@ def ls(options: HostOptions, output: OutputOptions) -> None:
 
 def shown_list(found: Mapping[str, Any]) -> Shown:
     """Return the list of certificates.  Lines below the table say what fails."""
-    certificates, authority = found["Certificates"], found.get("Authority")
-    rows = [
-        {
-            "Name": one["Name"],
-            "State": one["State"] if one["IsWanted"] else "unused",
-            "From": f"secret {one['Secret']}" if one.get("Secret") else "authority",
-            "Expires": _minute(one.get("NotAfter", "")),
-            "NextAttempt": _minute(one.get("NextAttemptAt", "")),
-            "Error": one.get("Error") or "-",
-        }
-        for one in certificates
-    ]
+    rows = certificate_rows(found)
 
     def lines(screen: Screen) -> Iterator[str]:
         cells = [tuple(printable(str(value)) for value in row.values()) for row in rows]
         names = ("NAME", "STATE", "FROM", "EXPIRES", "NEXT ATTEMPT", "LAST ERROR")
         yield from table(names, cells, screen, empty="No certificates: no service has a host name.")
-        if authority is None:
-            yield "No authority is configured. Set one with skep door acme EMAIL."
-        elif error := authority.get("Error"):
-            since, due = (
-                _minute(authority.get("FailingSince", "")),
-                _minute(authority.get("NextAttemptAt", "")),
-            )
-            yield printable(
-                f"{authority['Directory']} fails since {since} UTC: {error}, next attempt at {due} UTC"
-            )
+        yield from authority_problem(found.get("Authority"))
 
     return Shown(data=found, rows=rows, lines=lines)
+
+
+def certificate_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the certificates as rows."""
+    return [
+        {
+            "Name": one["Name"],
+            "State": _state(one),
+            "From": _source(one, has_authority=found.get("Authority") is not None),
+            "Expires": _minute(one.get("NotAfter", "")),
+            "NextAttempt": _minute(one.get("NextAttemptAt", "")),
+            "Error": one.get("Error") or "-",
+        }
+        for one in found["Certificates"]
+    ]
+
+
+def _state(one: Mapping[str, Any]) -> str:
+    if not one["IsWanted"]:
+        return "unused"
+    order = one.get("Order")
+    return f"{one['State']}: {order}" if order else str(one["State"])
+
+
+def _source(one: Mapping[str, Any], *, has_authority: bool) -> str:
+    if secret := one.get("Secret"):
+        return f"secret {secret}"
+    return "ACME" if has_authority or one.get("NotAfter") else "none"
+
+
+def certificate_problems(found: Mapping[str, Any] | None) -> list[str]:
+    """Return the problems of certificates as sentences, and of the authority if there is one."""
+    if found is None:
+        return []
+    rows = [
+        f"Certificate of {row['Name']}: {row['Error']}"
+        for row in certificate_rows(found)
+        if row["Error"] != "-"
+    ]
+    return [*rows, *(authority_problem(found["Authority"]) if found.get("Authority") else ())]
+
+
+def authority_problem(authority: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield why no certificates are ordered now."""
+    if authority is None:
+        yield "No authority is configured. Set one with skep door acme EMAIL."
+    elif error := authority.get("Error"):
+        since, due = _minute(authority.get("FailingSince", "")), _minute(authority.get("NextAttemptAt", ""))
+        yield printable(
+            f"{authority['Directory']} fails since {since} UTC: {error}, next attempt at {due} UTC"
+        )
 
 
 def _minute(at: str) -> str:

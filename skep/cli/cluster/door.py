@@ -12,12 +12,12 @@ import msgspec
 
 from skep.api.client.requests import Requests
 from skep.cli import passthrough
-from skep.cli.cluster.certificate import acme
-from skep.cli.endpoint import HostOptions
+from skep.cli.cluster.certificate import acme, authority_problem, certificate_rows
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests
 from skep.cli.stack.stack_builds import named_by_content
-from skep.errors import NotFound, PermissionDenied, Unavailable
+from skep.errors import NotFound, PermissionDenied, SkepError, Unavailable
 from skep.model.door.claims import Claimant, settled
 from skep.model.door.problems import label_problem, route_problem
 from skep.model.door.routes import has_routes, routes_of
@@ -31,6 +31,7 @@ from skep.model.door.settings import (
     TRUSTED,
     is_door,
 )
+from skep.model.door.traffic import BOUNDS_MS
 from skep.model.network import Network, NetworkSpec
 from skep.model.service import Service
 from skep.model.task import Task
@@ -40,6 +41,12 @@ from skep.model.values.unknown import leniently
 
 SUBNET: Final = "10.254.0.0/16"
 """Default addresses.  Each service with routes has one, and each of its tasks, so Docker's /24 would soon be full."""
+_FIGURES: Final = ("RequestsPerSecond", "ErrorPercent", "LatencyP50", "LatencyP95", "LatencyP99")
+_TITLES: Final = ("ROUTE", "SERVICE", "PORT", "TASKS", "STATE", "REQ/S", "ERRORS", "P50", "P95", "P99")
+_NOTES_MAX: Final = 3
+"""Most problems of routes in ``skep status``, which shows nodes and services below."""
+_ERRORS_PERCENT_MAX: Final = 1.0
+"""Failed requests of a hundred that are a problem.  The dashboard marks the same ones."""
 GRACE_S: Final = 30
 """Seconds in which HAProxy ends open requests when its task is stopped."""
 FIRST_CONFIGURATION: Final = (
@@ -224,7 +231,9 @@ def down(options: HostOptions) -> None:
 @shows
 @click.pass_obj
 def status(options: HostOptions, output: OutputOptions) -> None:
-    """Show routes, and reasons why they do not work.
+    """Show routes and certificates, and why they do not work.
+
+    Only administrators see certificates.
 
     \b
     Example:
@@ -233,9 +242,69 @@ def status(options: HostOptions, output: OutputOptions) -> None:
 
     async def fetch() -> Shown:
         async with options.requests() as client:
-            return shown_routes(*await _read(client))
+            return shown_routes(*await _read(client), await certificates_of(client), await traffic_of(client))
 
     output.show(fetch)
+
+
+async def traffic_of(client: Requests) -> Sequence[Mapping[str, Any]]:
+    """Return the routes with their recent requests, or nothing if the manager cannot list them."""
+    try:
+        found: Sequence[Mapping[str, Any]] = await client.get("/skep/door", timeout_s=RESPONSE_TIMEOUT_S)
+    except SkepError:  # also a manager of an earlier version
+        return ()
+    return found
+
+
+def door_problems(routes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the problems of routes as sentences."""
+    found = []
+    for one in routes:
+        if problem := one.get("Problem"):
+            found.append(f"Route {one['Route']} of {one['Service']} does not work: {problem}")
+        elif (one.get("ErrorPercent") or 0) > _ERRORS_PERCENT_MAX:
+            found.append(
+                f"Route {one['Route']} of {one['Service']}: {one['ErrorPercent']:.3g}% of the requests in the last "
+                "minute failed"
+            )
+    return found
+
+
+def route_notes(routes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the first problems of routes, and the number of further ones."""
+    found = door_problems(routes)
+    more = [f"and {len(found) - _NOTES_MAX} more routes: skep doctor door"] if len(found) > _NOTES_MAX else []
+    return [*found[:_NOTES_MAX], *more]
+
+
+def traffic_cells(one: Mapping[str, Any] | None) -> tuple[str, str, str, str, str]:
+    """Return requests per second, failed ones and three latencies of a route as short texts."""
+    if one is None or one.get("RequestsPerSecond") is None:
+        return "-", "-", "-", "-", "-"
+    return (
+        f"{one['RequestsPerSecond']:.4g}",
+        f"{one['ErrorPercent']:.3g}%",
+        _milliseconds(one.get("LatencyP50")),
+        _milliseconds(one.get("LatencyP95")),
+        _milliseconds(one.get("LatencyP99")),
+    )
+
+
+def _milliseconds(value: float | None) -> str:
+    """Return a latency.  The last bucket of the counters has no upper bound."""
+    if value is None:
+        return "-"
+    if value >= BOUNDS_MS[-1]:
+        return f">{BOUNDS_MS[-1] / 1000:g}s"
+    return f"{value:.3g}ms" if value < 1000 else f"{value / 1000:.3g}s"
+
+
+async def certificates_of(client: Requests) -> Mapping[str, Any] | None:
+    """Return the certificates, or None for users who may not list them."""
+    try:
+        return dict(await client.get("/skep/certificates"))
+    except PermissionDenied:
+        return None
 
 
 async def _read(client: Requests) -> tuple[list[Service], list[Task], list[Network], bool]:
@@ -258,12 +327,17 @@ def shown_routes(
     tasks: Sequence[Task],
     networks: Sequence[Network],
     sees_all: bool = True,
+    certificates: Mapping[str, Any] | None = None,
+    traffic: Sequence[Mapping[str, Any]] = (),
 ) -> Shown:
-    """Return the list of routes.  A line below the table says why a route does not work.
+    """Return the lists of routes and certificates.  Lines below each list say what does not work.
 
     Args:
         sees_all: Whether the user sees objects without a stack, as the front door is.
+        certificates: Response of ``GET /skep/certificates``, or None to leave them out.
+        traffic: Response of ``GET /skep/door``.
     """
+    counted = {(one["Service"], one["Route"]): one for one in traffic}
     exposed = [one for one in services if has_routes(one.spec.labels)]
     proxies = {one.id for one in services if is_door(one.spec.labels)}
     # The network stays while services with routes use it.
@@ -282,7 +356,7 @@ def shown_routes(
             if network is None and not sees_all:
                 why = f"you do not see whether there is a front door. Run skep explain {service.spec.name}"
                 row |= {"State": "unknown", "Problem": why}
-            rows.append(row)
+            rows.append(row | _figures(counted.get((service.spec.name, route.address))))
     running = [task for task in tasks if task.service_id in proxies and task.status.state.name == "RUNNING"]
 
     def lines(screen: Screen) -> Iterator[str]:
@@ -293,16 +367,40 @@ def shown_routes(
         else:
             yield "The front door belongs to no stack, so you see only the routes of your stacks."
         cells = [
-            tuple(printable(str(row[name])) for name in ("Route", "Service", "Port", "Tasks", "State"))
+            (
+                *(printable(str(row[name])) for name in ("Route", "Service", "Port", "Tasks", "State")),
+                *traffic_cells(row),
+            )
             for row in rows
         ]
         empty = "No routes. Add one with skep service expose NAME HOST."
-        yield from table(("ROUTE", "SERVICE", "PORT", "TASKS", "STATE"), cells, screen, empty=empty)
+        yield from table(_TITLES, cells, screen, empty=empty)
         for row in rows:
             if row["Problem"]:
                 yield printable(f"{row['Route']}: {row['Problem']}")
+        if certificates is not None and certificates["Certificates"]:
+            yield ""
+            yield from _certificate_lines(certificates, screen)
 
-    return Shown(data=rows, rows=rows, lines=lines)
+    data = {"Routes": rows, "Certificates": certificates["Certificates"] if certificates is not None else []}
+    return Shown(data=data, rows=rows, lines=lines)
+
+
+def _certificate_lines(found: Mapping[str, Any], screen: Screen) -> Iterator[str]:
+    rows = certificate_rows(found)
+    cells = [
+        tuple(printable(row[name]) for name in ("Name", "From", "Expires", "State", "NextAttempt"))
+        for row in rows
+    ]
+    yield from table(("CERTIFICATE", "FROM", "EXPIRES", "STATE", "NEXT ATTEMPT"), cells, screen)
+    for row in rows:
+        if row["Error"] != "-":
+            yield printable(f"{row['Name']}: {row['Error']}")
+    yield from authority_problem(found.get("Authority"))
+
+
+def _figures(one: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: (one or {}).get(name) for name in _FIGURES}
 
 
 def _networks_of(tasks: Sequence[Task]) -> Iterator[Network]:

@@ -8,11 +8,14 @@ from typing import Any
 import click
 
 from skep.cli import options
+from skep.cli.cluster.certificate import certificate_problems
+from skep.cli.cluster.door import certificates_of, door_problems
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import counted
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.see.quorum import headers_for
 from skep.errors import Unavailable
+from skep.model.task_end import printable
 
 _RESPONSE_TIMEOUT_S = 40.0
 """Timeout in seconds.  The manager waits 25 s for nodes, and names the nodes that need longer."""
@@ -31,8 +34,9 @@ def doctor() -> None:
     """Diagnose the cluster.
 
     \b
-    Example:
+    Examples:
       skep doctor network
+      skep doctor door
     """
 
 
@@ -68,6 +72,36 @@ def network(host: HostOptions, throughput: bool, shows_all: bool, *, output: Out
             rows=results,
             lines=lambda screen: shown(results, screen, shows_all=shows_all or screen.is_wide),
             exit_code=int(fails),
+        )
+
+    output.show(fetch)
+
+
+@doctor.command()
+@shows
+@click.pass_obj
+def door(host: HostOptions, *, output: OutputOptions) -> None:
+    """Check routes and certificates of the front door.
+
+    Routes with many failed requests in the last minute are also listed. Only administrators see certificates.
+
+    Exit code 1: a problem was found.
+
+    \b
+    Example:
+      skep doctor door
+    """
+
+    async def fetch() -> Shown:
+        async with host.requests() as client:
+            routes, certificates = await client.get("/skep/door"), await certificates_of(client)
+        found = [*door_problems(routes), *certificate_problems(certificates)]
+        lines = found or [f"{counted(len(routes), 'route')}: no problem found."]
+        return Shown(
+            data=found,
+            rows=[{"Problem": one} for one in found],
+            lines=lambda _: iter(map(printable, lines)),
+            exit_code=int(bool(found)),
         )
 
     output.show(fetch)

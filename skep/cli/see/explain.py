@@ -11,6 +11,7 @@ from urllib.parse import quote
 import click
 
 from skep.api.client.requests import Requests
+from skep.cli.cluster.door import traffic_cells, traffic_of
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age, duration, seconds_since
 from skep.cli.output import OutputOptions, Screen, Shown, shows
@@ -60,6 +61,9 @@ async def _ask(host: HostOptions, name: str) -> Shown:
                 found = await get(path)
             except NotFound:
                 continue
+            if id := found.get("ServiceID") if about is about_service else None:
+                routes = [one for one in await traffic_of(client) if one["ServiceID"] == id]
+                found = {**found, "Routes": routes}
             return _report(name, found, about, now, await _violations(client))
         try:
             node = await get(f"/nodes/{escaped}")
@@ -221,6 +225,7 @@ def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Ite
         until = f", for {duration(-left)} more" if left is not None else ""
         yield f"  update: {progress['Step']}, waiting for {progress['WaitingFor']}{until}"
     yield from _autoscaling(explanation.get("Autoscaling") or {}, now)
+    yield from map(_route_line, explanation.get("Routes") or ())
     if schedule := explanation.get("Schedule"):
         yield f"  schedule: {schedule}"
     main = explanation.get("Reason", "")
@@ -236,6 +241,18 @@ def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Ite
     yield from (f"  {line}" for line in _output(problem.get("End") or {}))
     if problem.get("Kind") == "waiting" and (found := _WAITS_FOR.match(main)) is not None:
         yield f"  Next: skep explain {found[1]}"
+
+
+def _route_line(one: Mapping[str, Any]) -> str:
+    """Return a route with its recent requests, the share of new tasks and the end of its certificate."""
+    rate, errors, p50, p95, p99 = traffic_cells(one)
+    counted = f"{rate} requests/s, {errors} failed, latency p50 {p50}, p95 {p95}, p99 {p99}"
+    parts = [counted if rate != "-" else "no requests in the last minute"]
+    if (percent := one.get("NewPercent")) is not None:
+        parts.append(f"new tasks get {percent}% of new connections")
+    if expires := one.get("CertificateExpires"):
+        parts.append(f"certificate until {expires[:16].replace('T', ' ')} UTC")
+    return f"  route {one['Route']}: {'; '.join(parts)}"
 
 
 def _autoscaling(found: Mapping[str, Any], now: float) -> Iterator[str]:

@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from skep.api.client.requests import Requests
+from skep.cli.cluster.door import route_notes, traffic_of
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age, counted
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
@@ -126,7 +127,7 @@ class StatusScreen(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     health: str
     node: tuple[Row, ...]
     notes: tuple[str, ...] = ()
-    """Notes about a missing leader, and about state that could not be read."""
+    """Notes about a missing leader, about state that could not be read, and about routes that do not work."""
     cluster: ClusterStatus | None = None
     next: str = ""
     """The command to run next without a leader."""
@@ -190,6 +191,8 @@ async def _status(host: HostOptions) -> StatusScreen:
             notes.append(f"The state of the cluster could not be read: {error}")
         if cluster is not None and not is_led:
             cluster = as_of(cluster, quorum)
+        if cluster is not None and is_led:
+            notes += route_notes(await traffic_of(client))
         health = cluster_health(cluster).value if is_led else "no leader"
         further = "" if is_led else way_out(quorum)
         return StatusScreen(

@@ -10,6 +10,7 @@ import { table } from "./table.js";
 import { bytes, capitalized, count, duration, number, percent, short } from "./text.js";
 import { orderedNodes } from "./scene.js";
 import { eventsPage, timeline } from "./events.js";
+import { routesPage } from "./routes.js";
 
 const byName = (row) => row.name;
 const sortedBy = (rows, name = byName) => [...rows].sort((a, b) => (name(a) < name(b) ? -1 : 1));
@@ -493,6 +494,7 @@ export const PAGES = [
   { name: "nodes", title: "Nodes", key: "n", kinds: ["nodes"], isMain: true, show: nodesPage },
   { name: "tasks", title: "Tasks", key: "t", kinds: ["tasks"], show: tasksPage },
   { name: "networks", title: "Networks", key: "w", kinds: ["networks"], show: networksPage },
+  { name: "routes", title: "Routes", key: "r", show: routesPage },
   { name: "stacks", title: "Stacks", key: "k", kinds: ["stacks"], show: stacksPage },
   { name: "volumes", title: "Volumes", key: "v", count: (cluster) => cluster.size("volumes") + localVolumesOf(cluster).length, show: volumesPage },
   { name: "secrets", title: "Secrets, configs", key: "c", kinds: ["secrets", "configs"], show: secretsPage },

@@ -6,6 +6,7 @@ import { ago, badge, button, chartSpan, command, facts, fetched, largeChart, lin
 import { deployState, networkKind, nodeState, replicas, serviceState, stackState, taskColumns, taskState, uptakeText } from "./pages.js";
 import { portText, portsText } from "./ports.js";
 import { failing } from "./reach.js";
+import { routesOf } from "./routes.js";
 import { families, familyOf } from "./versions.js";
 import { table } from "./table.js";
 import { withoutEscapes } from "./log_frames.js";
@@ -58,6 +59,7 @@ function servicePanel(app, service, tab) {
   if (tab === "tasks") return tasksOf(app, "service", service.id);
   if (tab === "logs") return own(app.logs.element, "logs");
   if (tab === "history") return serviceHistory(app, service);
+  const requests = app.past === null && routesOf(app, service);
   const explained = app.resources.use(`skep/services/${service.id}/explain`, service);
   return [
     facts(
@@ -74,6 +76,7 @@ function servicePanel(app, service, tab) {
       ["Updated", ago(app, service.updated_at)],
     ),
     service.update && rollout(app, service),
+    requests && section("Requests", requests),
     section("Why", fetched(explained, (answer) => explanation(answer))),
     section("Placement", spread(app, service)),
   ];

@@ -82,6 +82,21 @@ export function percent(share) {
 /** A whole number with thin spaces between thousands.  By hand: the first use of the browser's own takes 20 ms. */
 export const number = (value) => String(value).replace(/\B(?=(?:\d{3})+$)/g, "\u202f");
 
+/** `12.5` requests per second; "–" if unknown. */
+export function rate(value) {
+  if (!Number.isFinite(value)) return "–";
+  return value >= 100 ? number(Math.round(value)) : String(Number(value.toPrecision(3)));
+}
+
+const LATENCY_MAX_MS = 10_000;
+
+/** `4.2 ms` or `1.5 s` of a number of milliseconds; longer times than the last bucket's are `over 10 s`. */
+export function latency(ms) {
+  if (!Number.isFinite(ms)) return "–";
+  if (ms >= LATENCY_MAX_MS) return "over\u00a010\u00a0s";
+  return ms < 1000 ? `${Number(ms.toPrecision(2))}\u00a0ms` : `${Number((ms / 1000).toPrecision(2))}\u00a0s`;
+}
+
 /** A sentence with a capital letter. */
 export const capitalized = (text) => `${text.slice(0, 1).toUpperCase()}${text.slice(1)}`;
 

@@ -19,12 +19,17 @@ import msgspec
 from skep.dataplane.door.certificates import LIST, certificate_file
 from skep.model.door.routes import HeaderRule, HttpRoute, RouteOptions
 from skep.model.door.settings import KEYS_DIRECTORY, DoorSettings
+from skep.model.door.traffic import BOUNDS_MS, BUCKETS, ROUTES_MAX
 
 UNUSED: Final = "0.0.0.0"
 """Address of a server line without a task."""
 SLOTS_MIN: Final = 2
 """Fewest server lines of a backend.  An update of a single task with start-first needs two."""
 
+TRAFFIC_TABLE: Final = "skep-traffic"
+"""Backend without servers, whose table counts responses by route and latency."""
+_FORM: Final = 2
+"""Grows when the text changes for the same state, so that nodes reload HAProxy after an upgrade."""
 _CHALLENGES: Final = "/.well-known/acme-challenge/"
 _COMPRESSED: Final = (
     "text/html text/plain text/css text/javascript application/javascript application/json application/xml "
@@ -132,7 +137,7 @@ def structure(state: DoorState) -> DoorState:
 
 def version_of(state: DoorState) -> str:
     """Return a short name for the structure of ``state``."""
-    return _digest(structure(state))
+    return _digest((_FORM, structure(state)))
 
 
 def description_of(state: DoorState) -> str:
@@ -166,6 +171,9 @@ def _configuration(state: DoorState, directory: str, keys: str) -> Iterator[str]
         # Clients that name no host of ours get no certificate, since each of them belongs to another site.
         tls = f"{https} ssl crt-list {keys}/{LIST} strict-sni alpn h2,http/1.1"
         yield from _frontend("https", tls, state, directory)
+    # Entries stay until the table is full.  Further routes are not counted then.
+    yield f"backend {TRAFFIC_TABLE}"
+    yield f"    stick-table type string len 64 size {ROUTES_MAX} nopurge store gpc({BUCKETS})"
     yield "backend no-route"
     yield "    http-request return status 404 content-type text/plain string 'No route leads to this address.\\n'"
     for name in sorted(state.backends):
@@ -260,8 +268,20 @@ def _frontend(name: str, bind: str, state: DoorState, directory: str) -> Iterato
             f"    http-request set-header X-Forwarded-{header} {value} "
             f"if !{{ req.hdr(X-Forwarded-{header}) -m found }}"
         )
+    yield from latency_rules()
     yield "    use_backend %[var(txn.route)] if { var(txn.route) -m found }"
     yield "    default_backend no-route"
+
+
+def latency_rules() -> Iterator[str]:
+    """Yield the rules of a frontend that count each response of a task in the bucket of its latency."""
+    yield "    http-request set-var(txn.began) date(0,ms)"
+    yield f"    http-request track-sc1 var(txn.route) table {TRAFFIC_TABLE} if {{ var(txn.route) -m found }}"
+    yield "    http-response set-var(txn.ms) date(0,ms),sub(txn.began)"
+    for number, (above, bound) in enumerate(zip((None, *BOUNDS_MS), (*BOUNDS_MS, None), strict=True)):
+        low = f" {{ var(txn.ms) -m int gt {above} }}" if above is not None else ""
+        high = f" {{ var(txn.ms) -m int le {bound} }}" if bound is not None else ""
+        yield f"    http-response sc-inc-gpc({number},1) if{low}{high}"
 
 
 @lru_cache(

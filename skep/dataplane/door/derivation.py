@@ -108,9 +108,7 @@ def _lines(service: TableService, running: Iterable[TableEndpoint]) -> Iterator[
     """Yield the server line of each running task.  Tasks without a share of the connections are not ready."""
     tasks = tuple(running)
     shares = shares_of(service, (one for one in tasks if one.is_serving and not one.is_left_out))
-    even, new = shares.weights
-    weights = dict.fromkeys((one.task_id for one in shares.even), even)
-    weights |= dict.fromkeys((one.task_id for one in shares.new), new)
+    weights = {one.task_id: weight for one, weight in shares.weighted()}
     versions = service.split.versions if service.split is not None else ()
     for one in tasks:
         yield ServerLine(

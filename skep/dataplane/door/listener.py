@@ -29,9 +29,11 @@ from skep.dataplane.door.configuration import (
 )
 from skep.dataplane.door.derivation import proxies_on, state_of
 from skep.dataplane.door.statistics import Line, LineCounters, RequestWindow, counters_of, new_lines
+from skep.dataplane.door.traffic import RouteCounters, counted_routes, counters_in, questions
 from skep.errors import Unavailable
 from skep.model.door.payloads import DoorPayload
 from skep.model.door.settings import DIRECTORY, KEYS_DIRECTORY, DoorSettings
+from skep.model.door.traffic import RouteTraffic
 from skep.model.networks.tables import NetworkTable
 from skep.model.staging.updates import TaskRequests
 from skep.model.values.ids import NetworkId, NodeId, TaskId
@@ -92,6 +94,7 @@ class FrontDoor:
         self._applied: DoorState | None = None
         """The state that HAProxy has for certain."""
         self._window = RequestWindow()
+        self.routes = RouteCounters()
 
     async def apply(
         self, node_id: NodeId, tables: Mapping[NetworkId, NetworkTable], changed: frozenset[NetworkId]
@@ -139,6 +142,7 @@ class FrontDoor:
         while True:
             await tick(self._clock, SAMPLE_S)
             await self.count_requests()
+            await self.count_routes()
 
     async def count_requests(self) -> None:
         """Read HAProxy's counters once."""
@@ -150,6 +154,21 @@ class FrontDoor:
                     text = await self._ask(directory / _ADMIN, f"show stat {backend} 4 -1\n")
                     found.update(counters_of(text, lines))
         self._window.add(self._clock.monotonic(), found)
+
+    def recent_routes(self) -> Sequence[RouteTraffic]:
+        """Return the requests of the last minute by route."""
+        return self.routes.recent(self._clock.monotonic())
+
+    async def count_routes(self) -> None:
+        """Read the counters of all routes once."""
+        directory, wanted = self._directory(), counted_routes(self._applied or DoorState())
+        if not wanted or directory is None:
+            return
+        with suppress(Unavailable):
+            texts = [await self._ask(directory / _ADMIN, one) for one in questions(list(wanted))]
+            # In a thread, because hundreds of routes take some milliseconds.
+            found = await asyncio.to_thread(counters_in, "\n".join(texts), wanted)
+            self.routes.add(self._clock.monotonic(), found)
 
     async def _bring(self, directory: Path, before: DoorState | None, state: DoorState) -> None:
         """Bring the running HAProxy to ``state``, whose files are written.  Raises: Unavailable."""

@@ -21,15 +21,18 @@ from skep import __version__
 from skep.aio.clock import SystemClock
 from skep.manager.acme.records import AcmeAccount, CertificateOrder
 from skep.manager.acme.steps import (
+    ASK_S,
     LIMITED_S,
     LOOK_S,
     LOOK_S_MAX,
+    RETRY_AFTER_S_MAX,
     AccountRegistered,
     AcmeFailed,
     CertificateIssued,
     OrderOpened,
     OrderPending,
     Outcome,
+    WindowKnown,
 )
 from skep.model.history import cut
 from skep.model.task_end import on_one_line
@@ -111,6 +114,23 @@ def run_step(
         return _continue(client, name, order) if order.url else _open(client, name, has_dns)
     except _FAILURES as error:
         return _failure(error, client)
+
+
+def renewal_window(account: AcmeAccount, pem: str) -> WindowKnown:
+    """Ask when to renew a certificate (RFC 9773).  Failures only delay the next question.
+
+    The library draws a time from the suggested window.
+    """
+    try:
+        client = AuthorityClient(account)
+        if "renewalInfo" not in client.directory.to_partial_json():
+            return WindowKnown(None, RETRY_AFTER_S_MAX)
+        at, _ = client.renewal_time(pem.encode())
+        return WindowKnown(
+            int(at.timestamp() * SECOND_NS) if at is not None else None, client.network.retry_after_s or ASK_S
+        )
+    except _FAILURES:
+        return WindowKnown(None, ASK_S)
 
 
 def _register(client: AuthorityClient, account: AcmeAccount) -> Outcome:

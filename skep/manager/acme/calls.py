@@ -41,7 +41,10 @@ class AuthorityCalls:
         self._lock = threading.Lock()
 
     async def run_step(self, account: AcmeAccount, record: HostCertificate | None) -> Outcome:
-        """Register the account, send or continue the order of a name, or remove what former ones left."""
+        """Register the account, send or continue the order of a name, or remove what former ones left.
+
+        For a name without an order, ask when to renew its certificate.
+        """
         if record is not None and record.left:
             await self._hook.remove(record.left)
             return RecordsRemoved(record.left)
@@ -53,10 +56,12 @@ class AuthorityCalls:
     async def _ask(self, account: AcmeAccount, record: HostCertificate | None) -> Outcome:
         def step() -> Outcome:
             # Importing the library takes 9 MiB, which a cluster without certificates does not need.
-            from skep.manager.acme.authority import run_step
+            from skep.manager.acme.authority import renewal_window, run_step
 
-            if record is None or record.order is None:
+            if record is None:
                 return run_step(account)
+            if record.order is None:
+                return renewal_window(account, record.pem)
             return run_step(account, record.name, record.order, has_dns=bool(self._hook))
 
         try:

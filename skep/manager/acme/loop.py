@@ -14,6 +14,7 @@ from skep.manager.acme.records import account_in, record_in
 from skep.manager.acme.state import STEP, WATCHED, CertificatesState, WantedNames, names_of_routes
 from skep.manager.acme.steps import (
     PUBLISH_S,
+    AskWindow,
     BeginOrder,
     ContinueOrder,
     DropOrder,
@@ -90,7 +91,7 @@ class Certificates:
                 await self._term.update(begin_order, name, key, self._clock.now_ns())
             case RegisterAccount():
                 self._start("")
-            case OpenOrder(name) | ContinueOrder(name) | RemoveRecords(name):
+            case OpenOrder(name) | ContinueOrder(name) | RemoveRecords(name) | AskWindow(name):
                 self._start(name)
 
     def _start(self, name: str) -> None:
@@ -115,7 +116,7 @@ class Certificates:
         await self._confirm()
         view = self._term.view()
         account, record = account_in(view), record_in(view, name) if name else None
-        if account is None or (record is not None and record.order is None and not record.left):
+        if account is None or (record is not None and not (record.order or record.left or record.pem)):
             return
         outcome = await self._run_step(account, record)
         log_outcome(account, record, outcome)

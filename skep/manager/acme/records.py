@@ -80,6 +80,7 @@ class HostCertificate(msgspec.Struct, frozen=True, kw_only=True):
         retry_at_ns: Time before which nothing is ordered, after a failure and after a success.
         blocked_until_ns: Time until which the authority refuses orders (``Retry-After``), whoever asks for them.
         is_asked: Whether a user has asked for a renewal.
+        ask_at_ns: Time from which the authority is asked when to renew it (RFC 9773).
         left: Values of TXT records by name that former orders have left in the zone.
     """
 
@@ -97,6 +98,7 @@ class HostCertificate(msgspec.Struct, frozen=True, kw_only=True):
     retry_at_ns: int = 0
     blocked_until_ns: int = 0
     is_asked: bool = False
+    ask_at_ns: int = 0
     left: dict[str, str] = {}
 
     def __repr__(self) -> str:

@@ -6,7 +6,14 @@ from msgspec.structs import replace
 
 from skep.api.telemetry.exposition import MetricFamily, Sample, label_text
 from skep.manager.acme.own_certificates import OwnCertificate, own_certificates
-from skep.manager.acme.records import AcmeAccount, HostCertificate, account_in, locked_names, records_in
+from skep.manager.acme.records import (
+    AcmeAccount,
+    CertificateOrder,
+    HostCertificate,
+    account_in,
+    locked_names,
+    records_in,
+)
 from skep.manager.acme.state import WantedNames, names_of_routes
 from skep.manager.acme.steps import (
     LEFT_SHARE,
@@ -93,6 +100,7 @@ def _shown(
         is_wanted=is_wanted,
         not_before=_time(record.not_before_ns),
         not_after=_time(record.not_after_ns),
+        order=_order_step(record.order),
         next_attempt_at=_time(next_ns if next_ns > now_ns else 0),
         error=record.error,
         failing_since=_time(record.failing_since_ns),
@@ -108,6 +116,16 @@ def _with_reason(shown: CertificateShown, names: Wanted, is_considered: bool) ->
     if names.problem and shown.state is CertificateProgress.WANTED:
         return replace(shown, error=names.problem, next_attempt_at=Timestamp(""))
     return shown
+
+
+def _order_step(order: CertificateOrder | None) -> str:
+    if order is None:
+        return ""
+    if not order.url:
+        return "not sent yet"
+    if order.dns:
+        return "waiting for the challenge in DNS"
+    return "waiting for the challenge" if order.challenges else "waiting for the certificate"
 
 
 def _progress(record: HostCertificate, now_ns: int) -> CertificateProgress:

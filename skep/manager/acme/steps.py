@@ -31,6 +31,9 @@ RETRY_AFTER_S_MAX = 7 * 24 * 3600.0
 """Longest ``Retry-After`` in seconds.  It is Let's Encrypt's longest period of a limit."""
 LIMITED_S = 3600.0
 """Seconds that a limit of the authority lasts if its response does not say so."""
+ASK_S, ASK_S_MIN = 6 * 3600.0, 3600.0
+"""Seconds until an authority is asked again when to renew, if its response does not say so, and the least time.
+Source: RFC 9773, 4.3.3."""
 ORDER_S = 3600.0
 """Seconds after which an order that does not end is given up.  Authorities need minutes for a slow one."""
 LOOK_S, LOOK_S_MAX = 2.0, 60.0
@@ -97,6 +100,12 @@ class RemoveRecords(msgspec.Struct, frozen=True):
     name: str
 
 
+class AskWindow(msgspec.Struct, frozen=True):
+    """Ask the authority when to renew the certificate of this name (ARI, RFC 9773)."""
+
+    name: str
+
+
 class WaitUntil(msgspec.Struct, frozen=True):
     """Do nothing until a Unix time, or until the store changes if that is None."""
 
@@ -104,7 +113,14 @@ class WaitUntil(msgspec.Struct, frozen=True):
 
 
 Step: TypeAlias = (
-    RegisterAccount | BeginOrder | OpenOrder | ContinueOrder | DropOrder | RemoveRecords | WaitUntil
+    RegisterAccount
+    | BeginOrder
+    | OpenOrder
+    | ContinueOrder
+    | DropOrder
+    | RemoveRecords
+    | AskWindow
+    | WaitUntil
 )
 
 
@@ -147,6 +163,18 @@ class CertificateIssued(msgspec.Struct, frozen=True, kw_only=True):
     not_after_ns: int
 
 
+class WindowKnown(msgspec.Struct, frozen=True):
+    """The authority suggests a time for the renewal.
+
+    Attributes:
+        renew_at_ns: None if it suggests none, or did not respond.
+        ask_after_s: Seconds until it is asked again.
+    """
+
+    renew_at_ns: int | None
+    ask_after_s: float
+
+
 class AcmeFailed(msgspec.Struct, frozen=True, kw_only=True):
     """A step failed.
 
@@ -165,7 +193,13 @@ class AcmeFailed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Outcome: TypeAlias = (
-    AccountRegistered | OrderOpened | OrderPending | CertificateIssued | RecordsRemoved | AcmeFailed
+    AccountRegistered
+    | OrderOpened
+    | OrderPending
+    | CertificateIssued
+    | RecordsRemoved
+    | WindowKnown
+    | AcmeFailed
 )
 
 
@@ -209,7 +243,15 @@ def next_step(
     due = [(due_at_ns(account, record, now_ns), record.not_after_ns, record.name) for record in considered]
     if ready := [(not_after_ns, name) for at_ns, not_after_ns, name in due if at_ns <= now_ns]:
         return BeginOrder(min(ready)[1])
-    return WaitUntil(min(due)[0] if due else None)
+    asks = [
+        (_bounded(record.ask_at_ns, now_ns), record.name)
+        for record in considered
+        if record.order is None and record.authority == account.directory and record.not_after_ns > now_ns
+    ]
+    if asks and min(asks)[0] <= now_ns:
+        return AskWindow(min(asks)[1])
+    times = [at_ns for at_ns, _, _ in due] + [at_ns for at_ns, _ in asks]
+    return WaitUntil(min(times) if times else None)
 
 
 def _useless(
@@ -342,6 +384,8 @@ def after_step(record: HostCertificate, outcome: Outcome, now_ns: int, chance: f
     if isinstance(outcome, RecordsRemoved):
         left = {name: value for name, value in record.left.items() if outcome.records.get(name) != value}
         return replace(record, left=left)
+    if isinstance(outcome, WindowKnown):
+        return _with_window(record, outcome, now_ns)
     order = record.order
     if order is None:
         return record
@@ -363,6 +407,17 @@ def after_step(record: HostCertificate, outcome: Outcome, now_ns: int, chance: f
             return _failed(without_order(record) if outcome.is_over else record, outcome, now_ns, chance)
         case _:
             return record
+
+
+def _with_window(record: HostCertificate, window: WindowKnown, now_ns: int) -> HostCertificate:
+    """Return the record with the authority's time for the renewal, before its renewal would be overdue."""
+    latest_ns = record.not_after_ns - (record.not_after_ns - record.not_before_ns) // (2 * LEFT_SHARE)
+    ask_s = min(max(window.ask_after_s, ASK_S_MIN), RETRY_AFTER_S_MAX)
+    return replace(
+        record,
+        renew_at_ns=record.renew_at_ns if window.renew_at_ns is None else min(window.renew_at_ns, latest_ns),
+        ask_at_ns=now_ns + _ns(ask_s),
+    )
 
 
 def _issued(

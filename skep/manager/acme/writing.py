@@ -17,6 +17,7 @@ from skep.manager.acme.records import (
 from skep.manager.acme.steps import (
     Outcome,
     RecordsRemoved,
+    WindowKnown,
     after_account,
     after_step,
     asked,
@@ -100,6 +101,12 @@ def note_outcome(
         if tx.rely_on(Payload, record_id(before.name)) is not None:
             present = record_in(tx, before.name)
             write_record(tx, record_id(present.name), after_step(present, outcome, now_ns, chance))
+        return
+    if before is not None and isinstance(outcome, WindowKnown):
+        if tx.rely_on(Payload, record_id(before.name)) is not None:
+            present = record_in(tx, before.name)
+            if present.pem == before.pem:
+                write_record(tx, record_id(present.name), after_step(present, outcome, now_ns, chance))
         return
     account = _account(tx)
     if account is None or (account.directory, account.key) != (used.directory, used.key):

@@ -107,3 +107,22 @@ def _is_outdated(task: Task, service: Service) -> bool:
     status = service.update_status
     is_updated = status is not None and (status.state in UNDER_WAY or status.state in PAUSED)
     return is_updated and task.spec != service.spec.task_template
+
+
+def count_text(tasks: Iterable[Task], running: int, wanted: int, left_out: int = 0) -> str:
+    """Return how many tasks run.  There may be more than ``wanted``: during an update, two in one slot.
+
+    Args:
+        running: Number of running tasks, also if they are being stopped.
+        left_out: Number of slots with one running task that ``tasks`` lacks.
+    """
+    if running <= wanted:
+        return f"{running} of {wanted} tasks run"
+    slots = left_out + len({slot_of(task) for task in tasks if is_serving(task)})
+    slots = min(slots, wanted)
+    return f"{slots} of {wanted} tasks run, {running - slots} more will stop"
+
+
+def is_serving(task: Task) -> bool:
+    """Return whether the task runs and should run."""
+    return task.is_active and task.status.state is TaskState.RUNNING

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from skep.manager.autoscaling.decision import blocked, readings_of, recommendation, shown_reason
-from skep.manager.diagnosis.departures import split_off_replacements
+from skep.manager.diagnosis.departures import count_text, is_serving, split_off_replacements
 from skep.manager.diagnosis.reasons import (
     LOOP_FROM,
     CauseKind,
@@ -245,6 +245,7 @@ def explain_service(
     done: int = 0,
     running: int | None = None,
     active: int | None = None,
+    left_out: int = 0,
 ) -> ServiceExplanation:
     """Return why ``service`` is not in its desired state, or the result of a job.
 
@@ -255,6 +256,7 @@ def explain_service(
         is_new: Returns whether a task matches the current spec.
         running: Number of running tasks, also if they are being stopped.  Counted in ``tasks`` if None.
         active: Number of slots with a task that should run and has not ended.  Counted in ``tasks`` if None.
+        left_out: Number of slots with one running task that ``tasks`` lacks.
     """
     is_job, update = service.job_status is not None, service.update_status or UpdateStatus()
     every, tasks = (tasks, of_present_run(service, tasks)) if is_job else ((), tasks)
@@ -265,7 +267,8 @@ def explain_service(
     if is_job:
         text, reason, is_healthy = _of_job(service, tasks, running, problems, nodes)
     else:
-        text, reason, is_healthy = _of_service(service, running, wanted, done, problems, active, hint)
+        count = count_text(tasks, running, wanted, left_out) + (f", {done} done" if done else "")
+        text, reason, is_healthy = _of_service(service, running, wanted, done, problems, active, hint, count)
     worst = problems[0] if problems and not is_healthy else None
     state = _state(update, worst, is_healthy=is_healthy)
     return ServiceExplanation(
@@ -284,20 +287,12 @@ def explain_service(
         reasons=_counted_problems(one for one in problems if one.pending_task_id),
         failures=_failures(tasks),
         update_status=service.update_status,
-        update=explain_update(
-            service,
-            tasks,
-            is_new=is_new,
-            nodes=nodes,
-            summary=lambda task, node: summary(
-                task, node, _slot_of(task, tasks), nodes, now_ns, service.spec
-            ),
-        ),
+        update=explain_update(service, tasks, is_new=is_new, nodes=nodes, now_ns=now_ns),
     )
 
 
 def _running(tasks: Iterable[Task]) -> int:
-    return sum(task.is_active and task.status.state is TaskState.RUNNING for task in tasks)
+    return sum(map(is_serving, tasks))
 
 
 def _failures(tasks: Iterable[Task]) -> tuple[Reason, ...]:
@@ -416,11 +411,14 @@ def _of_service(
     problems: Sequence[TaskProblem],
     active: int,
     hint: str,
+    count: str,
 ) -> tuple[str, str, bool]:
     """Return the summary, the reason, and whether the service is in its desired state.
 
-    ``hint`` is about tasks that must leave their node.  ``done`` counts the tasks that ended and that their restart
-    policy does not restart.
+    Args:
+        hint: About tasks that must leave their node.
+        done: Number of tasks that ended and that their restart policy does not restart.
+        count: How many tasks run.
     """
     update = service.update_status or UpdateStatus()
     is_updating = update.state in UNDER_WAY and not is_stopped(service.spec.labels)
@@ -433,7 +431,6 @@ def _of_service(
         else:
             text = f"{running} of {wanted} tasks run" + ("" if update.state in PAUSED else ": healthy")
         return f"{text}; {hint}" if hint else text, hint, True
-    count = f"{running} of {wanted} tasks run" + (f", {done} done" if done else "")
     if not problems:
         if active + done < wanted:
             reason = "its tasks are not created yet"
@@ -521,17 +518,17 @@ def _counted_problems(problems: Iterable[TaskProblem]) -> tuple[Reason, ...]:
 
 def explain_update(
     service: Service,
-    tasks: Iterable[Task],
+    tasks: Sequence[Task],
     *,
     is_new: Callable[[Task], bool],
     nodes: Mapping[NodeId, Node],
-    summary: Callable[[Task, Node | None], str],
+    now_ns: int,
 ) -> UpdateExplanation | None:
     """Return the progress of the service's update, or None without a current update.
 
     Args:
         is_new: Returns whether a task matches the current spec.
-        summary: Returns a sentence about a task.
+        now_ns: Unix time.
     """
     status = service.update_status
     if status is None or status.state not in UNDER_WAY or is_stopped(service.spec.labels):
@@ -556,9 +553,10 @@ def explain_update(
     if fails_early(first, service.spec, needs_of(service.spec), nodes.values):
         seconds = min(seconds, UNPLACEABLE_S)
     due_ns = unix_ns(first.created_at) + round(seconds * SECOND_NS)
+    words = summary(first, nodes.get(first.node_id), _slot_of(first, tasks), nodes, now_ns, service.spec)
     return UpdateExplanation(
         step=step,
-        waiting_for=f"task {name_of(first, service, nodes)}: {summary(first, nodes.get(first.node_id))}",
+        waiting_for=f"task {name_of(first, service, nodes)}: {words}",
         deadline=None if is_held or is_wait(first.status.err) else timestamp(due_ns),
     )
 

@@ -94,7 +94,8 @@ def _explanation(
     is_new: Callable[[Task], bool],
 ) -> ServiceExplanation:
     tasks = view.find(Task, service_id=service.id)
-    if len(tasks) > EXPLAINED_MAX:
+    is_long = len(tasks) > EXPLAINED_MAX
+    if is_long:
         tasks = [task for task in tasks if slot_of(task) not in slots.settled][:EXPLAINED_MAX]
     known = [replace(task, status=known_status(view, task)) if task.is_active else task for task in tasks]
     explanation = explain_service(
@@ -102,6 +103,7 @@ def _explanation(
         [with_damage(view, task) for task in known],
         running=status.running_tasks,
         active=len(slots.settled) + len(slots.others),
+        left_out=len(slots.settled) if is_long else 0,
         wanted=status.desired_tasks,
         done=status.completed_tasks if service.job_status is None else 0,
         nodes=_nodes_of(view, tasks),

@@ -106,7 +106,7 @@ def endpoint_of(
             and service is not None
             and publishes_not_ready(service.spec.labels)
         ),
-        version=task.spec_version.index if task.spec_version is not None else 0,
+        version=task.spec_index,
     )
 
 

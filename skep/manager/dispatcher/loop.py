@@ -29,6 +29,7 @@ from skep.manager.dispatcher.state import KINDS, DispatcherState, SentObjects
 from skep.manager.dispatcher.usages import MeasuredTasks
 from skep.manager.peer_reports import PeerReport, PeerReports
 from skep.manager.services.volume_index import VolumeIndex
+from skep.model.door.traffic import RouteTraffic
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.staging.updates import TaskRequests
 from skep.model.values.ids import IdSource, NodeId, TaskId
@@ -112,6 +113,10 @@ class Dispatcher:
     def requests(self) -> Mapping[TaskId, TaskRequests]:
         """Return the requests of new tasks over the front doors of nodes with a session here."""
         return self._usages.requests()
+
+    def routes(self) -> Sequence[RouteTraffic]:
+        """Return the requests by route over the front doors of nodes with a session here."""
+        return self._usages.routes()
 
     def is_current(self) -> bool:
         """Whether this manager has contact with a quorum.  See ``QuorumContact``."""

@@ -12,6 +12,7 @@ from skep.aio.clock import Clock, tick
 from skep.aio.time_slices import TimeSlices
 from skep.manager.control_loops.informer import run_informer
 from skep.manager.dispatcher.node_sessions.sessions import Sessions
+from skep.model.door.traffic import REPORTED_MAX, RouteTraffic, added
 from skep.model.options.autoscaling import TaskUsage, autoscaling_of
 from skep.model.service import Service
 from skep.model.staging.updates import TaskRequests
@@ -22,7 +23,7 @@ from skep.store.transactions.updates import batched
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from skep.wire.convert.usages import requests_to_pb, usages_to_pb
+from skep.wire.convert.usages import requests_to_pb, routes_to_pb, usages_to_pb
 from skep.wire.service import Handler, server_stream
 
 CHECK_S = 2.0
@@ -57,6 +58,10 @@ class MeasuredTasks:
             for id, one in session.requests.items():
                 found[id] = found.get(id, TaskRequests()) + one
         return found
+
+    def routes(self) -> list[RouteTraffic]:
+        """Return the requests by route, as nodes with a session here report them."""
+        return list(added(one for session in self._sessions.all() for one in session.routes))
 
     async def run(self) -> None:
         """Keep the lists until cancelled."""
@@ -108,6 +113,8 @@ class MeasuredTasks:
         requests = self.requests()
         for ids in batched(list(requests), _PIECE):
             yield skep.TaskUsages(requests=requests_to_pb({id: requests[id] for id in ids}))
+        for routes in batched(self.routes(), REPORTED_MAX):
+            yield skep.TaskUsages(routes=routes_to_pb(routes))
 
 
 def _is_measured(service: Service) -> bool:

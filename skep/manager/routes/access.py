@@ -22,7 +22,8 @@ from skep.manager.quorum import Quorum
 from skep.manager.telemetry.events import ClusterEvents
 from skep.manager.telemetry.metrics import ClusterMetrics
 from skep.manager.telemetry.node_events import AllEvents
-from skep.manager.telemetry.task_usages import no_usages
+from skep.manager.telemetry.task_usages import no_routes, no_usages
+from skep.model.door.traffic import RouteTraffic
 from skep.model.logs import LogLine, LogQuery
 from skep.model.networks.paths import DiagnosticsResult
 from skep.model.options.autoscaling import TaskUsage
@@ -148,6 +149,8 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     tunnels: Tunnelling
     collect_usages: Callable[[], Awaitable[Mapping[TaskId, TaskUsage]]] = no_usages
     """Collects usages of autoscaled services' tasks from all managers."""
+    collect_routes: Callable[[], Awaitable[Sequence[RouteTraffic]]] = no_routes
+    """Collects the recent requests by route over all front doors, from all managers."""
     quorum: Callable[[], Quorum] = Quorum
     """Returns whether a leader exists, as seen by this manager."""
     lag: LoopLag = msgspec.field(default_factory=LoopLag)

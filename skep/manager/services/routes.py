@@ -1,19 +1,22 @@
 """The HTTP routes of the cluster's services, and the refusal of taken routes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from msgspec.structs import replace
 
+from skep.aio.time_slices import SlicedWork
 from skep.errors import RouteTaken
-from skep.model.door.claims import Claimant, may_conflict, refusals, settled
+from skep.model.door.claims import Claimant, Refusal, may_conflict, refusals, settled
 from skep.model.door.problems import label_problem, route_problem
 from skep.model.door.routes import has_routes, http_labels, routes_of
 from skep.model.door.settings import is_door
+from skep.model.door.traffic import RouteShown, RouteTraffic, with_traffic
 from skep.model.history import stack_of
 from skep.model.network import Network
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task
 from skep.model.values.ids import ServiceId
+from skep.model.values.times import Timestamp
 from skep.store.interface import View
 
 
@@ -52,19 +55,64 @@ def route_problems(view: View, service: Service, sees: Callable[[str], bool]) ->
         for one in exposed(view)
         if one.id == service.id or may_conflict(wanted, http_labels(one.spec.labels).values())
     ]
-    refused = settled(map(claimant_of, others)).refused.get(service.id, {})
-    shown = {
-        address: one if sees(one.stack) else replace(one, reason=one.unnamed)
-        for address, one in refused.items()
-    }
-    doors = (one for one in view.find(Network) if is_door(one.spec.labels))
-    door = min(doors, key=lambda one: (one.created_at, one.id), default=None)
-    if not any(is_door(one.spec.labels) and one.removed_at is None for one in view.find(Service)):
-        door = None  # the network stays while services with routes use it
+    shown = _worded(settled(map(claimant_of, others)).refused.get(service.id, {}), sees)
+    door = door_network(view)
     tasks = [one for one in view.find(Task, service_id=service.id) if one.is_wanted]
     for route in wanted:
         if problem := route_problem(service, tasks, door, shown, route.address):
             yield f"route {route.address}: {problem}"
+
+
+def shown_routes(
+    view: View,
+    sees: Callable[[str], bool],
+    traffic: Iterable[RouteTraffic],
+    expires: Callable[[str], Timestamp],
+) -> SlicedWork[list[RouteShown]]:
+    """Return the routes that a reader sees, in order.  Pauses for the event loop.
+
+    Args:
+        sees: Returns whether the reader sees the services of a stack.
+        expires: Returns the end of a host's certificate, or an empty text.
+    """
+    counted = {(one.service_id, one.route): one for one in traffic}
+    services = list(exposed(view))
+    claims, door = settled(map(claimant_of, services)), door_network(view)
+    found = []
+    for service in services:
+        yield
+        if not sees(stack_of(service.spec.labels)):
+            continue
+        tasks = [one for one in view.find(Task, service_id=service.id) if one.is_wanted]
+        refused = _worded(claims.refused.get(service.id, {}), sees)
+        split = service.split
+        for route in routes_of(service.spec.labels):
+            shown = RouteShown(
+                route=route.address,
+                service=service.spec.name,
+                service_id=service.id,
+                problem=route_problem(service, tasks, door, refused, route.address),
+                new_percent=split.percent if split is not None else None,
+                certificate_expires=expires(route.host),
+            )
+            found.append(with_traffic(shown, counted.get((service.id, route.address))))
+    return sorted(found, key=lambda one: (one.route, one.service))
+
+
+def door_network(view: View) -> Network | None:
+    """Return the front door's network, or None without proxies: it stays while services with routes use it."""
+    if not any(is_door(one.spec.labels) and one.removed_at is None for one in view.find(Service)):
+        return None
+    doors = (one for one in view.find(Network) if is_door(one.spec.labels))
+    return min(doors, key=lambda one: (one.created_at, one.id), default=None)
+
+
+def _worded(refused: Mapping[str, Refusal], sees: Callable[[str], bool]) -> dict[str, Refusal]:
+    """Return refusals without the names of services that the reader does not see."""
+    return {
+        address: one if sees(one.stack) else replace(one, reason=one.unnamed)
+        for address, one in refused.items()
+    }
 
 
 def exposed(view: View) -> Iterator[Service]:

@@ -5,11 +5,12 @@ it decides or explains, so a change of leader loses nothing.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
 from skep.errors import SkepError
+from skep.model.door.traffic import RouteTraffic, added
 from skep.model.node import Node
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.staging.updates import TaskRequests
@@ -18,7 +19,7 @@ from skep.store.interface import Store
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import ManagerChannel
-from skep.wire.convert.usages import requests_from_pb, usages_from_pb
+from skep.wire.convert.usages import requests_from_pb, routes_from_pb, usages_from_pb
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +37,7 @@ class TaskUsages:
         reported_here: Callable[[], Mapping[TaskId, TaskUsage]],
         requests_here: Callable[[], Mapping[TaskId, TaskRequests]],
         channel: Callable[[NodeId], ManagerChannel],
+        routes_here: Callable[[], Sequence[RouteTraffic]] = tuple,
     ) -> None:
         """``channel`` returns the link's connection to another manager, or raises Unavailable."""
         self._store = store
@@ -43,6 +45,7 @@ class TaskUsages:
         self._reported_here = reported_here
         self._requests_here = requests_here
         self._channel = channel
+        self._routes_here = routes_here
 
     async def collect(self) -> Mapping[TaskId, TaskUsage]:
         """Return the current usages.  Managers that do not respond, or whose version lacks such reports,
@@ -57,6 +60,11 @@ class TaskUsages:
         for id, one in self._requests_here().items():
             found[id] = found.get(id, TaskRequests()) + one
         return found
+
+    async def collect_routes(self) -> Sequence[RouteTraffic]:
+        """Return the recent requests by route over all front doors."""
+        found = [one for message in await self._messages() for one in routes_from_pb(message.routes)]
+        return list(added([*found, *self._routes_here()]))
 
     async def _messages(self) -> list[skep.TaskUsages]:
         managers = [
@@ -87,3 +95,8 @@ class TaskUsages:
 async def no_usages() -> Mapping[TaskId, TaskUsage]:
     """Return no usages, where nothing is measured."""
     return {}
+
+
+async def no_routes() -> Sequence[RouteTraffic]:
+    """Return no requests, where no front door is."""
+    return ()

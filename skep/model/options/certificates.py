@@ -58,6 +58,8 @@ class CertificateShown(ApiObject):
     """The secret with the certificate, or empty if it comes from the authority."""
     not_before: Timestamp = Timestamp("")
     not_after: Timestamp = Timestamp("")
+    order: str = ""
+    """Step of the order that is not over, for people.  Empty without an order."""
     next_attempt_at: Timestamp = Timestamp("")
     error: str = ""
     failing_since: Timestamp = Timestamp("")

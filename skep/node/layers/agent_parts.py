@@ -194,6 +194,7 @@ class AgentParts:
             usages=self.usages,
             addresses=runtime.addresses,
             requests=runtime.door_requests,
+            routes=runtime.door_routes,
             serve_images=partial(self.image_sharing.exchange, credentials, node),
         )
         managers = ManagerList(

@@ -17,6 +17,7 @@ from skep.agent.session.address_stream import HeldAddresses
 from skep.agent.session.probe_stream import NodeProbes
 from skep.agent.tasks.task_logs import NoLogs, TaskLogs
 from skep.aio.failures import isolate
+from skep.api.telemetry.exposition import MetricFamily
 from skep.configuration.configuration import Configuration, UnixHost
 from skep.dataplane.dataplane import DataPlane, Host, NetProcess
 from skep.dataplane.dns.checks import NameChecks
@@ -47,6 +48,7 @@ from skep.engine.metrics.usage import UsagePage
 from skep.linux.files import file_exists
 from skep.linux.name_files import RESOLVER
 from skep.model.door import settings as door
+from skep.model.door.traffic import RouteTraffic
 from skep.model.networks.used_ports import UsedPort
 from skep.model.networks.wireguard import EncryptionMethod
 from skep.model.node_reports.conditions import ConditionName
@@ -170,6 +172,14 @@ class Containers:
         """Return the requests of new tasks over the front door."""
         return self._front_door.requests()
 
+    def door_routes(self) -> Sequence[RouteTraffic]:
+        """Return the recent requests by route."""
+        return self._front_door.recent_routes()
+
+    def door_families(self) -> Sequence[MetricFamily]:
+        """Return the metrics of the front door."""
+        return self._front_door.routes.families()
+
     def run_networks(self, run: Run, tables: NetworkTables) -> None:
         """Keep the cluster networks on this node in the state that their tables describe."""
         foundation, plane = self._foundation, self.data_plane
@@ -279,6 +289,14 @@ class PlainProcesses:
     def door_requests(self) -> Mapping[TaskId, TaskRequests]:
         """Return nothing, because plain processes are not on the front door's network."""
         return {}
+
+    def door_routes(self) -> Sequence[RouteTraffic]:
+        """Return nothing, as ``door_requests``."""
+        return ()
+
+    def door_families(self) -> Sequence[MetricFamily]:
+        """Return nothing, as ``door_requests``."""
+        return ()
 
     def run_networks(self, run: Run, tables: NetworkTables) -> None:
         """Keep the tables of cluster networks current."""

@@ -63,6 +63,7 @@ class Sources(NamedTuple):
     disks: Callable[[], Sequence[FileSystemUse]]
     reports: Callable[[], int]
     """Returns the number of task statuses that wait for a session."""
+    door: Callable[[], Sequence[MetricFamily]] = tuple
 
 
 class KeptPage:
@@ -139,6 +140,7 @@ class NodeMetrics:
             *disk_families(one.disks()),
             *(network_families(plane.repairs.counts, plane.prober.reports) if plane is not None else ()),
             gauge("skep_node_pending_reports", "Statuses of tasks that are not sent to a manager yet.", one.reports()),
+            *one.door(),
             *process_families("node", self._lag),
             *(one.exporter.families() if one.exporter is not None else ()),
         ]  # fmt: skip

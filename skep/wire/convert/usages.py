@@ -1,10 +1,11 @@
 """Resource usage of tasks, and their requests over the front door, as nodes report them."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from skep.model.door.traffic import BUCKETS, REPORTED_MAX, ROUTE_CHARACTERS_MAX, RouteTraffic
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import TaskId
+from skep.model.values.ids import ServiceId, TaskId
 from skep.wire import skep_pb2 as pb
 
 
@@ -45,3 +46,36 @@ def requests_from_pb(messages: Iterable[pb.TaskRequests]) -> dict[TaskId, TaskRe
         )
         found[TaskId(message.task_id)] = found.get(TaskId(message.task_id), TaskRequests()) + one
     return found
+
+
+def routes_to_pb(routes: Iterable[RouteTraffic]) -> list[pb.RouteTraffic]:
+    return [
+        pb.RouteTraffic(
+            service_id=one.service_id,
+            route=one.route,
+            milliseconds=round(1000 * one.seconds),
+            requests=one.requests,
+            errors=one.errors,
+            buckets=one.buckets,
+        )
+        for one in routes
+    ]
+
+
+def routes_from_pb(messages: Sequence[pb.RouteTraffic]) -> tuple[RouteTraffic, ...]:
+    """Convert the routes of a report, except implausible ones."""
+    return tuple(
+        RouteTraffic(
+            service_id=ServiceId(one.service_id),
+            route=one.route,
+            seconds=one.milliseconds / 1000,
+            requests=one.requests,
+            errors=min(one.errors, one.requests),
+            buckets=tuple(one.buckets),
+        )
+        for one in messages[:REPORTED_MAX]
+        if len(one.buckets) == BUCKETS
+        and one.milliseconds > 0
+        and one.route.isprintable()
+        and len(one.route) <= ROUTE_CHARACTERS_MAX
+    )

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { age, bytes, clean, count, duration, imageName, short } from "../../../skep/dashboard/static/text.js";
+import { age, bytes, clean, count, duration, imageName, latency, rate, short } from "../../../skep/dashboard/static/text.js";
 import { Frames, parsedLine } from "../../../skep/dashboard/static/log_frames.js";
 import { course, difference, missingRole, quorumAfter, scaled, whenDrained } from "../../../skep/dashboard/static/plans.js";
 import { Journal, fromEvent, fromHistory, histogram } from "../../../skep/dashboard/static/journal.js";
@@ -134,3 +134,11 @@ test("a histogram has every entry of its span once", () => {
   assert.equal(parts.reduce((sum, part) => sum + part.quiet, 0), 4);
   assert.equal(parts[1].quiet, 2);
 });
+
+for (const [given, expected] of [[undefined, "–"], [0.04, "0.04"], [12.54, "12.5"], [1284.5, "1\u202f285"]]) {
+  test(`rate ${given}`, () => assert.equal(rate(given), expected));
+}
+
+for (const [given, expected] of [[undefined, "–"], [4.24, "4.2\u00a0ms"], [1500, "1.5\u00a0s"], [10_000, "over\u00a010\u00a0s"]]) {
+  test(`latency ${given}`, () => assert.equal(latency(given), expected));
+}

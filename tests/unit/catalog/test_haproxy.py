@@ -29,16 +29,18 @@ def test_another_word_is_refused_with_the_form(word: str) -> None:
 
 def test_each_listener_has_the_servers_of_its_service() -> None:
     inside = CatalogInstance(id="t1", address="10.0.0.1", port=8080)
+    light = CatalogInstance(id="t4", address="10.0.0.4", port=8080, weight=5)
     outside = CatalogInstance(id="db/1", address="fd00::7", port=5432, is_registered=True)
     unpublished = CatalogInstance(id="t2", address="10.1.0.2", port=0)
     impossible = CatalogInstance(id="t3", address="10.0.0.3", port=99_999)
-    instances = (inside, outside, unpublished, impossible)
+    instances = (inside, light, outside, unpublished, impossible)
     services = {"web": CatalogService(name="web", instances=instances)}
     listeners = [BalancedPort("web", "127.0.0.1", 80, "http"), BalancedPort("none", "127.0.0.1", 81)]
     text = configuration(listeners, services, "/run/admin.sock", "haproxy")
     servers = [line.split() for line in text.splitlines() if line.startswith("    server ")]
     assert servers == [
         ["server", "task-t1", "10.0.0.1:8080", "check"],
+        ["server", "task-t4", "10.0.0.4:8080", "check", "weight", "5"],
         ["server", "outside-db-1", "[fd00::7]:5432", "check"],
     ]
     assert text.index("listen web-80") < text.index("server task-t1") < text.index("listen none-81")

@@ -134,6 +134,34 @@ async def test_surplus_tasks_make_a_service_converge() -> None:
 
 
 @pytest.mark.parametrize(
+    ("states", "words"),
+    [
+        ([RUNNING, RUNNING, RUNNING, RUNNING], "2 of 2 tasks run, 2 more will stop"),
+        ([RUNNING, RUNNING, RUNNING, STARTING], "2 of 2 tasks run, 1 more will stop"),
+        ([RUNNING, RUNNING, STARTING, STARTING], "2 of 2 tasks run"),
+    ],
+)
+async def test_old_tasks_of_a_start_first_update_are_counted_apart(
+    states: list[TaskState], words: str
+) -> None:
+    service = web(update_status=UpdateStatus(state=UpdateState.UPDATING, message="update in progress"))
+    found = [*tasks(service, *states[:2]), *tasks(service, *states[2:])]
+    view = await stored(service, found, M1)
+    status = await service_status(view, service)
+    explained = await explanation_of(view, service, status, NOW_NS, CLOCK)
+    assert words in explained.summary.split("; "), explained.summary
+    assert f"{len(found)} of" not in explained.summary
+
+
+async def test_tasks_above_a_smaller_number_are_counted_apart() -> None:
+    service = web(1)
+    view = await stored(service, tasks(service, RUNNING, RUNNING), M1)
+    status = await service_status(view, service)
+    explained = await explanation_of(view, service, status, NOW_NS, CLOCK)
+    assert explained.summary == "its old tasks are being stopped; 1 of 1 tasks run, 1 more will stop"
+
+
+@pytest.mark.parametrize(
     ("state", "expected"),
     [
         (UpdateState.PAUSED, HealthState.DEGRADED),

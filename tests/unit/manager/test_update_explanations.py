@@ -50,7 +50,7 @@ def test_a_paused_update_is_the_reason_while_surplus_tasks_stop() -> None:
     nodes = {a_node("n1").id: a_node("n1")}
     tasks = (*slots(RUNNING, RUNNING, RUNNING), surplus)
     found = explain_service(service, tasks, wanted=3, running=4, active=3, nodes=nodes, now_ns=0)
-    assert (found.reason, found.summary) == (message, f"{message}; 4 of 3 tasks run")
+    assert (found.reason, found.summary) == (message, f"{message}; 3 of 3 tasks run, 1 more will stop")
 
 
 def test_it_names_the_task_that_it_waits_for_and_until_when() -> None:

@@ -132,6 +132,7 @@ async def test_a_page_is_joined_outside_of_the_event_loop() -> None:
         exporter=None,
         disks=tuple,
         reports=lambda: 0,
+        door=tuple,
     )
     with calls_of(render) as here:
         page = await NodeMetrics(sources, SystemClock()).text()

@@ -5,7 +5,7 @@ bounded by the node's tasks however slowly the node reads.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from math import inf
@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from skep.aio.event import Event
 from skep.errors import SkepError
 from skep.manager.dispatcher.node_sessions.registration import NotRegistered, SessionInvalid, SilentNode
+from skep.model.door.traffic import RouteTraffic
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.staging.updates import TaskRequests
 from skep.model.values.ids import NodeId, SessionId, TaskId
@@ -71,6 +72,7 @@ class LiveSession:
         "node_id",
         "period_s",
         "requests",
+        "routes",
         "usages",
     )
 
@@ -103,6 +105,8 @@ class LiveSession:
         """Usage of these tasks in the last heartbeat."""
         self.requests: Mapping[TaskId, TaskRequests] = {}
         """Requests of new tasks over the node's front door, in the last heartbeat."""
+        self.routes: Sequence[RouteTraffic] = ()
+        """Requests to the routes of the node's front door, in the last heartbeat."""
         self.messages = StreamSignal()
         """Wakes the stream of session messages."""
         self._disconnect = disconnect

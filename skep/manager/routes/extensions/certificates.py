@@ -1,11 +1,18 @@
-"""``/skep/certificates``: certificates of host names.  A Skep extension, for administrators only."""
+"""``/skep/certificates``: certificates of host names, for administrators only.  ``/skep/door``: routes and requests.
+
+Both are Skep extensions.
+"""
 
 import re
 import ssl
+from functools import partial
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from skep.aio.time_slices import result_in_slices
+from skep.api.access.identity import identity_of
+from skep.api.access.permissions import sees
 from skep.api.http.server import Routes, json_response, read_json
 from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 from skep.manager.acme.calls import AuthorityCalls
@@ -15,7 +22,9 @@ from skep.manager.acme.showing import shown_certificates
 from skep.manager.acme.steps import AcmeFailed
 from skep.manager.acme.writing import ask_for_renewal, configure
 from skep.manager.routes.access import current_view, manager_of
+from skep.manager.services.routes import shown_routes
 from skep.model.options.certificates import AuthorityRequest
+from skep.model.values.times import Timestamp
 from skep.security.keys import new_private_key, private_pem
 
 routes = Routes()
@@ -32,6 +41,26 @@ async def list_certificates(request: web.Request) -> web.StreamResponse:
     """List the authority and all names."""
     view = await current_view(request)
     return json_response(shown_certificates(view, manager_of(request).clock.now_ns()))
+
+
+@routes.get("/skep/door")
+async def list_routes(request: web.Request) -> web.StreamResponse:
+    """List the routes that the user sees, with their recent requests.
+
+    Administrators also see when certificates expire.
+    """
+    view, manager, identity = await current_view(request), manager_of(request), identity_of(request)
+    ends: dict[str, Timestamp] = {}
+    if identity.is_admin:
+        shown = shown_certificates(view, manager.clock.now_ns())
+        ends = {one.name: one.not_after for one in shown.certificates}
+    work = shown_routes(
+        view,
+        partial(sees, identity),
+        await manager.collect_routes(),
+        lambda host: ends.get(host, Timestamp("")),
+    )
+    return json_response(await result_in_slices(work, manager.clock))
 
 
 @routes.post("/skep/certificates/authority")

@@ -11,10 +11,12 @@ from msgspec.structs import replace
 
 from skep.manager.acme.records import NAMES_MAX, RECORDS_MAX, AcmeAccount, CertificateOrder, HostCertificate
 from skep.manager.acme.steps import (
+    ASK_S,
     LONGEST_AWAY_S,
     PUBLISH_S,
     AccountRegistered,
     AcmeFailed,
+    AskWindow,
     BeginOrder,
     CertificateIssued,
     ContinueOrder,
@@ -29,6 +31,7 @@ from skep.manager.acme.steps import (
     Step,
     WaitUntil,
     Wanted,
+    WindowKnown,
     after_account,
     after_step,
     begun,
@@ -67,6 +70,8 @@ class World:
                 return OrderOpened(f"https://one/order/{len(self.steps)}", {f"token of {name}": "text"})
             case RemoveRecords(name):
                 return RecordsRemoved(self.records[name].left)
+            case AskWindow():
+                return WindowKnown(None, ASK_S)
             case _:
                 return CertificateIssued(
                     chain="chain", not_before_ns=self.now_ns, not_after_ns=self.now_ns + LIFE_NS
@@ -102,9 +107,9 @@ class World:
             case _:
                 outcome, chance = self.respond(self, step), self.random.random()
                 self.now_ns += SECOND_NS
-                if not isinstance(step, RemoveRecords):
+                if not isinstance(step, RemoveRecords | AskWindow):
                     self.account = after_account(self.account, outcome, self.now_ns, chance)
-                if isinstance(step, OpenOrder | ContinueOrder | RemoveRecords):
+                if isinstance(step, OpenOrder | ContinueOrder | RemoveRecords | AskWindow):
                     record = self.records[step.name]
                     self.records[step.name] = after_step(record, outcome, self.now_ns, chance)
 
@@ -120,6 +125,42 @@ def away(world: World, step: Step) -> Outcome:
     return AcmeFailed(reason="connection refused", is_away=True)
 
 
+def suggesting(at: Callable[[World], int | None], ask_s: float = ASK_S) -> Callable[[World, Step], Outcome]:
+    def respond(world: World, step: Step) -> Outcome:
+        return WindowKnown(at(world), ask_s) if isinstance(step, AskWindow) else world.issue(step)
+
+    return respond
+
+
+@pytest.mark.parametrize(
+    ("suggested", "renewed_after"),
+    [
+        (lambda world: NOW_NS + 40 * DAY_NS, 40),
+        (lambda world: NOW_NS + 200 * DAY_NS, 75),  # before the renewal would be overdue
+        (lambda world: None, 57),
+    ],
+)
+def test_the_authority_suggests_when_to_renew(
+    suggested: Callable[[World], int | None], renewed_after: int
+) -> None:
+    world = World(A, respond=suggesting(suggested))
+    world.run(88 * DAY_NS)
+    _, renewal, *_ = world.times(BeginOrder)
+    assert renewed_after <= (renewal - NOW_NS) / DAY_NS < renewed_after + 3
+    asked = [at for at in world.times(AskWindow) if at < renewal]
+    assert {round((after - before) / HOUR_NS) for before, after in pairwise(asked)} == {6}
+
+
+def test_a_window_that_begins_at_once_renews_after_the_least_time_alone() -> None:
+    """A certificate that is to be revoked is renewed early, and no response makes the leader order all the time."""
+    world = World(A, respond=suggesting(lambda world: 0, ask_s=0.0))
+    world.run(10 * DAY_NS)
+    orders, asks = world.times(BeginOrder), world.times(AskWindow)
+    assert all(after - before >= DAY_NS for before, after in pairwise(orders))
+    assert len(orders) >= 9
+    assert min(after - before for before, after in pairwise(asks)) >= HOUR_NS - 60 * SECOND_NS
+
+
 def refusing(world: World, step: Step) -> Outcome:
     if isinstance(step, ContinueOrder):
         return AcmeFailed(reason="no such host", is_over=True)
@@ -130,7 +171,7 @@ def test_an_order_is_made_step_by_step_with_the_challenge_stored_before_it_is_us
     world = World(A)
     world.run(HOUR_NS)
     kinds = [type(step) for _, step in world.steps]
-    assert kinds == [RegisterAccount, BeginOrder, OpenOrder, ContinueOrder]
+    assert kinds == [RegisterAccount, BeginOrder, OpenOrder, ContinueOrder, AskWindow]
     [opened], [continued] = world.times(OpenOrder), world.times(ContinueOrder)
     assert continued - opened >= PUBLISH_S * SECOND_NS
     record = world.records[A]
@@ -334,6 +375,7 @@ def test_places_of_names_without_a_service_are_taken_first() -> None:
         name: replace(one, authority=known.directory, tried=known.directory, renew_at_ns=NOW_NS + 1)
         for name, one in unused.items()
     }
+    used = {name: replace(one, ask_at_ns=NOW_NS + HOUR_NS) for name, one in used.items()}
     assert next_step(known, Wanted(stacks), used, NOW_NS) == WaitUntil(
         NOW_NS + 1
     )  # until one of them expires

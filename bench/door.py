@@ -1,0 +1,149 @@
+"""Requests through the front door, compared with the same HAProxy configured by hand.
+
+Both are processes of the machine's HAProxy on loopback, in front of a third one that answers at once.  The door's has
+the configuration that a node writes: the map of routes, headers for the service, counters by route, the log in JSON.
+The other one has what a guide for one site has: a frontend that chooses a backend by host, and HAProxy's own log.  The
+client is ``ab``, with kept connections.
+"""
+
+import asyncio
+import csv
+import re
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from statistics import median
+
+from bench.figures import Figure, alternate, ratio, run_alone, run_undisturbed
+from tests.support.networks.door_rig import DoorRig, a_door, free_port
+
+HOST = "app.example.com"
+REQUESTS, CONNECTIONS = 20_000, 32
+TURNS = 5
+"""Number of turns of each way, in one pair."""
+START_S = 20.0
+"""Time limit of HAProxy's start in seconds, on a machine with other work."""
+RUN_S = 60.0
+"""Time limit of one turn in seconds.  It takes one or two on a quiet machine."""
+_BY_HAND = """
+global
+    log stdout format raw local0
+defaults
+    mode http
+    log global
+    option httplog
+    timeout client 60s
+    timeout connect 2s
+    timeout server 60s
+frontend http
+    bind 127.0.0.1:{port}
+    http-request set-header X-Forwarded-For %[src]
+    use_backend app if {{ req.hdr(host) -i {host} }}
+backend app
+    server s1 {task}
+"""
+_TASK = """
+defaults
+    mode http
+    timeout client 60s
+    timeout connect 2s
+    timeout server 60s
+frontend http
+    bind {task}
+    http-request return status 200 content-type text/plain string hello
+"""
+
+
+def figures(pairs: int) -> list[Figure]:
+    """Measure throughput and latency."""
+    with tempfile.TemporaryDirectory(prefix="skep-bench-") as directory:
+        return asyncio.run(_measure(Path(directory), pairs))
+
+
+async def _measure(directory: Path, pairs: int) -> list[Figure]:
+    (directory / "door").mkdir()
+    async with a_door(directory / "door") as rig:
+        task, port = f"127.0.0.2:{rig.task_port}", free_port()
+        rig.service("web", {"skep.http": HOST})
+        rig.task("t1", "web", "127.0.0.2")
+        await rig.apply()
+        by_hand = _BY_HAND.format(port=port, host=HOST, task=task)
+        async with (
+            _haproxy(directory / "task", _TASK.format(task=task), ("127.0.0.2", rig.task_port)),
+            _haproxy(directory / "hand", by_hand, ("127.0.0.1", port)),
+        ):
+            return await _pairs(directory, {"by hand": port, "door": rig.port}, pairs, rig)
+
+
+async def _pairs(directory: Path, ways: dict[str, int], pairs: int, rig: DoorRig) -> list[Figure]:
+    async def one(number: int) -> dict[str, tuple[float, float]]:
+        """Return requests per second and p99 in ms of each way."""
+        slow: dict[str, list[float]] = defaultdict(list)
+
+        async def send(way: str) -> float:
+            rate, p99 = await _send(directory, ways[way])
+            slow[way].append(p99)
+            return rate
+
+        rates = await alternate(list(ways), number, TURNS, send)
+        await rig.door.count_routes()  # as a node does every few seconds
+        return {way: (rates[way], median(slow[way])) for way in ways}
+
+    for port in ways.values():
+        await _send(directory, port)
+    values, busy = await run_undisturbed(pairs, one)
+    columns = {way: tuple(zip(*(value[way] for value in values), strict=True)) for way in ways}
+    what = f"through the door beside HAProxy by hand, {CONNECTIONS} kept connections"
+    rates, latencies = ({way: columns[way][place] for way in ways} for place in (0, 1))
+    return [
+        ratio(0, f"requests a second {what}", rates, busy=busy),
+        ratio(0, f"p99 of a request {what}, ms", latencies),
+    ]
+
+
+async def _send(directory: Path, port: int) -> tuple[float, float]:
+    """Send requests, and return how many were answered in a second, and their p99 in milliseconds."""
+    table = directory / "percentages.csv"
+    words = ("-q", "-k", "-n", str(REQUESTS), "-c", str(CONNECTIONS), "-H", f"Host: {HOST}", "-e", str(table))
+    client = await asyncio.create_subprocess_exec(
+        "ab", *words, f"http://127.0.0.1:{port}/", stdout=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(RUN_S):
+        output, _ = await client.communicate()
+    text = output.decode()
+    rate = re.search(r"Requests per second: +([0-9.]+)", text)
+    assert rate is not None, text
+    assert "Non-2xx" not in text, text
+    with table.open() as file:
+        rows = {row[0]: row[1] for row in csv.reader(file)}
+    return float(rate[1]), float(rows["99"])
+
+
+@asynccontextmanager
+async def _haproxy(directory: Path, text: str, address: tuple[str, int]) -> AsyncIterator[None]:
+    """Run HAProxy with a configuration during the block, once it listens at ``address``."""
+    directory.mkdir()
+    file = directory / "haproxy.cfg"
+    file.write_text(text)
+    program = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin") or "haproxy"
+    with (directory / "log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(program, "-W", "-f", str(file), stdout=log, stderr=log)
+    try:
+        async with asyncio.timeout(START_S):
+            while True:
+                with suppress(ConnectionRefusedError):
+                    _, writer = await asyncio.open_connection(*address)
+                    writer.close()
+                    break
+                await asyncio.sleep(0.02)
+        yield
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+if __name__ == "__main__":
+    run_alone(__doc__ or "", "door", figures)

@@ -1,0 +1,153 @@
+"""Counts the requests to each route, from HAProxy's counters.  Pure.
+
+HAProxy counts responses by status for each backend.  Its latencies are means only, so the configuration counts each
+response in a bucket of a table (``latency_rules``).  Both start at 0 after a reload.
+"""
+
+import csv
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from operator import sub
+from typing import Final
+
+from msgspec.structs import replace
+
+from skep.api.telemetry.exposition import MetricFamily, Sample, label_text
+from skep.dataplane.door.configuration import TRAFFIC_TABLE, DoorState
+from skep.model.door.traffic import BOUNDS_MS, BUCKETS, REPORTED_MAX, ROUTES_MAX, RouteTraffic
+from skep.model.values.ids import ServiceId
+
+WINDOW_S: Final = 60.0
+"""Seconds that are reported: long enough for a 99th percentile at a few requests a second."""
+_STATS_MAX: Final = 100
+"""Backends in one request for counters.  Each takes two KiB of the response."""
+
+
+def counted_routes(state: DoorState) -> dict[str, RouteTraffic]:
+    """Return the routes to count, without requests, by the names of their backends."""
+    found: dict[str, RouteTraffic] = {}
+    for key, name in sorted(state.routes.items()):
+        backend = state.backends.get(name)
+        if backend is not None and name not in found and len(found) < ROUTES_MAX:
+            found[name] = RouteTraffic(service_id=ServiceId(backend.service), route=key.removesuffix("/"))
+    return found
+
+
+def questions(names: Sequence[str]) -> Iterator[str]:
+    """Yield the commands that read the counters of backends."""
+    for first in range(0, len(names), _STATS_MAX):
+        yield ";".join(f"show stat {name} 2 -1" for name in names[first : first + _STATS_MAX]) + "\n"
+    yield f"show table {TRAFFIC_TABLE}\n"
+
+
+def counters_in(text: str, routes: Mapping[str, RouteTraffic]) -> dict[str, RouteTraffic]:
+    """Return the counters of ``routes`` since HAProxy's start, from the responses to ``questions``.
+
+    Source: HAProxy, Management Guide, "CSV format" and "show table".
+    """
+    found = dict(routes)
+    header: Sequence[str] = ()
+    for line in text.splitlines():
+        if line.startswith("# pxname,"):
+            header = next(csv.reader([line[2:]]))
+        elif (entry := re.search(r" key=(\S+) ", line)) is not None:
+            if (one := found.get(entry[1])) is not None:
+                buckets = {int(at): int(count) for at, count in re.findall(r" gpc([0-9]+)=([0-9]+)", line)}
+                found[entry[1]] = replace(
+                    one, buckets=tuple(buckets.get(number, 0) for number in range(BUCKETS))
+                )
+        elif header and (one := found.get(name := line.partition(",")[0])) is not None:
+            row = dict(zip(header, next(csv.reader([line])), strict=False))
+            statuses = [int(row.get(f"hrsp_{kind}") or 0) for kind in ("1xx", "2xx", "3xx", "4xx", "5xx")]
+            found[name] = replace(
+                one, requests=sum(statuses) + int(row.get("hrsp_other") or 0), errors=statuses[4]
+            )
+    return found
+
+
+class RouteCounters:
+    """The requests to each route since the node's start, and those of the last ``WINDOW_S`` seconds."""
+
+    def __init__(self) -> None:
+        self._last: Mapping[str, RouteTraffic] | None = None
+        self._read_at = 0.0
+        self._totals: dict[str, RouteTraffic] = {}
+        self._samples: deque[tuple[float, Mapping[str, RouteTraffic]]] = deque()
+
+    def add(self, now: float, counters: Mapping[str, RouteTraffic]) -> None:
+        """Add a reading of all routes.  The first one only tells where the counters start."""
+        last, self._last, before_s, self._read_at = self._last, counters, self._read_at, now
+        if last is not None:
+            sample = {
+                name: replace(_since(last.get(name), one), seconds=now - before_s)
+                for name, one in counters.items()
+            }
+            self._samples.append((now, sample))
+            self._totals = {
+                name: one if (known := self._totals.get(name)) is None else known + one
+                for name, one in sample.items()
+            }
+        while self._samples and self._samples[0][0] < now - WINDOW_S:
+            self._samples.popleft()
+
+    def recent(self, now: float) -> tuple[RouteTraffic, ...]:
+        """Return the recent requests to routes, the busiest first.  Routes without requests are left out."""
+        found: dict[str, RouteTraffic] = {}
+        seconds = 0.0
+        for at, sample in self._samples:
+            if at < now - WINDOW_S:
+                continue
+            seconds += next((one.seconds for one in sample.values()), 0.0)
+            for name, one in sample.items():
+                if one.requests:
+                    found[name] = found[name] + one if name in found else one
+        busiest = sorted(found.values(), key=lambda one: (-one.requests, one.route))
+        return tuple(replace(one, seconds=round(seconds, 3)) for one in busiest[:REPORTED_MAX])
+
+    def families(self) -> list[MetricFamily]:
+        """Return the requests since the node's start as metrics."""
+        totals = sorted(self._totals.values(), key=lambda one: one.route)
+        latencies: list[Sample] = []
+        for one in totals:
+            count = 0
+            for bound, number in zip((*BOUNDS_MS, None), one.buckets, strict=True):
+                count += number
+                le = "+Inf" if bound is None else f"{bound / 1000:g}"
+                latencies.append(Sample(label_text({"route": one.route, "le": le}), count, "_bucket"))
+            latencies.append(Sample(label_text({"route": one.route}), count, "_count"))
+        return [
+            MetricFamily(
+                "skep_door_requests_total",
+                "counter",
+                "Requests to a route over this node's front door.",
+                [Sample(label_text({"route": one.route}), one.requests) for one in totals],
+            ),
+            MetricFamily(
+                "skep_door_errors_total",
+                "counter",
+                "Responses with a status of 500 or more, of tasks or of the front door.",
+                [Sample(label_text({"route": one.route}), one.errors) for one in totals],
+            ),
+            MetricFamily(
+                "skep_door_response_seconds",
+                "histogram",
+                "Time from a request to the header of a task's response.",
+                latencies,
+            ),
+        ]
+
+
+def _since(before: RouteTraffic | None, now: RouteTraffic) -> RouteTraffic:
+    if before is None or before.requests > now.requests or any(map(_is_less, now.buckets, before.buckets)):
+        return now  # a route of a reload, which counts from 0
+    return replace(
+        now,
+        requests=now.requests - before.requests,
+        errors=max(now.errors - before.errors, 0),
+        buckets=tuple(map(sub, now.buckets, before.buckets)),
+    )
+
+
+def _is_less(now: int, before: int) -> bool:
+    return now < before

@@ -1,0 +1,58 @@
+"""Requests by route: quantiles, and readings of counters that start again."""
+
+import pytest
+from msgspec.structs import replace
+
+from skep.dataplane.door.traffic import WINDOW_S, RouteCounters
+from skep.model.door.traffic import BUCKETS, REPORTED_MAX, RouteTraffic, quantile_ms
+from skep.model.values.ids import ServiceId
+
+
+def buckets(**counts: int) -> tuple[int, ...]:
+    return tuple(counts.get(f"b{number}", 0) for number in range(BUCKETS))
+
+
+def a_route(requests: int, errors: int = 0, route: str = "a.example") -> RouteTraffic:
+    found = buckets(b1=requests - errors)
+    return RouteTraffic(
+        service_id=ServiceId("web"), route=route, requests=requests, errors=errors, buckets=found
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "share", "expected"),
+    [
+        ({}, 0.5, None),
+        ({"b0": 10}, 0.5, 2.5),
+        ({"b1": 10}, 0.99, 9.95),
+        ({"b0": 50, "b7": 50}, 0.95, 950.0),
+        ({"b0": 99, "b11": 1}, 0.999, 10_000.0),
+    ],
+)
+def test_a_quantile_lies_within_its_bucket(
+    counts: dict[str, int], share: float, expected: float | None
+) -> None:
+    assert quantile_ms(buckets(**counts), share) == (None if expected is None else pytest.approx(expected))
+
+
+def test_only_differences_of_readings_count_and_a_reload_counts_from_0() -> None:
+    counters = RouteCounters()
+    for at, requests in ((0.0, 1000), (5.0, 1050), (10.0, 7), (15.0, 10)):
+        counters.add(at, {"web-1": a_route(requests, errors=1)})
+    [seen] = counters.recent(15.0)
+    assert (seen.requests, seen.seconds, seen.per_second) == (60, 15.0, 4.0)
+    assert seen.errors == 1, "the one after the reload"
+    assert 'route="a.example"' in counters.families()[0].samples[0].labels
+    assert counters.families()[0].samples[0].value == 60
+    assert counters.recent(15.0 + WINDOW_S + 1) == ()
+
+
+def test_removed_routes_are_forgotten_and_a_report_has_the_busiest() -> None:
+    counters = RouteCounters()
+    counters.add(0.0, {})
+    many = {f"r{number}": a_route(number, route=f"{number}.example") for number in range(REPORTED_MAX + 50)}
+    counters.add(5.0, many)
+    found = counters.recent(5.0)
+    assert (len(found), found[0].requests) == (REPORTED_MAX, REPORTED_MAX + 49)
+    counters.add(10.0, {"r1": replace(many["r1"], requests=2)})
+    assert [one.value for one in counters.families()[0].samples] == [2]
