@@ -157,7 +157,7 @@ class SimulatedManager:
         link = ManagerLink(store, self._id, self._connect, self._clock, self._random, reports=reports)
         self.members = members
         space = StoreSpace(store, self._id, self.members, link.channel, self._clock)
-        usages = TaskUsages(store, self._id, dispatcher.usages, dispatcher.requests, link.channel)
+        usages = TaskUsages(store, self._id, dispatcher.measured, link.channel)
         presence = ManagerStatusWriter(store, self._id, self._addr, "", self._clock, self._random)
         if self._find_driver is not None:
             # The journal has its own random source, so that its draws do not affect the rest of the manager.

@@ -58,15 +58,13 @@ async def test_the_response_to_a_heartbeat_names_the_tasks_and_the_next_one_is_b
         # A node of an earlier version: no reports, and nothing is measured.
         await call.send(skep.Heartbeat(session_id=session_id))
         await call.receive()
-        own = TaskUsages(
-            cluster.store, NodeId(MANAGER_ID), cluster.dispatcher.usages, cluster.dispatcher.requests, no_link
-        )
-        assert await own.collect() == {}
+        own = TaskUsages(cluster.store, NodeId(MANAGER_ID), cluster.dispatcher.measured, no_link)
+        assert (await own.collect()).usages == {}
 
 
 async def test_requests_over_front_doors_of_several_nodes_are_added(cluster, tmp_path):
     here = cluster.dispatcher
-    own = TaskUsages(cluster.store, NodeId(MANAGER_ID), here.usages, here.requests, no_link)
+    own = TaskUsages(cluster.store, NodeId(MANAGER_ID), here.measured, no_link)
     async with AsyncExitStack() as stack:
         for number in (1, 2):
             pair = await a_worker(cluster, tmp_path / str(number))

@@ -74,12 +74,12 @@ class Dispatcher:
             movable=silence.movable_nodes,
         )
         self.node_reports = NodeReports(store, self.sessions, clock)
-        self._usages = MeasuredTasks(store, self.sessions, clock)
+        self.measured = MeasuredTasks(store, self.sessions, clock)
         self._handlers = (
             *SessionStreams(store, self.registrar, self.state, balancing).services(),
             *Heartbeats(self.deadlines).services(),
             *AssignmentStreams(store, self.sessions, sent).services(),
-            *self._usages.services(),
+            *self.measured.services(),
             *self.node_reports.services(),
         )
         self._tasks = {
@@ -90,7 +90,7 @@ class Dispatcher:
             "stops": self.stops.run,
             "changed labels": labels.run,
             "repeated reports": self.node_reports.run,
-            "usage of tasks": self._usages.run,
+            "usage of tasks": self.measured.run,
         }
 
     def services(self) -> Sequence[Handler]:
@@ -107,11 +107,11 @@ class Dispatcher:
 
     def usages(self) -> Mapping[TaskId, TaskUsage]:
         """Return the reported usage of autoscaled services' tasks on nodes with a session here."""
-        return self._usages.present()
+        return self.measured.present()
 
     def requests(self) -> Mapping[TaskId, TaskRequests]:
         """Return the requests of new tasks over the front doors of nodes with a session here."""
-        return self._usages.requests()
+        return self.measured.requests()
 
     def is_current(self) -> bool:
         """Whether this manager has contact with a quorum.  See ``QuorumContact``."""

@@ -194,6 +194,7 @@ class AgentParts:
             usages=self.usages,
             addresses=runtime.addresses,
             requests=runtime.door_requests,
+            service_requests=runtime.door_service_requests,
             serve_images=partial(self.image_sharing.exchange, credentials, node),
         )
         managers = ManagerList(

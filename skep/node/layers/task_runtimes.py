@@ -47,11 +47,12 @@ from skep.engine.metrics.usage import UsagePage
 from skep.linux.files import file_exists
 from skep.linux.name_files import RESOLVER
 from skep.model.door import settings as door
+from skep.model.measures.readings import ServiceRequests
 from skep.model.networks.used_ports import UsedPort
 from skep.model.networks.wireguard import EncryptionMethod
 from skep.model.node_reports.conditions import ConditionName
 from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import TaskId, new_container_id
+from skep.model.values.ids import ServiceId, TaskId, new_container_id
 from skep.model.values.meta import Driver
 from skep.node.container_apis.exchange import Dispatch
 from skep.node.container_apis.server import ContainerApis
@@ -170,6 +171,10 @@ class Containers:
         """Return the requests of new tasks over the front door."""
         return self._front_door.requests()
 
+    def door_service_requests(self) -> Mapping[ServiceId, ServiceRequests]:
+        """Return the requests of autoscaled services over the front door."""
+        return self._front_door.service_requests()
+
     def run_networks(self, run: Run, tables: NetworkTables) -> None:
         """Keep the cluster networks on this node in the state that their tables describe."""
         foundation, plane = self._foundation, self.data_plane
@@ -277,6 +282,10 @@ class PlainProcesses:
         return (shared,)
 
     def door_requests(self) -> Mapping[TaskId, TaskRequests]:
+        """Return nothing, because plain processes are not on the front door's network."""
+        return {}
+
+    def door_service_requests(self) -> Mapping[ServiceId, ServiceRequests]:
         """Return nothing, because plain processes are not on the front door's network."""
         return {}
 

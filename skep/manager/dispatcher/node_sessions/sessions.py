@@ -16,9 +16,10 @@ from msgspec.structs import replace
 from skep.aio.event import Event
 from skep.errors import SkepError
 from skep.manager.dispatcher.node_sessions.registration import NotRegistered, SessionInvalid, SilentNode
+from skep.model.measures.readings import ServiceRequests
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import NodeId, SessionId, TaskId
+from skep.model.values.ids import NodeId, ServiceId, SessionId, TaskId
 
 MISSED_PERIODS = 1.5
 """A node without a heartbeat for so many periods has missed one.  The jitter is a tenth of a period."""
@@ -71,6 +72,7 @@ class LiveSession:
         "node_id",
         "period_s",
         "requests",
+        "service_requests",
         "usages",
     )
 
@@ -103,6 +105,8 @@ class LiveSession:
         """Usage of these tasks in the last heartbeat."""
         self.requests: Mapping[TaskId, TaskRequests] = {}
         """Requests of new tasks over the node's front door, in the last heartbeat."""
+        self.service_requests: Mapping[ServiceId, ServiceRequests] = {}
+        """Requests of autoscaled services over the node's front door, in the last heartbeat."""
         self.messages = StreamSignal()
         """Wakes the stream of session messages."""
         self._disconnect = disconnect
