@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.queries.asking import QueryClient
 from skep.manager.queries.board import AskedQuery
 from skep.model.measures.queries import BODY_BYTES_MAX, MetricQuery, QueryFailed
 from skep.store.memory import MemoryStore
+from tests.support.builders import a_node
 from tests.support.machines.playground_rig import UNPACKED
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -165,3 +167,13 @@ async def test_the_machine_itself_is_for_urls_of_administrators(host: str) -> No
         with pytest.raises(QueryFailed, match="only an administrator may choose for queries"):
             await client().ask(AskedQuery(query, is_trusted=False))
     assert not is_asked
+
+
+async def test_other_nodes_are_for_urls_of_administrators_too() -> None:
+    store = MemoryStore(SystemClock())
+    node = a_node("n1")
+    peer = replace(node, status=replace(node.status, addr="192.0.2.1"))
+    await store.update(lambda tx: tx.put(peer))
+    asked = AskedQuery(MetricQuery(url="http://192.0.2.1:9090"), is_trusted=False)
+    with pytest.raises(QueryFailed, match="is an address of another node, which only an administrator"):
+        await QueryClient(store.view).ask(asked)
