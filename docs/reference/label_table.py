@@ -5,7 +5,15 @@ from enum import Enum
 import msgspec
 
 from skep.model.door.routes import HTTP, PORT_DEFAULT
-from skep.model.door.settings import ACCESS_LOG, DOOR, PROXY_PROTOCOL, TRUSTED
+from skep.model.door.settings import (
+    ACCESS_LOG,
+    AUTOSCALE_REQUESTS,
+    AUTOSCALE_RPS,
+    DOOR,
+    PROXY_PROTOCOL,
+    TRUSTED,
+)
+from skep.model.measures.queries import AUTOSCALE_PROMETHEUS, AUTOSCALE_QUEUE, UPDATE_PROMETHEUS
 from skep.model.node_reports.conditions import BOOT_LABEL, ConditionName
 from skep.model.options.affinity import (
     AFFINITY,
@@ -16,7 +24,18 @@ from skep.model.options.affinity import (
     SKEW_MAX,
     TERMS_MAX,
 )
-from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY
+from skep.model.options.autoscaling import (
+    AUTOSCALE,
+    AUTOSCALE_CPU,
+    AUTOSCALE_DOWN_AFTER,
+    AUTOSCALE_MEMORY,
+    AUTOSCALE_QUERY,
+    AUTOSCALE_QUERY_TARGET,
+    AUTOSCALE_QUEUE_FIELD,
+    AUTOSCALE_QUEUE_TARGET,
+    AUTOSCALE_SCHEDULE,
+    AUTOSCALE_TIME_ZONE,
+)
 from skep.model.options.constraints import FACT_LABEL
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import (
@@ -76,12 +95,16 @@ from skep.model.staging.updates import (
     MANUAL,
     MAX_ERRORS,
     MAX_LATENCY,
+    QUERY_MAX,
+    QUERY_MIN,
+    QUERY_WAIT,
     REQUESTS_MIN,
     STEP_S_MAX,
     STEPS_MAX,
     UPDATE,
     UPDATE_KEEP,
     UPDATE_PROMOTE,
+    UPDATE_QUERY,
     UPDATE_STEP_TIME,
     UPDATE_STEPS,
 )
@@ -229,6 +252,41 @@ LABELS = (
         "duration",
         "none",
         "A staged update rolls back if responses of new tasks take longer on average, counted in the same way.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        UPDATE_PROMETHEUS,
+        "URL",
+        "none",
+        "The Prometheus that the leader asks during a staged update. Rights as for `skep.autoscale.prometheus`.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        UPDATE_QUERY,
+        "PromQL with one sample",
+        "none",
+        "A step ends only while the value is within its bounds.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        QUERY_MAX,
+        "number",
+        "none",
+        "Largest value. The query needs this bound or the next one.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        QUERY_MIN,
+        "number",
+        "none",
+        "Smallest value.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        QUERY_WAIT,
+        "duration",
+        "`1m`",
+        "How long the value may be out of bounds or unknown before the update rolls back.",
     ),
     Label(
         LabelTarget.SERVICE,
@@ -409,6 +467,77 @@ LABELS = (
         "duration, `15s` to `24h`",
         "`5m`",
         "How long fewer tasks must suffice before Skep removes tasks.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE_REQUESTS,
+        "number above 0",
+        "none",
+        "Target of HTTP requests in flight of a task, over the front door. The service needs an HTTP route.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE_RPS,
+        "number above 0",
+        "none",
+        "Target of HTTP requests per second of a task, over the front door.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE_PROMETHEUS,
+        "URL",
+        "none",
+        "The Prometheus that the leader asks. Only an administrator may name an address of a node, or one on loopback.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE_QUERY,
+        "PromQL with one sample",
+        "none",
+        "The value is divided among the tasks.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE_QUERY_TARGET,
+        "number above 0",
+        "none",
+        "Part of that value for one task.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE_QUEUE,
+        "URL",
+        "none",
+        "A page with the length of a queue, which the leader asks. Rights as for `skep.autoscale.prometheus`.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE_QUEUE_FIELD,
+        "path like `queue.length`",
+        "none",
+        "Field of the JSON object on the page. Without it, the page is only a number.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE_QUEUE_TARGET,
+        "number above 0",
+        "none",
+        "Length of the queue for one task.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE_SCHEDULE,
+        "`CRON RANGE; ...`",
+        "none",
+        "Ranges within `skep.autoscale`. The entry that was due last applies, for example "
+        "`0 8 * * 1-5 4..10; 0 20 * * * 1..3`.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE_TIME_ZONE,
+        "name of a time zone",
+        "`UTC`",
+        "Time zone of that schedule.",
     ),
     Label(
         LabelTarget.SERVICE,

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec, Mount, SecretFileTarget, SecretReference
+from skep.model.measures.queries import AUTOSCALE_PROMETHEUS, AUTOSCALE_QUEUE, UPDATE_PROMETHEUS
 from skep.model.options.affinity import (
     AFFINITY,
     AFFINITY_PREFERRED,
@@ -19,7 +20,14 @@ from skep.model.options.affinity import (
     ANTI_AFFINITY_PREFERRED,
     MAX_SKEW,
 )
-from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_DOWN_AFTER
+from skep.model.options.autoscaling import (
+    AUTOSCALE,
+    AUTOSCALE_DOWN_AFTER,
+    AUTOSCALE_QUERY,
+    AUTOSCALE_QUERY_TARGET,
+    AUTOSCALE_QUEUE_TARGET,
+    AUTOSCALE_SCHEDULE,
+)
 from skep.model.options.dependencies import DEPENDS_ON, DependencyCondition
 from skep.model.options.labels import (
     JOB_TTL,
@@ -58,8 +66,10 @@ from skep.model.service import (
 from skep.model.staging.updates import (
     BLUE_GREEN,
     CANARY,
+    QUERY_MAX,
     UPDATE,
     UPDATE_KEEP,
+    UPDATE_QUERY,
     UPDATE_STEP_TIME,
     UPDATE_STEPS,
     check_staged_update,
@@ -108,6 +118,8 @@ RARE = 0.2
 """Probability of an extension that limits the nodes.  With more, many services would have no node."""
 STAGED = 0.4
 """Probability of a staged update of a replicated service.  Many specs cannot have one."""
+MEASURED = 0.5
+"""Probability of measures besides CPU for an autoscaled service, and of a query for a canary."""
 PRIORITIES = (-10, 5, 10)
 STACKS = ("shop", "blog")
 MEMORY_BYTES = 512 << 20
@@ -286,6 +298,11 @@ def extended(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
             spec = addition(spec, by_spec, known)
     if spec.mode.name == "replicated" and by_spec.random() < STAGED:
         spec = _a_staged_update(spec, by_spec, known)
+    if AUTOSCALE in spec.labels and by_spec.random() < MEASURED:
+        spec = _measures(spec, by_spec, known)
+    if spec.labels.get(UPDATE) == CANARY and by_spec.random() < MEASURED:
+        query = {UPDATE_PROMETHEUS: "http://steady", UPDATE_QUERY: "errors", QUERY_MAX: "100"}
+        spec = with_labels(spec, query)
     return spec
 
 
@@ -384,6 +401,16 @@ def _a_time_to_live(spec: ServiceSpec, random: Random, known: Dependencies) -> S
 def _a_range(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
     least = random.randint(1, 2)
     return with_labels(spec, {AUTOSCALE: f"{least}..{least + 3}", AUTOSCALE_DOWN_AFTER: "30s"})
+
+
+def _measures(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    """Add measures to a range: queries that are answered, or not in each minute, and a schedule."""
+    least, most = map(int, spec.labels[AUTOSCALE].split(".."))
+    host = random.choice(("steady", "flaky"))
+    query = {AUTOSCALE_PROMETHEUS: f"http://{host}", AUTOSCALE_QUERY: "x", AUTOSCALE_QUERY_TARGET: "10"}
+    queue = {AUTOSCALE_QUEUE: f"http://{host}", AUTOSCALE_QUEUE_TARGET: "20"}
+    schedule = {AUTOSCALE_SCHEDULE: f"*/2 * * * * {least + 1}..{most}; 1-59/2 * * * * {least}..{most - 1}"}
+    return with_labels(spec, random.choice((query, queue, schedule, query | queue | schedule)))
 
 
 def _some_attempts(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:

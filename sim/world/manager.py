@@ -157,7 +157,7 @@ class SimulatedManager:
         link = ManagerLink(store, self._id, self._connect, self._clock, self._random, reports=reports)
         self.members = members
         space = StoreSpace(store, self._id, self.members, link.channel, self._clock)
-        usages = TaskUsages(store, self._id, dispatcher.usages, dispatcher.requests, link.channel)
+        usages = TaskUsages(store, self._id, dispatcher.measured, link.channel)
         presence = ManagerStatusWriter(store, self._id, self._addr, "", self._clock, self._random)
         if self._find_driver is not None:
             # The journal has its own random source, so that its draws do not affect the rest of the manager.
@@ -210,6 +210,7 @@ class SimulatedManager:
     ) -> None:
         state = FailingTerm(_Counted(term, self), self._poisoned, self._visit)
         adoption = SessionAdoption(term, self._id, link.silent, self._clock, self._new_id, self._random)
+        assert self.dispatcher is not None, "it serves"
         managers = ManagerReconciler(term, self._id, self.members, link, self._clock, self._random)
         control = loops(
             state,
@@ -220,6 +221,8 @@ class SimulatedManager:
             find_driver=self._find_driver or no_drivers,
             confirm=term.confirm,
             collect_usages=usages.collect,
+            ask=self._network.ask,
+            publish_answers=self.dispatcher.measured.publish,
             send=self._network.notify,
         )
         own = self.loops = (*control, adoption, managers)

@@ -19,6 +19,8 @@ from skep.errors import SkepError, Unavailable, Unimplemented
 from skep.manager.notify import messages
 from skep.manager.notify.outbox import Send, skip_sending
 from skep.manager.notify.records import Target
+from skep.manager.queries.board import AskedQuery
+from skep.model.measures.queries import QueryFailed
 from skep.model.values.ids import NodeId
 from skep.rpc.errors import from_status
 from skep.rpc.status import CallFailed
@@ -118,6 +120,12 @@ class Direction:
         return True
 
 
+def steady_figure(asked: AskedQuery, now: float) -> float | None:
+    """Return a number that depends on the minute.  A host whose name is ``flaky`` fails in every third minute."""
+    minute = int(now // 60)
+    return None if asked.query.host == "flaky" and minute % 3 == 2 else float(10 * (minute % 5))
+
+
 class Network:
     """The listeners, and the latency of messages."""
 
@@ -129,6 +137,8 @@ class Network:
         """Additional latency of a machine's messages, in seconds."""
         self.accepts: Callable[[Machine, Machine], bool] = lambda source, target: True
         """Whether both ends of a new connection trust each other's certificates."""
+        self.figure: Callable[[AskedQuery, float], float | None] = steady_figure
+        """Returns the figure of a query at a time, or None if it fails."""
         self.receive_notification: Send = skip_sending
         """The target of the managers' notifications."""
         self.held: HeldDirections = HeldDirections()
@@ -139,6 +149,14 @@ class Network:
     async def notify(self, target: Target, message: messages.Message) -> str:
         """Deliver a notification to the present receiver."""
         return await self.receive_notification(target, message)
+
+    async def ask(self, asked: AskedQuery) -> float:
+        """Answer a query of a manager."""
+        await asyncio.sleep(self.latency_s)
+        figure = self.figure(asked, self.loop.time())
+        if figure is None:
+            raise QueryFailed("connection refused")
+        return figure
 
     def delay_s(self, source: Machine, target: Machine) -> float:
         """Return the current latency of a message."""

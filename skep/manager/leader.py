@@ -17,6 +17,7 @@ from skep.manager.manager_status import ManagerStatusWriter
 from skep.manager.membership.loop import ManagerReconciler
 from skep.manager.notify.sending import MessageSender
 from skep.manager.observation import ManagerObservation
+from skep.manager.queries.asking import QueryClient
 from skep.manager.store_member import StoreMember
 from skep.store.interface import NotLeader, Term
 
@@ -82,6 +83,8 @@ class Leader:
                     find_driver=Drivers(config.paths.csi_sockets, clock).get,
                     confirm=term.confirm,
                     collect_usages=self._observation.usages.collect,
+                    ask=QueryClient(store.view).ask,
+                    publish_answers=self._observation.publish_answers,
                     collect_requests=self._observation.usages.collect_requests,
                     counts=self._observation.autoscaling,
                     send=MessageSender(store.view, clock).send,

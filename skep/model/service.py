@@ -502,8 +502,7 @@ class JobStatus(ApiObject):
     outcome: str = ""
     """Outcome of the present run, or empty until it ends.  A scheduled run of a global job does not start again."""
     settled_iteration: Version | None = None
-    """The run that ``nodes_fixed`` and ``outcome`` are about.  Managers of older versions keep unknown fields when they
-    start a new run, so the two may be outdated."""
+    """The run of ``nodes_fixed`` and ``outcome``.  A manager of an older version starts a run without renewing them."""
 
     @property
     def has_fixed_nodes(self) -> bool:
@@ -538,11 +537,12 @@ class PastDisconnect(ApiObject):
 
 
 class Trusted(ApiObject):
-    """Parts of a service's present and previous spec that an administrator wrote, by their values."""
+    """Parts of a service's present and previous spec that an administrator wrote, by value.  ``urls``: of queries."""
 
     log_drivers: tuple[Driver, ...] = ()
     repositories: tuple[str, ...] = ()
     """Names of images, without tags and digests."""
+    urls: tuple[str, ...] = ()
 
 
 class SpecAuthor(ApiObject):
@@ -580,7 +580,8 @@ class Service(ApiObject):
     """The parts that cannot be read; not in Docker's API."""
     job_status: JobStatus | None = None
     autoscaled: Autoscaled | None = None
-    """Managers of older versions keep the field and ignore it."""
+    autoscaling_problem: str = ""
+    """Reason why measures are not known.  Managers of older versions keep both fields and ignore them."""
     trusted: Trusted | None = None
     """None if a version without this field wrote the service.  Not in API responses."""
     author: SpecAuthor | None = None

@@ -18,6 +18,7 @@ from skep.dataplane.door.derivation import state_of
 from skep.errors import Unavailable
 from skep.model.door.settings import DoorSettings
 from skep.model.door.traffic import quantile_ms
+from skep.model.measures.readings import ServiceRequests
 from skep.model.networks.tables import NetworkHead, NetworkTable, TableService, TableSplit
 from skep.model.values.ids import NetworkId, ServiceId, TaskId
 from tests.support.networks.door_rig import DoorRig, a_door
@@ -316,6 +317,42 @@ async def test_requests_are_counted_by_route_with_their_errors_and_latencies(tmp
         assert 'skep_door_requests_total{route="a.example/shop"} 22' in page
         assert 'skep_door_errors_total{route="a.example/shop"} 1' in page
         assert 'skep_door_response_seconds_bucket{route="a.example/shop",le="+Inf"} 22' in page
+
+
+async def test_requests_of_services_with_a_target_are_counted_in_flight_and_by_rate(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE, TWO):
+        rig.service("plain", {"skep.http": "plain.example"})
+        rig.service("web", {"skep.http": "a.example", "skep.autoscale.requests": "5"})
+        rig.service("idle", {"skep.http": "b.example,b.example/x", "skep.autoscale.rps": "5"})
+        for number, service in enumerate(("plain", "web", "idle")):
+            rig.task(f"t{number}", service, ONE)
+        await rig.apply()
+        await rig.door.count_service_requests()
+        assert rig.door.service_requests() == {}, "a rate needs two readings"
+        async with asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(rig.ask("a.example/?wait=1.0"))
+            group.create_task(rig.ask("plain.example/?wait=1.0"))
+            async with asyncio.timeout(10):
+                while True:
+                    await rig.door.count_service_requests()
+                    found = rig.door.service_requests()
+                    if found[ServiceId("web")].in_flight > 0:
+                        break
+                    await asyncio.sleep(0.01)
+        assert found.keys() == {"web", "idle"}
+        assert found[ServiceId("idle")] == ServiceRequests()
+        await rig.door.count_service_requests()
+        assert rig.door.service_requests()[ServiceId("web")].per_second > 0
+        rig.service("more", {"skep.http": "more.example"})  # HAProxy is reloaded, and counts from 0
+        await rig.apply()
+        await rig.ask("a.example/")
+        await rig.door.count_service_requests()
+        assert rig.door.service_requests()[ServiceId("web")].per_second > 0
+        rig.services["web"] = replace(rig.services["web"], labels={"skep.http": "a.example"})
+        await rig.apply()
+        await rig.door.count_service_requests()
+        assert rig.door.service_requests().keys() == {"idle"}
 
 
 async def test_an_idle_connection_outlives_a_reload(tmp_path: Path) -> None:

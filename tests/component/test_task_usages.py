@@ -8,12 +8,16 @@ from msgspec.structs import replace
 
 from skep.manager.telemetry.task_usages import TaskUsages
 from skep.model.door.traffic import BUCKETS
+from skep.model.measures.readings import QueryAnswer, ServiceRequests
+from skep.model.node import NodeRole
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.staging.updates import TaskRequests
 from skep.model.task import TaskState
-from skep.model.values.ids import NodeId
+from skep.model.values.ids import NodeId, ServiceId
+from skep.security.tls import client_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
+from skep.wire.client import open_channel
 from tests.support.builders import a_service, a_service_spec, a_task
 from tests.support.managers.wire_rig import MANAGER_ID, Cluster, a_session, a_worker, put
 
@@ -51,23 +55,21 @@ async def test_the_response_to_a_heartbeat_names_the_tasks_and_the_next_one_is_b
         ]
         await call.send(skep.Heartbeat(session_id=session_id, usages=reported))
         await call.receive()
-        assert cluster.dispatcher.usages() == {"mine": TaskUsage(nano_cpus=7, memory_bytes=8)}
+        assert cluster.dispatcher.measured.present() == {"mine": TaskUsage(nano_cpus=7, memory_bytes=8)}
         absurd = [skep.TaskUsage(task_id="mine", nano_cpus=2**63)]
         await call.send(skep.Heartbeat(session_id=session_id, usages=absurd))
         await call.receive()
-        assert cluster.dispatcher.usages() == {}
+        assert cluster.dispatcher.measured.present() == {}
         # A node of an earlier version: no reports, and nothing is measured.
         await call.send(skep.Heartbeat(session_id=session_id))
         await call.receive()
-        own = TaskUsages(
-            cluster.store, NodeId(MANAGER_ID), cluster.dispatcher.usages, cluster.dispatcher.requests, no_link
-        )
-        assert await own.collect() == {}
+        own = TaskUsages(cluster.store, NodeId(MANAGER_ID), cluster.dispatcher.measured, no_link)
+        assert (await own.collect()).usages == {}
 
 
 async def test_requests_over_front_doors_of_several_nodes_are_added(cluster, tmp_path):
     here = cluster.dispatcher
-    own = TaskUsages(cluster.store, NodeId(MANAGER_ID), here.usages, here.requests, no_link)
+    own = TaskUsages(cluster.store, NodeId(MANAGER_ID), here.measured, no_link)
     async with AsyncExitStack() as stack:
         for number in (1, 2):
             pair = await a_worker(cluster, tmp_path / str(number))
@@ -84,10 +86,7 @@ async def test_requests_over_front_doors_of_several_nodes_are_added(cluster, tmp
 
 
 async def test_requests_by_route_are_added_over_nodes_and_odd_ones_are_left_out(cluster, tmp_path):
-    here = cluster.dispatcher
-    own = TaskUsages(
-        cluster.store, NodeId(MANAGER_ID), here.usages, here.requests, no_link, routes_here=here.routes
-    )
+    own = TaskUsages(cluster.store, NodeId(MANAGER_ID), cluster.dispatcher.measured, no_link)
     fast, odd = [0, 9, *[0] * (BUCKETS - 2)], [1]
     async with AsyncExitStack() as stack:
         for number in (1, 2):
@@ -114,6 +113,35 @@ async def test_requests_by_route_are_added_over_nodes_and_odd_ones_are_left_out(
         await call.send(skep.Heartbeat(session_id=session_id))
         await call.receive()
         assert (await own.collect_routes())[0].requests == 10
+
+
+async def test_requests_of_services_are_known_by_node_and_other_managers_can_collect_everything(
+    cluster, tmp_path
+):
+    pair = await a_worker(cluster, tmp_path)
+    node, web = pair.identity.node_id, ServiceId("web")
+    answers = {web: {"query": QueryAnswer(problem="timeout")}}
+    cluster.dispatcher.measured.publish(answers)
+    async with a_session(cluster, pair) as (channel, session_id), channel.stream(methods.HEARTBEATS) as call:
+        idle = skep.ServiceRequests(service_id="web")
+        await call.send(skep.Heartbeat(session_id=session_id, service_requests=[idle]))
+        await call.receive()
+        own = TaskUsages(cluster.store, NodeId(MANAGER_ID), cluster.dispatcher.measured, no_link)
+        collected = await own.collect()
+        assert collected.requests == {web: {node: ServiceRequests()}}
+        assert collected.answers == answers
+        other = client_context(cluster.pair(MANAGER_ID, NodeRole.MANAGER))
+        async with (
+            open_channel(cluster.address, other, "swarm-manager") as to_manager,
+            to_manager.stream(methods.COLLECT_USAGES) as asked,
+        ):
+            await asked.send(skep.CollectUsagesRequest(), end=True)
+            messages = [message async for message in asked]
+        assert [one.node_id for message in messages for one in message.service_requests] == [node]
+        assert [one.problem for message in messages for one in message.answers] == ["timeout"]
+        await call.send(skep.Heartbeat(session_id=session_id))
+        await call.receive()
+        assert (await own.collect()).requests == {}, "not known, which is not zero"
 
 
 def no_link(manager: NodeId):

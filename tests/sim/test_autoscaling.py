@@ -141,3 +141,69 @@ def test_a_service_whose_decision_fails_holds_up_neither_the_leader_nor_the_othe
         assert cluster.leader == leader
         cluster.poisoned.clear()
         cluster.run_until(lambda: cluster.service("bad").spec.replicas == 5, within_s=30.0)  # type: ignore[union-attr]
+
+
+def queried(least: int, most: int, **labels: str) -> ServiceSpec:
+    named = {f"skep.autoscale.{name.replace('_', '-')}": value for name, value in labels.items()}
+    spec = autoscaled(least, most, replicas=least, down_after="30s")
+    kept = {name: text for name, text in spec.labels.items() if name != "skep.autoscale.cpu"}
+    return replace(spec, labels={**kept, **named})
+
+
+PROMETHEUS = {"prometheus": "http://prometheus", "query": "sum(x)", "query_target": "10"}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_figure_of_a_query_decides_and_a_query_that_fails_removes_no_task(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=2, seed=seed) as cluster:
+        figure: list[float | None] = [20.0]
+        cluster.network.figure = lambda asked, now: figure[0]
+        cluster.create(queried(1, 12, **PROMETHEUS))
+        cluster.run_until(lambda: replicas(cluster) == 2, within_s=3 * PERIOD_S)
+        figure[0] = 75.0
+        cluster.run_until(lambda: replicas(cluster) == 8, within_s=4 * PERIOD_S)
+        figure[0] = None
+        pass_time(cluster, 300.0)
+        assert replicas(cluster) == 8
+        service = cluster.service("web")
+        assert service is not None
+        assert service.autoscaling_problem == "query not known: connection refused"
+        cluster.depose(quietly=False)
+        pass_time(cluster, 120.0)
+        service = cluster.service("web")
+        assert service is not None
+        assert service.autoscaling_problem, "the next leader has not asked with success"
+        figure[0] = 0.0
+        cluster.run_until(lambda: replicas(cluster) == 1, within_s=180.0)
+        service = cluster.service("web")
+        assert service is not None
+        assert service.autoscaling_problem == ""
+        pass_time(cluster, 60.0)
+        cluster.check_invariants()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_query_that_fails_keeps_neither_other_measures_nor_other_services_from_scaling(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=2, seed=seed) as cluster:
+        cluster.network.figure = lambda asked, now: 60.0 if asked.query.host == "queue" else None
+        cluster.create(queried(1, 6, **PROMETHEUS, queue="http://queue", queue_target="20"))
+        cluster.create(replace(queried(1, 6, queue="http://queue", queue_target="15"), name="other"))
+        cluster.run_until(lambda: replicas(cluster) == 3, within_s=5 * PERIOD_S)
+        other = cluster.service("other")
+        assert other is not None
+        assert other.spec.replicas == 4
+        cluster.check_invariants()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_schedule_raises_and_lowers_the_number_at_its_times(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=2, seed=seed) as cluster:
+        spread_load(cluster, lambda _: 1.0)
+        cluster.create(queried(1, 9, schedule="*/10 * * * * 6..9; 5-59/10 * * * * 1..3"))
+        seen = set()
+        for _ in range(80):
+            cluster.run_for(PERIOD_S)
+            seen.add(replicas(cluster))
+        assert {6, 3} <= seen
+        assert max(seen) == 6
+        cluster.check_invariants()

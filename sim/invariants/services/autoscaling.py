@@ -42,9 +42,10 @@ class AutoscalingIsCalm:
             yield f"{new.id} is scaled though its update is {state.value}"
         if after > before:
             self._added_at[new.id] = now
-            if after > 2 * before and before >= scaling.least:
+            is_scheduled = after in {one.least for one in scaling.schedule}
+            if after > 2 * before and before >= scaling.least and not is_scheduled:
                 yield f"{new.id} is scaled from {before} to {after} at once"
-        elif before <= scaling.most:
+        elif before <= scaling.most and after not in {one.most for one in scaling.schedule}:
             since = now - self._added_at.get(new.id, float("-inf"))
             if since < scaling.down_after_s - COMMITTED_S:
                 yield f"{new.id} is scaled down {since:.0f} s after it was scaled up"

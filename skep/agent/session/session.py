@@ -30,6 +30,7 @@ from skep.aio.race import wait_first
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.assignment import AssignmentSet
 from skep.model.door.traffic import RouteTraffic
+from skep.model.measures.readings import ServiceRequests
 from skep.model.node import NodeDescription
 from skep.model.node_reports.revisions import Revision
 from skep.model.options.autoscaling import TaskUsage
@@ -37,7 +38,7 @@ from skep.model.options.slot_volumes import differ_beyond_slots
 from skep.model.staging.updates import TaskRequests
 from skep.model.task import TaskStatus
 from skep.model.values.encoding import to_json
-from skep.model.values.ids import TaskId, VolumeId
+from skep.model.values.ids import ServiceId, TaskId, VolumeId
 from skep.model.values.times import SECOND_NS
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -46,7 +47,12 @@ from skep.wire.client import ManagerChannel, StreamCall
 from skep.wire.convert.assignments import assignments_from_pb, revised_from_pb
 from skep.wire.convert.node import description_to_pb
 from skep.wire.convert.task import end_to_pb, status_to_pb
-from skep.wire.convert.usages import requests_to_pb, routes_to_pb, usages_to_pb
+from skep.wire.convert.usages import (
+    requests_to_pb,
+    routes_to_pb,
+    service_requests_to_pb,
+    usages_to_pb,
+)
 from skep.wire.convert.values import duration_from_pb
 
 log = structlog.get_logger(__name__)
@@ -134,6 +140,7 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
         addresses: Holds failover addresses, or None.
         requests: Returns the requests of new tasks over this node's front door, sent with each heartbeat.
         routes: Returns the requests by route, sent with each heartbeat.
+        service_requests: Returns the requests of autoscaled services over it.
         serve_images: Serves this node's images to other nodes until cancelled, or None.
     """
 
@@ -151,6 +158,7 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
     addresses: HeldAddresses | None = None
     requests: Callable[[], Mapping[TaskId, TaskRequests]] = dict
     routes: Callable[[], Sequence[RouteTraffic]] = tuple
+    service_requests: Callable[[], Mapping[ServiceId, ServiceRequests]] = dict
 
 
 class SessionHost(Protocol):
@@ -390,6 +398,7 @@ class ManagerSession:
         usages = self._services.usages
         used = usages_to_pb(usages.present()) if usages is not None else ()
         requests = requests_to_pb(self._services.requests())
+        counted = service_requests_to_pb(self._services.service_requests())
         await call.send(
             skep.Heartbeat(
                 session_id=self._id,
@@ -398,6 +407,7 @@ class ManagerSession:
                 usages=used,
                 requests=requests,
                 routes=routes_to_pb(self._services.routes()),
+                service_requests=counted,
             )
         )
         reply = await call.receive()

@@ -259,17 +259,22 @@ def _autoscaling(found: Mapping[str, Any], now: float) -> Iterator[str]:
     """Yield lines about a service's autoscaling: targets, present measures and the last change."""
     if not found:
         return
-    metrics = ", ".join(
-        f"{one['Name']} {one['Average']:.0f}%, target {one['Target']}%"
-        if one.get("Average") is not None
-        else f"{one['Name']} not known, target {one['Target']}%"
-        for one in found.get("Metrics") or ()
-    )
+    metrics = ", ".join(map(_metric, found.get("Metrics") or ()))
     yield f"  autoscaling, {found['Min']} to {found['Max']} tasks: {metrics}"
     yield f"    now: {found['Summary']}"
     if last := found.get("LastChange"):
         before, after = last.get("Before", 0), last.get("After", 0)
         yield f"    last: {before} → {after}, {age(last['At'], now)} ago: {last['Reason']}"
+
+
+def _metric(one: Mapping[str, Any]) -> str:
+    if one["Name"] in ("cpu", "memory"):
+        average = one.get("Average")
+        figure = f"{average:.0f}%" if average is not None else "not known"
+        return f"{one['Name']} {figure}, target {one['Target']:g}%"
+    total = one.get("Total")
+    figure = f"{total:.4g}" if total is not None else "not known"
+    return f"{one['Name']} {figure}, target {one['Target']:g} for each task"
 
 
 def about_task(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:

@@ -15,7 +15,7 @@ from skep.dataplane.door.configuration import (
 from skep.model.door.claims import Claimant, settled
 from skep.model.door.payloads import NOTHING, DoorPayload
 from skep.model.door.routes import HttpRoute, has_routes, routes_of
-from skep.model.door.settings import STACK, DoorSettings, is_door, settings_of
+from skep.model.door.settings import DOOR_MEASURES, STACK, DoorSettings, is_door, settings_of
 from skep.model.networks.tables import NetworkTable, TableEndpoint, TableService
 from skep.model.staging.shares import shares_of
 from skep.model.values.ids import NodeId, ServiceId
@@ -25,6 +25,12 @@ def proxies_on(table: NetworkTable, node_id: NodeId) -> list[TableEndpoint]:
     """Return the door's own tasks on a node."""
     proxies = {id for id, one in table.services.items() if is_door(one.labels)}
     return [one for one in table.endpoints.values() if one.node_id == node_id and one.service_id in proxies]
+
+
+def counted_services(table: NetworkTable) -> frozenset[ServiceId]:
+    """Return the services whose requests are counted for autoscaling."""
+    counted = (id for id, one in table.services.items() if any(name in one.labels for name in DOOR_MEASURES))
+    return frozenset(counted)
 
 
 def claimant(service: TableService) -> Claimant:

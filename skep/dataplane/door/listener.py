@@ -27,16 +27,27 @@ from skep.dataplane.door.configuration import (
     files,
     version_of,
 )
-from skep.dataplane.door.derivation import proxies_on, state_of
-from skep.dataplane.door.statistics import Line, LineCounters, RequestWindow, counters_of, new_lines
+from skep.dataplane.door.derivation import counted_services, proxies_on, state_of
+from skep.dataplane.door.statistics import (
+    Line,
+    LineCounters,
+    RequestWindow,
+    ServiceCounters,
+    ServiceWindow,
+    counted_backends,
+    counters_of,
+    new_lines,
+    service_counters_of,
+)
 from skep.dataplane.door.traffic import RouteCounters, counted_routes, counters_in, questions
 from skep.errors import Unavailable
 from skep.model.door.payloads import DoorPayload
 from skep.model.door.settings import DIRECTORY, KEYS_DIRECTORY, DoorSettings
 from skep.model.door.traffic import RouteTraffic
+from skep.model.measures.readings import ServiceRequests
 from skep.model.networks.tables import NetworkTable
 from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import NetworkId, NodeId, TaskId
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 
 log = structlog.get_logger(__name__)
 
@@ -95,6 +106,8 @@ class FrontDoor:
         """The state that HAProxy has for certain."""
         self._window = RequestWindow()
         self.routes = RouteCounters()
+        self._counted: frozenset[ServiceId] = frozenset()
+        self._service_window = ServiceWindow()
 
     async def apply(
         self, node_id: NodeId, tables: Mapping[NetworkId, NetworkTable], changed: frozenset[NetworkId]
@@ -108,8 +121,9 @@ class FrontDoor:
         door = min((one for one in tables.values() if one.head.is_door), key=_network, default=None)
         proxies = proxies_on(door, node_id) if door is not None else []
         if door is None or not proxies:
-            self._applied = None
+            self._applied, self._counted = None, frozenset()
             return
+        self._counted = counted_services(door)
         if door.head.id not in changed and self._applied is not None:
             return
         directory = self._directory()
@@ -137,12 +151,17 @@ class FrontDoor:
         """Return the recent requests of new tasks in staged updates."""
         return self._window.present(self._clock.monotonic())
 
+    def service_requests(self) -> Mapping[ServiceId, ServiceRequests]:
+        """Return the recent requests of services that are autoscaled by them."""
+        return self._service_window.present(self._clock.monotonic())
+
     async def run(self) -> None:
         """Count these requests until cancelled."""
         while True:
             await tick(self._clock, SAMPLE_S)
             await self.count_requests()
             await self.count_routes()
+            await self.count_service_requests()
 
     async def count_requests(self) -> None:
         """Read HAProxy's counters once."""
@@ -169,6 +188,18 @@ class FrontDoor:
             # In a thread, because hundreds of routes take some milliseconds.
             found = await asyncio.to_thread(counters_in, "\n".join(texts), wanted)
             self.routes.add(self._clock.monotonic(), found)
+
+    async def count_service_requests(self) -> None:
+        """Read the counters of backends once.  Without a response, nothing is known."""
+        backends, directory = counted_backends(self._applied or DoorState(), self._counted), self._directory()
+        if not backends or directory is None:
+            return
+        found: dict[str, ServiceCounters] = {}
+        with suppress(Unavailable):
+            for batch in _batches([f"show stat {name} 2 -1" for name in backends]):
+                text = await self._ask(directory / _ADMIN, ";".join(batch) + "\n")
+                found.update(service_counters_of(text, backends))
+            self._service_window.add(self._clock.monotonic(), backends, found)
 
     async def _bring(self, directory: Path, before: DoorState | None, state: DoorState) -> None:
         """Bring the running HAProxy to ``state``, whose files are written.  Raises: Unavailable."""

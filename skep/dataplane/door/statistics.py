@@ -1,4 +1,5 @@
-"""Counts the responses of new tasks during staged updates, from HAProxy's statistics.  Pure.
+"""Counts responses of new tasks during staged updates, and requests of autoscaled services, from HAProxy's statistics.
+Pure.
 
 HAProxy counts for each server line since its start.  A line may get another task, and a reload starts at 0, so only
 differences between two readings of one task's line count.
@@ -6,19 +7,25 @@ differences between two readings of one task's line count.
 
 import csv
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
 import msgspec
 
 from skep.dataplane.door.configuration import DoorState
+from skep.model.measures.readings import ServiceRequests
 from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import TaskId
+from skep.model.values.ids import ServiceId, TaskId
 
 WINDOW_S: Final = 60.0
 """Seconds that are reported.  A shorter time has too few requests, and a longer one notices errors late."""
 TASKS_MAX: Final = 200
 """Most tasks in a report, which has to fit into a heartbeat.  The share of requests of the others shows the same."""
+
+RATE_WINDOW_S: Final = 15.0
+"""Seconds over which requests of autoscaled services are averaged: three readings.  A longer time shows a step late."""
+BACKENDS_MAX: Final = 500
+"""Most backends that are read, so that the report fits into a heartbeat.  Other services count as not measured."""
 
 Line = tuple[str, str]
 """Names of a backend and of one of its servers."""
@@ -68,6 +75,81 @@ def counters_of(text: str, lines: Mapping[Line, str]) -> Iterator[tuple[Line, Li
 
 def _number(text: str | None) -> int:
     return int(text) if text and text.isdigit() else 0
+
+
+# -- autoscaled services -----------------------------------------------------------------------------------------
+
+
+class ServiceCounters(msgspec.Struct, frozen=True):
+    """Requests of a backend: ``in_flight`` has the waiting ones, and ``total`` counts since HAProxy's start."""
+
+    in_flight: int
+    total: int
+
+
+def counted_backends(state: DoorState, services: Collection[str]) -> dict[str, str]:
+    """Return the backends of ``services``, with the service of each."""
+    found = {name: one.service for name, one in sorted(state.backends.items()) if one.service in services}
+    return dict(list(found.items())[:BACKENDS_MAX])
+
+
+def service_counters_of(text: str, backends: Collection[str]) -> Iterator[tuple[str, ServiceCounters]]:
+    """Yield the counters of ``backends`` from the output of one or several commands, each with a header.
+
+    Source: HAProxy, Management Guide, "CSV format": ``scur`` and ``req_tot``.
+    """
+    for part in text.split("# pxname")[1:]:
+        for row in csv.DictReader(f"pxname{part}".strip().splitlines()):
+            if row.get("svname") == "BACKEND" and (name := row.get("pxname") or "") in backends:
+                yield name, ServiceCounters(_number(row.get("scur")), _number(row.get("req_tot")))
+
+
+class ServiceWindow:
+    """The requests of autoscaled services in the last ``RATE_WINDOW_S`` seconds."""
+
+    def __init__(self) -> None:
+        self._last: Mapping[str, ServiceCounters] = {}
+        self._last_at = 0.0
+        self._samples: deque[tuple[float, float, Mapping[str, tuple[int, int]]]] = deque()
+        """Time, seconds since the reading before, and by service the requests in flight and the new ones."""
+
+    def add(self, now: float, services: Mapping[str, str], counters: Mapping[str, ServiceCounters]) -> None:
+        """Add a reading.  A service counts once each of its backends was read twice.
+
+        Args:
+            services: The service of each backend.
+        """
+        unknown = {one for name, one in services.items() if name not in counters or name not in self._last}
+        sample = dict.fromkeys((one for one in services.values() if one not in unknown), (0, 0))
+        for name, one in counters.items():
+            service = services.get(name, "")
+            if service in sample:
+                before = self._last[name].total
+                new = one.total - before if one.total >= before else one.total  # a reload starts at 0
+                in_flight, total = sample[service]
+                sample[service] = in_flight + one.in_flight, total + new
+        elapsed_s = now - self._last_at
+        self._last, self._last_at = counters, now
+        self._samples.append((now, elapsed_s, sample))
+
+    def present(self, now: float) -> Mapping[ServiceId, ServiceRequests]:
+        """Return the requests of each service that the last reading has."""
+        while self._samples and self._samples[0][0] <= now - RATE_WINDOW_S:
+            self._samples.popleft()
+        if not self._samples:
+            return {}
+        found = {}
+        for service in self._samples[-1][2]:
+            parts = [(elapsed_s, one[service]) for _, elapsed_s, one in self._samples if service in one]
+            seconds = sum(elapsed_s for elapsed_s, _ in parts)
+            found[ServiceId(service)] = ServiceRequests(
+                in_flight=sum(in_flight for _, (in_flight, _) in parts) / len(parts),
+                per_second=sum(new for _, (_, new) in parts) / seconds if seconds > 0 else 0.0,
+            )
+        return found
+
+
+# -- new tasks ---------------------------------------------------------------------------------------------------
 
 
 class RequestWindow:

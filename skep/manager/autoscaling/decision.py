@@ -6,6 +6,9 @@ not run yet or have just started count as exactly at the target.  A running task
 prevents the change, because it might be among the tasks to remove.  A difference of up to ``TOLERANCE`` changes
 nothing.
 
+Other measures are totals of the service (``totals``), also divided by the target of one task.  A total that is not
+known, or only in part, can let the number grow, but never shrink.  The measure that needs the most tasks decides.
+
 The number grows at once, at most by a factor of two in each step.  It shrinks only to the largest number that was
 recommended within the service's window, so that a short pause of the load removes no task.  After it has grown, it does
 not shrink for a whole window.
@@ -14,7 +17,7 @@ Source: kubernetes, pkg/controller/podautoscaler/{horizontal,replica_calculator}
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import ceil
 
 import msgspec
@@ -38,17 +41,30 @@ GROWTH_MAX = 2
 
 
 class Measure(msgspec.Struct, frozen=True, kw_only=True):
-    """One metric of a service, with the sum of the measured tasks' usage in percent."""
+    """One metric of a service.
+
+    Attributes:
+        sum: Sum of the measured tasks' usage in percent, or the total of the service.
+        known: Number of measured tasks.
+        problem: Reason why a total is not known, or only in part.
+    """
 
     name: str
-    target: int
+    target: float
     sum: float
-    known: int
+    known: int = 0
+    is_total: bool = False
+    problem: str = ""
 
     @property
     def average(self) -> float:
         """Average of the measured tasks, in percent."""
         return self.sum / self.known if self.known else 0.0
+
+    @property
+    def unknown(self) -> str:
+        """Return the problem with the measure's name, or an empty text."""
+        return f"{self.name} not known: {self.problem}" if self.problem else ""
 
 
 class Readings(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,9 +127,13 @@ def readings_of(
     tasks: Sequence[Task],
     usages: Mapping[TaskId, TaskUsage],
     has_settled: Callable[[TaskId], bool] = lambda _: True,
+    totals: Iterable[Measure] = (),
 ) -> Readings:
-    """Collect the measurements of the service's ``tasks``.  ``has_settled``: returns whether a task has run for a
-    while.
+    """Collect the measurements of the service's ``tasks``.
+
+    Args:
+        has_settled: Returns whether a task has run for a while.
+        totals: Measures of the whole service.
     """
     running = [
         task.id
@@ -130,7 +150,7 @@ def readings_of(
         total = 100 * sum(usage.memory_bytes for usage in known) / memory
         measures.append(Measure(name="memory", target=scaling.memory, sum=total, known=len(known)))
     return Readings(
-        measures=tuple(measures),
+        measures=(*measures, *totals),
         unknown=max(service.spec.replicas - len(known), 0),
         silent=len(running) - len(known),
     )
@@ -142,25 +162,36 @@ def recommendation(present: int, scaling: Autoscaling, readings: Readings) -> Re
     if not asked:
         return Recommendation(replicas=scaling.clamped(present), reason="no measurements")
     number, measure = max(asked, key=lambda one: one[0])
-    tasks = measure.known + readings.unknown
-    reason = (
-        f"{measure.name} {measure.average:.0f}%, target {measure.target}%, over {measure.known} of {tasks} tasks"
-        if measure.known
-        else f"none of its {tasks} tasks is measured"
-    )
+    unknown = [one.unknown for one in readings.measures if one.problem and one is not measure]
+    reason = "; ".join((_reason(measure, readings), *unknown))
     return Recommendation(replicas=scaling.clamped(number), reason=reason)
+
+
+def _reason(measure: Measure, readings: Readings) -> str:
+    if measure.is_total:
+        figure = f"{measure.name} {measure.sum:.4g}, target {measure.target:g} for each task"
+        return (
+            (f"{figure}; {measure.unknown}" if measure.sum else measure.unknown)
+            if measure.problem
+            else figure
+        )
+    tasks = measure.known + readings.unknown
+    if not measure.known:
+        return f"none of its {tasks} tasks is measured"
+    return f"{measure.name} {measure.average:.0f}%, target {measure.target:g}%, over {measure.known} of {tasks} tasks"
 
 
 def wanted(present: int, measure: Measure, readings: Readings) -> int:
     """Return the number of tasks by one metric, or the current one if the metric is not conclusive."""
-    if not measure.known or present <= 0:
+    if present <= 0 or not (measure.known or measure.is_total):
         return present
     at_least = measure.sum / measure.target
     """Number of tasks that would exactly meet the target with the usage of the measured tasks."""
     if at_least > present * (1 + TOLERANCE):
         return ceil(at_least)
-    at_most = at_least + readings.unknown
-    if not readings.silent and at_most < present * (1 - TOLERANCE):
+    at_most = at_least if measure.is_total else at_least + readings.unknown
+    may_shrink = not (measure.problem if measure.is_total else readings.silent)
+    if may_shrink and at_most < present * (1 - TOLERANCE):
         return max(ceil(at_most), 1)
     return present
 

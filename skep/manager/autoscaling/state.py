@@ -5,7 +5,7 @@ without them, so it changes nothing before it has observed the tasks for a while
 window.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import msgspec
 from msgspec.structs import replace
@@ -13,20 +13,31 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.manager.autoscaling.decision import (
     SETTLE_S,
+    Readings,
     Recommendations,
     ScalingDecision,
     blocked,
     decide,
     readings_of,
 )
+from skep.manager.autoscaling.totals import proxies_in, totals_of
 from skep.manager.control_loops.failures import isolated
+from skep.manager.nodes.trust import trusted_of
+from skep.manager.queries.board import AskedQuery, QueryKey
 from skep.manager.services.freezes import held_by, is_held_at_commit, stack_of_service
-from skep.model.options.autoscaling import Autoscaling, TaskUsage, autoscaling_of, with_replicas
+from skep.model.door.settings import is_door
+from skep.model.measures.readings import ScalingMeasurements
+from skep.model.options.autoscaling import Autoscaling, autoscaling_of, with_replicas
 from skep.model.service import Autoscaled, Service, ServiceSpec
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import ServiceId, TaskId
-from skep.model.values.times import timestamp
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.store.interface import Commit, Created, Deleted, Transaction, Updated, View
+
+PROBLEM_AFTER_S = 60.0
+"""Seconds after which an unknown measure is recorded.  A new leader has the first answers within some seconds, and a
+proxy that restarts reports again within twenty.
+"""
 
 WithinQuota = Callable[[View, Service, int], tuple[int, str]]
 """Returns the most tasks, up to a number, that the quota of a service's stack allows, and why it allows no others."""
@@ -50,6 +61,13 @@ class AutoscalingCounts:
         """Autoscaled services that this manager decides about.  0 on managers other than the leader."""
         self.unknown = 0
         """Tasks of these services that were not measured at the last decision."""
+
+
+class MeasureProblem(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of the problem with a service's measures to write.  Empty once all of them are known again."""
+
+    service_id: ServiceId
+    problem: str
 
 
 class Scaling(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,12 +97,18 @@ class AutoscalerState:
         """History of each autoscaled service, or None before its first decision."""
         self._running_since: dict[TaskId, float] = {}
         """Times at which this leader first saw tasks of these services running, on its monotonic clock."""
+        self._doors: set[ServiceId] = set()
+        """Services of the front door."""
+        self._problems: dict[ServiceId, tuple[str, float]] = {}
+        """MeasureProblem with each service's measures at the last decision, and since when there is one."""
 
     def start(self, view: View) -> None:
         """Start over from a snapshot."""
         # A watch that lagged restarts, as a term does: it is unknown whether earlier observations still hold.
         self.services.clear()
         self._running_since.clear()
+        self._doors.clear()
+        self._problems.clear()
         for service in view.find(Service):
             self._note_service(service)
 
@@ -95,20 +119,42 @@ class AutoscalerState:
                 case Created(Service() as service) | Updated(_, Service() as service):
                     self._note_service(service)
                 case Deleted(Service() as service):
-                    self.services.pop(service.id, None)
+                    self._forget(service.id)
+                    self._doors.discard(service.id)
                 case Created(Task() as task) | Updated(_, Task() as task):
                     self._note_task(task)
                 case Deleted(Task() as task):
                     self._running_since.pop(task.id, None)
 
     def _note_service(self, service: Service) -> None:
+        if service.removed_at is None and is_door(service.spec.labels):
+            self._doors.add(service.id)
+        else:
+            self._doors.discard(service.id)
         if service.removed_at is not None or autoscaling_of(service.spec.labels) is None:
-            self.services.pop(service.id, None)
+            self._forget(service.id)
         elif service.id not in self.services:
             self.services[service.id] = None
             with isolated("autoscaling", service.id):
                 for task in self._view().find(Task, service_id=service.id):
                     self._note_task(task)
+
+    def _forget(self, id: ServiceId) -> None:
+        self.services.pop(id, None)
+        self._problems.pop(id, None)
+
+    def wanted_queries(self) -> dict[QueryKey, AskedQuery]:
+        """Return the queries of all autoscaled services that may scale."""
+        view, found = self._view(), dict[QueryKey, AskedQuery]()
+        for id in sorted(self.services):
+            service = view.lookup(Service, id)
+            scaling = autoscaling_of(service.spec.labels) if service is not None else None
+            if service is None or scaling is None or not scaling.queries or blocked(service):
+                continue
+            trusted = trusted_of(view, service).urls
+            for name, one in scaling.queries.items():
+                found[id, name] = AskedQuery(one.query, one.query.url in trusted)
+        return found
 
     def _note_task(self, task: Task) -> None:
         if task.service_id not in self.services or task.status.state is not TaskState.RUNNING:
@@ -116,14 +162,14 @@ class AutoscalerState:
         else:
             self._running_since.setdefault(task.id, self._clock.monotonic())
 
-    def decide(self, id: ServiceId, usages: Mapping[TaskId, TaskUsage], now: float) -> Scaling | None:
+    def decide(self, id: ServiceId, found: ScalingMeasurements, now: float) -> Scaling | None:
         """Return the due change of a service, or None."""
         view = self._view()
         service = view.lookup(Service, id)
         scaling = autoscaling_of(service.spec.labels) if service is not None else None
         if service is None or scaling is None or id not in self.services:
             return None
-        decision = self._decide(view, service, scaling, usages, now)
+        decision = self._decide(view, service, scaling.at(self._clock.now_ns() // SECOND_NS), found, now)
         if decision.replicas is None:
             return None
         return Scaling(
@@ -140,7 +186,7 @@ class AutoscalerState:
         view: View,
         service: Service,
         scaling: Autoscaling,
-        usages: Mapping[TaskId, TaskUsage],
+        found: ScalingMeasurements,
         now: float,
     ) -> ScalingDecision:
         present, history = service.spec.replicas, self.services[service.id]
@@ -151,7 +197,10 @@ class AutoscalerState:
             return now - self._running_since.get(id, now) >= SETTLE_S
 
         tasks = view.find(Task, service_id=service.id)
-        readings = readings_of(service, scaling, tasks, usages, has_settled)
+        proxies = proxies_in(view, self._doors) if scaling.counts_requests else ()
+        totals = totals_of(service.id, scaling, found, proxies)
+        readings = readings_of(service, scaling, tasks, found.usages, has_settled, totals)
+        self._note_problem(service, readings, now)
         self._counts.unknown += readings.unknown
         decision = decide(service, scaling, readings, history, now)
         if decision.replicas is not None and decision.replicas < present:
@@ -164,12 +213,38 @@ class AutoscalerState:
             decision, replicas=within if within != present else None, reason=why or decision.reason
         )
 
+    def _note_problem(self, service: Service, readings: Readings, now: float) -> None:
+        problem = "; ".join(one.unknown for one in readings.measures if one.problem)
+        if not problem or blocked(service):
+            self._problems.pop(service.id, None)
+        else:
+            _, since = self._problems.get(service.id, ("", now))
+            self._problems[service.id] = problem, since
+
+    def due_problem(self, id: ServiceId, now: float) -> MeasureProblem | None:
+        """Return the change of the stored problem that the last decision about a service leads to, or None."""
+        service = self._view().lookup(Service, id)
+        if service is None or id not in self.services or blocked(service):
+            return None
+        problem, since = self._problems.get(id, ("", now))
+        # The words may change with each attempt, so only the first ones are written.
+        if bool(problem) is bool(service.autoscaling_problem) or (problem and now - since < PROBLEM_AFTER_S):
+            return None
+        return MeasureProblem(service_id=id, problem=problem)
+
     def note_change(self, one: Scaling) -> None:
         """Record that a change was written."""
         history = self.services.get(one.service_id)
         if history is not None:
             history.expected = one.replicas
         self._counts.changes["up" if one.replicas > one.present else "down"] += 1
+
+
+def write_problem(tx: Transaction, one: MeasureProblem) -> None:
+    """Write the problem with a service's measures, or that there is none."""
+    service = tx.lookup(Service, one.service_id)
+    if service is not None and service.removed_at is None and service.autoscaling_problem != one.problem:
+        tx.put(replace(service, autoscaling_problem=one.problem))
 
 
 def write_replicas(tx: Transaction, one: Scaling, check_quota: CheckQuota) -> bool:

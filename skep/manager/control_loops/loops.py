@@ -7,7 +7,7 @@ from skep.aio.clock import Clock
 from skep.manager.acme.calls import RunStep, skip_steps
 from skep.manager.acme.loop import Certificates
 from skep.manager.allocator.loop import Allocator
-from skep.manager.autoscaling.loop import Autoscaler, Collect
+from skep.manager.autoscaling.loop import Autoscaler, Collect, Publish, Queries, skip_publishing
 from skep.manager.autoscaling.state import AutoscalingCounts, Quota
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.catalog.loop import RegistrationLeases
@@ -20,6 +20,7 @@ from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.orchestrator.reaper.node_loop import LostNodes
 from skep.manager.orchestrator.replacement.staging import CollectRequests, no_requests
 from skep.manager.probes.loop import OverlayAvoidance
+from skep.manager.queries.board import Ask, ask_nothing
 from skep.manager.rebalance.loop import Rebalancer
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.schedules.loop import ChangeFreezes, Schedules
@@ -48,6 +49,8 @@ def loops(
     find_driver: FindDriver = no_drivers,
     confirm: Confirm = skip_confirmation,
     collect_usages: Collect = no_usages,
+    ask: Ask = ask_nothing,
+    publish_answers: Publish = skip_publishing,
     collect_requests: CollectRequests = no_requests,
     counts: AutoscalingCounts | None = None,
     send: Send = skip_sending,
@@ -59,7 +62,9 @@ def loops(
         incarnation: Incarnation of the cluster.
         find_driver: Finds drivers of cluster volumes on this machine.
         confirm: Confirms the term before an action that no fence covers.
-        collect_usages: Collects the resource usage of tasks of autoscaled services.
+        collect_usages: Collects measurements of autoscaled services.
+        ask: Asks queries, for autoscaling and staged updates.
+        publish_answers: Shows the answers of autoscaling to other managers.
         collect_requests: Collects the HTTP requests of new tasks in staged updates.
         counts: Counters of changes by autoscaling.
         send: Sends notifications to their targets.
@@ -67,7 +72,7 @@ def loops(
     """
     kinds = (Allocator, Scheduler, Reaper, LostNodes, GossipKeyRotation, CertificateAuthority)
     return [
-        Orchestrator(term, clock, new_id, random, collect_requests),
+        Orchestrator(term, clock, new_id, random, collect_requests, ask),
         *(kind(term, clock, new_id, random) for kind in kinds),
         OverlayAvoidance(term, clock, random),
         ChangeFreezes(term, clock, random),
@@ -78,6 +83,7 @@ def loops(
             term,
             clock,
             collect_usages,
+            Queries(random, ask, publish_answers),
             Quota(replicas_within_quota, check_quota),
             counts or AutoscalingCounts(),
         ),

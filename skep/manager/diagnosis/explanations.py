@@ -6,7 +6,6 @@ Everything is derived from the stored objects.  The sentences come from ``reason
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from skep.manager.autoscaling.decision import blocked, readings_of, recommendation, shown_reason
 from skep.manager.diagnosis.departures import count_text, is_serving, split_off_replacements
 from skep.manager.diagnosis.reasons import (
     LOOP_FROM,
@@ -22,6 +21,7 @@ from skep.manager.diagnosis.reasons import (
     problems_of,
     slot_of,
 )
+from skep.manager.diagnosis.scaling_explanations import AutoscalingExplanation
 from skep.manager.orchestrator.jobs import is_done
 from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
 from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
@@ -32,13 +32,11 @@ from skep.manager.services.job_runs import of_present_run, restarts_in
 from skep.model.needs import needs_of
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import placement_text
-from skep.model.options.autoscaling import TaskUsage, autoscaling_of
 from skep.model.options.dependencies import WAITS_FOR, is_wait
 from skep.model.options.labels import is_stopped
 from skep.model.service import (
     PAUSED,
     UNDER_WAY,
-    Autoscaled,
     HealthState,
     Service,
     ServiceHealth,
@@ -103,29 +101,6 @@ class UpdateExplanation(ApiObject):
     """Time at which the update fails without progress.  None while the update waits for a period to pass."""
     step: str = always("")
     waiting_for: str = always("")
-
-
-class MetricExplanation(ApiObject):
-    """One metric that autoscaling uses, ``cpu`` or ``memory``, in percent, as the average of the measured tasks."""
-
-    name: str = ""
-    target: int = 0
-    average: float | None = None
-    """None if no task is measured."""
-
-
-class AutoscalingExplanation(ApiObject):
-    """State of a service's autoscaling."""
-
-    min: int = 0
-    max: int = 0
-    metrics: tuple[MetricExplanation, ...] = ()
-    unmeasured: int = always(0)
-    """Tasks without a measurement."""
-    summary: str = always("")
-    """The reason for the current number of tasks."""
-    last_change: Autoscaled | None = None
-    """The last change by autoscaling."""
 
 
 class ServiceExplanation(ApiObject):
@@ -558,40 +533,4 @@ def explain_update(
         step=step,
         waiting_for=f"task {name_of(first, service, nodes)}: {words}",
         deadline=None if is_held or is_wait(first.status.err) else timestamp(due_ns),
-    )
-
-
-def explain_autoscaling(
-    service: Service,
-    tasks: Sequence[Task],
-    usages: Mapping[TaskId, TaskUsage],
-    within_quota: Callable[[int], tuple[int, str]],
-) -> AutoscalingExplanation | None:
-    """Return the inputs of autoscaling, or None if the service is not autoscaled.
-
-    The stabilization window is missing: only the leader has it.
-
-    Args:
-        within_quota: Returns how many of N tasks the quota of the service's stack allows, and why not more.
-    """
-    scaling = autoscaling_of(service.spec.labels)
-    if scaling is None:
-        return None
-    readings = readings_of(service, scaling, tasks, usages)
-    asked = recommendation(service.spec.replicas, scaling, readings)
-    reason = blocked(service) or shown_reason(service.spec.replicas, scaling, readings)
-    if not blocked(service) and asked.replicas > service.spec.replicas:
-        reason = within_quota(asked.replicas)[1] or reason
-    return AutoscalingExplanation(
-        min=scaling.least,
-        max=scaling.most,
-        metrics=tuple(
-            MetricExplanation(
-                name=one.name, target=one.target, average=round(one.average, 1) if one.known else None
-            )
-            for one in readings.measures
-        ),
-        unmeasured=readings.unknown,
-        summary=reason,
-        last_change=service.autoscaled,
     )

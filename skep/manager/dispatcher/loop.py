@@ -5,7 +5,7 @@ serves nodes, and a part with ``run`` waits for the clock.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from random import Random
 
 from skep.aio.clock import Clock
@@ -29,10 +29,7 @@ from skep.manager.dispatcher.state import KINDS, DispatcherState, SentObjects
 from skep.manager.dispatcher.usages import MeasuredTasks
 from skep.manager.peer_reports import PeerReport, PeerReports
 from skep.manager.services.volume_index import VolumeIndex
-from skep.model.door.traffic import RouteTraffic
-from skep.model.options.autoscaling import TaskUsage
-from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import IdSource, NodeId, TaskId
+from skep.model.values.ids import IdSource, NodeId
 from skep.store.interface import Store
 from skep.wire.service import Handler
 
@@ -75,12 +72,12 @@ class Dispatcher:
             movable=silence.movable_nodes,
         )
         self.node_reports = NodeReports(store, self.sessions, clock)
-        self._usages = MeasuredTasks(store, self.sessions, clock)
+        self.measured = MeasuredTasks(store, self.sessions, clock)
         self._handlers = (
             *SessionStreams(store, self.registrar, self.state, balancing).services(),
             *Heartbeats(self.deadlines).services(),
             *AssignmentStreams(store, self.sessions, sent).services(),
-            *self._usages.services(),
+            *self.measured.services(),
             *self.node_reports.services(),
         )
         self._tasks = {
@@ -91,7 +88,7 @@ class Dispatcher:
             "stops": self.stops.run,
             "changed labels": labels.run,
             "repeated reports": self.node_reports.run,
-            "usage of tasks": self._usages.run,
+            "usage of tasks": self.measured.run,
         }
 
     def services(self) -> Sequence[Handler]:
@@ -105,18 +102,6 @@ class Dispatcher:
     def session_count(self) -> int:
         """Return how many nodes have their session here."""
         return sum(self.sessions.count())
-
-    def usages(self) -> Mapping[TaskId, TaskUsage]:
-        """Return the reported usage of autoscaled services' tasks on nodes with a session here."""
-        return self._usages.present()
-
-    def requests(self) -> Mapping[TaskId, TaskRequests]:
-        """Return the requests of new tasks over the front doors of nodes with a session here."""
-        return self._usages.requests()
-
-    def routes(self) -> Sequence[RouteTraffic]:
-        """Return the requests by route over the front doors of nodes with a session here."""
-        return self._usages.routes()
 
     def is_current(self) -> bool:
         """Whether this manager has contact with a quorum.  See ``QuorumContact``."""

@@ -1,4 +1,4 @@
-"""Usage of autoscaled services' tasks, as nodes with a session here report it.  In memory only.
+"""Load of autoscaled services, as nodes with a session here report it.  In memory only.
 
 The response to a heartbeat names the tasks to measure, and the next heartbeat has their usage: nothing is measured or
 sent for other services.  The last report of a session counts until the session ends, which is soon after a node has
@@ -6,13 +6,14 @@ become silent.
 """
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from skep.aio.clock import Clock, tick
 from skep.aio.time_slices import TimeSlices
 from skep.manager.control_loops.informer import run_informer
 from skep.manager.dispatcher.node_sessions.sessions import Sessions
 from skep.model.door.traffic import REPORTED_MAX, RouteTraffic, added
+from skep.model.measures.readings import QueryAnswer, ServiceRequests
 from skep.model.options.autoscaling import TaskUsage, autoscaling_of
 from skep.model.service import Service
 from skep.model.staging.updates import TaskRequests
@@ -23,7 +24,13 @@ from skep.store.transactions.updates import batched
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from skep.wire.convert.usages import requests_to_pb, routes_to_pb, usages_to_pb
+from skep.wire.convert.usages import (
+    answers_to_pb,
+    requests_to_pb,
+    routes_to_pb,
+    service_requests_to_pb,
+    usages_to_pb,
+)
 from skep.wire.service import Handler, server_stream
 
 CHECK_S = 2.0
@@ -42,6 +49,12 @@ class MeasuredTasks:
         self._sessions = sessions
         self._clock = clock
         self._services: set[ServiceId] = set()
+        self.answers: Mapping[ServiceId, Mapping[str, QueryAnswer]] = {}
+        """Answers to queries.  The autoscaling of this manager sets them while it leads."""
+
+    def publish(self, answers: Mapping[ServiceId, Mapping[str, QueryAnswer]]) -> None:
+        """Show the answers to other managers, which explain services to their users."""
+        self.answers = answers
 
     def services(self) -> Sequence[Handler]:
         """Return the handlers for ``wire.server.serve``."""
@@ -62,6 +75,14 @@ class MeasuredTasks:
     def routes(self) -> list[RouteTraffic]:
         """Return the requests by route, as nodes with a session here report them."""
         return list(added(one for session in self._sessions.all() for one in session.routes))
+
+    def service_requests(self) -> dict[ServiceId, dict[NodeId, ServiceRequests]]:
+        """Return the requests of services, as nodes with a session here report them."""
+        found: defaultdict[ServiceId, dict[NodeId, ServiceRequests]] = defaultdict(dict)
+        for session in self._sessions.all():
+            for id, one in session.service_requests.items():
+                found[id][session.node_id] = one
+        return dict(found)
 
     async def run(self) -> None:
         """Keep the lists until cancelled."""
@@ -115,6 +136,12 @@ class MeasuredTasks:
             yield skep.TaskUsages(requests=requests_to_pb({id: requests[id] for id in ids}))
         for routes in batched(self.routes(), REPORTED_MAX):
             yield skep.TaskUsages(routes=routes_to_pb(routes))
+        for session in self._sessions.all():
+            if session.service_requests:
+                counted = service_requests_to_pb(session.service_requests, session.node_id)
+                yield skep.TaskUsages(service_requests=counted)
+        for answers in batched(answers_to_pb(self.answers), _PIECE):
+            yield skep.TaskUsages(answers=answers)
 
 
 def _is_measured(service: Service) -> bool:

@@ -229,6 +229,13 @@ def _changed_service(old: Service, new: Service, view: View) -> Iterator[Journal
             yield _service(new, "autoscale", f"service {name} autoscaled: {changes} ({scaled.reason})")
         else:
             yield _service(new, "update", f"service {name} updated: {changes}")
+    if old.autoscaling_problem != new.autoscaling_problem:
+        problem = new.autoscaling_problem
+        words = f"autoscaling of service {name} lacks measures: {masked_text(problem)}"
+        if problem:
+            yield _service(new, "autoscale", words, Severity.WARNING)
+        else:
+            yield _service(new, "autoscale", f"autoscaling of service {name} has all its measures again")
     yield from _changed_job(old, new, view)
     before = old.update_status.state if old.update_status is not None else None
     status = new.update_status

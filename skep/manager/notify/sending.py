@@ -72,7 +72,7 @@ class MessageSender:
             UnicodeError,
             ValueError,
         ) as error:
-            reason = on_one_line(_words_of(error)) or type(error).__name__
+            reason = on_one_line(words_of(error)) or type(error).__name__
             return cut(_without_credentials(reason, target), _REASON_CHARACTERS_MAX)
         return ""
 
@@ -86,13 +86,10 @@ class MessageSender:
             address, target.secret, message, self._clock.now_ns() // SECOND_NS
         )
 
-        def allowed(info: tuple[Any, ...]) -> socket.socket:
-            guard.check(str(info[4][0]))
-            return socket.socket(info[0], info[1], info[2])
-
-        connector = aiohttp.TCPConnector(socket_factory=allowed, force_close=True)
         async with (
-            aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as session,
+            aiohttp.ClientSession(
+                connector=guarded_connector(guard), cookie_jar=aiohttp.DummyCookieJar()
+            ) as session,
             session.request(
                 method, URL(url, encoded=True), data=body, headers=headers, allow_redirects=False
             ) as response,
@@ -104,6 +101,16 @@ class MessageSender:
                 text = (await response.content.read(_RESPONSE_BYTES_MAX)).decode(errors="replace")
                 said = _without_credentials(on_one_line(f"{response.reason}: {text}"), target)
                 raise SendFailed(f"it responded {response.status} {said}".rstrip(": "))
+
+
+def guarded_connector(guard: Guard) -> aiohttp.TCPConnector:
+    """Return a connector for one request, which connects only to addresses that ``guard`` allows."""
+
+    def allowed(info: tuple[Any, ...]) -> socket.socket:
+        guard.check(str(info[4][0]))
+        return socket.socket(info[0], info[1], info[2])
+
+    return aiohttp.TCPConnector(socket_factory=allowed, force_close=True)
 
 
 def check_destination(view: View, target: Target) -> None:
@@ -124,7 +131,7 @@ def _guard(view: Callable[[], View], target: Target) -> Guard:
     return Guard(lambda: node_addresses(view()), is_restricted=not target.allows_internal, rule=_RULE)
 
 
-def _words_of(error: Exception) -> str:
+def words_of(error: Exception) -> str:
     """Return the error of an attempt.  asyncio's error of a refused connection has the address in place of the cause,
     and aiohttp adds its TLS settings.
     """

@@ -24,7 +24,7 @@ from skep.model.service import (
     UpdateOrder,
     UpdateState,
 )
-from skep.model.staging.updates import TaskRequests, stages_of
+from skep.model.staging.updates import QueryVerdict, TaskRequests, stages_of
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, TaskId, VolumeId
 from skep.model.values.times import unix_ns
@@ -70,6 +70,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds without a heartbeat after which a node is down."""
     requests: TaskRequests = TaskRequests()
     """Recent HTTP requests to the new tasks of a staged update with bounds for them."""
+    query: QueryVerdict = QueryVerdict()
+    """Verdict about the query that the steps of a staged update wait for."""
     sound_nodes: dict[NodeId, bool] = msgspec.field(default_factory=dict)
     """Cache of ``is_sound``.  The owner removes nodes that change."""
 

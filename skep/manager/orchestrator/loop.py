@@ -16,6 +16,7 @@ from skep.manager.control_loops.loop_driver import LoopDriver
 from skep.manager.orchestrator.changes import Change, apply
 from skep.manager.orchestrator.replacement.staging import COLLECT_S, CollectRequests, no_requests
 from skep.manager.orchestrator.state import OrchestratorState
+from skep.manager.queries.board import Ask, ask_nothing
 from skep.model.node import Node
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.swarm import Swarm
@@ -44,12 +45,13 @@ class Orchestrator:
         new_id: IdSource,
         random: Random,
         collect: CollectRequests = no_requests,
+        ask: Ask = ask_nothing,
     ) -> None:
         self._term = term
         self._collect = collect
         self._clock = clock
         self._new_id = new_id
-        self.state = OrchestratorState(term, clock, random)
+        self.state = OrchestratorState(term, clock, random, ask)
         self._driver = LoopDriver(term, clock, self.state, KINDS, BATCH)
 
     async def run(self) -> None:
@@ -59,11 +61,9 @@ class Orchestrator:
             self.state.disruption.run,
             self._queue_left_over,
             self._collect_requests,
-            has_rest=self._has_rest,
+            self.state.queries.run,
+            has_rest=lambda: bool(self.state.unwritten),
         )
-
-    def _has_rest(self) -> bool:
-        return bool(self.state.unwritten)
 
     async def _collect_requests(self) -> None:
         while True:

@@ -29,9 +29,11 @@ from skep.manager.orchestrator.replacement.disconnection import policy_on, repla
 from skep.manager.orchestrator.replacement.disruption_mode import DisruptionMode
 from skep.manager.orchestrator.replacement.enforcement import is_drained, overcommitted, violates_constraints
 from skep.manager.orchestrator.replacement.staging import RequestCounts
+from skep.manager.orchestrator.replacement.step_queries import StepQueries
 from skep.manager.orchestrator.replicated import retire_all
 from skep.manager.orchestrator.slots import is_lost, is_unknown, is_unusable
 from skep.manager.orchestrator.unwritten_changes import Refusals, UnwrittenChanges
+from skep.manager.queries.board import Ask, ask_nothing
 from skep.manager.services.freezes import held_by, stack_of_service
 from skep.model.node import Node
 from skep.model.options.dependencies import DEPENDS_ON, dependencies_of
@@ -63,7 +65,7 @@ THROTTLE_S_MIN, THROTTLE_S_MAX = 0.01, 0.25
 class OrchestratorState:
     """Services that are due, and what decisions remember of earlier commits."""
 
-    def __init__(self, term: LoopStore, clock: Clock, random: Random) -> None:
+    def __init__(self, term: LoopStore, clock: Clock, random: Random, ask: Ask = ask_nothing) -> None:
         self._view = term.view
         self._clock = clock
         self.queue: WorkQueue[ServiceId] = WorkQueue(clock, self._priority_of)
@@ -77,6 +79,7 @@ class OrchestratorState:
         self._overcommitted: dict[NodeId, frozenset[TaskId]] = {}
         self._sound_nodes: dict[NodeId, bool] = {}
         self.measured = RequestCounts()
+        self.queries = StepQueries(term.view, clock, random, ask, self._note_verdict)
         self._throttled_until: dict[ServiceId, float] = {}
         """Time at which the throttling of each large service ends."""
 
@@ -91,6 +94,7 @@ class OrchestratorState:
         services = snapshot.find(Service)
         self.global_services = {service.id for service in services if _is_global(service)}
         self.measured.start(services)
+        self.queries.start(services)
         self.queue.add(service.id for service in services)
         yield
 
@@ -109,6 +113,7 @@ class OrchestratorState:
         """Queue the services whose decision may change, and note their due slots."""
         self.seen.record(commit, self._clock.monotonic())
         self.measured.note(commit)
+        self.queries.note(commit)
         self.disruption.note(commit)  # first: a disruption must be known before the decisions it would cause
         for service_id, slot in self._affected(commit):
             if slot is None:
@@ -230,6 +235,11 @@ class OrchestratorState:
             self._due.add_all(id)
             self.queue.add((id,))
 
+    def _note_verdict(self, id: ServiceId) -> None:
+        """Decide about a service whose update has a query."""
+        self._due.add_all(id)
+        self.queue.add((id,))
+
     def _requeue_all(self) -> None:
         """Make all slots due, at the end of a freeze, which began with more than half of the nodes down."""
         self._due.clear()
@@ -344,6 +354,7 @@ class OrchestratorState:
             silence_s=configured_grace_s(view),
             sound_nodes=self._sound_nodes,
             requests=self.measured.requests_of(run, tasks),
+            query=self.queries.verdict(run.id),
         )
 
     def _nodes(self, ids: Sequence[str] | None) -> tuple[Node, ...]:

@@ -238,7 +238,7 @@ class _Rollout:
         """Write the present step of a staged update, with its share and versions, also while it is paused."""
         if self._staging is not None:
             new = (task for view in self._views for task in view.current)
-            step = self._staging.present(new, len(self._views))
+            step = self._staging.present(new, len(self._views), self._situation.query)
             yield from [step] if step is not None else []
 
     def to_start(self, waiting: list[SlotView]) -> tuple[list[SlotView], list[SlotView]]:
@@ -345,7 +345,10 @@ class _Rollout:
         if self._staging is not None and (reason := self._staging.exceeded(self._situation)):
             return reason
         if not self._failed:
-            return ""
+            since = self._step_since()
+            if self._staging is None or since is None:
+                return ""
+            return self._staging.query_failure(self._situation, since)
         begun = [view for view in self._views if view.started is not None]
         total = len([view for view in self._views if view.lead is not None or view.outdated])
         if self._keeps_old:
@@ -360,27 +363,45 @@ class _Rollout:
         """
         if self.state not in UNDER_WAY or (self._keeps_old and not self._service.spec.replicas):
             return
-        leads = [view.started if self._keeps_old else view.lead for view in self._views]
-        found = [self._settled[lead.id] for lead in leads if lead is not None]
-        settled = [at for at in found if at is not None]
-        if len(settled) < len(found) or (self._keeps_old and not all(map(_is_ready_for_step, self._views))):
+        settled = self._settled_leads()
+        if settled is None:
             yield from self._recheck_progress()
             return
         over_at = max(settled, default=self._now) + self._monitor_s
-        if self._keeps_old and self._staging is not None:
-            id = self._service.id
-            since = max([self._seen.stepped(id), self._seen.resumed(id), *settled])
+        since = self._step_since()
+        if since is not None and self._staging is not None:
             over_at = since + max(self._monitor_s, self._staging.least_s)
         if renewed := [*self._recheck_progress()]:
             yield from renewed
         elif (settled or self._keeps_old) and over_at > self._now:
             yield from [Recheck(over_at)] if over_at < inf else []
-        elif self._keeps_old and self._staging is not None:
-            yield self._staging.following()
+        elif since is not None and self._staging is not None:
+            if self._staging.waits_for_query(self._situation, since):
+                fails_at = self._staging.query_fails_at(self._situation, since)
+                yield from [Recheck(fails_at)] if fails_at < inf else []
+            else:
+                yield self._staging.following()
         elif self._is_rollback:
             yield SetUpdateStatus(self._service, UpdateState.ROLLBACK_COMPLETED, self._rolled_back())
         else:
             yield SetUpdateStatus(self._service, UpdateState.COMPLETED, "update completed")
+
+    def _settled_leads(self) -> list[float] | None:
+        """Return when each lead has settled, or None while some have not."""
+        leads = [view.started if self._keeps_old else view.lead for view in self._views]
+        found = [self._settled[lead.id] for lead in leads if lead is not None]
+        settled = [at for at in found if at is not None]
+        if len(settled) < len(found) or (self._keeps_old and not all(map(_is_ready_for_step, self._views))):
+            return None
+        return settled
+
+    def _step_since(self) -> float | None:
+        """Return since when all tasks of the present step run, or None if they do not, or there are no steps."""
+        settled = self._settled_leads()
+        if not self._keeps_old or settled is None:
+            return None
+        id = self._service.id
+        return max([self._seen.stepped(id), self._seen.resumed(id), *settled])
 
     def _rolled_back(self) -> str:
         """Return Docker's message, with the cause of the rollback, which Docker omits."""

@@ -1,7 +1,7 @@
 """Dependencies of the request handlers: the store, the clock, and the manager's parts."""
 
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -25,11 +25,11 @@ from skep.manager.telemetry.node_events import AllEvents
 from skep.manager.telemetry.task_usages import no_routes, no_usages
 from skep.model.door.traffic import RouteTraffic
 from skep.model.logs import LogLine, LogQuery
+from skep.model.measures.readings import ScalingMeasurements
 from skep.model.networks.paths import DiagnosticsResult
-from skep.model.options.autoscaling import TaskUsage
 from skep.model.swarm import CAConfig, Swarm
 from skep.model.task import Task
-from skep.model.values.ids import IdSource, NodeId, TaskId
+from skep.model.values.ids import IdSource, NodeId
 from skep.model.values.name_generator import NameSource
 from skep.model.values.times import Timestamp, timestamp
 from skep.security.rotation import PreparedRoots, Roots
@@ -147,8 +147,8 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     diagnostics: PathDiagnostics
     external: ExternalRoots
     tunnels: Tunnelling
-    collect_usages: Callable[[], Awaitable[Mapping[TaskId, TaskUsage]]] = no_usages
-    """Collects usages of autoscaled services' tasks from all managers."""
+    collect_usages: Callable[[], Awaitable[ScalingMeasurements]] = no_usages
+    """Collects measurements of autoscaled services from all managers."""
     collect_routes: Callable[[], Awaitable[Sequence[RouteTraffic]]] = no_routes
     """Collects the recent requests by route over all front doors, from all managers."""
     quorum: Callable[[], Quorum] = Quorum

@@ -79,6 +79,7 @@ def shown_service(
         update_status=_shown_update(service.update_status),
         past_disconnects=(),
         autoscaled=None,
+        autoscaling_problem="",
         trusted=None,
         author=None,
         service_status=status,

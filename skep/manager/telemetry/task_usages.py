@@ -5,26 +5,46 @@ it decides or explains, so a change of leader loses nothing.
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import structlog
 
 from skep.errors import SkepError
 from skep.model.door.traffic import RouteTraffic, added
+from skep.model.measures.readings import QueryAnswer, ScalingMeasurements, ServiceRequests
 from skep.model.node import Node
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.store.interface import Store
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import ManagerChannel
-from skep.wire.convert.usages import requests_from_pb, routes_from_pb, usages_from_pb
+from skep.wire.convert.usages import (
+    answer_from_pb,
+    requests_from_pb,
+    routes_from_pb,
+    service_requests_from_pb,
+    usages_from_pb,
+)
 
 log = structlog.get_logger(__name__)
 
 RESPONSE_S = 2.0
 """Seconds to wait for a manager.  A slower manager is left out, and its nodes' tasks count as not measured."""
+
+
+class MeasuredHere(Protocol):
+    """Reports of nodes with a session at this manager, and the answers that it has as the leader."""
+
+    answers: Mapping[ServiceId, Mapping[str, QueryAnswer]]
+
+    def present(self) -> Mapping[TaskId, TaskUsage]: ...
+    def requests(self) -> Mapping[TaskId, TaskRequests]: ...
+    def service_requests(self) -> Mapping[ServiceId, Mapping[NodeId, ServiceRequests]]: ...
+    def routes(self) -> Sequence[RouteTraffic]: ...
 
 
 class TaskUsages:
@@ -34,37 +54,47 @@ class TaskUsages:
         self,
         store: Store,
         own: NodeId,
-        reported_here: Callable[[], Mapping[TaskId, TaskUsage]],
-        requests_here: Callable[[], Mapping[TaskId, TaskRequests]],
+        here: MeasuredHere,
         channel: Callable[[NodeId], ManagerChannel],
-        routes_here: Callable[[], Sequence[RouteTraffic]] = tuple,
     ) -> None:
         """``channel`` returns the link's connection to another manager, or raises Unavailable."""
         self._store = store
         self._own = own
-        self._reported_here = reported_here
-        self._requests_here = requests_here
+        self._here = here
         self._channel = channel
-        self._routes_here = routes_here
 
-    async def collect(self) -> Mapping[TaskId, TaskUsage]:
-        """Return the current usages.  Managers that do not respond, or whose version lacks such reports,
+    async def collect(self) -> ScalingMeasurements:
+        """Return what is measured at present.  Managers that do not respond, or whose version lacks such reports,
         are left out.
         """
-        found = usages_from_pb(one for message in await self._messages() for one in message.usages)
-        return {**found, **self._reported_here()}
+        messages = await self._messages()
+        requests: defaultdict[ServiceId, dict[NodeId, ServiceRequests]] = defaultdict(dict)
+        answers: defaultdict[ServiceId, dict[str, QueryAnswer]] = defaultdict(dict)
+        for message in messages:
+            for one in message.service_requests:
+                requests[ServiceId(one.service_id)][NodeId(one.node_id)] = service_requests_from_pb(one)
+            for each in message.answers:
+                answers[ServiceId(each.service_id)][each.measure] = answer_from_pb(each)
+        for id, by_node in self._here.service_requests().items():
+            requests[id].update(by_node)
+        for id, found in self._here.answers.items():
+            answers[id].update(found)
+        usages = usages_from_pb(one for message in messages for one in message.usages)
+        return ScalingMeasurements(
+            usages={**usages, **self._here.present()}, requests=requests, answers=answers
+        )
 
     async def collect_requests(self) -> Mapping[TaskId, TaskRequests]:
         """Return the recent requests of new tasks over all front doors."""
         found = requests_from_pb(one for message in await self._messages() for one in message.requests)
-        for id, one in self._requests_here().items():
+        for id, one in self._here.requests().items():
             found[id] = found.get(id, TaskRequests()) + one
         return found
 
     async def collect_routes(self) -> Sequence[RouteTraffic]:
         """Return the recent requests by route over all front doors."""
         found = [one for message in await self._messages() for one in routes_from_pb(message.routes)]
-        return list(added([*found, *self._routes_here()]))
+        return list(added([*found, *self._here.routes()]))
 
     async def _messages(self) -> list[skep.TaskUsages]:
         managers = [
@@ -92,9 +122,9 @@ class TaskUsages:
         return messages
 
 
-async def no_usages() -> Mapping[TaskId, TaskUsage]:
-    """Return no usages, where nothing is measured."""
-    return {}
+async def no_usages() -> ScalingMeasurements:
+    """Return nothing, where nothing is measured."""
+    return ScalingMeasurements()
 
 
 async def no_routes() -> Sequence[RouteTraffic]:

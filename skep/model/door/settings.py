@@ -14,6 +14,12 @@ TRUSTED: Final = "skep.door.trusted-proxies"
 PROXY_PROTOCOL: Final = "skep.door.proxy-protocol"
 ACCESS_LOG: Final = "skep.door.access-log"
 DOOR_LABELS: Final = (DOOR, TRUSTED, PROXY_PROTOCOL, ACCESS_LOG)
+AUTOSCALE_REQUESTS: Final = "skep.autoscale.requests"
+"""Label with the target of HTTP requests in flight of a task, over the front door."""
+AUTOSCALE_RPS: Final = "skep.autoscale.rps"
+"""Label with the target of HTTP requests per second of a task, over the front door."""
+DOOR_MEASURES: Final = (AUTOSCALE_REQUESTS, AUTOSCALE_RPS)
+"""Labels of measures that front doors count."""
 STACK: Final = "com.docker.stack.namespace"
 
 NAME: Final = "skep-door"
@@ -47,7 +53,8 @@ def is_door(labels: Mapping[str, str]) -> bool:
 
 def labels_for_proxies(labels: Mapping[str, str]) -> dict[str, str]:
     """Return those labels of a service that nodes with a proxy need."""
-    kept = {name: labels[name] for name in (*DOOR_LABELS, STACK) if name in labels}
+    names = (*DOOR_LABELS, STACK, *DOOR_MEASURES)
+    kept = {name: labels[name] for name in names if name in labels}
     return {**kept, **http_labels(labels)}
 
 

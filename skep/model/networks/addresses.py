@@ -5,6 +5,8 @@ statuses are parsed here before use, because Python accepts any text after ``%``
 built from addresses.
 """
 
+import re
+import socket
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
 from typing import Final, TypeAlias
@@ -100,3 +102,31 @@ def plain_address(address: str) -> str:
 def is_public(address: str) -> bool:
     """Return whether ``address`` is a public address of the internet."""
     return ip_address(plain_address(address)).is_global
+
+
+def is_machine_host(host: str) -> bool:
+    """Return whether a host is certainly the machine itself or on one of its links, without a look-up of names."""
+    host = host.lower().rstrip(".")
+    return host == "localhost" or host.endswith(".localhost") or is_local(host)
+
+
+def is_local(host: str) -> bool:
+    """Return whether an address is loopback or link-local, also in a form that only resolvers accept (``127.1``)."""
+    address = _resolvers_address(host)
+    if address is None:
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified or address.is_link_local or address.is_multicast
+
+
+def _resolvers_address(host: str) -> Address | None:
+    try:
+        return ip_address(host.partition("%")[0])
+    except ValueError:
+        pass
+    if not re.fullmatch(r"[0-9a-fx.]+", host):
+        return None  # inet_aton also accepts an address with text behind it
+    try:
+        return IPv4Address(socket.inet_aton(host))
+    except OSError:
+        return None

@@ -5,12 +5,24 @@
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Final
 
 import msgspec
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
+from skep.model.door.routes import has_routes
+from skep.model.door.settings import AUTOSCALE_REQUESTS, AUTOSCALE_RPS, DOOR_MEASURES
+from skep.model.measures.queries import (
+    AUTOSCALE_PROMETHEUS,
+    AUTOSCALE_QUEUE,
+    MetricQuery,
+    checked_expression,
+    checked_field,
+    checked_url,
+)
+from skep.model.options.schedules import CRON, CRON_TIME_ZONE, Schedule, check_times, parsed_schedule
 from skep.model.service import REPLICAS_MAX, ReplicatedService, ServiceMode, ServiceSpec
 from skep.model.values.times import SECOND_NS, duration_ns
 
@@ -24,7 +36,34 @@ AUTOSCALE_MEMORY: Final = "skep.autoscale.memory"
 """Label with the memory target in percent of a task's limit."""
 AUTOSCALE_DOWN_AFTER: Final = "skep.autoscale.down-after"
 """Label with the time for which fewer tasks must suffice before autoscaling removes tasks."""
-_LABELS: Final = (AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_MEMORY, AUTOSCALE_DOWN_AFTER)
+AUTOSCALE_QUERY: Final = "skep.autoscale.query"
+"""Label with an expression in PromQL, whose value is divided among the tasks."""
+AUTOSCALE_QUERY_TARGET: Final = "skep.autoscale.query-target"
+"""Label with the part of that value for one task."""
+AUTOSCALE_QUEUE_FIELD: Final = "skep.autoscale.queue-field"
+"""Label with the path of the queue's length in a JSON object.  Without it, the page is only a number."""
+AUTOSCALE_QUEUE_TARGET: Final = "skep.autoscale.queue-target"
+"""Label with the length of the queue for one task."""
+AUTOSCALE_SCHEDULE: Final = "skep.autoscale.schedule"
+"""Label with cron expressions that are followed by a range, such as ``0 8 * * 1-5 4..10; 0 20 * * * 2..4``."""
+AUTOSCALE_TIME_ZONE: Final = "skep.autoscale.time-zone"
+"""Label with the time zone of that schedule."""
+AUTOSCALE_LABELS: Final = (
+    *(AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_MEMORY, AUTOSCALE_DOWN_AFTER, *DOOR_MEASURES),
+    *(AUTOSCALE_PROMETHEUS, AUTOSCALE_QUERY, AUTOSCALE_QUERY_TARGET),
+    *(AUTOSCALE_QUEUE, AUTOSCALE_QUEUE_FIELD, AUTOSCALE_QUEUE_TARGET),
+    *(AUTOSCALE_SCHEDULE, AUTOSCALE_TIME_ZONE),
+)
+_TOGETHER: Final = {
+    AUTOSCALE_PROMETHEUS: (AUTOSCALE_QUERY, "sum(my_jobs_waiting)"),
+    AUTOSCALE_QUERY: (AUTOSCALE_PROMETHEUS, "http://prometheus.example.org:9090"),
+    AUTOSCALE_QUERY_TARGET: (AUTOSCALE_QUERY, "sum(my_jobs_waiting)"),
+    AUTOSCALE_QUEUE: (AUTOSCALE_QUEUE_TARGET, "20"),
+    AUTOSCALE_QUEUE_FIELD: (AUTOSCALE_QUEUE, "http://queue.example.org/length"),
+    AUTOSCALE_QUEUE_TARGET: (AUTOSCALE_QUEUE, "http://queue.example.org/length"),
+    AUTOSCALE_TIME_ZONE: (AUTOSCALE_SCHEDULE, "0 8 * * 1-5 4..10"),
+}
+"""Labels that need another label, with an example of it."""
 
 CPU_DEFAULT: Final = 70
 CPU_MAX: Final = 1000
@@ -37,6 +76,12 @@ DOWN_AFTER_S_MIN, DOWN_AFTER_S_MAX = 15.0, 24 * 3600.0
 """Smallest and largest value of that label.  Usage is averaged over 10 s, so a shorter time would depend on a single
 average.
 """
+ENTRIES_MAX: Final = 20
+"""Most entries of a schedule.  A week with two changes a day has fourteen."""
+_LOOKED_BACK_S: Final = 9 * 366 * 24 * 3600
+"""Seconds in which the last due time is searched.  February 29 may be absent for eight years."""
+_MINUTE_S: Final = 60
+"""Due times are whole minutes."""
 _ONE_CPU: Final = 1_000_000_000
 _NANO_CPUS_MAX: Final = 4096 * _ONE_CPU
 """No machine has more processors, so a report of more is ignored."""
@@ -44,20 +89,79 @@ _MEMORY_BYTES_MAX: Final = 1 << 50
 """No machine has more memory, so a report of more is ignored."""
 _RANGE: Final = re.compile(r"([0-9]{1,6})\.\.([0-9]{1,6})")
 _PERCENT: Final = re.compile(r"([0-9]{1,4})%?")
+_TARGET: Final = re.compile(r"[0-9]{1,12}(?:\.[0-9]{1,6})?", re.ASCII)
+
+
+class RangeEntry(msgspec.Struct, frozen=True):
+    """The least and the most tasks from each due time on."""
+
+    schedule: Schedule
+    least: int
+    most: int
+
+
+def entry_at(entries: tuple[RangeEntry, ...], now_s: int) -> RangeEntry | None:
+    """Return the entry that was due last at ``now_s``, in seconds since the epoch.  Of two, the later one counts."""
+    return _entry_at(entries, now_s - now_s % _MINUTE_S) if entries else None
+
+
+@lru_cache(maxsize=1024)
+def _entry_at(entries: tuple[RangeEntry, ...], minute_s: int) -> RangeEntry | None:
+    found, last_s = None, minute_s - _LOOKED_BACK_S
+    for one in entries:
+        at_s = one.schedule.last_until(last_s - 1, minute_s)
+        if at_s is not None:
+            found, last_s = one, at_s
+    return found
+
+
+class QueryTarget(msgspec.Struct, frozen=True):
+    """A query, and the part of its figure for one task."""
+
+    query: MetricQuery
+    target: float
 
 
 class Autoscaling(msgspec.Struct, frozen=True, kw_only=True):
-    """The parsed labels of a service.  ``cpu`` and ``memory`` are targets in percent, or None if not measured."""
+    """The parsed labels of a service.
+
+    Attributes:
+        cpu, memory: Targets in percent, or None if not measured.
+        requests, rps: Targets of one task for requests in flight and per second over the front door.
+        prometheus, queue: Queries with their targets.
+        schedule: Ranges that apply from their due times on.
+    """
 
     least: int
     most: int
     cpu: int | None = CPU_DEFAULT
     memory: int | None = None
+    requests: float | None = None
+    rps: float | None = None
+    prometheus: QueryTarget | None = None
+    queue: QueryTarget | None = None
+    schedule: tuple[RangeEntry, ...] = ()
     down_after_s: float = DOWN_AFTER_DEFAULT_S
 
     def clamped(self, replicas: int) -> int:
         """Return the nearest number within the range."""
         return min(max(replicas, self.least), self.most)
+
+    @property
+    def queries(self) -> dict[str, QueryTarget]:
+        """Return the queries that the leader asks, by the name of their measure."""
+        found = {"query": self.prometheus, "queue": self.queue}
+        return {name: one for name, one in found.items() if one is not None}
+
+    @property
+    def counts_requests(self) -> bool:
+        """Return whether front doors count the requests of the service."""
+        return self.requests is not None or self.rps is not None
+
+    def at(self, now_s: int) -> "Autoscaling":
+        """Return the settings with the range of the schedule at ``now_s``, in seconds since the epoch."""
+        entry = entry_at(self.schedule, now_s)
+        return self if entry is None else replace(self, least=entry.least, most=entry.most)
 
 
 class TaskUsage(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,8 +197,8 @@ def check_autoscaling(spec: ServiceSpec) -> None:
     if not given:
         return
     for name in given:
-        if name not in _LABELS:
-            raise InvalidArgument(f"unknown label {name}: expected one of {', '.join(_LABELS)}")
+        if name not in AUTOSCALE_LABELS:
+            raise InvalidArgument(f"unknown label {name}: expected one of {', '.join(AUTOSCALE_LABELS)}")
     if AUTOSCALE not in spec.labels:
         raise InvalidArgument(f"the label {given[0]} needs {AUTOSCALE}, such as {AUTOSCALE}=2..10")
     if spec.mode.name != "replicated":
@@ -103,6 +207,12 @@ def check_autoscaling(spec: ServiceSpec) -> None:
         )
     if parsed_autoscaling(spec.labels).memory is not None and not memory_of_a_task(spec):
         raise InvalidArgument(f"the label {AUTOSCALE_MEMORY} is a percentage of the memory limit: set one")
+    counted = [name for name in DOOR_MEASURES if name in spec.labels]
+    if counted and not has_routes(spec.labels):
+        raise InvalidArgument(
+            f"the label {counted[0]} counts HTTP requests over the front door, and the service has no route: run "
+            f"skep service expose {spec.name} HOST, or remove {counted[0]}"
+        )
 
 
 def nano_cpus_of_a_task(spec: ServiceSpec) -> int:
@@ -149,26 +259,116 @@ def with_present_number(spec: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
 
 def parsed_autoscaling(labels: Mapping[str, str]) -> Autoscaling:
     """Parse the labels.  Raises: InvalidArgument: one of them is invalid."""
-    text = labels[AUTOSCALE]
+    return _parsed(tuple((name, labels[name]) for name in AUTOSCALE_LABELS if name in labels))
+
+
+@lru_cache(maxsize=1024)  # loops ask at every change of a service, and schedules are slow to check
+def _parsed(given: tuple[tuple[str, str], ...]) -> Autoscaling:
+    labels = dict(given)
+    least, most = _range(AUTOSCALE, labels[AUTOSCALE])
+    for name, (needed, example) in _TOGETHER.items():
+        if name in labels and needed not in labels:
+            raise InvalidArgument(f"the label {name} needs {needed}, such as {needed}={example}")
+    memory = _percent(labels, AUTOSCALE_MEMORY, 100)
+    cpu = _percent(labels, AUTOSCALE_CPU, CPU_MAX)
+    found = Autoscaling(
+        least=least,
+        most=most,
+        cpu=cpu,
+        memory=memory,
+        requests=_target(labels, AUTOSCALE_REQUESTS),
+        rps=_target(labels, AUTOSCALE_RPS),
+        prometheus=_prometheus(labels),
+        queue=_queue(labels),
+        schedule=_schedule(labels, least, most),
+        down_after_s=_down_after_s(labels),
+    )
+    is_measured = memory is not None or found.counts_requests or found.queries
+    return found if is_measured or cpu is not None else replace(found, cpu=CPU_DEFAULT)
+
+
+def _range(name: str, text: str) -> tuple[int, int]:
     match = _RANGE.fullmatch(text)
     if match is None or not match[0].isascii():
         raise InvalidArgument(
-            f"invalid label {AUTOSCALE}={text}: expected the fewest and the most tasks, like 2..10"
+            f"invalid label {name}={text}: expected the fewest and the most tasks, like 2..10"
         )
     least, most = int(match[1]), int(match[2])
     if not least:
         raise InvalidArgument(
-            f"invalid label {AUTOSCALE}={text}: autoscaling never scales to zero, expected at least 1"
+            f"invalid label {name}={text}: autoscaling never scales to zero, expected at least 1"
         )
     if not least <= most <= REPLICAS_MAX:
         raise InvalidArgument(
-            f"invalid label {AUTOSCALE}={text}: expected the smaller number first, and at most {REPLICAS_MAX}"
+            f"invalid label {name}={text}: expected the smaller number first, and at most {REPLICAS_MAX}"
         )
-    memory = _percent(labels, AUTOSCALE_MEMORY, 100)
-    cpu = _percent(labels, AUTOSCALE_CPU, CPU_MAX)
-    if cpu is None and memory is None:
-        cpu = CPU_DEFAULT
-    return Autoscaling(least=least, most=most, cpu=cpu, memory=memory, down_after_s=_down_after_s(labels))
+    return least, most
+
+
+def _prometheus(labels: Mapping[str, str]) -> QueryTarget | None:
+    if AUTOSCALE_PROMETHEUS not in labels:
+        return None
+    query = MetricQuery(
+        url=checked_url(AUTOSCALE_PROMETHEUS, labels[AUTOSCALE_PROMETHEUS]),
+        expression=checked_expression(AUTOSCALE_QUERY, labels[AUTOSCALE_QUERY]),
+    )
+    if (target := _target(labels, AUTOSCALE_QUERY_TARGET)) is None:
+        raise InvalidArgument(
+            f"the label {AUTOSCALE_QUERY} needs {AUTOSCALE_QUERY_TARGET}, such as {AUTOSCALE_QUERY_TARGET}=100"
+        )
+    return QueryTarget(query, target)
+
+
+def _queue(labels: Mapping[str, str]) -> QueryTarget | None:
+    target = _target(labels, AUTOSCALE_QUEUE_TARGET)
+    if target is None:
+        return None
+    field = labels.get(AUTOSCALE_QUEUE_FIELD)
+    query = MetricQuery(
+        url=checked_url(AUTOSCALE_QUEUE, labels[AUTOSCALE_QUEUE]),
+        field=checked_field(AUTOSCALE_QUEUE_FIELD, field) if field is not None else "",
+    )
+    return QueryTarget(query, target)
+
+
+def _schedule(labels: Mapping[str, str], least: int, most: int) -> tuple[RangeEntry, ...]:
+    """Return the ranges of the schedule, each within the range of the service."""
+    if AUTOSCALE_SCHEDULE not in labels:
+        return ()
+    entries = labels[AUTOSCALE_SCHEDULE].split(";")
+    if len(entries) > ENTRIES_MAX:
+        raise InvalidArgument(
+            f"invalid label {AUTOSCALE_SCHEDULE}: it has {len(entries)} entries, {ENTRIES_MAX} are possible"
+        )
+    found = []
+    for entry in entries:
+        expression, _, text = entry.strip().rpartition(" ")
+        if not expression or ".." not in text:
+            raise InvalidArgument(
+                f"invalid label {AUTOSCALE_SCHEDULE}={entry.strip()}: expected a cron expression and a range, like "
+                "0 8 * * 1-5 4..10"
+            )
+        fewest, largest = _range(AUTOSCALE_SCHEDULE, text)
+        if fewest < least or largest > most:
+            raise InvalidArgument(
+                f"invalid label {AUTOSCALE_SCHEDULE}={entry.strip()}: {text} is not within "
+                f"{AUTOSCALE}={least}..{most}: widen that range"
+            )
+        names = (AUTOSCALE_SCHEDULE, AUTOSCALE_TIME_ZONE)
+        schedule = _schedule_in(expression.strip(), labels.get(AUTOSCALE_TIME_ZONE), names)
+        found.append(RangeEntry(schedule, fewest, largest))
+    return tuple(found)
+
+
+def _target(labels: Mapping[str, str], name: str) -> float | None:
+    text = labels.get(name)
+    if text is None:
+        return None
+    if _TARGET.fullmatch(text) is None or not float(text):
+        raise InvalidArgument(
+            f"invalid label {name}={text}: expected a number above 0, which is the part of one task"
+        )
+    return float(text)
 
 
 def _percent(labels: Mapping[str, str], name: str, largest: int) -> int | None:
@@ -192,3 +392,22 @@ def _down_after_s(labels: Mapping[str, str]) -> float:
             f"{DOWN_AFTER_S_MIN:g}s to {DOWN_AFTER_S_MAX / 3600:g}h"
         )
     return duration / SECOND_NS
+
+
+def _schedule_in(expression: str, zone: str | None, names: tuple[str, str]) -> Schedule:
+    """Return the schedule of one cron expression.
+
+    Args:
+        names: The labels of the expression and of the time zone, for errors.
+
+    Raises:
+        InvalidArgument: The expression or the zone is invalid.
+    """
+    labels = {CRON: expression} | ({} if zone is None else {CRON_TIME_ZONE: zone})
+    try:
+        schedule = parsed_schedule(labels)
+        check_times(schedule)
+    except InvalidArgument as error:
+        text = str(error).replace(CRON_TIME_ZONE, names[1])
+        raise InvalidArgument(text.replace(CRON, names[0])) from None
+    return schedule

@@ -36,6 +36,7 @@ from skep.model.container import (
 )
 from skep.model.door.routes import HTTP_LABELS, label_class
 from skep.model.door.settings import DOOR, DOOR_LABELS
+from skep.model.measures.queries import URL_LABELS
 from skep.model.network import (
     OVERLAP_LABEL,
     IPAMConfig,
@@ -46,7 +47,7 @@ from skep.model.network import ConfigReference as NetworkConfigReference
 from skep.model.networks.attaching import ATTACH_LABEL
 from skep.model.networks.data_planes import PLANE_OPTION
 from skep.model.options.affinity import AFFINITY_LABELS, MAX_SKEW
-from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY
+from skep.model.options.autoscaling import AUTOSCALE_LABELS
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import (
     DRAIN,
@@ -188,7 +189,7 @@ def _of_node(*names: str) -> dict[str, Field]:
 
 SERVICE_LABELS: Final[Mapping[str, Field]] = {
     **_in_container(
-        *(AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY),
+        *AUTOSCALE_LABELS,
         *SCHEDULE_LABELS,
         *(
             DRAIN,
@@ -204,6 +205,8 @@ SERVICE_LABELS: Final[Mapping[str, Field]] = {
         *(PUBLISH_NOT_READY, STOPPED, VOLUME_AFFINITY, FORMER_VOLUMES),
         *(f"{PUBLISH_LABEL}{option}" for option in ("affinity", "local", "proxy-protocol")),
     ),
+    # The leader asks these URLs, with the rights of whoever wrote them (``manager.nodes.trust``).
+    **dict.fromkeys(URL_LABELS, Field(Reach.CLUSTER, value_rights.anyone)),
     # The other service has to belong to the stack.
     **dict.fromkeys((DEPENDS_ON, *AFFINITY_LABELS), Field(Reach.CLUSTER, value_rights.anyone)),
     # Above 0 for users with a role in the whole cluster.

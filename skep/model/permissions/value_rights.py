@@ -4,11 +4,8 @@ Each rule takes the value of a field and the whole spec, and yields descriptions
 may set.  The page of rights in the reference shows the first line of its docstring.
 """
 
-import re
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Final, TypeAlias
 
 from skep.errors import SkepError
@@ -25,6 +22,7 @@ from skep.model.network import (
     IPAMConfig,
     subnet_of,
 )
+from skep.model.networks.addresses import is_local, is_machine_host
 from skep.model.networks.data_planes import PLANE_OPTION
 from skep.model.networks.overlays import ENCRYPTED_OPTION, VXLAN_OPTION
 from skep.model.permissions.rights import rights_of, rights_text
@@ -85,36 +83,13 @@ def is_loopback_registry(image: str) -> bool:
     """Return whether the image's registry is an address of the node itself, in any spelling."""
     domain = registry_of(image).lower()
     host = domain[1:].partition("]")[0] if domain.startswith("[") else domain.partition(":")[0]
-    host = host.rstrip(".")
-    return host == "localhost" or host.endswith(".localhost") or _is_local(host)
-
-
-def _is_local(host: str) -> bool:
-    """Return whether an address is loopback or link-local, also in a form that only resolvers accept (``127.1``)."""
-    address = _address(host)
-    if address is None:
-        return False
-    address = getattr(address, "ipv4_mapped", None) or address
-    return address.is_loopback or address.is_unspecified or address.is_link_local or address.is_multicast
-
-
-def _address(host: str) -> IPv4Address | IPv6Address | None:
-    try:
-        return ip_address(host.partition("%")[0])
-    except ValueError:
-        pass
-    if not re.fullmatch(r"[0-9a-fx.]+", host):
-        return None  # inet_aton also accepts an address with text behind it
-    try:
-        return IPv4Address(socket.inet_aton(host))
-    except OSError:
-        return None
+    return is_machine_host(host)
 
 
 def name_servers(servers: tuple[str, ...], _root: ApiObject) -> Iterator[str]:
     """Addresses of the machine itself or of its links: the node asks name servers from its own namespace."""
     for server in servers:
-        if _is_local(server.lower()):
+        if is_local(server.lower()):
             yield f"a name server on the machine itself ({server})"
 
 

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.model.door.routes import has_routes
+from skep.model.measures.queries import UPDATE_PROMETHEUS, MetricQuery, checked_expression, checked_url
 from skep.model.options.overlap import why_stop_first
 from skep.model.service import (
     EndpointSpec,
@@ -42,6 +43,13 @@ UPDATE_PROMOTE: Final = "skep.update.promote"
 MAX_ERRORS: Final = "skep.update.max-errors"
 MAX_LATENCY: Final = "skep.update.max-latency"
 """RequestBounds for HTTP requests to new tasks over the front door: failed ones, and the mean time of a response."""
+UPDATE_QUERY: Final = "skep.update.query"
+"""Expression in PromQL, whose value must be within bounds at the end of each step."""
+QUERY_MAX: Final = "skep.update.query-max"
+QUERY_MIN: Final = "skep.update.query-min"
+"""The bounds of that value."""
+QUERY_WAIT: Final = "skep.update.query-wait"
+"""Time for which the value may be out of bounds, or unknown, before the update rolls back."""
 UPDATE_LABELS: Final = (
     UPDATE,
     UPDATE_STEPS,
@@ -50,6 +58,11 @@ UPDATE_LABELS: Final = (
     UPDATE_PROMOTE,
     MAX_ERRORS,
     MAX_LATENCY,
+    UPDATE_PROMETHEUS,
+    UPDATE_QUERY,
+    QUERY_MAX,
+    QUERY_MIN,
+    QUERY_WAIT,
 )
 _ONLY: Final = {UPDATE_STEPS: CANARY, UPDATE_STEP_TIME: CANARY, UPDATE_KEEP: BLUE_GREEN}
 """Labels that belong to one kind of update."""
@@ -64,6 +77,8 @@ DEFAULT_STEP_S: Final = 60.0
 """Long enough for some health checks, which docker runs every 30 seconds by default."""
 DEFAULT_KEEP_S: Final = 600.0
 """Long enough to notice errors that only many users find, and to switch back."""
+DEFAULT_QUERY_WAIT_S: Final = 60.0
+"""Four answers.  A Prometheus restarts within this time, and users of a bad version should not wait longer."""
 STEP_S_MAX: Final = 7 * 24 * 3600.0
 """Longest time of a step.  More than a week is a mistake."""
 _PERCENT: Final = re.compile(r"([1-9][0-9]?|100)%", re.ASCII)
@@ -88,6 +103,7 @@ class UpdateStage(msgspec.Struct, frozen=True):
 IN_PROGRESS: Final = "update in progress"
 """Docker's message."""
 _PERCENTAGE: Final = re.compile(r"(100|[0-9]{1,2}(?:\.[0-9]{1,2})?)%", re.ASCII)
+_NUMBER: Final = re.compile(r"-?[0-9]{1,12}(?:\.[0-9]{1,9})?", re.ASCII)
 REQUESTS_MIN: Final = 20
 """Fewest requests that are judged.  One failed request of a few is not a rate yet."""
 
@@ -131,6 +147,46 @@ class RequestBounds(msgspec.Struct, frozen=True):
         return ""
 
 
+class QueryBounds(msgspec.Struct, frozen=True):
+    """A query whose figure must be within bounds.  ``wait_s``: seconds before an update rolls back."""
+
+    query: MetricQuery
+    least: float = -inf
+    most: float = inf
+    wait_s: float = DEFAULT_QUERY_WAIT_S
+
+    def exceeded(self, figure: float) -> str:
+        """Return which bound the figure exceeds, without the figure, or an empty text."""
+        if figure > self.most:
+            return f"its query returns more than {self.most:g}"
+        return f"its query returns less than {self.least:g}" if figure < self.least else ""
+
+
+class QueryVerdict(msgspec.Struct, frozen=True):
+    """What the latest answer to an update's query means.  Times are the leader's monotonic seconds.
+
+    Attributes:
+        asked_at: Time at which it was asked.
+        figure: Its value, or None without an answer.
+        why_not: Reason why the update may not continue, or an empty text.
+        failing_since: Time of the first of the answers for which that is so, without an interruption.
+    """
+
+    asked_at: float = -inf
+    figure: float | None = None
+    why_not: str = ""
+    failing_since: float = inf
+
+
+def judged(
+    before: QueryVerdict, bounds: QueryBounds, asked_at: float, figure: float | None, problem: str
+) -> QueryVerdict:
+    """Return the verdict after an attempt to ask the query.  ``problem``: why there is no figure."""
+    why_not = bounds.exceeded(figure) if figure is not None else f"its query has no answer: {problem}"
+    since = min(before.failing_since, asked_at) if why_not else inf
+    return QueryVerdict(asked_at, figure, why_not, since)
+
+
 LAST: Final = UpdateStage(None, ALL_PERCENT, keeps_old=False)
 _LAST_OF_BLUE_GREEN: Final = UpdateStage(ALL_PERCENT, ALL_PERCENT, keeps_old=False)
 """The old tasks, which no longer get connections, get none either until they end."""
@@ -155,6 +211,7 @@ def check_staged_update(spec: ServiceSpec) -> None:
             f"the label {name} counts HTTP requests over the front door, and the service has no route: run "
             f"skep service expose {spec.name} HOST, or remove {name}"
         )
+    _query_bounds(spec.labels)
     if spec.mode.name != "replicated":
         raise InvalidArgument(f"the label {label} works on replicated services only: remove it")
     endpoint = spec.endpoint_spec
@@ -187,6 +244,50 @@ def bounds_of(labels: Mapping[str, str]) -> RequestBounds | None:
     except InvalidArgument:
         return None
     return bounds if bounds != RequestBounds() else None
+
+
+def query_bounds_of(labels: Mapping[str, str]) -> QueryBounds | None:
+    """Return the query of a service's staged updates with its bounds, or None without a query."""
+    if UPDATE not in labels or UPDATE_QUERY not in labels:  # most services
+        return None
+    try:
+        return _query_bounds(labels)
+    except InvalidArgument:
+        return None
+
+
+def _query_bounds(labels: Mapping[str, str]) -> QueryBounds | None:
+    examples = {
+        UPDATE_QUERY: "sum(rate(errors_total[1m]))",
+        UPDATE_PROMETHEUS: "http://prometheus.example.org:9090",
+    }
+    given = [name for name in (*examples, QUERY_MAX, QUERY_MIN, QUERY_WAIT) if name in labels]
+    if not given:
+        return None
+    for name, example in examples.items():
+        if name not in labels:
+            raise InvalidArgument(f"the label {given[0]} needs {name}, such as {name}={example}")
+    if QUERY_MAX not in labels and QUERY_MIN not in labels:
+        raise InvalidArgument(f"the label {UPDATE_QUERY} needs a bound, such as {QUERY_MAX}=0.01")
+    least, most = _number(labels, QUERY_MIN, -inf), _number(labels, QUERY_MAX, inf)
+    if least > most:
+        raise InvalidArgument(
+            f"the label {QUERY_MIN} is more than {QUERY_MAX}: lower it, or remove one of them"
+        )
+    query = MetricQuery(
+        url=checked_url(UPDATE_PROMETHEUS, labels[UPDATE_PROMETHEUS]),
+        expression=checked_expression(UPDATE_QUERY, labels[UPDATE_QUERY]),
+    )
+    return QueryBounds(query, least, most, _seconds(labels, QUERY_WAIT, DEFAULT_QUERY_WAIT_S))
+
+
+def _number(labels: Mapping[str, str], name: str, default: float) -> float:
+    text = labels.get(name)
+    if text is None:
+        return default
+    if _NUMBER.fullmatch(text) is None:
+        raise InvalidArgument(f"invalid label {name}={text}: expected a number such as 0.01")
+    return float(text)
 
 
 def _bounds(labels: Mapping[str, str]) -> RequestBounds:

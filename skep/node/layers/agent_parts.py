@@ -195,6 +195,7 @@ class AgentParts:
             addresses=runtime.addresses,
             requests=runtime.door_requests,
             routes=runtime.door_routes,
+            service_requests=runtime.door_service_requests,
             serve_images=partial(self.image_sharing.exchange, credentials, node),
         )
         managers = ManagerList(

@@ -49,11 +49,12 @@ from skep.linux.files import file_exists
 from skep.linux.name_files import RESOLVER
 from skep.model.door import settings as door
 from skep.model.door.traffic import RouteTraffic
+from skep.model.measures.readings import ServiceRequests
 from skep.model.networks.used_ports import UsedPort
 from skep.model.networks.wireguard import EncryptionMethod
 from skep.model.node_reports.conditions import ConditionName
 from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import TaskId, new_container_id
+from skep.model.values.ids import ServiceId, TaskId, new_container_id
 from skep.model.values.meta import Driver
 from skep.node.container_apis.exchange import Dispatch
 from skep.node.container_apis.server import ContainerApis
@@ -180,6 +181,10 @@ class Containers:
         """Return the metrics of the front door."""
         return self._front_door.routes.families()
 
+    def door_service_requests(self) -> Mapping[ServiceId, ServiceRequests]:
+        """Return the requests of autoscaled services over the front door."""
+        return self._front_door.service_requests()
+
     def run_networks(self, run: Run, tables: NetworkTables) -> None:
         """Keep the cluster networks on this node in the state that their tables describe."""
         foundation, plane = self._foundation, self.data_plane
@@ -297,6 +302,10 @@ class PlainProcesses:
     def door_families(self) -> Sequence[MetricFamily]:
         """Return nothing, as ``door_requests``."""
         return ()
+
+    def door_service_requests(self) -> Mapping[ServiceId, ServiceRequests]:
+        """Return nothing, because plain processes are not on the front door's network."""
+        return {}
 
     def run_networks(self, run: Run, tables: NetworkTables) -> None:
         """Keep the tables of cluster networks current."""

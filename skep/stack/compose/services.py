@@ -22,9 +22,7 @@ from skep.model.options import labels as known_labels
 from skep.model.options.affinity import AFFINITY_LABELS, MAX_SKEW, check_affinities
 from skep.model.options.autoscaling import (
     AUTOSCALE,
-    AUTOSCALE_CPU,
-    AUTOSCALE_DOWN_AFTER,
-    AUTOSCALE_MEMORY,
+    AUTOSCALE_LABELS,
     check_autoscaling,
     parsed_autoscaling,
 )
@@ -466,7 +464,7 @@ def _autoscaling(settings: MappingReader) -> dict[str, str]:
     if least is not None and most is not None and least > most:
         one.problem("min", f"{least} is more than max, which is {most}")
     made = {AUTOSCALE: f"{least or 1}..{most or REPLICAS_MAX}"}
-    keys = {"cpu": AUTOSCALE_CPU, "memory": AUTOSCALE_MEMORY, "down-after": AUTOSCALE_DOWN_AFTER}
+    keys = {name.removeprefix(f"{AUTOSCALE}."): name for name in AUTOSCALE_LABELS if name != AUTOSCALE}
     made |= _checked_labels(one, keys, made)
     one.close()
     return made if len(settings.report.problems) == before else {}
@@ -476,15 +474,17 @@ def _checked_labels(
     settings: MappingReader, keys: Mapping[str, str], beside: Mapping[str, str]
 ) -> dict[str, str]:
     """Return labels with the values of these keys.  Errors are reported at the place of the key in the file."""
-    made: dict[str, str] = {}
-    for key, label in keys.items():
-        if not (text := settings.text(key)):
-            continue
-        try:
-            parsed_autoscaling({**beside, label: text})
-            made[label] = text
-        except InvalidArgument as error:
-            settings.problem(key, str(error))
+    made = {label: text for key, label in keys.items() if (text := settings.text(key))}
+    if not made:
+        return {}
+    try:
+        parsed_autoscaling({**beside, **made})
+    except InvalidArgument as error:
+        named = [
+            key for key, label in keys.items() if re.search(rf"label {re.escape(label)}[ =:]", str(error))
+        ]
+        settings.problem(next(iter(named), next(iter(keys))), str(error))
+        return {}
     return made
 
 

@@ -1,11 +1,12 @@
-"""Resource usage of tasks, and their requests over the front door, as nodes report them."""
+"""ScalingMeasurements: resource usage of tasks, requests over front doors, and answers to queries."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from skep.model.door.traffic import BUCKETS, REPORTED_MAX, ROUTE_CHARACTERS_MAX, RouteTraffic
+from skep.model.measures.readings import QueryAnswer, ServiceRequests
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import ServiceId, TaskId
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.wire import skep_pb2 as pb
 
 
@@ -78,4 +79,52 @@ def routes_from_pb(messages: Sequence[pb.RouteTraffic]) -> tuple[RouteTraffic, .
         and one.milliseconds > 0
         and one.route.isprintable()
         and len(one.route) <= ROUTE_CHARACTERS_MAX
+    )
+
+
+def service_requests_to_pb(
+    requests: Mapping[ServiceId, ServiceRequests], node: NodeId | None = None
+) -> list[pb.ServiceRequests]:
+    return [
+        pb.ServiceRequests(
+            service_id=id,
+            in_flight_thousandths=round(1000 * one.in_flight),
+            per_thousand_seconds=round(1000 * one.per_second),
+            node_id=node or "",
+        )
+        for id, one in requests.items()
+    ]
+
+
+def service_requests_from_pb(message: pb.ServiceRequests) -> ServiceRequests:
+    return ServiceRequests(
+        in_flight=message.in_flight_thousandths / 1000, per_second=message.per_thousand_seconds / 1000
+    )
+
+
+def reported_requests_from_pb(messages: Iterable[pb.ServiceRequests]) -> dict[ServiceId, ServiceRequests]:
+    """Convert the report of one node, except implausible numbers."""
+    found = {ServiceId(one.service_id): service_requests_from_pb(one) for one in messages}
+    return {id: one for id, one in found.items() if one.is_plausible}
+
+
+def answers_to_pb(answers: Mapping[ServiceId, Mapping[str, QueryAnswer]]) -> list[pb.QueryAnswer]:
+    return [
+        pb.QueryAnswer(
+            service_id=id,
+            measure=measure,
+            figure=one.figure,
+            age_milliseconds=round(1000 * one.age_s),
+            problem=one.problem,
+        )
+        for id, found in answers.items()
+        for measure, one in found.items()
+    ]
+
+
+def answer_from_pb(message: pb.QueryAnswer) -> QueryAnswer:
+    return QueryAnswer(
+        figure=message.figure if message.HasField("figure") else None,
+        age_s=message.age_milliseconds / 1000,
+        problem=message.problem,
     )

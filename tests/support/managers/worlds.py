@@ -16,7 +16,7 @@ from skep.manager.orchestrator.replacement.enforcement import overcommitted
 from skep.model.node import Node
 from skep.model.permissions.user import User
 from skep.model.service import Service, ServiceSpec
-from skep.model.staging.updates import TaskRequests
+from skep.model.staging.updates import QueryVerdict, TaskRequests
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.task_end import TaskEnd
@@ -48,6 +48,7 @@ class World:
         self.silence_s = 0.0
         self.keeps_unfit = False
         self.requests = TaskRequests()
+        self.query = QueryVerdict()
         self.volumes: dict[VolumeId, Volume] = {}
         self.held: set[TaskId] = set()
         """Tasks without reports."""
@@ -73,6 +74,7 @@ class World:
             silence_s=self.silence_s,
             keeps_unfit=self.keeps_unfit,
             requests=self.requests,
+            query=self.query,
         )
 
     def _overcommitted(self, node_id: NodeId) -> frozenset[TaskId]:

@@ -66,7 +66,7 @@ def test_each_route_that_does_not_work_has_a_reason() -> None:
 
 def test_a_network_without_proxies_is_no_front_door() -> None:
     web = routed("web", {"skep.http": "a.example"})
-    rows: Any = shown_routes([web], [task_of(web)], [NETWORK]).data
+    rows: Any = shown_routes([web], [task_of(web)], [NETWORK]).data["Routes"]  # type: ignore[call-overload,index]
     assert [row["Problem"] for row in rows] == ["there is no front door. Create it with skep door up"]
 
 

@@ -133,6 +133,17 @@ def test_an_autoscaled_service_says_what_it_follows_and_what_was_done_last() -> 
     ]
 
 
+def test_measures_of_a_whole_service_have_their_total_and_the_target_of_a_task() -> None:
+    service: dict[str, Any] = {"Summary": "4 of 4 tasks run: healthy", "Reasons": [], "Failures": []}
+    metrics = [
+        {"Name": "requests", "Target": 50.0, "Total": 123.4},
+        {"Name": "query", "Target": 2.5, "Problem": "timeout"},
+    ]
+    service["Autoscaling"] = {"Min": 2, "Max": 10, "Metrics": metrics, "Unmeasured": 0, "Summary": "why"}
+    shown = "requests 123.4, target 50 for each task, query not known, target 2.5 for each task"
+    assert f"  autoscaling, 2 to 10 tasks: {shown}" in list(about_service("web", service, NOW))
+
+
 def test_a_paused_update_names_the_commands_that_go_on() -> None:
     service: dict[str, Any] = {"Summary": "2 of 2 tasks run: healthy", "Reasons": [], "Failures": []}
     service["UpdateStatus"] = {"State": "paused", "Message": "manually paused"}

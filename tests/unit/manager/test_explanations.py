@@ -4,16 +4,17 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.diagnosis.explanations import (
-    explain_autoscaling,
     explain_service,
     explain_task,
     next_attempt,
     summary,
 )
+from skep.manager.diagnosis.scaling_explanations import explain_autoscaling
 from skep.manager.scheduler.explaining.explain import NodeVerdict, reserve_for, verdict
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.manager.scheduler.nodes.requirements import requirements_of
 from skep.model.container import ContainerSpec
+from skep.model.measures.readings import ScalingMeasurements
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.options.labels import STOPPED
@@ -316,7 +317,9 @@ def test_an_autoscaled_service_says_what_it_goes_by_and_why_it_is_not_scaled() -
 
     def explained(known: int) -> tuple[str, int]:
         some = {task.id: usages[task.id] for task in tasks[:known]}
-        found = explain_autoscaling(service, tasks, some, lambda number: (number, ""))
+        found = explain_autoscaling(
+            service, tasks, ScalingMeasurements(usages=some), lambda number: (number, "")
+        )
         assert found is not None
         return found.summary, found.unmeasured
 
@@ -325,7 +328,12 @@ def test_an_autoscaled_service_says_what_it_goes_by_and_why_it_is_not_scaled() -
         0,
     )
     assert explained(0) == ("none of its 2 tasks is measured", 2)
-    assert explain_autoscaling(a_service("web"), tasks, usages, lambda number: (number, "")) is None
+    assert (
+        explain_autoscaling(
+            a_service("web"), tasks, ScalingMeasurements(usages=usages), lambda number: (number, "")
+        )
+        is None
+    )
 
 
 def test_a_quota_that_keeps_a_service_from_more_tasks_is_named() -> None:
@@ -333,7 +341,10 @@ def test_a_quota_that_keeps_a_service_from_more_tasks_is_named() -> None:
     task = a_task(service=service, state=TaskState.RUNNING)
     usages = {task.id: TaskUsage(nano_cpus=3_000_000_000, memory_bytes=0)}
     found = explain_autoscaling(
-        service, [task], usages, lambda _: (1, "the quota of the stack shop is exceeded")
+        service,
+        [task],
+        ScalingMeasurements(usages=usages),
+        lambda _: (1, "the quota of the stack shop is exceeded"),
     )
     assert found is not None
     assert found.summary == "the quota of the stack shop is exceeded"

@@ -229,3 +229,58 @@ async def test_only_values_that_an_administrator_wrote_are_ever_trusted(writes):
         assert not trusts or log is None or log in written
         assert trusts or not (by_admin and log != before)
         before = log
+
+
+OWN_URL, OPERATORS_URL = "http://127.0.0.1:9090", "http://prometheus.shop.example"
+
+
+def queried(url: str, label: str = "skep.autoscale.prometheus") -> ServiceSpec:
+    spec = a_spec()
+    if label == "skep.update.prometheus":
+        labels = {"skep.update": "canary", "skep.update.query": "x", "skep.update.query-max": "1"}
+    elif label == "skep.autoscale.queue":
+        labels = {"skep.autoscale": "1..2", "skep.autoscale.queue-target": "1"}
+    else:
+        labels = {"skep.autoscale": "1..2", "skep.autoscale.query": "x", "skep.autoscale.query-target": "1"}
+    return replace(spec, labels={**spec.labels, **labels, label: url})
+
+
+async def test_urls_are_trusted_by_value_as_log_drivers_are():
+    cluster = Cluster("operator:shop")
+    service = await cluster.create(queried(OWN_URL), by_admin=True)
+    assert urls(service) == (OWN_URL,)
+    service = await cluster.update(service, replace(queried(OWN_URL), name="shop_web"), by_admin=False)
+    assert urls(service) == (OWN_URL,), "an operator changes something else"
+    assert machine_rights(cluster.store.view(), queried(OWN_URL), service) == ""
+    service = await cluster.update(service, queried(OPERATORS_URL), by_admin=False)
+    assert urls(service) == (OWN_URL,), "the previous spec has it"
+    service = await cluster.update(service, queried(OPERATORS_URL), by_admin=True)
+    assert urls(service) == (), "an administrator changes something else"
+    service = await cluster.update(service, queried("http://10.0.0.1"), by_admin=True)
+    assert urls(service) == ("http://10.0.0.1",)
+
+
+@pytest.mark.parametrize(
+    "label", ["skep.autoscale.prometheus", "skep.autoscale.queue", "skep.update.prometheus"]
+)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:9090",
+        "http://LocalHost.",
+        "http://127.1/x",
+        "http://[::1]",
+        "http://169.254.169.254",
+    ],
+)
+async def test_addresses_of_the_machine_are_refused_to_users_below_administrator(label, url):
+    cluster = Cluster("operator:shop")
+    spec = queried(url, label)
+    found = machine_rights(cluster.store.view(), spec)
+    assert found == f"an address of its manager's machine ({url})"
+    assert machine_rights(cluster.store.view(), queried(OPERATORS_URL, label)) == ""
+
+
+def urls(service: Service) -> tuple[str, ...]:
+    assert service.trusted is not None
+    return service.trusted.urls

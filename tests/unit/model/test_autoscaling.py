@@ -1,15 +1,20 @@
 """The labels of an autoscaled service, and the number of tasks that a spec leaves open."""
 
+from datetime import datetime
+
 import pytest
 from msgspec.structs import replace
 
 from skep.api.formats.service_form import settled
 from skep.errors import InvalidArgument
+from skep.model.measures.queries import MetricQuery
 from skep.model.options.autoscaling import (
     Autoscaling,
+    QueryTarget,
     TaskUsage,
     autoscaling_of,
     check_autoscaling,
+    parsed_autoscaling,
     with_number_kept,
     with_present_number,
 )
@@ -21,6 +26,13 @@ from skep.model.service import (
     ServiceSpec,
 )
 from tests.support.builders import a_service_spec
+
+PROMETHEUS = {
+    "autoscale": "1..2",
+    "autoscale__prometheus": "http://prometheus:9090",
+    "autoscale__query": "sum(x)",
+}
+QUEUE = {"autoscale": "1..2", "autoscale__queue": "http://x", "autoscale__queue_target": "5"}
 
 
 def labeled(replicas: int | None = 1, **labels: str) -> ServiceSpec:
@@ -58,10 +70,36 @@ def test_a_service_without_the_label_is_not_autoscaled_nor_one_with_a_label_that
         ({"autoscale": "1..2", "autoscale__memory": "50"}, "is a percentage of the memory limit: set one"),
         ({"autoscale": "1..2", "autoscale__down_after": "1s"}, "expected a duration from 15s to 24h"),
         (
-            {"autoscale": "1..2", "autoscale__requests": "9"},
-            "unknown label skep.autoscale.requests: expected one of",
+            {"autoscale": "1..2", "autoscale__bytes": "9"},
+            "unknown label skep.autoscale.bytes: expected one of",
         ),
         ({"autoscale__cpu": "50"}, "the label skep.autoscale.cpu needs skep.autoscale"),
+        ({"autoscale": "1..2", "autoscale__requests": "9"}, "has no route: run skep service expose web HOST"),
+        ({"autoscale": "1..2", "autoscale__rps": "0"}, "expected a number above 0"),
+        ({"autoscale": "1..2", "autoscale__query": "up"}, "needs skep.autoscale.prometheus"),
+        (PROMETHEUS, "the label skep.autoscale.query needs skep.autoscale.query-target, such as"),
+        ({**PROMETHEUS, "autoscale__prometheus": "http://u:p@x"}, "would see its password"),
+        ({**PROMETHEUS, "autoscale__prometheus": "ftp://x"}, "expected a URL such as http://"),
+        ({**PROMETHEUS, "autoscale__prometheus": "http://x/?a=b"}, "expected the address only, without ?"),
+        ({**PROMETHEUS, "autoscale__query": " "}, "expected an expression in PromQL"),
+        ({"autoscale": "1..2", "autoscale__queue": "http://x"}, "needs skep.autoscale.queue-target"),
+        ({**QUEUE, "autoscale__queue_field": "a..b"}, "expected names of fields with dots"),
+        ({**QUEUE, "autoscale__queue_target": "-1"}, "expected a number above 0"),
+        ({"autoscale": "1..2", "autoscale__time_zone": "UTC"}, "needs skep.autoscale.schedule"),
+        ({"autoscale": "1..2", "autoscale__schedule": "0 8 * * *"}, "expected a cron expression and a range"),
+        ({"autoscale": "1..2", "autoscale__schedule": "0 8 * * * 0..2"}, "never scales to zero"),
+        (
+            {"autoscale": "1..2", "autoscale__schedule": "0 8 * * * 1..3"},
+            "1..3 is not within skep.autoscale=1..2: widen that range",
+        ),
+        (
+            {"autoscale": "1..2", "autoscale__schedule": "0 25 * * * 1..2"},
+            "its hour .0 to 23. is invalid",
+        ),
+        (
+            {"autoscale": "1..2", "autoscale__schedule": "@daily 1..2", "autoscale__time_zone": "Mars"},
+            "invalid label skep.autoscale.time-zone=Mars",
+        ),
     ],
 )
 def test_what_cannot_be_honored_is_refused_in_words(labels: dict[str, str], words: str) -> None:
@@ -109,3 +147,40 @@ def test_a_file_does_not_reset_the_number_while_autoscaling_stays_on() -> None:
 @pytest.mark.parametrize("usage", [(-1, 0), (0, -1), (1 << 62, 0), (0, 1 << 51)])
 def test_what_no_machine_has_is_no_measurement(usage: tuple[int, int]) -> None:
     assert not TaskUsage(nano_cpus=usage[0], memory_bytes=usage[1]).is_plausible
+
+
+def test_other_measures_replace_the_default_target_of_processor_time() -> None:
+    found = autoscaling_of(labeled(**PROMETHEUS, autoscale__query_target="2.5", autoscale__rps="9").labels)
+    assert found is not None
+    assert (found.cpu, found.rps, found.requests) == (None, 9.0, None)
+    assert found.prometheus == QueryTarget(
+        MetricQuery(url="http://prometheus:9090", expression="sum(x)"), 2.5
+    )
+    assert found.prometheus is not None
+    assert found.prometheus.query.request_url == "http://prometheus:9090/api/v1/query?query=sum%28x%29"
+
+
+def at(scaling: Autoscaling, text: str) -> tuple[int, int]:
+    found = scaling.at(int(datetime.fromisoformat(text).timestamp()))
+    return found.least, found.most
+
+
+def test_the_entry_of_the_schedule_that_was_due_last_applies() -> None:
+    schedule = "0 8 * * 1-5 4..10; 0 20 * * * 2..4; 0 8 24 12 * 1..1; 0 8 29 2 1 9..9"
+    found = parsed_autoscaling(
+        {
+            "skep.autoscale": "1..20",
+            "skep.autoscale.schedule": schedule,
+            "skep.autoscale.time-zone": "Europe/Berlin",
+        }
+    )
+    assert found.cpu == 70
+    assert at(found, "2026-01-07T07:59:30+01:00") == (2, 4), "Wednesday, before its entry"
+    assert at(found, "2026-01-07T08:00:00+01:00") == (4, 10)
+    assert at(found, "2026-07-08T08:00:00+02:00") == (4, 10), "summer time"
+    assert at(found, "2026-01-07T20:00:00+01:00") == (2, 4)
+    assert at(found, "2026-01-10T12:00:00+01:00") == (2, 4), "Saturday"
+    assert at(found, "2026-12-24T12:00:00+01:00") == (1, 1), "the later one of two that are due at a time"
+    rare = parsed_autoscaling({"skep.autoscale": "1..9", "skep.autoscale.schedule": "0 0 29 2 * 3..3"})
+    assert at(rare, "2027-06-01T00:00:00+00:00") == (3, 3)
+    assert (found.least, found.most) == (1, 20), "the label keeps the outer bounds"

@@ -14,14 +14,15 @@ from tests.unit.stack.test_conversion import read, spec
 def test_every_label_of_services_has_a_key() -> None:
     """Below ``x-skep``; ``depends_on`` has its own."""
     values = {"duration": "3s", "`true`, `false`": "true", "IP address": "127.0.0.1", "`0` to `20`": "3"}
+    values |= {"URL": "http://x", "PromQL with one sample": "up", "number": "1"}
     for label in LABELS:
         if label.target is not LabelTarget.SERVICE or label.name == DEPENDS_ON:
             continue
         if label.name.startswith(HTTP) or label.name in DOOR_LABELS:
             continue  # see test_routes_are_a_host_a_list_or_a_mapping; `skep door up` sets those of the door
-        value = values.get(label.values) or label.values.split("`")[-2]
         if label.name.startswith(f"{AUTOSCALE}."):
             continue  # below one key
+        value = values.get(label.values) or label.values.split("`")[-2]
         if label.name.startswith("skep.cron"):
             continue  # see test_a_schedule_is_an_expression_a_list_or_a_mapping
         if label.name in PLACEMENT_LABELS:
@@ -92,6 +93,10 @@ def test_autoscaling_is_a_range_or_a_mapping() -> None:
         "skep.autoscale.down-after": "10m",
     }
     assert made["Mode"] == {"Replicated": {}}, "the number is the cluster's"
+    measures = "queue: 'http://x', queue-target: 5, schedule: '0 8 * * * 1..2', time-zone: Europe/Berlin"
+    labels = spec(f"x-skep: {{autoscale: {{max: 4, {measures}}}}}")["Labels"]
+    assert labels["skep.autoscale.queue-target"] == "5"
+    assert labels["skep.autoscale.schedule"] == "0 8 * * * 1..2"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +122,19 @@ def test_autoscaling_is_a_range_or_a_mapping() -> None:
             "autoscale: {max: 2, memory: 50}",
             "skep.autoscale.memory is a percentage of the memory limit: set one",
         ),
-        ("autoscale: {max: 2, requests: 9}", "services.web.x-skep.autoscale.requests: unknown key"),
+        ("autoscale: {max: 2, bytes: 9}", "services.web.x-skep.autoscale.bytes: unknown key"),
+        (
+            "autoscale: {max: 2, requests: 9}",
+            "skep.autoscale.requests counts HTTP requests over the front door",
+        ),
+        (
+            "autoscale: {max: 2, cpu: 50, queue: 'ftp://x', queue-target: 9}",
+            "services.web.x-skep.autoscale.queue: invalid label skep.autoscale.queue=ftp://x",
+        ),
+        (
+            "autoscale: {max: 2, query: up}",
+            "services.web.x-skep.autoscale.query: the label skep.autoscale.query needs skep.autoscale.prometheus",
+        ),
         ("autoscale: {max: 2, down-after: 1s}", "expected a duration from 15s to 24h"),
     ],
 )

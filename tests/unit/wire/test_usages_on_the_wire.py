@@ -3,10 +3,18 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skep.model.measures.readings import QueryAnswer, ServiceRequests
 from skep.model.options.autoscaling import TaskUsage
-from skep.model.values.ids import TaskId
+from skep.model.values.ids import ServiceId, TaskId
 from skep.wire import skep_pb2 as pb
-from skep.wire.convert.usages import usages_from_pb, usages_to_pb
+from skep.wire.convert.usages import (
+    answer_from_pb,
+    answers_to_pb,
+    reported_requests_from_pb,
+    service_requests_to_pb,
+    usages_from_pb,
+    usages_to_pb,
+)
 
 USAGES = st.builds(TaskUsage, nano_cpus=st.integers(0, 4096 * 10**9), memory_bytes=st.integers(0, 1 << 50))
 
@@ -27,3 +35,36 @@ def test_whatever_a_node_reports_only_what_can_be_a_measurement_counts(cpus: int
 def test_a_node_speaks_for_the_tasks_that_it_was_asked_about() -> None:
     reported = [pb.TaskUsage(task_id=id, nano_cpus=1) for id in ("own", "foreign")]
     assert list(usages_from_pb(reported, {"own"})) == ["own"]
+
+
+THOUSANDTHS = st.integers(0, 10**9).map(lambda number: number / 1000)
+SERVICE_IDS = st.text(max_size=25).map(ServiceId)
+
+
+@given(
+    st.dictionaries(
+        SERVICE_IDS, st.builds(ServiceRequests, in_flight=THOUSANDTHS, per_second=THOUSANDTHS), max_size=9
+    )
+)
+def test_requests_of_services_survive_the_wire_also_if_there_are_none(
+    requests: dict[ServiceId, ServiceRequests],
+) -> None:
+    message = pb.Heartbeat(service_requests=service_requests_to_pb(requests))
+    sent = pb.Heartbeat.FromString(message.SerializeToString())
+    assert reported_requests_from_pb(sent.service_requests) == requests
+
+
+def test_absurd_requests_are_ignored() -> None:
+    absurd = pb.ServiceRequests(service_id="web", in_flight_thousandths=2**63)
+    assert reported_requests_from_pb([absurd]) == {}
+
+
+@given(
+    st.builds(
+        QueryAnswer, figure=st.none() | st.floats(allow_nan=False), age_s=THOUSANDTHS, problem=st.text()
+    )
+)
+def test_answers_survive_the_wire(answer: QueryAnswer) -> None:
+    (message,) = answers_to_pb({ServiceId("web"): {"query": answer}})
+    assert (message.service_id, message.measure) == ("web", "query")
+    assert answer_from_pb(pb.QueryAnswer.FromString(message.SerializeToString())) == answer

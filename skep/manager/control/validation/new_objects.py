@@ -12,7 +12,7 @@ from skep.api.access.permissions import STACK_LABEL, KnownObject, NewObject, see
 from skep.api.formats.networks import PREDEFINED_LABEL
 from skep.errors import SkepError
 from skep.manager.cluster import reserved_ports_of
-from skep.manager.nodes.trust import machine_log, trusted_of
+from skep.manager.nodes.trust import machine_log, machine_query, trusted_of
 from skep.model.container import ContainerSpec
 from skep.model.door.routes import tls_secrets
 from skep.model.needs import sources_of
@@ -25,7 +25,7 @@ from skep.model.permissions.field_rights import admin_rights
 from skep.model.permissions.user import User
 from skep.model.quota import StackQuota
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
-from skep.model.service import Service, ServiceSpec
+from skep.model.service import Service, ServiceSpec, Trusted
 from skep.model.task import Task
 from skep.model.volume import Volume
 from skep.store.interface import View
@@ -145,16 +145,18 @@ def machine_rights(view: View, spec: ServiceSpec, service: Service | None = None
     """Return the first value in a spec that only administrators may set, or an empty string.
 
     Args:
-        service: Service that has or gets the spec, and keeps the log driver that an administrator chose for it.  None
-            for a new service.
+        service: Service that has or gets the spec, and keeps the log driver and the URLs that an administrator
+            chose for it.  None for a new service.
     """
     template = spec.task_template
     attached = (_network_of_machine(view, one.target) for one in (*template.networks, *spec.networks))
     networks = (f"the machine's network {name}" for name in attached if name)
-    is_chosen = service is not None and template.log_driver in trusted_of(view, service).log_drivers
+    trusted = trusted_of(view, service) if service is not None else Trusted()
     if found := next(chain(admin_rights(spec), reserved_ports(view, spec), networks), ""):
         return found
-    return machine_log(view, template.log_driver) if not is_chosen else ""
+    if template.log_driver not in trusted.log_drivers and (found := machine_log(view, template.log_driver)):
+        return found
+    return machine_query(spec, trusted)
 
 
 def _network_of_machine(view: View, target: str) -> str:

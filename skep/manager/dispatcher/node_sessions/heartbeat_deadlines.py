@@ -35,7 +35,12 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
-from skep.wire.convert.usages import requests_from_pb, routes_from_pb, usages_from_pb
+from skep.wire.convert.usages import (
+    reported_requests_from_pb,
+    requests_from_pb,
+    routes_from_pb,
+    usages_from_pb,
+)
 from skep.wire.convert.values import duration_to_pb
 from skep.wire.service import Handler, both_stream, unary
 
@@ -272,6 +277,9 @@ class Heartbeats:
                 if request.requests or session.requests:
                     session.requests = requests_from_pb(request.requests[:REQUESTS_MAX])
                 session.routes = routes_from_pb(request.routes)
+                if request.service_requests or session.service_requests:
+                    reported = request.service_requests[:REQUESTS_MAX]
+                    session.service_requests = reported_requests_from_pb(reported)
                 period_s = self._deadlines.record_heartbeat(session, is_away=request.away)
                 yield skep.HeartbeatPeriod(
                     period=duration_to_pb(int(period_s * SECOND_NS)), measured=session.measured

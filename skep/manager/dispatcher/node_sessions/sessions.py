@@ -17,9 +17,10 @@ from skep.aio.event import Event
 from skep.errors import SkepError
 from skep.manager.dispatcher.node_sessions.registration import NotRegistered, SessionInvalid, SilentNode
 from skep.model.door.traffic import RouteTraffic
+from skep.model.measures.readings import ServiceRequests
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import NodeId, SessionId, TaskId
+from skep.model.values.ids import NodeId, ServiceId, SessionId, TaskId
 
 MISSED_PERIODS = 1.5
 """A node without a heartbeat for so many periods has missed one.  The jitter is a tenth of a period."""
@@ -73,6 +74,7 @@ class LiveSession:
         "period_s",
         "requests",
         "routes",
+        "service_requests",
         "usages",
     )
 
@@ -107,6 +109,8 @@ class LiveSession:
         """Requests of new tasks over the node's front door, in the last heartbeat."""
         self.routes: Sequence[RouteTraffic] = ()
         """Requests to the routes of the node's front door, in the last heartbeat."""
+        self.service_requests: Mapping[ServiceId, ServiceRequests] = {}
+        """Requests of autoscaled services over the node's front door, in the last heartbeat."""
         self.messages = StreamSignal()
         """Wakes the stream of session messages."""
         self._disconnect = disconnect

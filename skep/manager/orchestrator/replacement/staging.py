@@ -10,6 +10,7 @@ no longer get connections from that moment, and end.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from math import inf
 
 import msgspec
 from msgspec.structs import replace
@@ -18,15 +19,18 @@ from skep.manager.orchestrator.changes import SetUpdateStatus
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.replacement.slot_views import SlotView
 from skep.manager.orchestrator.slots import age
+from skep.model.measures.readings import VALID_S
 from skep.model.service import Service, UpdateSplit, UpdateState, UpdateStatus
 from skep.model.staging.updates import (
     IN_PROGRESS,
+    QueryVerdict,
     TaskRequests,
     UpdateStage,
     bounds_of,
     is_undecided,
     message_of,
     percent_in_force,
+    query_bounds_of,
     stages_of,
     tasks_of_step,
 )
@@ -37,6 +41,8 @@ from skep.store.interface import Commit, Created, Deleted, Updated
 _STAGED = (UpdateState.UPDATING, UpdateState.PAUSED)
 """States of an update in which steps apply.  A rollback has none."""
 
+_SEPARATOR = "; "
+"""Separates the step from the reason for which it waits, in an update's message."""
 COLLECT_S = 5.0
 """Seconds between two collections of the requests to new tasks, which nodes count as often."""
 JUDGED_S = 3 * COLLECT_S
@@ -83,12 +89,13 @@ class Staging(msgspec.Struct, frozen=True):
         """Return whether the task is of a staged update that this one has replaced."""
         return _is_of(task, self.service.split.withdrawn if self.service.split is not None else ())
 
-    def present(self, new: Iterable[Task], slots: int) -> SetUpdateStatus | None:
+    def present(self, new: Iterable[Task], slots: int, verdict: QueryVerdict) -> SetUpdateStatus | None:
         """Return the status of the present step, or None if it is written already.
 
         Args:
             new: Tasks of the current spec, whatever the version that they were created from.
             slots: Number of slots that have tasks.
+            verdict: What the update's query says.
         """
         status = self.service.update_status or UpdateStatus()
         before = status.split or UpdateSplit()
@@ -108,11 +115,17 @@ class Staging(msgspec.Struct, frozen=True):
             versions=tuple(sorted(found)),
             withdrawn=tuple(one for one in before.withdrawn if one not in found),
         )
-        # The message of an update that a user has resumed does not name the step.
-        is_paused = status.state is UpdateState.PAUSED
-        if (is_paused or status.message != IN_PROGRESS) and status.split == split:
+        if status.state is UpdateState.PAUSED:
+            message = status.message
+        else:
+            own = message_of(self.stages, self.step)
+            message = f"{own}{_SEPARATOR}{verdict.why_not}" if self.keeps_old and verdict.why_not else own
+            # The message of an update that a user has resumed does not name the step.  Errors are kept.
+            is_own = status.message == IN_PROGRESS or status.message.partition(_SEPARATOR)[0] == own
+            if status.split == split and not is_own:
+                return None
+        if (status.message, status.split) == (message, split):
             return None
-        message = status.message if is_paused else message_of(self.stages, self.step)
         return SetUpdateStatus(self.service, status.state or UpdateState.UPDATING, message, split)
 
     def following(self) -> SetUpdateStatus:
@@ -126,6 +139,27 @@ class Staging(msgspec.Struct, frozen=True):
         """Return which bound the requests to new tasks exceed, or an empty text."""
         bounds = bounds_of(self.service.spec.labels) if self.keeps_old else None
         return bounds.exceeded(situation.requests) if bounds is not None else ""
+
+    def waits_for_query(self, situation: Situation, since: float) -> bool:
+        """Return whether the step, whose tasks run ``since`` some time, may not end because of the update's query."""
+        if not self.keeps_old or query_bounds_of(self.service.spec.labels) is None:
+            return False
+        verdict = situation.query
+        is_recent = verdict.asked_at >= since and situation.now - verdict.asked_at <= VALID_S
+        return bool(verdict.why_not) or not is_recent
+
+    def query_fails_at(self, situation: Situation, since: float) -> float:
+        """Return when the update rolls back because of its query, or infinity."""
+        bounds = query_bounds_of(self.service.spec.labels) if self.keeps_old else None
+        return max(since, situation.query.failing_since) + bounds.wait_s if bounds is not None else inf
+
+    def query_failure(self, situation: Situation, since: float) -> str:
+        """Return why the update fails because of its query, or an empty text."""
+        bounds, verdict = query_bounds_of(self.service.spec.labels), situation.query
+        if bounds is None or self.query_fails_at(situation, since) > situation.now:
+            return ""
+        figure = f", {verdict.figure:.4g} at last" if verdict.figure is not None else ""
+        return f"because for {bounds.wait_s:g} s {verdict.why_not}{figure}"
 
     def failed(self, view: SlotView, situation: Situation) -> Task | None:
         """Return the last new task of the slot that failed, however long it ran."""

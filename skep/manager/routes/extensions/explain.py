@@ -12,15 +12,16 @@ from skep.aio.time_slices import result_in_slices
 from skep.api.access.identity import identity_of
 from skep.api.access.permissions import sees
 from skep.api.http.server import Routes, json_response
+from skep.manager.autoscaling.totals import doors_in, proxies_in
 from skep.manager.control.targets import task_named
 from skep.manager.control.tasks import damage_of, is_up_to_date, known_status, with_damage
 from skep.manager.diagnosis.departures import why_it_stays
 from skep.manager.diagnosis.explanations import (
     ServiceExplanation,
-    explain_autoscaling,
     explain_task,
 )
 from skep.manager.diagnosis.reasons import CauseKind
+from skep.manager.diagnosis.scaling_explanations import explain_autoscaling
 from skep.manager.diagnosis.service_health import explanation_of, service_status
 from skep.manager.diagnosis.unmet_needs import has_full_network, more_addresses
 from skep.manager.orchestrator.replacement.enforcement import overcommitted
@@ -41,6 +42,7 @@ from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
 from skep.manager.services.freezes import held_by, stack_of_service
 from skep.manager.services.quotas import replicas_within_quota
 from skep.manager.services.routes import route_problems
+from skep.model.measures.readings import ScalingMeasurements
 from skep.model.needs import cluster_mounts, sources_of
 from skep.model.network import Network
 from skep.model.node import Node
@@ -118,14 +120,17 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         is_new=lambda task: is_up_to_date(view, task),
     )
     tasks = view.find(Task, service_id=service.id)
-    usages = await manager_of(request).collect_usages() if AUTOSCALE in service.spec.labels else {}
+    is_scaled = AUTOSCALE in service.spec.labels
+    found = await manager_of(request).collect_usages() if is_scaled else ScalingMeasurements()
     explanation = replace(
         explanation,
         autoscaling=explain_autoscaling(
             as_run(view, service),
             tasks,
-            usages,
+            found,
             partial(replicas_within_quota, manager_of(request).store.view(), service),
+            proxies=proxies_in(view, doors_in(view)) if is_scaled else (),
+            now_ns=clock.now_ns(),
         ),
     )
     waiting = next((one for one in tasks if one.is_wanted and one.status.state is TaskState.PENDING), None)

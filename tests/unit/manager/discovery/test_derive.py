@@ -257,10 +257,15 @@ def test_a_task_without_an_address_is_not_reached() -> None:
 
 def test_labels_of_routes_are_on_the_network_of_the_front_door_alone() -> None:
     door = replace(NET, spec=replace(NET.spec, labels={"skep.door": "true"}))
-    labels = {"skep.http": "a.example", "com.docker.stack.namespace": "shop", "other": "x"}
+    labels = {
+        "skep.http": "a.example",
+        "com.docker.stack.namespace": "shop",
+        "skep.autoscale.rps": "5",
+        "other": "x",
+    }
     web = replace(WEB, spec=replace(WEB.spec, labels=labels), created_at=Timestamp("2026-01-01T00:00:00Z"))
     (there,) = derived(door, web).services.values()
-    assert there.labels == {"skep.http": "a.example", "com.docker.stack.namespace": "shop"}
+    assert there.labels == {name: text for name, text in labels.items() if name != "other"}
     assert there.created_at == "2026-01-01T00:00:00Z"
     (here,) = derived(NET, web).services.values()
     assert (here.labels, here.created_at) == ({}, "")

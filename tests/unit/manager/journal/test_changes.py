@@ -264,6 +264,17 @@ def test_a_number_that_autoscaling_has_set_is_told_with_its_reason() -> None:
     assert told(Updated(new, by_hand)) == [("update", "service web updated: replicas 4 → 3")]
 
 
+def test_measures_that_are_not_known_are_told_once_and_so_is_their_return() -> None:
+    well = a_service("web", replicas=2)
+    ill = replace(well, autoscaling_problem="query not known: timeout")
+    lacks = "autoscaling of service web lacks measures: query not known: timeout"
+    assert told(Updated(well, ill)) == [("autoscale", lacks)]
+    assert told(Updated(ill, replace(ill, spec_version=None))) == []
+    assert told(Updated(ill, well)) == [
+        ("autoscale", "autoscaling of service web has all its measures again")
+    ]
+
+
 def test_a_disk_that_fills_and_has_space_again_is_told_once_each() -> None:
     node = a_node("n1")
 

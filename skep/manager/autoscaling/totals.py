@@ -1,0 +1,46 @@
+"""Measures of a whole service: requests over front doors, and answers to queries.  Pure."""
+
+from collections.abc import Collection, Iterator
+
+from skep.manager.autoscaling.decision import Measure
+from skep.model.door.settings import is_door
+from skep.model.measures.readings import QueryAnswer, ScalingMeasurements
+from skep.model.options.autoscaling import Autoscaling
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, ServiceId
+from skep.store.interface import View
+
+
+def totals_of(
+    id: ServiceId, scaling: Autoscaling, found: ScalingMeasurements, proxies: Collection[NodeId]
+) -> Iterator[Measure]:
+    """Yield the measures of a service.  ``proxies``: nodes on which a task of the front door runs."""
+    targets = {"requests": scaling.requests, "rps": scaling.rps}
+    reports = {node: one for node, one in found.requests.get(id, {}).items() if node in proxies}
+    silent = len(proxies) - len(reports)
+    problem = f"no report of the front door on {silent} of {len(proxies)} nodes" if silent else ""
+    if not proxies:
+        problem = "no task of the front door runs"
+    for name, target in targets.items():
+        if target is not None:
+            figures = [one.in_flight if name == "requests" else one.per_second for one in reports.values()]
+            yield Measure(name=name, target=target, sum=sum(figures), is_total=True, problem=problem)
+    for name, one in scaling.queries.items():
+        answer = found.answers.get(id, {}).get(name, QueryAnswer())
+        figure = answer.valid
+        problem = "" if figure is not None else answer.problem or "not answered yet"
+        yield Measure(name=name, target=one.target, sum=figure or 0.0, is_total=True, problem=problem)
+
+
+def doors_in(view: View) -> frozenset[ServiceId]:
+    """Return the services whose tasks are proxies."""
+    return frozenset(service.id for service in view.find(Service) if is_door(service.spec.labels))
+
+
+def proxies_in(view: View, doors: Collection[ServiceId]) -> frozenset[NodeId]:
+    """Return the nodes on which a task of ``doors`` runs."""
+    tasks = (task for id in sorted(doors) for task in view.find(Task, service_id=id))
+    return frozenset(
+        task.node_id for task in tasks if task.is_wanted and task.status.state is TaskState.RUNNING
+    )

@@ -1,0 +1,85 @@
+"""Queries that the steps of staged updates wait for, and what their latest answers mean."""
+
+from collections.abc import Callable, Iterable
+from random import Random
+
+from skep.aio.clock import Clock
+from skep.manager.nodes.trust import trusted_of
+from skep.manager.queries.board import Ask, AskedQuery, QueryBoard, QueryKey
+from skep.model.service import Service
+from skep.model.staging.updates import QueryVerdict, is_undecided, judged, query_bounds_of
+from skep.model.values.ids import ServiceId
+from skep.store.interface import Commit, Created, Deleted, Updated, View
+
+_MEASURE = "update"
+"""Name of the query of an update.  A service has only one."""
+
+
+class StepQueries:
+    """The services whose staged updates have a query, and the verdicts about them."""
+
+    def __init__(
+        self,
+        view: Callable[[], View],
+        clock: Clock,
+        random: Random,
+        ask: Ask,
+        on_verdict: Callable[[ServiceId], None],
+    ) -> None:
+        """``on_verdict`` is called after each answer."""
+        self._view = view
+        self._on_verdict = on_verdict
+        self._board = QueryBoard(clock, random, ask, self._note_answer)
+        self._services: set[ServiceId] = set()
+        self._verdicts: dict[ServiceId, QueryVerdict] = {}
+
+    async def run(self) -> None:
+        """Ask until cancelled."""
+        self._want()
+        await self._board.run()
+
+    def start(self, services: Iterable[Service]) -> None:
+        """Start with all services of a snapshot."""
+        self._services = {service.id for service in services if _has_query(service)}
+        self._verdicts.clear()
+        self._want()
+
+    def note(self, commit: Commit) -> None:
+        """Follow changes of services."""
+        for event in commit.events:
+            match event:
+                case Created(Service() as service) | Updated(_, Service() as service) if _has_query(service):
+                    self._services.add(service.id)
+                    self._want()
+                case Updated(_, Service() as service) | Deleted(Service() as service):
+                    if service.id in self._services:
+                        self._services.discard(service.id)
+                        self._verdicts.pop(service.id, None)
+                        self._want()
+
+    def _want(self) -> None:
+        view, wanted = self._view(), dict[QueryKey, AskedQuery]()
+        for id in sorted(self._services):
+            service = view.lookup(Service, id)
+            bounds = query_bounds_of(service.spec.labels) if service is not None else None
+            if service is not None and bounds is not None:
+                is_trusted = bounds.query.url in trusted_of(view, service).urls
+                wanted[id, _MEASURE] = AskedQuery(bounds.query, is_trusted)
+        self._board.want(wanted)
+
+    def _note_answer(self, key: QueryKey) -> None:
+        id, latest = key[0], self._board.latest(key)
+        service = self._view().lookup(Service, id)
+        bounds = query_bounds_of(service.spec.labels) if service is not None else None
+        if bounds is not None and id in self._services:
+            figure = None if latest.problem else latest.figure
+            self._verdicts[id] = judged(self.verdict(id), bounds, latest.asked_at, figure, latest.problem)
+            self._on_verdict(id)
+
+    def verdict(self, id: ServiceId) -> QueryVerdict:
+        """Return the verdict about a service."""
+        return self._verdicts.get(id, QueryVerdict())
+
+
+def _has_query(service: Service) -> bool:
+    return is_undecided(service) and query_bounds_of(service.spec.labels) is not None

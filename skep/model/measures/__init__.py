@@ -1,0 +1,1 @@
+"""Measures beyond CPU and memory: queries with their answers, and requests at front doors.  Pure."""

@@ -1,0 +1,181 @@
+"""Queries of figures over HTTP, for autoscaling and canaries: Prometheus' API, or a page with a number.
+
+A URL is in a label, which every inspect shows, so it has no password.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from math import isfinite
+from typing import Any, Final
+from urllib.parse import quote, urlsplit
+
+import msgspec
+
+from skep.errors import InvalidArgument
+from skep.model.networks.addresses import is_machine_host
+
+AUTOSCALE_PROMETHEUS: Final = "skep.autoscale.prometheus"
+"""Label with the URL of the Prometheus that answers ``skep.autoscale.query``."""
+AUTOSCALE_QUEUE: Final = "skep.autoscale.queue"
+"""Label with the URL of a page that has a queue's length, as a number or as a field of a JSON object."""
+UPDATE_PROMETHEUS: Final = "skep.update.prometheus"
+"""Label with the URL of the Prometheus that answers ``skep.update.query``."""
+URL_LABELS: Final = (AUTOSCALE_PROMETHEUS, AUTOSCALE_QUEUE, UPDATE_PROMETHEUS)
+
+URL_CHARACTERS_MAX: Final = 2048
+"""Longest URL.  Servers refuse longer ones."""
+EXPRESSION_CHARACTERS_MAX: Final = 4000
+"""Longest expression.  Prometheus refuses request lines of more than 8 KiB, and quoting doubles some characters."""
+BODY_BYTES_MAX: Final = 64 * 1024
+"""Longest response that is read.  A response with one sample has a few hundred bytes."""
+_REASON_CHARACTERS_MAX: Final = 200
+"""Longest reason of Prometheus that is shown."""
+_FIELD: Final = re.compile(r"[A-Za-z0-9_-]{1,100}(?:\.[A-Za-z0-9_-]{1,100}){0,9}", re.ASCII)
+
+
+class MetricQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """A query of one figure.
+
+    Attributes:
+        url: The Prometheus, or the page.
+        expression: Expression in PromQL.  Empty for a page.
+        field: Path of a field of the page's JSON object, with dots.  Empty if the page is only a number.
+    """
+
+    url: str
+    expression: str = ""
+    field: str = ""
+
+    @property
+    def request_url(self) -> str:
+        """Return the URL to get."""
+        if not self.expression:
+            return self.url
+        return f"{self.url.rstrip('/')}/api/v1/query?query={quote(self.expression, safe='')}"
+
+    @property
+    def host(self) -> str:
+        """Return host and port."""
+        return urlsplit(self.url).netloc
+
+
+class QueryFailed(Exception):
+    """There is no figure, for a reason that may be shown to every user of the service."""
+
+
+def query_urls(labels: Mapping[str, str]) -> list[str]:
+    """Return the URLs of all queries in a service's labels."""
+    return [labels[name] for name in URL_LABELS if name in labels]
+
+
+def checked_url(name: str, url: str) -> str:
+    """Return the URL in the label ``name``.  Raises: InvalidArgument."""
+    wanted = "expected a URL such as http://prometheus.example.org:9090"
+    if len(url) > URL_CHARACTERS_MAX or not url.isascii() or not url.isprintable() or " " in url:
+        raise InvalidArgument(
+            f"invalid label {name}: expected at most {URL_CHARACTERS_MAX} printable ASCII characters without spaces"
+        )
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise InvalidArgument(f"invalid label {name}={url}: {wanted}") from None
+    if parts.username is not None or parts.password is not None:
+        raise InvalidArgument(
+            f"invalid label {name}: every user who sees the service would see its password: use an address that needs "
+            "none, such as a proxy"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise InvalidArgument(f"invalid label {name}={url}: {wanted}")
+    if parts.fragment or (name != AUTOSCALE_QUEUE and parts.query):
+        raise InvalidArgument(
+            f"invalid label {name}={url}: expected the address only, without {'#' if parts.fragment else '?'}"
+        )
+    return url
+
+
+def checked_expression(name: str, text: str) -> str:
+    """Return the expression in the label ``name``.  Only Prometheus can parse it.  Raises: InvalidArgument."""
+    if not text.strip() or len(text) > EXPRESSION_CHARACTERS_MAX:
+        raise InvalidArgument(
+            f"invalid label {name}: expected an expression in PromQL of at most {EXPRESSION_CHARACTERS_MAX} characters"
+        )
+    return text
+
+
+def checked_field(name: str, text: str) -> str:
+    """Return the path of a field in the label ``name``.  Raises: InvalidArgument."""
+    if _FIELD.fullmatch(text) is None:
+        raise InvalidArgument(
+            f"invalid label {name}={text}: expected names of fields with dots, such as messages or queue.length"
+        )
+    return text
+
+
+def machine_urls(urls: Iterable[str]) -> list[str]:
+    """Return the URLs whose host is certainly an address of the machine itself or of its links, in any spelling."""
+    return [url for url in urls if is_machine_host(urlsplit(url).hostname or "")]
+
+
+def figure_in(query: MetricQuery, status: int, body: bytes) -> float:
+    """Return the figure in a response.  Raises: QueryFailed."""
+    found = _sample(status, body) if query.expression else _number_in_page(query.field, status, body)
+    if not isfinite(found) or (not query.expression and found < 0):
+        raise QueryFailed(f"the figure is {found:g}, which cannot be used: expected a finite number")
+    return found
+
+
+def _sample(status: int, body: bytes) -> float:
+    """Return the value of the only sample.
+
+    Source: https://prometheus.io/docs/prometheus/latest/querying/api/ (instant queries).
+    """
+    try:
+        answer = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        answer = None
+    if not isinstance(answer, dict) or answer.get("status") not in ("success", "error"):
+        raise QueryFailed(f"it is not a Prometheus: it responded {status} without its API's JSON")
+    if answer["status"] == "error":
+        words = "".join(filter(str.isprintable, str(answer.get("error", ""))))[:_REASON_CHARACTERS_MAX]
+        raise QueryFailed(f"Prometheus refused the query: {words}")
+    data = answer.get("data")
+    kind, result = (data.get("resultType"), data.get("result")) if isinstance(data, dict) else (None, None)
+    if kind == "vector" and isinstance(result, list):
+        if len(result) != 1:
+            count = "no sample" if not result else f"{len(result)} samples"
+            raise QueryFailed(
+                f"the query returned {count}: write it so that it has exactly one, such as sum(...)"
+            )
+        result = result[0].get("value") if isinstance(result[0], dict) else None
+    elif kind != "scalar":
+        raise QueryFailed("the query returns neither an instant vector nor a scalar: remove the range [...]")
+    if not isinstance(result, list) or len(result) != 2:
+        raise QueryFailed("the sample has no value: use a query without native histograms")
+    return _as_float(result[1])
+
+
+def _number_in_page(field: str, status: int, body: bytes) -> float:
+    if status != 200:
+        raise QueryFailed(f"it responded {status}, and not 200 with a number")
+    if not field:
+        return _as_float(body.decode(errors="replace").strip())
+    try:
+        value: Any = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise QueryFailed("its response is not JSON") from None
+    for name in field.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if value is None or isinstance(value, bool):
+        raise QueryFailed(f"its response has no number in the field {field}")
+    return _as_float(value)
+
+
+def _as_float(value: object) -> float:
+    # No part of a response is shown: the page may be one that the author of the label may not read.
+    if isinstance(value, int | float):
+        return float(value)
+    try:
+        return float(value) if isinstance(value, str) and len(value) <= 64 else float("")
+    except ValueError:
+        raise QueryFailed("its response is not a number") from None

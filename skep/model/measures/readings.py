@@ -1,0 +1,53 @@
+"""What is known about a service's load besides CPU and memory: requests at front doors, and answers to queries."""
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Final
+
+import msgspec
+
+from skep.model.options.autoscaling import TaskUsage
+from skep.model.values.ids import NodeId, ServiceId, TaskId
+
+VALID_S: Final = 45.0
+"""Seconds for which an answer counts.  Queries are asked every 15 seconds, so two of them may fail."""
+_RATE_MAX: Final = 1e9
+"""No proxy has as many requests, so a report of more is ignored."""
+
+
+class ServiceRequests(msgspec.Struct, frozen=True, kw_only=True):
+    """HTTP requests to a service over one node's front door: mean number in flight, and number per second."""
+
+    in_flight: float = 0.0
+    per_second: float = 0.0
+
+    @property
+    def is_plausible(self) -> bool:
+        """Return whether a proxy can have that many.  Nodes are not trusted, and may report any number."""
+        return all(isfinite(one) and 0 <= one <= _RATE_MAX for one in (self.in_flight, self.per_second))
+
+
+class QueryAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """The last figure of a query, with its age, and the reason why there is no newer one."""
+
+    figure: float | None = None
+    age_s: float = 0.0
+    problem: str = ""
+
+    @property
+    def valid(self) -> float | None:
+        """Return the figure if it still counts."""
+        return self.figure if self.age_s <= VALID_S else None
+
+
+class ScalingMeasurements(msgspec.Struct, frozen=True, kw_only=True):
+    """All that managers know about the load of autoscaled services.
+
+    Attributes:
+        requests: By service, the reports of nodes with a proxy.
+        answers: By service, the answers to queries by the name of their measure.  Only the leader has them.
+    """
+
+    usages: Mapping[TaskId, TaskUsage] = {}
+    requests: Mapping[ServiceId, Mapping[NodeId, ServiceRequests]] = {}
+    answers: Mapping[ServiceId, Mapping[str, QueryAnswer]] = {}
