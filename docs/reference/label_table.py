@@ -16,7 +16,13 @@ from skep.model.options.affinity import (
     SKEW_MAX,
     TERMS_MAX,
 )
-from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY
+from skep.model.options.autoscaling import (
+    AUTOSCALE,
+    AUTOSCALE_CPU,
+    AUTOSCALE_DOWN_AFTER,
+    AUTOSCALE_IDLE_AFTER,
+    AUTOSCALE_MEMORY,
+)
 from skep.model.options.constraints import FACT_LABEL
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import (
@@ -387,7 +393,7 @@ LABELS = (
         "`2..10`",
         "off",
         "The least and the most tasks of a replicated service. Within this range, their number follows their load "
-        "([autoscaling](../guide/autoscaling.md)).",
+        "([autoscaling](../guide/autoscaling.md)). The least may be 0 for a service with a route.",
     ),
     Label(
         LabelTarget.SERVICE,
@@ -409,6 +415,14 @@ LABELS = (
         "duration, `15s` to `24h`",
         "`5m`",
         "How long fewer tasks must suffice before Skep removes tasks.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE_IDLE_AFTER,
+        "duration, `15s` to `24h`",
+        "`5m`",
+        "How long a service without requests keeps its last task, if the range starts at 0 "
+        "([scale to zero](../guide/autoscaling.md#scale-to-zero)).",
     ),
     Label(
         LabelTarget.SERVICE,

@@ -83,6 +83,7 @@ class Leader:
                     confirm=term.confirm,
                     collect_usages=self._observation.usages.collect,
                     collect_requests=self._observation.usages.collect_requests,
+                    collect_idle=self._observation.usages.collect_idle,
                     counts=self._observation.autoscaling,
                     send=MessageSender(store.view, clock).send,
                     run_step=self._authority.run_step,

@@ -40,7 +40,9 @@ class ManagerObservation:
         self.events = ClusterEvents(store, clock)
         self.cluster_view = ClusterView(store, clock, ClusterRows(store, clock, read_quorum).row)
         self.lag = LoopLag()
-        self.usages = TaskUsages(store, config.node_id, dispatcher.usages, dispatcher.requests, channel_to)
+        self.usages = TaskUsages(
+            *(store, config.node_id, dispatcher.usages, dispatcher.requests, channel_to, dispatcher.idle)
+        )
         self.autoscaling = AutoscalingCounts()
         self._starts = StartTimes(store, clock)
         self._exporter = exporter_to(config.trace_endpoint, "manager", config.hostname, clock, random.random)

@@ -20,6 +20,7 @@ from skep.agent.session.reports import Reports
 from skep.agent.session.revisions import SeenRevision
 from skep.agent.session.session_state import SessionState
 from skep.agent.session.table_stream import TableSink, TableStream
+from skep.agent.session.wakes import HeldSource, WakeCalls
 from skep.agent.tasks.publishing import LogPublisher, LogSource
 from skep.agent.tunnels import TunnelHost
 from skep.aio.backoff import Backoff
@@ -36,7 +37,7 @@ from skep.model.options.slot_volumes import differ_beyond_slots
 from skep.model.staging.updates import TaskRequests
 from skep.model.task import TaskStatus
 from skep.model.values.encoding import to_json
-from skep.model.values.ids import TaskId, VolumeId
+from skep.model.values.ids import ServiceId, TaskId, VolumeId
 from skep.model.values.times import SECOND_NS
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -45,7 +46,7 @@ from skep.wire.client import ManagerChannel, StreamCall
 from skep.wire.convert.assignments import assignments_from_pb, revised_from_pb
 from skep.wire.convert.node import description_to_pb
 from skep.wire.convert.task import end_to_pb, status_to_pb
-from skep.wire.convert.usages import requests_to_pb, usages_to_pb
+from skep.wire.convert.usages import idle_to_pb, requests_to_pb, usages_to_pb
 from skep.wire.convert.values import duration_from_pb
 
 log = structlog.get_logger(__name__)
@@ -132,6 +133,8 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
         usages: Measures tasks that a manager asks about, sent with each heartbeat, or None.
         addresses: Holds failover addresses, or None.
         requests: Returns the requests of new tasks over this node's front door, sent with each heartbeat.
+        idle: Returns the seconds without a request at this node's front door, by service, sent with each heartbeat.
+        held: Requests that the front door holds for services without a task, or None.
         serve_images: Serves this node's images to other nodes until cancelled, or None.
     """
 
@@ -148,6 +151,8 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
     usages: UsageSource | None = None
     addresses: HeldAddresses | None = None
     requests: Callable[[], Mapping[TaskId, TaskRequests]] = dict
+    idle: Callable[[], Mapping[ServiceId, float]] = dict
+    held: HeldSource | None = None
 
 
 class SessionHost(Protocol):
@@ -283,6 +288,9 @@ class ManagerSession:
         if self._services.addresses is not None:
             addresses = AddressStream(self._channel, self._services.addresses, self._clock)
             parts["addresses"] = partial(self._run_if_implemented, "addresses", addresses.run)
+        if self._services.held is not None:
+            wakes = WakeCalls(self._channel, self._services.held, self._clock, self._rng)
+            parts["wakes"] = partial(self._run_if_implemented, "wakes", wakes.run)
         if self._services.tunnels is not None:
             orders = partial(self._services.tunnels.receive_orders, self._channel)
             parts["tunnels"] = partial(self._run_if_implemented, "tunnels", orders)
@@ -386,10 +394,14 @@ class ManagerSession:
         thousandths = round(1000 * load) if load is not None else None
         usages = self._services.usages
         used = usages_to_pb(usages.present()) if usages is not None else ()
-        requests = requests_to_pb(self._services.requests())
         await call.send(
             skep.Heartbeat(
-                session_id=self._id, away=is_stopping, load=thousandths, usages=used, requests=requests
+                session_id=self._id,
+                away=is_stopping,
+                load=thousandths,
+                usages=used,
+                requests=requests_to_pb(self._services.requests()),
+                idle=idle_to_pb(self._services.idle()),
             )
         )
         reply = await call.receive()

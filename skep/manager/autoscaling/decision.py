@@ -16,10 +16,17 @@ Source: kubernetes, pkg/controller/podautoscaler/{horizontal,replica_calculator}
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
+from typing import Final
 
 import msgspec
 
-from skep.model.options.autoscaling import Autoscaling, TaskUsage, memory_of_a_task, nano_cpus_of_a_task
+from skep.model.options.autoscaling import (
+    Autoscaling,
+    TaskUsage,
+    is_at_zero,
+    memory_of_a_task,
+    nano_cpus_of_a_task,
+)
 from skep.model.options.labels import is_stopped
 from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.task import Task, TaskState
@@ -33,6 +40,7 @@ yet.
 """
 TOLERANCE = 0.1
 """Relative difference that changes nothing.  Kubernetes has the same default."""
+AT_ZERO: Final = "scaled to zero, the next request at the front door starts a task"
 GROWTH_MAX = 2
 """Maximum factor by which the number grows in one step."""
 
@@ -78,6 +86,8 @@ class Recommendations:
 
     def __init__(self, replicas: int, now: float) -> None:
         """Start with the present number of tasks.  Another leader or a user has set it, so it is kept for a window."""
+        self.since = now
+        """Since when this leader knows the service, or the number that a user or a request has set."""
         self.expected = replicas
         """The number at this leader's last check or change.  If the service has another number, a user has set it."""
         self._falling: deque[tuple[float, int]] = deque([(now, replicas)])
@@ -169,6 +179,8 @@ def blocked(service: Service) -> str:
     """Return the reason why the number must not change, whatever the load is, or an empty string."""
     if is_stopped(service.spec.labels):
         return "the service is stopped"
+    if is_at_zero(service.spec):
+        return AT_ZERO
     if not service.spec.replicas:
         return "it was scaled to 0: autoscaling is off until it has a task again"
     state = service.update_status.state if service.update_status is not None else None
@@ -200,6 +212,21 @@ def decide(
     if lowest < present:
         return ScalingDecision(replicas=lowest, reason=asked.reason)
     return ScalingDecision(replicas=None, reason=held(asked, present, scaling, readings))
+
+
+def to_zero(
+    present: int, scaling: Autoscaling, idle_s: float | None, history: Recommendations, now: float
+) -> ScalingDecision | None:
+    """Return the decision to remove the last task of a service without requests, or None.
+
+    Args:
+        idle_s: Seconds without a request, or None if unknown.
+    """
+    after_s = scaling.idle_after_s
+    # The leader's own observation covers requests that are too recent for the reports.
+    if scaling.least or present != 1 or idle_s is None or min(idle_s, now - history.since) < after_s:
+        return None
+    return ScalingDecision(replicas=0, reason=f"no request for {after_s:g} s")
 
 
 def held(asked: Recommendation, present: int, scaling: Autoscaling, readings: Readings) -> str:

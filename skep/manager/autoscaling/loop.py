@@ -8,7 +8,17 @@ from skep.aio.clock import Clock, tick
 from skep.aio.time_slices import TimeSlices
 from skep.errors import SkepError
 from skep.manager.autoscaling.decision import PERIOD_S
-from skep.manager.autoscaling.state import AutoscalerState, AutoscalingCounts, Quota, Scaling, write_replicas
+from skep.manager.autoscaling.state import (
+    UNKNOWN,
+    AutoscalerState,
+    AutoscalingCounts,
+    IdleReports,
+    Quota,
+    Scaling,
+    door_nodes,
+    idle_times,
+    write_replicas,
+)
 from skep.manager.control_loops.failures import isolated
 from skep.manager.control_loops.informer import run_informer
 from skep.model.options.autoscaling import TaskUsage
@@ -22,17 +32,26 @@ log = structlog.get_logger(__name__)
 
 Collect = Callable[[], Awaitable[Mapping[TaskId, TaskUsage]]]
 """Returns the known usage of tasks, from all managers, within seconds."""
+CollectIdle = Callable[[], Awaitable[IdleReports]]
+"""Returns the idle times that nodes report, from all managers, within seconds."""
 
 
 class Autoscaler:
     """Decides about every autoscaled service once per period."""
 
     def __init__(
-        self, term: LoopStore, clock: Clock, collect: Collect, quota: Quota, counts: AutoscalingCounts
+        self,
+        term: LoopStore,
+        clock: Clock,
+        collect: Collect,
+        collect_idle: CollectIdle,
+        quota: Quota,
+        counts: AutoscalingCounts,
     ) -> None:
         self._term = term
         self._clock = clock
         self._collect = collect
+        self._collect_idle = collect_idle
         self._quota = quota
         self._counts = counts
         self.state = AutoscalerState(term.view, clock, quota, counts)
@@ -59,11 +78,16 @@ class Autoscaler:
                 await self._scale_due()
 
     async def _scale_due(self) -> None:
-        usages, now, slices = await self._collect(), self._clock.monotonic(), TimeSlices(self._clock)
+        usages = await self._collect()
+        idle = UNKNOWN
+        if self.state.may_scale_to_zero():
+            reports = await self._collect_idle()
+            idle = idle_times(door_nodes(self._term.view()), reports)
+        now, slices = self._clock.monotonic(), TimeSlices(self._clock)
         due: list[Scaling] = []
         for id in sorted(self.state.services):
             with isolated("autoscaling", id):
-                if (scaling := self.state.decide(id, usages, now)) is not None:
+                if (scaling := self.state.decide(id, usages, now, idle)) is not None:
                     due.append(scaling)
             await slices.yield_if_due()
         if due:

@@ -7,7 +7,7 @@ from skep.aio.clock import Clock
 from skep.manager.acme.calls import RunStep, skip_steps
 from skep.manager.acme.loop import Certificates
 from skep.manager.allocator.loop import Allocator
-from skep.manager.autoscaling.loop import Autoscaler, Collect
+from skep.manager.autoscaling.loop import Autoscaler, Collect, CollectIdle
 from skep.manager.autoscaling.state import AutoscalingCounts, Quota
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.catalog.loop import RegistrationLeases
@@ -24,7 +24,7 @@ from skep.manager.rebalance.loop import Rebalancer
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.schedules.loop import ChangeFreezes, Schedules
 from skep.manager.services.quotas import replicas_within_quota
-from skep.manager.telemetry.task_usages import no_usages
+from skep.manager.telemetry.task_usages import no_idle_times, no_usages
 from skep.manager.verify.loop import Verifier
 from skep.manager.volumes.driver_calls import Confirm, FindDriver, no_drivers, skip_confirmation
 from skep.manager.volumes.loop import VolumeManager
@@ -49,6 +49,7 @@ def loops(
     confirm: Confirm = skip_confirmation,
     collect_usages: Collect = no_usages,
     collect_requests: CollectRequests = no_requests,
+    collect_idle: CollectIdle = no_idle_times,
     counts: AutoscalingCounts | None = None,
     send: Send = skip_sending,
     run_step: RunStep = skip_steps,
@@ -61,6 +62,7 @@ def loops(
         confirm: Confirms the term before an action that no fence covers.
         collect_usages: Collects the resource usage of tasks of autoscaled services.
         collect_requests: Collects the HTTP requests of new tasks in staged updates.
+        collect_idle: Collects the idle times of services that may be scaled to zero.
         counts: Counters of changes by autoscaling.
         send: Sends notifications to their targets.
         run_step: Makes steps of orders at the authority for certificates.
@@ -78,6 +80,7 @@ def loops(
             term,
             clock,
             collect_usages,
+            collect_idle,
             Quota(replicas_within_quota, check_quota),
             counts or AutoscalingCounts(),
         ),

@@ -6,7 +6,7 @@ Everything is derived from the stored objects.  The sentences come from ``reason
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from skep.manager.autoscaling.decision import blocked, readings_of, recommendation, shown_reason
+from skep.manager.autoscaling.decision import AT_ZERO, blocked, readings_of, recommendation, shown_reason
 from skep.manager.diagnosis.departures import split_off_replacements
 from skep.manager.diagnosis.reasons import (
     LOOP_FROM,
@@ -32,7 +32,7 @@ from skep.manager.services.job_runs import of_present_run, restarts_in
 from skep.model.needs import needs_of
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import placement_text
-from skep.model.options.autoscaling import TaskUsage, autoscaling_of
+from skep.model.options.autoscaling import TaskUsage, autoscaling_of, is_at_zero
 from skep.model.options.dependencies import WAITS_FOR, is_wait
 from skep.model.options.labels import is_stopped
 from skep.model.service import (
@@ -116,7 +116,7 @@ class MetricExplanation(ApiObject):
 class AutoscalingExplanation(ApiObject):
     """State of a service's autoscaling."""
 
-    min: int = 0
+    min: int = always(0)
     max: int = 0
     metrics: tuple[MetricExplanation, ...] = ()
     unmeasured: int = always(0)
@@ -427,6 +427,10 @@ def _of_service(
     if has_numbers and not problems and not is_updating:
         if is_stopped(service.spec.labels):
             return f"{IS_STOPPED}: skep service start {service.spec.name} starts its tasks", IS_STOPPED, True
+        if is_at_zero(service.spec):
+            scaled = service.autoscaled
+            since = f" since {scaled.at[:19]}Z" if scaled is not None and not scaled.after else ""
+            return AT_ZERO.replace("zero", f"zero{since}", 1), AT_ZERO, True
         if done:
             text = f"{done} of {wanted} tasks done" + (f", {running} running" if running else "")
         else:

@@ -31,7 +31,7 @@ from skep.manager.peer_reports import PeerReport, PeerReports
 from skep.manager.services.volume_index import VolumeIndex
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import IdSource, NodeId, TaskId
+from skep.model.values.ids import IdSource, NodeId, ServiceId, TaskId
 from skep.store.interface import Store
 from skep.wire.service import Handler
 
@@ -112,6 +112,10 @@ class Dispatcher:
     def requests(self) -> Mapping[TaskId, TaskRequests]:
         """Return the requests of new tasks over the front doors of nodes with a session here."""
         return self._usages.requests()
+
+    def idle(self) -> Mapping[NodeId, Mapping[ServiceId, float]]:
+        """Return the idle times at the front doors of nodes with a session here."""
+        return self._usages.idle()
 
     def is_current(self) -> bool:
         """Whether this manager has contact with a quorum.  See ``QuorumContact``."""

@@ -6,7 +6,7 @@ become silent.
 """
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from skep.aio.clock import Clock, tick
 from skep.aio.time_slices import TimeSlices
@@ -22,7 +22,7 @@ from skep.store.transactions.updates import batched
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from skep.wire.convert.usages import requests_to_pb, usages_to_pb
+from skep.wire.convert.usages import idle_to_pb, requests_to_pb, usages_to_pb
 from skep.wire.service import Handler, server_stream
 
 CHECK_S = 2.0
@@ -57,6 +57,10 @@ class MeasuredTasks:
             for id, one in session.requests.items():
                 found[id] = found.get(id, TaskRequests()) + one
         return found
+
+    def idle(self) -> dict[NodeId, Mapping[ServiceId, float]]:
+        """Return the idle times reported by nodes with a session here."""
+        return {session.node_id: session.idle for session in self._sessions.all() if session.idle}
 
     async def run(self) -> None:
         """Keep the lists until cancelled."""
@@ -108,6 +112,8 @@ class MeasuredTasks:
         requests = self.requests()
         for ids in batched(list(requests), _PIECE):
             yield skep.TaskUsages(requests=requests_to_pb({id: requests[id] for id in ids}))
+        for node_id, idle in self.idle().items():
+            yield skep.TaskUsages(idle=idle_to_pb(idle, node_id))
 
 
 def _is_measured(service: Service) -> bool:

@@ -13,12 +13,12 @@ from skep.errors import SkepError
 from skep.model.node import Node
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.store.interface import Store
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import ManagerChannel
-from skep.wire.convert.usages import requests_from_pb, usages_from_pb
+from skep.wire.convert.usages import idle_from_pb, requests_from_pb, usages_from_pb
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +36,7 @@ class TaskUsages:
         reported_here: Callable[[], Mapping[TaskId, TaskUsage]],
         requests_here: Callable[[], Mapping[TaskId, TaskRequests]],
         channel: Callable[[NodeId], ManagerChannel],
+        idle_here: Callable[[], Mapping[NodeId, Mapping[ServiceId, float]]] = dict,
     ) -> None:
         """``channel`` returns the link's connection to another manager, or raises Unavailable."""
         self._store = store
@@ -43,6 +44,7 @@ class TaskUsages:
         self._reported_here = reported_here
         self._requests_here = requests_here
         self._channel = channel
+        self._idle_here = idle_here
 
     async def collect(self) -> Mapping[TaskId, TaskUsage]:
         """Return the current usages.  Managers that do not respond, or whose version lacks such reports,
@@ -57,6 +59,11 @@ class TaskUsages:
         for id, one in self._requests_here().items():
             found[id] = found.get(id, TaskRequests()) + one
         return found
+
+    async def collect_idle(self) -> Mapping[NodeId, Mapping[ServiceId, float]]:
+        """Return the seconds without a request of services that may be scaled to zero, by node."""
+        found = idle_from_pb(one for message in await self._messages() for one in message.idle)
+        return {**found, **self._idle_here()}
 
     async def _messages(self) -> list[skep.TaskUsages]:
         managers = [
@@ -86,4 +93,9 @@ class TaskUsages:
 
 async def no_usages() -> Mapping[TaskId, TaskUsage]:
     """Return no usages, where nothing is measured."""
+    return {}
+
+
+async def no_idle_times() -> Mapping[NodeId, Mapping[ServiceId, float]]:
+    """Return no idle times, where no front door is."""
     return {}

@@ -1,6 +1,7 @@
 """Autoscaling of a service: the settings in its labels, and the leader's last action.
 
-``skep.autoscale=2..10`` enables it.  The other labels set the measures and the delay.
+``skep.autoscale=2..10`` enables it.  The other labels set the measures and the delay.  With ``0..10``, the last task
+stops after an idle time, and the next request at the front door starts a task.
 """
 
 import re
@@ -11,6 +12,8 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
+from skep.model.door.routes import HTTP, routes_of
+from skep.model.options.labels import is_stopped
 from skep.model.service import REPLICAS_MAX, ReplicatedService, ServiceMode, ServiceSpec
 from skep.model.values.times import SECOND_NS, duration_ns
 
@@ -24,7 +27,10 @@ AUTOSCALE_MEMORY: Final = "skep.autoscale.memory"
 """Label with the memory target in percent of a task's limit."""
 AUTOSCALE_DOWN_AFTER: Final = "skep.autoscale.down-after"
 """Label with the time for which fewer tasks must suffice before autoscaling removes tasks."""
-_LABELS: Final = (AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_MEMORY, AUTOSCALE_DOWN_AFTER)
+AUTOSCALE_IDLE_AFTER: Final = "skep.autoscale.idle-after"
+"""Label with the time without a request after which autoscaling removes the last task, if the range starts at 0."""
+AUTOSCALE_OPTIONS: Final = (AUTOSCALE_CPU, AUTOSCALE_MEMORY, AUTOSCALE_DOWN_AFTER, AUTOSCALE_IDLE_AFTER)
+_LABELS: Final = (AUTOSCALE, *AUTOSCALE_OPTIONS)
 
 CPU_DEFAULT: Final = 70
 CPU_MAX: Final = 1000
@@ -36,6 +42,12 @@ DOWN_AFTER_DEFAULT_S: Final = 300.0
 DOWN_AFTER_S_MIN, DOWN_AFTER_S_MAX = 15.0, 24 * 3600.0
 """Smallest and largest value of that label.  Usage is averaged over 10 s, so a shorter time would depend on a single
 average.
+"""
+IDLE_AFTER_DEFAULT_S: Final = 300.0
+"""Seconds without a request before the last task stops.  As long as the default window for fewer tasks."""
+IDLE_AFTER_S_MIN, IDLE_AFTER_S_MAX = 15.0, 24 * 3600.0
+"""Smallest and largest value of that label.  Nodes report idle times up to ten seconds late, so a shorter time would
+often stop a task that has just had a request.
 """
 _ONE_CPU: Final = 1_000_000_000
 _NANO_CPUS_MAX: Final = 4096 * _ONE_CPU
@@ -54,6 +66,7 @@ class Autoscaling(msgspec.Struct, frozen=True, kw_only=True):
     cpu: int | None = CPU_DEFAULT
     memory: int | None = None
     down_after_s: float = DOWN_AFTER_DEFAULT_S
+    idle_after_s: float = IDLE_AFTER_DEFAULT_S
 
     def clamped(self, replicas: int) -> int:
         """Return the nearest number within the range."""
@@ -87,6 +100,17 @@ def autoscaling_of(labels: Mapping[str, str]) -> Autoscaling | None:
         return None
 
 
+def wakes_on_request(labels: Mapping[str, str]) -> bool:
+    """Return whether a request at the front door starts a task if the service has none."""
+    scaling = autoscaling_of(labels)
+    return scaling is not None and not scaling.least and not is_stopped(labels)
+
+
+def is_at_zero(spec: ServiceSpec) -> bool:
+    """Return whether the service has no tasks until the next request."""
+    return spec.mode.replicated is not None and not spec.replicas and wakes_on_request(spec.labels)
+
+
 def check_autoscaling(spec: ServiceSpec) -> None:
     """Check the service's autoscaling labels.  Raises: InvalidArgument: they cannot be applied."""
     given = [name for name in spec.labels if name == AUTOSCALE or name.startswith(f"{AUTOSCALE}.")]
@@ -101,8 +125,14 @@ def check_autoscaling(spec: ServiceSpec) -> None:
         raise InvalidArgument(
             f"the label {AUTOSCALE} is for replicated services, not for a {spec.mode.name} one"
         )
-    if parsed_autoscaling(spec.labels).memory is not None and not memory_of_a_task(spec):
+    scaling = parsed_autoscaling(spec.labels)
+    if scaling.memory is not None and not memory_of_a_task(spec):
         raise InvalidArgument(f"the label {AUTOSCALE_MEMORY} is a percentage of the memory limit: set one")
+    if not scaling.least and all(one.options.redirect not in ("", "https") for one in routes_of(spec.labels)):
+        raise InvalidArgument(
+            f"the label {AUTOSCALE}={spec.labels[AUTOSCALE]} needs a route of the front door, because only its "
+            f"requests start a task again: set {HTTP}=HOST, or use {AUTOSCALE}=1..{scaling.most}"
+        )
 
 
 def nano_cpus_of_a_task(spec: ServiceSpec) -> int:
@@ -131,11 +161,29 @@ def with_number_kept(spec: ServiceSpec, present: ServiceSpec | None) -> ServiceS
     """
     scaling = autoscaling_of(spec.labels)
     replicated = spec.mode.replicated
+    if present is not None and _leaves_zero(spec, present):
+        return with_replicas(spec, scaling.least if scaling is not None else 1)
     if scaling is None or replicated is None or replicated.replicas is not None:
         return spec
     if present is None or present.mode.replicated is None:
-        return with_replicas(spec, scaling.least)
+        # One task at least, so that a deploy shows whether the service runs.
+        return with_replicas(spec, max(scaling.least, 1))
     return with_replicas(spec, scaling.clamped(present.given_replicas) if present.given_replicas else 0)
+
+
+def _leaves_zero(spec: ServiceSpec, present: ServiceSpec) -> bool:
+    """Return whether the service is scaled to zero, and ``spec`` has no request wake it again.
+
+    Clients send the number that they see, so a service without tasks would otherwise stay without them.
+    """
+    replicated = spec.mode.replicated
+    return (
+        replicated is not None
+        and not replicated.replicas
+        and is_at_zero(present)
+        and not wakes_on_request(spec.labels)
+        and not is_stopped(spec.labels)
+    )
 
 
 def with_present_number(spec: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
@@ -156,9 +204,14 @@ def parsed_autoscaling(labels: Mapping[str, str]) -> Autoscaling:
             f"invalid label {AUTOSCALE}={text}: expected the fewest and the most tasks, like 2..10"
         )
     least, most = int(match[1]), int(match[2])
-    if not least:
+    if not most:
         raise InvalidArgument(
-            f"invalid label {AUTOSCALE}={text}: autoscaling never scales to zero, expected at least 1"
+            f"invalid label {AUTOSCALE}={text}: expected at least 1 as the most tasks. Stop a service with "
+            "skep service stop"
+        )
+    if least and AUTOSCALE_IDLE_AFTER in labels:
+        raise InvalidArgument(
+            f"the label {AUTOSCALE_IDLE_AFTER} needs a range that starts at 0, such as {AUTOSCALE}=0..{most}"
         )
     if not least <= most <= REPLICAS_MAX:
         raise InvalidArgument(
@@ -168,7 +221,18 @@ def parsed_autoscaling(labels: Mapping[str, str]) -> Autoscaling:
     cpu = _percent(labels, AUTOSCALE_CPU, CPU_MAX)
     if cpu is None and memory is None:
         cpu = CPU_DEFAULT
-    return Autoscaling(least=least, most=most, cpu=cpu, memory=memory, down_after_s=_down_after_s(labels))
+    return Autoscaling(
+        least=least,
+        most=most,
+        cpu=cpu,
+        memory=memory,
+        down_after_s=_duration_s(
+            labels, AUTOSCALE_DOWN_AFTER, DOWN_AFTER_DEFAULT_S, (DOWN_AFTER_S_MIN, DOWN_AFTER_S_MAX)
+        ),
+        idle_after_s=_duration_s(
+            labels, AUTOSCALE_IDLE_AFTER, IDLE_AFTER_DEFAULT_S, (IDLE_AFTER_S_MIN, IDLE_AFTER_S_MAX)
+        ),
+    )
 
 
 def _percent(labels: Mapping[str, str], name: str, largest: int) -> int | None:
@@ -181,14 +245,16 @@ def _percent(labels: Mapping[str, str], name: str, largest: int) -> int | None:
     return int(match[1])
 
 
-def _down_after_s(labels: Mapping[str, str]) -> float:
-    text = labels.get(AUTOSCALE_DOWN_AFTER)
+def _duration_s(
+    labels: Mapping[str, str], name: str, default_s: float, bounds_s: tuple[float, float]
+) -> float:
+    text = labels.get(name)
     if text is None:
-        return DOWN_AFTER_DEFAULT_S
+        return default_s
+    least_s, most_s = bounds_s
     duration = duration_ns(text)
-    if duration is None or not DOWN_AFTER_S_MIN * SECOND_NS <= duration <= DOWN_AFTER_S_MAX * SECOND_NS:
+    if duration is None or not least_s * SECOND_NS <= duration <= most_s * SECOND_NS:
         raise InvalidArgument(
-            f"invalid label {AUTOSCALE_DOWN_AFTER}={text}: expected a duration from "
-            f"{DOWN_AFTER_S_MIN:g}s to {DOWN_AFTER_S_MAX / 3600:g}h"
+            f"invalid label {name}={text}: expected a duration from {least_s:g}s to {most_s / 3600:g}h"
         )
     return duration / SECOND_NS

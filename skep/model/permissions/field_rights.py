@@ -46,7 +46,13 @@ from skep.model.network import ConfigReference as NetworkConfigReference
 from skep.model.networks.attaching import ATTACH_LABEL
 from skep.model.networks.data_planes import PLANE_OPTION
 from skep.model.options.affinity import AFFINITY_LABELS, MAX_SKEW
-from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY
+from skep.model.options.autoscaling import (
+    AUTOSCALE,
+    AUTOSCALE_CPU,
+    AUTOSCALE_DOWN_AFTER,
+    AUTOSCALE_IDLE_AFTER,
+    AUTOSCALE_MEMORY,
+)
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import (
     DRAIN,
@@ -188,7 +194,7 @@ def _of_node(*names: str) -> dict[str, Field]:
 
 SERVICE_LABELS: Final[Mapping[str, Field]] = {
     **_in_container(
-        *(AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY),
+        *(AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_IDLE_AFTER, AUTOSCALE_MEMORY),
         *SCHEDULE_LABELS,
         *(
             DRAIN,

@@ -194,6 +194,8 @@ class AgentParts:
             usages=self.usages,
             addresses=runtime.addresses,
             requests=runtime.door_requests,
+            idle=runtime.door_idle,
+            held=runtime.held_requests,
             serve_images=partial(self.image_sharing.exchange, credentials, node),
         )
         managers = ManagerList(

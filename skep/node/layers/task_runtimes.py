@@ -20,6 +20,7 @@ from skep.aio.failures import isolate
 from skep.configuration.configuration import Configuration, UnixHost
 from skep.dataplane.dataplane import DataPlane, Host, NetProcess
 from skep.dataplane.dns.checks import NameChecks
+from skep.dataplane.door.holding import HeldRequests
 from skep.dataplane.door.listener import FrontDoor
 from skep.dataplane.endpoint_allocation import ClusterEndpoints
 from skep.dataplane.failover.machine import HOOK, AddressHook, DoorWatch, MachineAddresses
@@ -51,7 +52,7 @@ from skep.model.networks.used_ports import UsedPort
 from skep.model.networks.wireguard import EncryptionMethod
 from skep.model.node_reports.conditions import ConditionName
 from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import TaskId, new_container_id
+from skep.model.values.ids import ServiceId, TaskId, new_container_id
 from skep.model.values.meta import Driver
 from skep.node.container_apis.exchange import Dispatch
 from skep.node.container_apis.server import ContainerApis
@@ -170,6 +171,15 @@ class Containers:
         """Return the requests of new tasks over the front door."""
         return self._front_door.requests()
 
+    def door_idle(self) -> Mapping[ServiceId, float]:
+        """Return the idle times of services that may be scaled to zero."""
+        return self._front_door.idle()
+
+    @property
+    def held_requests(self) -> HeldRequests:
+        """The requests that the front door holds for services without a task."""
+        return self._front_door.held
+
     def run_networks(self, run: Run, tables: NetworkTables) -> None:
         """Keep the cluster networks on this node in the state that their tables describe."""
         foundation, plane = self._foundation, self.data_plane
@@ -243,6 +253,7 @@ class PlainProcesses:
 
     engine: None = None
     addresses: None = None
+    held_requests: None = None
     data_plane: None = None
     payloads: None = None
     cluster_volumes: None = None
@@ -278,6 +289,10 @@ class PlainProcesses:
 
     def door_requests(self) -> Mapping[TaskId, TaskRequests]:
         """Return nothing, because plain processes are not on the front door's network."""
+        return {}
+
+    def door_idle(self) -> Mapping[ServiceId, float]:
+        """Return nothing, as ``door_requests`` does."""
         return {}
 
     def run_networks(self, run: Run, tables: NetworkTables) -> None:

@@ -22,9 +22,7 @@ from skep.model.options import labels as known_labels
 from skep.model.options.affinity import AFFINITY_LABELS, MAX_SKEW, check_affinities
 from skep.model.options.autoscaling import (
     AUTOSCALE,
-    AUTOSCALE_CPU,
-    AUTOSCALE_DOWN_AFTER,
-    AUTOSCALE_MEMORY,
+    AUTOSCALE_OPTIONS,
     check_autoscaling,
     parsed_autoscaling,
 )
@@ -460,13 +458,13 @@ def _autoscaling(settings: MappingReader) -> dict[str, str]:
         MappingReader(node, settings.at("autoscale"), settings.report),
         len(settings.report.problems),
     )
-    least, most = one.integer("min", 1, REPLICAS_MAX), one.integer("max", 1, REPLICAS_MAX)
+    least, most = one.integer("min", 0, REPLICAS_MAX), one.integer("max", 1, REPLICAS_MAX)
     if "max" not in one:
         one.problem("max", "expected the most tasks that the service may have")
     if least is not None and most is not None and least > most:
         one.problem("min", f"{least} is more than max, which is {most}")
-    made = {AUTOSCALE: f"{least or 1}..{most or REPLICAS_MAX}"}
-    keys = {"cpu": AUTOSCALE_CPU, "memory": AUTOSCALE_MEMORY, "down-after": AUTOSCALE_DOWN_AFTER}
+    made = {AUTOSCALE: f"{1 if least is None else least}..{most or REPLICAS_MAX}"}
+    keys = {label.removeprefix(f"{AUTOSCALE}."): label for label in AUTOSCALE_OPTIONS}
     made |= _checked_labels(one, keys, made)
     one.close()
     return made if len(settings.report.problems) == before else {}

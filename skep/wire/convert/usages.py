@@ -1,10 +1,10 @@
-"""Resource usage of tasks, and their requests over the front door, as nodes report them."""
+"""Resource usage of tasks, and requests and idle times at the front door, as nodes report them."""
 
 from collections.abc import Collection, Iterable, Mapping
 
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import TaskId
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.wire import skep_pb2 as pb
 
 
@@ -44,4 +44,20 @@ def requests_from_pb(messages: Iterable[pb.TaskRequests]) -> dict[TaskId, TaskRe
             milliseconds=message.milliseconds,
         )
         found[TaskId(message.task_id)] = found.get(TaskId(message.task_id), TaskRequests()) + one
+    return found
+
+
+def idle_to_pb(idle: Mapping[ServiceId, float], node_id: str = "") -> list[pb.IdleService]:
+    return [
+        pb.IdleService(service_id=id, milliseconds=int(1000 * seconds), node_id=node_id)
+        for id, seconds in idle.items()
+    ]
+
+
+def idle_from_pb(messages: Iterable[pb.IdleService]) -> dict[NodeId, dict[ServiceId, float]]:
+    """Convert idle times, in seconds, by node and service."""
+    found: dict[NodeId, dict[ServiceId, float]] = {}
+    for message in messages:
+        times = found.setdefault(NodeId(message.node_id), {})
+        times[ServiceId(message.service_id)] = message.milliseconds / 1000
     return found

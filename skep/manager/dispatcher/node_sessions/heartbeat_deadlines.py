@@ -35,7 +35,7 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
-from skep.wire.convert.usages import requests_from_pb, usages_from_pb
+from skep.wire.convert.usages import idle_from_pb, requests_from_pb, usages_from_pb
 from skep.wire.convert.values import duration_to_pb
 from skep.wire.service import Handler, both_stream, unary
 
@@ -43,6 +43,8 @@ log = structlog.get_logger(__name__)
 
 REQUESTS_MAX = 1000
 """Most reports of requests in a heartbeat.  Nodes send fewer."""
+IDLE_MAX = 1000
+"""Most idle times in a heartbeat.  Nodes send fewer."""
 TICK_S, TICK_S_MAX = 0.2, 0.5
 """Minimum and maximum seconds between checks for silent nodes, unless a deadline passes earlier."""
 OWN_PERIOD_S = 2.0
@@ -271,6 +273,8 @@ class Heartbeats:
                     session.usages = usages_from_pb(request.usages, frozenset(session.measured))
                 if request.requests or session.requests:
                     session.requests = requests_from_pb(request.requests[:REQUESTS_MAX])
+                if request.idle or session.idle:
+                    session.idle = idle_from_pb(request.idle[:IDLE_MAX]).get(NodeId(""), {})
                 period_s = self._deadlines.record_heartbeat(session, is_away=request.away)
                 yield skep.HeartbeatPeriod(
                     period=duration_to_pb(int(period_s * SECOND_NS)), measured=session.measured

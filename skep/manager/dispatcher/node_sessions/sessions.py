@@ -18,7 +18,7 @@ from skep.errors import SkepError
 from skep.manager.dispatcher.node_sessions.registration import NotRegistered, SessionInvalid, SilentNode
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import NodeId, SessionId, TaskId
+from skep.model.values.ids import NodeId, ServiceId, SessionId, TaskId
 
 MISSED_PERIODS = 1.5
 """A node without a heartbeat for so many periods has missed one.  The jitter is a tenth of a period."""
@@ -62,6 +62,7 @@ class LiveSession:
         "_signals",
         "deadline",
         "id",
+        "idle",
         "is_skep",
         "last_seen",
         "load",
@@ -103,6 +104,8 @@ class LiveSession:
         """Usage of these tasks in the last heartbeat."""
         self.requests: Mapping[TaskId, TaskRequests] = {}
         """Requests of new tasks over the node's front door, in the last heartbeat."""
+        self.idle: Mapping[ServiceId, float] = {}
+        """Seconds without a request at the node's front door, of services in the last heartbeat."""
         self.messages = StreamSignal()
         """Wakes the stream of session messages."""
         self._disconnect = disconnect
