@@ -28,6 +28,7 @@ from skep.model.options.autoscaling import (
     AUTOSCALE,
     AUTOSCALE_CPU,
     AUTOSCALE_DOWN_AFTER,
+    AUTOSCALE_IDLE_AFTER,
     AUTOSCALE_MEMORY,
     AUTOSCALE_QUERY,
     AUTOSCALE_QUERY_TARGET,
@@ -445,7 +446,7 @@ LABELS = (
         "`2..10`",
         "off",
         "The least and the most tasks of a replicated service. Within this range, their number follows their load "
-        "([autoscaling](../guide/autoscaling.md)).",
+        "([autoscaling](../guide/autoscaling.md)). The least may be 0 for a service with a route.",
     ),
     Label(
         LabelTarget.SERVICE,
@@ -538,6 +539,14 @@ LABELS = (
         "name of a time zone",
         "`UTC`",
         "Time zone of that schedule.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE_IDLE_AFTER,
+        "duration, `15s` to `24h`",
+        "`5m`",
+        "How long a service without requests keeps its last task, if the range starts at 0 "
+        "([scale to zero](../guide/autoscaling.md#scale-to-zero)).",
     ),
     Label(
         LabelTarget.SERVICE,

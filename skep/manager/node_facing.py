@@ -3,6 +3,8 @@
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from typing import Any
 
+from skep.manager.autoscaling.waking import Wakes
+from skep.manager.control.quotas import check_quota
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
@@ -66,6 +68,7 @@ class NodeFacingServices:
         self.tunnels = NodeTunnels(store, own, self._session, channel_to)
         self.logs = LogBroker(store, new_id, clock, own, LinkRelays(link))
         self._addresses = FailoverKeeper(store, own, self._session, clock)
+        self._wakes = Wakes(store, self._session, clock, check_quota)
         self._attachments = AttachmentService(store, clock, new_id)
         self._images = ImageDirectory(store, config.cluster_id, clock, random)
         self._reads = WorkerReads(store.view, config.paths.manager_socket)
@@ -81,6 +84,7 @@ class NodeFacingServices:
             *self.logs.services(),
             *self.tunnels.services(),
             *self._addresses.services(),
+            *self._wakes.services(),
             *self._attachments.services(),
             *self._images.services(),
             *self._reads.services(),

@@ -52,6 +52,9 @@ REGISTRATIONS: Final = 6
 whose leases are over.
 """
 
+ZERO_TASKS: Final = 6
+"""From this level on services may be scaled to zero.  A manager of a lower level would not wake them."""
+
 LOWEST: Final = 1
 """The level of managers that do not report one."""
 

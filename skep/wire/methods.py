@@ -188,6 +188,7 @@ PATHS = BothStream(
     "/skep.v1.NodeLink/Paths", skep.ProbeUpdate, skep.ProbeOrder, request_bytes_max=DESCRIPTION_BYTES_MAX
 )
 ADDRESSES = BothStream("/skep.v1.NodeLink/Addresses", skep.AddressReport, skep.AddressOrders)
+WAKE = UnaryMethod("/skep.v1.NodeLink/Wake", skep.WakeRequest, skep.WakeResponse)
 RELAY_DIAGNOSTICS = BothStream(
     "/skep.v1.ManagerLink/RelayExaminations",
     skep.DiagnosticsRelay,

@@ -20,6 +20,7 @@ from skep.agent.session.reports import Reports
 from skep.agent.session.revisions import SeenRevision
 from skep.agent.session.session_state import SessionState
 from skep.agent.session.table_stream import TableSink, TableStream
+from skep.agent.session.wakes import HeldSource, WakeCalls
 from skep.agent.tasks.publishing import LogPublisher, LogSource
 from skep.agent.tunnels import TunnelHost
 from skep.aio.backoff import Backoff
@@ -48,6 +49,7 @@ from skep.wire.convert.assignments import assignments_from_pb, revised_from_pb
 from skep.wire.convert.node import description_to_pb
 from skep.wire.convert.task import end_to_pb, status_to_pb
 from skep.wire.convert.usages import (
+    idle_to_pb,
     requests_to_pb,
     routes_to_pb,
     service_requests_to_pb,
@@ -141,6 +143,8 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
         requests: Returns the requests of new tasks over this node's front door, sent with each heartbeat.
         routes: Returns the requests by route, sent with each heartbeat.
         service_requests: Returns the requests of autoscaled services over it.
+        idle: Returns the seconds without a request at this node's front door, by service, sent with each heartbeat.
+        held: Requests that the front door holds for services without a task, or None.
         serve_images: Serves this node's images to other nodes until cancelled, or None.
     """
 
@@ -159,6 +163,8 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
     requests: Callable[[], Mapping[TaskId, TaskRequests]] = dict
     routes: Callable[[], Sequence[RouteTraffic]] = tuple
     service_requests: Callable[[], Mapping[ServiceId, ServiceRequests]] = dict
+    idle: Callable[[], Mapping[ServiceId, float]] = dict
+    held: HeldSource | None = None
 
 
 class SessionHost(Protocol):
@@ -294,6 +300,9 @@ class ManagerSession:
         if self._services.addresses is not None:
             addresses = AddressStream(self._channel, self._services.addresses, self._clock)
             parts["addresses"] = partial(self._run_if_implemented, "addresses", addresses.run)
+        if self._services.held is not None:
+            wakes = WakeCalls(self._channel, self._services.held, self._clock, self._rng)
+            parts["wakes"] = partial(self._run_if_implemented, "wakes", wakes.run)
         if self._services.tunnels is not None:
             orders = partial(self._services.tunnels.receive_orders, self._channel)
             parts["tunnels"] = partial(self._run_if_implemented, "tunnels", orders)
@@ -397,17 +406,16 @@ class ManagerSession:
         thousandths = round(1000 * load) if load is not None else None
         usages = self._services.usages
         used = usages_to_pb(usages.present()) if usages is not None else ()
-        requests = requests_to_pb(self._services.requests())
-        counted = service_requests_to_pb(self._services.service_requests())
         await call.send(
             skep.Heartbeat(
                 session_id=self._id,
                 away=is_stopping,
                 load=thousandths,
                 usages=used,
-                requests=requests,
+                requests=requests_to_pb(self._services.requests()),
                 routes=routes_to_pb(self._services.routes()),
-                service_requests=counted,
+                service_requests=service_requests_to_pb(self._services.service_requests()),
+                idle=idle_to_pb(self._services.idle()),
             )
         )
         reply = await call.receive()

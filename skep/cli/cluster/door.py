@@ -33,6 +33,7 @@ from skep.model.door.settings import (
 )
 from skep.model.door.traffic import BOUNDS_MS
 from skep.model.network import Network, NetworkSpec
+from skep.model.options.autoscaling import is_at_zero
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.task_end import printable
@@ -417,7 +418,7 @@ def _row(address: str, service: Service, port: int, tasks: int, problem: str) ->
         "Service": service.spec.name,
         "Port": port,
         "Tasks": tasks,
-        "State": "failing" if problem else "ok",
+        "State": "failing" if problem else "at zero" if is_at_zero(service.spec) else "ok",
         "Problem": problem,
     }
 

@@ -3,6 +3,10 @@
 HAProxy finds a request's backend in a map, whose keys are a host, a path and a slash.  The longest key that begins the
 request's own host, path and slash wins.  With the slash at the end, ``/api`` does not include ``/apis``.
 
+HAProxy passes a request for a service that is scaled to zero to the node's socket ``HOLD``, after the refusals of its
+route.  The node sends it to the socket ``RELEASED`` of the newest process once a task serves
+(``dataplane.door.holding``).
+
 Each backend has more server lines than tasks.  ``commands`` writes the addresses of new tasks into unused lines
 while HAProxy runs, so scaling and updates need no reload.
 
@@ -23,6 +27,12 @@ from skep.model.door.traffic import BOUNDS_MS, BUCKETS, ROUTES_MAX
 
 UNUSED: Final = "0.0.0.0"
 """Address of a server line without a task."""
+HOLD: Final = "hold.sock"
+"""Name of the socket where the node holds requests."""
+RELEASED: Final = "released.sock"
+"""Name of the socket where HAProxy gets them back."""
+HELD_FOR: Final = "x-skep-held-for"
+"""Header with the id of the service that a held request is for."""
 SLOTS_MIN: Final = 2
 """Fewest server lines of a backend.  An update of a single task with start-first needs two."""
 
@@ -60,6 +70,7 @@ class RouteBackend(msgspec.Struct, frozen=True, kw_only=True):
     Args:
         stripped: Prefix that paths lose.
         is_secure: Whether requests without TLS are redirected, because the host has a certificate.
+        holds: Whether the node holds requests while no task serves.
     """
 
     name: str
@@ -67,6 +78,7 @@ class RouteBackend(msgspec.Struct, frozen=True, kw_only=True):
     service: str = ""
     stripped: str = ""
     is_secure: bool = False
+    holds: bool = False
     servers: tuple[ServerLine, ...] = ()
 
 
@@ -158,6 +170,9 @@ def files(state: DoorState, directory: str, keys: str = KEYS_DIRECTORY) -> dict[
     return {
         "haproxy.cfg": "\n".join(_configuration(state, directory, keys)) + "\n",
         "routes.map": "".join(f"{key} {name}\n" for key, name in sorted(state.routes.items())),
+        "holds.map": "".join(
+            f"{name} hold-{name}\n" for name, one in sorted(state.backends.items()) if one.holds
+        ),
         "challenges.map": "".join(f"{token} {key}\n" for token, key in sorted(state.challenges.items())),
     }
 
@@ -165,6 +180,9 @@ def files(state: DoorState, directory: str, keys: str = KEYS_DIRECTORY) -> dict[
 def _configuration(state: DoorState, directory: str, keys: str) -> Iterator[str]:
     yield from _global(directory, description_of(state))
     yield from _defaults(state.settings)
+    if any(one.holds for one in state.backends.values()):
+        # Without this option, frontends do not notice when a client disconnects.
+        yield "    option abortonclose"
     http, https = state.settings.ports
     yield from _frontend("http", str(http), state, directory)
     if state.certificates:
@@ -174,10 +192,13 @@ def _configuration(state: DoorState, directory: str, keys: str) -> Iterator[str]
     # Entries stay until the table is full.  Further routes are not counted then.
     yield f"backend {TRAFFIC_TABLE}"
     yield f"    stick-table type string len 64 size {ROUTES_MAX} nopurge store gpc({BUCKETS})"
+    yield from _released(state, directory)
     yield "backend no-route"
     yield "    http-request return status 404 content-type text/plain string 'No route leads to this address.\\n'"
     for name in sorted(state.backends):
         yield _backend_text(state.backends[name])
+        if state.backends[name].holds:
+            yield from _holding(state.backends[name], directory)
 
 
 def _global(directory: str, description: str) -> Iterator[str]:
@@ -222,9 +243,9 @@ def _defaults(settings: DoorSettings) -> Iterator[str]:
         (503, "is not available"),
         (504, "is too slow"),
     ):
-        page = _page(f"This site {text} at the moment. Please try again soon.")
+        text_page = page(f"This site {text} at the moment. Please try again soon.")
         yield (
-            f"    http-error status {status} content-type 'text/html; charset=utf-8' string {quoted(page)}"
+            f"    http-error status {status} content-type 'text/html; charset=utf-8' string {quoted(text_page)}"
             f"{' hdr Retry-After 5' if status == 503 else ''}"
         )
 
@@ -237,7 +258,8 @@ LOG_LINE: Final = (
 """One line of the access log.  ``state`` is ``--`` unless a side has ended the request early."""
 
 
-def _page(text: str) -> str:
+def page(text: str) -> str:
+    """Return a page with a sentence."""
     return f'<!doctype html><html lang="en"><title>{text}</title><p>{text}</p></html>'
 
 
@@ -250,15 +272,7 @@ def _frontend(name: str, bind: str, state: DoorState, directory: str) -> Iterato
         f"%[path,field(-1,/),map_str({directory}/challenges.map)] if {{ path_beg {_CHALLENGES} }} "
         f"{{ path,field(-1,/),map_str({directory}/challenges.map) -m found }}"
     )
-    yield "    http-request set-var(txn.method) method"
-    yield "    http-request set-var(txn.path) path"
-    yield "    http-request set-var(txn.host) req.hdr(host),field(1,:),lower,rtrim(.)"
-    yield '    http-request set-var-fmt(txn.key) "%[var(txn.host)]%[path]/"'
-    yield f"    http-request set-var(txn.route) var(txn.key),map_beg({directory}/routes.map)"
-    if any(key.startswith("*") for key in state.routes):
-        found = "!{ var(txn.route) -m found }"
-        yield f'    http-request set-var-fmt(txn.key) "*%[var(txn.host),regsub(^[^.]*,)]%[path]/" if {found}'
-        yield f"    http-request set-var(txn.route) var(txn.key),map_beg({directory}/routes.map) if {found}"
+    yield from _routing(state, directory)
     unless = f" unless {{ src {' '.join(settings.trusted)} }}" if settings.trusted else ""
     for header in ("X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded"):
         yield f"    http-request del-header {header}{unless}"
@@ -269,6 +283,9 @@ def _frontend(name: str, bind: str, state: DoorState, directory: str) -> Iterato
             f"if !{{ req.hdr(X-Forwarded-{header}) -m found }}"
         )
     yield from latency_rules()
+    if any(one.holds for one in state.backends.values()):
+        yield f"    http-request set-var(txn.hold) var(txn.route),map_str({directory}/holds.map)"
+        yield "    use_backend %[var(txn.hold)] if { var(txn.hold) -m found } { var(txn.route),nbsrv eq 0 }"
     yield "    use_backend %[var(txn.route)] if { var(txn.route) -m found }"
     yield "    default_backend no-route"
 
@@ -284,6 +301,42 @@ def latency_rules() -> Iterator[str]:
         yield f"    http-response sc-inc-gpc({number},1) if{low}{high}"
 
 
+def _routing(state: DoorState, directory: str) -> Iterator[str]:
+    """Yield the rules that find a request's backend."""
+    yield "    http-request set-var(txn.method) method"
+    yield "    http-request set-var(txn.path) path"
+    yield "    http-request set-var(txn.host) req.hdr(host),field(1,:),lower,rtrim(.)"
+    yield '    http-request set-var-fmt(txn.key) "%[var(txn.host)]%[path]/"'
+    yield f"    http-request set-var(txn.route) var(txn.key),map_beg({directory}/routes.map)"
+    if any(key.startswith("*") for key in state.routes):
+        found = "!{ var(txn.route) -m found }"
+        yield f'    http-request set-var-fmt(txn.key) "*%[var(txn.host),regsub(^[^.]*,)]%[path]/" if {found}'
+        yield f"    http-request set-var(txn.route) var(txn.key),map_beg({directory}/routes.map) if {found}"
+
+
+def _released(state: DoorState, directory: str) -> Iterator[str]:
+    """Yield the frontend for requests that the node has held.  The other frontends have set their headers."""
+    yield "frontend released"
+    yield f"    bind unix@{directory}/{RELEASED} accept-proxy mode 600"
+    yield from _routing(state, directory)
+    yield f"    http-request del-header {HELD_FOR}"
+    yield "    use_backend %[var(txn.route)] if { var(txn.route) -m found }"
+    yield "    default_backend no-route"
+
+
+def _holding(backend: RouteBackend, directory: str) -> Iterator[str]:
+    """Yield the backend that passes requests to the node."""
+    yield f"backend hold-{backend.name}"
+    yield from _refusals(backend)
+    yield f"    http-request set-header {HELD_FOR} {backend.service}"
+    # The node has limits of its own, and the task's backend has the route's.
+    yield "    timeout server 24h"
+    yield "    option abortonclose"
+    yield "    option http-server-close"
+    yield "    http-reuse never"
+    yield f"    server node unix@{directory}/{HOLD} send-proxy-v2 pool-max-conn 0"
+
+
 @lru_cache(
     maxsize=20_000
 )  # a task that starts changes one of the backends, and the text of all is written again
@@ -294,14 +347,8 @@ def _backend_text(backend: RouteBackend) -> str:
 def _backend(backend: RouteBackend) -> Iterator[str]:
     options = backend.options
     yield f"backend {backend.name}"
-    if options.allow:
-        yield f"    http-request deny deny_status 403 unless {{ src {' '.join(options.allow)} }}"
-    if options.redirect == "https" or backend.is_secure:
-        # The frontend has removed the header, unless a trusted proxy has sent it.
-        yield "    http-request redirect scheme https code 308 unless { req.hdr(X-Forwarded-Proto) https }"
-    if options.redirect not in ("", "https"):
-        yield f"    http-request redirect prefix {literal(options.redirect)} code 308"
-    yield from _limits(options)
+    yield "    no option abortonclose"  # a client that shuts down its side still gets its response
+    yield from _refusals(backend)
     if backend.stripped:
         # Without the quotes around the prefix.
         cut = f"path,bytes({len(backend.stripped)})"
@@ -321,6 +368,19 @@ def _backend(backend: RouteBackend) -> Iterator[str]:
         yield f"    timeout server {max(1, round(options.timeout_s * 1000))}ms"
     for number, server in enumerate(backend.servers, start=1):
         yield f"    server {server_line(number, server, options)}"
+
+
+def _refusals(backend: RouteBackend) -> Iterator[str]:
+    """Yield the rules that respond to a request without a task."""
+    options = backend.options
+    if options.allow:
+        yield f"    http-request deny deny_status 403 unless {{ src {' '.join(options.allow)} }}"
+    if options.redirect == "https" or backend.is_secure:
+        # The frontend has removed the header, unless a trusted proxy has sent it.
+        yield "    http-request redirect scheme https code 308 unless { req.hdr(X-Forwarded-Proto) https }"
+    if options.redirect not in ("", "https"):
+        yield f"    http-request redirect prefix {literal(options.redirect)} code 308"
+    yield from _limits(options)
 
 
 def server_line(number: int, server: ServerLine, options: RouteOptions) -> str:

@@ -17,6 +17,7 @@ from skep.model.door.payloads import NOTHING, DoorPayload
 from skep.model.door.routes import HttpRoute, has_routes, routes_of
 from skep.model.door.settings import DOOR_MEASURES, STACK, DoorSettings, is_door, settings_of
 from skep.model.networks.tables import NetworkTable, TableEndpoint, TableService
+from skep.model.options.autoscaling import wakes_on_request
 from skep.model.staging.shares import shares_of
 from skep.model.values.ids import NodeId, ServiceId
 
@@ -67,7 +68,8 @@ def state_of(
             name = routes[key_of(route)] = backend_name(id, route, is_secure=is_secure)
             if name not in backends:
                 backend = _backend(name, id, route, before.backends.get(name), servers[id])
-                backends[name] = replace(backend, is_secure=is_secure)
+                holds = wakes_on_request(table.services[id].labels)
+                backends[name] = replace(backend, is_secure=is_secure, holds=holds)
     if settings is None:
         door = min(filter(lambda one: is_door(one.labels), table.services.values()), key=_age, default=None)
         settings = settings_of(door.labels) if door is not None else DoorSettings()

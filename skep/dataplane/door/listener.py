@@ -12,7 +12,7 @@ which one HAProxy runs.
 import asyncio
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from skep.dataplane.door.configuration import (
     version_of,
 )
 from skep.dataplane.door.derivation import counted_services, proxies_on, state_of
+from skep.dataplane.door.holding import HeldRequests, connect
+from skep.dataplane.door.idleness import BackendCounters, IdleWatch, added_counters, idle_candidates
 from skep.dataplane.door.statistics import (
     Line,
     LineCounters,
@@ -63,7 +65,10 @@ _BATCH = 200
 """Commands in one connection.  HAProxy reads at most 16 KiB at once."""
 _RESPONSE_MAX = 1 << 20
 """Bytes of a response.  Those of a batch and of ``show info`` have less than 64 KiB."""
+_STATISTICS_MAX = 8 << 20
+"""Bytes of the statistics of all backends.  Those of 10,000 have 5 MiB."""
 
+_CONNECTIONS = re.compile(r"^CurrConns: (\d+)", re.MULTILINE)
 _DESCRIPTION = re.compile(r"^Description: (\S+)", re.MULTILINE | re.IGNORECASE)
 _WORKER = re.compile(r"^(\d+) +worker ", re.MULTILINE)
 _STOPPING = re.compile(r"^Stopping: 1$|Can't find the target", re.MULTILINE)
@@ -88,6 +93,7 @@ class FrontDoor:
         *,
         seen_at: tuple[str, str] = (DIRECTORY, KEYS_DIRECTORY),
         settings: DoorSettings | None = None,
+        held: HeldRequests | None = None,
     ) -> None:
         """Make the listener.
 
@@ -95,6 +101,7 @@ class FrontDoor:
             directory: Returns the directory of the volume, or None if this node has none.
             seen_at: The same directory, and the one of the certificates, as HAProxy sees them.
             settings: Used instead of the labels of the door's service.
+            held: Holds the requests for services without a task.
         """
         self._directory = directory
         self._clock = clock
@@ -108,6 +115,8 @@ class FrontDoor:
         self.routes = RouteCounters()
         self._counted: frozenset[ServiceId] = frozenset()
         self._service_window = ServiceWindow()
+        self._idle = IdleWatch()
+        self.held = held or HeldRequests()
 
     async def apply(
         self, node_id: NodeId, tables: Mapping[NetworkId, NetworkTable], changed: frozenset[NetworkId]
@@ -135,6 +144,7 @@ class FrontDoor:
         # In a thread, because ten thousand routes take a second.
         payload = await asyncio.to_thread(self._keys)
         state = self._state = await asyncio.to_thread(state_of, door, self._state, self._settings, payload)
+        await self.held.listen(directory)
         if state == self._applied:
             return
         await asyncio.to_thread(write_files, directory, files(state, *self._seen_at))
@@ -146,6 +156,7 @@ class FrontDoor:
                 raise
             return  # it reads the files when it starts
         self._applied = state
+        self.held.apply(state)
 
     def requests(self) -> Mapping[TaskId, TaskRequests]:
         """Return the recent requests of new tasks in staged updates."""
@@ -155,13 +166,49 @@ class FrontDoor:
         """Return the recent requests of services that are autoscaled by them."""
         return self._service_window.present(self._clock.monotonic())
 
+    def idle(self) -> Mapping[ServiceId, float]:
+        """Return the seconds without a request of services that may be scaled to zero, as far as they are known."""
+        return self._idle.present(self._clock.monotonic())
+
     async def run(self) -> None:
-        """Count these requests until cancelled."""
-        while True:
-            await tick(self._clock, SAMPLE_S)
-            await self.count_requests()
-            await self.count_routes()
-            await self.count_service_requests()
+        """Count requests and hold them until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.held.run(), name="held requests")
+            while True:
+                await tick(self._clock, SAMPLE_S)
+                await self.count_requests()
+                await self.count_routes()
+                await self.count_service_requests()
+                await self.watch_idle()
+
+    async def watch_idle(self) -> None:
+        """Read once which services have requests."""
+        state, directory = self._applied, self._directory()
+        candidates = idle_candidates(state) if state is not None else {}
+        if state is None or directory is None:
+            self._idle.forget()
+            return
+        services = dict.fromkeys(candidates.values())
+        texts = []
+        try:
+            for batch in _batches([f"show stat {name} 2 -1" for name in candidates]):
+                texts += [await self._ask(directory / _ADMIN, ";".join(batch) + "\n")]
+            if candidates:
+                texts += [text async for text in self._statistics_of_former(directory)]
+        except Unavailable:
+            self._idle.forget()
+            return
+        counters = added_counters(texts, services)
+        for id in services:
+            counters[id] += BackendCounters(self.held.open().get(id, 0), self.held.opened[id])
+        self._idle.add(self._clock.monotonic(), counters)
+
+    async def _statistics_of_former(self, directory: Path) -> AsyncIterator[str]:
+        """Yield the statistics of all backends in former processes that have connections.  Raises: Unavailable."""
+        for pid in await self._former(directory):
+            about = await self._ask(directory / _MASTER, f"@!{pid} show info\n")
+            if (found := _CONNECTIONS.search(about)) is not None and found[1] != "0":
+                yield await self._ask(directory / _MASTER, f"@!{pid} show stat -1 2 -1\n", _STATISTICS_MAX)
 
     async def count_requests(self) -> None:
         """Read HAProxy's counters once."""
@@ -227,11 +274,17 @@ class FrontDoor:
 
     async def _is_alone(self, directory: Path) -> bool:
         """Return whether former processes no longer accept connections, which would follow former routes."""
-        former = (await self._ask(directory / _MASTER, "show proc\n")).partition("# old workers")[2]
-        for pid in _WORKER.findall(former):
+        for pid in await self._former(directory):
             if _STOPPING.search(await self._ask(directory / _MASTER, f"@!{pid} show info\n")) is None:
                 return False
         return True
+
+    async def _former(self, directory: Path) -> Sequence[str]:
+        """Return the ids of former processes."""
+        found: Sequence[str] = _WORKER.findall(
+            (await self._ask(directory / _MASTER, "show proc\n")).partition("# old workers")[2]
+        )
+        return found
 
     async def _description(self, directory: Path) -> str:
         """Return the description of the configuration that HAProxy runs."""
@@ -248,11 +301,11 @@ class FrontDoor:
             if refused:
                 raise _Refused(f"the front door's HAProxy refused a command: {refused[0][:200]}")
 
-    async def _ask(self, socket: Path, request: str) -> str:
+    async def _ask(self, socket: Path, request: str, bytes_max: int = _RESPONSE_MAX) -> str:
         """Return the response to commands.  Raises: Unavailable."""
         try:
             async with asyncio.timeout(COMMANDS_S_MAX):
-                reader, writer = await _connect(socket)
+                reader, writer = await connect(socket)
                 try:
                     writer.write(request.encode())
                     writer.write_eof()
@@ -260,7 +313,7 @@ class FrontDoor:
                     found = bytearray()
                     while part := await reader.read(1 << 16):
                         found += part
-                        if len(found) > _RESPONSE_MAX:
+                        if len(found) > bytes_max:
                             raise Unavailable("the front door's HAProxy sends too long a response")
                 finally:
                     writer.close()
@@ -287,19 +340,6 @@ def _batches(wanted: Sequence[str]) -> Iterator[list[str]]:
 
 def _network(table: NetworkTable) -> str:
     return table.head.id
-
-
-async def _connect(socket: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to a socket in the volume.
-
-    The container can put a link in its place, so the file itself is opened first, and then used by its descriptor.
-    That also allows paths longer than a socket's address.
-    """
-    descriptor = os.open(socket, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        return await asyncio.open_unix_connection(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
 
 
 def write_files(directory: Path, wanted: Mapping[str, str]) -> None:

@@ -19,10 +19,17 @@ Source: kubernetes, pkg/controller/podautoscaler/{horizontal,replica_calculator}
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import ceil
+from typing import Final
 
 import msgspec
 
-from skep.model.options.autoscaling import Autoscaling, TaskUsage, memory_of_a_task, nano_cpus_of_a_task
+from skep.model.options.autoscaling import (
+    Autoscaling,
+    TaskUsage,
+    is_at_zero,
+    memory_of_a_task,
+    nano_cpus_of_a_task,
+)
 from skep.model.options.labels import is_stopped
 from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.task import Task, TaskState
@@ -36,6 +43,7 @@ yet.
 """
 TOLERANCE = 0.1
 """Relative difference that changes nothing.  Kubernetes has the same default."""
+AT_ZERO: Final = "scaled to zero, the next request at the front door starts a task"
 GROWTH_MAX = 2
 """Maximum factor by which the number grows in one step."""
 
@@ -94,6 +102,8 @@ class Recommendations:
 
     def __init__(self, replicas: int, now: float) -> None:
         """Start with the present number of tasks.  Another leader or a user has set it, so it is kept for a window."""
+        self.since = now
+        """Since when this leader knows the service, or the number that a user or a request has set."""
         self.expected = replicas
         """The number at this leader's last check or change.  If the service has another number, a user has set it."""
         self._falling: deque[tuple[float, int]] = deque([(now, replicas)])
@@ -164,7 +174,8 @@ def recommendation(present: int, scaling: Autoscaling, readings: Readings) -> Re
     number, measure = max(asked, key=lambda one: one[0])
     unknown = [one.unknown for one in readings.measures if one.problem and one is not measure]
     reason = "; ".join((_reason(measure, readings), *unknown))
-    return Recommendation(replicas=scaling.clamped(number), reason=reason)
+    # Only ``to_zero`` removes the last task.
+    return Recommendation(replicas=scaling.clamped(max(number, min(present, 1))), reason=reason)
 
 
 def _reason(measure: Measure, readings: Readings) -> str:
@@ -196,11 +207,18 @@ def wanted(present: int, measure: Measure, readings: Readings) -> int:
     return present
 
 
-def blocked(service: Service) -> str:
-    """Return the reason why the number must not change, whatever the load is, or an empty string."""
+def blocked(service: Service, least: int = 0) -> str:
+    """Return the reason why the number must not change, whatever the load is, or an empty string.
+
+    Args:
+        least: The least number at present, by the schedule.  Above 0, it starts a service that is scaled to zero.
+    """
     if is_stopped(service.spec.labels):
         return "the service is stopped"
-    if not service.spec.replicas:
+    if is_at_zero(service.spec):
+        if not least:
+            return AT_ZERO
+    elif not service.spec.replicas:
         return "it was scaled to 0: autoscaling is off until it has a task again"
     state = service.update_status.state if service.update_status is not None else None
     if state in UNDER_WAY:
@@ -215,7 +233,7 @@ def decide(
 ) -> ScalingDecision:
     """Decide about one service at ``now`` (monotonic seconds), and record the recommendation in ``history``."""
     present = service.spec.replicas
-    if why := blocked(service):
+    if why := blocked(service, scaling.least):
         history.add(present, now)
         return ScalingDecision(replicas=None, reason=why)
     if (clamped := scaling.clamped(present)) != present:
@@ -231,6 +249,21 @@ def decide(
     if lowest < present:
         return ScalingDecision(replicas=lowest, reason=asked.reason)
     return ScalingDecision(replicas=None, reason=held(asked, present, scaling, readings))
+
+
+def to_zero(
+    present: int, scaling: Autoscaling, idle_s: float | None, history: Recommendations, now: float
+) -> ScalingDecision | None:
+    """Return the decision to remove the last task of a service without requests, or None.
+
+    Args:
+        idle_s: Seconds without a request, or None if unknown.
+    """
+    after_s = scaling.idle_after_s
+    # The leader's own observation covers requests that are too recent for the reports.
+    if scaling.least or present != 1 or idle_s is None or min(idle_s, now - history.since) < after_s:
+        return None
+    return ScalingDecision(replicas=0, reason=f"no request for {after_s:g} s")
 
 
 def held(asked: Recommendation, present: int, scaling: Autoscaling, readings: Readings) -> str:

@@ -5,7 +5,8 @@ without them, so it changes nothing before it has observed the tasks for a while
 window.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from typing import Final
 
 import msgspec
 from msgspec.structs import replace
@@ -19,6 +20,7 @@ from skep.manager.autoscaling.decision import (
     blocked,
     decide,
     readings_of,
+    to_zero,
 )
 from skep.manager.autoscaling.totals import proxies_in, totals_of
 from skep.manager.control_loops.failures import isolated
@@ -27,10 +29,11 @@ from skep.manager.queries.board import AskedQuery, QueryKey
 from skep.manager.services.freezes import held_by, is_held_at_commit, stack_of_service
 from skep.model.door.settings import is_door
 from skep.model.measures.readings import ScalingMeasurements
-from skep.model.options.autoscaling import Autoscaling, autoscaling_of, with_replicas
+from skep.model.node import Node, NodeState
+from skep.model.options.autoscaling import Autoscaling, autoscaling_of, wakes_on_request, with_replicas
 from skep.model.service import Autoscaled, Service, ServiceSpec
 from skep.model.task import Task, TaskState
-from skep.model.values.ids import ServiceId, TaskId
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.values.times import SECOND_NS, timestamp
 from skep.store.interface import Commit, Created, Deleted, Transaction, Updated, View
 
@@ -41,6 +44,11 @@ proxy that restarts reports again within twenty.
 
 WithinQuota = Callable[[View, Service, int], tuple[int, str]]
 """Returns the most tasks, up to a number, that the quota of a service's stack allows, and why it allows no others."""
+IdleTimes = Mapping[ServiceId, float]
+"""Seconds without a request at the front door, for the services of which they are known."""
+UNKNOWN: Final[IdleTimes] = {}
+IdleReports = Mapping[NodeId, IdleTimes]
+"""The idle times that each node reports."""
 CheckQuota = Callable[[Transaction, ServiceSpec, Service], None]
 """Raises PermissionDenied if the spec exceeds the quota."""
 
@@ -84,7 +92,7 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AutoscalerState:
-    """Autoscaled services, and what this leader has observed of them."""
+    """Autoscaled services, and this leader's observations of them."""
 
     def __init__(
         self, view: Callable[[], View], clock: Clock, quota: Quota, counts: AutoscalingCounts
@@ -162,14 +170,26 @@ class AutoscalerState:
         else:
             self._running_since.setdefault(task.id, self._clock.monotonic())
 
-    def decide(self, id: ServiceId, found: ScalingMeasurements, now: float) -> Scaling | None:
+    def may_scale_to_zero(self) -> bool:
+        """Return whether a service may lose its last task."""
+        view = self._view()
+        return any(
+            service.spec.replicas == 1 and wakes_on_request(service.spec.labels)
+            for id in self.services
+            if (service := view.lookup(Service, id)) is not None
+        )
+
+    def decide(
+        self, id: ServiceId, found: ScalingMeasurements, now: float, idle: IdleTimes = UNKNOWN
+    ) -> Scaling | None:
         """Return the due change of a service, or None."""
         view = self._view()
         service = view.lookup(Service, id)
         scaling = autoscaling_of(service.spec.labels) if service is not None else None
         if service is None or scaling is None or id not in self.services:
             return None
-        decision = self._decide(view, service, scaling.at(self._clock.now_ns() // SECOND_NS), found, now)
+        present = scaling.at(self._clock.now_ns() // SECOND_NS)
+        decision = self._decide(view, service, present, found, now, idle)
         if decision.replicas is None:
             return None
         return Scaling(
@@ -188,6 +208,7 @@ class AutoscalerState:
         scaling: Autoscaling,
         found: ScalingMeasurements,
         now: float,
+        idle: IdleTimes,
     ) -> ScalingDecision:
         present, history = service.spec.replicas, self.services[service.id]
         if history is None or history.expected != present:  # set by a user, so it stays for a window
@@ -203,6 +224,8 @@ class AutoscalerState:
         self._note_problem(service, readings, now)
         self._counts.unknown += readings.unknown
         decision = decide(service, scaling, readings, history, now)
+        if decision.replicas is None and not blocked(service):
+            decision = to_zero(present, scaling, idle.get(service.id), history, now) or decision
         if decision.replicas is not None and decision.replicas < present:
             held = held_by(view, stack_of_service(service))
             return replace(decision, replicas=None, reason=held) if held else decision
@@ -247,6 +270,30 @@ def write_problem(tx: Transaction, one: MeasureProblem) -> None:
         tx.put(replace(service, autoscaling_problem=one.problem))
 
 
+def door_nodes(view: View) -> frozenset[NodeId]:
+    """Return the nodes whose proxies may have requests.  A node that is down has none, as far as anyone can know."""
+    return frozenset(
+        task.node_id
+        for service in view.find(Service)
+        if is_door(service.spec.labels)
+        for task in view.find(Task, service_id=service.id)
+        if task.node_id
+        and TaskState.ASSIGNED.number <= task.status.state.number <= TaskState.RUNNING.number
+        and (node := view.lookup(Node, task.node_id)) is not None
+        and node.status.state is not NodeState.DOWN
+    )
+
+
+def idle_times(doors: Collection[NodeId], reports: IdleReports) -> IdleTimes:
+    """Return the seconds without a request at any proxy, of the services that every one of ``doors`` reports."""
+    first, *others = [reports.get(node, {}) for node in doors] or [{}]
+    return {
+        id: min((seconds, *(one[id] for one in others)))
+        for id, seconds in first.items()
+        if all(id in one for one in others)
+    }
+
+
 def write_replicas(tx: Transaction, one: Scaling, check_quota: CheckQuota) -> bool:
     """Set the number of replicas, as ``docker service scale`` does.
 
@@ -262,14 +309,21 @@ def write_replicas(tx: Transaction, one: Scaling, check_quota: CheckQuota) -> bo
         or service.removed_at is not None
         or service.spec.replicas != one.present
         or autoscaling_of(service.spec.labels) != one.scaling
-        or blocked(service)
+        or blocked(service, one.replicas)
         or (one.replicas < one.present and is_held_at_commit(tx, stack_of_service(service)))
     ):
         return False
-    spec, previous = with_replicas(service.spec, one.replicas), service.previous_spec
+    put_replicas(tx, service, one.replicas, one.reason, one.now_ns, check_quota)
+    return True
+
+
+def put_replicas(
+    tx: Transaction, service: Service, replicas: int, reason: str, now_ns: int, check_quota: CheckQuota
+) -> None:
+    """Put a service with another number of tasks, and the reason.  Raises: PermissionDenied: beyond the quota."""
+    spec, previous = with_replicas(service.spec, replicas), service.previous_spec
     check_quota(tx, spec, service)
     if previous is not None and autoscaling_of(previous.labels) is not None:
-        previous = with_replicas(previous, one.replicas)
-    done = Autoscaled(before=one.present, after=one.replicas, reason=one.reason, at=timestamp(one.now_ns))
+        previous = with_replicas(previous, replicas)
+    done = Autoscaled(before=service.spec.replicas, after=replicas, reason=reason, at=timestamp(now_ns))
     tx.put(replace(service, spec=spec, previous_spec=previous, autoscaled=done))
-    return True

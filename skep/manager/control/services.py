@@ -35,7 +35,7 @@ from skep.manager.services.spec_history import comparable, keep_spec
 from skep.model.needs import cannot_share, needs_of
 from skep.model.network import Network, is_ingress
 from skep.model.options.affinity import PLACEMENT_LABELS
-from skep.model.options.autoscaling import with_number_kept
+from skep.model.options.autoscaling import AUTOSCALE, wakes_on_request, with_number_kept
 from skep.model.options.constraints import is_dockers, parsed
 from skep.model.options.labels import FORMER_VOLUMES, VOLUME_AFFINITY, is_stopped
 from skep.model.options.schedules import CRON
@@ -67,7 +67,7 @@ from skep.model.values.times import Timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Transaction, View
 from skep.store.kinds import previous_registry_auth_id, registry_auth_id
-from skep.store.level import PLACEMENTS, SCHEDULES, STOPS, VOLUME_AFFINITIES
+from skep.store.level import PLACEMENTS, SCHEDULES, STOPS, VOLUME_AFFINITIES, ZERO_TASKS
 
 AuthSource = Literal["spec", "previous-spec"]
 """Source of the registry credentials of an update that has no credentials."""
@@ -362,6 +362,10 @@ def check_level(view: View, spec: ServiceSpec) -> None:
         )
     if is_stopped(spec.labels) and view.level < STOPS:
         raise FailedPrecondition("a stopped service needs managers of this version: upgrade the others first")
+    if wakes_on_request(spec.labels) and view.level < ZERO_TASKS:
+        raise FailedPrecondition(
+            f"{AUTOSCALE}={spec.labels[AUTOSCALE]} needs managers of this version: upgrade the others first"
+        )
     constraints = parsed((spec.task_template.placement or Placement()).constraints)
     new = [name for name in PLACEMENT_LABELS if name in spec.labels]
     new += [f"the constraint {one.text}" for one in constraints if not is_dockers(one)]

@@ -6,6 +6,7 @@ Everything is derived from the stored objects.  The sentences come from ``reason
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from skep.manager.autoscaling.decision import AT_ZERO
 from skep.manager.diagnosis.departures import count_text, is_serving, split_off_replacements
 from skep.manager.diagnosis.reasons import (
     LOOP_FROM,
@@ -32,6 +33,7 @@ from skep.manager.services.job_runs import of_present_run, restarts_in
 from skep.model.needs import needs_of
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import placement_text
+from skep.model.options.autoscaling import is_at_zero
 from skep.model.options.dependencies import WAITS_FOR, is_wait
 from skep.model.options.labels import is_stopped
 from skep.model.service import (
@@ -401,6 +403,10 @@ def _of_service(
     if has_numbers and not problems and not is_updating:
         if is_stopped(service.spec.labels):
             return f"{IS_STOPPED}: skep service start {service.spec.name} starts its tasks", IS_STOPPED, True
+        if is_at_zero(service.spec):
+            scaled = service.autoscaled
+            since = f" since {scaled.at[:19]}Z" if scaled is not None and not scaled.after else ""
+            return AT_ZERO.replace("zero", f"zero{since}", 1), AT_ZERO, True
         if done:
             text = f"{done} of {wanted} tasks done" + (f", {running} running" if running else "")
         else:

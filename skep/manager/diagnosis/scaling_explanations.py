@@ -33,7 +33,7 @@ class MetricExplanation(ApiObject):
 class AutoscalingExplanation(ApiObject):
     """State of a service's autoscaling."""
 
-    min: int = 0
+    min: int = always(0)
     max: int = 0
     """The range, at present if the service has a schedule."""
     metrics: tuple[MetricExplanation, ...] = ()

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
 from skep.api.access.permissions import STACK_LABEL
+from skep.manager.autoscaling.decision import AT_ZERO
 from skep.manager.control.tasks import known_status, with_damage
 from skep.manager.diagnosis.explanations import IS_STOPPED, ServiceExplanation, explain_service
 from skep.manager.diagnosis.reasons import SlotId, hostname, loop_ends_ns, slot_of
@@ -22,6 +23,7 @@ from skep.manager.services.job_listing import schedule_words
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.options.affinity import ANTI_AFFINITY, affinities_of
+from skep.model.options.autoscaling import is_at_zero
 from skep.model.options.labels import is_stopped
 from skep.model.service import PAUSED, UNDER_WAY, Service, ServiceHealth, ServiceStatus, UpdateStatus
 from skep.model.task import Task, TaskState
@@ -63,6 +65,8 @@ async def _health(
     is_settled = not slots.others and len(slots.settled) == status.running_tasks == status.desired_tasks
     if service.job_status is None and is_settled and update not in PAUSED and update not in UNDER_WAY:
         # An explanation would find the same, at ten times the cost.
+        if is_at_zero(service.spec):
+            return ServiceHealth(reason=AT_ZERO)
         return ServiceHealth(reason=IS_STOPPED if is_stopped(service.spec.labels) else "")
     return _explanation(view, service, status, slots, now_ns, lambda _: True).health
 

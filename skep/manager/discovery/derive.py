@@ -6,7 +6,8 @@
 * Its names resolve while it serves.  With ``skep.publish-not-ready`` they resolve from its start on, for software that
   needs its peers in order to become healthy.
 * A service is in the table while it has a virtual address or a task on the network.  It stays between the end of its
-  only task and the start of the next, so that its name and address are stable.
+  only task and the start of the next, so that its name and address are stable.  A service with routes is always in the
+  front door's table, which responds for services without tasks.
 * Aliases of a service's network are names of the service (and of its virtual address), as in Docker.  A container has
   two more names: the short form of its id, and the host name that its user set, if any.  For a plain container the
   first alias of the attachment is its name, and the others, which include its host name, are more aliases.
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Mapping
 
 from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec
+from skep.model.door.routes import has_routes
 from skep.model.door.settings import is_door, labels_for_proxies
 from skep.model.network import Network
 from skep.model.networks.data_planes import (
@@ -33,6 +35,7 @@ from skep.model.networks.publishing import publish_options
 from skep.model.networks.tables import TableEndpoint, TableNode, TablePort, TableService, TableSplit
 from skep.model.networks.wireguard import published_keys
 from skep.model.node import Node, NodeState, SessionOwner
+from skep.model.options.autoscaling import AUTOSCALE, wakes_on_request
 from skep.model.options.labels import publishes_not_ready
 from skep.model.options.templates import context, expand_container
 from skep.model.service import PublishMode, Service
@@ -143,9 +146,10 @@ def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableS
     addresses = [
         one.addr for one in service.endpoint.virtual_ips if one.network_id == network.id and one.addr
     ]
-    if service.removed_at is not None or not (addresses or has_tasks):
-        return None
     spec = service.spec
+    is_routed = is_door(network.spec.labels) and has_routes(spec.labels)
+    if service.removed_at is not None or not (addresses or has_tasks or is_routed):
+        return None
     wanted = spec.task_template.networks or spec.networks
     aliases = dict.fromkeys(alias for one in wanted if one.target == network.id for alias in one.aliases)
     ports = service.endpoint.ports if network.spec.ingress else ()
@@ -166,10 +170,16 @@ def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableS
                 for port, options in publish_options(spec.labels, published)
             )
         ),
-        labels=labels_for_proxies(spec.labels) if is_door(network.spec.labels) else {},
+        labels=_labels_for_door(spec.labels) if is_door(network.spec.labels) else {},
         created_at=service.created_at if is_door(network.spec.labels) else "",
         split=_split(service),
     )
+
+
+def _labels_for_door(labels: Mapping[str, str]) -> dict[str, str]:
+    """Return the labels for nodes with a proxy.  They have the range of a service whose requests may be held."""
+    found = labels_for_proxies(labels)
+    return {**found, AUTOSCALE: labels[AUTOSCALE]} if wakes_on_request(labels) else found
 
 
 def _split(service: Service) -> TableSplit | None:

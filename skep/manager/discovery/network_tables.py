@@ -22,6 +22,8 @@ from skep.manager.discovery.derive import (
     unread_services,
 )
 from skep.manager.discovery.versioned_table import VersionedTable, counted
+from skep.model.door.routes import has_routes
+from skep.model.door.settings import is_door
 from skep.model.network import Network
 from skep.model.networks.data_planes import claimed_underlay, data_path_port, is_overlay
 from skep.model.networks.overlays import head_of
@@ -71,7 +73,9 @@ class TableBuilder:
         """Tasks with attachments to overlay networks."""
         self._tasks_of_node: dict[NodeId, dict[TaskId, None]] = {}
         self._networks_of_service: dict[ServiceId, frozenset[NetworkId]] = {}
-        """Networks on which the service has virtual addresses."""
+        """Networks whose tables have the service also without a task."""
+        self._doors: set[NetworkId] = set()
+        """Networks of front doors."""
         self._tasks_of_service: dict[ServiceId, dict[NetworkId, int]] = {}
         """Networks on which the service has tasks, and how many."""
         self._networks_of_node: dict[NodeId, dict[NetworkId, int]] = {}
@@ -266,10 +270,23 @@ class TableBuilder:
         before = self._services.get(service.id)
         self._services[service.id] = service
         self._publish(service.id, is_publishing=is_publishing(service))
-        networks = frozenset(one.network_id for one in service.endpoint.virtual_ips if one.addr)
-        self._mark_service(service.id, networks)
+        self._mark_service(service.id, self._networks_without_tasks(service))
         if before is None or _naming(before) != _naming(service):
             self._mark_endpoints_of(service.id)
+
+    def _networks_without_tasks(self, service: Service) -> frozenset[NetworkId]:
+        """Return the networks that have the service also without a task."""
+        addressed = {one.network_id for one in service.endpoint.virtual_ips if one.addr}
+        return frozenset(addressed | self._doors if has_routes(service.spec.labels) else addressed)
+
+    def _note_door(self, network: Network) -> None:
+        """Add the services with routes to the table of a front door."""
+        if not is_door(network.spec.labels) or network.id in self._doors:
+            return
+        self._doors.add(network.id)
+        for service in self._services.values():
+            if has_routes(service.spec.labels):
+                self._mark_service(service.id, self._networks_without_tasks(service))
 
     def _mark_service(self, id: ServiceId, networks: frozenset[NetworkId]) -> None:
         before = self._networks_of_service.pop(id, frozenset())
@@ -413,10 +430,12 @@ class TableBuilder:
         network = self._network_of(table)
         if network is None:
             del self.tables[id]
+            self._doors.discard(id)
             changed.add(id)
             # Nodes with tasks on it were already notified when their last task there ended.
             stale.all_nodes |= table.head is not None and table.head.is_ingress
             return
+        self._note_door(network)
         self._refresh_head(id, changed)
         if network.spec.ingress:
             stale.all_nodes = True

@@ -26,6 +26,7 @@ from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
 from skep.wire.convert.usages import (
     answers_to_pb,
+    idle_to_pb,
     requests_to_pb,
     routes_to_pb,
     service_requests_to_pb,
@@ -83,6 +84,10 @@ class MeasuredTasks:
             for id, one in session.service_requests.items():
                 found[id][session.node_id] = one
         return dict(found)
+
+    def idle(self) -> dict[NodeId, Mapping[ServiceId, float]]:
+        """Return the idle times reported by nodes with a session here."""
+        return {session.node_id: session.idle for session in self._sessions.all() if session.idle}
 
     async def run(self) -> None:
         """Keep the lists until cancelled."""
@@ -142,6 +147,8 @@ class MeasuredTasks:
                 yield skep.TaskUsages(service_requests=counted)
         for answers in batched(answers_to_pb(self.answers), _PIECE):
             yield skep.TaskUsages(answers=answers)
+        for node_id, idle in self.idle().items():
+            yield skep.TaskUsages(idle=idle_to_pb(idle, node_id))
 
 
 def _is_measured(service: Service) -> bool:

@@ -24,6 +24,7 @@ from skep.wire import skep_pb2 as skep
 from skep.wire.client import ManagerChannel
 from skep.wire.convert.usages import (
     answer_from_pb,
+    idle_from_pb,
     requests_from_pb,
     routes_from_pb,
     service_requests_from_pb,
@@ -45,6 +46,7 @@ class MeasuredHere(Protocol):
     def requests(self) -> Mapping[TaskId, TaskRequests]: ...
     def service_requests(self) -> Mapping[ServiceId, Mapping[NodeId, ServiceRequests]]: ...
     def routes(self) -> Sequence[RouteTraffic]: ...
+    def idle(self) -> Mapping[NodeId, Mapping[ServiceId, float]]: ...
 
 
 class TaskUsages:
@@ -80,8 +82,12 @@ class TaskUsages:
         for id, found in self._here.answers.items():
             answers[id].update(found)
         usages = usages_from_pb(one for message in messages for one in message.usages)
+        idle = idle_from_pb(one for message in messages for one in message.idle)
         return ScalingMeasurements(
-            usages={**usages, **self._here.present()}, requests=requests, answers=answers
+            usages={**usages, **self._here.present()},
+            requests=requests,
+            answers=answers,
+            idle={**idle, **self._here.idle()},
         )
 
     async def collect_requests(self) -> Mapping[TaskId, TaskRequests]:

@@ -1,4 +1,4 @@
-"""Why a route does not lead to tasks.  Pure."""
+"""Finds the reason why a route does not lead to tasks.  Pure."""
 
 from collections.abc import Collection, Mapping
 
@@ -6,6 +6,7 @@ from skep.errors import InvalidArgument
 from skep.model.door.claims import Refusal
 from skep.model.door.routes import parsed_routes
 from skep.model.network import Network
+from skep.model.options.autoscaling import is_at_zero
 from skep.model.service import Service, UpdateState
 from skep.model.staging.updates import stages_of
 from skep.model.task import Task, TaskState
@@ -39,6 +40,8 @@ def route_problem(
         return "there is no front door. Create it with skep door up"
     if (refusal := refused.get(address)) is not None:
         return refusal.reason
+    if is_at_zero(service.spec):
+        return ""
     present = [task for task in tasks if task.status.state is TaskState.RUNNING]
     if not present:
         return "no task of the service runs"

@@ -46,8 +46,10 @@ class ScalingMeasurements(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         requests: By service, the reports of nodes with a proxy.
         answers: By service, the answers to queries by the name of their measure.  Only the leader has them.
+        idle: By node with a proxy, the seconds without a request of services that may be scaled to zero.
     """
 
     usages: Mapping[TaskId, TaskUsage] = {}
     requests: Mapping[ServiceId, Mapping[NodeId, ServiceRequests]] = {}
     answers: Mapping[ServiceId, Mapping[str, QueryAnswer]] = {}
+    idle: Mapping[NodeId, Mapping[ServiceId, float]] = {}

@@ -1,6 +1,7 @@
 """Autoscaling of a service: the settings in its labels, and the leader's last action.
 
-``skep.autoscale=2..10`` enables it.  The other labels set the measures and the delay.
+``skep.autoscale=2..10`` enables it.  The other labels set the measures and the delay.  With ``0..10``, the last task
+stops after an idle time, and the next request at the front door starts a task.
 """
 
 import re
@@ -12,7 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
-from skep.model.door.routes import has_routes
+from skep.model.door.routes import HTTP, has_routes, routes_of
 from skep.model.door.settings import AUTOSCALE_REQUESTS, AUTOSCALE_RPS, DOOR_MEASURES
 from skep.model.measures.queries import (
     AUTOSCALE_PROMETHEUS,
@@ -22,6 +23,7 @@ from skep.model.measures.queries import (
     checked_field,
     checked_url,
 )
+from skep.model.options.labels import is_stopped
 from skep.model.options.schedules import CRON, CRON_TIME_ZONE, Schedule, check_times, parsed_schedule
 from skep.model.service import REPLICAS_MAX, ReplicatedService, ServiceMode, ServiceSpec
 from skep.model.values.times import SECOND_NS, duration_ns
@@ -36,6 +38,8 @@ AUTOSCALE_MEMORY: Final = "skep.autoscale.memory"
 """Label with the memory target in percent of a task's limit."""
 AUTOSCALE_DOWN_AFTER: Final = "skep.autoscale.down-after"
 """Label with the time for which fewer tasks must suffice before autoscaling removes tasks."""
+AUTOSCALE_IDLE_AFTER: Final = "skep.autoscale.idle-after"
+"""Label with the time without a request after which autoscaling removes the last task, if the range starts at 0."""
 AUTOSCALE_QUERY: Final = "skep.autoscale.query"
 """Label with an expression in PromQL, whose value is divided among the tasks."""
 AUTOSCALE_QUERY_TARGET: Final = "skep.autoscale.query-target"
@@ -49,7 +53,7 @@ AUTOSCALE_SCHEDULE: Final = "skep.autoscale.schedule"
 AUTOSCALE_TIME_ZONE: Final = "skep.autoscale.time-zone"
 """Label with the time zone of that schedule."""
 AUTOSCALE_LABELS: Final = (
-    *(AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_MEMORY, AUTOSCALE_DOWN_AFTER, *DOOR_MEASURES),
+    *(AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_MEMORY, AUTOSCALE_DOWN_AFTER, AUTOSCALE_IDLE_AFTER, *DOOR_MEASURES),
     *(AUTOSCALE_PROMETHEUS, AUTOSCALE_QUERY, AUTOSCALE_QUERY_TARGET),
     *(AUTOSCALE_QUEUE, AUTOSCALE_QUEUE_FIELD, AUTOSCALE_QUEUE_TARGET),
     *(AUTOSCALE_SCHEDULE, AUTOSCALE_TIME_ZONE),
@@ -82,6 +86,12 @@ _LOOKED_BACK_S: Final = 9 * 366 * 24 * 3600
 """Seconds in which the last due time is searched.  February 29 may be absent for eight years."""
 _MINUTE_S: Final = 60
 """Due times are whole minutes."""
+IDLE_AFTER_DEFAULT_S: Final = 300.0
+"""Seconds without a request before the last task stops.  As long as the default window for fewer tasks."""
+IDLE_AFTER_S_MIN, IDLE_AFTER_S_MAX = 15.0, 24 * 3600.0
+"""Smallest and largest value of that label.  Nodes report idle times up to ten seconds late, so a shorter time would
+often stop a task that has just had a request.
+"""
 _ONE_CPU: Final = 1_000_000_000
 _NANO_CPUS_MAX: Final = 4096 * _ONE_CPU
 """No machine has more processors, so a report of more is ignored."""
@@ -142,6 +152,7 @@ class Autoscaling(msgspec.Struct, frozen=True, kw_only=True):
     queue: QueryTarget | None = None
     schedule: tuple[RangeEntry, ...] = ()
     down_after_s: float = DOWN_AFTER_DEFAULT_S
+    idle_after_s: float = IDLE_AFTER_DEFAULT_S
 
     def clamped(self, replicas: int) -> int:
         """Return the nearest number within the range."""
@@ -191,6 +202,17 @@ def autoscaling_of(labels: Mapping[str, str]) -> Autoscaling | None:
         return None
 
 
+def wakes_on_request(labels: Mapping[str, str]) -> bool:
+    """Return whether a request at the front door starts a task if the service has none."""
+    scaling = autoscaling_of(labels)
+    return scaling is not None and not scaling.least and not is_stopped(labels)
+
+
+def is_at_zero(spec: ServiceSpec) -> bool:
+    """Return whether the service has no tasks until the next request."""
+    return spec.mode.replicated is not None and not spec.replicas and wakes_on_request(spec.labels)
+
+
 def check_autoscaling(spec: ServiceSpec) -> None:
     """Check the service's autoscaling labels.  Raises: InvalidArgument: they cannot be applied."""
     given = [name for name in spec.labels if name == AUTOSCALE or name.startswith(f"{AUTOSCALE}.")]
@@ -205,13 +227,19 @@ def check_autoscaling(spec: ServiceSpec) -> None:
         raise InvalidArgument(
             f"the label {AUTOSCALE} is for replicated services, not for a {spec.mode.name} one"
         )
-    if parsed_autoscaling(spec.labels).memory is not None and not memory_of_a_task(spec):
+    scaling = parsed_autoscaling(spec.labels)
+    if scaling.memory is not None and not memory_of_a_task(spec):
         raise InvalidArgument(f"the label {AUTOSCALE_MEMORY} is a percentage of the memory limit: set one")
     counted = [name for name in DOOR_MEASURES if name in spec.labels]
     if counted and not has_routes(spec.labels):
         raise InvalidArgument(
             f"the label {counted[0]} counts HTTP requests over the front door, and the service has no route: run "
             f"skep service expose {spec.name} HOST, or remove {counted[0]}"
+        )
+    if not scaling.least and all(one.options.redirect not in ("", "https") for one in routes_of(spec.labels)):
+        raise InvalidArgument(
+            f"the label {AUTOSCALE}={spec.labels[AUTOSCALE]} needs a route of the front door, because only its "
+            f"requests start a task again: set {HTTP}=HOST, or use {AUTOSCALE}=1..{scaling.most}"
         )
 
 
@@ -241,11 +269,29 @@ def with_number_kept(spec: ServiceSpec, present: ServiceSpec | None) -> ServiceS
     """
     scaling = autoscaling_of(spec.labels)
     replicated = spec.mode.replicated
+    if present is not None and _leaves_zero(spec, present):
+        return with_replicas(spec, scaling.least if scaling is not None else 1)
     if scaling is None or replicated is None or replicated.replicas is not None:
         return spec
     if present is None or present.mode.replicated is None:
-        return with_replicas(spec, scaling.least)
+        # One task at least, so that a deploy shows whether the service runs.
+        return with_replicas(spec, max(scaling.least, 1))
     return with_replicas(spec, scaling.clamped(present.given_replicas) if present.given_replicas else 0)
+
+
+def _leaves_zero(spec: ServiceSpec, present: ServiceSpec) -> bool:
+    """Return whether the service is scaled to zero, and ``spec`` has no request wake it again.
+
+    Clients send the number that they see, so a service without tasks would otherwise stay without them.
+    """
+    replicated = spec.mode.replicated
+    return (
+        replicated is not None
+        and not replicated.replicas
+        and is_at_zero(present)
+        and not wakes_on_request(spec.labels)
+        and not is_stopped(spec.labels)
+    )
 
 
 def with_present_number(spec: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
@@ -266,6 +312,10 @@ def parsed_autoscaling(labels: Mapping[str, str]) -> Autoscaling:
 def _parsed(given: tuple[tuple[str, str], ...]) -> Autoscaling:
     labels = dict(given)
     least, most = _range(AUTOSCALE, labels[AUTOSCALE])
+    if least and AUTOSCALE_IDLE_AFTER in labels:
+        raise InvalidArgument(
+            f"the label {AUTOSCALE_IDLE_AFTER} needs a range that starts at 0, such as {AUTOSCALE}=0..{most}"
+        )
     for name, (needed, example) in _TOGETHER.items():
         if name in labels and needed not in labels:
             raise InvalidArgument(f"the label {name} needs {needed}, such as {needed}={example}")
@@ -281,7 +331,12 @@ def _parsed(given: tuple[tuple[str, str], ...]) -> Autoscaling:
         prometheus=_prometheus(labels),
         queue=_queue(labels),
         schedule=_schedule(labels, least, most),
-        down_after_s=_down_after_s(labels),
+        down_after_s=_duration_s(
+            labels, AUTOSCALE_DOWN_AFTER, DOWN_AFTER_DEFAULT_S, (DOWN_AFTER_S_MIN, DOWN_AFTER_S_MAX)
+        ),
+        idle_after_s=_duration_s(
+            labels, AUTOSCALE_IDLE_AFTER, IDLE_AFTER_DEFAULT_S, (IDLE_AFTER_S_MIN, IDLE_AFTER_S_MAX)
+        ),
     )
     is_measured = memory is not None or found.counts_requests or found.queries
     return found if is_measured or cpu is not None else replace(found, cpu=CPU_DEFAULT)
@@ -294,9 +349,10 @@ def _range(name: str, text: str) -> tuple[int, int]:
             f"invalid label {name}={text}: expected the fewest and the most tasks, like 2..10"
         )
     least, most = int(match[1]), int(match[2])
-    if not least:
+    if not most:
         raise InvalidArgument(
-            f"invalid label {name}={text}: autoscaling never scales to zero, expected at least 1"
+            f"invalid label {name}={text}: expected at least 1 as the most tasks. Stop a service with "
+            "skep service stop"
         )
     if not least <= most <= REPLICAS_MAX:
         raise InvalidArgument(
@@ -381,15 +437,17 @@ def _percent(labels: Mapping[str, str], name: str, largest: int) -> int | None:
     return int(match[1])
 
 
-def _down_after_s(labels: Mapping[str, str]) -> float:
-    text = labels.get(AUTOSCALE_DOWN_AFTER)
+def _duration_s(
+    labels: Mapping[str, str], name: str, default_s: float, bounds_s: tuple[float, float]
+) -> float:
+    text = labels.get(name)
     if text is None:
-        return DOWN_AFTER_DEFAULT_S
+        return default_s
+    least_s, most_s = bounds_s
     duration = duration_ns(text)
-    if duration is None or not DOWN_AFTER_S_MIN * SECOND_NS <= duration <= DOWN_AFTER_S_MAX * SECOND_NS:
+    if duration is None or not least_s * SECOND_NS <= duration <= most_s * SECOND_NS:
         raise InvalidArgument(
-            f"invalid label {AUTOSCALE_DOWN_AFTER}={text}: expected a duration from "
-            f"{DOWN_AFTER_S_MIN:g}s to {DOWN_AFTER_S_MAX / 3600:g}h"
+            f"invalid label {name}={text}: expected a duration from {least_s:g}s to {most_s / 3600:g}h"
         )
     return duration / SECOND_NS
 

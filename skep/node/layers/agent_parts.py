@@ -196,6 +196,8 @@ class AgentParts:
             requests=runtime.door_requests,
             routes=runtime.door_routes,
             service_requests=runtime.door_service_requests,
+            idle=runtime.door_idle,
+            held=runtime.held_requests,
             serve_images=partial(self.image_sharing.exchange, credentials, node),
         )
         managers = ManagerList(

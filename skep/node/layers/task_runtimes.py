@@ -21,6 +21,7 @@ from skep.api.telemetry.exposition import MetricFamily
 from skep.configuration.configuration import Configuration, UnixHost
 from skep.dataplane.dataplane import DataPlane, Host, NetProcess
 from skep.dataplane.dns.checks import NameChecks
+from skep.dataplane.door.holding import HeldRequests
 from skep.dataplane.door.listener import FrontDoor
 from skep.dataplane.endpoint_allocation import ClusterEndpoints
 from skep.dataplane.failover.machine import HOOK, AddressHook, DoorWatch, MachineAddresses
@@ -185,6 +186,15 @@ class Containers:
         """Return the requests of autoscaled services over the front door."""
         return self._front_door.service_requests()
 
+    def door_idle(self) -> Mapping[ServiceId, float]:
+        """Return the idle times of services that may be scaled to zero."""
+        return self._front_door.idle()
+
+    @property
+    def held_requests(self) -> HeldRequests:
+        """The requests that the front door holds for services without a task."""
+        return self._front_door.held
+
     def run_networks(self, run: Run, tables: NetworkTables) -> None:
         """Keep the cluster networks on this node in the state that their tables describe."""
         foundation, plane = self._foundation, self.data_plane
@@ -258,6 +268,7 @@ class PlainProcesses:
 
     engine: None = None
     addresses: None = None
+    held_requests: None = None
     data_plane: None = None
     payloads: None = None
     cluster_volumes: None = None
@@ -305,6 +316,10 @@ class PlainProcesses:
 
     def door_service_requests(self) -> Mapping[ServiceId, ServiceRequests]:
         """Return nothing, because plain processes are not on the front door's network."""
+        return {}
+
+    def door_idle(self) -> Mapping[ServiceId, float]:
+        """Return nothing, as ``door_requests`` does."""
         return {}
 
     def run_networks(self, run: Run, tables: NetworkTables) -> None:

@@ -458,12 +458,12 @@ def _autoscaling(settings: MappingReader) -> dict[str, str]:
         MappingReader(node, settings.at("autoscale"), settings.report),
         len(settings.report.problems),
     )
-    least, most = one.integer("min", 1, REPLICAS_MAX), one.integer("max", 1, REPLICAS_MAX)
+    least, most = one.integer("min", 0, REPLICAS_MAX), one.integer("max", 1, REPLICAS_MAX)
     if "max" not in one:
         one.problem("max", "expected the most tasks that the service may have")
     if least is not None and most is not None and least > most:
         one.problem("min", f"{least} is more than max, which is {most}")
-    made = {AUTOSCALE: f"{least or 1}..{most or REPLICAS_MAX}"}
+    made = {AUTOSCALE: f"{1 if least is None else least}..{most or REPLICAS_MAX}"}
     keys = {name.removeprefix(f"{AUTOSCALE}."): name for name in AUTOSCALE_LABELS if name != AUTOSCALE}
     made |= _checked_labels(one, keys, made)
     one.close()

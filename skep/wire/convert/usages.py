@@ -128,3 +128,19 @@ def answer_from_pb(message: pb.QueryAnswer) -> QueryAnswer:
         age_s=message.age_milliseconds / 1000,
         problem=message.problem,
     )
+
+
+def idle_to_pb(idle: Mapping[ServiceId, float], node_id: str = "") -> list[pb.IdleService]:
+    return [
+        pb.IdleService(service_id=id, milliseconds=int(1000 * seconds), node_id=node_id)
+        for id, seconds in idle.items()
+    ]
+
+
+def idle_from_pb(messages: Iterable[pb.IdleService]) -> dict[NodeId, dict[ServiceId, float]]:
+    """Convert idle times, in seconds, by node and service."""
+    found: dict[NodeId, dict[ServiceId, float]] = {}
+    for message in messages:
+        times = found.setdefault(NodeId(message.node_id), {})
+        times[ServiceId(message.service_id)] = message.milliseconds / 1000
+    return found

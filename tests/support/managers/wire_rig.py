@@ -23,6 +23,7 @@ from skep.agent.session.table_stream import TableSink
 from skep.agent.tunnels import ContainerAccess, TunnelHost
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable, Unimplemented
+from skep.manager.autoscaling.waking import Wakes
 from skep.manager.ca import external
 from skep.manager.ca.caller_check import CallerCheck
 from skep.manager.ca.expiry import Expiry
@@ -38,6 +39,7 @@ from skep.manager.ca.updater import (
     warn_of_expiry,
 )
 from skep.manager.certificates import end_connections
+from skep.manager.control.quotas import check_quota
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
@@ -186,6 +188,9 @@ class Cluster:
                 lambda node, session: self.dispatcher.session(node, session),
                 clock,
             )
+            self.wakes = Wakes(
+                self.store, lambda node, session: self.dispatcher.session(node, session), clock, check_quota
+            )
             self.logs = LogBroker(self.store, new_id, clock, limits=self._log_limits)
             self.tls = ServerTls(self.pair(MANAGER_ID, NodeRole.MANAGER))
             self.external = ExternalAuthorities(lambda: self.tls.pair, clock, Random(1), self._call_limits)
@@ -223,6 +228,7 @@ class Cluster:
             attachments,
             self.tunnels,
             self.failover,
+            self.wakes,
             *self.path_parts,
         )
         return [handler for part in parts for handler in part.services()]

@@ -15,6 +15,7 @@ from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
 from skep.agent.executor.payloads import Payloads
 from skep.aio.clock import SystemClock
 from skep.dataplane.door.configuration import DoorState, files
+from skep.dataplane.door.holding import HeldRequests, HoldLimits
 from skep.dataplane.door.listener import FrontDoor
 from skep.errors import Unavailable
 from skep.model.assignment import SecretFile
@@ -38,14 +39,16 @@ def free_port() -> int:
 class DoorRig:
     """HAProxy in a directory, the listener that changes it, and the table that the listener gets."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, limits: HoldLimits | None = None) -> None:
         self.directory = directory
+        self._limits = limits or HoldLimits()
         self.port, self.tls_port, self.task_port = free_port(), free_port(), free_port()
         self.payloads = Payloads(directory.parent / "secrets", mount_ramfs=lambda _: None)
         self.payloads.open()
         self.payloads.materialize_door("proxy")
         self._settings = DoorSettings(ports=(self.port, self.tls_port))
         self.door = self._listener()
+        self._holding: asyncio.Task[None] | None = None
         self.services = {
             "door": TableService(id=ServiceId("door"), name="door", labels={"skep.door": "true"})
         }
@@ -61,11 +64,18 @@ class DoorRig:
             partial(self.payloads.write_door, keys),
             seen_at=(str(self.directory), keys),
             settings=self._settings,
+            held=HeldRequests(self._limits),
         )
 
     def restart_node(self) -> None:
         """Forget what HAProxy has, as a node process does that starts again."""
         self.door = self._listener()
+        self._hold()
+
+    def _hold(self) -> None:
+        if self._holding is not None:
+            self._holding.cancel()
+        self._holding = asyncio.create_task(self.door.held.run())
 
     def service(self, name: str, labels: Mapping[str, str], *, age: str = "1", port: bool = True) -> None:
         """Add or change a service.  Its tasks listen at ``task_port``, unless ``labels`` have a port."""
@@ -123,6 +133,7 @@ class DoorRig:
             if not (self.directory / name).exists():
                 (self.directory / name).write_text(text)
         self._start()
+        self._hold()
         await self.wait_listening()
 
     def _start(self) -> None:
@@ -150,7 +161,9 @@ class DoorRig:
                     return
 
     def stop(self) -> None:
-        """Kill HAProxy with its workers, which end with their master."""
+        """Stop holding requests, and kill HAProxy with its workers, which end with their master."""
+        if self._holding is not None:
+            self._holding.cancel()
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -211,10 +224,11 @@ class DoorRig:
             await asyncio.sleep(float(request.query.get("wait", "0")))
             local = request.transport.get_extra_info("sockname")[0] if request.transport else ""
             headers = {name.lower(): value for name, value in request.headers.items()}
-            body = {"task": local, "path": request.path_qs, "headers": headers}
+            length = len(await request.read())
+            body = {"task": local, "path": request.path_qs, "headers": headers, "length": length}
             return web.json_response(body, status=int(request.query.get("status", "200")))
 
-        app = web.Application()
+        app = web.Application(client_max_size=1 << 22)
         app.router.add_route("*", "/{path:.*}", respond)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
@@ -227,9 +241,9 @@ class DoorRig:
 
 
 @asynccontextmanager
-async def a_door(directory: Path) -> AsyncIterator[DoorRig]:
+async def a_door(directory: Path, limits: HoldLimits | None = None) -> AsyncIterator[DoorRig]:
     """Run HAProxy in ``directory`` during the block."""
-    rig = DoorRig(directory)
+    rig = DoorRig(directory, limits)
     try:
         await rig.start()
         yield rig

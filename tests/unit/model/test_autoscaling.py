@@ -61,7 +61,14 @@ def test_a_service_without_the_label_is_not_autoscaled_nor_one_with_a_label_that
     [
         ({"autoscale": "5"}, "expected the fewest and the most tasks, like 2..10"),
         ({"autoscale": "٢..٣"}, "expected the fewest and the most tasks"),
-        ({"autoscale": "0..5"}, "autoscaling never scales to zero"),
+        (
+            {"autoscale": "0..5"},
+            "needs a route of the front door, because only its requests start a task again",
+        ),
+        ({"autoscale": "0..5", "http": "a.example", "http__redirect": "https://b.example"}, "needs a route"),
+        ({"autoscale": "0..0", "http": "a.example"}, "expected at least 1 as the most tasks"),
+        ({"autoscale": "1..5", "autoscale__idle_after": "1m"}, "needs a range that starts at 0"),
+        ({"autoscale": "0..5", "autoscale__idle_after": "1s"}, "expected a duration from 15s to 24h"),
         ({"autoscale": "5..2"}, "expected the smaller number first"),
         ({"autoscale": "1..999999"}, "at most 100000"),
         ({"autoscale": "1..2", "autoscale__cpu": "0"}, "expected a percentage from 1 to 1000"),
@@ -129,6 +136,10 @@ def test_a_spec_without_a_number_gets_the_fewest_and_later_keeps_what_there_is()
     assert with_number_kept(open_spec, a_service_spec(replicas=50)).replicas == 10
     assert with_number_kept(open_spec, a_service_spec(replicas=0)).replicas == 0, "off by hand"
     assert with_number_kept(labeled(5, autoscale="2..10"), a_service_spec(replicas=7)).replicas == 5
+
+
+def test_a_new_service_that_may_have_no_task_starts_with_one() -> None:
+    assert with_number_kept(settled(labeled(None, autoscale="0..3", http="a.example")), None).replicas == 1
 
 
 def test_without_autoscaling_a_missing_number_is_one_as_in_docker() -> None:

@@ -36,6 +36,7 @@ from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
 from skep.wire.convert.usages import (
+    idle_from_pb,
     reported_requests_from_pb,
     requests_from_pb,
     routes_from_pb,
@@ -48,6 +49,8 @@ log = structlog.get_logger(__name__)
 
 REQUESTS_MAX = 1000
 """Most reports of requests in a heartbeat.  Nodes send fewer."""
+IDLE_MAX = 1000
+"""Most idle times in a heartbeat.  Nodes send fewer."""
 TICK_S, TICK_S_MAX = 0.2, 0.5
 """Minimum and maximum seconds between checks for silent nodes, unless a deadline passes earlier."""
 OWN_PERIOD_S = 2.0
@@ -280,6 +283,8 @@ class Heartbeats:
                 if request.service_requests or session.service_requests:
                     reported = request.service_requests[:REQUESTS_MAX]
                     session.service_requests = reported_requests_from_pb(reported)
+                if request.idle or session.idle:
+                    session.idle = idle_from_pb(request.idle[:IDLE_MAX]).get(NodeId(""), {})
                 period_s = self._deadlines.record_heartbeat(session, is_away=request.away)
                 yield skep.HeartbeatPeriod(
                     period=duration_to_pb(int(period_s * SECOND_NS)), measured=session.measured

@@ -64,6 +64,7 @@ class LiveSession:
         "_signals",
         "deadline",
         "id",
+        "idle",
         "is_skep",
         "last_seen",
         "load",
@@ -111,6 +112,8 @@ class LiveSession:
         """Requests to the routes of the node's front door, in the last heartbeat."""
         self.service_requests: Mapping[ServiceId, ServiceRequests] = {}
         """Requests of autoscaled services over the node's front door, in the last heartbeat."""
+        self.idle: Mapping[ServiceId, float] = {}
+        """Seconds without a request at the node's front door, of services in the last heartbeat."""
         self.messages = StreamSignal()
         """Wakes the stream of session messages."""
         self._disconnect = disconnect

@@ -270,3 +270,22 @@ def test_labels_of_routes_are_on_the_network_of_the_front_door_alone() -> None:
     (here,) = derived(NET, web).services.values()
     assert (here.labels, here.created_at) == ({}, "")
     assert derived(door).head.is_door
+
+
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [
+        ({"skep.autoscale": "0..3"}, {"skep.autoscale": "0..3"}),
+        ({"skep.autoscale": "1..3"}, {}),
+        ({"skep.autoscale": "0..3", "skep.stopped": "true"}, {}),
+    ],
+)
+def test_a_service_with_routes_is_at_the_front_door_without_tasks_and_held_if_a_request_wakes_it(
+    labels: dict[str, str], shown: dict[str, str]
+) -> None:
+    door = replace(NET, spec=replace(NET.spec, labels={"skep.door": "true"}))
+    routed = {"skep.http": "a.example", **labels}
+    web = replace(WEB, spec=replace(WEB.spec, labels=routed), endpoint=Endpoint())
+    (there,) = derived(door, web).services.values()
+    assert there.labels == {"skep.http": "a.example", **shown}
+    assert not derived(NET, web).services

@@ -32,6 +32,7 @@ NETWORKS = [
     an_overlay("net2", subnet="10.0.2.0/24"),
     an_overlay("ingress", subnet="10.0.0.0/24", ingress=True),
 ]
+NETWORKS[1] = replace(NETWORKS[1], spec=replace(NETWORKS[1].spec, labels={"skep.door": "true"}))
 NODES = ("n1", "n2", "n3")
 SERVICES = ("a", "b")
 TASKS = tuple(f"t{number}" for number in range(6))
@@ -61,14 +62,16 @@ def put_node(
     )
 
 
-def put_service(id: str, publishes: bool, is_removed: bool, networks: set[int]) -> Step:
+def put_service(id: str, publishes: bool, is_removed: bool, is_routed: bool, networks: set[int]) -> Step:
     ports = (PortConfig(target_port=80, published_port=8000 + ord(id)),) if publishes else ()
     vips = tuple(
         EndpointVirtualIP(network_id=NETWORKS[one].id, addr=f"10.0.{one}.{ord(id)}/24")
         for one in sorted(networks)
     )
+    made = a_service(id, ports=ports)
     service = replace(
-        a_service(id, ports=ports),
+        made,
+        spec=replace(made.spec, labels={"skep.http": "a.example"} if is_routed else {}),
         endpoint=Endpoint(ports=ports, virtual_ips=vips),
         removed_at=REMOVED_AT if is_removed else None,
     )
@@ -117,7 +120,9 @@ STEPS = st.one_of(
         st.sampled_from(["", "192.168.0.1", "192.168.0.2"]),
         st.sampled_from(["", "m1", "m2"]),
     ),
-    st.builds(put_service, st.sampled_from(SERVICES), st.booleans(), st.booleans(), SOME_NETWORKS),
+    st.builds(
+        put_service, st.sampled_from(SERVICES), st.booleans(), st.booleans(), st.booleans(), SOME_NETWORKS
+    ),
     st.builds(
         put_task,
         st.sampled_from(TASKS),
@@ -202,7 +207,7 @@ def without_revision(tables: dict[NetworkId, NetworkTable]) -> dict[NetworkId, N
         (
             [
                 put_task("t0", "b", "n3", TaskState.ASSIGNED, False, {0, 2}),
-                put_service("a", False, False, set()),
+                put_service("a", False, False, False, set()),
             ],
             False,
         ),
@@ -215,7 +220,7 @@ def without_revision(tables: dict[NetworkId, NetworkTable]) -> dict[NetworkId, N
         ([put_task("t0", "a", "n2", TaskState.ASSIGNED, False, {2})], False),
         (
             [
-                put_service("a", True, False, set()),
+                put_service("a", True, False, False, set()),
                 put_node("n1", NodeState.READY, False, False, "192.168.0.1"),
             ],
             False,

@@ -1,0 +1,224 @@
+"""When the last task of a service ends, and when a request starts one again."""
+
+import asyncio
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.api.access.permissions import STACK_LABEL
+from skep.errors import PermissionDenied
+from skep.manager.autoscaling.decision import (
+    AT_ZERO,
+    Measure,
+    Readings,
+    Recommendations,
+    blocked,
+    recommendation,
+    to_zero,
+)
+from skep.manager.autoscaling.state import (
+    AutoscalerState,
+    AutoscalingCounts,
+    Quota,
+    Scaling,
+    door_nodes,
+    idle_times,
+    write_replicas,
+)
+from skep.manager.autoscaling.waking import write_wake
+from skep.manager.control.quotas import check_quota, set_quota
+from skep.manager.control.services import update_service
+from skep.manager.services.quotas import replicas_within_quota
+from skep.model.measures.readings import ScalingMeasurements
+from skep.model.node import NodeState
+from skep.model.options.autoscaling import Autoscaling, is_at_zero
+from skep.model.quota import QuotaSpec
+from skep.model.service import Autoscaled, Service, ServiceSpec, UpdateState
+from skep.model.task import TaskState
+from skep.model.values.ids import NodeId, ServiceId, new_id
+from skep.model.values.times import Timestamp
+from skep.store.level import USERS, ZERO_TASKS
+from skep.store.memory import MemoryCluster, MemoryStore
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+
+NOW = Timestamp("2026-01-01T00:00:00Z")
+LABELS = {"skep.autoscale": "0..3", "skep.autoscale.idle-after": "1m", "skep.http": "a.example"}
+ZERO = Autoscaling(least=0, most=3, idle_after_s=60.0)
+
+
+def a_web(replicas: int, *, state: UpdateState | None = None, **labels: str) -> Service:
+    more = {f"skep.{name.replace('_', '-')}": value for name, value in labels.items()}
+    spec = replace(a_service_spec("web", replicas=replicas), labels={**LABELS, **more})
+    return a_service("web", spec=spec, state=state) if state is not None else a_service("web", spec=spec)
+
+
+@pytest.mark.parametrize(
+    ("present", "scaling", "idle_s", "known_s", "ends"),
+    [
+        (1, ZERO, 60.0, 60.0, True),
+        (1, ZERO, 59.0, 600.0, False),
+        (1, ZERO, None, 600.0, False),  # unknown
+        (1, ZERO, 600.0, 59.0, False),  # a new leader, or a request that the reports are too old for
+        (2, ZERO, 600.0, 600.0, False),  # the other measures end all but one
+        (1, replace(ZERO, least=1), 600.0, 600.0, False),
+    ],
+)
+def test_the_last_task_ends_after_the_idle_time(
+    present: int, scaling: Autoscaling, idle_s: float | None, known_s: float, ends: bool
+) -> None:
+    found = to_zero(present, scaling, idle_s, Recommendations(present, 100.0), 100.0 + known_s)
+    assert (found.replicas if found is not None else None) == (0 if ends else None)
+
+
+def test_a_service_is_idle_if_every_proxy_says_so() -> None:
+    one, two, web = NodeId("n1"), NodeId("n2"), ServiceId("web")
+    assert idle_times({one, two}, {one: {web: 70.0}, two: {web: 65.0}}) == {web: 65.0}
+    assert idle_times({one, two}, {one: {web: 70.0}, two: {}}) == {}
+    assert idle_times({one, two}, {one: {web: 70.0}}) == {}
+    assert idle_times({one}, {one: {web: 70.0}, two: {web: 1.0}}) == {web: 70.0}
+    assert idle_times((), {one: {web: 70.0}}) == {}, "without a front door, no request could wake it"
+
+
+@pytest.mark.parametrize(("ranges", "replicas"), [("2..3", 2), ("0..3", None)])
+async def test_a_schedule_starts_a_service_that_is_scaled_to_zero(ranges: str, replicas: int | None) -> None:
+    store = await a_store(a_web(0, **{"skep.autoscale.schedule": f"* * * * * {ranges}"}))
+    state = AutoscalerState(
+        store.view, SystemClock(), Quota(replicas_within_quota, check_quota), AutoscalingCounts()
+    )
+    state.start(store.view())
+    found = state.decide(ServiceId("web"), ScalingMeasurements(), 1000.0)
+    assert (found.replicas if found is not None else None) == replicas
+    if found is not None:
+        assert await store.update(write_replicas, found, check_quota)
+        assert store.view().get(Service, ServiceId("web")).spec.replicas == replicas
+
+
+def test_a_measure_of_nothing_keeps_the_last_task() -> None:
+    scaling = replace(ZERO, cpu=None, rps=5.0)
+    none = Measure(name="rps", target=5.0, sum=0.0, is_total=True)
+    assert recommendation(1, scaling, Readings(measures=(none,))).replicas == 1
+    assert recommendation(3, scaling, Readings(measures=(none,))).replicas == 1
+
+
+async def a_store(*objects: object) -> MemoryStore:
+    store = MemoryStore(SystemClock(), MemoryCluster())
+    for one in objects:
+        await store.update(lambda tx, one=one: tx.put(one))  # type: ignore[misc]
+    return store
+
+
+async def test_nodes_with_a_proxy_count_until_it_has_ended_or_they_are_down() -> None:
+    door = a_service("door", spec=replace(a_service_spec("door"), labels={"skep.door": "true"}))
+    tasks = [
+        a_task("runs", service=door, node="n1", state=TaskState.RUNNING),
+        a_task("starts", service=door, node="n2", state=TaskState.STARTING),
+        a_task("stops", service=door, node="n3", state=TaskState.RUNNING, desired=TaskState.SHUTDOWN),
+        a_task("ended", service=door, node="n4", state=TaskState.SHUTDOWN),
+        a_task("lost", service=door, node="n5", state=TaskState.RUNNING),
+        a_task("other", service=a_service("web"), node="n6", state=TaskState.RUNNING),
+    ]
+    nodes = [a_node(f"n{number}") for number in (1, 2, 3, 4, 6)]
+    store = await a_store(door, *tasks, *nodes, a_node("n5", state=NodeState.DOWN))
+    assert door_nodes(store.view()) == {"n1", "n2", "n3"}
+
+
+async def decided(store: MemoryStore, *, after_s: float, idle_s: float | None) -> Scaling | None:
+    state = AutoscalerState(
+        store.view, SystemClock(), Quota(replicas_within_quota, check_quota), AutoscalingCounts()
+    )
+    state.start(store.view())
+    idle = {ServiceId("web"): idle_s} if idle_s is not None else {}
+    assert state.decide(ServiceId("web"), ScalingMeasurements(), 1000.0, idle) is None, (
+        "the leader has just begun"
+    )
+    assert state.may_scale_to_zero()
+    return state.decide(ServiceId("web"), ScalingMeasurements(), 1000.0 + after_s, idle)
+
+
+async def test_the_leader_decides_once_it_has_seen_the_service_for_the_idle_time() -> None:
+    store = await a_store(a_web(1))
+    due = await decided(store, after_s=60.0, idle_s=60.0)
+    assert due is not None
+    assert (due.present, due.replicas, due.reason) == (1, 0, "no request for 60 s")
+    assert await decided(store, after_s=59.0, idle_s=60.0) is None
+    assert await decided(store, after_s=600.0, idle_s=None) is None
+
+
+async def test_a_service_during_an_update_keeps_its_task() -> None:
+    store = await a_store(a_web(1, state=UpdateState.UPDATING))
+    assert await decided(store, after_s=600.0, idle_s=600.0) is None
+
+
+async def woken(store: MemoryStore) -> bool:
+    return await store.update(write_wake, ServiceId("web"), 0, check_quota)
+
+
+async def test_a_request_starts_one_task_and_its_repetitions_none() -> None:
+    store = await a_store(a_web(0))
+    service = store.view().get(Service, "web")
+    assert is_at_zero(service.spec)
+    assert blocked(service) == AT_ZERO
+    assert sum(await asyncio.gather(*(woken(store) for _ in range(5)))) == 1
+    service = store.view().get(Service, "web")
+    assert service.spec == a_web(1).spec
+    assert service.autoscaled == Autoscaled(
+        before=0, after=1, reason="a request at the front door", at=Timestamp("1970-01-01T00:00:00Z")
+    )
+
+
+@pytest.mark.parametrize("state", [UpdateState.PAUSED, UpdateState.UPDATING, UpdateState.ROLLBACK_PAUSED])
+async def test_a_request_also_wakes_a_service_whose_update_does_not_end(state: UpdateState) -> None:
+    assert await woken(await a_store(a_web(0, state=state)))
+
+
+@pytest.mark.parametrize(
+    "service",
+    [
+        a_web(0, stopped="true"),
+        a_web(0, autoscale="1..3"),
+        a_web(2),
+        replace(a_web(0), removed_at=NOW),
+        a_service("web", spec=a_service_spec("web", replicas=0)),
+    ],
+)
+async def test_no_other_service_is_woken(service: Service) -> None:
+    store = await a_store(service)
+    assert not await woken(store)
+    assert (
+        store.view().get(Service, "web") == service or store.view().get(Service, "web").spec == service.spec
+    )
+
+
+async def test_a_quota_without_room_refuses_the_task() -> None:
+    labels = {**LABELS, STACK_LABEL: "shop"}
+    web = a_service("web", spec=replace(a_service_spec("web", replicas=0), labels=labels))
+    other = a_service("db", spec=replace(a_service_spec("db"), labels={STACK_LABEL: "shop"}))
+    store = await a_store(web, other)
+    await store.update(lambda tx: tx.raise_level(USERS))
+    await store.update(set_quota, QuotaSpec(name="shop", tasks=1), new_id=new_id, now=NOW)
+    with pytest.raises(PermissionDenied, match="quota"):
+        await woken(store)
+    await store.update(lambda tx: tx.delete(Service, other.id))
+    assert await woken(store)
+
+
+@pytest.mark.parametrize(
+    ("labels", "replicas"),
+    [
+        ({"skep.http": "a.example"}, 1),
+        ({"skep.http": "a.example", "skep.autoscale": "2..3"}, 2),
+        ({**LABELS, "skep.autoscale": "0..9"}, 0),
+        ({**LABELS, "skep.stopped": "true"}, 0),
+    ],
+)
+async def test_a_service_that_no_request_would_wake_any_longer_gets_its_tasks(
+    labels: dict[str, str], replicas: int
+) -> None:
+    """Docker's command line sends the number that it sees, which is 0."""
+    store = await a_store(a_web(0))
+    service = store.view().get(Service, "web")
+    spec: ServiceSpec = replace(service.spec, labels=labels)
+    await store.update(lambda tx: tx.raise_level(ZERO_TASKS))
+    await store.update(lambda tx: update_service(tx, service.id, spec, service.version.index, now=NOW))
+    assert store.view().get(Service, "web").spec.replicas == replicas
