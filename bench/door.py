@@ -1,9 +1,9 @@
 """Requests through the front door, compared with the same HAProxy configured by hand.
 
-Both are processes of the machine's HAProxy on loopback, in front of a third one that answers at once.  The door's has
-the configuration that a node writes: the map of routes, headers for the service, counters by route, the log in JSON.
-The other one has what a guide for one site has: a frontend that chooses a backend by host, and HAProxy's own log.  The
-client is ``ab``, with kept connections.
+Both are processes of the machine's HAProxy on loopback, before a third process as the task.  The door has the
+configuration that a node writes: the map of routes, headers for the service, counters by route, the log in JSON.  By
+hand, HAProxy has a frontend that chooses a backend by host, and its own log.  The client is ``ab``, with kept
+connections.
 """
 
 import asyncio

@@ -303,6 +303,7 @@ def without_services(nodes: int) -> MadeUpCluster:
     for row in cluster.rows["nodes"].values():
         row |= {"failing_checks": [], "volumes": []}
     cluster.history.clear()
+    cluster.routes.clear()
     return cluster
 
 

@@ -67,7 +67,7 @@ def counters_in(text: str, routes: Mapping[str, RouteTraffic]) -> dict[str, Rout
 
 
 class RouteCounters:
-    """The requests to each route since the node's start, and those of the last ``WINDOW_S`` seconds."""
+    """The requests to each route since the node's start, and in the last ``WINDOW_S`` seconds."""
 
     def __init__(self) -> None:
         self._last: Mapping[str, RouteTraffic] | None = None
