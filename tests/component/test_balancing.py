@@ -84,6 +84,10 @@ class Machine:
         listener = BalancedPort(SERVICE, "127.0.0.1", port, "http")
         self.balancer = Balancer([listener], self.files, SystemClock(), messages.append, 0.2)
 
+    async def has_pid(self) -> bool:
+        """Return whether HAProxy has written its pid, which it does once more at each reload, or never started."""
+        return not self.pid.exists() or bool(self.pid.read_text())
+
     def kill(self) -> None:
         with suppress(FileNotFoundError, ProcessLookupError):
             os.kill(int(self.pid.read_text()), signal.SIGTERM)
@@ -96,6 +100,7 @@ async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
     placeholder.close()
     made = Machine(tmp_path, port, [])
     yield made
+    await wait_until(made.has_pid, within_s=10)
     made.kill()
 
 

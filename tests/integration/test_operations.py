@@ -135,7 +135,7 @@ def test_an_update_is_paused_resumed_and_aborted_by_commands(cluster: TestCluste
     assert "it is paused. Run skep update resume site" in skep(m1, "explain", "site").stdout
     assert skep(m1, "update", "resume", "site").stdout == "site: updating: update in progress\n"
     aborted = skep(m1, "update", "abort", "site").stdout
-    assert aborted == "site: rollback_started: manually requested rollback\n"
+    assert aborted == "site: rollback started: manually requested rollback\n"
     wait_until(
         lambda: (
             m1.docker("service", "inspect", "site", "--format", "{{.UpdateStatus.State}}").stdout

@@ -129,7 +129,8 @@ async def require_administrator(options: HostOptions) -> None:
         access = await client.get("/skep/access")
     if "admin" not in access["Roles"]:
         raise PermissionDenied(
-            f"{access['Name']} may not create the front door: only administrators may do this"
+            f"{access['Name']} may not create the front door: only administrators may do this. "
+            "Run skep user whoami to see your roles."
         )
 
 
