@@ -55,8 +55,8 @@ install: setup-run ## link the command into /usr/local/bin, install unit and man
 	@install -m 644 packaging/skep.1 $(DESTDIR)$(PREFIX)/share/man/man1/skep.1
 	@sed 's,/usr/local/bin/skep,$(PREFIX)/bin/skep,' packaging/skep.service >$(DESTDIR)/etc/systemd/system/skep.service
 
-check: setup ## format, lint, types, import contracts, wording
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync types lint
+check: setup ## format, lint, types, import contracts, wording, imports of tests
+	@$(MAKE) --no-print-directory --jobs 3 --output-sync types lint collected
 
 types: # mypy uses one processor, so the other checks run beside it
 	@$(BIN)/mypy
@@ -67,6 +67,9 @@ lint:
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m docs.voice
+
+collected: # every test can be imported. In a fresh clone, each worker of the tests would compile all files otherwise
+	@$(PYTEST) --collect-only -q | sed '/: [0-9]*$$/d; /^$$/d'
 
 test: announce check ## check, then all tests that are not slow (what the continuous integration runs), 25 minutes
 	@echo 'Part 2 of 2: tests'
