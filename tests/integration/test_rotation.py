@@ -53,7 +53,7 @@ def test_a_rotation_gives_every_task_the_new_content_under_the_same_name(
 ) -> None:
     node.docker(noun, "create", "--label", "team=red", "key", "-", stdin="one")
     for service in ("web", "api"):
-        create(node, service, 2, f"--{noun}", "source=key,target=password")
+        create(node, service, 2, "--update-monitor", "500ms", f"--{noun}", "source=key,target=password")
         wait_running(node, service, 2, 60)
     create(node, "bystander", 1)
     before = {task["ID"] for task in wait_running(node, "bystander", 1, 60)}
