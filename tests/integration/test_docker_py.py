@@ -229,7 +229,7 @@ def test_images_are_built_and_used_by_services(m1: TestNode, client: docker.Dock
     with pytest.raises(BuildError, match="returned a non-zero code: 2") as raised:
         client.images.build(fileobj=io.BytesIO(f"FROM {IMAGE}\nRUN exit 2\n".encode()), tag="built:2")
     assert "Step 2/2" in "".join(line.get("stream", "") for line in raised.value.build_log)
-    service = client.services.create("built:1", name="built")
+    service = client.services.create("built:1", name="built", stop_grace_period=1_000_000_000)
     wait_until(lambda: b"salted" in b"".join(service.logs(stdout=True)), "the built image runs")
     service.remove()
     wait_until(lambda: not client.api.containers(all=True, filters={"ancestor": "built:1"}), "it is gone")

@@ -95,7 +95,17 @@ def trio(helper: Helper) -> Iterator[TestCluster]:
 def serve(manager: TestNode, name: str, *ports: int, **environment: str) -> None:
     """A registry as a service on the manager; its files outlive its tasks."""
     manager.docker(
-        *("service", "create", "--detach", "--name", name, "--network", "registries"),
+        *(
+            "service",
+            "create",
+            "--detach",
+            "--name",
+            name,
+            "--update-monitor",
+            "500ms",
+            "--network",
+            "registries",
+        ),
         *("--constraint", "node.hostname==m1", "--mount", f"type=volume,src={name},dst=/registry"),
         *(word for port in ports for word in ("--publish", f"{port}:5000")),
         *(word for key, value in environment.items() for word in ("--env", f"{key}={value}")),

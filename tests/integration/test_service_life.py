@@ -23,7 +23,8 @@ pytestmark = pytest.mark.timeout(120)
 @pytest.mark.parametrize("cli", CLIS)
 def test_a_created_service_runs_and_docker_ps_shows_it(m1: TestNode, cli: str) -> None:
     """The first commit that counts: one manager, busybox under runc, seen by ``docker ps``."""
-    words = ("--name", "web", "--replicas", "3", "--stop-grace-period", "1s", IMAGE, "sleep", "600")
+    soon = ("--update-monitor", "500ms", "--stop-grace-period", "1s")
+    words = ("--name", "web", "--replicas", "3", *soon, IMAGE, "sleep", "600")
     progress = m1.docker("service", "create", *words, cli=cli)
     assert "converged" in progress.stdout
     listed = m1.docker("ps", "--format", "{{.Names}} {{.Image}}", cli=cli).stdout.split("\n")
