@@ -119,7 +119,7 @@ RARE = 0.2
 STAGED = 0.4
 """Probability of a staged update of a replicated service.  Many specs cannot have one."""
 MEASURED = 0.5
-"""Probability of measures besides CPU for an autoscaled service, and of a query for a canary."""
+"""Probability of measures other than CPU for an autoscaled service, and of a query for a canary."""
 PRIORITIES = (-10, 5, 10)
 STACKS = ("shop", "blog")
 MEMORY_BYTES = 512 << 20

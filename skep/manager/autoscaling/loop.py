@@ -37,7 +37,7 @@ log = structlog.get_logger(__name__)
 
 
 Collect = Callable[[], Awaitable[ScalingMeasurements]]
-"""Returns what is measured of autoscaled services, from all managers, within seconds."""
+"""Returns the measurements of autoscaled services, from all managers, within seconds."""
 Publish = Callable[[Mapping[ServiceId, Mapping[str, QueryAnswer]]], None]
 """Shows answers to other managers."""
 
@@ -47,7 +47,7 @@ def skip_publishing(answers: Mapping[ServiceId, Mapping[str, QueryAnswer]]) -> N
 
 
 class Queries(msgspec.Struct, frozen=True):
-    """How queries are asked, and where their answers are shown."""
+    """Asks queries and publishes their answers."""
 
     random: Random
     ask: Ask = ask_nothing

@@ -264,7 +264,7 @@ class AutoscalerState:
 
 
 def write_problem(tx: Transaction, one: MeasureProblem) -> None:
-    """Write the problem with a service's measures, or that there is none."""
+    """Write the problem with a service's measures, or clear it."""
     service = tx.lookup(Service, one.service_id)
     if service is not None and service.removed_at is None and service.autoscaling_problem != one.problem:
         tx.put(replace(service, autoscaling_problem=one.problem))

@@ -1,7 +1,7 @@
 """Asks queries again and again, and keeps the latest answer to each.
 
-Each query has an asyncio task of its own, so one that hangs delays no other.  Their number at a time is bounded, by
-host and in all.  A query that fails several times is asked less often.
+Each query has an asyncio task of its own, so a query that hangs does not delay others.  Their number at a time is
+bounded, by host and in all.  A query that fails several times is asked less often.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class LatestAnswer(msgspec.Struct, frozen=True):
     """The result of the last attempt, and the last figure.  Times are in monotonic seconds.
 
     Attributes:
-        figure: The last figure, or None if there was none yet.
+        figure: The last figure, or None before the first one.
         figure_at: Time at which it was asked.
         asked_at: Time at which the last attempt began.
         problem: Reason why the last attempt failed, or an empty text.

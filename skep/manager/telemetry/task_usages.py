@@ -66,7 +66,7 @@ class TaskUsages:
         self._channel = channel
 
     async def collect(self) -> ScalingMeasurements:
-        """Return what is measured at present.  Managers that do not respond, or whose version lacks such reports,
+        """Return the current measurements.  Managers that do not respond, or whose version lacks such reports,
         are left out.
         """
         messages = await self._messages()

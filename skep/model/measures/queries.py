@@ -60,7 +60,7 @@ class MetricQuery(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QueryFailed(Exception):
-    """There is no figure, for a reason that may be shown to every user of the service."""
+    """The query has no figure.  Every user of the service may see the reason."""
 
 
 def query_urls(labels: Mapping[str, str]) -> list[str]:
@@ -172,7 +172,7 @@ def _number_in_page(field: str, status: int, body: bytes) -> float:
 
 
 def _as_float(value: object) -> float:
-    # No part of a response is shown: the page may be one that the author of the label may not read.
+    # No part of a response is shown: the author of the label may lack the right to read the page.
     if isinstance(value, int | float):
         return float(value)
     try:

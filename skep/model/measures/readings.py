@@ -1,4 +1,4 @@
-"""What is known about a service's load besides CPU and memory: requests at front doors, and answers to queries."""
+"""Measurements of services: requests at front doors, and answers to queries."""
 
 from collections.abc import Mapping
 from math import isfinite
@@ -28,7 +28,7 @@ class ServiceRequests(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QueryAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """The last figure of a query, with its age, and the reason why there is no newer one."""
+    """The last figure of a query, with its age, and the reason why the query failed since."""
 
     figure: float | None = None
     age_s: float = 0.0
@@ -41,7 +41,7 @@ class QueryAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ScalingMeasurements(msgspec.Struct, frozen=True, kw_only=True):
-    """All that managers know about the load of autoscaled services.
+    """Measurements of autoscaled services, from all managers.
 
     Attributes:
         requests: By service, the reports of nodes with a proxy.

@@ -163,7 +163,7 @@ class QueryBounds(msgspec.Struct, frozen=True):
 
 
 class QueryVerdict(msgspec.Struct, frozen=True):
-    """What the latest answer to an update's query means.  Times are the leader's monotonic seconds.
+    """Verdict from the latest answer to an update's query.  Times are the leader's monotonic seconds.
 
     Attributes:
         asked_at: Time at which it was asked.
@@ -181,7 +181,7 @@ class QueryVerdict(msgspec.Struct, frozen=True):
 def judged(
     before: QueryVerdict, bounds: QueryBounds, asked_at: float, figure: float | None, problem: str
 ) -> QueryVerdict:
-    """Return the verdict after an attempt to ask the query.  ``problem``: why there is no figure."""
+    """Return the verdict after an attempt to ask the query.  ``problem``: why the attempt failed."""
     why_not = bounds.exceeded(figure) if figure is not None else f"its query has no answer: {problem}"
     since = min(before.failing_since, asked_at) if why_not else inf
     return QueryVerdict(asked_at, figure, why_not, since)
