@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec, Mount, SecretFileTarget, SecretReference
+from skep.model.door.routes import HTTP
 from skep.model.options.affinity import (
     AFFINITY,
     AFFINITY_PREFERRED,
@@ -19,7 +20,7 @@ from skep.model.options.affinity import (
     ANTI_AFFINITY_PREFERRED,
     MAX_SKEW,
 )
-from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_DOWN_AFTER
+from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_DOWN_AFTER, AUTOSCALE_IDLE_AFTER
 from skep.model.options.dependencies import DEPENDS_ON, DependencyCondition
 from skep.model.options.labels import (
     JOB_TTL,
@@ -286,6 +287,8 @@ def extended(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
             spec = addition(spec, by_spec, known)
     if spec.mode.name == "replicated" and by_spec.random() < STAGED:
         spec = _a_staged_update(spec, by_spec, known)
+    if AUTOSCALE in spec.labels and by_spec.random() < RARE:
+        spec = _from_zero(spec)
     return spec
 
 
@@ -384,6 +387,13 @@ def _a_time_to_live(spec: ServiceSpec, random: Random, known: Dependencies) -> S
 def _a_range(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
     least = random.randint(1, 2)
     return with_labels(spec, {AUTOSCALE: f"{least}..{least + 3}", AUTOSCALE_DOWN_AFTER: "30s"})
+
+
+def _from_zero(spec: ServiceSpec) -> ServiceSpec:
+    """Let the range start at 0, with a route to a host of its own."""
+    most = spec.labels[AUTOSCALE].partition("..")[2]
+    labels = {AUTOSCALE: f"0..{most}", AUTOSCALE_IDLE_AFTER: "15s", HTTP: f"{spec.name}.example"}
+    return with_labels(spec, labels)
 
 
 def _some_attempts(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:

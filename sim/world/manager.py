@@ -13,6 +13,8 @@ from sim.world.versions import write_newer_fields
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
+from skep.manager.autoscaling.waking import Wakes
+from skep.manager.control.quotas import check_quota
 from skep.manager.control_loops.loops import Loop, loops
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
@@ -157,7 +159,9 @@ class SimulatedManager:
         link = ManagerLink(store, self._id, self._connect, self._clock, self._random, reports=reports)
         self.members = members
         space = StoreSpace(store, self._id, self.members, link.channel, self._clock)
-        usages = TaskUsages(store, self._id, dispatcher.usages, dispatcher.requests, link.channel)
+        usages = TaskUsages(
+            store, self._id, dispatcher.usages, dispatcher.requests, link.channel, dispatcher.idle
+        )
         presence = ManagerStatusWriter(store, self._id, self._addr, "", self._clock, self._random)
         if self._find_driver is not None:
             # The journal has its own random source, so that its draws do not affect the rest of the manager.
@@ -167,6 +171,7 @@ class SimulatedManager:
             *discovery.services(),
             *logs.services(),
             *addresses.services(),
+            *Wakes(store, dispatcher.session, self._clock, check_quota).services(),
             *link.services(),
             *space.services(),
         )
@@ -220,6 +225,7 @@ class SimulatedManager:
             find_driver=self._find_driver or no_drivers,
             confirm=term.confirm,
             collect_usages=usages.collect,
+            collect_idle=usages.collect_idle,
             send=self._network.notify,
         )
         own = self.loops = (*control, adoption, managers)

@@ -4,7 +4,8 @@ HAProxy finds a request's backend in a map, whose keys are a host, a path and a 
 request's own host, path and slash wins.  With the slash at the end, ``/api`` does not include ``/apis``.
 
 HAProxy passes a request for a service that is scaled to zero to the node's socket ``HOLD``, after the refusals of its
-route.  The node sends it to the socket ``RELEASED`` of the newest process once a task serves (``dataplane.door.holding``).
+route.  The node sends it to the socket ``RELEASED`` of the newest process once a task serves
+(``dataplane.door.holding``).
 
 Each backend has more server lines than tasks.  ``commands`` writes the addresses of new tasks into unused lines
 while HAProxy runs, so scaling and updates need no reload.
