@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec, Mount, SecretFileTarget, SecretReference
+from skep.model.door.routes import HTTP
 from skep.model.measures.queries import AUTOSCALE_PROMETHEUS, AUTOSCALE_QUEUE, UPDATE_PROMETHEUS
 from skep.model.options.affinity import (
     AFFINITY,
@@ -23,6 +24,7 @@ from skep.model.options.affinity import (
 from skep.model.options.autoscaling import (
     AUTOSCALE,
     AUTOSCALE_DOWN_AFTER,
+    AUTOSCALE_IDLE_AFTER,
     AUTOSCALE_QUERY,
     AUTOSCALE_QUERY_TARGET,
     AUTOSCALE_QUEUE_TARGET,
@@ -303,6 +305,8 @@ def extended(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
     if spec.labels.get(UPDATE) == CANARY and by_spec.random() < MEASURED:
         query = {UPDATE_PROMETHEUS: "http://steady", UPDATE_QUERY: "errors", QUERY_MAX: "100"}
         spec = with_labels(spec, query)
+    if AUTOSCALE in spec.labels and by_spec.random() < RARE:
+        spec = _from_zero(spec)
     return spec
 
 
@@ -411,6 +415,13 @@ def _measures(spec: ServiceSpec, random: Random, known: Dependencies) -> Service
     queue = {AUTOSCALE_QUEUE: f"http://{host}", AUTOSCALE_QUEUE_TARGET: "20"}
     schedule = {AUTOSCALE_SCHEDULE: f"*/2 * * * * {least + 1}..{most}; 1-59/2 * * * * {least}..{most - 1}"}
     return with_labels(spec, random.choice((query, queue, schedule, query | queue | schedule)))
+
+
+def _from_zero(spec: ServiceSpec) -> ServiceSpec:
+    """Let the range start at 0, with a route to a host of its own."""
+    most = spec.labels[AUTOSCALE].partition("..")[2]
+    labels = {AUTOSCALE: f"0..{most}", AUTOSCALE_IDLE_AFTER: "15s", HTTP: f"{spec.name}.example"}
+    return with_labels(spec, labels)
 
 
 def _some_attempts(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:

@@ -13,6 +13,8 @@ from sim.world.versions import write_newer_fields
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
+from skep.manager.autoscaling.waking import Wakes
+from skep.manager.control.quotas import check_quota
 from skep.manager.control_loops.loops import Loop, loops
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
@@ -167,6 +169,7 @@ class SimulatedManager:
             *discovery.services(),
             *logs.services(),
             *addresses.services(),
+            *Wakes(store, dispatcher.session, self._clock, check_quota).services(),
             *link.services(),
             *space.services(),
         )

@@ -37,6 +37,7 @@ from skep.agent.tasks.cluster_volumes import ClusterVolumes
 from skep.agent.tasks.task_files import RememberedTask, TaskFiles
 from skep.agent.tasks.worker import Worker
 from skep.aio.clock import Clock
+from skep.aio.event import Event
 from skep.aio.race import wait_first
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
@@ -46,7 +47,7 @@ from skep.model.options.autoscaling import TaskUsage
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, created_ms, slot_volumes_label
 from skep.model.task import AssignedTask, ContainerStatus, Task
 from skep.model.task_end import EndCause, TaskEnd
-from skep.model.values.ids import ContainerId, NodeId, TaskId
+from skep.model.values.ids import ContainerId, NodeId, ServiceId, TaskId
 from skep.node.telemetry.task_usage import UsageReading, kept, usage_of
 from skep.security.identity import NodeIdentity
 
@@ -78,6 +79,7 @@ class SimulatedNode:
         self.machine = WatchedMachine(self)
         self.nano_cpus: Callable[[Task], int | None] = lambda _: None
         """Returns the current CPU use of a task's process, or None to not measure it."""
+        self.door = SimulatedDoor(clock)
         self.watchers: list[ContainerWatcher] = []
         self.tasks: dict[TaskId, AssignedTask] = {}
         """The assignment of each process on the machine, for the observer."""
@@ -174,6 +176,8 @@ class SimulatedNode:
                 tables=tables,
                 usages=SimulatedUsages(self, self._clock),
                 addresses=self._held,
+                idle=self.door.idle,
+                held=self.door,
                 volumes=self.volumes,
             ),
             clock=self._clock,
@@ -228,6 +232,40 @@ class SimulatedNode:
         """End every process, and keep the disk."""
         self._last_seen.forget()
         self.machine.lose_power()
+
+
+class SimulatedDoor:
+    """The requests at the front door of a node, for the services that are known to it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.changed = Event()
+        """Set when a service gets its first held request."""
+        self.requested_at: dict[ServiceId, float] = {}
+        """When each known service last had a request."""
+        self.waiting: dict[ServiceId, None] = {}
+        """Services for which the node holds a request."""
+
+    def request(self, id: ServiceId, *, is_served: bool) -> None:
+        """Note a request, which is held unless a task serves it."""
+        self.requested_at[id] = self._clock.monotonic()
+        if not is_served:
+            self.waiting[id] = None
+            self.changed.set()
+
+    def release(self, id: ServiceId) -> None:
+        """Note that a task serves the held requests."""
+        if self.waiting.pop(id, self) is None:
+            self.requested_at[id] = self._clock.monotonic()
+
+    def held(self) -> list[ServiceId]:
+        """Return the services with held requests."""
+        return list(self.waiting)
+
+    def idle(self) -> Mapping[ServiceId, float]:
+        """Return the seconds without a request."""
+        now = self._clock.monotonic()
+        return {id: 0.0 if id in self.waiting else now - at for id, at in self.requested_at.items()}
 
 
 class SimulatedUsages:

@@ -87,14 +87,15 @@ def clients(cluster: TestCluster, *words: str) -> list[tuple[Path, list[str]]]:
     ]
 
 
-def answers(cluster: TestCluster, node: TestNode, host: str) -> str:
+def answers(cluster: TestCluster, node: TestNode, url: str) -> str:
     """Return the status and the body of a request to a node, in one text."""
-    url = f"http://{host}/"
+    host, _, path = url.partition("/")
+    url = f"http://{host}/{path}"
     resolved = f"--resolve {host}:80:{node.description['addr']}"
     return run(cluster, f"curl -s -m 5 {resolved} -w ' %{{http_code}}' {url} || true")
 
 
-UP, HELLO, EXPOSE, ACME, _ = shell_blocks("docs/guide/front-door.md")
+UP, HELLO, EXPOSE, ACME, SLEEP, _ = shell_blocks("docs/guide/front-door.md")
 
 
 def test_the_front_door() -> None:
@@ -113,6 +114,8 @@ def test_the_front_door() -> None:
             assert answers(cluster, node, "other.example.com").endswith(" 404")
         m1.docker("service", "scale", "hello=0")
         wait_until(lambda: "not available" in answers(cluster, m1, "hello.example.com"), "a page says so")
+
+        check_sleep(cluster)
 
         serve(m1, "web", 3, "--label", f"skep.http={NAME}", "--update-order", "start-first")
         wait_until(
@@ -144,6 +147,19 @@ def traffic(cluster: TestCluster) -> dict[str, object]:
     """Return the route of the service web with its recent requests, over all nodes."""
     found = json.loads(run(cluster, "skep door status -o json"))
     return next(one for one in found["Routes"] if one["Route"] == NAME)
+
+
+def check_sleep(cluster: TestCluster) -> None:
+    """A service without requests loses its last task, and each node's next request starts one and is served."""
+    m1 = cluster.node("m1")
+    assert "localhost" in run(cluster, SLEEP)
+    m1.docker("service", "update", "--label-add", "skep.autoscale.idle-after=15s", "--detach", "night")
+    for node in cluster.nodes():
+        told = "night: scaled to zero"
+        wait_until(lambda: told in run(cluster, "skep explain night"), "it sleeps", within_s=120)
+        assert answers(cluster, node, "night.example.com/hosts").endswith(" 200")
+        assert len(running(m1, "night")) == 1
+    m1.docker("service", "rm", "night")
 
 
 def check_certificates(cluster: TestCluster) -> None:

@@ -7,9 +7,11 @@ from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.faults.damping import pass_time
+from sim.users.random_specs import with_image
 from skep.manager.autoscaling.decision import PERIOD_S
-from skep.model.service import ServiceSpec
+from skep.model.service import GlobalService, ServiceMode, ServiceSpec
 from skep.model.task import Task
+from skep.model.values.ids import NodeId, ServiceId
 from tests.support.builders import a_service_spec
 
 CPU = 1_000_000_000
@@ -207,3 +209,70 @@ def test_a_schedule_raises_and_lowers_the_number_at_its_times(seed: int) -> None
         assert {6, 3} <= seen
         assert max(seen) == 6
         cluster.check_invariants()
+
+
+IDLE_S = 30.0
+HELD_S = 30.0
+"""For as long as a node holds a request."""
+
+
+def with_door(cluster: SimulatedCluster) -> None:
+    """Run the front door on every worker, and a service behind it that may be scaled to zero."""
+    mode = ServiceMode(global_=GlobalService())
+    door = replace(a_service_spec("door"), mode=mode, labels={"skep.door": "true"})
+    cluster.create(door)
+    labels = {"skep.autoscale": "0..3", "skep.autoscale.idle-after": f"{IDLE_S:g}s", "skep.http": "a.example"}
+    cluster.create(replace(a_service_spec(replicas=1), labels=labels))
+    cluster.run_until(lambda: cluster.containers("web") == 1 and cluster.containers("door") == 3, within_s=30)
+    for node in cluster.nodes.values():
+        node.door.request(ServiceId("web"), is_served=True)
+
+
+def ask(cluster: SimulatedCluster, at: NodeId) -> None:
+    """Send a request through a node, and wait until a task serves it."""
+    door = cluster.nodes[at].door
+    door.request(ServiceId("web"), is_served=bool(cluster.containers("web")))
+    cluster.run_until(lambda: bool(cluster.containers("web")), within_s=HELD_S)
+    door.release(ServiceId("web"))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_idle_service_has_no_task_and_each_request_is_served_whatever_happens(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=seed) as cluster:
+        random = cluster.random
+        with_door(cluster)
+        for _ in range(12):
+            cluster.run_for(random.choice((0.1, 5.0, IDLE_S, 90.0)))
+            action = random.choice(("ask", "ask", "ask", "depose", "update"))
+            if action == "depose":
+                cluster.depose(quietly=random.random() < 0.5)
+            elif action == "update":
+                image = random.choice(("app:2", "app:3"))
+                cluster.update("web", lambda spec, image=image: with_image(spec, image))  # type: ignore[misc]
+            ask(cluster, random.choice(sorted(cluster.workers)))
+            assert cluster.service("web").spec.replicas  # type: ignore[union-attr]
+        cluster.run_until(lambda: replicas(cluster) == 0, within_s=IDLE_S + 2 * PERIOD_S + 120.0)
+        cluster.run_until(lambda: not cluster.containers("web"), within_s=30.0)
+        cluster.check_invariants()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_silent_door_keeps_the_last_task_until_its_node_is_down(seed: int) -> None:
+    with SimulatedCluster(workers=3, seed=seed) as cluster:
+        with_door(cluster)
+        silent = cluster.nodes[sorted(cluster.workers)[0]].door
+        silent.requested_at.clear()
+        cluster.run_for(4 * IDLE_S)
+        assert replicas(cluster) == 1, "a node does not know whether it has requests"
+        silent.request(ServiceId("web"), is_served=True)
+        cluster.run_until(lambda: replicas(cluster) == 0, within_s=IDLE_S + 2 * PERIOD_S + 15.0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_door_with_requests_keeps_the_last_task(seed: int) -> None:
+    with SimulatedCluster(workers=3, seed=seed) as cluster:
+        with_door(cluster)
+        for _ in range(12):
+            cluster.run_for(IDLE_S / 2)
+            ask(cluster, sorted(cluster.workers)[0])
+            assert replicas(cluster) == 1
