@@ -18,6 +18,8 @@ from skep.store.interface import Transaction
 from skep.store.level import NOTIFICATIONS
 from tests.support.builders import a_service_spec
 
+pytestmark = pytest.mark.timeout(180)  # everything is computed, in 19 s beside other tests
+
 TARGET = Target(
     id="t1", name="ops", url="https://ops.example.org/", topics=(Topic.NODE, Topic.SERVICE, Topic.DEPLOY)
 )

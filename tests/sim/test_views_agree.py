@@ -24,6 +24,8 @@ from skep.model.service import PAUSED, HealthState, Service
 from skep.store.interface import View
 from skep.top.snapshot import Snapshot, health_of, states_of
 
+pytestmark = pytest.mark.timeout(180)  # everything is computed, in 28 s beside other tests
+
 CLUSTERS = 30
 SURPLUS = (61, 81)
 """Further seeds, in which services have more tasks than desired."""
