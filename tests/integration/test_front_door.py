@@ -154,8 +154,8 @@ def check_sleep(cluster: TestCluster) -> None:
     m1 = cluster.node("m1")
     assert "localhost" in run(cluster, SLEEP)
     m1.docker("service", "update", "--label-add", "skep.autoscale.idle-after=15s", "--detach", "night")
+    told = "night: scaled to zero"
     for node in cluster.nodes():
-        told = "night: scaled to zero"
         wait_until(lambda: told in run(cluster, "skep explain night"), "it sleeps", within_s=120)
         assert answers(cluster, node, "night.example.com/hosts").endswith(" 200")
         assert len(running(m1, "night")) == 1

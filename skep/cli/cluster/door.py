@@ -339,26 +339,15 @@ def shown_routes(
         certificates: Response of ``GET /skep/certificates``, or None to leave them out.
         traffic: Response of ``GET /skep/door``.
     """
-    counted = {(one["Service"], one["Route"]): one for one in traffic}
-    exposed = [one for one in services if has_routes(one.spec.labels)]
     proxies = {one.id for one in services if is_door(one.spec.labels)}
     # The network stays while services with routes use it.
     has_door = bool(proxies) or not sees_all
     network = next(iter((*networks, *_networks_of(tasks))), None) if has_door else None
-    claims = settled(map(_claimant, exposed))
-    rows = []
-    for service in sorted(exposed, key=lambda one: one.spec.name):
-        own = [task for task in tasks if task.service_id == service.id]
-        if problem := label_problem(service):
-            rows.append(_row("-", service, 0, 0, problem))
-        for route in routes_of(service.spec.labels):
-            refused = claims.refused.get(service.id, {})
-            problem = route_problem(service, own, network, refused, route.address)
-            row = _row(route.address, service, route.options.port, len(own), problem)
-            if network is None and not sees_all:
-                why = f"you do not see whether there is a front door. Run skep explain {service.spec.name}"
-                row |= {"State": "unknown", "Problem": why}
-            rows.append(row | _figures(counted.get((service.spec.name, route.address))))
+    counted = {(one["Service"], one["Route"]): one for one in traffic}
+    rows = [
+        row | _figures(counted.get((row["Service"], row["Route"])))
+        for row in _rows(services, tasks, network, sees_all)
+    ]
     running = [task for task in tasks if task.service_id in proxies and task.status.state.name == "RUNNING"]
 
     def lines(screen: Screen) -> Iterator[str]:
@@ -386,6 +375,26 @@ def shown_routes(
 
     data = {"Routes": rows, "Certificates": certificates["Certificates"] if certificates is not None else []}
     return Shown(data=data, rows=rows, lines=lines)
+
+
+def _rows(
+    services: Sequence[Service], tasks: Sequence[Task], network: Network | None, sees_all: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each route, and for each service whose labels are no routes."""
+    exposed = [one for one in services if has_routes(one.spec.labels)]
+    claims = settled(map(_claimant, exposed))
+    for service in sorted(exposed, key=lambda one: one.spec.name):
+        own = [task for task in tasks if task.service_id == service.id]
+        if problem := label_problem(service):
+            yield _row("-", service, 0, 0, problem)
+        for route in routes_of(service.spec.labels):
+            refused = claims.refused.get(service.id, {})
+            problem = route_problem(service, own, network, refused, route.address)
+            row = _row(route.address, service, route.options.port, len(own), problem)
+            if network is None and not sees_all:
+                why = f"you do not see whether there is a front door. Run skep explain {service.spec.name}"
+                row |= {"State": "unknown", "Problem": why}
+            yield row
 
 
 def _certificate_lines(found: Mapping[str, Any], screen: Screen) -> Iterator[str]:

@@ -158,7 +158,7 @@ class HeldRequests:
             connected[1].close()
 
     async def _wait_serving(self, id: ServiceId, sent: bytearray, reader: asyncio.StreamReader) -> bool:
-        """Return whether a task serves.  If not, the time is over, there is no place, or the client has gone."""
+        """Return whether a task serves.  If not, the time is over, there is no place, or the client has left."""
         if self._held[id] >= self._limits.of_service or self._held.total() >= self._limits.of_node:
             log.debug("request not held, because too many others are", service=id)
             return False
@@ -238,7 +238,7 @@ def _service(head: bytes) -> str:
 
 
 async def _read_ahead(reader: asyncio.StreamReader, sent: bytearray) -> None:
-    """Read into ``sent`` until the client has gone.  Clients with long bodies are not watched."""
+    """Read into ``sent`` until the client has left.  Clients with long bodies are not watched."""
     while len(sent) < _READER_BYTES:
         part = await reader.read(_READER_BYTES - len(sent))
         if not part:
