@@ -440,6 +440,27 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
             "the others count as not measured",
         ),
         Limit(
+            "backends on one node's front door whose requests are measured for autoscaling",
+            "skep.dataplane.door.statistics:BACKENDS_MAX",
+            "the others count as not measured",
+        ),
+        Limit(
+            "queries that the leader asks at a time",
+            "skep.manager.queries.board:AT_ONCE_MAX",
+            "the others wait",
+        ),
+        Limit(
+            "queries that the leader asks at one host at a time",
+            "skep.manager.queries.board:AT_HOST_MAX",
+            "the others wait",
+        ),
+        Limit(
+            "response to a query",
+            "skep.model.measures.queries:BODY_BYTES_MAX",
+            "the measure is not known",
+            "bytes",
+        ),
+        Limit(
             "what a node reports of a task",
             "skep.manager.dispatcher.statuses:STATUS_BYTES_MAX",
             "cut",

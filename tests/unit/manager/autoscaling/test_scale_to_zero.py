@@ -82,7 +82,7 @@ def test_a_service_is_idle_if_every_proxy_says_so() -> None:
 
 @pytest.mark.parametrize(("ranges", "replicas"), [("2..3", 2), ("0..3", None)])
 async def test_a_schedule_starts_a_service_that_is_scaled_to_zero(ranges: str, replicas: int | None) -> None:
-    store = await a_store(a_web(0, **{"skep.autoscale.schedule": f"* * * * * {ranges}"}))
+    store = await a_store(a_web(0, **{"autoscale.schedule": f"* * * * * {ranges}"}))
     state = AutoscalerState(
         store.view, SystemClock(), Quota(replicas_within_quota, check_quota), AutoscalingCounts()
     )
