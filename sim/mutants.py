@@ -601,7 +601,7 @@ def _shrinks_at_once() -> list[Patch]:
 
 
 def _scales_during_updates() -> list[Patch]:
-    return [Patch(module, "blocked", lambda service: "") for module in (decision, autoscaling_state)]
+    return [Patch(module, "blocked", lambda service, least=0: "") for module in (decision, autoscaling_state)]
 
 
 def _runs_overlap() -> list[Patch]:
