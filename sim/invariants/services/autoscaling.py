@@ -43,7 +43,7 @@ class AutoscalingIsCalm:
             yield f"{new.id} is scaled to {after}, out of {scaling.least} to {scaling.most}"
         if not before:
             self._woken_at[new.id] = now
-            if after != 1 or scaling.least:
+            if after not in {1, *(one.least for one in scaling.schedule)} or scaling.least:
                 yield f"{new.id} is woken with {after} tasks"
             return
         state = old.update_status.state if old.update_status is not None else None

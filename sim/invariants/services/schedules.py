@@ -229,10 +229,14 @@ def _unfounded(start: JobStart, service: Service, before: JobStatus, view: View)
             for task in view.find(Task, service_id=service.id)
             if task.job_iteration == before.job_iteration
         ]
-        if before.awaits_first_run or (
-            len(tasks) >= (total or 0) and all(task.status.state.is_terminal for task in tasks)
-        ):
+        if before.awaits_first_run or (len(tasks) >= (total or 0) and all(map(_has_ended_for_good, tasks))):
             yield f"{start.skipped}, and nothing of it is"
+
+
+def _has_ended_for_good(task: Task) -> bool:
+    """Return whether the task has ended, and no other attempt follows after its delay."""
+    is_repeated = task.is_wanted and task.status.state is not TaskState.COMPLETE
+    return task.status.state.is_terminal and not is_repeated
 
 
 def _untrue_of_nodes(old: Service, new: Service, long_down: Set[NodeId], view: View) -> Iterable[str]:
