@@ -30,7 +30,13 @@ from skep.manager.services.freezes import held_by, is_held_at_commit, stack_of_s
 from skep.model.door.settings import is_door
 from skep.model.measures.readings import ScalingMeasurements
 from skep.model.node import Node, NodeState
-from skep.model.options.autoscaling import Autoscaling, autoscaling_of, wakes_on_request, with_replicas
+from skep.model.options.autoscaling import (
+    Autoscaling,
+    autoscaling_of,
+    wakes_on_request,
+    with_number_within_range,
+    with_replicas,
+)
 from skep.model.service import Autoscaled, Service, ServiceSpec
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId
@@ -323,7 +329,7 @@ def put_replicas(
     """Put a service with another number of tasks, and the reason.  Raises: PermissionDenied: beyond the quota."""
     spec, previous = with_replicas(service.spec, replicas), service.previous_spec
     check_quota(tx, spec, service)
-    if previous is not None and autoscaling_of(previous.labels) is not None:
-        previous = with_replicas(previous, replicas)
+    if previous is not None:
+        previous = with_number_within_range(previous, replicas)
     done = Autoscaled(before=service.spec.replicas, after=replicas, reason=reason, at=timestamp(now_ns))
     tx.put(replace(service, spec=spec, previous_spec=previous, autoscaled=done))

@@ -280,18 +280,30 @@ def with_number_kept(spec: ServiceSpec, present: ServiceSpec | None) -> ServiceS
 
 
 def _leaves_zero(spec: ServiceSpec, present: ServiceSpec) -> bool:
-    """Return whether the service is scaled to zero, and ``spec`` has no request wake it again.
+    """Return whether a service without tasks could be scaled to zero, and with ``spec`` no longer can be.
 
-    Clients send the number that they see, so a service without tasks would otherwise stay without them.
+    Clients send the number that they see, so no request would ever start a task.  A stopped service counts, because
+    it keeps its number until it starts.
     """
     replicated = spec.mode.replicated
     return (
         replicated is not None
         and not replicated.replicas
-        and is_at_zero(present)
-        and not wakes_on_request(spec.labels)
-        and not is_stopped(spec.labels)
+        and not present.given_replicas
+        and _may_be_at_zero(present)
+        and not _may_be_at_zero(spec)
     )
+
+
+def _may_be_at_zero(spec: ServiceSpec) -> bool:
+    scaling = autoscaling_of(spec.labels)
+    return scaling is not None and not scaling.least
+
+
+def with_number_within_range(spec: ServiceSpec, replicas: int) -> ServiceSpec:
+    """Return the spec of another version of a service with its number of tasks, within that version's own range."""
+    scaling = autoscaling_of(spec.labels)
+    return with_replicas(spec, scaling.clamped(replicas)) if scaling is not None else spec
 
 
 def with_present_number(spec: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
