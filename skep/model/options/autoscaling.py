@@ -204,8 +204,13 @@ def autoscaling_of(labels: Mapping[str, str]) -> Autoscaling | None:
 
 def wakes_on_request(labels: Mapping[str, str]) -> bool:
     """Return whether a request at the front door starts a task if the service has none."""
+    return may_be_at_zero(labels) and not is_stopped(labels)
+
+
+def may_be_at_zero(labels: Mapping[str, str]) -> bool:
+    """Return whether autoscaling may remove the last task of a service that is not stopped."""
     scaling = autoscaling_of(labels)
-    return scaling is not None and not scaling.least and not is_stopped(labels)
+    return scaling is not None and not scaling.least
 
 
 def is_at_zero(spec: ServiceSpec) -> bool:
@@ -290,14 +295,9 @@ def _leaves_zero(spec: ServiceSpec, present: ServiceSpec) -> bool:
         replicated is not None
         and not replicated.replicas
         and not present.given_replicas
-        and _may_be_at_zero(present)
-        and not _may_be_at_zero(spec)
+        and may_be_at_zero(present.labels)
+        and not may_be_at_zero(spec.labels)
     )
-
-
-def _may_be_at_zero(spec: ServiceSpec) -> bool:
-    scaling = autoscaling_of(spec.labels)
-    return scaling is not None and not scaling.least
 
 
 def with_number_within_range(spec: ServiceSpec, replicas: int) -> ServiceSpec:

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.api.access.permissions import STACK_LABEL
-from skep.errors import FailedPrecondition, PermissionDenied
+from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from skep.manager.autoscaling.decision import (
     AT_ZERO,
     Measure,
@@ -23,10 +23,11 @@ from skep.manager.autoscaling.state import (
     Quota,
     Scaling,
     door_nodes,
+    has_door,
     idle_times,
     write_replicas,
 )
-from skep.manager.autoscaling.waking import write_wake
+from skep.manager.autoscaling.waking import RefusedWakes, write_wake
 from skep.manager.control.quotas import check_quota, set_quota
 from skep.manager.control.services import create_service, rollback_service, update_service
 from skep.manager.control.updates import start_service, stop_service
@@ -121,7 +122,16 @@ async def test_nodes_with_a_proxy_count_until_it_has_ended_or_they_are_down() ->
     ]
     nodes = [a_node(f"n{number}") for number in (1, 2, 3, 4, 6)]
     store = await a_store(door, *tasks, *nodes, a_node("n5", state=NodeState.DOWN))
-    assert door_nodes(store.view()) == {"n1", "n2", "n3"}
+    view = store.view()
+    assert door_nodes(view, {ServiceId("door")}) == {"n1", "n2", "n3"}
+    assert door_nodes(view, ()) == frozenset()
+    assert [has_door(view, NodeId(f"n{number}")) for number in (1, 2, 3, 4, 6)] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 async def decided(store: MemoryStore, *, after_s: float, idle_s: float | None) -> Scaling | None:
@@ -272,3 +282,34 @@ async def test_managers_of_the_version_before_are_upgraded_first() -> None:
     await store.update(
         lambda tx: create_service(tx, a_web(1).spec, new_id=new_id, new_name=lambda _: "web", now=NOW)
     )
+
+
+def test_a_refused_wake_is_tried_again_after_growing_times() -> None:
+    refusals, tried = RefusedWakes(), list[float]()
+    for tenth in range(350):
+        if refusals.allow(ServiceId("web"), tenth / 10):
+            refusals.add(ServiceId("web"), tenth / 10)
+            tried.append(tenth / 10)
+    assert tried == [0.0, 2.0, 6.0, 14.0, 22.0, 30.0]
+    assert refusals.allow(ServiceId("other"), 30.0)
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+async def test_a_service_that_others_need_keeps_a_task(is_first: bool) -> None:
+    needs = {"skep.depends-on": "web=service_healthy"}
+    specs = [replace(a_service_spec("front"), labels=needs), a_web(1).spec]
+    first, second = specs if is_first else specs[::-1]
+    store = await a_store()
+    await store.update(lambda tx: tx.raise_level(ZERO_TASKS))
+
+    async def create(spec: ServiceSpec) -> None:
+        await store.update(
+            lambda tx: create_service(tx, spec, new_id=new_id, new_name=lambda _: "name", now=NOW)
+        )
+
+    await create(first)
+    with pytest.raises(InvalidArgument, match=r"front depends on web .* use skep\.autoscale=1\.\.3"):
+        await create(second)
+    other = replace(a_service_spec("other"), labels={"skep.depends-on": "web=service_healthy+optional"})
+    if not is_first:
+        await create(other)
