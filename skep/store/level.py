@@ -10,7 +10,7 @@ from typing import Final
 
 from skep.errors import FailedPrecondition
 
-LEVEL: Final = 6
+LEVEL: Final = 7
 """The newest level that this version can read."""
 
 CLUSTER_VOLUMES: Final = 2
@@ -52,7 +52,7 @@ REGISTRATIONS: Final = 6
 whose leases are over.
 """
 
-ZERO_TASKS: Final = 6
+ZERO_TASKS: Final = 7
 """From this level on services may be scaled to zero.  A manager of a lower level would not wake them."""
 
 LOWEST: Final = 1

@@ -115,7 +115,7 @@ async def test_only_a_service_without_requests_in_any_process_is_idle(
             await asyncio.sleep(pause_s)
             await rig.door.watch_idle()
             idle: Mapping[ServiceId, float] = rig.door.idle()
-            assert idle.keys() == {"web"}
+            assert idle.keys() == {"web", "asleep"}
             return idle[ServiceId("web")]
 
         await idle_s()
@@ -134,6 +134,50 @@ async def test_only_a_service_without_requests_in_any_process_is_idle(
         rig.stop()
         await rig.door.watch_idle()
         assert rig.door.idle() == {}, "a HAProxy that does not respond may have requests"
+
+
+async def test_a_reload_without_a_request_keeps_the_idle_time(directory: Path) -> None:
+    async with a_door(directory) as rig, rig.tasks(ONE):
+        rig.service("web", WEB)
+        rig.task("t1", "web", ONE)
+        await rig.apply()
+        await rig.ask("a.example/")
+        await rig.door.watch_idle()
+        await until_idle(rig)
+        rig.service("more", {"skep.http": "more.example"})
+        await rig.apply()
+        await rig.door.watch_idle()
+        assert rig.door.idle()[ServiceId("web")] >= 0.2
+        await rig.door.watch_idle()
+        assert rig.door.idle()[ServiceId("web")] >= 0.2
+        await rig.ask("a.example/")  # the first one of the new process, as many as the former one had
+        await rig.door.watch_idle()
+        assert rig.door.idle()[ServiceId("web")] < 0.1
+        await until_idle(rig)
+        await rig.ask("a.example/")
+        rig.service("again", {"skep.http": "again.example"})
+        await rig.apply()
+        await rig.door.watch_idle()
+        assert rig.door.idle()[ServiceId("web")] < 0.2, "the former process had one right before the reload"
+
+
+async def test_requests_without_a_task_do_not_keep_a_service_from_being_idle(directory: Path) -> None:
+    async with a_door(directory) as rig, rig.tasks(ONE):
+        rig.service("away", {**WEB, "skep.http.redirect": "https"})
+        rig.service("closed", {**WEB, "skep.http": "b.example", "skep.http.allow": "10.0.0.0/8"})
+        rig.service("web", {**WEB, "skep.http": "c.example", "skep.http.rate": "1/m"})
+        for number, name in enumerate(("away", "closed", "web")):
+            rig.task(f"t{number}", name, ONE)
+        await rig.apply()
+        assert (await rig.ask("c.example/"))[0] == 200
+        await rig.door.watch_idle()
+        await asyncio.sleep(0.2)
+        for host, status in (("a", 308), ("b", 403), ("c", 429)):
+            assert (await rig.ask(f"{host}.example/"))[0] == status
+        await rig.door.watch_idle()
+        idle: Mapping[ServiceId, float] = rig.door.idle()
+        assert idle.keys() == {"away", "closed", "web"}
+        assert min(idle.values()) >= 0.2
 
 
 async def until_idle(rig: DoorRig) -> None:

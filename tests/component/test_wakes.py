@@ -5,24 +5,32 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
+from typing import cast
 
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.session.wakes import WakeCalls
+from skep.agent.session.wakes import Turns, WakeCalls
 from skep.aio.clock import SystemClock
 from skep.aio.event import Event
+from skep.api.access.permissions import STACK_LABEL
 from skep.errors import NotFound, PermissionDenied, SkepError
+from skep.manager.control.quotas import set_quota
+from skep.manager.dispatcher.usages import IDLE_S_MAX, MeasuredTasks
 from skep.manager.telemetry.task_usages import TaskUsages
+from skep.model.quota import QuotaSpec
 from skep.model.service import Service
 from skep.model.task import TaskState
-from skep.model.values.ids import NodeId, ServiceId
+from skep.model.values.ids import NodeId, ServiceId, new_id
+from skep.model.values.times import Timestamp
+from skep.store.level import USERS
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import ManagerChannel
 from tests.support.builders import a_service, a_service_spec, a_task
 from tests.support.managers.wire_rig import MANAGER_ID, Cluster, a_session, a_worker, put
 
+WEB = ServiceId("web")
 LABELS = {"skep.autoscale": "0..3", "skep.http": "a.example"}
 
 
@@ -73,6 +81,24 @@ async def test_only_nodes_with_the_front_door_wake_services_and_only_those_at_ze
         assert cluster.store.view().get(Service, "web").version == version
 
 
+async def test_a_wake_that_a_quota_refuses_is_not_tried_again_at_once(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    pair = await a_worker(cluster, tmp_path)
+    stack = {STACK_LABEL: "shop"}
+    other = a_service("db", spec=replace(a_service_spec("db"), labels=stack))
+    await put(cluster, sleeping("web", **stack), other)
+    await put_door(cluster, pair.identity.node_id)
+    await cluster.store.update(lambda tx: tx.raise_level(USERS))
+    quota = QuotaSpec(name="shop", tasks=1)
+    await cluster.store.update(set_quota, quota, new_id=new_id, now=Timestamp("2026-01-01T00:00:00Z"))
+    async with a_session(cluster, pair) as (channel, session_id):
+        await wake(channel, session_id, "web")
+        await cluster.store.update(lambda tx: tx.delete(Service, other.id))
+        await wake(channel, session_id, "web")
+        assert replicas(cluster, "web") == 0
+
+
 class Held:
     """Requests that are held for the named services."""
 
@@ -90,6 +116,9 @@ class Held:
 
 class QuickClock(SystemClock):
     """Pauses are so short that the node, which sends no heartbeats, is not down yet."""
+
+    def monotonic(self) -> float:
+        return 50 * super().monotonic()
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds / 50)
@@ -120,6 +149,53 @@ async def test_a_held_request_wakes_its_service_at_once_and_again_until_it_is_se
         running.cancel()
 
 
+class CountingChannel:
+    """A manager that wakes nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.services: list[str] = []
+        self.clock = QuickClock()
+
+    async def call(self, _: object, request: skep.WakeRequest, **__: object) -> None:
+        self.times.append(self.clock.monotonic())
+        self.services += request.service_ids
+
+
+@pytest.mark.parametrize(("services", "calls_max"), [(1, 5), (1000, 70)])
+async def test_clients_that_come_and_go_cause_few_calls(services: int, calls_max: int) -> None:
+    channel, held = CountingChannel(), Held()
+    calls = WakeCalls(cast("ManagerChannel", channel), held, channel.clock, Random(1).random)
+    running = asyncio.create_task(calls.run("s"))
+    number, until = 0, channel.clock.monotonic() + 20
+    while channel.clock.monotonic() < until:
+        number += 1
+        held.hold(f"web{number % services}")
+        await asyncio.sleep(0.0005)
+        held.names = []
+    running.cancel()
+    assert 1 <= len(channel.times) <= calls_max
+    assert channel.services.count("web0") <= 5
+
+
+async def test_a_node_asks_again_only_after_growing_times() -> None:
+    turns, asked = Turns(lambda: 0.5), list[float]()
+    for tenth in range(350):
+        if turns.due([WEB], tenth / 10):
+            asked.append(tenth / 10)
+    assert asked == [0.0, 2.0, 6.0, 14.0, 22.0, 30.0]
+    assert turns.due([], 34.9) == []
+    assert turns.due([WEB], 60.0) == [WEB], "a later request wakes at once"
+    assert turns.next_due([WEB], 60.0) == 62.0
+
+
+class LaterClock(SystemClock):
+    """A clock that is ahead by more than a report may be old."""
+
+    def monotonic(self) -> float:
+        return super().monotonic() + IDLE_S_MAX + 0.1
+
+
 async def test_idle_times_are_collected_by_node(cluster: Cluster, tmp_path: Path) -> None:
     usages = TaskUsages(cluster.store, NodeId(MANAGER_ID), cluster.dispatcher.measured, no_link)
     async with AsyncExitStack() as stack:
@@ -135,6 +211,8 @@ async def test_idle_times_are_collected_by_node(cluster: Cluster, tmp_path: Path
             await call.send(skep.Heartbeat(session_id=session_id, idle=[sent]))
             await call.receive()
         assert (await usages.collect()).idle == {nodes[1]: {"web": 3.0}}, "a node speaks for itself alone"
+        later = MeasuredTasks(cluster.store, cluster.dispatcher.sessions, LaterClock())
+        assert later.idle() == {}, "a request may have come since a report of a while ago"
         await call.send(skep.Heartbeat(session_id=session_id))
         await call.receive()
         assert (await usages.collect()).idle == {}

@@ -253,6 +253,7 @@ def test_an_idle_service_has_no_task_and_each_request_is_served_whatever_happens
             assert cluster.service("web").spec.replicas  # type: ignore[union-attr]
         cluster.run_until(lambda: replicas(cluster) == 0, within_s=IDLE_S + 2 * PERIOD_S + 120.0)
         cluster.run_until(lambda: not cluster.containers("web"), within_s=30.0)
+        cluster.run_until(lambda: not cluster.rest_violations(), within_s=15.0)
         cluster.check_invariants()
 
 

@@ -1,8 +1,10 @@
 """Tells the manager which services need a task, because this node holds requests for them."""
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Protocol
 
+import msgspec
 import structlog
 
 from skep.aio.clock import Clock
@@ -19,9 +21,14 @@ log = structlog.get_logger(__name__)
 CALL_S_MAX = 5.0
 """Seconds to wait for the manager, which may have to wait for a quorum."""
 PAUSE_S = 0.02
-"""Seconds between two calls, in which the requests of several services become one call."""
+"""Seconds after a call until the next one, in which the requests of several services become one call."""
+PAUSE_S_MAX = 0.5
+"""Most seconds of that pause, which doubles with each further call, because anyone can send requests for many services.
+"""
 REPEAT_S = 2.0
-"""Seconds until a wake is repeated while requests are held.  A quota may have got room meanwhile."""
+"""Seconds until the first repetition of a service's wake.  A quota may have got room meanwhile."""
+REPEAT_S_MAX = 8.0
+"""Most seconds until the next repetition.  The time doubles with each one, and a request is held for 30 s."""
 SERVICES_MAX = 100
 """Most services in a call."""
 
@@ -37,6 +44,43 @@ class HeldSource(Protocol):
         """Return the services with held requests."""
 
 
+class _Repetition(msgspec.Struct, frozen=True):
+    """When the next wake of a service is due, and the seconds from the last one to it."""
+
+    due: float
+    delay_s: float
+
+
+class Turns:
+    """Decides which services are in a call.  Pure.
+
+    A service has its wakes at growing intervals, also if clients come and go.
+    """
+
+    def __init__(self, rng: Callable[[], float]) -> None:
+        self._rng = rng
+        self._called: dict[ServiceId, _Repetition] = {}
+
+    def due(self, held: Sequence[ServiceId], now: float) -> list[ServiceId]:
+        """Return the services whose wakes are due, the longest due ones first, and count them as called."""
+        # A service without a request when its wake was due has a task, or nobody waits for it.
+        self._called = {id: one for id, one in self._called.items() if now <= one.due + one.delay_s}
+        dues = sorted((self._due_at(id, now), id) for id in held)
+        turn = [id for due, id in dues if due <= now][:SERVICES_MAX]
+        for id in turn:
+            before = self._called.get(id)
+            delay_s = min(2 * before.delay_s, REPEAT_S_MAX) if before is not None else REPEAT_S
+            self._called[id] = _Repetition(now + delay_s * (0.75 + self._rng() / 2), delay_s)
+        return turn
+
+    def next_due(self, held: Sequence[ServiceId], now: float) -> float:
+        """Return when the next wake of one of the services is due."""
+        return min((self._due_at(id, now) for id in held), default=now)
+
+    def _due_at(self, id: ServiceId, now: float) -> float:
+        return self._called[id].due if id in self._called else now
+
+
 class WakeCalls:
     """The wakes of one session.  Runs once."""
 
@@ -47,26 +91,25 @@ class WakeCalls:
         self._channel = channel
         self._source = source
         self._clock = clock
-        self._rng = rng
-        self._sent = 0
-        """Services in calls so far, so that each of many has its turn."""
+        self._turns = Turns(rng)
 
     async def run(self, session_id: str) -> None:
         """Wake services until cancelled.  Raises: SkepError: the session has ended."""
+        pause_s, called_at = PAUSE_S, -inf
         while True:
             self._source.changed.clear()
-            held = self._source.held()
-            if not held:
+            held, now = self._source.held(), self._clock.monotonic()
+            if turn := self._turns.due(held, now):
+                pause_s = min(2 * pause_s, PAUSE_S_MAX) if now - called_at < 2 * PAUSE_S_MAX else PAUSE_S
+                request = skep.WakeRequest(session_id=session_id, service_ids=turn)
+                try:
+                    await self._channel.call(methods.WAKE, request, timeout_s=CALL_S_MAX)
+                except (PermissionDenied, Unavailable) as error:
+                    log.warning("services not woken, will retry", services=len(turn), reason=str(error))
+                called_at = self._clock.monotonic()
+                await self._clock.sleep(pause_s)
+            elif held:
+                left_s = self._turns.next_due(held, now) - now
+                await wait_first(self._source.changed.wait(), self._clock.sleep(left_s))
+            else:
                 await self._source.changed.wait()
-                continue
-            start = self._sent % len(held)
-            turn = [*held[start:], *held[:start]][:SERVICES_MAX]
-            self._sent += len(turn)
-            request = skep.WakeRequest(session_id=session_id, service_ids=turn)
-            try:
-                await self._channel.call(methods.WAKE, request, timeout_s=CALL_S_MAX)
-            except (PermissionDenied, Unavailable) as error:
-                log.warning("services not woken, will retry", services=len(held), reason=str(error))
-            await self._clock.sleep(PAUSE_S)
-            pause_s = REPEAT_S * (0.75 + self._rng() / 2)
-            await wait_first(self._source.changed.wait(), self._clock.sleep(pause_s))

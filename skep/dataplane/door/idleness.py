@@ -1,6 +1,7 @@
 """Finds out for how long services had no request at this node's front door, from HAProxy's statistics.  Pure."""
 
 import csv
+import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
@@ -9,38 +10,83 @@ import msgspec
 from skep.dataplane.door.configuration import DoorState
 from skep.model.values.ids import ServiceId
 
+_PROCESS: Final = re.compile(r"^Pid: ([0-9]+)", re.MULTILINE)
 SERVICES_MAX: Final = 500
-"""Most services in a report, which has to fit into a heartbeat.  Those that are idle for longest come first."""
+"""Most services in a report, which has to fit into a heartbeat.  Those with tasks come first, and of them those that
+are idle for longest.
+"""
+READING_S_MAX: Final = 6.0
+"""Seconds for which a reading counts.  HAProxy is read every five seconds."""
 
 
 class BackendCounters(msgspec.Struct, frozen=True):
-    """Open requests of a service, and all requests that its processes have had."""
+    """Requests of a service.
+
+    Attributes:
+        open: Open ones.
+        held: All that the node's process has held.
+        reached: All that have reached a task, by the HAProxy process.
+        servers: Number of servers that can get requests.
+    """
 
     open: int = 0
-    total: int = 0
+    held: int = 0
+    reached: Mapping[str, int] = {}
+    servers: int = 0
 
     def __add__(self, other: "BackendCounters") -> "BackendCounters":
-        return BackendCounters(self.open + other.open, self.total + other.total)
+        reached = dict(self.reached)
+        for process, count in other.reached.items():
+            reached[process] = reached.get(process, 0) + count
+        return BackendCounters(
+            self.open + other.open, self.held + other.held, reached, self.servers + other.servers
+        )
+
+    def has_more_than(self, before: "BackendCounters", *, is_reloaded: bool) -> bool:
+        """Return whether there was a request since ``before``, as far as anyone can know.
+
+        Args:
+            is_reloaded: Whether a process that ``before`` lacks was started after it.
+        """
+        return (
+            bool(self.open)
+            or self.held != before.held
+            or any(
+                count != before.reached.get(process, 0 if is_reloaded else None)
+                for process, count in self.reached.items()
+            )
+        )
 
 
 def idle_candidates(state: DoorState) -> Mapping[str, ServiceId]:
-    """Return the backends of services that have tasks and may be scaled to zero, with these services."""
-    return {
-        name: ServiceId(one.service)
-        for name, one in sorted(state.backends.items())
-        if one.holds and any(server.task for server in one.servers)
+    """Return the backends of services that may be scaled to zero, with these services.
+
+    Services without a running task count too, because the task that a request has started may never run.  A report
+    has no place for more than ``SERVICES_MAX`` of them.
+    """
+    holding = {name: ServiceId(one.service) for name, one in sorted(state.backends.items()) if one.holds}
+    running = {
+        ServiceId(one.service)
+        for one in state.backends.values()
+        if any(server.task for server in one.servers)
     }
+    others = sorted(set(holding.values()) - running)[: max(0, SERVICES_MAX - len(running))]
+    wanted = running.union(others)
+    return {name: id for name, id in holding.items() if id in wanted}
 
 
 def added_counters(texts: Iterable[str], services: Iterable[ServiceId]) -> dict[ServiceId, BackendCounters]:
-    """Return the counters of ``services`` from the statistics of several processes as CSV, added up.
+    """Return the counters of ``services``, added up, from the responses of several processes to ``show info`` and
+    ``show stat``.
 
-    A former process may have other backends of the same service, so their names' first part counts.
+    A former process may have other backends of the same service, so their names' first part counts.  Only connections
+    to tasks count, because HAProxy responds to other requests itself: it refuses or redirects them.
 
-    Source: HAProxy, Management Guide, "CSV format".
+    Source: HAProxy, Management Guide, "CSV format": ``connect`` and ``reuse``.
     """
     found = {id: BackendCounters() for id in services}
     for text in texts:
+        process = named[1] if (named := _PROCESS.search(text)) is not None else ""
         columns: list[str] = []
         for row in csv.reader(text.splitlines()):
             if row and row[0].startswith("# "):
@@ -49,8 +95,15 @@ def added_counters(texts: Iterable[str], services: Iterable[ServiceId]) -> dict[
                 one = dict(zip(columns, row, strict=False))
                 id = ServiceId(one["pxname"].rpartition("-")[0])
                 if id in found:
-                    found[id] += BackendCounters(int(one["scur"] or 0), int(one["stot"] or 0))
+                    reached = _number(one.get("connect")) + _number(one.get("reuse"))
+                    found[id] += BackendCounters(
+                        _number(one.get("scur")), 0, {process: reached}, _number(one.get("act"))
+                    )
     return found
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdigit() else 0
 
 
 class IdleWatch:
@@ -59,26 +112,35 @@ class IdleWatch:
     def __init__(self) -> None:
         self._last: Mapping[ServiceId, BackendCounters] = {}
         self._active_at: dict[ServiceId, float] = {}
-        self._is_known = False
+        self._read_at: float | None = None
+        self._is_reloaded = False
 
     def add(self, now: float, counters: Mapping[ServiceId, BackendCounters]) -> None:
-        """Add a reading of all services that count.  An unknown service and a different total count as a request."""
+        """Add a reading of all services that count.  An unknown service counts as a request."""
         self._active_at = {
             id: now
-            if one.open or (before := self._last.get(id)) is None or before.total != one.total
+            if (before := self._last.get(id)) is None
+            or one.has_more_than(before, is_reloaded=self._is_reloaded)
             else self._active_at[id]
             for id, one in counters.items()
         }
         self._last = counters
-        self._is_known = True
+        self._read_at = now
+        self._is_reloaded = False
 
     def forget(self) -> None:
         """Report nothing until the next reading."""
-        self._is_known = False
+        self._read_at = None
+
+    def expect_reload(self) -> None:
+        """Let a new process with the next reading count as started after the last one, which was just now."""
+        self._is_reloaded = self._read_at is not None
 
     def present(self, now: float) -> Mapping[ServiceId, float]:
-        """Return the seconds without a request."""
-        if not self._is_known:
+        """Return the seconds without a request until the last reading, unless it is too old."""
+        if self._read_at is None or now - self._read_at > READING_S_MAX:
             return {}
-        longest = sorted(self._active_at.items(), key=lambda one: (one[1], one[0]))
-        return {id: now - at for id, at in longest[:SERVICES_MAX]}
+        order = sorted(
+            self._active_at.items(), key=lambda one: (not self._last[one[0]].servers, one[1], one[0])
+        )
+        return {id: self._read_at - at for id, at in order[:SERVICES_MAX]}

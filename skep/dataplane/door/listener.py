@@ -183,7 +183,10 @@ class FrontDoor:
 
     async def watch_idle(self) -> None:
         """Read once which services have requests."""
-        state, directory = self._applied, self._directory()
+        await self._watch_idle(self._applied)
+
+    async def _watch_idle(self, state: DoorState | None) -> None:
+        directory = self._directory()
         candidates = idle_candidates(state) if state is not None else {}
         if state is None or directory is None:
             self._idle.forget()
@@ -192,7 +195,7 @@ class FrontDoor:
         texts = []
         try:
             for batch in _batches([f"show stat {name} 2 -1" for name in candidates]):
-                texts += [await self._ask(directory / _ADMIN, ";".join(batch) + "\n")]
+                texts += [await self._ask(directory / _ADMIN, ";".join(["show info", *batch]) + "\n")]
             if candidates:
                 texts += [text async for text in self._statistics_of_former(directory)]
         except Unavailable:
@@ -208,7 +211,9 @@ class FrontDoor:
         for pid in await self._former(directory):
             about = await self._ask(directory / _MASTER, f"@!{pid} show info\n")
             if (found := _CONNECTIONS.search(about)) is not None and found[1] != "0":
-                yield await self._ask(directory / _MASTER, f"@!{pid} show stat -1 2 -1\n", _STATISTICS_MAX)
+                yield about + await self._ask(
+                    directory / _MASTER, f"@!{pid} show stat -1 2 -1\n", _STATISTICS_MAX
+                )
 
     async def count_requests(self) -> None:
         """Read HAProxy's counters once."""
@@ -262,6 +267,9 @@ class FrontDoor:
                 if found is not None:
                     await self._run(directory, found)
                     return
+        # The counters of the new process start at 0, and those of the former one may be gone before they are read.
+        await self._watch_idle(before)
+        self._idle.expect_reload()
         await self._ask(directory / _MASTER, "reload\n")
         log.info("front door reloaded", routes=len(state.routes), version=wanted)
         until = self._clock.monotonic() + RELOAD_S_MAX

@@ -43,7 +43,7 @@ yet.
 """
 TOLERANCE = 0.1
 """Relative difference that changes nothing.  Kubernetes has the same default."""
-AT_ZERO: Final = "scaled to zero, the next request at the front door starts a task"
+AT_ZERO: Final = "scaled to zero"
 GROWTH_MAX = 2
 """Maximum factor by which the number grows in one step."""
 

@@ -108,7 +108,7 @@ class Autoscaler:
         found, slices = await self._collect(), TimeSlices(self._clock)
         found, now = replace(found, answers=self._board.answers()), self._clock.monotonic()
         idle = (
-            idle_times(door_nodes(self._term.view()), found.idle)
+            idle_times(door_nodes(self._term.view(), self.state.doors), found.idle)
             if self.state.may_scale_to_zero()
             else UNKNOWN
         )

@@ -30,7 +30,13 @@ from skep.manager.services.freezes import held_by, is_held_at_commit, stack_of_s
 from skep.model.door.settings import is_door
 from skep.model.measures.readings import ScalingMeasurements
 from skep.model.node import Node, NodeState
-from skep.model.options.autoscaling import Autoscaling, autoscaling_of, wakes_on_request, with_replicas
+from skep.model.options.autoscaling import (
+    Autoscaling,
+    autoscaling_of,
+    wakes_on_request,
+    with_number_within_range,
+    with_replicas,
+)
 from skep.model.service import Autoscaled, Service, ServiceSpec
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId
@@ -105,7 +111,7 @@ class AutoscalerState:
         """History of each autoscaled service, or None before its first decision."""
         self._running_since: dict[TaskId, float] = {}
         """Times at which this leader first saw tasks of these services running, on its monotonic clock."""
-        self._doors: set[ServiceId] = set()
+        self.doors: set[ServiceId] = set()
         """Services of the front door."""
         self._problems: dict[ServiceId, tuple[str, float]] = {}
         """MeasureProblem with each service's measures at the last decision, and since when there is one."""
@@ -115,7 +121,7 @@ class AutoscalerState:
         # A watch that lagged restarts, as a term does: it is unknown whether earlier observations still hold.
         self.services.clear()
         self._running_since.clear()
-        self._doors.clear()
+        self.doors.clear()
         self._problems.clear()
         for service in view.find(Service):
             self._note_service(service)
@@ -128,7 +134,7 @@ class AutoscalerState:
                     self._note_service(service)
                 case Deleted(Service() as service):
                     self._forget(service.id)
-                    self._doors.discard(service.id)
+                    self.doors.discard(service.id)
                 case Created(Task() as task) | Updated(_, Task() as task):
                     self._note_task(task)
                 case Deleted(Task() as task):
@@ -136,9 +142,9 @@ class AutoscalerState:
 
     def _note_service(self, service: Service) -> None:
         if service.removed_at is None and is_door(service.spec.labels):
-            self._doors.add(service.id)
+            self.doors.add(service.id)
         else:
-            self._doors.discard(service.id)
+            self.doors.discard(service.id)
         if service.removed_at is not None or autoscaling_of(service.spec.labels) is None:
             self._forget(service.id)
         elif service.id not in self.services:
@@ -218,7 +224,7 @@ class AutoscalerState:
             return now - self._running_since.get(id, now) >= SETTLE_S
 
         tasks = view.find(Task, service_id=service.id)
-        proxies = proxies_in(view, self._doors) if scaling.counts_requests else ()
+        proxies = proxies_in(view, self.doors) if scaling.counts_requests else ()
         totals = totals_of(service.id, scaling, found, proxies)
         readings = readings_of(service, scaling, tasks, found.usages, has_settled, totals)
         self._note_problem(service, readings, now)
@@ -270,17 +276,35 @@ def write_problem(tx: Transaction, one: MeasureProblem) -> None:
         tx.put(replace(service, autoscaling_problem=one.problem))
 
 
-def door_nodes(view: View) -> frozenset[NodeId]:
-    """Return the nodes whose proxies may have requests.  A node that is down has none, as far as anyone can know."""
+def door_nodes(view: View, doors: Collection[ServiceId]) -> frozenset[NodeId]:
+    """Return the nodes whose proxies may have requests.  A node that is down has none, as far as anyone can know.
+
+    Args:
+        doors: The services of the front door.
+    """
     return frozenset(
         task.node_id
-        for service in view.find(Service)
-        if is_door(service.spec.labels)
-        for task in view.find(Task, service_id=service.id)
-        if task.node_id
-        and TaskState.ASSIGNED.number <= task.status.state.number <= TaskState.RUNNING.number
+        for id in sorted(doors)
+        for task in view.find(Task, service_id=id)
+        if _may_have_requests(task)
         and (node := view.lookup(Node, task.node_id)) is not None
         and node.status.state is not NodeState.DOWN
+    )
+
+
+def has_door(view: View, node_id: NodeId) -> bool:
+    """Return whether the node's proxy may have requests.  Finds it without looking at all services."""
+    return any(
+        (service := view.lookup(Service, task.service_id)) is not None and is_door(service.spec.labels)
+        for task in view.find(Task, node_id=node_id)
+        if _may_have_requests(task)
+    )
+
+
+def _may_have_requests(task: Task) -> bool:
+    return (
+        bool(task.node_id)
+        and TaskState.ASSIGNED.number <= task.status.state.number <= TaskState.RUNNING.number
     )
 
 
@@ -323,7 +347,7 @@ def put_replicas(
     """Put a service with another number of tasks, and the reason.  Raises: PermissionDenied: beyond the quota."""
     spec, previous = with_replicas(service.spec, replicas), service.previous_spec
     check_quota(tx, spec, service)
-    if previous is not None and autoscaling_of(previous.labels) is not None:
-        previous = with_replicas(previous, replicas)
+    if previous is not None:
+        previous = with_number_within_range(previous, replicas)
     done = Autoscaled(before=service.spec.replicas, after=replicas, reason=reason, at=timestamp(now_ns))
     tx.put(replace(service, spec=spec, previous_spec=previous, autoscaled=done))

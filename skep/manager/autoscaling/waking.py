@@ -10,7 +10,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import PermissionDenied, SkepError, Unavailable
-from skep.manager.autoscaling.state import CheckQuota, door_nodes, put_replicas
+from skep.manager.autoscaling.state import CheckQuota, has_door, put_replicas
 from skep.manager.nodes.node_session import NodeSession
 from skep.model.options.autoscaling import is_at_zero
 from skep.model.service import Service
@@ -25,6 +25,29 @@ log = structlog.get_logger(__name__)
 
 WAKES_MAX = 100
 """Most services in a call.  A node sends the others in its next call."""
+REFUSED_S = 2.0
+"""Seconds after a refused wake in which the service is not tried again.  They double with each further refusal."""
+REFUSED_S_MAX = 8.0
+"""Most of these seconds.  A request is held for 30 s, in which a quota may get room."""
+
+
+class RefusedWakes:
+    """The services whose wakes were refused lately, however many nodes ask for them.  Pure."""
+
+    def __init__(self) -> None:
+        self._until: dict[ServiceId, tuple[float, float]] = {}
+        """When the next wake is possible, and the seconds from the last refusal to it."""
+
+    def add(self, id: ServiceId, now: float) -> None:
+        """Record that a wake was refused at ``now``."""
+        self._until = {id: one for id, one in self._until.items() if now <= one[0] + REFUSED_S_MAX}
+        _, seconds = self._until.get(id, (0.0, REFUSED_S / 2))
+        seconds = min(2 * seconds, REFUSED_S_MAX)
+        self._until[id] = now + seconds, seconds
+
+    def allow(self, id: ServiceId, now: float) -> bool:
+        """Return whether a wake may be tried."""
+        return id not in self._until or self._until[id][0] <= now
 
 
 class Wakes:
@@ -43,6 +66,7 @@ class Wakes:
         self._clock = clock
         self._check_quota = check_quota
         self._busy: set[NodeId] = set()
+        self._refused = RefusedWakes()
 
     def services(self) -> Sequence[Handler]:
         """Return the handlers for ``wire.server.serve``."""
@@ -50,17 +74,25 @@ class Wakes:
 
     async def _wake(self, request: skep.WakeRequest, caller: Caller) -> skep.WakeResponse:
         self._session(caller.node_id, request.session_id)
-        view = self._store.view()
-        if caller.node_id not in door_nodes(view):
-            raise PermissionDenied("only nodes with a task of the front door may wake services")
         if caller.node_id in self._busy:
             raise Unavailable("the node's last wake is still being written: the node tries again by itself")
+        # Anyone can make a node call, so whatever is quick to find out comes first.
+        view, now = self._store.view(), self._clock.monotonic()
+        due = [
+            id
+            for id in dict.fromkeys(map(ServiceId, request.service_ids[:WAKES_MAX]))
+            if (service := view.lookup(Service, id)) is not None
+            and is_at_zero(service.spec)
+            and self._refused.allow(id, now)
+        ]
+        if not due:
+            return skep.WakeResponse()
+        if not has_door(view, caller.node_id):
+            raise PermissionDenied("only nodes with a task of the front door may wake services")
         self._busy.add(caller.node_id)
         try:
-            for id in map(ServiceId, request.service_ids[:WAKES_MAX]):
-                service = view.lookup(Service, id)
-                if service is not None and is_at_zero(service.spec):
-                    await self._write(id)
+            for id in due:
+                await self._write(id)
         finally:
             self._busy.discard(caller.node_id)
         return skep.WakeResponse()
@@ -72,6 +104,7 @@ class Wakes:
         except Unavailable:
             raise
         except SkepError as error:
+            self._refused.add(id, self._clock.monotonic())
             log.warning("service not woken, will retry", service=id, reason=str(error))
 
 

@@ -233,29 +233,30 @@ def rollback_service(
     service = _changeable(tx, id, spec, version)
     if service.previous_spec is None:
         raise FailedPrecondition(f"service {id} does not have a previous spec")
-    check_dependencies(tx, service.previous_spec)
-    check_routes(tx, service.previous_spec, id)
-    check_certificates(tx, service.previous_spec, id)
-    _check_ingress(tx, service.previous_spec)
-    _check_rights(tx, service.previous_spec, service.spec)
-    check_quota(tx, service.previous_spec, service)
-    _check_volumes(tx, service.previous_spec)
+    previous = with_number_kept(service.previous_spec, service.spec)
+    check_dependencies(tx, previous)
+    check_routes(tx, previous, id)
+    check_certificates(tx, previous, id)
+    _check_ingress(tx, previous)
+    _check_rights(tx, previous, service.spec)
+    check_quota(tx, previous, service)
+    _check_volumes(tx, previous)
     follow_rollback(tx, service)
-    restart_dependents(tx, service, service.previous_spec.task_template, now)
+    restart_dependents(tx, service, previous.task_template, now)
     return tx.put(
         replace(
             service,
-            spec=service.previous_spec,
-            author=keep_spec(tx, service, service.previous_spec, SpecAuthor(by=by, at=now)),
+            spec=previous,
+            author=keep_spec(tx, service, previous, SpecAuthor(by=by, at=now)),
             previous_spec=service.spec,
-            trusted=trusted_after(tx, service, service.previous_spec, by_admin=False),
+            trusted=trusted_after(tx, service, previous, by_admin=False),
             update_status=UpdateStatus(
                 state=UpdateState.ROLLBACK_STARTED,
                 message="manually requested rollback",
                 started_at=now,
                 split=service.update_status.withdrawn if service.update_status is not None else None,
             ),
-            job_status=next_job(tx, service, service.previous_spec, now),
+            job_status=next_job(tx, service, previous, now),
         )
     )
 

@@ -406,7 +406,7 @@ def _of_service(
         if is_at_zero(service.spec):
             scaled = service.autoscaled
             since = f" since {scaled.at[:19]}Z" if scaled is not None and not scaled.after else ""
-            return AT_ZERO.replace("zero", f"zero{since}", 1), AT_ZERO, True
+            return f"{AT_ZERO}{since}", AT_ZERO, True
         if done:
             text = f"{done} of {wanted} tasks done" + (f", {running} running" if running else "")
         else:

@@ -20,6 +20,7 @@ from skep.manager.diagnosis.reasons import SlotId, hostname, loop_ends_ns, slot_
 from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
 from skep.manager.orchestrator.slots import DoneSlots
 from skep.manager.services.job_listing import schedule_words
+from skep.manager.services.routes import door_network
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.options.affinity import ANTI_AFFINITY, affinities_of
@@ -117,6 +118,13 @@ def _explanation(
     explanation = _with_neighbors(explanation, service, view)
     # A run keeps the labels with which it began, but its schedule has the present ones.
     explanation = replace(explanation, schedule=schedule_words(service))
+    if explanation.reason == AT_ZERO:
+        waking = (
+            ", the next request at the front door starts a task"
+            if door_network(view) is not None
+            else ", and no request can start a task, because there is no front door. Create it with skep door up"
+        )
+        return replace(explanation, summary=explanation.summary + waking)
     if not is_stopped(service.spec.labels):
         return explanation
     return replace(explanation, summary=explanation.summary + _left_on_lost_nodes(view, tasks))

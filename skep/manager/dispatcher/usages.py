@@ -38,6 +38,10 @@ CHECK_S = 2.0
 """Seconds between updates of the tasks to measure."""
 MEASURED_MAX = 1000
 """Maximum measured tasks of one node, so that their report fits into a heartbeat.  Others count as not measured."""
+IDLE_S_MAX = 7.0
+"""Seconds for which a report of idle times counts.  A request after the report does not keep the last task.  With the
+age of the node's reading and the time for its collection, a report is younger than the shortest ``idle-after``.
+"""
 _PIECE = 1000
 """Usages in one message to another manager."""
 
@@ -86,8 +90,13 @@ class MeasuredTasks:
         return dict(found)
 
     def idle(self) -> dict[NodeId, Mapping[ServiceId, float]]:
-        """Return the idle times reported by nodes with a session here."""
-        return {session.node_id: session.idle for session in self._sessions.all() if session.idle}
+        """Return the idle times that nodes with a session here have reported just now."""
+        since = self._clock.monotonic() - IDLE_S_MAX
+        return {
+            session.node_id: session.idle
+            for session in self._sessions.all()
+            if session.idle and session.idle_at >= since
+        }
 
     async def run(self) -> None:
         """Keep the lists until cancelled."""

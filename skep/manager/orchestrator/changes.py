@@ -26,6 +26,7 @@ from skep.manager.services.removal import hide_service
 from skep.manager.services.spec_history import keep_spec
 from skep.model.history import stack_of
 from skep.model.node import Availability, Node
+from skep.model.options.autoscaling import with_number_kept
 from skep.model.service import ENDED, PAUSED, Service, SpecAuthor, UpdateSplit, UpdateState, UpdateStatus
 from skep.model.task import Restart, StopCause, Task, TaskState, TaskStatus
 from skep.model.values.ids import IdSource, NodeId, TaskId
@@ -510,7 +511,8 @@ def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -
         return
     if _is_paused_since(service, wanted):
         return
-    if why := claim_service(tx, service.previous_spec, service):
+    previous = with_number_kept(service.previous_spec, service.spec)
+    if why := claim_service(tx, previous, service):
         # This is not an error. The message of the pause says why, and a user decides how to continue.
         pause = SetUpdateStatus(wanted, UpdateState.PAUSED, _paused_instead(message, why))
         _set_update_status(tx, pause, now)
@@ -523,8 +525,6 @@ def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -
         split=before.withdrawn,
     )
     follow_rollback(tx, service)
-    restart_dependents(tx, service, service.previous_spec.task_template, now)
-    author = keep_spec(tx, service, service.previous_spec, SpecAuthor(by="cluster", at=now))
-    tx.put(
-        replace(service, spec=service.previous_spec, previous_spec=None, author=author, update_status=status)
-    )
+    restart_dependents(tx, service, previous.task_template, now)
+    author = keep_spec(tx, service, previous, SpecAuthor(by="cluster", at=now))
+    tx.put(replace(service, spec=previous, previous_spec=None, author=author, update_status=status))

@@ -19,6 +19,7 @@ from skep.model.options.affinity import (
     has_affinities,
     is_opposite,
 )
+from skep.model.options.autoscaling import AUTOSCALE, may_be_at_zero
 from skep.model.options.dependencies import DEPENDS_ON, Dependency, dependencies_of
 from skep.model.options.schedules import CRON
 from skep.model.service import ENDED, Service, ServiceSpec, TaskSpec
@@ -34,7 +35,10 @@ RESTARTED_BYTES_MAX = 320 << 10
 
 
 def check_dependencies(view: View, spec: ServiceSpec) -> None:
-    """Refuse a spec whose dependencies form a cycle or restart too many services.  Raises: InvalidArgument."""
+    """Refuse a spec whose dependencies form a cycle, restart too many services, or may be scaled to zero.
+
+    Raises: InvalidArgument.
+    """
     dependencies = dependencies_of(spec.labels)
     restarted = _restarted_with(view, {one.service for one in dependencies if one.restarts})
     sizes = {spec.name: _size_of(spec)}
@@ -45,8 +49,30 @@ def check_dependencies(view: View, spec: ServiceSpec) -> None:
         raise InvalidArgument(
             f"services cannot depend on each other in a cycle: {' -> '.join(path)} (label {DEPENDS_ON})"
         )
+    _check_zero(view, spec, dependencies)
     if has_affinities(spec.labels):
         _check_affinities(view, spec)
+
+
+def _check_zero(view: View, spec: ServiceSpec, dependencies: Iterable[Dependency]) -> None:
+    """Refuse a dependency that may be scaled to zero, because only requests at the front door would start its task.
+
+    Raises: InvalidArgument.
+    """
+    pairs = [(spec, other) for other in requiring(view, spec.name)] if may_be_at_zero(spec.labels) else []
+    pairs += [
+        (service.spec, spec.name)
+        for one in dependencies
+        if one.is_required
+        for service in view.find(Service, name=one.service)
+        if service.removed_at is None and may_be_at_zero(service.spec.labels)
+    ]
+    for needed, dependent in pairs:
+        given = needed.labels[AUTOSCALE]
+        raise InvalidArgument(
+            f"{dependent} depends on {needed.name} (label {DEPENDS_ON}), which {AUTOSCALE}={given} may leave without "
+            f"a task: use {AUTOSCALE}=1..{given.partition('..')[2]}, or remove the dependency"
+        )
 
 
 def _check_affinities(view: View, spec: ServiceSpec) -> None:

@@ -204,8 +204,13 @@ def autoscaling_of(labels: Mapping[str, str]) -> Autoscaling | None:
 
 def wakes_on_request(labels: Mapping[str, str]) -> bool:
     """Return whether a request at the front door starts a task if the service has none."""
+    return may_be_at_zero(labels) and not is_stopped(labels)
+
+
+def may_be_at_zero(labels: Mapping[str, str]) -> bool:
+    """Return whether autoscaling may remove the last task of a service that is not stopped."""
     scaling = autoscaling_of(labels)
-    return scaling is not None and not scaling.least and not is_stopped(labels)
+    return scaling is not None and not scaling.least
 
 
 def is_at_zero(spec: ServiceSpec) -> bool:
@@ -280,18 +285,25 @@ def with_number_kept(spec: ServiceSpec, present: ServiceSpec | None) -> ServiceS
 
 
 def _leaves_zero(spec: ServiceSpec, present: ServiceSpec) -> bool:
-    """Return whether the service is scaled to zero, and ``spec`` has no request wake it again.
+    """Return whether a service without tasks could be scaled to zero, and with ``spec`` no longer can be.
 
-    Clients send the number that they see, so a service without tasks would otherwise stay without them.
+    Clients send the number that they see, so no request would ever start a task.  A stopped service counts, because
+    it keeps its number until it starts.
     """
     replicated = spec.mode.replicated
     return (
         replicated is not None
         and not replicated.replicas
-        and is_at_zero(present)
-        and not wakes_on_request(spec.labels)
-        and not is_stopped(spec.labels)
+        and not present.given_replicas
+        and may_be_at_zero(present.labels)
+        and not may_be_at_zero(spec.labels)
     )
+
+
+def with_number_within_range(spec: ServiceSpec, replicas: int) -> ServiceSpec:
+    """Return the spec of another version of a service with its number of tasks, within that version's own range."""
+    scaling = autoscaling_of(spec.labels)
+    return with_replicas(spec, scaling.clamped(replicas)) if scaling is not None else spec
 
 
 def with_present_number(spec: ServiceSpec, present: ServiceSpec) -> ServiceSpec:

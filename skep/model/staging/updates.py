@@ -104,6 +104,8 @@ IN_PROGRESS: Final = "update in progress"
 """Docker's message."""
 _PERCENTAGE: Final = re.compile(r"(100|[0-9]{1,2}(?:\.[0-9]{1,2})?)%", re.ASCII)
 _NUMBER: Final = re.compile(r"-?[0-9]{1,12}(?:\.[0-9]{1,9})?", re.ASCII)
+SHOWN_MAX: Final = 100
+"""Most characters of a query in a sentence."""
 REQUESTS_MIN: Final = 20
 """Fewest requests that are judged.  One failed request of a few is not a rate yet."""
 
@@ -332,7 +334,12 @@ def end_of_present_step(service: Service) -> str:
     status, stages = service.update_status, stages_of(service.spec.labels)
     if status is None or status.state is not UpdateState.UPDATING or status.split is None or not stages:
         return ""
-    return end_of_step(stages[min(status.split.step, len(stages) - 1)], service.spec.name)
+    stage = stages[min(status.split.step, len(stages) - 1)]
+    words = end_of_step(stage, service.spec.name)
+    bounds = query_bounds_of(service.spec.labels) if stage.keeps_old and stage.least_s < inf else None
+    if bounds is None:
+        return words
+    return f"{words}, and a figure within the bounds of its query {bounds.query.expression[:SHOWN_MAX]}"
 
 
 def _is_switched(stage: UpdateStage) -> bool:

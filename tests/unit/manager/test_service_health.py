@@ -6,6 +6,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.api.access.permissions import STACK_LABEL
 from skep.manager.diagnosis.service_health import explanation_of, service_status, status_with_health
+from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeState, NodeStatus
 from skep.model.options.labels import STOPPED
 from skep.model.options.schedules import CRON, CRON_SUSPEND
@@ -23,7 +24,7 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Restart, Task, TaskState, TaskStatus
-from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.ids import NetworkId, NodeId, TaskId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from skep.store.interface import View
@@ -64,6 +65,27 @@ async def health(service: Service, found: list[Task], node: Node = M1) -> Servic
     assert status.health == explained.health
     assert status.health is not None
     return status.health
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({"skep.door": "true"}, "the next request at the front door starts a task"),
+        ({}, "and no request can start a task, because there is no front door. Create it with skep door up"),
+    ],
+)
+async def test_a_service_at_zero_names_what_starts_it(labels: dict[str, str], words: str) -> None:
+    asleep = {"skep.autoscale": "0..3", "skep.http": "a.example"}
+    service = replace(web(0), spec=replace(web(0).spec, labels=asleep))
+    door = replace(a_service_spec("door"), labels=labels)
+    store = MemoryStore(CLOCK)
+    await store.update(lambda tx: [tx.put(service), tx.put(a_service("door", spec=door))])
+    spec = NetworkSpec(name="skep-door", labels={"skep.door": "true"})
+    await store.update(lambda tx: tx.put(Network(id=NetworkId("n"), spec=spec)))
+    view = store.view()
+    found = await explanation_of(view, service, await service_status(view, service), NOW_NS, CLOCK)
+    assert (found.reason, found.summary) == ("scaled to zero", f"scaled to zero, {words}")
+    assert found.is_healthy
 
 
 async def test_a_service_whose_tasks_run_is_healthy() -> None:

@@ -40,6 +40,11 @@ def slots(*states: TaskState) -> list[Task]:
 
 
 RUNNING, PENDING = TaskState.RUNNING, TaskState.PENDING
+QUERY = {
+    "skep.update.prometheus": "http://prometheus.example.org:9090",
+    "skep.update.query": "sum(errors)",
+    "skep.update.query-max": "0.01",
+}
 
 
 def test_a_paused_update_is_the_reason_while_surplus_tasks_stop() -> None:
@@ -111,6 +116,12 @@ def test_without_such_a_task_it_waits_for_time_to_pass(
             "the end of the 5m for which old tasks are kept (skep update switch-back web returns to them)",
         ),
         ({"skep.update": "canary"}, 2, "the monitor time of the last step"),
+        (
+            {"skep.update": "canary", "skep.update.step-time": "90s", **QUERY},
+            1,
+            "the end of the step, which lasts 90s, and a figure within the bounds of its query sum(errors)",
+        ),
+        ({"skep.update": "canary", **QUERY}, 2, "the monitor time of the last step"),
     ],
 )
 def test_a_step_of_a_staged_update_names_what_ends_it(

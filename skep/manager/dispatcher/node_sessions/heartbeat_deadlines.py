@@ -84,7 +84,7 @@ class HeartbeatDeadlines:
         """``monotonic`` returns the monotonic time.  ``own`` is the manager's node."""
         self.sessions = sessions
         self._random = random
-        self._monotonic = monotonic
+        self.monotonic = monotonic
         self._own = own
         self._is_alone = False
         self._period_s = DEFAULT_PERIOD_S
@@ -102,7 +102,7 @@ class HeartbeatDeadlines:
     @property
     def now(self) -> float:
         """The own time in seconds.  It also passes between two ticks, so that ticks can be rare."""
-        return self._time_at(self._monotonic(), is_counted=self._is_counted).seconds
+        return self._time_at(self.monotonic(), is_counted=self._is_counted).seconds
 
     def next_tick(self, *, is_alone: bool) -> float:
         """Start a tick, and return its length: the seconds until the next check for silent nodes.
@@ -112,7 +112,7 @@ class HeartbeatDeadlines:
         """
         self._is_alone = is_alone
         if is_alone:
-            tick_s = until_tick(self._monotonic(), TICK_S_MAX)
+            tick_s = until_tick(self.monotonic(), TICK_S_MAX)
         else:
             tick_s = min(max(self._period_s / TICKS_PER_PERIOD, TICK_S), TICK_S_MAX)
         now = self.now
@@ -144,7 +144,7 @@ class HeartbeatDeadlines:
             )
             is_suspended = is_overloaded and self._suspension_left_s > 0
         self._is_counted = has_quorum and not is_suspended
-        self._time = self._time_at(self._monotonic(), is_counted=self._is_counted)
+        self._time = self._time_at(self.monotonic(), is_counted=self._is_counted)
 
     def _time_at(self, now: float, *, is_counted: bool) -> RunningTime:
         return self._time.after(now, self._tick_s, late_s=LATE_S, is_current=is_counted)
@@ -285,6 +285,7 @@ class Heartbeats:
                     session.service_requests = reported_requests_from_pb(reported)
                 if request.idle or session.idle:
                     session.idle = idle_from_pb(request.idle[:IDLE_MAX]).get(NodeId(""), {})
+                    session.idle_at = self._deadlines.monotonic()
                 period_s = self._deadlines.record_heartbeat(session, is_away=request.away)
                 yield skep.HeartbeatPeriod(
                     period=duration_to_pb(int(period_s * SECOND_NS)), measured=session.measured

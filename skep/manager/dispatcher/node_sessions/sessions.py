@@ -65,6 +65,7 @@ class LiveSession:
         "deadline",
         "id",
         "idle",
+        "idle_at",
         "is_skep",
         "last_seen",
         "load",
@@ -114,6 +115,8 @@ class LiveSession:
         """Requests of autoscaled services over the node's front door, in the last heartbeat."""
         self.idle: Mapping[ServiceId, float] = {}
         """Seconds without a request at the node's front door, of services in the last heartbeat."""
+        self.idle_at = 0.0
+        """When that heartbeat came, on the manager's monotonic clock."""
         self.messages = StreamSignal()
         """Wakes the stream of session messages."""
         self._disconnect = disconnect

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.api.access.permissions import STACK_LABEL
-from skep.errors import PermissionDenied
+from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from skep.manager.autoscaling.decision import (
     AT_ZERO,
     Measure,
@@ -23,12 +23,14 @@ from skep.manager.autoscaling.state import (
     Quota,
     Scaling,
     door_nodes,
+    has_door,
     idle_times,
     write_replicas,
 )
-from skep.manager.autoscaling.waking import write_wake
+from skep.manager.autoscaling.waking import RefusedWakes, write_wake
 from skep.manager.control.quotas import check_quota, set_quota
-from skep.manager.control.services import update_service
+from skep.manager.control.services import create_service, rollback_service, update_service
+from skep.manager.control.updates import start_service, stop_service
 from skep.manager.services.quotas import replicas_within_quota
 from skep.model.measures.readings import ScalingMeasurements
 from skep.model.node import NodeState
@@ -38,7 +40,7 @@ from skep.model.service import Autoscaled, Service, ServiceSpec, UpdateState
 from skep.model.task import TaskState
 from skep.model.values.ids import NodeId, ServiceId, new_id
 from skep.model.values.times import Timestamp
-from skep.store.level import USERS, ZERO_TASKS
+from skep.store.level import REGISTRATIONS, USERS, ZERO_TASKS
 from skep.store.memory import MemoryCluster, MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 
@@ -120,7 +122,16 @@ async def test_nodes_with_a_proxy_count_until_it_has_ended_or_they_are_down() ->
     ]
     nodes = [a_node(f"n{number}") for number in (1, 2, 3, 4, 6)]
     store = await a_store(door, *tasks, *nodes, a_node("n5", state=NodeState.DOWN))
-    assert door_nodes(store.view()) == {"n1", "n2", "n3"}
+    view = store.view()
+    assert door_nodes(view, {ServiceId("door")}) == {"n1", "n2", "n3"}
+    assert door_nodes(view, ()) == frozenset()
+    assert [has_door(view, NodeId(f"n{number}")) for number in (1, 2, 3, 4, 6)] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 async def decided(store: MemoryStore, *, after_s: float, idle_s: float | None) -> Scaling | None:
@@ -222,3 +233,83 @@ async def test_a_service_that_no_request_would_wake_any_longer_gets_its_tasks(
     await store.update(lambda tx: tx.raise_level(ZERO_TASKS))
     await store.update(lambda tx: update_service(tx, service.id, spec, service.version.index, now=NOW))
     assert store.view().get(Service, "web").spec.replicas == replicas
+
+
+@pytest.mark.parametrize(
+    "labels", [{"skep.http": "a.example"}, {"skep.http": "a.example", "skep.autoscale": "1..3"}]
+)
+async def test_a_service_that_leaves_zero_while_it_is_stopped_starts_with_its_tasks(
+    labels: dict[str, str],
+) -> None:
+    store = await a_store(a_web(0))
+    await store.update(lambda tx: tx.raise_level(ZERO_TASKS))
+    await store.update(lambda tx: stop_service(tx, ServiceId("web"), now=NOW))
+    service = store.view().get(Service, "web")
+    stopped = replace(service.spec, labels={**labels, "skep.stopped": "true"})
+    await store.update(lambda tx: update_service(tx, service.id, stopped, service.version.index, now=NOW))
+    await store.update(lambda tx: start_service(tx, ServiceId("web"), now=NOW))
+    assert store.view().get(Service, "web").spec.replicas == 1
+
+
+@pytest.mark.parametrize("ranges", ["1..3", "2..3", None])
+async def test_a_rollback_at_zero_leaves_the_service_with_tasks(ranges: str | None) -> None:
+    labels = {"skep.http": "a.example"} | ({"skep.autoscale": ranges} if ranges is not None else {})
+    before = replace(a_service_spec("web", replicas=2), labels=labels)
+    store = await a_store(replace(a_web(1), previous_spec=before))
+    await store.update(lambda tx: tx.raise_level(ZERO_TASKS))
+    due = await decided(store, after_s=60.0, idle_s=60.0)
+    assert due is not None
+    assert await store.update(write_replicas, due, check_quota)
+    service = store.view().get(Service, "web")
+    assert is_at_zero(service.spec)
+    await store.update(
+        lambda tx: rollback_service(tx, service.id, service.spec, service.version.index, now=NOW)
+    )
+    service = store.view().get(Service, "web")
+    assert service.spec.labels == labels
+    assert service.spec.replicas == (1 if ranges == "1..3" else 2)
+
+
+async def test_managers_of_the_version_before_are_upgraded_first() -> None:
+    """They know the level of everything else that is new since, but not the call that wakes a service."""
+    store = await a_store()
+    await store.update(lambda tx: tx.raise_level(REGISTRATIONS))
+    with pytest.raises(FailedPrecondition, match="upgrade the others first"):
+        await store.update(
+            lambda tx: create_service(tx, a_web(1).spec, new_id=new_id, new_name=lambda _: "web", now=NOW)
+        )
+    await store.update(lambda tx: tx.raise_level(ZERO_TASKS))
+    await store.update(
+        lambda tx: create_service(tx, a_web(1).spec, new_id=new_id, new_name=lambda _: "web", now=NOW)
+    )
+
+
+def test_a_refused_wake_is_tried_again_after_growing_times() -> None:
+    refusals, tried = RefusedWakes(), list[float]()
+    for tenth in range(350):
+        if refusals.allow(ServiceId("web"), tenth / 10):
+            refusals.add(ServiceId("web"), tenth / 10)
+            tried.append(tenth / 10)
+    assert tried == [0.0, 2.0, 6.0, 14.0, 22.0, 30.0]
+    assert refusals.allow(ServiceId("other"), 30.0)
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+async def test_a_service_that_others_need_keeps_a_task(is_first: bool) -> None:
+    needs = {"skep.depends-on": "web=service_healthy"}
+    specs = [replace(a_service_spec("front"), labels=needs), a_web(1).spec]
+    first, second = specs if is_first else specs[::-1]
+    store = await a_store()
+    await store.update(lambda tx: tx.raise_level(ZERO_TASKS))
+
+    async def create(spec: ServiceSpec) -> None:
+        await store.update(
+            lambda tx: create_service(tx, spec, new_id=new_id, new_name=lambda _: "name", now=NOW)
+        )
+
+    await create(first)
+    with pytest.raises(InvalidArgument, match=r"front depends on web .* use skep\.autoscale=1\.\.3"):
+        await create(second)
+    other = replace(a_service_spec("other"), labels={"skep.depends-on": "web=service_healthy+optional"})
+    if not is_first:
+        await create(other)
