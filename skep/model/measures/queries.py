@@ -30,6 +30,8 @@ BODY_BYTES_MAX: Final = 64 * 1024
 """Longest response that is read.  A response with one sample has a few hundred bytes."""
 _REASON_CHARACTERS_MAX: Final = 200
 """Longest reason of Prometheus that is shown."""
+_UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
+"""Errors of parsing JSON, also if it is nested too deeply or has a number of thousands of digits."""
 _FIELD: Final = re.compile(r"[A-Za-z0-9_-]{1,100}(?:\.[A-Za-z0-9_-]{1,100}){0,9}", re.ASCII)
 
 
@@ -132,7 +134,7 @@ def _sample(status: int, body: bytes) -> float:
     """
     try:
         answer = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except _UNREADABLE:
         answer = None
     if not isinstance(answer, dict) or answer.get("status") not in ("success", "error"):
         raise QueryFailed(f"it is not a Prometheus: it responded {status} without its API's JSON")
@@ -162,7 +164,7 @@ def _number_in_page(field: str, status: int, body: bytes) -> float:
         return _as_float(body.decode(errors="replace").strip())
     try:
         value: Any = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except _UNREADABLE:
         raise QueryFailed("its response is not JSON") from None
     for name in field.split("."):
         value = value.get(name) if isinstance(value, dict) else None
@@ -173,9 +175,9 @@ def _number_in_page(field: str, status: int, body: bytes) -> float:
 
 def _as_float(value: object) -> float:
     # No part of a response is shown: the author of the label may lack the right to read the page.
-    if isinstance(value, int | float):
-        return float(value)
     try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
         return float(value) if isinstance(value, str) and len(value) <= 64 else float("")
-    except ValueError:
+    except (ValueError, OverflowError):
         raise QueryFailed("its response is not a number") from None
