@@ -40,7 +40,7 @@ QueryKey = tuple[ServiceId, str]
 
 
 class AskedQuery(msgspec.Struct, frozen=True):
-    """A query, and whether an administrator chose its URL."""
+    """A query, and whether an administrator wrote it."""
 
     query: MetricQuery
     is_trusted: bool
