@@ -13,7 +13,14 @@ from skep.model.door.settings import (
     PROXY_PROTOCOL,
     TRUSTED,
 )
-from skep.model.measures.queries import AUTOSCALE_PROMETHEUS, AUTOSCALE_QUEUE, UPDATE_PROMETHEUS
+from skep.model.measures.queries import (
+    AUTOSCALE_PROMETHEUS,
+    AUTOSCALE_QUERY,
+    AUTOSCALE_QUEUE,
+    AUTOSCALE_QUEUE_FIELD,
+    UPDATE_PROMETHEUS,
+    UPDATE_QUERY,
+)
 from skep.model.node_reports.conditions import BOOT_LABEL, ConditionName
 from skep.model.options.affinity import (
     AFFINITY,
@@ -30,9 +37,7 @@ from skep.model.options.autoscaling import (
     AUTOSCALE_DOWN_AFTER,
     AUTOSCALE_IDLE_AFTER,
     AUTOSCALE_MEMORY,
-    AUTOSCALE_QUERY,
     AUTOSCALE_QUERY_TARGET,
-    AUTOSCALE_QUEUE_FIELD,
     AUTOSCALE_QUEUE_TARGET,
     AUTOSCALE_SCHEDULE,
     AUTOSCALE_TIME_ZONE,
@@ -105,7 +110,6 @@ from skep.model.staging.updates import (
     UPDATE,
     UPDATE_KEEP,
     UPDATE_PROMOTE,
-    UPDATE_QUERY,
     UPDATE_STEP_TIME,
     UPDATE_STEPS,
 )

@@ -13,7 +13,13 @@ from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec, Mount, SecretFileTarget, SecretReference
 from skep.model.door.routes import HTTP
-from skep.model.measures.queries import AUTOSCALE_PROMETHEUS, AUTOSCALE_QUEUE, UPDATE_PROMETHEUS
+from skep.model.measures.queries import (
+    AUTOSCALE_PROMETHEUS,
+    AUTOSCALE_QUERY,
+    AUTOSCALE_QUEUE,
+    UPDATE_PROMETHEUS,
+    UPDATE_QUERY,
+)
 from skep.model.options.affinity import (
     AFFINITY,
     AFFINITY_PREFERRED,
@@ -25,7 +31,6 @@ from skep.model.options.autoscaling import (
     AUTOSCALE,
     AUTOSCALE_DOWN_AFTER,
     AUTOSCALE_IDLE_AFTER,
-    AUTOSCALE_QUERY,
     AUTOSCALE_QUERY_TARGET,
     AUTOSCALE_QUEUE_TARGET,
     AUTOSCALE_SCHEDULE,
@@ -71,7 +76,6 @@ from skep.model.staging.updates import (
     QUERY_MAX,
     UPDATE,
     UPDATE_KEEP,
-    UPDATE_QUERY,
     UPDATE_STEP_TIME,
     UPDATE_STEPS,
     check_staged_update,

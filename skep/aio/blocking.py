@@ -18,8 +18,12 @@ T = TypeVar("T")
 class BlockingCalls:
     """Runs blocking calls.  Refuses new ones while ``left_max`` calls are running, which includes abandoned ones."""
 
-    def __init__(self, left_max: int = 64) -> None:
+    def __init__(
+        self, left_max: int = 64, busy: str = "file accesses already wait for their servers"
+    ) -> None:
+        """``busy`` describes the running calls in the refusal."""
         self._left_max = left_max
+        self._busy = busy
         self._running = 0
 
     async def call(self, work: Callable[[], T], deadline_s: float) -> T:
@@ -29,7 +33,7 @@ class BlockingCalls:
         calls are running already; any error of ``work``.
         """
         if self._running >= self._left_max:
-            raise Unavailable(f"{self._running} file accesses already wait for their servers")
+            raise Unavailable(f"{self._running} {self._busy}")
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[T] = loop.create_future()
 

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 
 from skep.model.container import ContainerSpec
+from skep.model.measures.queries import MetricQuery
 from skep.model.options.labels import is_stopped
 from skep.model.values.encoding import ApiObject, Float32, Uint32, Uint64, always
 from skep.model.values.ids import NetworkId, ServiceId
@@ -537,12 +538,11 @@ class PastDisconnect(ApiObject):
 
 
 class Trusted(ApiObject):
-    """Parts of a service's present and previous spec that an administrator wrote, by value.  ``urls``: of queries."""
+    """Parts of a service's present and previous spec that an administrator wrote, by value."""
 
     log_drivers: tuple[Driver, ...] = ()
-    repositories: tuple[str, ...] = ()
-    """Names of images, without tags and digests."""
-    urls: tuple[str, ...] = ()
+    repositories: tuple[str, ...] = ()  # names of images, without tags and digests
+    queries: tuple[MetricQuery, ...] = ()
 
 
 class SpecAuthor(ApiObject):

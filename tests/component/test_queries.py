@@ -2,9 +2,11 @@
 
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -13,6 +15,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.manager.queries.asking import QueryClient
 from skep.manager.queries.board import AskedQuery
+from skep.manager.queries.names import NameLookups
 from skep.model.measures.queries import BODY_BYTES_MAX, MetricQuery, QueryFailed
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node
@@ -177,3 +180,43 @@ async def test_other_nodes_are_for_urls_of_administrators_too() -> None:
     asked = AskedQuery(MetricQuery(url="http://192.0.2.1:9090"), is_trusted=False)
     with pytest.raises(QueryFailed, match="is an address of another node, which only an administrator"):
         await QueryClient(store.view).ask(asked)
+
+
+async def test_names_that_resolve_slowly_delay_no_other_work_and_no_known_name() -> None:
+    may_end = threading.Event()
+
+    def look_up(host: str, port: int, family: int) -> list[Any]:
+        if host.endswith("slow.example"):
+            may_end.wait()
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return socket.getaddrinfo("127.0.0.1", port, family=family, type=socket.SOCK_STREAM)
+
+    def slow(number: int) -> AskedQuery:
+        return AskedQuery(MetricQuery(url=f"http://{number}.slow.example"), is_trusted=False)
+
+    asking = QueryClient(MemoryStore(SystemClock()).view, names=NameLookups(look_up, lookup_s=0.2))
+    try:
+        async with a_server(text("7")) as url:
+            known = MetricQuery(url=url.replace("127.0.0.1", "known.example"))
+            assert await asking.ask(AskedQuery(known, is_trusted=True)) == 7.0
+            threads = threading.active_count()
+            for _ in range(3):
+                asked = [asking.ask(slow(number)) for number in range(40)]
+                failed = {str(one) for one in await asyncio.gather(*asked, return_exceptions=True)}
+            assert any("names already wait for their name servers: try again later" in one for one in failed)
+            assert threading.active_count() <= threads + 12
+            async with asyncio.timeout(3):
+                await asyncio.to_thread(lambda: None)
+            assert await asking.ask(AskedQuery(known, is_trusted=True)) == 7.0
+            new = MetricQuery(url=url.replace("127.0.0.1", "new.example"))
+            with pytest.raises(QueryFailed, match="try again later"):
+                await asking.ask(AskedQuery(new, is_trusted=True))
+            may_end.set()
+            async with asyncio.timeout(10):
+                while True:
+                    with suppress(QueryFailed):
+                        assert await asking.ask(AskedQuery(new, is_trusted=True)) == 7.0
+                        break
+                    await asyncio.sleep(0.01)
+    finally:
+        may_end.set()

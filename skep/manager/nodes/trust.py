@@ -1,9 +1,9 @@
 """Decides for which services nodes use their own rights to send logs to cluster machines and to log in to registries.
 
 Users below administrator may write services, but a node sends logs and pulls images from the machine's own network, and
-the leader asks queries from there.  So it matters which user chose a log driver, an image or a URL.  A service records
-the values that an administrator wrote.  These stay trusted if an operator changes something else or rolls back to them.
-An operator's value does not become trusted when an administrator changes something else.
+the leader asks queries from there.  So it matters which user chose a log driver, an image, or a query with its URL.  A
+service records the values that an administrator wrote.  These stay trusted if an operator changes something else or
+rolls back to them.  An operator's value does not become trusted when an administrator changes something else.
 """
 
 import ipaddress
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from skep.errors import InvalidArgument
 from skep.manager.cluster import known_cluster
 from skep.model.history import stack_of
-from skep.model.measures.queries import machine_urls, query_urls
+from skep.model.measures.queries import MetricQuery, is_of_machine, queries_in
 from skep.model.options.labels import allowed_repositories, allows_machine_logs
 from skep.model.permissions.access import EVERY_STACK, Role
 from skep.model.permissions.user import User
@@ -33,7 +33,7 @@ def trusted_after(view: View, service: Service | None, spec: ServiceSpec, *, by_
     kept = trusted_of(view, service) if service is not None else Trusted()
     logs = [driver for driver in _logs(spec, before) if driver in kept.log_drivers]
     repositories = [name for name in _repositories(spec, before) if name in kept.repositories]
-    urls = [url for url in dict.fromkeys(_urls(spec, before)) if url in kept.urls]
+    queries = [one for one in dict.fromkeys(_queries(spec, before)) if one in kept.queries]
     if by_admin:
         # Values that an older version wrote have no mark.  The first administrator who writes the service marks them.
         unmarked = service is not None and service.trusted is None
@@ -42,8 +42,8 @@ def trusted_after(view: View, service: Service | None, spec: ServiceSpec, *, by_
         repositories += [
             one for one in _repositories(spec) if one not in repositories and one not in _repositories(known)
         ]
-        urls += [one for one in _urls(spec) if one not in urls and one not in _urls(known)]
-    return Trusted(log_drivers=tuple(logs), repositories=tuple(repositories), urls=tuple(urls))
+        queries += [one for one in _queries(spec) if one not in queries and one not in _queries(known)]
+    return Trusted(log_drivers=tuple(logs), repositories=tuple(repositories), queries=tuple(queries))
 
 
 def trust_of(view: View, service: Service, task: Task) -> Trust:
@@ -93,8 +93,10 @@ def machine_query(spec: ServiceSpec, trusted: Trusted) -> str:
 
     The leader resolves host names and checks their addresses when it connects.
     """
-    found = machine_urls(url for url in query_urls(spec.labels) if url not in trusted.urls)
-    return f"an address of its manager's machine ({found[0]})" if found else ""
+    for query in queries_in(spec.labels):
+        if query not in trusted.queries and is_of_machine(query.url):
+            return f"an address of its manager's machine ({query.url})"
+    return ""
 
 
 def repository_of(image: str) -> str:
@@ -135,7 +137,9 @@ def trusted_of(view: View, service: Service) -> Trusted:
         return Trusted()
     both = service.spec, service.previous_spec
     return Trusted(
-        log_drivers=tuple(_logs(*both)), repositories=tuple(_repositories(*both)), urls=tuple(_urls(*both))
+        log_drivers=tuple(_logs(*both)),
+        repositories=tuple(_repositories(*both)),
+        queries=tuple(_queries(*both)),
     )
 
 
@@ -160,8 +164,8 @@ def _logs_of(template: TaskSpec) -> list[Driver]:
     return [driver] if driver is not None and (driver.name or driver.options) else []
 
 
-def _urls(*specs: ServiceSpec | None) -> list[str]:
-    return [url for spec in specs if spec is not None for url in query_urls(spec.labels)]
+def _queries(*specs: ServiceSpec | None) -> list[MetricQuery]:
+    return [query for spec in specs if spec is not None for query in queries_in(spec.labels)]
 
 
 def _repositories(*specs: ServiceSpec | None) -> list[str]:

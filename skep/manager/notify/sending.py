@@ -15,6 +15,7 @@ from urllib.parse import quote, urlsplit
 
 import aiohttp
 import msgspec
+from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from skep.aio.clock import Clock
@@ -103,14 +104,17 @@ class MessageSender:
                 raise SendFailed(f"it responded {response.status} {said}".rstrip(": "))
 
 
-def guarded_connector(guard: Guard) -> aiohttp.TCPConnector:
-    """Return a connector for one request, which connects only to addresses that ``guard`` allows."""
+def guarded_connector(guard: Guard, resolver: AbstractResolver | None = None) -> aiohttp.TCPConnector:
+    """Return a connector for one request, which connects only to addresses that ``guard`` allows.
+
+    ``resolver`` is None to look up names in the process's default threads.
+    """
 
     def allowed(info: tuple[Any, ...]) -> socket.socket:
         guard.check(str(info[4][0]))
         return socket.socket(info[0], info[1], info[2])
 
-    return aiohttp.TCPConnector(socket_factory=allowed, force_close=True)
+    return aiohttp.TCPConnector(socket_factory=allowed, force_close=True, resolver=resolver)
 
 
 def check_destination(view: View, target: Target) -> None:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Final
 
 import aiohttp
+from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from skep.linux.network.guard import Guard
 from skep.manager.notify.sending import guarded_connector, node_addresses, words_of
 from skep.manager.queries.board import AskedQuery
+from skep.manager.queries.names import NameLookups
 from skep.model.history import cut
 from skep.model.measures.queries import BODY_BYTES_MAX, QueryFailed, figure_in
 from skep.model.task_end import on_one_line
@@ -27,8 +29,11 @@ _HEADERS: Final = {"User-Agent": "skep", "Accept": "application/json, text/plain
 class QueryClient:
     """Asks queries from this manager's machine."""
 
-    def __init__(self, view: Callable[[], View], ask_s: float = ASK_S) -> None:
+    def __init__(
+        self, view: Callable[[], View], ask_s: float = ASK_S, names: AbstractResolver | None = None
+    ) -> None:
         self._view = view
+        self._names = names or NameLookups()
         self._ask_s = ask_s
 
     async def ask(self, asked: AskedQuery) -> float:
@@ -48,7 +53,9 @@ class QueryClient:
         guard = Guard(lambda: node_addresses(self._view()), is_restricted=not asked.is_trusted, rule=_RULE)
         async with (
             aiohttp.ClientSession(
-                connector=guarded_connector(guard), cookie_jar=aiohttp.DummyCookieJar(), headers=_HEADERS
+                connector=guarded_connector(guard, self._names),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers=_HEADERS,
             ) as session,
             session.get(URL(asked.query.request_url, encoded=True), allow_redirects=False) as response,
         ):

@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 from skep.aio.clock import Clock
+from skep.manager.control_loops.failures import isolated
 from skep.model.measures.queries import MetricQuery, QueryFailed
 from skep.model.measures.readings import QueryAnswer
 from skep.model.values.ids import ServiceId
@@ -31,13 +32,15 @@ AT_HOST_MAX: Final = 4
 """Most questions at one host at a time.  A Prometheus evaluates twenty queries at a time by default."""
 AT_ONCE_MAX: Final = 64
 """Most questions at a time.  Each holds a connection and at most 64 KiB."""
+UNEXPECTED: Final = "an unexpected error, which is in the journal of the leader's machine"
+"""Problem of a query whose attempt raised something else than ``QueryFailed``.  It must not end the other queries."""
 
 QueryKey = tuple[ServiceId, str]
 """A service, and the name of the measure."""
 
 
 class AskedQuery(msgspec.Struct, frozen=True):
-    """A query, and whether an administrator chose its URL."""
+    """A query, and whether an administrator wrote it."""
 
     query: MetricQuery
     is_trusted: bool
@@ -132,17 +135,21 @@ class QueryBoard:
         await self._clock.sleep(self._random.uniform(0, _FIRST_S))
         while True:
             async with host, self._slots:
-                began = self._clock.monotonic()
-                before = self.latest(key)
-                try:
-                    figure = await self._ask(asked)
-                    after = LatestAnswer(figure, began, began)
-                except QueryFailed as error:
-                    after = msgspec.structs.replace(before, asked_at=began, problem=str(error))
+                after = await self._attempt(key, asked)
             self._latest[key] = after
-            self._note(key)
+            with isolated("query", key[0]):
+                self._note(key)
             failures = failures + 1 if after.problem else 0
             await self._clock.sleep(pause_s(failures, self._random.uniform(-_JITTER, _JITTER)))
+
+    async def _attempt(self, key: QueryKey, asked: AskedQuery) -> LatestAnswer:
+        began, problem = self._clock.monotonic(), UNEXPECTED
+        with isolated("query", key[0]):
+            try:
+                return LatestAnswer(await self._ask(asked), began, began)
+            except QueryFailed as error:
+                problem = str(error) or UNEXPECTED
+        return msgspec.structs.replace(self.latest(key), asked_at=began, problem=problem)
 
 
 def pause_s(failures: int, jitter: float) -> float:

@@ -4,7 +4,7 @@ A URL is in a label, which every inspect shows, so it has no password.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import isfinite
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
@@ -16,11 +16,20 @@ from skep.model.networks.addresses import is_machine_host
 
 AUTOSCALE_PROMETHEUS: Final = "skep.autoscale.prometheus"
 """Label with the URL of the Prometheus that answers ``skep.autoscale.query``."""
+AUTOSCALE_QUERY: Final = "skep.autoscale.query"
+"""Label with an expression in PromQL, whose value is divided among the tasks."""
 AUTOSCALE_QUEUE: Final = "skep.autoscale.queue"
 """Label with the URL of a page that has a queue's length, as a number or as a field of a JSON object."""
+AUTOSCALE_QUEUE_FIELD: Final = "skep.autoscale.queue-field"
+"""Label with the path of the queue's length in a JSON object.  Without it, the page is only a number."""
 UPDATE_PROMETHEUS: Final = "skep.update.prometheus"
 """Label with the URL of the Prometheus that answers ``skep.update.query``."""
-URL_LABELS: Final = (AUTOSCALE_PROMETHEUS, AUTOSCALE_QUEUE, UPDATE_PROMETHEUS)
+UPDATE_QUERY: Final = "skep.update.query"
+"""Expression in PromQL, whose value must be within bounds at the end of each step."""
+QUERY_LABELS: Final = (
+    *(AUTOSCALE_PROMETHEUS, AUTOSCALE_QUERY, AUTOSCALE_QUEUE, AUTOSCALE_QUEUE_FIELD),
+    *(UPDATE_PROMETHEUS, UPDATE_QUERY),
+)
 
 URL_CHARACTERS_MAX: Final = 2048
 """Longest URL.  Servers refuse longer ones."""
@@ -30,6 +39,8 @@ BODY_BYTES_MAX: Final = 64 * 1024
 """Longest response that is read.  A response with one sample has a few hundred bytes."""
 _REASON_CHARACTERS_MAX: Final = 200
 """Longest reason of Prometheus that is shown."""
+_UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
+"""Errors of parsing JSON, also if it is nested too deeply or has a number of thousands of digits."""
 _FIELD: Final = re.compile(r"[A-Za-z0-9_-]{1,100}(?:\.[A-Za-z0-9_-]{1,100}){0,9}", re.ASCII)
 
 
@@ -63,9 +74,16 @@ class QueryFailed(Exception):
     """The query has no figure.  Every user of the service may see the reason."""
 
 
-def query_urls(labels: Mapping[str, str]) -> list[str]:
-    """Return the URLs of all queries in a service's labels."""
-    return [labels[name] for name in URL_LABELS if name in labels]
+def queries_in(labels: Mapping[str, str]) -> list[MetricQuery]:
+    """Return all queries in a service's labels, which may be invalid."""
+    found = []
+    for url, expression in ((AUTOSCALE_PROMETHEUS, AUTOSCALE_QUERY), (UPDATE_PROMETHEUS, UPDATE_QUERY)):
+        if url in labels:
+            found.append(MetricQuery(url=labels[url], expression=labels.get(expression, "")))
+    if AUTOSCALE_QUEUE in labels:
+        field = labels.get(AUTOSCALE_QUEUE_FIELD, "")
+        found.append(MetricQuery(url=labels[AUTOSCALE_QUEUE], field=field))
+    return found
 
 
 def checked_url(name: str, url: str) -> str:
@@ -112,9 +130,15 @@ def checked_field(name: str, text: str) -> str:
     return text
 
 
-def machine_urls(urls: Iterable[str]) -> list[str]:
-    """Return the URLs whose host is certainly an address of the machine itself or of its links, in any spelling."""
-    return [url for url in urls if is_machine_host(urlsplit(url).hostname or "")]
+def is_of_machine(url: str) -> bool:
+    """Return whether the URL's host is certainly an address of the machine itself or of its links, in any spelling.
+
+    An invalid URL has no host, and ``checked_url`` refuses it.
+    """
+    try:
+        return is_machine_host(urlsplit(url).hostname or "")
+    except ValueError:
+        return False
 
 
 def figure_in(query: MetricQuery, status: int, body: bytes) -> float:
@@ -132,7 +156,7 @@ def _sample(status: int, body: bytes) -> float:
     """
     try:
         answer = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except _UNREADABLE:
         answer = None
     if not isinstance(answer, dict) or answer.get("status") not in ("success", "error"):
         raise QueryFailed(f"it is not a Prometheus: it responded {status} without its API's JSON")
@@ -162,7 +186,7 @@ def _number_in_page(field: str, status: int, body: bytes) -> float:
         return _as_float(body.decode(errors="replace").strip())
     try:
         value: Any = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except _UNREADABLE:
         raise QueryFailed("its response is not JSON") from None
     for name in field.split("."):
         value = value.get(name) if isinstance(value, dict) else None
@@ -173,9 +197,9 @@ def _number_in_page(field: str, status: int, body: bytes) -> float:
 
 def _as_float(value: object) -> float:
     # No part of a response is shown: the author of the label may lack the right to read the page.
-    if isinstance(value, int | float):
-        return float(value)
     try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
         return float(value) if isinstance(value, str) and len(value) <= 64 else float("")
-    except ValueError:
+    except (ValueError, OverflowError):
         raise QueryFailed("its response is not a number") from None

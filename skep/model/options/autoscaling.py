@@ -17,7 +17,9 @@ from skep.model.door.routes import HTTP, has_routes, routes_of
 from skep.model.door.settings import AUTOSCALE_REQUESTS, AUTOSCALE_RPS, DOOR_MEASURES
 from skep.model.measures.queries import (
     AUTOSCALE_PROMETHEUS,
+    AUTOSCALE_QUERY,
     AUTOSCALE_QUEUE,
+    AUTOSCALE_QUEUE_FIELD,
     MetricQuery,
     checked_expression,
     checked_field,
@@ -40,12 +42,8 @@ AUTOSCALE_DOWN_AFTER: Final = "skep.autoscale.down-after"
 """Label with the time for which fewer tasks must suffice before autoscaling removes tasks."""
 AUTOSCALE_IDLE_AFTER: Final = "skep.autoscale.idle-after"
 """Label with the time without a request after which autoscaling removes the last task, if the range starts at 0."""
-AUTOSCALE_QUERY: Final = "skep.autoscale.query"
-"""Label with an expression in PromQL, whose value is divided among the tasks."""
 AUTOSCALE_QUERY_TARGET: Final = "skep.autoscale.query-target"
 """Label with the part of that value for one task."""
-AUTOSCALE_QUEUE_FIELD: Final = "skep.autoscale.queue-field"
-"""Label with the path of the queue's length in a JSON object.  Without it, the page is only a number."""
 AUTOSCALE_QUEUE_TARGET: Final = "skep.autoscale.queue-target"
 """Label with the length of the queue for one task."""
 AUTOSCALE_SCHEDULE: Final = "skep.autoscale.schedule"

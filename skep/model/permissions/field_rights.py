@@ -36,7 +36,7 @@ from skep.model.container import (
 )
 from skep.model.door.routes import HTTP_LABELS, label_class
 from skep.model.door.settings import DOOR, DOOR_LABELS
-from skep.model.measures.queries import URL_LABELS
+from skep.model.measures.queries import QUERY_LABELS
 from skep.model.network import (
     OVERLAP_LABEL,
     IPAMConfig,
@@ -205,8 +205,8 @@ SERVICE_LABELS: Final[Mapping[str, Field]] = {
         *(PUBLISH_NOT_READY, STOPPED, VOLUME_AFFINITY, FORMER_VOLUMES),
         *(f"{PUBLISH_LABEL}{option}" for option in ("affinity", "local", "proxy-protocol")),
     ),
-    # The leader asks these URLs, with the rights of whoever wrote them (``manager.nodes.trust``).
-    **dict.fromkeys(URL_LABELS, Field(Reach.CLUSTER, value_rights.anyone)),
+    # The leader asks these queries, with the rights of whoever wrote them (``manager.nodes.trust``).
+    **dict.fromkeys(QUERY_LABELS, Field(Reach.CLUSTER, value_rights.anyone)),
     # The other service has to belong to the stack.
     **dict.fromkeys((DEPENDS_ON, *AFFINITY_LABELS), Field(Reach.CLUSTER, value_rights.anyone)),
     # Above 0 for users with a role in the whole cluster.

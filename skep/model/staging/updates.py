@@ -14,7 +14,13 @@ from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.model.door.routes import has_routes
-from skep.model.measures.queries import UPDATE_PROMETHEUS, MetricQuery, checked_expression, checked_url
+from skep.model.measures.queries import (
+    UPDATE_PROMETHEUS,
+    UPDATE_QUERY,
+    MetricQuery,
+    checked_expression,
+    checked_url,
+)
 from skep.model.options.overlap import why_stop_first
 from skep.model.service import (
     EndpointSpec,
@@ -43,8 +49,6 @@ UPDATE_PROMOTE: Final = "skep.update.promote"
 MAX_ERRORS: Final = "skep.update.max-errors"
 MAX_LATENCY: Final = "skep.update.max-latency"
 """RequestBounds for HTTP requests to new tasks over the front door: failed ones, and the mean time of a response."""
-UPDATE_QUERY: Final = "skep.update.query"
-"""Expression in PromQL, whose value must be within bounds at the end of each step."""
 QUERY_MAX: Final = "skep.update.query-max"
 QUERY_MIN: Final = "skep.update.query-min"
 """The bounds of that value."""

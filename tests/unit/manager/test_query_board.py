@@ -2,13 +2,17 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from random import Random
+
+import pytest
 
 from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.queries.board import (
     AT_HOST_MAX,
     PERIOD_S,
     PERIOD_S_MAX,
+    UNEXPECTED,
     AskedQuery,
     QueryBoard,
     QueryKey,
@@ -31,13 +35,14 @@ class Rig:
 
     def __init__(self) -> None:
         self.loop = VirtualLoop()
-        self.figures: dict[str, float | None] = {}
+        self.figures: dict[str, float | Exception | None] = {}
         self.times: list[float] = []
         self.running: Counter[str] = Counter()
         self.most: Counter[str] = Counter()
         self.noted: list[QueryKey] = []
+        self.noted_by: Callable[[QueryKey], None] = self.noted.append
         clock = VirtualClock(self.loop)
-        self.board = QueryBoard(clock, Random(1), self.ask, self.noted.append)
+        self.board = QueryBoard(clock, Random(1), self.ask, lambda key: self.noted_by(key))
         self._clock = clock
 
     async def ask(self, one: AskedQuery) -> float:
@@ -54,6 +59,8 @@ class Rig:
             self.running[host] -= 1
         if (figure := self.figures.get(one.query.expression)) is None:
             raise QueryFailed("refused")
+        if isinstance(figure, Exception):
+            raise figure
         return figure
 
     def run_for(self, seconds: float) -> None:
@@ -133,4 +140,35 @@ def test_a_changed_query_has_no_answer_yet_and_one_that_is_not_wanted_is_not_ask
     rig.run_for(10 * PERIOD_S)
     assert len(rig.times) == count
     assert rig.board.answers() == {}
+    rig.close()
+
+
+@pytest.mark.parametrize("error", [OverflowError("int too large"), RecursionError(), AssertionError()])
+def test_an_unexpected_error_is_a_problem_of_its_query_only(error: Exception) -> None:
+    rig = Rig()
+    rig.figures |= {"up": 3.0, "bad": error}
+    bad = ServiceId("bad"), "query"
+    rig.board.want({KEY: asked(), bad: asked(expression="bad")})
+    rig.run_for(3 * PERIOD_S)
+    assert not rig.task.done()
+    assert rig.board.answers()[bad[0]]["query"] == QueryAnswer(problem=UNEXPECTED)
+    assert (rig.answer().valid, rig.answer().problem) == (3.0, "")
+    rig.figures["bad"] = 2.0
+    rig.run_for(2 * PERIOD_S)
+    assert rig.board.answers()[bad[0]]["query"].valid == 2.0
+    rig.close()
+
+
+def test_an_error_of_the_loop_that_is_told_ends_no_query() -> None:
+    rig = Rig()
+    rig.figures["up"] = 3.0
+
+    def fail(_: QueryKey) -> None:
+        raise ValueError
+
+    rig.noted_by = fail
+    rig.board.want({KEY: asked()})
+    rig.run_for(3 * PERIOD_S)
+    assert not rig.task.done()
+    assert rig.answer().valid == 3.0
     rig.close()

@@ -12,9 +12,12 @@ from skep.api.formats.service_form import settled
 from skep.manager.control.services import create_service, rollback_service, update_service
 from skep.manager.control.validation.new_objects import machine_rights
 from skep.manager.nodes.trust import repository_of, trust_of
+from skep.model.measures.queries import queries_in
+from skep.model.options.autoscaling import autoscaling_of
 from skep.model.options.labels import ALLOW_CREDENTIAL_HELPERS, ALLOW_MACHINE_LOGS, check_swarm_labels
 from skep.model.permissions.user import User, UserSpec
 from skep.model.service import Service, ServiceSpec
+from skep.model.staging.updates import query_bounds_of
 from skep.model.swarm import Swarm, SwarmSpec
 from skep.model.task import Trust
 from skep.model.values.ids import ClusterId, UserId, new_id
@@ -245,7 +248,7 @@ def queried(url: str, label: str = "skep.autoscale.prometheus") -> ServiceSpec:
     return replace(spec, labels={**spec.labels, **labels, label: url})
 
 
-async def test_urls_are_trusted_by_value_as_log_drivers_are():
+async def test_queries_are_trusted_by_value_as_log_drivers_are():
     cluster = Cluster("operator:shop")
     service = await cluster.create(queried(OWN_URL), by_admin=True)
     assert urls(service) == (OWN_URL,)
@@ -258,6 +261,45 @@ async def test_urls_are_trusted_by_value_as_log_drivers_are():
     assert urls(service) == (), "an administrator changes something else"
     service = await cluster.update(service, queried("http://10.0.0.1"), by_admin=True)
     assert urls(service) == ("http://10.0.0.1",)
+
+
+@pytest.mark.parametrize(
+    ("label", "changed"),
+    [
+        ("skep.autoscale.prometheus", "skep.autoscale.query"),
+        ("skep.autoscale.queue", "skep.autoscale.queue-field"),
+        ("skep.update.prometheus", "skep.update.query"),
+    ],
+)
+async def test_an_operators_other_figure_of_a_trusted_url_is_not_trusted(label, changed):
+    cluster = Cluster("operator:shop")
+    admins = queried(OWN_URL, label)
+    service = await cluster.create(admins, by_admin=True)
+    other = replace(admins, labels={**admins.labels, changed: "orders_of_another_stack"})
+    found = machine_rights(cluster.store.view(), other, service)
+    assert found == f"an address of its manager's machine ({OWN_URL})"
+    targets = {name: "7" for name in admins.labels if name.endswith(("-target", "-max"))}
+    assert targets
+    view, retargeted = cluster.store.view(), replace(admins, labels={**admins.labels, **targets})
+    assert machine_rights(view, retargeted, service) == "", "the same figure"
+    service = await cluster.update(service, other, by_admin=False)
+    assert queries_in(other.labels)[0] not in service.trusted.queries
+    service = await cluster.update(service, other, by_admin=True)
+    service = await cluster.update(service, retargeted, by_admin=False)
+    assert urls(service) == (), "nobody but the operator wrote it"
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://[::1", "http://a]b", "http://127.0.0.1:x"])
+async def test_rights_of_an_invalid_url_are_no_error(url):
+    machine_rights(Cluster("operator:shop").store.view(), queried(url))
+
+
+async def test_the_queries_that_loops_ask_are_those_that_are_trusted():
+    for label in ("skep.autoscale.prometheus", "skep.autoscale.queue", "skep.update.prometheus"):
+        labels = queried(OWN_URL, label).labels
+        scaling, bounds = autoscaling_of(labels), query_bounds_of(labels)
+        asked = [one.query for one in scaling.queries.values()] if scaling is not None else [bounds.query]
+        assert asked == queries_in(labels)
 
 
 @pytest.mark.parametrize(
@@ -283,4 +325,4 @@ async def test_addresses_of_the_machine_are_refused_to_users_below_administrator
 
 def urls(service: Service) -> tuple[str, ...]:
     assert service.trusted is not None
-    return service.trusted.urls
+    return tuple(query.url for query in service.trusted.queries)

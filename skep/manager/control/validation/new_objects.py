@@ -145,7 +145,7 @@ def machine_rights(view: View, spec: ServiceSpec, service: Service | None = None
     """Return the first value in a spec that only administrators may set, or an empty string.
 
     Args:
-        service: Service that has or gets the spec, and keeps the log driver and the URLs that an administrator
+        service: Service that has or gets the spec, and keeps the log driver and the queries that an administrator
             chose for it.  None for a new service.
     """
     template = spec.task_template

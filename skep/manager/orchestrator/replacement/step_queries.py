@@ -63,7 +63,7 @@ class StepQueries:
             service = view.lookup(Service, id)
             bounds = query_bounds_of(service.spec.labels) if service is not None else None
             if service is not None and bounds is not None:
-                is_trusted = bounds.query.url in trusted_of(view, service).urls
+                is_trusted = bounds.query in trusted_of(view, service).queries
                 wanted[id, _MEASURE] = AskedQuery(bounds.query, is_trusted)
         self._board.want(wanted)
 
