@@ -321,6 +321,9 @@ class _Rollout:
                 self._failed.append(view.lead)
             elif self._keeps_old and self._staging is not None:
                 failed = self._staging.failed(view, self._situation)
+                # A scale makes a new version, so the task that the update started the slot with is not its lead.
+                if failed is None and view.started is not None and self._has_failed(view.started):
+                    failed = view.started
                 self._failed += [failed] if failed is not None else []
             if number % STEP == 0:
                 yield
@@ -400,7 +403,9 @@ class _Rollout:
 
     def _settled_leads(self) -> list[float] | None:
         """Return when each lead has settled, or None while some have not, or do not run as a step demands."""
-        return None if self._keeps_old and not all(map(_is_ready_for_step, self._views)) else self._all_settled()
+        return (
+            None if self._keeps_old and not all(map(_is_ready_for_step, self._views)) else self._all_settled()
+        )
 
     def _all_settled(self) -> list[float] | None:
         leads = [view.started if self._keeps_old else view.lead for view in self._views]
@@ -436,7 +441,9 @@ class _Rollout:
         if best.desired_state > TaskState.RUNNING:
             yield prepared if view.stops else fill
         elif self._keeps_old and best.is_active and not self._withdrawn(best):
-            if not others:  # tasks of a replaced staged update are retired first, so that the slot never has three
+            if (
+                not others
+            ):  # tasks of a replaced staged update are retired first, so that the slot never has three
                 yield fill
         elif best not in view.serving:
             # Any of several outdated tasks may be assigned to a node before it is retired, so the successor must wait.
