@@ -22,11 +22,12 @@ from skep.manager.autoscaling.decision import (
     readings_of,
     to_zero,
 )
-from skep.manager.autoscaling.totals import proxies_in, totals_of
+from skep.manager.autoscaling.totals import totals_of
 from skep.manager.control_loops.failures import isolated
 from skep.manager.nodes.trust import trusted_of
 from skep.manager.queries.board import AskedQuery, QueryKey
 from skep.manager.services.freezes import held_by, is_held_at_commit, stack_of_service
+from skep.manager.services.routes import proxies_in
 from skep.model.door.settings import is_door
 from skep.model.measures.readings import ScalingMeasurements
 from skep.model.node import Node, NodeState
