@@ -20,6 +20,7 @@ from skep.wire import skep_pb2 as skep
 from skep.wire.client import open_channel
 from tests.support.builders import a_service, a_service_spec, a_task
 from tests.support.managers.wire_rig import MANAGER_ID, Cluster, a_session, a_worker, put
+from tests.support.store.store_transactions import eventually
 
 
 @pytest.fixture
@@ -67,12 +68,24 @@ async def test_the_response_to_a_heartbeat_names_the_tasks_and_the_next_one_is_b
         assert (await own.collect()).usages == {}
 
 
+async def a_door(cluster, *nodes: str) -> None:
+    """Run a task of the front door on ``nodes``."""
+    door = a_service("door", spec=replace(a_service_spec("door"), labels={"skep.door": "true"}))
+    tasks = [
+        a_task(f"door{number}", service=door, slot=number, node=node, state=TaskState.RUNNING)
+        for number, node in enumerate(nodes, start=1)
+    ]
+    await put(cluster, door, *tasks)
+    await eventually(lambda: door.id in cluster.dispatcher.measured.doors)
+
+
 async def test_requests_over_front_doors_of_several_nodes_are_added(cluster, tmp_path):
     here = cluster.dispatcher
     own = TaskUsages(cluster.store, NodeId(MANAGER_ID), here.measured, no_link)
     async with AsyncExitStack() as stack:
-        for number in (1, 2):
-            pair = await a_worker(cluster, tmp_path / str(number))
+        pairs = [await a_worker(cluster, tmp_path / str(number)) for number in (1, 2, 3)]
+        await a_door(cluster, *(pair.identity.node_id for pair in pairs[1:]))
+        for number, pair in zip((1000, 1, 2), pairs, strict=True):  # the first one has no proxy
             channel, session_id = await stack.enter_async_context(a_session(cluster, pair))
             call = await stack.enter_async_context(channel.stream(methods.HEARTBEATS))
             sent = skep.TaskRequests(task_id="t1", requests=10, errors=number, milliseconds=50)
@@ -89,8 +102,9 @@ async def test_requests_by_route_are_added_over_nodes_and_odd_ones_are_left_out(
     own = TaskUsages(cluster.store, NodeId(MANAGER_ID), cluster.dispatcher.measured, no_link)
     fast, odd = [0, 9, *[0] * (BUCKETS - 2)], [1]
     async with AsyncExitStack() as stack:
-        for number in (1, 2):
-            pair = await a_worker(cluster, tmp_path / str(number))
+        pairs = [await a_worker(cluster, tmp_path / str(number)) for number in (1, 2, 3)]
+        await a_door(cluster, *(pair.identity.node_id for pair in pairs[1:]))
+        for pair in pairs:  # the first one has no proxy
             channel, session_id = await stack.enter_async_context(a_session(cluster, pair))
             call = await stack.enter_async_context(channel.stream(methods.HEARTBEATS))
             sent = [
@@ -124,9 +138,22 @@ async def test_requests_of_services_are_known_by_node_and_other_managers_can_col
     cluster.dispatcher.measured.publish(answers)
     async with a_session(cluster, pair) as (channel, session_id), channel.stream(methods.HEARTBEATS) as call:
         idle = skep.ServiceRequests(service_id="web")
-        await call.send(skep.Heartbeat(session_id=session_id, service_requests=[idle]))
+        most = skep.RouteTraffic(
+            service_id="web", route="a", milliseconds=1, requests=2**64 - 1, buckets=[0] * BUCKETS
+        )
+        counted = [skep.TaskRequests(task_id="t", requests=2**64 - 1, milliseconds=2**64 - 1)] * 2
+        sent = skep.Heartbeat(
+            session_id=session_id,
+            service_requests=[idle],
+            routes=[most, most],
+            requests=counted,
+            idle=[skep.IdleService(service_id="web", milliseconds=2**64 - 1)],
+        )
+        await call.send(sent)
         await call.receive()
         own = TaskUsages(cluster.store, NodeId(MANAGER_ID), cluster.dispatcher.measured, no_link)
+        assert (await own.collect()).requests == {}, "the node has no proxy"
+        await a_door(cluster, node)
         collected = await own.collect()
         assert collected.requests == {web: {node: ServiceRequests()}}
         assert collected.answers == answers

@@ -9,6 +9,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import requests
+import structlog
 from acme import challenges, crypto_util, errors, messages
 from acme.client import ClientNetwork, ClientV2
 from cryptography import x509
@@ -38,6 +39,8 @@ from skep.model.history import cut
 from skep.model.task_end import on_one_line
 from skep.model.values.times import SECOND_NS
 from skep.security.keys import load_private_key
+
+log = structlog.get_logger(__name__)
 
 STEP_S = 60.0
 """Time limit in seconds for all requests of a step.  Authorities respond within a few."""
@@ -129,7 +132,8 @@ def renewal_window(account: AcmeAccount, pem: str) -> WindowKnown:
         return WindowKnown(
             int(at.timestamp() * SECOND_NS) if at is not None else None, client.network.retry_after_s or ASK_S
         )
-    except _FAILURES:
+    except Exception as error:  # the library computes with what the authority suggests, so anything may fail
+        log.info("authority not asked when to renew, will retry", error=_words(error))
         return WindowKnown(None, ASK_S)
 
 

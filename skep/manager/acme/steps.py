@@ -387,8 +387,9 @@ def after_step(record: HostCertificate, outcome: Outcome, now_ns: int, chance: f
     if isinstance(outcome, WindowKnown):
         return _with_window(record, outcome, now_ns)
     order = record.order
-    if order is None:
-        return record
+    if order is None:  # it was asked when to renew
+        failed = isinstance(outcome, AcmeFailed) and bool(record.pem)
+        return _with_window(record, WindowKnown(None, ASK_S), now_ns) if failed else record
     match outcome:
         case OrderOpened(url=url, challenges=challenges, dns=dns):
             opened_ns = now_ns if challenges else 0
@@ -415,7 +416,9 @@ def _with_window(record: HostCertificate, window: WindowKnown, now_ns: int) -> H
     ask_s = min(max(window.ask_after_s, ASK_S_MIN), RETRY_AFTER_S_MAX)
     return replace(
         record,
-        renew_at_ns=record.renew_at_ns if window.renew_at_ns is None else min(window.renew_at_ns, latest_ns),
+        renew_at_ns=record.renew_at_ns
+        if window.renew_at_ns is None
+        else min(max(window.renew_at_ns, 0), latest_ns),
         ask_at_ns=now_ns + _ns(ask_s),
     )
 

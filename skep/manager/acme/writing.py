@@ -17,7 +17,6 @@ from skep.manager.acme.records import (
 from skep.manager.acme.steps import (
     Outcome,
     RecordsRemoved,
-    WindowKnown,
     after_account,
     after_step,
     asked,
@@ -102,10 +101,10 @@ def note_outcome(
             present = record_in(tx, before.name)
             write_record(tx, record_id(present.name), after_step(present, outcome, now_ns, chance))
         return
-    if before is not None and isinstance(outcome, WindowKnown):
+    if before is not None and before.order is None:  # how a question ends says nothing about the account
         if tx.rely_on(Payload, record_id(before.name)) is not None:
             present = record_in(tx, before.name)
-            if present.pem == before.pem:
+            if present.pem == before.pem and present.order is None:
                 write_record(tx, record_id(present.name), after_step(present, outcome, now_ns, chance))
         return
     account = _account(tx)

@@ -22,11 +22,12 @@ from skep.manager.autoscaling.decision import (
     readings_of,
     to_zero,
 )
-from skep.manager.autoscaling.totals import proxies_in, totals_of
+from skep.manager.autoscaling.totals import totals_of
 from skep.manager.control_loops.failures import isolated
 from skep.manager.nodes.trust import trusted_of
 from skep.manager.queries.board import AskedQuery, QueryKey
 from skep.manager.services.freezes import held_by, is_held_at_commit, stack_of_service
+from skep.manager.services.routes import proxies_in
 from skep.model.door.settings import is_door
 from skep.model.measures.readings import ScalingMeasurements
 from skep.model.node import Node, NodeState
@@ -48,6 +49,8 @@ PROBLEM_AFTER_S = 60.0
 proxy that restarts reports again within twenty.
 """
 
+SET_BACK_S: Final = 24 * 3600
+"""Seconds by which a clock may be set back without an effect on schedules.  A larger step corrects a wrong date."""
 WithinQuota = Callable[[View, Service, int], tuple[int, str]]
 """Returns the most tasks, up to a number, that the quota of a service's stack allows, and why it allows no others."""
 IdleTimes = Mapping[ServiceId, float]
@@ -113,6 +116,8 @@ class AutoscalerState:
         """Times at which this leader first saw tasks of these services running, on its monotonic clock."""
         self.doors: set[ServiceId] = set()
         """Services of the front door."""
+        self._latest_s = 0
+        """Latest time of schedules, in seconds since the epoch."""
         self._problems: dict[ServiceId, tuple[str, float]] = {}
         """MeasureProblem with each service's measures at the last decision, and since when there is one."""
 
@@ -194,7 +199,7 @@ class AutoscalerState:
         scaling = autoscaling_of(service.spec.labels) if service is not None else None
         if service is None or scaling is None or id not in self.services:
             return None
-        present = scaling.at(self._clock.now_ns() // SECOND_NS)
+        present = scaling.at(self._schedule_time())
         decision = self._decide(view, service, present, found, now, idle)
         if decision.replicas is None:
             return None
@@ -206,6 +211,12 @@ class AutoscalerState:
             reason=decision.reason,
             now_ns=self._clock.now_ns(),
         )
+
+    def _schedule_time(self) -> int:
+        """Return the seconds since the epoch that schedules count: a clock that is set back undoes no entry."""
+        now_s = self._clock.now_ns() // SECOND_NS
+        self._latest_s = now_s if self._latest_s - now_s > SET_BACK_S else max(self._latest_s, now_s)
+        return self._latest_s
 
     def _decide(
         self,

@@ -3,13 +3,9 @@
 from collections.abc import Collection, Iterator
 
 from skep.manager.autoscaling.decision import Measure
-from skep.model.door.settings import is_door
 from skep.model.measures.readings import QueryAnswer, ScalingMeasurements
 from skep.model.options.autoscaling import Autoscaling
-from skep.model.service import Service
-from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId
-from skep.store.interface import View
 
 
 def totals_of(
@@ -31,16 +27,3 @@ def totals_of(
         figure = answer.valid
         problem = "" if figure is not None else answer.problem or "not answered yet"
         yield Measure(name=name, target=one.target, sum=figure or 0.0, is_total=True, problem=problem)
-
-
-def doors_in(view: View) -> frozenset[ServiceId]:
-    """Return the services whose tasks are proxies."""
-    return frozenset(service.id for service in view.find(Service) if is_door(service.spec.labels))
-
-
-def proxies_in(view: View, doors: Collection[ServiceId]) -> frozenset[NodeId]:
-    """Return the nodes on which a task of ``doors`` runs."""
-    tasks = (task for id in sorted(doors) for task in view.find(Task, service_id=id))
-    return frozenset(
-        task.node_id for task in tasks if task.is_wanted and task.status.state is TaskState.RUNNING
-    )

@@ -25,10 +25,20 @@ C = TypeVar("C")
 R = TypeVar("R")
 
 
+RECHECK_S = 0.1
+"""Pause in seconds before a recheck whose time has passed.  A decision that does not advance would otherwise be made
+again at once, and take all of the processor.
+"""
+
+
 class Recheck(msgspec.Struct, frozen=True):
-    """Decide about the object again at ``at`` (monotonic seconds)."""
+    """Decide about the object again at ``at`` (monotonic seconds), or after a pause if that time has passed."""
 
     at: float
+
+    def due_at(self, now: float) -> float:
+        """Return when to decide again, always after ``now``."""
+        return self.at if self.at > now else now + RECHECK_S
 
 
 Decision: TypeAlias = Iterable[C | Recheck | None]
@@ -135,7 +145,7 @@ class LoopDriver(Generic[K]):
             with failures.caught(name):
                 for change in decide(key):
                     if isinstance(change, Recheck):
-                        queue.add_at(key, change.at)
+                        queue.add_at(key, change.due_at(self._clock.monotonic()))
                     elif change is not None:
                         decided.append((key, change))
                     if await slices.yield_if_due():

@@ -1,5 +1,7 @@
 """Load of autoscaled services, as nodes with a session here report it.  In memory only.
 
+Only nodes on which a task of the front door runs are believed about requests over it.
+
 The response to a heartbeat names the tasks to measure, and the next heartbeat has their usage: nothing is measured or
 sent for other services.  The last report of a session counts until the session ends, which is soon after a node has
 become silent.
@@ -11,7 +13,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from skep.aio.clock import Clock, tick
 from skep.aio.time_slices import TimeSlices
 from skep.manager.control_loops.informer import run_informer
-from skep.manager.dispatcher.node_sessions.sessions import Sessions
+from skep.manager.dispatcher.node_sessions.sessions import LiveSession, Sessions
+from skep.manager.services.routes import proxies_in
+from skep.model.door.settings import is_door
 from skep.model.door.traffic import REPORTED_MAX, RouteTraffic, added
 from skep.model.measures.readings import QueryAnswer, ServiceRequests
 from skep.model.options.autoscaling import TaskUsage, autoscaling_of
@@ -54,6 +58,8 @@ class MeasuredTasks:
         self._sessions = sessions
         self._clock = clock
         self._services: set[ServiceId] = set()
+        self.doors: set[ServiceId] = set()
+        """Services of the front door."""
         self.answers: Mapping[ServiceId, Mapping[str, QueryAnswer]] = {}
         """Answers to queries.  The autoscaling of this manager sets them while it leads."""
 
@@ -70,21 +76,26 @@ class MeasuredTasks:
         return {id: usage for session in self._sessions.all() for id, usage in session.usages.items()}
 
     def requests(self) -> dict[TaskId, TaskRequests]:
-        """Return the requests of new tasks, as nodes with a session here report them."""
+        """Return the requests of new tasks, as proxies with a session here report them."""
         found: dict[TaskId, TaskRequests] = {}
-        for session in self._sessions.all():
+        for session in self._proxies():
             for id, one in session.requests.items():
                 found[id] = found.get(id, TaskRequests()) + one
         return found
 
     def routes(self) -> list[RouteTraffic]:
-        """Return the requests by route, as nodes with a session here report them."""
-        return list(added(one for session in self._sessions.all() for one in session.routes))
+        """Return the requests by route, as proxies with a session here report them."""
+        return list(added(one for session in self._proxies() for one in session.routes))
+
+    def _proxies(self) -> list[LiveSession]:
+        """Return the sessions of nodes on which a task of the front door runs."""
+        nodes = proxies_in(self._store.view(), self.doors)
+        return [session for session in self._sessions.all() if session.node_id in nodes]
 
     def service_requests(self) -> dict[ServiceId, dict[NodeId, ServiceRequests]]:
-        """Return the requests of services, as nodes with a session here report them."""
+        """Return the requests of services, as proxies with a session here report them."""
         found: defaultdict[ServiceId, dict[NodeId, ServiceRequests]] = defaultdict(dict)
-        for session in self._sessions.all():
+        for session in self._proxies():
             for id, one in session.service_requests.items():
                 found[id][session.node_id] = one
         return dict(found)
@@ -109,17 +120,23 @@ class MeasuredTasks:
         )
 
     def _on_snapshot(self, view: View) -> None:
-        self._services = {one.id for one in view.find(Service) if _is_measured(one)}
+        self._services.clear()
+        self.doors.clear()
+        for service in view.find(Service):
+            self._note(service)
 
     def _on_commit(self, commit: Commit) -> None:
         for event in commit.events:
             match event:
-                case Created(Service() as service) | Updated(_, Service() as service) if _is_measured(
-                    service
-                ):
-                    self._services.add(service.id)
-                case Updated(_, Service() as service) | Deleted(Service() as service):
+                case Created(Service() as service) | Updated(_, Service() as service):
+                    self._note(service)
+                case Deleted(Service() as service):
                     self._services.discard(service.id)
+                    self.doors.discard(service.id)
+
+    def _note(self, service: Service) -> None:
+        for found, is_one in ((self._services, _is_measured(service)), (self.doors, _is_door(service))):
+            (found.add if is_one else found.discard)(service.id)
 
     async def _work(self) -> None:
         was_any = True  # sessions may have lists of services that an earlier run knew
@@ -150,7 +167,7 @@ class MeasuredTasks:
             yield skep.TaskUsages(requests=requests_to_pb({id: requests[id] for id in ids}))
         for routes in batched(self.routes(), REPORTED_MAX):
             yield skep.TaskUsages(routes=routes_to_pb(routes))
-        for session in self._sessions.all():
+        for session in self._proxies():
             if session.service_requests:
                 counted = service_requests_to_pb(session.service_requests, session.node_id)
                 yield skep.TaskUsages(service_requests=counted)
@@ -162,3 +179,7 @@ class MeasuredTasks:
 
 def _is_measured(service: Service) -> bool:
     return service.removed_at is None and autoscaling_of(service.spec.labels) is not None
+
+
+def _is_door(service: Service) -> bool:
+    return service.removed_at is None and is_door(service.spec.labels)

@@ -321,6 +321,9 @@ class _Rollout:
                 self._failed.append(view.lead)
             elif self._keeps_old and self._staging is not None:
                 failed = self._staging.failed(view, self._situation)
+                # A scale makes a new version, so the task that the update started the slot with is not its lead.
+                if failed is None and view.started is not None and self._has_failed(view.started):
+                    failed = view.started
                 self._failed += [failed] if failed is not None else []
             if number % STEP == 0:
                 yield
@@ -344,11 +347,23 @@ class _Rollout:
         """Return the reason why the update fails, with Docker's words for failed tasks, or an empty text."""
         if self._staging is not None and (reason := self._staging.exceeded(self._situation)):
             return reason
+        return self._failed_reason() or self._query_failure()
+
+    def _query_failure(self) -> str:
+        """Return why the update fails because of its query, which says nothing if no new task runs.
+
+        A new task that is down after a tolerated failure does not delay it.
+        """
+        runs = any(serves(task) for view in self._views for task in view.current)
+        settled = self._all_settled() if runs else None
+        if self._staging is None or not self._keeps_old or settled is None:
+            return ""
+        return self._staging.query_failure(self._situation, self._begun_at(settled))
+
+    def _failed_reason(self) -> str:
+        """Return the reason why more leads failed than the ratio allows, or an empty text."""
         if not self._failed:
-            since = self._step_since()
-            if self._staging is None or since is None:
-                return ""
-            return self._staging.query_failure(self._situation, since)
+            return ""
         begun = [view for view in self._views if view.started is not None]
         total = len([view for view in self._views if view.lead is not None or view.outdated])
         if self._keeps_old:
@@ -378,7 +393,7 @@ class _Rollout:
         elif since is not None and self._staging is not None:
             if self._staging.waits_for_query(self._situation, since):
                 fails_at = self._staging.query_fails_at(self._situation, since)
-                yield from [Recheck(fails_at)] if fails_at < inf else []
+                yield from [Recheck(fails_at)] if self._now < fails_at < inf else []
             else:
                 yield self._staging.following()
         elif self._is_rollback:
@@ -387,19 +402,24 @@ class _Rollout:
             yield SetUpdateStatus(self._service, UpdateState.COMPLETED, "update completed")
 
     def _settled_leads(self) -> list[float] | None:
-        """Return when each lead has settled, or None while some have not."""
+        """Return when each lead has settled, or None while some have not, or do not run as a step demands."""
+        return (
+            None if self._keeps_old and not all(map(_is_ready_for_step, self._views)) else self._all_settled()
+        )
+
+    def _all_settled(self) -> list[float] | None:
         leads = [view.started if self._keeps_old else view.lead for view in self._views]
         found = [self._settled[lead.id] for lead in leads if lead is not None]
         settled = [at for at in found if at is not None]
-        if len(settled) < len(found) or (self._keeps_old and not all(map(_is_ready_for_step, self._views))):
-            return None
-        return settled
+        return settled if len(settled) == len(found) else None
 
     def _step_since(self) -> float | None:
         """Return since when all tasks of the present step run, or None if they do not, or there are no steps."""
         settled = self._settled_leads()
-        if not self._keeps_old or settled is None:
-            return None
+        return None if not self._keeps_old or settled is None else self._begun_at(settled)
+
+    def _begun_at(self, settled: list[float]) -> float:
+        """Return when the present step began, of which the leads have ``settled``."""
         id = self._service.id
         return max([self._seen.stepped(id), self._seen.resumed(id), *settled])
 

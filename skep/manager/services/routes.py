@@ -1,6 +1,6 @@
-"""The HTTP routes of the cluster's services, and the refusal of taken routes."""
+"""The HTTP routes of the cluster's services, the refusal of taken routes, and the nodes with proxies."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from msgspec.structs import replace
 
@@ -14,8 +14,8 @@ from skep.model.door.traffic import RouteShown, RouteTraffic, with_traffic
 from skep.model.history import stack_of
 from skep.model.network import Network
 from skep.model.service import Service, ServiceSpec
-from skep.model.task import Task
-from skep.model.values.ids import ServiceId
+from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, ServiceId
 from skep.model.values.times import Timestamp
 from skep.store.interface import View
 
@@ -105,6 +105,22 @@ def door_network(view: View) -> Network | None:
         return None
     doors = (one for one in view.find(Network) if is_door(one.spec.labels))
     return min(doors, key=lambda one: (one.created_at, one.id), default=None)
+
+
+def doors_in(view: View) -> frozenset[ServiceId]:
+    """Return the services whose tasks are proxies."""
+    return frozenset(service.id for service in view.find(Service) if is_door(service.spec.labels))
+
+
+def proxies_in(view: View, doors: Collection[ServiceId]) -> frozenset[NodeId]:
+    """Return the nodes on which a task of ``doors`` runs.
+
+    Only these nodes are believed about requests over the front door.
+    """
+    tasks = (task for id in sorted(doors) for task in view.find(Task, service_id=id))
+    return frozenset(
+        task.node_id for task in tasks if task.is_wanted and task.status.state is TaskState.RUNNING
+    )
 
 
 def _worded(refused: Mapping[str, Refusal], sees: Callable[[str], bool]) -> dict[str, Refusal]:

@@ -208,7 +208,7 @@ class Rehearsal:
             with state.failures.caught(name):
                 for change in decide(key):
                     if isinstance(change, Recheck):
-                        state.queue.add_at(key, change.at)
+                        state.queue.add_at(key, change.due_at(self.clock.monotonic()))
                     elif change is not None:
                         decided.append((key, change))
                     yield

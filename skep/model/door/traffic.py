@@ -20,6 +20,12 @@ REPORTED_MAX: Final = 200
 """Most routes in a report, which has to fit into a heartbeat.  The busiest come first."""
 ROUTE_CHARACTERS_MAX: Final = 512
 """Longest route: a host has at most 253 characters, and paths are short."""
+COUNT_MAX: Final = 10**15
+"""No door counts as many requests, or as many milliseconds of responses.  A report of more is ignored, and sums stay
+below it, so that a sum is a plausible report as well.
+"""
+SECONDS_MAX: Final = 3600.0
+"""Longest time of a report.  Nodes count over a minute."""
 
 
 class RouteTraffic(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,9 +48,20 @@ class RouteTraffic(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(
             self,
             seconds=max(self.seconds, other.seconds),
-            requests=self.requests + other.requests,
-            errors=self.errors + other.errors,
-            buckets=tuple(map(sum, zip(self.buckets, other.buckets, strict=True))),
+            requests=sum_of_counts(self.requests, other.requests),
+            errors=sum_of_counts(self.errors, other.errors),
+            buckets=tuple(map(sum_of_counts, self.buckets, other.buckets)),
+        )
+
+    @property
+    def is_plausible(self) -> bool:
+        """Return whether a node can have counted this.  Nodes are not trusted, and may report anything."""
+        return (
+            len(self.buckets) == BUCKETS
+            and 0 < self.seconds <= SECONDS_MAX
+            and all(0 <= one <= COUNT_MAX for one in (self.requests, self.errors, *self.buckets))
+            and self.route.isprintable()
+            and len(self.route) <= ROUTE_CHARACTERS_MAX
         )
 
     @property
@@ -56,6 +73,11 @@ class RouteTraffic(msgspec.Struct, frozen=True, kw_only=True):
     def error_percent(self) -> float:
         """Failed requests of a hundred."""
         return 100 * self.errors / self.requests if self.requests else 0.0
+
+
+def sum_of_counts(one: int, other: int) -> int:
+    """Return the sum of two plausible counts, which is plausible as well."""
+    return min(one + other, COUNT_MAX)
 
 
 def added(parts: Iterable[RouteTraffic]) -> Iterator[RouteTraffic]:

@@ -66,7 +66,7 @@ _LOCAL_ZONES: Final = ("localtime", "posixrules", "Factory")
 _TRIED_FROM: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """Start of the search for a due time.  Every possible date occurs in the fifty years that are searched."""
 _FIRST_WINDOW_S: Final = 3600
-"""First window, in seconds before the end, in which the last due time is searched.  The window then grows."""
+"""First window, in seconds before a guess, in which the last due time is searched.  The window then grows."""
 
 
 def stop_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
@@ -118,18 +118,26 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     def last_until(self, after_s: int, until_s: int) -> int | None:
         """Return the last due time after ``after_s`` and not after ``until_s``, or None.
 
-        The search window grows from the end, so few steps are needed even after years without a leader.
+        It takes few steps even after years without a leader, and for expressions with millions of due times.
         """
-        window_s = _FIRST_WINDOW_S
+        found = [self._last(expression, after_s, until_s) for expression in self.expressions]
+        return max((at for at in found if at is not None), default=None)
+
+    def _last(self, expression: str, after_s: int, until_s: int) -> int | None:
+        """Return the last due time of one expression.
+
+        Cronsim's search backward only guesses: near changes of the clock it may differ by hours from the search
+        forward, which decides.
+        """
+        end = datetime.fromtimestamp(until_s + 1, self.zone)
+        guess = next(CronSim(expression, end, reverse=True), None)
+        guess_s = round(guess.timestamp()) if guess is not None else after_s
+        start_s, window_s = max(after_s, min(guess_s, until_s) - 1), _FIRST_WINDOW_S
         while True:
-            start_s = max(after_s, until_s - window_s)
-            found = [
-                at
-                for expression in self.expressions
-                if (at := _last(self._times(expression, start_s), until_s)) is not None
-            ]
-            if found or start_s == after_s:
-                return max(found, default=None)
+            found = _last(self._times(expression, start_s), until_s)
+            if found is not None or start_s == after_s:
+                return found
+            start_s = max(after_s, start_s - window_s)
             window_s *= 2
 
     def _times(self, expression: str, after_s: int) -> Iterator[int]:

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.model.door.routes import has_routes
+from skep.model.door.traffic import COUNT_MAX, sum_of_counts
 from skep.model.measures.queries import (
     UPDATE_PROMETHEUS,
     UPDATE_QUERY,
@@ -123,10 +124,15 @@ class TaskRequests(msgspec.Struct, frozen=True, kw_only=True):
 
     def __add__(self, other: "TaskRequests") -> "TaskRequests":
         return TaskRequests(
-            requests=self.requests + other.requests,
-            errors=self.errors + other.errors,
-            milliseconds=self.milliseconds + other.milliseconds,
+            requests=sum_of_counts(self.requests, other.requests),
+            errors=sum_of_counts(self.errors, other.errors),
+            milliseconds=sum_of_counts(self.milliseconds, other.milliseconds),
         )
+
+    @property
+    def is_plausible(self) -> bool:
+        """Return whether a node can have counted this.  Nodes are not trusted, and may report any number."""
+        return all(0 <= one <= COUNT_MAX for one in (self.requests, self.errors, self.milliseconds))
 
 
 class RequestBounds(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from skep.model.door.traffic import BUCKETS, REPORTED_MAX, ROUTE_CHARACTERS_MAX, RouteTraffic
+from skep.model.door.traffic import COUNT_MAX, REPORTED_MAX, RouteTraffic
 from skep.model.measures.readings import QueryAnswer, ServiceRequests
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.staging.updates import TaskRequests
@@ -37,7 +37,7 @@ def requests_to_pb(requests: Mapping[TaskId, TaskRequests]) -> list[pb.TaskReque
 
 
 def requests_from_pb(messages: Iterable[pb.TaskRequests]) -> dict[TaskId, TaskRequests]:
-    """Convert requests, summed by task."""
+    """Convert requests, except implausible ones, summed by task."""
     found: dict[TaskId, TaskRequests] = {}
     for message in messages:
         one = TaskRequests(
@@ -45,7 +45,8 @@ def requests_from_pb(messages: Iterable[pb.TaskRequests]) -> dict[TaskId, TaskRe
             errors=min(message.errors, message.requests),
             milliseconds=message.milliseconds,
         )
-        found[TaskId(message.task_id)] = found.get(TaskId(message.task_id), TaskRequests()) + one
+        if one.is_plausible:
+            found[TaskId(message.task_id)] = found.get(TaskId(message.task_id), TaskRequests()) + one
     return found
 
 
@@ -65,7 +66,7 @@ def routes_to_pb(routes: Iterable[RouteTraffic]) -> list[pb.RouteTraffic]:
 
 def routes_from_pb(messages: Sequence[pb.RouteTraffic]) -> tuple[RouteTraffic, ...]:
     """Convert the routes of a report, except implausible ones."""
-    return tuple(
+    found = (
         RouteTraffic(
             service_id=ServiceId(one.service_id),
             route=one.route,
@@ -75,11 +76,8 @@ def routes_from_pb(messages: Sequence[pb.RouteTraffic]) -> tuple[RouteTraffic, .
             buckets=tuple(one.buckets),
         )
         for one in messages[:REPORTED_MAX]
-        if len(one.buckets) == BUCKETS
-        and one.milliseconds > 0
-        and one.route.isprintable()
-        and len(one.route) <= ROUTE_CHARACTERS_MAX
     )
+    return tuple(one for one in found if one.is_plausible)
 
 
 def service_requests_to_pb(
@@ -138,9 +136,9 @@ def idle_to_pb(idle: Mapping[ServiceId, float], node_id: str = "") -> list[pb.Id
 
 
 def idle_from_pb(messages: Iterable[pb.IdleService]) -> dict[NodeId, dict[ServiceId, float]]:
-    """Convert idle times, in seconds, by node and service."""
+    """Convert idle times, in seconds, by node and service.  A longer one than nodes can have counts as the longest."""
     found: dict[NodeId, dict[ServiceId, float]] = {}
     for message in messages:
         times = found.setdefault(NodeId(message.node_id), {})
-        times[ServiceId(message.service_id)] = message.milliseconds / 1000
+        times[ServiceId(message.service_id)] = min(message.milliseconds, COUNT_MAX) / 1000
     return found

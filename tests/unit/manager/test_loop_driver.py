@@ -11,7 +11,7 @@ import pytest
 from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import FailedPrecondition
 from skep.manager.control_loops.failures import LONGEST_DELAY_S, Failures
-from skep.manager.control_loops.loop_driver import Decision, LoopDriver, Recheck
+from skep.manager.control_loops.loop_driver import RECHECK_S, Decision, LoopDriver, Recheck
 from skep.manager.control_loops.work_queue import WorkQueue
 from skep.store.interface import Commit, Created, Transaction, View
 from skep.store.kinds import Payload
@@ -157,6 +157,18 @@ def test_a_recheck_is_due_at_its_time(rig: Rig) -> None:
     rig.run(decide, body)
     assert at[1:] == [pytest.approx(7.0, abs=0.01)]
     assert rig.done == {"a"}
+
+
+def test_a_recheck_in_the_past_is_made_after_a_pause(rig: Rig) -> None:
+    def decide(key: str) -> Decision[str]:
+        yield Recheck(-5.0)
+
+    async def body(state: State) -> None:
+        await rig.store.update(put, "a")
+        await asyncio.sleep(1.0)
+
+    state = rig.run(decide, body)
+    assert 1 < state.decided["a"] <= 1 + 1.0 / RECHECK_S
 
 
 @pytest.mark.parametrize("rig", [PausingVirtualClock], indirect=True)

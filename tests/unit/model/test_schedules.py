@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from time import process_time
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -144,6 +145,42 @@ def test_times_only_grow_and_none_is_passed_over_by_looking_from_between(
     assert schedule.last_until(start, now) == now
     assert schedule.last_until(start, now - 1) == found[-2]
     assert schedule.last_until(now, schedule.next_after(now) or 0) == schedule.next_after(now)
+
+
+CHANGES = st.sampled_from(
+    ["2026-03-29", "2026-10-25", "2026-03-08", "2026-11-01", "2026-04-05", "2011-12-30"]
+)
+"""Days on which a zone changes its clock.  Apia has no 30 December 2011."""
+
+
+@given(
+    zone=ZONES | st.just("Pacific/Apia"),
+    expression=EXPRESSIONS,
+    day=CHANGES,
+    minute=st.integers(-1500, 3000),
+    back_s=st.integers(1, 40 * 24 * 3600),
+)
+def test_the_last_time_is_the_last_of_all_when_clocks_change(
+    zone: str, expression: str, day: str, minute: int, back_s: int
+) -> None:
+    schedule = Schedule(expressions=(expression,), zone=UTC if zone == "UTC" else ZoneInfo(zone))
+    until = at(f"{day}T00:00Z") + 60 * minute
+    after = max(until - back_s, until - 3 * 3600 if expression.startswith("*") else 0)
+    expected, following = None, schedule.next_after(after)
+    while following is not None and following <= until:
+        expected, following = following, schedule.next_after(following)
+    assert schedule.last_until(after, until) == expected
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin"])
+@pytest.mark.parametrize("expression", ["* * * 1-4 *", "* * 1-30 1-11 *", "0 0 29 2 *", "* 0 1 1 *"])
+def test_a_last_time_months_ago_takes_no_long_search(expression: str, zone: str) -> None:
+    schedule = parsed_schedule({CRON: expression, CRON_TIME_ZONE: zone})
+    until = at("2026-12-31T23:59Z")
+    began = process_time()
+    for minute in range(20):
+        assert schedule.last_until(at("2017-01-01T00:00Z"), until - 60 * minute) is not None
+    assert process_time() - began < 0.4, "each takes below a millisecond, and took 100 of them"
 
 
 def test_the_last_of_millions_of_times_is_found() -> None:

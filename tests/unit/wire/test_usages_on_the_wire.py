@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skep.model.door.traffic import BUCKETS, COUNT_MAX, added
 from skep.model.measures.readings import QueryAnswer, ServiceRequests
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.values.ids import ServiceId, TaskId
@@ -10,7 +11,13 @@ from skep.wire import skep_pb2 as pb
 from skep.wire.convert.usages import (
     answer_from_pb,
     answers_to_pb,
+    idle_from_pb,
+    idle_to_pb,
     reported_requests_from_pb,
+    requests_from_pb,
+    requests_to_pb,
+    routes_from_pb,
+    routes_to_pb,
     service_requests_to_pb,
     usages_from_pb,
     usages_to_pb,
@@ -57,6 +64,26 @@ def test_requests_of_services_survive_the_wire_also_if_there_are_none(
 def test_absurd_requests_are_ignored() -> None:
     absurd = pb.ServiceRequests(service_id="web", in_flight_thousandths=2**63)
     assert reported_requests_from_pb([absurd]) == {}
+
+
+COUNTS = st.integers(0, 2**64 - 1) | st.integers(0, COUNT_MAX)
+
+
+@given(st.lists(st.tuples(COUNTS, COUNTS, COUNTS), max_size=5))
+def test_sums_of_whatever_nodes_report_fit_into_the_next_message(counts: list[tuple[int, int, int]]) -> None:
+    tasks = [pb.TaskRequests(task_id="t", requests=a, errors=b, milliseconds=c) for a, b, c in counts]
+    routes = [
+        pb.RouteTraffic(
+            service_id="web", route="a", milliseconds=a, requests=b, errors=c, buckets=[c] * BUCKETS
+        )
+        for a, b, c in counts
+    ]
+    idle = [pb.IdleService(service_id="web", milliseconds=a) for a, _, _ in counts]
+    requests, traffic = requests_from_pb(tasks), [*added(routes_from_pb(routes))]
+    assert requests_from_pb(requests_to_pb(requests)) == requests
+    assert routes_from_pb(routes_to_pb(traffic)) == tuple(traffic)
+    for times in idle_from_pb(idle).values():
+        idle_to_pb(times)
 
 
 @given(

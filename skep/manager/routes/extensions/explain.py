@@ -12,7 +12,6 @@ from skep.aio.time_slices import result_in_slices
 from skep.api.access.identity import identity_of
 from skep.api.access.permissions import sees
 from skep.api.http.server import Routes, json_response
-from skep.manager.autoscaling.totals import doors_in, proxies_in
 from skep.manager.control.targets import task_named
 from skep.manager.control.tasks import damage_of, is_up_to_date, known_status, with_damage
 from skep.manager.diagnosis.departures import why_it_stays
@@ -41,7 +40,7 @@ from skep.manager.scheduler.nodes.requirements import planes_of, requirements_of
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
 from skep.manager.services.freezes import held_by, stack_of_service
 from skep.manager.services.quotas import replicas_within_quota
-from skep.manager.services.routes import route_problems
+from skep.manager.services.routes import doors_in, proxies_in, route_problems
 from skep.model.measures.readings import ScalingMeasurements
 from skep.model.needs import cluster_mounts, sources_of
 from skep.model.network import Network

@@ -2,13 +2,22 @@
 
 from random import Random
 
+import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.acme.records import ACCOUNT_ID, AcmeAccount
+from skep.manager.acme.records import (
+    ACCOUNT_ID,
+    AcmeAccount,
+    HostCertificate,
+    account_in,
+    record_id,
+    record_in,
+)
 from skep.manager.acme.showing import shown_certificates
 from skep.manager.acme.state import NO_DOOR, STEP, WATCHED, CertificatesState
-from skep.manager.acme.steps import BeginOrder
+from skep.manager.acme.steps import ASK_S, AcmeFailed, BeginOrder, WindowKnown
+from skep.manager.acme.writing import note_outcome
 from skep.model.door.settings import DOOR
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId, ServiceId
@@ -49,3 +58,25 @@ async def test_a_task_of_the_door_that_starts_begins_the_orders() -> None:
     assert state.due() == BeginOrder(APP)
     [shown] = shown_certificates(store.view(), 1).certificates
     assert (shown.state.value, shown.error) == ("wanted", "")
+
+
+@pytest.mark.parametrize("is_away", [True, False])
+async def test_a_question_that_fails_is_asked_again_later_and_says_nothing_about_the_account(
+    is_away: bool,
+) -> None:
+    store, before = MemoryStore(SystemClock()), HostCertificate(name=APP, pem="pem", not_after_ns=10**19 // 2)
+    await store.update(write_record, ACCOUNT_ID, ACCOUNT)
+    await store.update(write_record, record_id(APP), before)
+    failed = AcmeFailed(reason="the authority did not respond in time", is_away=is_away, is_over=not is_away)
+    await store.update(note_outcome, ACCOUNT, before, failed, 7, 0.5)
+    assert record_in(store.view(), APP) == replace(before, ask_at_ns=7 + int(ASK_S * 10**9))
+    assert account_in(store.view()) == ACCOUNT
+
+
+async def test_a_suggested_renewal_in_an_absurd_year_can_be_stored() -> None:
+    store, before = MemoryStore(SystemClock()), HostCertificate(name=APP, pem="pem", not_after_ns=10**18)
+    await store.update(write_record, ACCOUNT_ID, ACCOUNT)
+    await store.update(write_record, record_id(APP), before)
+    for renew_at_ns in (-(10**20), 10**20):
+        await store.update(note_outcome, ACCOUNT, before, WindowKnown(renew_at_ns, 1e15), 7, 0.5)
+        assert 0 <= record_in(store.view(), APP).renew_at_ns <= before.not_after_ns

@@ -3,17 +3,26 @@
 import pytest
 from msgspec.structs import replace
 
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import PermissionDenied
-from skep.manager.autoscaling.state import Scaling, write_replicas
+from skep.manager.autoscaling.state import (
+    SET_BACK_S,
+    AutoscalerState,
+    AutoscalingCounts,
+    Quota,
+    Scaling,
+    write_replicas,
+)
 from skep.manager.control.quotas import check_quota, set_quota
 from skep.manager.control.services import rollback_service, update_service
 from skep.manager.services.quotas import replicas_within_quota
+from skep.model.measures.readings import ScalingMeasurements
 from skep.model.options.autoscaling import autoscaling_of
 from skep.model.quota import QuotaSpec
 from skep.model.service import Autoscaled, Service, ServiceSpec, UpdateState
-from skep.model.values.ids import new_id
+from skep.model.values.ids import ServiceId, new_id
 from skep.model.values.times import Timestamp
 from skep.store.level import USERS
 from skep.store.memory import MemoryCluster, MemoryStore
@@ -119,3 +128,25 @@ async def test_the_quota_of_a_stack_is_the_bound() -> None:
     with pytest.raises(PermissionDenied, match="quota"):
         await written(store, scaling(2, 8))
     assert await written(store, scaling(2, 5))
+
+
+@pytest.mark.parametrize(("back_s", "replicas"), [(120, 4), (SET_BACK_S + 120, 2)])
+async def test_a_clock_that_is_set_back_does_not_undo_an_entry_of_a_schedule(
+    back_s: int, replicas: int
+) -> None:
+    labels = {"skep.autoscale": "1..9", "skep.autoscale.schedule": "0 8 * * * 4..9; 0 20 * * * 2..2"}
+    store = await a_store(a_service("web", spec=replace(scaled_spec(3), labels=labels)))
+    loop = VirtualLoop()
+    clock = VirtualClock(loop)
+    state = AutoscalerState(store.view, clock, Quota(replicas_within_quota, check_quota), AutoscalingCounts())
+    state.start(store.view())
+    clock.wall_off_s = -(clock.now_ns() // 10**9 % 86400) + 8 * 3600 + 60  # a minute past eight
+
+    def wanted() -> int | None:
+        found = state.decide(ServiceId("web"), ScalingMeasurements(), 1000.0)
+        return found.replicas if found is not None else None
+
+    assert wanted() == 4
+    clock.wall_off_s -= back_s
+    assert wanted() == replicas
+    loop.close()

@@ -3,10 +3,12 @@
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.replacement.staging import JUDGED_S
-from skep.model.service import RestartPolicy
+from skep.model.options.autoscaling import with_replicas
+from skep.model.options.labels import PROGRESS_DEADLINE
+from skep.model.service import RestartPolicy, UpdateState
 from skep.model.task import TaskState
 from skep.model.values.times import SECOND_NS
-from tests.support.managers.rollouts import a_spec, a_world, advance, image_of, wanted
+from tests.support.managers.rollouts import a_spec, a_world, advance, image_of, message, state, wanted
 from tests.unit.manager.orchestrator.test_staged_updates import (
     ALL_AT_ONCE,
     BOUNDED,
@@ -53,3 +55,19 @@ def test_a_short_step_lasts_until_its_first_requests_have_been_judged() -> None:
     assert percent(world) == 5
     pass_time(world, 1)
     assert percent(world) == 50
+
+
+def test_a_new_task_that_hangs_since_before_a_scale_fails_the_update() -> None:
+    world = a_world(update=ALL_AT_ONCE)
+    world.update(a_canary(labels={**CANARY, PROGRESS_DEADLINE: "30s"}))
+    world.settle()
+    (hanging,) = wanted(world, "app:2")
+    world.report(hanging.id, TaskState.PREPARING)
+    world.held.add(hanging.id)
+    world.update(with_replicas(world.service.spec, 8))
+    advance(world)
+    assert counts(world) == (8, 1)
+    pass_time(world, 39)
+    assert state(world) is UpdateState.UPDATING
+    pass_time(world, 1)
+    assert f"task {hanging.id} made no progress within 40 s" in message(world)

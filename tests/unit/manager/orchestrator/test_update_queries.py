@@ -14,8 +14,10 @@ from skep.errors import InvalidArgument
 from skep.manager.control.services import update_service
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.queries.board import AskedQuery
+from skep.model.options.autoscaling import with_replicas
 from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateState
 from skep.model.staging.updates import QueryVerdict, check_staged_update, judged, query_bounds_of
+from skep.model.task import TaskState
 from skep.model.values.ids import ServiceId, new_id
 from skep.model.values.times import SECOND_NS, Timestamp
 from skep.store.interface import Transaction
@@ -141,6 +143,38 @@ def test_a_query_fails_only_while_all_tasks_of_the_step_run() -> None:
     assert state(world) is UpdateState.UPDATING, "the time begins when the task runs"
     pass_time(world, 121)
     assert state(world) is not UpdateState.UPDATING
+
+
+def test_a_tolerated_failure_does_not_hide_the_failure_of_the_query() -> None:
+    tolerant = replace(ALL_AT_ONCE, max_failure_ratio=0.5)
+    world = a_world(update=tolerant)
+    world.update(replace(a_canary(), task_template=a_spec("app:2").task_template, update_config=tolerant))
+    advance(world)
+    pass_time(world, 61)
+    answer(world, 0.0)
+    assert counts(world) == (4, 2)
+    world.report(wanted(world, "app:2")[0].id, TaskState.FAILED)
+    for _ in range(9):
+        if state(world) is UpdateState.UPDATING:
+            answer(world, 5.0)
+        world.now += 15
+        world.settle()
+    assert "because for 120 s its query returns more than 0.01" in message(world)
+
+
+@pytest.mark.parametrize("replicas", [0, 4])
+def test_the_query_of_a_canary_without_tasks_says_nothing(replicas: int) -> None:
+    world = a_world(update=ALL_AT_ONCE)
+    world.update(a_canary())
+    advance(world)
+    world.put(replace(world.service, spec=with_replicas(world.service.spec, replicas)))
+    for _ in range(3):
+        advance(world)
+    for _ in range(20):
+        pass_time(world, 15)
+        if state(world) is UpdateState.UPDATING:
+            answer(world, None, "the query returned no sample")
+    assert (state(world) is UpdateState.UPDATING) is (replicas == 0)
 
 
 async def test_the_loop_asks_the_query_of_an_update_and_continues_by_its_answer() -> None:
