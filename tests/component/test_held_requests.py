@@ -431,6 +431,39 @@ async def test_the_node_accepts_as_many_connections_as_it_can_hold_or_refuse(dir
         await until(lambda: not rig.door.held.open())
 
 
+async def test_connections_that_pass_through_the_node_have_a_bound(directory: Path) -> None:
+    async with (
+        a_door(directory, HoldLimits(passed=1)) as rig,
+        rig.tasks(ONE),
+        rig.client() as session,
+    ):
+        rig.service("web", WEB)
+        await rig.apply()
+        async with asyncio.TaskGroup() as group:
+            opened = group.create_task(session.ws_connect("/", headers={"Host": "a.example"}))
+            await until(lambda: rig.door.held.held() == ["web"])
+            rig.task("t1", "web", ONE)
+            await rig.apply()
+        async with opened.result():
+            assert rig.door.held.held() == [], "a WebSocket with a response has no place"
+            del rig.endpoints["t1"]
+            await rig.apply()
+            assert (await rig.ask("a.example/"))[0] == 503
+            assert rig.door.held.held() == ["web"], "it is woken all the same"
+
+
+async def test_a_request_for_an_unknown_service_wakes_nothing(directory: Path) -> None:
+    async with a_door(directory) as rig:
+        rig.service("web", WEB)
+        await rig.apply()
+        reader, writer = await asyncio.open_unix_connection(directory / HOLD)
+        writer.write(bytes(16) + b"GET / HTTP/1.1\r\nX-Skep-Held-For: other\r\n\r\n")
+        assert b" 503 " in await reader.readline()
+        writer.close()
+        assert rig.door.held.held() == []
+        assert not rig.door.held.opened
+
+
 def test_a_burst_waits_in_the_backlog(directory: Path) -> None:
     held = HeldRequests()
 
