@@ -33,12 +33,14 @@ RELEASED: Final = "released.sock"
 """Name of the socket where HAProxy gets them back."""
 HELD_FOR: Final = "x-skep-held-for"
 """Header with the id of the service that a held request is for."""
+UNREACHED: Final = "x-skep-unreached"
+"""Header of HAProxy's response to a held request if it has reached no task."""
 SLOTS_MIN: Final = 2
 """Fewest server lines of a backend.  An update of a single task with start-first needs two."""
 
 TRAFFIC_TABLE: Final = "skep-traffic"
 """Backend without servers, whose table counts responses by route and latency."""
-_FORM: Final = 2
+_FORM: Final = 3
 """Grows when the text changes for the same state, so that nodes reload HAProxy after an upgrade."""
 _CHALLENGES: Final = "/.well-known/acme-challenge/"
 _COMPRESSED: Final = (
@@ -246,7 +248,7 @@ def _defaults(settings: DoorSettings) -> Iterator[str]:
         text_page = page(f"This site {text} at the moment. Please try again soon.")
         yield (
             f"    http-error status {status} content-type 'text/html; charset=utf-8' string {quoted(text_page)}"
-            f"{' hdr Retry-After 5' if status == 503 else ''}"
+            f"{f' hdr Retry-After 5 hdr {UNREACHED} %[var(txn.released)]' if status == 503 else ''}"
         )
 
 
@@ -320,6 +322,11 @@ def _released(state: DoorState, directory: str) -> Iterator[str]:
     yield f"    bind unix@{directory}/{RELEASED} accept-proxy mode 600"
     yield from _routing(state, directory)
     yield f"    http-request del-header {HELD_FOR}"
+    # The node sends a request again if HAProxy itself responds with this variable, which no task can set.
+    yield "    http-request set-var(txn.released) str(yes)"
+    yield f"    http-response del-header {UNREACHED}"
+    # The frontend that got the request from its client logs it.
+    yield "    http-request set-log-level silent"
     yield "    use_backend %[var(txn.route)] if { var(txn.route) -m found }"
     yield "    default_backend no-route"
 
@@ -327,7 +334,7 @@ def _released(state: DoorState, directory: str) -> Iterator[str]:
 def _holding(backend: RouteBackend, directory: str) -> Iterator[str]:
     """Yield the backend that passes requests to the node."""
     yield f"backend hold-{backend.name}"
-    yield from _refusals(backend)
+    yield from _refusals(backend, is_held=True)
     yield f"    http-request set-header {HELD_FOR} {backend.service}"
     # The node has limits of its own, and the task's backend has the route's.
     yield "    timeout server 24h"
@@ -370,8 +377,8 @@ def _backend(backend: RouteBackend) -> Iterator[str]:
         yield f"    server {server_line(number, server, options)}"
 
 
-def _refusals(backend: RouteBackend) -> Iterator[str]:
-    """Yield the rules that respond to a request without a task."""
+def _refusals(backend: RouteBackend, *, is_held: bool = False) -> Iterator[str]:
+    """Yield the rules that respond to a request without a task.  A held request passes them once more later."""
     options = backend.options
     if options.allow:
         yield f"    http-request deny deny_status 403 unless {{ src {' '.join(options.allow)} }}"
@@ -380,7 +387,7 @@ def _refusals(backend: RouteBackend) -> Iterator[str]:
         yield "    http-request redirect scheme https code 308 unless { req.hdr(X-Forwarded-Proto) https }"
     if options.redirect not in ("", "https"):
         yield f"    http-request redirect prefix {literal(options.redirect)} code 308"
-    yield from _limits(options)
+    yield from _limits(backend, is_held=is_held)
 
 
 def server_line(number: int, server: ServerLine, options: RouteOptions) -> str:
@@ -391,13 +398,17 @@ def server_line(number: int, server: ServerLine, options: RouteOptions) -> str:
     return f"s{number} {address}:{options.port}{protocol}{weight}{'' if server.is_ready else ' disabled'}"
 
 
-def _limits(options: RouteOptions) -> Iterator[str]:
+def _limits(backend: RouteBackend, *, is_held: bool) -> Iterator[str]:
+    options, table = backend.options, backend.name
     requests, period_s = options.rate
     if requests:
-        # One entry has about 100 bytes.  A full table forgets the oldest clients.
-        yield f"    stick-table type ipv6 size 100k expire {period_s}s store http_req_rate({period_s}s)"
-        yield "    http-request track-sc0 src"
-        yield f"    http-request deny deny_status 429 if {{ sc_http_req_rate(0) gt {requests} }}"
+        unless = ""
+        if not is_held:
+            # One entry has about 100 bytes.  A full table forgets the oldest clients.
+            yield f"    stick-table type ipv6 size 100k expire {period_s}s store http_req_rate({period_s}s)"
+            unless = " unless { var(txn.released) -m found }"  # it was counted before it was held
+        yield f"    http-request track-sc0 src table {table}{unless}"
+        yield f"    http-request deny deny_status 429 if {{ sc_http_req_rate(0,{table}) gt {requests} }}"
     if options.max_body_bytes:
         yield f"    http-request deny deny_status 413 if {{ req.body_size gt {options.max_body_bytes} }}"
         # A request without a length could be of any size.

@@ -19,6 +19,7 @@ from pathlib import Path
 import structlog
 
 from skep.aio.clock import Clock, tick
+from skep.aio.failures import isolate
 from skep.dataplane.door.configuration import (
     DoorState,
     commands,
@@ -144,8 +145,10 @@ class FrontDoor:
         # In a thread, because ten thousand routes take a second.
         payload = await asyncio.to_thread(self._keys)
         state = self._state = await asyncio.to_thread(state_of, door, self._state, self._settings, payload)
-        await self.held.listen(directory)
+        self.held.apply(state, is_reached=False)
+        self.held.listen(directory)
         if state == self._applied:
+            self.held.apply(state, is_reached=True)
             return
         await asyncio.to_thread(write_files, directory, files(state, *self._seen_at))
         before, self._applied = self._applied, None
@@ -155,8 +158,10 @@ class FrontDoor:
             if any(one.is_running for one in proxies):
                 raise
             return  # it reads the files when it starts
+        finally:
+            # Also after a failure, because HAProxy may have it.  If not, requests are sent again.
+            self.held.apply(state, is_reached=True)
         self._applied = state
-        self.held.apply(state)
 
     def requests(self) -> Mapping[TaskId, TaskRequests]:
         """Return the recent requests of new tasks in staged updates."""
@@ -176,10 +181,14 @@ class FrontDoor:
             group.create_task(self.held.run(), name="held requests")
             while True:
                 await tick(self._clock, SAMPLE_S)
-                await self.count_requests()
-                await self.count_routes()
-                await self.count_service_requests()
-                await self.watch_idle()
+                # HAProxy can be any image, and write anything.  Requests are held all the same.
+                await isolate(self.count_requests(), "requests of new tasks not counted")
+                await isolate(self.count_routes(), "requests of routes not counted")
+                await isolate(self.count_service_requests(), "requests of services not counted")
+                await isolate(self.watch_idle(), "idle services not known", on_error=self._forget_idle)
+
+    def _forget_idle(self, _: Exception) -> None:
+        self._idle.forget()
 
     async def watch_idle(self) -> None:
         """Read once which services have requests."""

@@ -67,10 +67,11 @@ class DoorRig:
             held=HeldRequests(self._limits),
         )
 
-    def restart_node(self) -> None:
+    def restart_node(self, *, is_holding: bool = True) -> None:
         """Forget what HAProxy has, as a node process does that starts again."""
         self.door = self._listener()
-        self._hold()
+        if is_holding:
+            self._hold()
 
     def _hold(self) -> None:
         if self._holding is not None:
