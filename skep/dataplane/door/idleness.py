@@ -12,7 +12,7 @@ from skep.model.values.ids import ServiceId
 
 _PROCESS: Final = re.compile(r"^Pid: ([0-9]+)", re.MULTILINE)
 SERVICES_MAX: Final = 500
-"""Most services in a report, which has to fit into a heartbeat.  Services with tasks come first, then the longest idle."""
+"""Most services in a report, which has to fit into a heartbeat.  Those with tasks come first, then the longest idle."""
 READING_S_MAX: Final = 6.0
 """Seconds for which a reading counts.  HAProxy is read every five seconds."""
 
