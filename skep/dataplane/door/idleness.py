@@ -12,9 +12,7 @@ from skep.model.values.ids import ServiceId
 
 _PROCESS: Final = re.compile(r"^Pid: ([0-9]+)", re.MULTILINE)
 SERVICES_MAX: Final = 500
-"""Most services in a report, which has to fit into a heartbeat.  Those with tasks come first, and of them those that
-are idle for longest.
-"""
+"""Most services in a report, which has to fit into a heartbeat.  Those with tasks come first, then the longest idle."""
 READING_S_MAX: Final = 6.0
 """Seconds for which a reading counts.  HAProxy is read every five seconds."""
 

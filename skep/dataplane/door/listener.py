@@ -276,7 +276,7 @@ class FrontDoor:
                 if found is not None:
                     await self._run(directory, found)
                     return
-        # The counters of the new process start at 0, and those of the former one may be gone before they are read.
+        # A new process counts from 0, and the former process may end before its counters are read.
         await self._watch_idle(before)
         self._idle.expect_reload()
         await self._ask(directory / _MASTER, "reload\n")

@@ -31,6 +31,7 @@ from skep.manager.autoscaling.waking import RefusedWakes, write_wake
 from skep.manager.control.quotas import check_quota, set_quota
 from skep.manager.control.services import create_service, rollback_service, update_service
 from skep.manager.control.updates import start_service, stop_service
+from skep.manager.orchestrator.changes import RollBack, apply
 from skep.manager.services.quotas import replicas_within_quota
 from skep.model.measures.readings import ScalingMeasurements
 from skep.model.node import NodeState
@@ -313,3 +314,13 @@ async def test_a_service_that_others_need_keeps_a_task(is_first: bool) -> None:
     other = replace(a_service_spec("other"), labels={"skep.depends-on": "web=service_healthy+optional"})
     if not is_first:
         await create(other)
+
+
+async def test_a_rollback_after_a_failure_also_leaves_the_service_with_tasks() -> None:
+    before = replace(
+        a_service_spec("web", replicas=0), labels={"skep.http": "a.example", "skep.autoscale": "2..3"}
+    )
+    service = replace(a_web(0, state=UpdateState.UPDATING), previous_spec=before)
+    store = await a_store(service)
+    await store.update(apply, RollBack(store.view().get(Service, "web"), "failed"), new_id, NOW)
+    assert store.view().get(Service, "web").spec.replicas == 2
