@@ -159,9 +159,9 @@ class AutoscalerState:
             scaling = autoscaling_of(service.spec.labels) if service is not None else None
             if service is None or scaling is None or not scaling.queries or blocked(service):
                 continue
-            trusted = trusted_of(view, service).queries
+            trusted, stack = trusted_of(view, service).queries, stack_of_service(service)
             for name, one in scaling.queries.items():
-                found[id, name] = AskedQuery(one.query, one.query in trusted)
+                found[id, name] = AskedQuery(one.query, one.query in trusted, stack)
         return found
 
     def _note_task(self, task: Task) -> None:
