@@ -55,8 +55,9 @@ class StepQueries:
         for event in commit.events:
             match event:
                 case Created(Service() as service) | Updated(_, Service() as service) if _has_query(service):
-                    if isinstance(event, Updated) and _bounds(event.old) != _bounds(service):
-                        self._verdicts.pop(service.id, None)  # it is about another query, or other bounds
+                    before = event.old if isinstance(event, Updated) else None
+                    if isinstance(before, Service) and _bounds(before) != _bounds(service):
+                        self._verdicts.pop(service.id, None)  # it is about the former query or bounds
                     self._services.add(service.id)
                     self._want()
                 case Updated(_, Service() as service) | Deleted(Service() as service):
