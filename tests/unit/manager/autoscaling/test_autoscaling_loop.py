@@ -6,7 +6,14 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import PermissionDenied
-from skep.manager.autoscaling.state import Scaling, write_replicas
+from skep.manager.autoscaling.state import (
+    AutoscalerState,
+    AutoscalingCounts,
+    Quota,
+    Scaling,
+    write_problem,
+    write_replicas,
+)
 from skep.manager.control.quotas import check_quota, set_quota
 from skep.manager.control.services import rollback_service, update_service
 from skep.manager.services.quotas import replicas_within_quota
@@ -15,6 +22,7 @@ from skep.model.quota import QuotaSpec
 from skep.model.service import Autoscaled, Service, ServiceSpec, UpdateState
 from skep.model.values.ids import new_id
 from skep.model.values.times import Timestamp
+from skep.store.interface import Commit, Created, Updated
 from skep.store.level import USERS
 from skep.store.memory import MemoryCluster, MemoryStore
 from tests.support.builders import a_service, a_service_spec
@@ -119,3 +127,26 @@ async def test_the_quota_of_a_stack_is_the_bound() -> None:
     with pytest.raises(PermissionDenied, match="quota"):
         await written(store, scaling(2, 8))
     assert await written(store, scaling(2, 5))
+
+
+@pytest.mark.parametrize("sees_change", [False, True])
+async def test_a_problem_with_measures_ends_with_autoscaling(sees_change: bool) -> None:
+    problem = "queue not known: timeout"
+    scaled = replace(a_service("web", spec=scaled_spec(2)), autoscaling_problem=problem)
+    plain = replace(scaled, spec=a_service_spec("web", replicas=2))
+    store = await a_store(plain)
+    quota = Quota(lambda view, service, number: (number, ""), check_quota)
+    state = AutoscalerState(store.view, SystemClock(), quota, AutoscalingCounts())
+    if sees_change:
+        state.on_commit(Commit(1, (Created(scaled),)))
+        assert state.outdated_problems() == []
+        state.on_commit(Commit(2, (Updated(scaled, plain),)))
+    else:
+        state.start(store.view())
+    assert [one.problem for one in state.outdated_problems()] == [""]
+    for one in state.outdated_problems():
+        await store.update(write_problem, one)
+    after = store.view().get(Service, "web")
+    assert after.autoscaling_problem == ""
+    state.on_commit(Commit(3, (Updated(plain, after),)))
+    assert state.outdated_problems() == []
