@@ -1,6 +1,7 @@
 """Logs of users below the administrator reach no machine of the cluster, whatever a name resolves to."""
 
 import asyncio
+import re
 import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -195,3 +196,32 @@ async def test_a_collector_leads_the_token_nowhere_else(status: int) -> None:
         with pytest.raises(ConnectionError, match=f"failed to send event - {status}"):
             await sent(a_sink("splunk", f"127.0.0.1:{server.port}", ANYWHERE))
     assert [request.path for request in requests] == ["/services/collector/event/1.0"]
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("64:ff9b::7f00:1", "an address of this machine"),
+        ("64:ff9b::a9fe:a9fe", "a link-local address"),
+        ("64:ff9b::c633:6407", "an address of another node"),
+        ("64:ff9b:1::a9fe:a9fe", "a link-local address"),
+        ("::127.0.0.1", "an address of this machine"),
+        ("::ffff:169.254.169.254", "a link-local address"),
+        ("2002:7f00:1::", "an address of this machine"),
+        ("2001:0:c633:6407::", "an address of another node"),
+        ("fd00:ec2::254", "a cloud's metadata service"),
+        ("100.100.100.200", "a cloud's metadata service"),
+        ("168.63.129.16", "a cloud's metadata service"),
+        ("64:ff9b::a83f:8110", "a cloud's metadata service"),
+    ],
+)
+def test_addresses_that_lead_to_guarded_ones_are_refused(address: str, words: str) -> None:
+    with pytest.raises(
+        PermissionError, match=f"{re.escape(address)} is {words}, which only an administrator"
+    ):
+        Guard(lambda: {"198.51.100.7"}).check(address)
+
+
+@pytest.mark.parametrize("address", ["64:ff9b::c633:6408", "2001:db8::7", "198.51.100.8"])
+def test_addresses_behind_gateways_are_allowed(address: str) -> None:
+    Guard(lambda: {"198.51.100.7"}).check(address)

@@ -184,6 +184,21 @@ def test_the_figure_of_a_query_decides_and_a_query_that_fails_removes_no_task(se
         cluster.check_invariants()
 
 
+def test_a_failed_query_is_no_problem_of_a_service_without_autoscaling() -> None:
+    with SimulatedCluster(managers=1, workers=1, seed=1) as cluster:
+        cluster.network.figure = lambda asked, now: None
+        cluster.create(queried(1, 12, **PROMETHEUS))
+
+        def problem() -> str:
+            service = cluster.service("web")
+            assert service is not None
+            return service.autoscaling_problem
+
+        cluster.run_until(lambda: bool(problem()), within_s=180.0)
+        cluster.update("web", lambda spec: replace(spec, labels={}))
+        cluster.run_until(lambda: not problem(), within_s=3 * PERIOD_S)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_query_that_fails_keeps_neither_other_measures_nor_other_services_from_scaling(seed: int) -> None:
     with SimulatedCluster(managers=3, workers=2, seed=seed) as cluster:

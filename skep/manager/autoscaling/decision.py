@@ -44,6 +44,8 @@ yet.
 TOLERANCE = 0.1
 """Relative difference that changes nothing.  Kubernetes has the same default."""
 AT_ZERO: Final = "scaled to zero"
+_TASKS_MAX: Final = 1e9
+"""Largest number of tasks that is computed, above each range.  A quotient of two finite numbers may be infinite."""
 GROWTH_MAX = 2
 """Maximum factor by which the number grows in one step."""
 
@@ -196,7 +198,7 @@ def wanted(present: int, measure: Measure, readings: Readings) -> int:
     """Return the number of tasks by one metric, or the current one if the metric is not conclusive."""
     if present <= 0 or not (measure.known or measure.is_total):
         return present
-    at_least = measure.sum / measure.target
+    at_least = min(measure.sum / measure.target, _TASKS_MAX)
     """Number of tasks that would exactly meet the target with the usage of the measured tasks."""
     if at_least > present * (1 + TOLERANCE):
         return ceil(at_least)

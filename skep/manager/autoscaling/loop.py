@@ -102,6 +102,8 @@ class Autoscaler:
             self._counts.unknown = 0
             if self.state.services:
                 await self._scale_due()
+            if outdated := self.state.outdated_problems():
+                await self._write_problems(outdated)
             self._publish(self._board.answers())
 
     async def _scale_due(self) -> None:
@@ -121,11 +123,15 @@ class Autoscaler:
                 if (problem := self.state.due_problem(id, now)) is not None:
                     problems.append(problem)
             await slices.yield_if_due()
-        for result in await self._term.update_each(write_problem, problems) if problems else ():
-            if isinstance(result, NotLeader):
-                raise result
+        if problems:
+            await self._write_problems(problems)
         if due:
             await self._write(due)
+
+    async def _write_problems(self, problems: list[MeasureProblem]) -> None:
+        for result in await self._term.update_each(write_problem, problems):
+            if isinstance(result, NotLeader):
+                raise result
 
     async def _write(self, due: list[Scaling]) -> None:
         def scale(tx: Transaction, one: Scaling) -> bool:

@@ -120,6 +120,8 @@ class AutoscalerState:
         """Latest time of schedules, in seconds since the epoch."""
         self._problems: dict[ServiceId, tuple[str, float]] = {}
         """MeasureProblem with each service's measures at the last decision, and since when there is one."""
+        self._outdated: set[ServiceId] = set()
+        """Services that are no longer autoscaled, and still have a problem with their measures."""
 
     def start(self, view: View) -> None:
         """Start over from a snapshot."""
@@ -128,6 +130,7 @@ class AutoscalerState:
         self._running_since.clear()
         self.doors.clear()
         self._problems.clear()
+        self._outdated.clear()
         for service in view.find(Service):
             self._note_service(service)
 
@@ -139,6 +142,7 @@ class AutoscalerState:
                     self._note_service(service)
                 case Deleted(Service() as service):
                     self._forget(service.id)
+                    self._outdated.discard(service.id)
                     self.doors.discard(service.id)
                 case Created(Task() as task) | Updated(_, Task() as task):
                     self._note_task(task)
@@ -150,8 +154,11 @@ class AutoscalerState:
             self.doors.add(service.id)
         else:
             self.doors.discard(service.id)
+        self._outdated.discard(service.id)
         if service.removed_at is not None or autoscaling_of(service.spec.labels) is None:
             self._forget(service.id)
+            if service.removed_at is None and service.autoscaling_problem:
+                self._outdated.add(service.id)
         elif service.id not in self.services:
             self.services[service.id] = None
             with isolated("autoscaling", service.id):
@@ -170,9 +177,9 @@ class AutoscalerState:
             scaling = autoscaling_of(service.spec.labels) if service is not None else None
             if service is None or scaling is None or not scaling.queries or blocked(service):
                 continue
-            trusted = trusted_of(view, service).queries
+            trusted, stack = trusted_of(view, service).queries, stack_of_service(service)
             for name, one in scaling.queries.items():
-                found[id, name] = AskedQuery(one.query, one.query in trusted)
+                found[id, name] = AskedQuery(one.query, one.query in trusted, stack)
         return found
 
     def _note_task(self, task: Task) -> None:
@@ -271,6 +278,10 @@ class AutoscalerState:
         if bool(problem) is bool(service.autoscaling_problem) or (problem and now - since < PROBLEM_AFTER_S):
             return None
         return MeasureProblem(service_id=id, problem=problem)
+
+    def outdated_problems(self) -> list[MeasureProblem]:
+        """Return the changes that clear the problems of services that are no longer autoscaled."""
+        return [MeasureProblem(service_id=id, problem="") for id in sorted(self._outdated)]
 
     def note_change(self, one: Scaling) -> None:
         """Record that a change was written."""

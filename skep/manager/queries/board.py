@@ -1,7 +1,7 @@
 """Asks queries again and again, and keeps the latest answer to each.
 
 Each query has an asyncio task of its own, so a query that hangs does not delay others.  Their number at a time is
-bounded, by host and in all.  A query that fails several times is asked less often.
+bounded, by host and in all, with fair turns for stacks.  A query that fails several times is asked less often.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import msgspec
 
 from skep.aio.clock import Clock
 from skep.manager.control_loops.failures import isolated
+from skep.manager.queries.turns import Turn, Turns
 from skep.model.measures.queries import MetricQuery, QueryFailed
 from skep.model.measures.readings import QueryAnswer
 from skep.model.values.ids import ServiceId
@@ -40,10 +41,18 @@ QueryKey = tuple[ServiceId, str]
 
 
 class AskedQuery(msgspec.Struct, frozen=True):
-    """A query, and whether an administrator wrote it."""
+    """A query of a service.
+
+    Attributes:
+        is_trusted: Whether an administrator wrote it.
+        stack: The service's stack, or empty.
+        pause_s_max: Longest pause between two questions, in seconds.
+    """
 
     query: MetricQuery
     is_trusted: bool
+    stack: str = ""
+    pause_s_max: float = PERIOD_S_MAX
 
 
 Ask = Callable[[AskedQuery], Awaitable[float]]
@@ -85,8 +94,7 @@ class QueryBoard:
         self._wanted: Mapping[QueryKey, AskedQuery] = {}
         self._latest: dict[QueryKey, LatestAnswer] = {}
         self._is_changed = asyncio.Event()
-        self._slots = asyncio.Semaphore(AT_ONCE_MAX)
-        self._hosts: dict[str, asyncio.Semaphore] = {}
+        self._turns = Turns(AT_HOST_MAX, AT_ONCE_MAX)
 
     def want(self, wanted: Mapping[QueryKey, AskedQuery]) -> None:
         """Set the queries that are asked from now on.  The answers of a changed query are forgotten."""
@@ -124,23 +132,23 @@ class QueryBoard:
                     if key not in running:
                         job = group.create_task(self._keep_asking(key, asked), name=f"query of {key[0]}")
                         running[key] = asked, job
-                hosts = {asked.query.host for asked in self._wanted.values()}
-                self._hosts = {host: one for host, one in self._hosts.items() if host in hosts}
                 self._is_changed.clear()
                 await self._is_changed.wait()
 
     async def _keep_asking(self, key: QueryKey, asked: AskedQuery) -> None:
-        host = self._hosts.setdefault(asked.query.host, asyncio.Semaphore(AT_HOST_MAX))
+        turn = Turn(asked.query.host, asked.stack or key[0])
         failures = 0
         await self._clock.sleep(self._random.uniform(0, _FIRST_S))
         while True:
-            async with host, self._slots:
+            async with self._turns.take(turn):
                 after = await self._attempt(key, asked)
-            self._latest[key] = after
-            with isolated("query", key[0]):
-                self._note(key)
+            if self._wanted.get(key) == asked:  # else it was changed meanwhile, and this task ends soon
+                self._latest[key] = after
+                with isolated("query", key[0]):
+                    self._note(key)
             failures = failures + 1 if after.problem else 0
-            await self._clock.sleep(pause_s(failures, self._random.uniform(-_JITTER, _JITTER)))
+            jitter = self._random.uniform(-_JITTER, _JITTER)
+            await self._clock.sleep(pause_s(failures, jitter, asked.pause_s_max))
 
     async def _attempt(self, key: QueryKey, asked: AskedQuery) -> LatestAnswer:
         began, problem = self._clock.monotonic(), UNEXPECTED
@@ -152,7 +160,7 @@ class QueryBoard:
         return msgspec.structs.replace(self.latest(key), asked_at=began, problem=problem)
 
 
-def pause_s(failures: int, jitter: float) -> float:
+def pause_s(failures: int, jitter: float, longest_s: float = PERIOD_S_MAX) -> float:
     """Return the seconds until the next attempt."""
     doublings = min(max(0, failures - _TRIED_S), 10)  # bounded, so that the number does not overflow
-    return min(PERIOD_S * (1 << doublings), PERIOD_S_MAX) * (1 + jitter)
+    return min(PERIOD_S * (1 << doublings), longest_s) * (1 + jitter)

@@ -39,6 +39,9 @@ BODY_BYTES_MAX: Final = 64 * 1024
 """Longest response that is read.  A response with one sample has a few hundred bytes."""
 _REASON_CHARACTERS_MAX: Final = 200
 """Longest reason of Prometheus that is shown."""
+_ERROR_STATUSES: Final = (400, 404, 422, 500, 503)
+_ERROR_TYPES: Final = ("bad_data", "execution", "timeout", "canceled", "internal", "unavailable", "not_found")
+"""Errors of Prometheus, which are shown.  Source: prometheus, web/api/v1/api.go (errorType, respondError)."""
 _UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 """Errors of parsing JSON, also if it is nested too deeply or has a number of thousands of digits."""
 _FIELD: Final = re.compile(r"[A-Za-z0-9_-]{1,100}(?:\.[A-Za-z0-9_-]{1,100}){0,9}", re.ASCII)
@@ -161,8 +164,14 @@ def _sample(status: int, body: bytes) -> float:
     if not isinstance(answer, dict) or answer.get("status") not in ("success", "error"):
         raise QueryFailed(f"it is not a Prometheus: it responded {status} without its API's JSON")
     if answer["status"] == "error":
+        if status not in _ERROR_STATUSES or answer.get("errorType") not in _ERROR_TYPES:
+            raise QueryFailed(
+                f"it responded {status} with an error that is none of Prometheus, which is not shown"
+            )
         words = "".join(filter(str.isprintable, str(answer.get("error", ""))))[:_REASON_CHARACTERS_MAX]
         raise QueryFailed(f"Prometheus refused the query: {words}")
+    if status != 200:
+        raise QueryFailed(f"it responded {status}, and not 200 with a sample")
     data = answer.get("data")
     kind, result = (data.get("resultType"), data.get("result")) if isinstance(data, dict) else (None, None)
     if kind == "vector" and isinstance(result, list):

@@ -4,30 +4,35 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import pytest
 
 from sim.world.time import VirtualClock, VirtualLoop
+from skep.manager.orchestrator.replacement.step_queries import longest_pause_s
 from skep.manager.queries.board import (
     AT_HOST_MAX,
     PERIOD_S,
     PERIOD_S_MAX,
     UNEXPECTED,
     AskedQuery,
+    LatestAnswer,
     QueryBoard,
     QueryKey,
     pause_s,
 )
+from skep.manager.queries.turns import Turn, Turns
 from skep.model.measures.queries import MetricQuery, QueryFailed
 from skep.model.measures.readings import VALID_S, QueryAnswer
+from skep.model.staging.updates import QueryBounds
 from skep.model.values.ids import ServiceId
 
 WEB = ServiceId("web")
 KEY = WEB, "query"
 
 
-def asked(url: str = "http://a:9090", expression: str = "up") -> AskedQuery:
-    return AskedQuery(MetricQuery(url=url, expression=expression), is_trusted=True)
+def asked(url: str = "http://a:9090", expression: str = "up", **fields: Any) -> AskedQuery:
+    return AskedQuery(MetricQuery(url=url, expression=expression), is_trusted=True, **fields)
 
 
 class Rig:
@@ -54,7 +59,7 @@ class Rig:
             if host == "hangs":
                 await asyncio.sleep(5.0)
                 raise QueryFailed("hangs did not respond within 5 s")
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(4.9 if one.query.expression == "slow" else 0.1)
         finally:
             self.running[host] -= 1
         if (figure := self.figures.get(one.query.expression)) is None:
@@ -172,3 +177,88 @@ def test_an_error_of_the_loop_that_is_told_ends_no_query() -> None:
     assert not rig.task.done()
     assert rig.answer().valid == 3.0
     rig.close()
+
+
+@pytest.mark.parametrize("slow", [16, 60])
+def test_slow_queries_of_a_stack_keep_no_other_stack_waiting(slow: int) -> None:
+    rig = Rig()
+    rig.figures |= {"up": 3.0, "slow": 1.0}
+    others = {(ServiceId(f"s{n}"), "query"): asked(expression="slow", stack="other") for n in range(slow)}
+    rig.board.want({**others, KEY: asked(stack="shop")})
+    rig.run_for(PERIOD_S)
+    for _ in range(20):
+        rig.run_for(PERIOD_S)
+        assert rig.answer().valid == 3.0
+        assert rig.answer().age_s < PERIOD_S * 1.1 + 5.1
+    assert rig.most["a:9090"] == AT_HOST_MAX
+    rig.close()
+
+
+def test_stacks_at_a_host_alternate_and_a_cancelled_question_takes_no_turn() -> None:
+    async def run() -> list[str]:
+        turns, order = Turns(at_host=1, at_once=1), list[str]()
+
+        async def ask(stack: str) -> None:
+            async with turns.take(Turn("a", stack)):
+                order.append(stack)
+                await asyncio.sleep(0)
+
+        asked = [asyncio.create_task(ask(stack)) for stack in ("x", "x", "x", "x", "y", "y", "z")]
+        await asyncio.sleep(0)
+        asked[3].cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        await ask("x")
+        return order
+
+    assert asyncio.run(run()) == ["x", "y", "z", "x", "y", "x", "x"]
+
+
+@pytest.mark.parametrize("is_changed_back", [False, True])
+def test_an_answer_to_the_former_query_is_not_one_to_the_new_query(is_changed_back: bool) -> None:
+    loop = VirtualLoop()
+    clock = VirtualClock(loop)
+
+    async def run() -> LatestAnswer:
+        arrives = asyncio.Event()
+
+        async def ask(one: AskedQuery) -> float:
+            if one.query.expression == "new":
+                raise QueryFailed("no answer")
+            await arrives.wait()
+            return 999.0
+
+        board = QueryBoard(clock, Random(1), ask)
+        board.want({KEY: asked(expression="old")})
+        board_task = asyncio.create_task(board.run())
+        await asyncio.sleep(2.1)
+        arrives.set()
+        board.want({KEY: asked(expression="new")})
+        if is_changed_back:
+            board.want({KEY: asked(expression="old")})
+        await asyncio.sleep(0.1)
+        board_task.cancel()
+        await asyncio.gather(board_task, return_exceptions=True)
+        return board.latest(KEY)
+
+    found = loop.run_until_complete(run())
+    loop.close()
+    assert found.figure == (999.0 if is_changed_back else None)
+
+
+@pytest.mark.parametrize("wait_s", [60.0, 300.0])
+def test_a_canary_is_asked_again_soon_after_an_outage(wait_s: float) -> None:
+    longest_s = longest_pause_s(QueryBounds(asked().query, wait_s=wait_s))
+    assert longest_s <= wait_s / 6
+    rig = Rig()
+    rig.board.want({KEY: asked(pause_s_max=longest_s)})
+    rig.run_for(0.7 * wait_s)
+    assert rig.answer().problem
+    rig.figures["up"] = 0.0
+    rig.run_for(0.25 * wait_s)
+    assert not rig.answer().problem
+    rig.close()
+
+
+def test_pauses_are_not_endless_questions() -> None:
+    assert longest_pause_s(QueryBounds(asked().query, wait_s=0.0)) == 1.0
+    assert longest_pause_s(QueryBounds(asked().query, wait_s=86400.0)) == PERIOD_S

@@ -36,3 +36,26 @@ def test_no_response_raises_anything_but_a_failed_query(query: MetricQuery, body
     for status in (200, 500):
         with pytest.raises(QueryFailed):
             figure_in(query, status, body)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (500, scalar(b'"7"')),
+        (401, b'{"status":"error","errorType":"bad_data","error":"s3cr3t"}'),
+        (400, b'{"status":"error","errorType":"unauthorized","error":"s3cr3t"}'),
+        (400, b'{"status":"error","errorType":["bad_data"],"error":"s3cr3t"}'),
+        (503, b'{"status":"error","error":"s3cr3t"}'),
+    ],
+)
+def test_only_errors_of_prometheus_are_shown_and_only_successes_count(status: int, body: bytes) -> None:
+    with pytest.raises(QueryFailed) as found:
+        figure_in(PROMETHEUS, status, body)
+    assert "s3cr3t" not in str(found.value)
+    assert f"it responded {status}" in str(found.value)
+
+
+def test_an_error_of_prometheus_is_shown() -> None:
+    body = b'{"status":"error","errorType":"execution","error":"found duplicate series"}'
+    with pytest.raises(QueryFailed, match="Prometheus refused the query: found duplicate series"):
+        figure_in(PROMETHEUS, 422, body)

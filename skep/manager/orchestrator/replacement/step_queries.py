@@ -2,17 +2,23 @@
 
 from collections.abc import Callable, Iterable
 from random import Random
+from typing import Final
 
 from skep.aio.clock import Clock
 from skep.manager.nodes.trust import trusted_of
-from skep.manager.queries.board import Ask, AskedQuery, QueryBoard, QueryKey
+from skep.manager.queries.board import PERIOD_S, Ask, AskedQuery, QueryBoard, QueryKey
+from skep.model.history import stack_of
 from skep.model.service import Service
-from skep.model.staging.updates import QueryVerdict, is_undecided, judged, query_bounds_of
+from skep.model.staging.updates import QueryBounds, QueryVerdict, is_undecided, judged, query_bounds_of
 from skep.model.values.ids import ServiceId
 from skep.store.interface import Commit, Created, Deleted, Updated, View
 
 _MEASURE = "update"
 """Name of the query of an update.  A service has only one."""
+_ANSWERS_MIN: Final = 6
+"""Pauses within the time for which a query may fail, so that several answers decide about a canary."""
+_PAUSE_S_MIN: Final = 1.0
+"""Shortest pause, also if the query may fail for no time at all.  Prometheus rarely has new samples sooner."""
 
 
 class StepQueries:
@@ -49,6 +55,9 @@ class StepQueries:
         for event in commit.events:
             match event:
                 case Created(Service() as service) | Updated(_, Service() as service) if _has_query(service):
+                    before = event.old if isinstance(event, Updated) else None
+                    if isinstance(before, Service) and _bounds(before) != _bounds(service):
+                        self._verdicts.pop(service.id, None)  # it is about the former query or bounds
                     self._services.add(service.id)
                     self._want()
                 case Updated(_, Service() as service) | Deleted(Service() as service):
@@ -64,7 +73,8 @@ class StepQueries:
             bounds = query_bounds_of(service.spec.labels) if service is not None else None
             if service is not None and bounds is not None:
                 is_trusted = bounds.query in trusted_of(view, service).queries
-                wanted[id, _MEASURE] = AskedQuery(bounds.query, is_trusted)
+                stack, pause_s = stack_of(service.spec.labels), longest_pause_s(bounds)
+                wanted[id, _MEASURE] = AskedQuery(bounds.query, is_trusted, stack, pause_s)
         self._board.want(wanted)
 
     def _note_answer(self, key: QueryKey) -> None:
@@ -81,5 +91,14 @@ class StepQueries:
         return self._verdicts.get(id, QueryVerdict())
 
 
+def longest_pause_s(bounds: QueryBounds) -> float:
+    """Return the longest pause between two questions.  After an outage, the canary must not wait for the next one."""
+    return min(max(bounds.wait_s / _ANSWERS_MIN, _PAUSE_S_MIN), PERIOD_S)
+
+
+def _bounds(service: Service) -> QueryBounds | None:
+    return query_bounds_of(service.spec.labels)
+
+
 def _has_query(service: Service) -> bool:
-    return is_undecided(service) and query_bounds_of(service.spec.labels) is not None
+    return is_undecided(service) and _bounds(service) is not None

@@ -13,6 +13,7 @@ from skep.manager.autoscaling.state import (
     AutoscalingCounts,
     Quota,
     Scaling,
+    write_problem,
     write_replicas,
 )
 from skep.manager.control.quotas import check_quota, set_quota
@@ -24,6 +25,7 @@ from skep.model.quota import QuotaSpec
 from skep.model.service import Autoscaled, Service, ServiceSpec, UpdateState
 from skep.model.values.ids import ServiceId, new_id
 from skep.model.values.times import Timestamp
+from skep.store.interface import Commit, Created, Updated
 from skep.store.level import USERS
 from skep.store.memory import MemoryCluster, MemoryStore
 from tests.support.builders import a_service, a_service_spec
@@ -150,3 +152,26 @@ async def test_a_clock_that_is_set_back_does_not_undo_an_entry_of_a_schedule(
     clock.wall_off_s -= back_s
     assert wanted() == replicas
     loop.close()
+
+
+@pytest.mark.parametrize("sees_change", [False, True])
+async def test_a_problem_with_measures_ends_with_autoscaling(sees_change: bool) -> None:
+    problem = "queue not known: timeout"
+    scaled = replace(a_service("web", spec=scaled_spec(2)), autoscaling_problem=problem)
+    plain = replace(scaled, spec=a_service_spec("web", replicas=2))
+    store = await a_store(plain)
+    quota = Quota(lambda view, service, number: (number, ""), check_quota)
+    state = AutoscalerState(store.view, SystemClock(), quota, AutoscalingCounts())
+    if sees_change:
+        state.on_commit(Commit(1, (Created(scaled),)))
+        assert state.outdated_problems() == []
+        state.on_commit(Commit(2, (Updated(scaled, plain),)))
+    else:
+        state.start(store.view())
+    assert [one.problem for one in state.outdated_problems()] == [""]
+    for one in state.outdated_problems():
+        await store.update(write_problem, one)
+    after = store.view().get(Service, "web")
+    assert after.autoscaling_problem == ""
+    state.on_commit(Commit(3, (Updated(plain, after),)))
+    assert state.outdated_problems() == []

@@ -5,6 +5,7 @@ from msgspec.structs import replace
 
 from skep.manager.autoscaling.decision import Recommendations, decide, readings_of
 from skep.manager.autoscaling.totals import totals_of
+from skep.manager.diagnosis.scaling_explanations import explain_autoscaling
 from skep.model.measures.readings import VALID_S, QueryAnswer, ScalingMeasurements, ServiceRequests
 from skep.model.options.autoscaling import Autoscaling, TaskUsage, parsed_autoscaling
 from skep.model.service import Service
@@ -125,3 +126,19 @@ def test_the_measure_that_needs_the_most_tasks_decides_and_an_unknown_one_keeps_
     assert decided(4, both, replace(answered("query", QueryAnswer(figure=1.0)), usages=busy))[0] == 8
     assert decided(4, both, replace(answered("query", QueryAnswer(figure=70.0)), usages=idle))[0] == 7
     assert decided(4, both, replace(answered("query", QueryAnswer(figure=1.0)), usages=idle))[0] == 2
+
+
+def test_a_figure_beyond_any_number_of_tasks_asks_for_the_most() -> None:
+    small = parsed_autoscaling(
+        {**RANGE, "skep.autoscale.queue": "http://queue", "skep.autoscale.queue-target": "0.01"}
+    )
+    found = ScalingMeasurements(answers={a_service("web").id: {"queue": QueryAnswer(figure=1.7e308)}})
+    assert decided(6, small, found)[0] == 10
+    assert decided(10, small, found)[0] is None
+    service, tasks = a_scaled(6)
+    spec = replace(
+        service.spec,
+        labels={**RANGE, "skep.autoscale.queue": "http://q", "skep.autoscale.queue-target": "0.01"},
+    )
+    explained = explain_autoscaling(replace(service, spec=spec), tasks, found, lambda number: (number, ""))
+    assert "it needs 10" in str(explained)

@@ -13,14 +13,22 @@ from skep.api.formats.service_form import settled
 from skep.errors import InvalidArgument
 from skep.manager.control.services import update_service
 from skep.manager.orchestrator.loop import Orchestrator
+from skep.manager.orchestrator.replacement.step_queries import StepQueries
 from skep.manager.queries.board import AskedQuery
 from skep.model.options.autoscaling import with_replicas
-from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateState
+from skep.model.service import (
+    Service,
+    ServiceSpec,
+    UpdateConfig,
+    UpdateSplit,
+    UpdateState,
+    UpdateStatus,
+)
 from skep.model.staging.updates import QueryVerdict, check_staged_update, judged, query_bounds_of
 from skep.model.task import TaskState
 from skep.model.values.ids import ServiceId, new_id
 from skep.model.values.times import SECOND_NS, Timestamp
-from skep.store.interface import Transaction
+from skep.store.interface import Commit, Transaction, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.managers.rollouts import a_spec, a_world, advance, message, state, wanted
@@ -200,6 +208,32 @@ async def test_the_loop_asks_the_query_of_an_update_and_continues_by_its_answer(
         await eventually(lambda: "its query returns more than 0.01" in message_in(store, service.id))
         assert {(one.query.expression, one.is_trusted) for one in asked} == {("sum(errors)", False)}
         running.cancel()
+
+
+async def test_a_verdict_about_a_former_query_does_not_count_for_the_present_one() -> None:
+    store, clock = MemoryStore(SystemClock()), SystemClock()
+
+    async def ask(_: AskedQuery) -> float:
+        return 7.0
+
+    service = replace(
+        a_service("web", spec=a_canary(replicas=1)),
+        update_status=UpdateStatus(state=UpdateState.UPDATING, split=UpdateSplit(old=1)),
+    )
+    await store.update(lambda tx: tx.put(service))
+    queries = StepQueries(store.view, clock, Random(1), ask, lambda _: None)
+    service = store.view().get(Service, service.id)
+    queries.start([service])
+    asking = asyncio.create_task(queries.run())
+    await eventually(lambda: bool(queries.verdict(service.id).why_not))
+    scaled = replace(service, spec=replace(service.spec, name="other"))
+    queries.note(Commit(2, (Updated(service, scaled),)))
+    assert queries.verdict(service.id).why_not
+    labels = {**QUERIED, "skep.update.query": "sum(other)"}
+    other = replace(service, spec=replace(service.spec, labels=labels))
+    queries.note(Commit(3, (Updated(service, other),)))
+    assert queries.verdict(service.id) == QueryVerdict()
+    asking.cancel()
 
 
 @pytest.mark.parametrize(
