@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import count
+from math import inf
 from random import Random
 from typing import Any, Final, TypeVar
 
@@ -27,6 +28,7 @@ from skep.manager.scheduler.state import WRITTEN, SchedulerState
 from skep.manager.what_if.supposed_nodes import SupposedNodes
 from skep.manager.what_if.supposed_time import SupposedClock
 from skep.model.service import Service
+from skep.model.staging.updates import QueryVerdict
 from skep.model.task import Task, TaskState
 from skep.model.values.times import Timestamp, timestamp
 from skep.store.copied import CopiedStore
@@ -41,6 +43,8 @@ BATCH = 100
 
 SUPPOSED: Final = "supposed"
 """Beginning of the ids of objects that only the copy has."""
+_HOLDS: Final = QueryVerdict(asked_at=inf)
+"""Supposed verdict about the query of an update, which a rehearsal cannot ask."""
 
 
 class Rehearsal:
@@ -52,6 +56,7 @@ class Rehearsal:
         self.copy = CopiedStore(view, self.clock)
         random = Random(0)  # it only spreads delays
         self._orchestrator = OrchestratorState(self.copy, self.clock, random)
+        self._orchestrator.queries.unasked = _HOLDS
         self._allocator = AllocatorState(self.copy.view, self.clock, random)
         self._scheduler = SchedulerState(self.copy, self.clock, random)
         self._nodes = SupposedNodes(self.copy, self.clock)

@@ -38,6 +38,8 @@ class StepQueries:
         self._board = QueryBoard(clock, random, ask, self._note_answer)
         self._services: set[ServiceId] = set()
         self._verdicts: dict[ServiceId, QueryVerdict] = {}
+        self.unasked = QueryVerdict()
+        """Verdict about a service whose query has no answer yet."""
 
     async def run(self) -> None:
         """Ask until cancelled."""
@@ -88,7 +90,7 @@ class StepQueries:
 
     def verdict(self, id: ServiceId) -> QueryVerdict:
         """Return the verdict about a service."""
-        return self._verdicts.get(id, QueryVerdict())
+        return self._verdicts.get(id, self.unasked)
 
 
 def longest_pause_s(bounds: QueryBounds) -> float:

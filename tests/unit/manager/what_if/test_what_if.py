@@ -193,6 +193,25 @@ def test_a_staged_update_without_room_for_the_new_tasks_fails() -> None:
     assert found.failed_update.startswith("update rolled back because a new task made no progress")
 
 
+QUERY = {
+    "skep.update.prometheus": "http://prometheus:9090",
+    "skep.update.query": "sum(errors)",
+    "skep.update.query-max": "1",
+}
+
+
+@pytest.mark.parametrize("labels", [{}, QUERY])
+def test_a_canary_passes_all_its_steps_as_if_its_query_held(labels: dict[str, str]) -> None:
+    steps = {"skep.update": "canary", "skep.update.steps": "50%", "skep.update.step-time": "30s"}
+    web = a_service("web", replicas=2, reserve=Resources(memory_bytes=GIB))
+    container = replace(web.spec.task_template.container_spec, image="web:2")
+    template = replace(web.spec.task_template, container_spec=container)
+    wanted = replace(web.spec, labels={**steps, **labels}, task_template=template)
+    state = a_state(node("w1"), node("w2"), *with_tasks(web, "w1", "w2"))
+    (found,) = ask(state, lambda rehearsal: deploy(rehearsal, wanted)).services
+    assert (found.before, found.after, found.moves, found.failed_update) == (2, 2, (), "")
+
+
 def test_a_stack_brings_its_own_networks_configs_and_certificates() -> None:
     spec = a_service_spec("web", replicas=2)
     container = replace(
