@@ -15,6 +15,8 @@ import msgspec
 
 from skep.errors import InvalidArgument
 from skep.model.node import NodeSpec
+from skep.model.options.autoscaling import may_be_at_zero
+from skep.model.options.dependencies import dependencies_of
 from skep.model.options.labels import STOPPED, is_stopped
 from skep.model.quota import QuotaSpec
 from skep.model.service import PublishMode, ServiceSpec, UpdateFailureAction, UpdateOrder
@@ -178,6 +180,8 @@ def is_job(spec: ServiceSpec) -> bool:
 def _created(state: State, spec: ServiceSpec) -> Accepted | Refused:
     if (fault := rejection_of(spec)) is not None:
         return Refused(fault)
+    if _may_wait_forever(state, spec):
+        return Refused(BAD)
     if _exceeds_quota(state, None, spec):
         return Refused(FORBIDDEN)
     if _cannot_start_first(state, spec, None):
@@ -206,6 +210,8 @@ def _updated(state: State, id: ServiceId, spec: ServiceSpec, version: int) -> Ac
         return Refused(NOT_OFFERED)
     if held.version != version:
         return Refused(UNKNOWN)
+    if _may_wait_forever(state, spec):
+        return Refused(BAD)
     if _exceeds_quota(state, id, spec):
         return Refused(FORBIDDEN)
     if _cannot_start_first(state, spec, held.spec):
@@ -232,12 +238,26 @@ def _rolled_back(state: State, id: ServiceId, version: int) -> Accepted | Refuse
         return Refused(UNKNOWN)
     if held.previous is None:
         return Refused(BAD)
+    if _may_wait_forever(state, held.previous):
+        return Refused(BAD)
     if _exceeds_quota(state, id, held.previous):
         return Refused(FORBIDDEN)
     if _cannot_start_first(state, held.previous, None):
         return Refused(BAD)
     return _conflict(state, id, held.previous) or Accepted(
         ServiceState(held.previous, held.spec, 0, _next_run(held))
+    )
+
+
+def _may_wait_forever(state: State, spec: ServiceSpec) -> bool:
+    """Return whether a service needs another one that may be scaled to zero, one of them with ``spec``."""
+    specs = [held.spec for held in state.services.values() if held.spec.name != spec.name]
+    sleepy = {one.name.casefold() for one in (*specs, spec) if may_be_at_zero(one.labels)}
+    changed = spec.name.casefold()
+    return any(
+        needed.is_required and needed.key in sleepy and (one is spec or needed.key == changed)
+        for one in (*specs, spec)
+        for needed in dependencies_of(one.labels)
     )
 
 
