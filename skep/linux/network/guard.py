@@ -84,7 +84,7 @@ _METADATA = frozenset(
 
 
 def _carried(address: IPv4Address | IPv6Address) -> list[IPv4Address | IPv6Address]:
-    """Return the address, and those to which a gateway or tunnel may send what is sent to it."""
+    """Return the address, and those to which a gateway or tunnel may forward its packets."""
     if isinstance(address, IPv4Address):
         return [address]
     if address.ipv4_mapped is not None:

@@ -16,7 +16,6 @@ from skep.manager.autoscaling.state import (
     UNKNOWN,
     AutoscalerState,
     AutoscalingCounts,
-    MeasureProblem,
     Quota,
     Scaling,
     door_nodes,
@@ -100,10 +99,8 @@ class Autoscaler:
             await tick(self._clock, PERIOD_S)
             self._counts.services = len(self.state.services)
             self._counts.unknown = 0
-            if self.state.services:
+            if self.state.services or self.state.outdated_problems():
                 await self._scale_due()
-            if outdated := self.state.outdated_problems():
-                await self._write_problems(outdated)
             self._publish(self._board.answers())
 
     async def _scale_due(self) -> None:
@@ -115,7 +112,7 @@ class Autoscaler:
             else UNKNOWN
         )
         due: list[Scaling] = []
-        problems: list[MeasureProblem] = []
+        problems = self.state.outdated_problems()
         for id in sorted(self.state.services):
             with isolated("autoscaling", id):
                 if (scaling := self.state.decide(id, found, now, idle)) is not None:
@@ -123,15 +120,11 @@ class Autoscaler:
                 if (problem := self.state.due_problem(id, now)) is not None:
                     problems.append(problem)
             await slices.yield_if_due()
-        if problems:
-            await self._write_problems(problems)
-        if due:
-            await self._write(due)
-
-    async def _write_problems(self, problems: list[MeasureProblem]) -> None:
-        for result in await self._term.update_each(write_problem, problems):
+        for result in await self._term.update_each(write_problem, problems) if problems else ():
             if isinstance(result, NotLeader):
                 raise result
+        if due:
+            await self._write(due)
 
     async def _write(self, due: list[Scaling]) -> None:
         def scale(tx: Transaction, one: Scaling) -> bool:

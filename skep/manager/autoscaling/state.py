@@ -121,7 +121,7 @@ class AutoscalerState:
         self._problems: dict[ServiceId, tuple[str, float]] = {}
         """MeasureProblem with each service's measures at the last decision, and since when there is one."""
         self._outdated: set[ServiceId] = set()
-        """Services that are no longer autoscaled, and still have a problem with their measures."""
+        """Services with a problem of measures whose autoscaling was removed."""
 
     def start(self, view: View) -> None:
         """Start over from a snapshot."""
@@ -280,7 +280,7 @@ class AutoscalerState:
         return MeasureProblem(service_id=id, problem=problem)
 
     def outdated_problems(self) -> list[MeasureProblem]:
-        """Return the changes that clear the problems of services that are no longer autoscaled."""
+        """Return the changes that clear problems after autoscaling was removed."""
         return [MeasureProblem(service_id=id, problem="") for id in sorted(self._outdated)]
 
     def note_change(self, one: Scaling) -> None:

@@ -24,7 +24,7 @@ LookUp = Callable[[str, int, int], list[Any]]
 
 
 class _Kind(Enum):
-    """How the last look-up of a name ended."""
+    """Kinds of names, by the end of their last look-up."""
 
     NEW = 8
     ANSWERED = 16
@@ -32,7 +32,7 @@ class _Kind(Enum):
 
     @property
     def at_once(self) -> int:
-        """Most look-ups at a time.  Slow names have few, and cannot take those of names that are answered."""
+        """Most look-ups at a time.  Slow names have few, and take none of the others."""
         return int(self.value)
 
 
@@ -87,7 +87,7 @@ class NameLookups(AbstractResolver):
             del self._kinds[next(iter(self._kinds))]
 
     async def close(self) -> None:
-        """Keep what is known.  A connector calls this, and the next one uses the same look-ups."""
+        """Close nothing, because the next connector uses the same look-ups."""
 
 
 def _look_up(host: str, port: int, family: int) -> list[Any]:

@@ -1,7 +1,7 @@
 """Turns of queries at hosts: bounded by host and in all, and fair among stacks.
 
-A host that is asked by several stacks is often one Prometheus for all.  The slow queries of one stack must not keep
-those of another waiting, so a free place is for the stack that has the fewest there.
+Several stacks often share a Prometheus.  A stack with few questions there is asked first, so that slow queries of other
+stacks do not delay it.
 """
 
 import asyncio

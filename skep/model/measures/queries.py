@@ -40,8 +40,9 @@ BODY_BYTES_MAX: Final = 64 * 1024
 _REASON_CHARACTERS_MAX: Final = 200
 """Longest reason of Prometheus that is shown."""
 _ERROR_STATUSES: Final = (400, 404, 422, 500, 503)
+"""Statuses of Prometheus' errors.  Source: prometheus, web/api/v1/api.go (respondError)."""
 _ERROR_TYPES: Final = ("bad_data", "execution", "timeout", "canceled", "internal", "unavailable", "not_found")
-"""Errors of Prometheus, which are shown.  Source: prometheus, web/api/v1/api.go (errorType, respondError)."""
+"""Errors of Prometheus, which are shown.  Source: prometheus, web/api/v1/api.go (errorType)."""
 _UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 """Errors of parsing JSON, also if it is nested too deeply or has a number of thousands of digits."""
 _FIELD: Final = re.compile(r"[A-Za-z0-9_-]{1,100}(?:\.[A-Za-z0-9_-]{1,100}){0,9}", re.ASCII)
