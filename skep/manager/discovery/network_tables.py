@@ -404,6 +404,9 @@ class TableBuilder:
         for network_id in stale.networks:
             with isolated("table", network_id):
                 self._refresh_network(network_id, stale, changed)
+        # A new front door marks the services with routes.
+        stale.services |= self._stale.services
+        self._stale.services.clear()
         for network_id in stale.heads:
             with isolated("head of a table", network_id):
                 self._refresh_head(network_id, changed)
