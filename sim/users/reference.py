@@ -250,7 +250,7 @@ def _rolled_back(state: State, id: ServiceId, version: int) -> Accepted | Refuse
 
 
 def _may_wait_forever(state: State, spec: ServiceSpec) -> bool:
-    """Return whether a service needs another one that may be scaled to zero, one of them with ``spec``."""
+    """Return whether a service, ``spec`` or another, needs a service that may be scaled to zero."""
     specs = [held.spec for held in state.services.values() if held.spec.name != spec.name]
     sleepy = {one.name.casefold() for one in (*specs, spec) if may_be_at_zero(one.labels)}
     changed = spec.name.casefold()
