@@ -9,7 +9,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest -q
 # Most tests wait for something most of the time. Files stay whole: their tests share a cluster. Their order is that of
 # tests/support/harness/order.py.
-WORKERS ?= 3
+WORKERS ?= 4
 BESIDE_EACH_OTHER = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # What a busy machine did not do in time, and any failure of real processes, is tried once more; the first failure is shown at the
 # end (decisions 29 and 80).
