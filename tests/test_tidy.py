@@ -37,8 +37,6 @@ MODULES_MAX = 15
 SMALL_LINES = 80
 """A file with fewer lines that only one other file imports is part of that file, unless it is in ``SEPARATE``."""
 SEPARATE = {
-    "skep/manager/queries/asking.py": "needs the network, while the simulation runs the board",
-    "skep/agent/session/wakes.py": "its importer has no lines left",
     "skep/cli/stack/stack_stops.py": "its importer has no lines left",
     "skep/dataplane/failover/hook_guard.py": "a program of its own",
     "skep/linux/without_links.py": "a program of its own",
