@@ -14,7 +14,7 @@ import msgspec
 
 from skep.aio.clock import Clock
 from skep.manager.control_loops.failures import isolated
-from skep.manager.queries.turns import Turn, Turns
+from skep.manager.queries.turns import QueryTurns, Turn
 from skep.model.measures.queries import MetricQuery, QueryFailed
 from skep.model.measures.readings import QueryAnswer
 from skep.model.values.ids import ServiceId
@@ -94,7 +94,7 @@ class QueryBoard:
         self._wanted: Mapping[QueryKey, AskedQuery] = {}
         self._latest: dict[QueryKey, LatestAnswer] = {}
         self._is_changed = asyncio.Event()
-        self._turns = Turns(AT_HOST_MAX, AT_ONCE_MAX)
+        self._turns = QueryTurns(AT_HOST_MAX, AT_ONCE_MAX)
 
     def want(self, wanted: Mapping[QueryKey, AskedQuery]) -> None:
         """Set the queries that are asked from now on.  The answers of a changed query are forgotten."""

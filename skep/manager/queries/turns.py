@@ -19,7 +19,7 @@ class Turn(msgspec.Struct, frozen=True):
     stack: str
 
 
-class Turns:
+class QueryTurns:
     """Places for questions, ``at_host`` at each host and ``at_once`` in all."""
 
     def __init__(self, at_host: int, at_once: int) -> None:

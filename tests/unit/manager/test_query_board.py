@@ -21,7 +21,7 @@ from skep.manager.queries.board import (
     QueryKey,
     pause_s,
 )
-from skep.manager.queries.turns import Turn, Turns
+from skep.manager.queries.turns import QueryTurns, Turn
 from skep.model.measures.queries import MetricQuery, QueryFailed
 from skep.model.measures.readings import VALID_S, QueryAnswer
 from skep.model.staging.updates import QueryBounds
@@ -196,7 +196,7 @@ def test_slow_queries_of_a_stack_keep_no_other_stack_waiting(slow: int) -> None:
 
 def test_stacks_at_a_host_alternate_and_a_cancelled_question_takes_no_turn() -> None:
     async def run() -> list[str]:
-        turns, order = Turns(at_host=1, at_once=1), list[str]()
+        turns, order = QueryTurns(at_host=1, at_once=1), list[str]()
 
         async def ask(stack: str) -> None:
             async with turns.take(Turn("a", stack)):
