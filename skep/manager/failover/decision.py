@@ -115,9 +115,7 @@ def decide(
 ) -> Decision:
     """Return the changes that are due.  ``seen`` has every address with a holder."""
     load = Counter(one.node_id for one in record.addresses if one.node_id)
-    silent = {
-        one.node_id for one in record.addresses if one.node_id and now - seen[one.address].at >= LEASE_S
-    }
+    silent = {one.node_id for one in record.addresses if one.node_id and _is_over(seen[one.address], now)}
     changes: list[HolderChange] = []
     looks: list[float] = []
     for one in record.addresses:
@@ -133,11 +131,16 @@ def decide(
         if change is not None:
             changes.append(change)
             load[change.node_id] += bool(change.node_id)
-        elif one.node_id and seen[one.address].at + LEASE_S > now:
+        elif one.node_id and not _is_over(seen[one.address], now):
             looks.append(seen[one.address].at + LEASE_S)
         elif not best and any(waits.values()):
             looks.append(now + min(filter(None, waits.values())))
     return Decision(tuple(changes), min(looks, default=None))
+
+
+def _is_over(seen: Seen, now: float) -> bool:
+    """Return whether the lease is over.  Only one comparison decides, so that no rounding is between it and a look."""
+    return now >= seen.at + LEASE_S
 
 
 def _change(
@@ -148,7 +151,7 @@ def _change(
         if one.is_removed:
             return HolderChange(address=one.address, epoch=one.epoch)
         return HolderChange(address=one.address, epoch=one.epoch, node_id=best) if best else None
-    if now - seen.at >= LEASE_S:
+    if _is_over(seen, now):
         if not best and not one.is_removed:
             return None  # it renews once it can, and no other node could do more
         return HolderChange(

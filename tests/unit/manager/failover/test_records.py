@@ -3,6 +3,8 @@
 from ipaddress import ip_network
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
@@ -252,3 +254,14 @@ def test_reasons_name_the_next_step() -> None:
     paused = DoorNodes({ONE: ()}, frozenset({ONE}))
     assert why_unheld(one, paused, {}) == "all nodes with the front door are paused: activate one"
     assert why_unheld(one, DoorNodes({ONE: ()}), {ONE: "w1"}) == "w1: its interface is down"
+
+
+@given(st.floats(0.0, 1e6))
+def test_a_look_at_the_end_of_a_lease_finds_it_over(at: float) -> None:
+    one = FailoverAddress(address=ADDRESS, prefix=24, node_id=ONE, epoch=1, is_leaving=True, is_removed=True)
+    record, seen = FailoverAddresses(addresses=(one,)), {ADDRESS: Seen(1, Renewals(), at)}
+    first = decide(record, seen, ANY, at, 0)
+    assert not first.changes
+    assert first.look_at is not None
+    (change,) = decide(record, seen, ANY, first.look_at, 0).changes
+    assert change.is_over
