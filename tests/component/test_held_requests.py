@@ -5,6 +5,7 @@ import json
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -159,11 +160,15 @@ async def test_a_reload_without_a_request_keeps_the_idle_time(directory: Path) -
         await rig.door.watch_idle()
         assert rig.door.idle()[ServiceId("web")] < 0.1
         await until_idle(rig)
+        asked_at = time.monotonic()
         await rig.ask("a.example/")
         rig.service("again", {"skep.http": "again.example"})
         await rig.apply()
         await rig.door.watch_idle()
-        assert rig.door.idle()[ServiceId("web")] < 0.2, "the former process had one right before the reload"
+        since_s = time.monotonic() - asked_at
+        assert rig.door.idle()[ServiceId("web")] <= since_s, (
+            "the former process had one right before the reload"
+        )
 
 
 async def test_requests_without_a_task_do_not_keep_a_service_from_being_idle(directory: Path) -> None:
@@ -407,9 +412,11 @@ async def test_malformed_statistics_end_no_held_request(
 
         async def cut(path: Path, request: str, bytes_max: int = 1 << 20) -> str:
             nonlocal asks
-            asks += request.startswith("show stat more")
             text = await ask(path, request, bytes_max)
-            return text[: text.rindex("BACKEND") + 9] if request.startswith("show stat more") else text
+            if not request.startswith("show info;show stat"):
+                return text
+            asks += 1
+            return text[: text.rindex("BACKEND") + 9]
 
         monkeypatch.setattr(rig.door, "_ask", cut)
         run = asyncio.create_task(rig.door.run())
