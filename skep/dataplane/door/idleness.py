@@ -1,6 +1,5 @@
 """Finds out for how long services had no request at this node's front door, from HAProxy's statistics.  Pure."""
 
-import csv
 import re
 from collections.abc import Iterable, Mapping
 from typing import Final
@@ -8,6 +7,7 @@ from typing import Final
 import msgspec
 
 from skep.dataplane.door.configuration import DoorState
+from skep.dataplane.door.statistics import number, stat_rows
 from skep.model.values.ids import ServiceId
 
 _PROCESS: Final = re.compile(r"^Pid: ([0-9]+)", re.MULTILINE)
@@ -85,23 +85,14 @@ def added_counters(texts: Iterable[str], services: Iterable[ServiceId]) -> dict[
     found = {id: BackendCounters() for id in services}
     for text in texts:
         process = named[1] if (named := _PROCESS.search(text)) is not None else ""
-        columns: list[str] = []
-        for row in csv.reader(text.splitlines()):
-            if row and row[0].startswith("# "):
-                columns = [row[0].removeprefix("# "), *row[1:]]
-            elif row and columns:
-                one = dict(zip(columns, row, strict=False))
-                id = ServiceId(one["pxname"].rpartition("-")[0])
-                if id in found:
-                    reached = _number(one.get("connect")) + _number(one.get("reuse"))
-                    found[id] += BackendCounters(
-                        _number(one.get("scur")), 0, {process: reached}, _number(one.get("act"))
-                    )
+        for one in stat_rows(text):
+            id = ServiceId(one["pxname"].rpartition("-")[0])
+            if id in found:
+                reached = number(one.get("connect")) + number(one.get("reuse"))
+                found[id] += BackendCounters(
+                    number(one.get("scur")), 0, {process: reached}, number(one.get("act"))
+                )
     return found
-
-
-def _number(text: str | None) -> int:
-    return int(text) if text and text.isdigit() else 0
 
 
 class IdleWatch:

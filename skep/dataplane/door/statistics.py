@@ -56,24 +56,35 @@ def counters_of(text: str, lines: Mapping[Line, str]) -> Iterator[tuple[Line, Li
 
     Source: HAProxy, Management Guide, "CSV format".
     """
-    for row in csv.DictReader(text.lstrip("# ").splitlines()):
+    for row in stat_rows(text):
         line = row.get("pxname") or "", row.get("svname") or ""
         if line not in lines:
             continue
-        statuses = [_number(row.get(f"hrsp_{kind}")) for kind in ("1xx", "2xx", "3xx", "4xx", "5xx", "other")]
-        failed = _number(row.get("econ")) + _number(row.get("eresp"))
+        statuses = [number(row.get(f"hrsp_{kind}")) for kind in ("1xx", "2xx", "3xx", "4xx", "5xx", "other")]
+        failed = number(row.get("econ")) + number(row.get("eresp"))
         yield (
             line,
             LineCounters(
                 task=lines[line],
                 requests=sum(statuses) + failed,
                 errors=statuses[4] + failed,
-                latency_ms=float(_number(row.get("rtime"))),
+                latency_ms=float(number(row.get("rtime"))),
             ),
         )
 
 
-def _number(text: str | None) -> int:
+def stat_rows(text: str) -> Iterator[Mapping[str, str]]:
+    """Yield the rows of ``show stat`` by column, from the output of one or several commands, each with a header."""
+    columns: list[str] = []
+    for row in csv.reader(text.splitlines()):
+        if row and row[0].startswith("# "):
+            columns = [row[0].removeprefix("# "), *row[1:]]
+        elif row and columns:
+            yield dict(zip(columns, row, strict=False))
+
+
+def number(text: str | None) -> int:
+    """Return a column's number.  It is 0 if the column is empty or missing."""
     return int(text) if text and text.isdigit() else 0
 
 
@@ -98,10 +109,9 @@ def service_counters_of(text: str, backends: Collection[str]) -> Iterator[tuple[
 
     Source: HAProxy, Management Guide, "CSV format": ``scur`` and ``req_tot``.
     """
-    for part in text.split("# pxname")[1:]:
-        for row in csv.DictReader(f"pxname{part}".strip().splitlines()):
-            if row.get("svname") == "BACKEND" and (name := row.get("pxname") or "") in backends:
-                yield name, ServiceCounters(_number(row.get("scur")), _number(row.get("req_tot")))
+    for row in stat_rows(text):
+        if row.get("svname") == "BACKEND" and (name := row["pxname"]) in backends:
+            yield name, ServiceCounters(number(row.get("scur")), number(row.get("req_tot")))
 
 
 class ServiceWindow:

@@ -183,11 +183,8 @@ def recommendation(present: int, scaling: Autoscaling, readings: Readings) -> Re
 def _reason(measure: Measure, readings: Readings) -> str:
     if measure.is_total:
         figure = f"{measure.name} {measure.sum:.4g}, target {measure.target:g} for each task"
-        return (
-            (f"{figure}; {measure.unknown}" if measure.sum else measure.unknown)
-            if measure.problem
-            else figure
-        )
+        known = figure if measure.sum or not measure.problem else ""
+        return "; ".join(filter(None, (known, measure.unknown)))
     tasks = measure.known + readings.unknown
     if not measure.known:
         return f"none of its {tasks} tasks is measured"

@@ -119,7 +119,7 @@ class AutoscalerState:
         self._latest_s = 0
         """Latest time of schedules, in seconds since the epoch."""
         self._problems: dict[ServiceId, tuple[str, float]] = {}
-        """MeasureProblem with each service's measures at the last decision, and since when there is one."""
+        """Problem with each service's measures at the last decision, and since when there is one."""
         self._outdated: set[ServiceId] = set()
         """Services with a problem of measures whose autoscaling was removed."""
 

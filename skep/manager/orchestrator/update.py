@@ -441,9 +441,8 @@ class _Rollout:
         if best.desired_state > TaskState.RUNNING:
             yield prepared if view.stops else fill
         elif self._keeps_old and best.is_active and not self._withdrawn(best):
-            if (
-                not others
-            ):  # tasks of a replaced staged update are retired first, so that the slot never has three
+            # Tasks of a replaced staged update are retired first, so that the slot never has three.
+            if not others:
                 yield fill
         elif best not in view.serving:
             # Any of several outdated tasks may be assigned to a node before it is retired, so the successor must wait.

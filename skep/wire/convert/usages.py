@@ -1,4 +1,4 @@
-"""ScalingMeasurements: resource usage of tasks, requests over front doors, and answers to queries."""
+"""Measurements: resource usage of tasks, requests over front doors, and answers to queries."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
