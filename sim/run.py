@@ -18,6 +18,7 @@ from sim.faults.restore import restore
 from sim.faults.targeted_faults import (
     cut_off_for_long,
     end_removed_nodes,
+    leave_uneven,
     lose_a_node_for_long,
     move_during_report,
     restart_before_it_runs,
@@ -166,6 +167,7 @@ def _simulate(
         cluster.do(users.remove_all())
         _until(cluster, lambda: [f"service {one.id} is still there" for one in cluster.view.find(Service)])
     cluster.run_for(2.0)
+    leave_uneven(cluster, users)
     _rebalance(cluster)
     _check_quiescence(cluster)
     revision, workers = cluster.raft.kv.revision, cluster.workers

@@ -10,8 +10,9 @@ from sim.faults.software import is_before_rotation
 from sim.users.random_specs import BROKEN
 from sim.users.users import Users
 from skep.model.node import Node
+from skep.model.options.affinity import has_affinities
 from skep.model.options.labels import FORGET_NODES, OnDisconnect, disconnect_policy
-from skep.model.service import Service
+from skep.model.service import RestartCondition, Service, ServiceSpec
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
@@ -41,6 +42,8 @@ FEW = 3
 """The loss of one worker counts as a disruption, in which no node is removed, if there are at most this many."""
 LOST_S = 110.0
 """Longer than the minute after which lost nodes can be removed, and longer than their tasks take to run elsewhere."""
+STARTED_S = 8.0
+"""Time until the tasks of a new service run."""
 UNDECIDED_S = 3.0
 """Longer than any requested restart delay."""
 
@@ -110,6 +113,33 @@ def take_an_update_back(cluster: SimulatedCluster, users: Users) -> None:
     cluster.disturb()
     cluster.do(users.wait_until_finished())
     pass_time(cluster, BACK_S)
+
+
+def leave_uneven(cluster: SimulatedCluster, users: Users) -> None:
+    """Start all tasks of a new service on one node while the others are paused, so that a rebalance has work."""
+    if (spec := users.a_free_spec(_can_be_uneven)) is None:
+        return
+    busy = cluster.random.choice(cluster.workers)
+    cluster.do(users.pause_all_but(busy))
+    cluster.do(users.create(users.next_id(), spec))
+    pass_time(cluster, STARTED_S)
+    cluster.do(users.activate_all())
+    cluster.trace.add(f"{spec.name} is on {busy}, in a cluster at rest")
+
+
+def _can_be_uneven(spec: ServiceSpec) -> bool:
+    """Return whether several tasks of the service may start on one node, and move later."""
+    template = spec.task_template
+    container, policy = template.container_spec, template.restart_policy
+    return (
+        spec.mode.name == "replicated"
+        and spec.replicas > 1
+        and spec.endpoint_spec is None
+        and template.placement is None
+        and (policy is None or policy.condition is not RestartCondition.NONE)
+        and (container is None or not container.mounts)
+        and not has_affinities(spec.labels)
+    )
 
 
 def serve_stale_state(cluster: SimulatedCluster) -> None:

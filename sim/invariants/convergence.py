@@ -111,11 +111,12 @@ def _waits_for_its_turn(
     """Return whether a slot has a running task and prepared successors, and the update may stop no further slot.
 
     The slots that the update may stop have no running task, because no node can take their new tasks.  A scale-up may
-    have created these slots.
+    have created these slots.  A successor stays pending if the running task holds something that it needs.
     """
     others = [task for task in slot if not _runs(task)]
     are_prepared = all(
-        task.desired_state is TaskState.READY and task.status.state is TaskState.READY for task in others
+        task.desired_state is TaskState.READY and task.status.state in (TaskState.PENDING, TaskState.READY)
+        for task in others
     )
     idle = [
         one for one in slots.values() if any(task in waiting for task in one) and not any(map(_runs, one))

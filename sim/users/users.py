@@ -214,6 +214,12 @@ class Users:
             while not await self._set_availability(id, Availability.ACTIVE):
                 await self._cluster.clocks[id].sleep(0.2)
 
+    async def pause_all_but(self, id: NodeId) -> None:
+        """Pause all workers but ``id``, with retries, so that new tasks run there alone."""
+        for other in self._cluster.workers:
+            while other != id and not await self._set_availability(other, Availability.PAUSE):
+                await self._cluster.clocks[other].sleep(0.2)
+
     async def end_stack_commands(self) -> None:
         """End all commands on stacks, and deploy and remove the stack once more."""
         if self._stack_commands is not None:

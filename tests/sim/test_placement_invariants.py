@@ -29,7 +29,7 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
-from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
+from skep.model.task import ContainerStatus, Task, TaskSpec, TaskState, TaskStatus
 from skep.model.values.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.values.meta import Driver, Version
 from skep.model.values.times import SECOND_NS, timestamp
@@ -308,6 +308,21 @@ def test_a_prepared_task_waits_for_its_turn_only_while_the_update_may_stop_no_fu
     reported = lacking(spec, old, new, refused, update_status=updating)
     assert bool(reported) is not is_settled
     assert all(one.startswith("slot 1 of web does not run app:1") for one in reported)
+
+
+@pytest.mark.parametrize(("parallelism", "is_settled"), [(1, True), (2, False)])
+def test_a_pending_successor_waits_for_its_turn_while_the_update_may_stop_no_further_slot(
+    parallelism: int, is_settled: bool
+) -> None:
+    """The volume of slot 2 is gone, so it has no node and counts against the parallelism."""
+    spec = a_service_spec("web", replicas=2, update=UpdateConfig(parallelism=parallelism), image="app:1")
+    mount = Mount(type="cluster", source="gone", target="/data")
+    nowhere = TaskSpec(container_spec=ContainerSpec(image="app:1", mounts=(mount,)))
+    old = a_task("t1", node=W1, state=RUNNING, image="app:0")
+    new = a_task("t2", state=PENDING, desired=TaskState.READY, image="app:1")
+    refused = of(a_task("t3", slot=2, state=PENDING), replace(spec, task_template=nowhere))
+    reported = lacking(spec, old, new, refused, update_status=UpdateStatus(state=UpdateState.UPDATING))
+    assert [one[:32] for one in reported] == ([] if is_settled else ["slot 1 of web does not run app:1"])
 
 
 def test_a_prepared_task_does_not_wait_for_its_turn_without_a_slot_that_is_out_of_service() -> None:

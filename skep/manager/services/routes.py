@@ -29,10 +29,13 @@ def check_routes(view: View, spec: ServiceSpec, id: ServiceId | None = None) -> 
     wanted = routes_of(spec.labels)
     if not wanted:
         return
+    # A second service with the same name is refused because of its name, with Docker's message, when it is stored.
     others = [
         claimant_of(service)
         for service in exposed(view)
-        if service.id != id and may_conflict(wanted, http_labels(service.spec.labels).values())
+        if service.id != id
+        and service.spec.name.lower() != spec.name.lower()
+        and may_conflict(wanted, http_labels(service.spec.labels).values())
     ]
     claimant = Claimant(id=id or ServiceId(""), name=spec.name, stack=stack_of(spec.labels), routes=wanted)
     for refusal in refusals(claimant, others).values():

@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.errors import InvalidArgument, RouteTaken
+from skep.errors import AlreadyExists, InvalidArgument, RouteTaken
 from skep.manager.services.routes import route_problems
 from skep.model.network import Network, NetworkSpec
 from skep.model.service import ReplicatedJob, ServiceMode, ServiceSpec
@@ -33,6 +33,12 @@ async def test_a_taken_route_is_refused(store):
     await update(store, other, routed("other", "a.example,b.example"))
     with pytest.raises(RouteTaken, match=r"a\.example belongs to service other"):
         await rollback(store, web, web.spec)
+
+
+async def test_a_second_service_with_a_name_is_refused_because_of_its_name(store):
+    await create(store, routed("web", "a.example"))
+    with pytest.raises(AlreadyExists, match="service web already exists"):
+        await create(store, routed("web", "a.example"))
 
 
 async def test_the_host_of_another_stack_is_refused_without_its_name_for_its_users(store):
