@@ -83,6 +83,7 @@ ACTIONS = {
         "update": "abort pause promote resume switch-back",
         "network": "update",
         "volume": "forget",
+        "fleet": "start stop",
         "job": "retry run",
         "stack quota": "set rm",
         "user": "add renew rm token update",
@@ -106,7 +107,14 @@ FILES = {
     "skep context show",
 }
 """What writes a file, or a word for a script."""
-DOCKERS_OR_FULL_SCREEN = {"skep logs", "skep stats", "skep task top", "skep top", "skep ui"}
+DOCKERS_OR_FULL_SCREEN = {
+    "skep fleet journal",
+    "skep logs",
+    "skep stats",
+    "skep task top",
+    "skep top",
+    "skep ui",
+}
 AS_IT_HAPPENS = {"skep events"}
 
 

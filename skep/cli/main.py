@@ -74,6 +74,7 @@ GROUPS = {
         "port-forward": Command(
             "skep.cli.apps.port_forward:port_forward", "Forward local ports to a task's container."
         ),
+        "fleet": Command("skep.cli.apps.fleet:fleet", "Run units with fleetctl's commands."),
         "import": Command("skep.cli.apps.imports:imports", "Convert other formats to stack files."),
     },
     "Cluster": {

@@ -62,7 +62,7 @@ def fig(file: Path, stack: str) -> None:
     """
     with errors_shown():
         name = "standard input" if str(file) == "-" else str(file)
-        _show(fig_files.imported(_text(file), name, stack or _name_of(file)))
+        _show(fig_files.imported(text_of(file), name, stack or stack_name_of(file)))
 
 
 @imports.command()
@@ -84,8 +84,8 @@ def fleet(files: tuple[Path, ...], stack: str) -> None:
       skep import fleet apache@1.service apache@2.service db.service --stack shop >compose.yaml
     """
     with errors_shown():
-        texts = {file.name: _text(file) for file in files}
-        _show(fleet_units.imported(texts, stack or _name_of(files[0])))
+        texts = {file.name: text_of(file) for file in files}
+        _show(fleet_units.imported(texts, stack or stack_name_of(files[0])))
 
 
 @imports.command()
@@ -109,7 +109,7 @@ def service(file: Path, stack: str, networks: Path | None) -> None:
       docker service inspect web db | skep import service --stack shop --networks networks.json >compose.yaml
     """
     with errors_shown():
-        found = inspected.specs_in(_text(file))
+        found = inspected.specs_in(text_of(file))
         name = stack or inspected.stack_name_of(spec for spec, _ in found)
         if not name:
             raise InvalidArgument("These services belong to different stacks. Choose a name with --stack.")
@@ -166,7 +166,7 @@ def _show(made: Imported) -> None:
         click.echo(printable(str(note)), err=True)
 
 
-def _text(file: Path) -> str:
+def text_of(file: Path) -> str:
     """Return the content of a file.  Raises: InvalidArgument: it is too large, or not a text."""
     content = sys.stdin.buffer.read(_FILE_BYTES_MAX + 1) if str(file) == "-" else _bytes(file)
     if len(content) > _FILE_BYTES_MAX:
@@ -182,7 +182,7 @@ def _bytes(file: Path) -> bytes:
         return opened.read(_FILE_BYTES_MAX + 1)
 
 
-def _name_of(file: Path) -> str:
+def stack_name_of(file: Path) -> str:
     """Return the name of a stack, which is the name of its file's directory, like Compose's project names."""
     name = re.sub(r"[^a-z0-9_-]", "", file.absolute().parent.name.lower()).lstrip("_-")
     return name or "stack"
@@ -191,4 +191,4 @@ def _name_of(file: Path) -> str:
 def _networks(file: Path | None) -> Mapping[str, Mapping[str, Any]]:
     if file is None:
         return {}
-    return inspected.networks_in(_text(file))
+    return inspected.networks_in(text_of(file))
