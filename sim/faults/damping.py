@@ -141,7 +141,9 @@ def _cut_off(cluster: SimulatedCluster) -> Lost:
     """Cut a node off.  Within the grace period no task moves, and after it each task of the node moves once."""
     id = cluster.random.choice(cluster.workers)
     lasts_s = cluster.random.choice((WITHIN_GRACE_S, BEYOND_GRACE_S))
-    lost = _on(cluster, id) if lasts_s > WITHIN_GRACE_S else Counter[ServiceId]()
+    # The only manager keeps its own node, and loses all others.
+    silent = [other for other in cluster.workers if other != id] if list(cluster.managers) == [id] else [id]
+    lost = sum((_on(cluster, one) for one in silent if lasts_s > WITHIN_GRACE_S), Counter[ServiceId]())
     cut = cluster.links.cut([id], [*cluster.managers, *(other for other in cluster.workers if other != id)])
     pass_time(cluster, lasts_s)
     cluster.links.restore(cut)
