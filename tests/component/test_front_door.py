@@ -174,6 +174,8 @@ async def test_values_arrive_as_they_are_written(tmp_path: Path) -> None:
         sent = {
             "X-Forwarded-For": "1.2.3.4",
             "X-Forwarded-Proto": "https",
+            "X-Forwarded-Host": "evil.example",
+            "X-Forwarded-Prefix": "/evil",
             "Forwarded": "for=1",
             "X-Gone": "x",
         }
@@ -182,8 +184,22 @@ async def test_values_arrive_as_they_are_written(tmp_path: Path) -> None:
         assert isinstance(headers, dict)
         assert headers["x-hostile"] == HOSTILE
         assert (headers["x-forwarded-for"], headers["x-forwarded-proto"]) == ("127.0.0.1", "http")
-        assert not {"forwarded", "x-gone"} & headers.keys()
+        assert headers["x-forwarded-host"] == "a.example"
+        assert not {"forwarded", "x-forwarded-prefix", "x-gone"} & headers.keys()
         assert (await rig.ask("a.example/"))[2]["X-Hostile"] == HOSTILE
+
+
+async def test_only_trusted_proxies_tell_services_about_the_client(tmp_path: Path) -> None:
+    async with a_door(tmp_path, trusted=("127.0.0.0/8",)) as rig, rig.tasks(ONE):
+        rig.service("web", {"skep.http": "a.example"})
+        rig.task("t1", "web", ONE)
+        await rig.apply()
+        sent = {"X-Forwarded-For": "1.2.3.4", "X-Forwarded-Proto": "https", "X-Forwarded-Prefix": "/x"}
+        headers = (await rig.ask_task("a.example/", sent))["headers"]
+        assert isinstance(headers, dict)
+        assert headers["x-forwarded-for"] in ("1.2.3.4", "127.0.0.1"), "aiohttp keeps one of both lines"
+        assert (headers["x-forwarded-proto"], headers["x-forwarded-prefix"]) == ("https", "/x")
+        assert headers["x-forwarded-host"] == "a.example"
 
 
 async def test_limits_answer_with_their_status(tmp_path: Path) -> None:

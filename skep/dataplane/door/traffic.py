@@ -1,14 +1,15 @@
 """Counts the requests to each route, from HAProxy's counters.  Pure.
 
 HAProxy counts responses by status for each backend.  Its latencies are means only, so the configuration counts each
-response in a bucket of a table (``latency_rules``).  Both start at 0 after a reload.
+response in a table (``latency_rules``).  Both start at 0 after a reload.
 """
 
 import csv
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from operator import sub
+from itertools import accumulate
+from operator import lt
 from typing import Final
 
 from msgspec.structs import replace
@@ -53,10 +54,9 @@ def counters_in(text: str, routes: Mapping[str, RouteTraffic]) -> dict[str, Rout
             header = next(csv.reader([line[2:]]))
         elif (entry := re.search(r" key=(\S+) ", line)) is not None:
             if (one := found.get(entry[1])) is not None:
-                buckets = {int(at): int(count) for at, count in re.findall(r" gpc([0-9]+)=([0-9]+)", line)}
-                found[entry[1]] = replace(
-                    one, buckets=tuple(buckets.get(number, 0) for number in range(BUCKETS))
-                )
+                slower = {int(at): int(count) for at, count in re.findall(r" gpc([0-9]+)=([0-9]+)", line)}
+                buckets = (slower.get(at, 0) - slower.get(at + 1, 0) for at in range(BUCKETS))
+                found[entry[1]] = replace(one, buckets=tuple(buckets))
         elif header and (one := found.get(name := line.partition(",")[0])) is not None:
             row = dict(zip(header, next(csv.reader([line])), strict=False))
             statuses = [int(row.get(f"hrsp_{kind}") or 0) for kind in ("1xx", "2xx", "3xx", "4xx", "5xx")]
@@ -139,15 +139,19 @@ class RouteCounters:
 
 
 def _since(before: RouteTraffic | None, now: RouteTraffic) -> RouteTraffic:
-    if before is None or before.requests > now.requests or any(map(_is_less, now.buckets, before.buckets)):
+    if before is None or before.requests > now.requests or any(map(lt, _slower(now), _slower(before))):
         return now  # a route of a reload, which counts from 0
     return replace(
         now,
         requests=now.requests - before.requests,
         errors=max(now.errors - before.errors, 0),
-        buckets=tuple(map(sub, now.buckets, before.buckets)),
+        buckets=tuple(max(one - other, 0) for one, other in zip(now.buckets, before.buckets, strict=True)),
     )
 
 
-def _is_less(now: int, before: int) -> bool:
-    return now < before
+def _slower(one: RouteTraffic) -> Iterator[int]:
+    """Yield HAProxy's counters, which never fall.
+
+    A bucket may fall by one, because HAProxy may be read between two counters of one response.
+    """
+    return accumulate(reversed(one.buckets))
