@@ -114,7 +114,7 @@ async def _pairs(directory: Path, ways: dict[str, _Way], pairs: int, rig: DoorRi
             return rate
 
         rates = await alternate(list(ways), number, TURNS, send)
-        await rig.door.count_routes()  # as a node does every few seconds
+        await rig.door.read_statistics()  # as a node does every few seconds
         return {way: (rates[way], median(slow[way]), median(cost[way])) for way in ways}
 
     for way in ways.values():

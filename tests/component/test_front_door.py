@@ -284,10 +284,10 @@ async def test_requests_of_new_tasks_are_counted_with_their_errors_and_times(tmp
         rig.task("t2", "web", TWO)
         rig.endpoints["t2"] = replace(rig.endpoints["t2"], version=2)
         await rig.apply()
-        await rig.door.count_requests()
+        await rig.door.read_statistics()
         for number in range(40):
             await rig.ask(f"a.example/?wait=0.02{'&status=500' if number < 20 else ''}")
-        await rig.door.count_requests()
+        await rig.door.read_statistics()
         assert rig.door.requests().keys() == {"t2"}
         (seen,) = rig.door.requests().values()
         assert (seen.requests, seen.errors) == (20, 10)
@@ -296,7 +296,7 @@ async def test_requests_of_new_tasks_are_counted_with_their_errors_and_times(tmp
         await rig.apply()
         await rig.ask("a.example/")
         await rig.ask("a.example/")
-        await rig.door.count_requests()
+        await rig.door.read_statistics()
         assert rig.door.requests()[TaskId("t2")].requests == 21
 
 
@@ -309,7 +309,7 @@ async def test_requests_are_counted_by_route_with_their_errors_and_latencies(tmp
         rig.task("t2", "idle", ONE)
         await rig.apply()
         await rig.ask("a.example/shop")
-        await rig.door.count_routes()
+        await rig.door.read_statistics()
         assert rig.door.recent_routes() == (), "the first reading tells where the counters start"
         for number in range(20):
             await rig.ask(
@@ -317,7 +317,7 @@ async def test_requests_are_counted_by_route_with_their_errors_and_latencies(tmp
             )
         await rig.ask("b.example/")
         await rig.ask("empty.example/")
-        await rig.door.count_routes()
+        await rig.door.read_statistics()
         web, empty = rig.door.recent_routes()
         assert (web.service_id, web.route, web.requests, web.errors) == ("web", "a.example/shop", 21, 1)
         assert (empty.route, empty.requests, empty.errors, sum(empty.buckets)) == ("empty.example", 1, 1, 0)
@@ -327,7 +327,7 @@ async def test_requests_are_counted_by_route_with_their_errors_and_latencies(tmp
         rig.service("more", {"skep.http": "more.example"})  # HAProxy is reloaded, and counts from 0
         await rig.apply()
         await rig.ask("b.example/")
-        await rig.door.count_routes()
+        await rig.door.read_statistics()
         assert rig.door.recent_routes()[0].requests == 22
         page = render(rig.door.routes.families()).decode()
         assert 'skep_door_requests_total{route="a.example/shop"} 22' in page
@@ -343,7 +343,7 @@ async def test_requests_of_services_with_a_target_are_counted_in_flight_and_by_r
         for number, service in enumerate(("plain", "web", "idle")):
             rig.task(f"t{number}", service, ONE)
         await rig.apply()
-        await rig.door.count_service_requests()
+        await rig.door.read_statistics()
         assert rig.door.service_requests() == {}, "a rate needs two readings"
         async with asyncio.TaskGroup() as group:
             for _ in range(3):
@@ -351,23 +351,23 @@ async def test_requests_of_services_with_a_target_are_counted_in_flight_and_by_r
             group.create_task(rig.ask("plain.example/?wait=1.0"))
             async with asyncio.timeout(10):
                 while True:
-                    await rig.door.count_service_requests()
+                    await rig.door.read_statistics()
                     found = rig.door.service_requests()
                     if found[ServiceId("web")].in_flight > 0:
                         break
                     await asyncio.sleep(0.01)
         assert found.keys() == {"web", "idle"}
         assert found[ServiceId("idle")] == ServiceRequests()
-        await rig.door.count_service_requests()
+        await rig.door.read_statistics()
         assert rig.door.service_requests()[ServiceId("web")].per_second > 0
         rig.service("more", {"skep.http": "more.example"})  # HAProxy is reloaded, and counts from 0
         await rig.apply()
         await rig.ask("a.example/")
-        await rig.door.count_service_requests()
+        await rig.door.read_statistics()
         assert rig.door.service_requests()[ServiceId("web")].per_second > 0
         rig.services["web"] = replace(rig.services["web"], labels={"skep.http": "a.example"})
         await rig.apply()
-        await rig.door.count_service_requests()
+        await rig.door.read_statistics()
         assert rig.door.service_requests().keys() == {"idle"}
 
 

@@ -98,8 +98,8 @@ async def test_a_websocket_is_held_and_keeps_the_service_from_being_idle(directo
         async with opened.result() as channel:
             await channel.send_str("held")
             assert await channel.receive_str(timeout=5) == "held again"
-            await rig.door.watch_idle()
-            await rig.door.watch_idle()
+            await rig.door.read_statistics()
+            await rig.door.read_statistics()
             assert rig.door.idle().keys() == {"web"}
             assert rig.door.held.open() == {"web": 1}
 
@@ -117,9 +117,9 @@ async def test_only_a_service_without_requests_in_any_process_is_idle(
         assert rig.door.idle() == {}, "nothing is known before the first reading"
 
         async def idle_s(pause_s: float = 0.2) -> float:
-            await rig.door.watch_idle()
+            await rig.door.read_statistics()
             await asyncio.sleep(pause_s)
-            await rig.door.watch_idle()
+            await rig.door.read_statistics()
             idle: Mapping[ServiceId, float] = rig.door.idle()
             assert idle.keys() == {"web", "asleep"}
             return idle[ServiceId("web")]
@@ -138,7 +138,7 @@ async def test_only_a_service_without_requests_in_any_process_is_idle(
         await rig.ask("a.example/")
         assert await idle_s(0) < 0.1, "a request since the last reading"
         rig.stop()
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         assert rig.door.idle() == {}, "a HAProxy that does not respond may have requests"
 
 
@@ -148,23 +148,23 @@ async def test_a_reload_without_a_request_keeps_the_idle_time(directory: Path) -
         rig.task("t1", "web", ONE)
         await rig.apply()
         await rig.ask("a.example/")
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         await until_idle(rig)
         rig.service("more", {"skep.http": "more.example"})
         await rig.apply()
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         assert rig.door.idle()[ServiceId("web")] >= 0.2
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         assert rig.door.idle()[ServiceId("web")] >= 0.2
         await rig.ask("a.example/")  # the first one of the new process, as many as the former one had
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         assert rig.door.idle()[ServiceId("web")] < 0.1
         await until_idle(rig)
         asked_at = time.monotonic()
         await rig.ask("a.example/")
         rig.service("again", {"skep.http": "again.example"})
         await rig.apply()
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         since_s = time.monotonic() - asked_at
         assert rig.door.idle()[ServiceId("web")] <= since_s, (
             "the former process had one right before the reload"
@@ -180,11 +180,11 @@ async def test_requests_without_a_task_do_not_keep_a_service_from_being_idle(dir
             rig.task(f"t{number}", name, ONE)
         await rig.apply()
         assert (await rig.ask("c.example/"))[0] == 200
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         await asyncio.sleep(0.2)
         for host, status in (("a", 308), ("b", 403), ("c", 429)):
             assert (await rig.ask(f"{host}.example/"))[0] == status
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         idle: Mapping[ServiceId, float] = rig.door.idle()
         assert idle.keys() == {"away", "closed", "web"}
         assert min(idle.values()) >= 0.2
@@ -194,7 +194,7 @@ async def until_idle(rig: DoorRig) -> None:
     async with asyncio.timeout(10):
         while rig.door.idle().get(ServiceId("web"), 0.0) < 0.2:
             await asyncio.sleep(0.05)
-            await rig.door.watch_idle()
+            await rig.door.read_statistics()
 
 
 async def test_beyond_the_limits_clients_get_a_page(directory: Path) -> None:

@@ -4,10 +4,8 @@ HAProxy counts responses by status for each backend.  Its latencies are means on
 response in a table (``latency_rules``).  Both start at 0 after a reload.
 """
 
-import csv
-import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from operator import lt
 from typing import Final
@@ -15,14 +13,13 @@ from typing import Final
 from msgspec.structs import replace
 
 from skep.api.telemetry.exposition import MetricFamily, Sample, label_text
-from skep.dataplane.door.configuration import TRAFFIC_TABLE, DoorState
+from skep.dataplane.door.configuration import DoorState
+from skep.dataplane.door.statistics import SERVER_ERRORS, STATUSES, Row, number
 from skep.model.door.traffic import BOUNDS_MS, BUCKETS, REPORTED_MAX, ROUTES_MAX, RouteTraffic
 from skep.model.values.ids import ServiceId
 
 WINDOW_S: Final = 60.0
 """Seconds that are reported: long enough for a 99th percentile at a few requests a second."""
-_STATS_MAX: Final = 100
-"""Backends in one request for counters.  Each takes two KiB of the response."""
 
 
 def counted_routes(state: DoorState) -> dict[str, RouteTraffic]:
@@ -35,33 +32,25 @@ def counted_routes(state: DoorState) -> dict[str, RouteTraffic]:
     return found
 
 
-def questions(names: Sequence[str]) -> Iterator[str]:
-    """Yield the commands that read the counters of backends."""
-    for first in range(0, len(names), _STATS_MAX):
-        yield ";".join(f"show stat {name} 2 -1" for name in names[first : first + _STATS_MAX]) + "\n"
-    yield f"show table {TRAFFIC_TABLE}\n"
+def route_counters(
+    rows: Iterable[Row], slower: Mapping[str, Mapping[int, int]], routes: Mapping[str, RouteTraffic]
+) -> dict[str, RouteTraffic]:
+    """Return the counters of ``routes`` since HAProxy's start.
 
-
-def counters_in(text: str, routes: Mapping[str, RouteTraffic]) -> dict[str, RouteTraffic]:
-    """Return the counters of ``routes`` since HAProxy's start, from the responses to ``questions``.
-
-    Source: HAProxy, Management Guide, "CSV format" and "show table".
+    Args:
+        rows: Rows of backends.
+        slower: By backend, the number of responses that are slower than so many bounds.
     """
     found = dict(routes)
-    header: Sequence[str] = ()
-    for line in text.splitlines():
-        if line.startswith("# pxname,"):
-            header = next(csv.reader([line[2:]]))
-        elif (entry := re.search(r" key=(\S+) ", line)) is not None:
-            if (one := found.get(entry[1])) is not None:
-                slower = {int(at): int(count) for at, count in re.findall(r" gpc([0-9]+)=([0-9]+)", line)}
-                buckets = (slower.get(at, 0) - slower.get(at + 1, 0) for at in range(BUCKETS))
-                found[entry[1]] = replace(one, buckets=tuple(buckets))
-        elif header and (one := found.get(name := line.partition(",")[0])) is not None:
-            row = dict(zip(header, next(csv.reader([line])), strict=False))
-            statuses = [int(row.get(f"hrsp_{kind}") or 0) for kind in ("1xx", "2xx", "3xx", "4xx", "5xx")]
+    for _, row in rows:
+        if (one := found.get(name := row.get("pxname") or "")) is not None:
+            statuses = [number(row.get(f"hrsp_{kind}")) for kind in STATUSES]
+            counts = slower.get(name, {})
             found[name] = replace(
-                one, requests=sum(statuses) + int(row.get("hrsp_other") or 0), errors=statuses[4]
+                one,
+                requests=sum(statuses),
+                errors=statuses[SERVER_ERRORS],
+                buckets=tuple(counts.get(at, 0) - counts.get(at + 1, 0) for at in range(BUCKETS)),
             )
     return found
 
@@ -111,8 +100,8 @@ class RouteCounters:
         latencies: list[Sample] = []
         for one in totals:
             count = 0
-            for bound, number in zip((*BOUNDS_MS, None), one.buckets, strict=True):
-                count += number
+            for bound, found in zip((*BOUNDS_MS, None), one.buckets, strict=True):
+                count += found
                 le = "+Inf" if bound is None else f"{bound / 1000:g}"
                 latencies.append(Sample(label_text({"route": one.route, "le": le}), count, "_bucket"))
             latencies.append(Sample(label_text({"route": one.route}), count, "_count"))
