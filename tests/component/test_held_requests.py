@@ -42,6 +42,11 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+async def until_held(rig: DoorRig, *services: str) -> None:
+    """Wait until the node holds requests for these services and no others."""
+    await until(lambda: rig.door.held.held() == [*services])
+
+
 async def test_a_request_waits_for_a_task_over_reloads_and_changed_options(directory: Path) -> None:
     async with a_door(directory) as rig, rig.tasks(ONE):
         rig.service("web", WEB)
@@ -79,7 +84,7 @@ async def test_a_service_returns_to_zero_and_its_next_request_waits_again(direct
             await rig.apply()
             async with asyncio.TaskGroup() as group:
                 asked = group.create_task(rig.ask_task("a.example/"))
-                await until(lambda: rig.door.held.held() == ["web"])
+                await until_held(rig, "web")
                 rig.task(f"t{number}", "web", ONE)
                 await rig.apply()
             assert asked.result()["task"] == ONE
@@ -92,7 +97,7 @@ async def test_a_websocket_is_held_and_keeps_the_service_from_being_idle(directo
         await rig.apply()
         async with asyncio.TaskGroup() as group:
             opened = group.create_task(session.ws_connect("/", headers={"Host": "a.example"}))
-            await until(lambda: rig.door.held.held() == ["web"])
+            await until_held(rig, "web")
             rig.task("t1", "web", ONE)
             await rig.apply()
         async with opened.result() as channel:
@@ -232,9 +237,9 @@ async def test_a_client_that_gives_up_frees_its_place(directory: Path) -> None:
         await rig.apply()
         _, writer = await asyncio.open_connection("127.0.0.1", rig.port)
         writer.write(b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n")
-        await until(lambda: rig.door.held.held() == ["web"])
+        await until_held(rig, "web")
         writer.close()
-        await until(lambda: rig.door.held.held() == [])
+        await until_held(rig)
 
 
 async def test_refused_requests_wake_nothing(directory: Path) -> None:
@@ -257,14 +262,14 @@ async def test_held_requests_get_a_page_if_the_node_process_ends(directory: Path
         await rig.apply()
         async with asyncio.TaskGroup() as group:
             asked = group.create_task(rig.ask("a.example/"))
-            await until(lambda: rig.door.held.held() == ["web"])
+            await until_held(rig, "web")
             rig.restart_node()
         status, _, headers = asked.result()
         assert (status, headers["Retry-After"]) == (503, "5")
         await rig.apply()
         async with asyncio.TaskGroup() as group:
             again = group.create_task(rig.ask_task("a.example/"))
-            await until(lambda: rig.door.held.held() == ["web"])
+            await until_held(rig, "web")
             rig.task("t1", "web", ONE)
             await rig.apply()
         assert again.result()["task"] == ONE
@@ -304,7 +309,7 @@ async def test_a_request_that_reached_no_task_waits_for_the_next_one(directory: 
         await rig.apply()
         async with asyncio.TaskGroup() as group:
             asked = group.create_task(rig.ask_task("a.example/"))
-            await until(lambda: rig.door.held.held() == ["web"])
+            await until_held(rig, "web")
             rig.task("t1", "web", ONE)
             await rig.apply()
             while not await released(rig):  # noqa: ASYNC110
@@ -334,7 +339,7 @@ async def test_a_task_cannot_have_its_request_sent_again(directory: Path) -> Non
             rig.task("t1", "web", ONE)
             async with asyncio.TaskGroup() as group:
                 asked = group.create_task(rig.ask("a.example/"))
-                await until(lambda: rig.door.held.held() == ["web"])
+                await until_held(rig, "web")
                 await rig.apply()
             assert (asked.result()[:2], requests) == ((503, "my"), 1)
 
@@ -363,7 +368,7 @@ async def test_a_refused_request_wakes_its_service(directory: Path) -> None:
             rig.service(name, {"skep.http": f"{name}.example", "skep.autoscale": "0..3"})
         await rig.apply()
         held = asyncio.create_task(rig.ask("a.example/"))
-        await until(lambda: rig.door.held.held() == ["a"])
+        await until_held(rig, "a")
         rig.door.held.changed.clear()
         assert (await rig.ask("b.example/"))[0] == 503
         assert rig.door.held.changed.is_set()
@@ -492,7 +497,7 @@ async def test_connections_that_pass_through_the_node_have_a_bound(directory: Pa
         await rig.apply()
         async with asyncio.TaskGroup() as group:
             opened = group.create_task(session.ws_connect("/", headers={"Host": "a.example"}))
-            await until(lambda: rig.door.held.held() == ["web"])
+            await until_held(rig, "web")
             rig.task("t1", "web", ONE)
             await rig.apply()
         async with opened.result():
@@ -538,9 +543,9 @@ async def test_a_client_that_gives_up_a_long_request_frees_its_place(directory: 
         _, writer = await asyncio.open_connection("127.0.0.1", rig.port)
         writer.write(b"POST / HTTP/1.1\r\nHost: a.example\r\nContent-Length: %d\r\n\r\n" % length)
         writer.write(b"x" * length)
-        await until(lambda: rig.door.held.held() == ["web"])
+        await until_held(rig, "web")
         writer.transport.abort()
-        await until(lambda: rig.door.held.held() == [])
+        await until_held(rig)
 
 
 async def test_a_head_that_is_too_long_to_be_held_wakes_and_gets_the_page(directory: Path) -> None:
@@ -552,7 +557,7 @@ async def test_a_head_that_is_too_long_to_be_held_wakes_and_gets_the_page(direct
             await rig.apply()
             async with asyncio.TaskGroup() as group:
                 long = group.create_task(send_head(rig, size))
-                await until(lambda: rig.door.held.held() == ["web"])
+                await until_held(rig, "web")
                 rig.task("t1", "web", ONE)
                 await rig.apply()
             found += [long.result()]
@@ -576,7 +581,7 @@ async def test_a_held_request_has_one_line_in_the_log(directory: Path) -> None:
         await rig.apply()
         async with asyncio.TaskGroup() as group:
             group.create_task(rig.ask("a.example/one"))
-            await until(lambda: rig.door.held.held() == ["web"])
+            await until_held(rig, "web")
             rig.task("t1", "web", ONE)
             await rig.apply()
         await rig.ask("a.example/two")

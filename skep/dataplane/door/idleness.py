@@ -6,7 +6,7 @@ from typing import Final
 import msgspec
 
 from skep.dataplane.door.configuration import DoorState
-from skep.dataplane.door.statistics import Row, number
+from skep.dataplane.door.statistics import StatRow, number
 from skep.model.values.ids import ServiceId
 
 SERVICES_MAX: Final = 500
@@ -71,7 +71,9 @@ def idle_candidates(state: DoorState) -> Mapping[str, ServiceId]:
     return {name: id for name, id in holding.items() if id in wanted}
 
 
-def added_counters(rows: Iterable[Row], services: Iterable[ServiceId]) -> dict[ServiceId, BackendCounters]:
+def added_counters(
+    rows: Iterable[StatRow], services: Iterable[ServiceId]
+) -> dict[ServiceId, BackendCounters]:
     """Return the counters of ``services``, added up, from the rows of backends in all processes.
 
     A former process may have other backends of the same service, so their names' first part counts.  Only connections

@@ -16,8 +16,8 @@ from skep.dataplane.door.idleness import BackendCounters, added_counters, idle_c
 from skep.dataplane.door.statistics import (
     Line,
     LineCounters,
-    Row,
     ServiceCounters,
+    StatRow,
     counted_backends,
     counters_of,
     new_lines,
@@ -36,7 +36,7 @@ _ENTRY: Final = re.compile(r" key=(\S+) ")
 _COUNTER: Final = re.compile(r" gpc([0-9]+)=([0-9]+)")
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+class WantedCounters(msgspec.Struct, frozen=True, kw_only=True):
     """What is counted, by the names of backends.
 
     Attributes:
@@ -52,7 +52,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     lines: Mapping[Line, str]
 
 
-class Counters(msgspec.Struct, frozen=True, kw_only=True):
+class ReadCounters(msgspec.Struct, frozen=True, kw_only=True):
     """The counters of all that is wanted."""
 
     routes: Mapping[str, RouteTraffic]
@@ -61,13 +61,13 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
     lines: Mapping[Line, LineCounters]
 
 
-def wanted_of(state: DoorState, autoscaled: Iterable[str]) -> Wanted:
+def wanted_of(state: DoorState, autoscaled: Iterable[str]) -> WantedCounters:
     """Return what is counted while HAProxy has ``state``.
 
     Args:
         autoscaled: Services that are autoscaled by their requests.
     """
-    return Wanted(
+    return WantedCounters(
         routes=counted_routes(state),
         services=counted_backends(state, frozenset(autoscaled)),
         idle=idle_candidates(state),
@@ -75,7 +75,7 @@ def wanted_of(state: DoorState, autoscaled: Iterable[str]) -> Wanted:
     )
 
 
-def questions(wanted: Wanted) -> Iterator[str]:
+def questions(wanted: WantedCounters) -> Iterator[str]:
     """Yield the requests to HAProxy.  Each backend is in one of them."""
     staged = dict.fromkeys(name for name, _ in wanted.lines)
     others = [name for name in {**wanted.routes, **wanted.services, **wanted.idle} if name not in staged]
@@ -91,7 +91,7 @@ def _question(names: Iterable[str], kinds: int) -> str:
     return ";".join(["show info", *(f"show stat {name} {kinds} -1" for name in names)]) + "\n"
 
 
-def counters_in(wanted: Wanted, texts: Sequence[str], former: Sequence[str]) -> Counters:
+def counters_in(wanted: WantedCounters, texts: Sequence[str], former: Sequence[str]) -> ReadCounters:
     """Return the counters since the start of each process.
 
     Args:
@@ -102,7 +102,7 @@ def counters_in(wanted: Wanted, texts: Sequence[str], former: Sequence[str]) -> 
     backends = [one for one in rows if one.columns.get("svname") == "BACKEND"]
     slower = dict(entry for text in texts for entry in _entries(text))
     all_processes = [*backends, *(row for text in former for row in rows_in(text))]
-    return Counters(
+    return ReadCounters(
         routes=route_counters(backends, slower, wanted.routes),
         services=dict(service_counters_of(backends, wanted.services)),
         idle=added_counters(all_processes, dict.fromkeys(wanted.idle.values())),
@@ -110,7 +110,7 @@ def counters_in(wanted: Wanted, texts: Sequence[str], former: Sequence[str]) -> 
     )
 
 
-def rows_in(text: str) -> Iterator[Row]:
+def rows_in(text: str) -> Iterator[StatRow]:
     """Yield the rows of ``show stat``, whose responses each have a header, with the process of ``show info``."""
     process = named[1] if (named := _PROCESS.search(text)) is not None else ""
     columns: list[str] = []
@@ -118,7 +118,7 @@ def rows_in(text: str) -> Iterator[Row]:
         if line and line[0].startswith("# pxname"):
             columns = [line[0].removeprefix("# "), *line[1:]]
         elif line and columns:
-            yield Row(process, dict(zip(columns, line, strict=False)))
+            yield StatRow(process, dict(zip(columns, line, strict=False)))
 
 
 def _entries(text: str) -> Iterator[tuple[str, Mapping[int, int]]]:

@@ -54,14 +54,14 @@ def new_lines(state: DoorState) -> dict[Line, str]:
     return dict(list(found.items())[:TASKS_MAX])
 
 
-class Row(NamedTuple):
+class StatRow(NamedTuple):
     """A row of HAProxy's statistics, with the id of its process."""
 
     process: str
     columns: Mapping[str, str]
 
 
-def counters_of(rows: Iterable[Row], lines: Mapping[Line, str]) -> Iterator[tuple[Line, LineCounters]]:
+def counters_of(rows: Iterable[StatRow], lines: Mapping[Line, str]) -> Iterator[tuple[Line, LineCounters]]:
     """Yield the counters of ``lines``."""
     for row in (one.columns for one in rows):
         line = row.get("pxname") or "", row.get("svname") or ""
@@ -102,7 +102,7 @@ def counted_backends(state: DoorState, services: Collection[str]) -> dict[str, s
 
 
 def service_counters_of(
-    rows: Iterable[Row], backends: Collection[str]
+    rows: Iterable[StatRow], backends: Collection[str]
 ) -> Iterator[tuple[str, ServiceCounters]]:
     """Yield the counters of ``backends``, from their rows."""
     for row in (one.columns for one in rows):

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from skep.api.telemetry.exposition import MetricFamily, Sample, label_text
 from skep.dataplane.door.configuration import DoorState
-from skep.dataplane.door.statistics import SERVER_ERRORS, STATUSES, Row, number
+from skep.dataplane.door.statistics import SERVER_ERRORS, STATUSES, StatRow, number
 from skep.model.door.traffic import BOUNDS_MS, BUCKETS, REPORTED_MAX, ROUTES_MAX, RouteTraffic
 from skep.model.values.ids import ServiceId
 
@@ -33,7 +33,7 @@ def counted_routes(state: DoorState) -> dict[str, RouteTraffic]:
 
 
 def route_counters(
-    rows: Iterable[Row], slower: Mapping[str, Mapping[int, int]], routes: Mapping[str, RouteTraffic]
+    rows: Iterable[StatRow], slower: Mapping[str, Mapping[int, int]], routes: Mapping[str, RouteTraffic]
 ) -> dict[str, RouteTraffic]:
     """Return the counters of ``routes`` since HAProxy's start.
 

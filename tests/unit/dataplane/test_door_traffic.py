@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.dataplane.door.reading import Wanted, counters_in, questions
+from skep.dataplane.door.reading import WantedCounters, counters_in, questions
 from skep.dataplane.door.traffic import WINDOW_S, RouteCounters
 from skep.model.door.traffic import BUCKETS, REPORTED_MAX, RouteTraffic, quantile_ms
 from skep.model.values.ids import ServiceId
@@ -64,13 +64,13 @@ def test_counters_of_slower_responses_become_buckets() -> None:
         "Pid: 7\n# pxname,svname,hrsp_2xx,hrsp_5xx,\nweb-1,BACKEND,9,1,\n",
         f"# table: skep-traffic\n0x1: key=web-1 use=0 exp=0 shard=0 {slower}\n",
     )
-    wanted = Wanted(routes={"web-1": a_route(0)}, services={}, idle={}, lines={})
+    wanted = WantedCounters(routes={"web-1": a_route(0)}, services={}, idle={}, lines={})
     seen = counters_in(wanted, texts, ()).routes["web-1"]
     assert (seen.requests, seen.errors, seen.buckets) == (10, 1, buckets(b0=5, b2=3, b3=1))
 
 
 def test_a_backend_is_read_once_whoever_needs_it() -> None:
-    wanted = Wanted(
+    wanted = WantedCounters(
         routes={"web-1": a_route(0), "new-1": a_route(0)},
         services={"web-1": "web"},
         idle={"web-1": ServiceId("web"), "new-1": ServiceId("new")},
