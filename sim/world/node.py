@@ -41,10 +41,13 @@ from skep.aio.event import Event
 from skep.aio.race import wait_first
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
+from skep.model.door.traffic import RouteTraffic
+from skep.model.measures.readings import ServiceRequests
 from skep.model.node import NodeDescription
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, created_ms, slot_volumes_label
+from skep.model.staging.updates import TaskRequests
 from skep.model.task import AssignedTask, ContainerStatus, Task
 from skep.model.task_end import EndCause, TaskEnd
 from skep.model.values.ids import ContainerId, NodeId, ServiceId, TaskId
@@ -176,8 +179,7 @@ class SimulatedNode:
                 tables=tables,
                 usages=SimulatedUsages(self, self._clock),
                 addresses=self._held,
-                idle=self.door.idle,
-                held=self.door,
+                door=self.door,
                 volumes=self.volumes,
             ),
             clock=self._clock,
@@ -234,38 +236,57 @@ class SimulatedNode:
         self.machine.lose_power()
 
 
-class SimulatedDoor:
-    """The requests at the front door of a node, for the services that are known to it."""
+class SimulatedHeld:
+    """The requests that a front door holds."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self.changed = Event()
         """Set when a service gets its first held request."""
-        self.requested_at: dict[ServiceId, float] = {}
-        """When each known service last had a request."""
         self.waiting: dict[ServiceId, None] = {}
         """Services for which the node holds a request."""
-
-    def request(self, id: ServiceId, *, is_served: bool) -> None:
-        """Note a request, which is held unless a task serves it."""
-        self.requested_at[id] = self._clock.monotonic()
-        if not is_served:
-            self.waiting[id] = None
-            self.changed.set()
-
-    def release(self, id: ServiceId) -> None:
-        """Note that a task serves the held requests."""
-        if self.waiting.pop(id, self) is None:
-            self.requested_at[id] = self._clock.monotonic()
 
     def held(self) -> list[ServiceId]:
         """Return the services with held requests."""
         return list(self.waiting)
 
+
+class SimulatedDoor:
+    """The requests at the front door of a node, for the services that are known to it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.held = SimulatedHeld()
+        self.requested_at: dict[ServiceId, float] = {}
+        """When each known service last had a request."""
+
+    def request(self, id: ServiceId, *, is_served: bool) -> None:
+        """Note a request, which is held unless a task serves it."""
+        self.requested_at[id] = self._clock.monotonic()
+        if not is_served:
+            self.held.waiting[id] = None
+            self.held.changed.set()
+
+    def release(self, id: ServiceId) -> None:
+        """Note that a task serves the held requests."""
+        if self.held.waiting.pop(id, self) is None:
+            self.requested_at[id] = self._clock.monotonic()
+
+    def requests(self) -> Mapping[TaskId, TaskRequests]:
+        """Return nothing: no simulated update looks at requests."""
+        return {}
+
+    def recent_routes(self) -> Sequence[RouteTraffic]:
+        """Return nothing: no route is shown."""
+        return ()
+
+    def service_requests(self) -> Mapping[ServiceId, ServiceRequests]:
+        """Return nothing: no simulated service is autoscaled by its requests."""
+        return {}
+
     def idle(self) -> Mapping[ServiceId, float]:
         """Return the seconds without a request."""
         now = self._clock.monotonic()
-        return {id: 0.0 if id in self.waiting else now - at for id, at in self.requested_at.items()}
+        return {id: 0.0 if id in self.held.waiting else now - at for id, at in self.requested_at.items()}
 
 
 class SimulatedUsages:

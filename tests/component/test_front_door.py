@@ -174,6 +174,8 @@ async def test_values_arrive_as_they_are_written(tmp_path: Path) -> None:
         sent = {
             "X-Forwarded-For": "1.2.3.4",
             "X-Forwarded-Proto": "https",
+            "X-Forwarded-Host": "evil.example",
+            "X-Forwarded-Prefix": "/evil",
             "Forwarded": "for=1",
             "X-Gone": "x",
         }
@@ -182,8 +184,22 @@ async def test_values_arrive_as_they_are_written(tmp_path: Path) -> None:
         assert isinstance(headers, dict)
         assert headers["x-hostile"] == HOSTILE
         assert (headers["x-forwarded-for"], headers["x-forwarded-proto"]) == ("127.0.0.1", "http")
-        assert not {"forwarded", "x-gone"} & headers.keys()
+        assert headers["x-forwarded-host"] == "a.example"
+        assert not {"forwarded", "x-forwarded-prefix", "x-gone"} & headers.keys()
         assert (await rig.ask("a.example/"))[2]["X-Hostile"] == HOSTILE
+
+
+async def test_only_trusted_proxies_tell_services_about_the_client(tmp_path: Path) -> None:
+    async with a_door(tmp_path, trusted=("127.0.0.0/8",)) as rig, rig.tasks(ONE):
+        rig.service("web", {"skep.http": "a.example"})
+        rig.task("t1", "web", ONE)
+        await rig.apply()
+        sent = {"X-Forwarded-For": "1.2.3.4", "X-Forwarded-Proto": "https", "X-Forwarded-Prefix": "/x"}
+        headers = (await rig.ask_task("a.example/", sent))["headers"]
+        assert isinstance(headers, dict)
+        assert headers["x-forwarded-for"] in ("1.2.3.4", "127.0.0.1"), "aiohttp keeps one of both lines"
+        assert (headers["x-forwarded-proto"], headers["x-forwarded-prefix"]) == ("https", "/x")
+        assert headers["x-forwarded-host"] == "a.example"
 
 
 async def test_limits_answer_with_their_status(tmp_path: Path) -> None:
@@ -268,10 +284,10 @@ async def test_requests_of_new_tasks_are_counted_with_their_errors_and_times(tmp
         rig.task("t2", "web", TWO)
         rig.endpoints["t2"] = replace(rig.endpoints["t2"], version=2)
         await rig.apply()
-        await rig.door.count_requests()
+        await rig.door.read_statistics()
         for number in range(40):
             await rig.ask(f"a.example/?wait=0.02{'&status=500' if number < 20 else ''}")
-        await rig.door.count_requests()
+        await rig.door.read_statistics()
         assert rig.door.requests().keys() == {"t2"}
         (seen,) = rig.door.requests().values()
         assert (seen.requests, seen.errors) == (20, 10)
@@ -280,7 +296,7 @@ async def test_requests_of_new_tasks_are_counted_with_their_errors_and_times(tmp
         await rig.apply()
         await rig.ask("a.example/")
         await rig.ask("a.example/")
-        await rig.door.count_requests()
+        await rig.door.read_statistics()
         assert rig.door.requests()[TaskId("t2")].requests == 21
 
 
@@ -293,7 +309,7 @@ async def test_requests_are_counted_by_route_with_their_errors_and_latencies(tmp
         rig.task("t2", "idle", ONE)
         await rig.apply()
         await rig.ask("a.example/shop")
-        await rig.door.count_routes()
+        await rig.door.read_statistics()
         assert rig.door.recent_routes() == (), "the first reading tells where the counters start"
         for number in range(20):
             await rig.ask(
@@ -301,7 +317,7 @@ async def test_requests_are_counted_by_route_with_their_errors_and_latencies(tmp
             )
         await rig.ask("b.example/")
         await rig.ask("empty.example/")
-        await rig.door.count_routes()
+        await rig.door.read_statistics()
         web, empty = rig.door.recent_routes()
         assert (web.service_id, web.route, web.requests, web.errors) == ("web", "a.example/shop", 21, 1)
         assert (empty.route, empty.requests, empty.errors, sum(empty.buckets)) == ("empty.example", 1, 1, 0)
@@ -311,7 +327,7 @@ async def test_requests_are_counted_by_route_with_their_errors_and_latencies(tmp
         rig.service("more", {"skep.http": "more.example"})  # HAProxy is reloaded, and counts from 0
         await rig.apply()
         await rig.ask("b.example/")
-        await rig.door.count_routes()
+        await rig.door.read_statistics()
         assert rig.door.recent_routes()[0].requests == 22
         page = render(rig.door.routes.families()).decode()
         assert 'skep_door_requests_total{route="a.example/shop"} 22' in page
@@ -327,7 +343,7 @@ async def test_requests_of_services_with_a_target_are_counted_in_flight_and_by_r
         for number, service in enumerate(("plain", "web", "idle")):
             rig.task(f"t{number}", service, ONE)
         await rig.apply()
-        await rig.door.count_service_requests()
+        await rig.door.read_statistics()
         assert rig.door.service_requests() == {}, "a rate needs two readings"
         async with asyncio.TaskGroup() as group:
             for _ in range(3):
@@ -335,23 +351,23 @@ async def test_requests_of_services_with_a_target_are_counted_in_flight_and_by_r
             group.create_task(rig.ask("plain.example/?wait=1.0"))
             async with asyncio.timeout(10):
                 while True:
-                    await rig.door.count_service_requests()
+                    await rig.door.read_statistics()
                     found = rig.door.service_requests()
                     if found[ServiceId("web")].in_flight > 0:
                         break
                     await asyncio.sleep(0.01)
         assert found.keys() == {"web", "idle"}
         assert found[ServiceId("idle")] == ServiceRequests()
-        await rig.door.count_service_requests()
+        await rig.door.read_statistics()
         assert rig.door.service_requests()[ServiceId("web")].per_second > 0
         rig.service("more", {"skep.http": "more.example"})  # HAProxy is reloaded, and counts from 0
         await rig.apply()
         await rig.ask("a.example/")
-        await rig.door.count_service_requests()
+        await rig.door.read_statistics()
         assert rig.door.service_requests()[ServiceId("web")].per_second > 0
         rig.services["web"] = replace(rig.services["web"], labels={"skep.http": "a.example"})
         await rig.apply()
-        await rig.door.count_service_requests()
+        await rig.door.read_statistics()
         assert rig.door.service_requests().keys() == {"idle"}
 
 

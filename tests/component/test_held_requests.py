@@ -42,6 +42,11 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+async def until_held(rig: DoorRig, *services: str) -> None:
+    """Wait until the node holds requests for these services and no others."""
+    await until(lambda: rig.door.held.held() == [*services])
+
+
 async def test_a_request_waits_for_a_task_over_reloads_and_changed_options(directory: Path) -> None:
     async with a_door(directory) as rig, rig.tasks(ONE):
         rig.service("web", WEB)
@@ -79,7 +84,7 @@ async def test_a_service_returns_to_zero_and_its_next_request_waits_again(direct
             await rig.apply()
             async with asyncio.TaskGroup() as group:
                 asked = group.create_task(rig.ask_task("a.example/"))
-                await until(lambda: rig.door.held.held() == ["web"])
+                await until_held(rig, "web")
                 rig.task(f"t{number}", "web", ONE)
                 await rig.apply()
             assert asked.result()["task"] == ONE
@@ -92,14 +97,14 @@ async def test_a_websocket_is_held_and_keeps_the_service_from_being_idle(directo
         await rig.apply()
         async with asyncio.TaskGroup() as group:
             opened = group.create_task(session.ws_connect("/", headers={"Host": "a.example"}))
-            await until(lambda: rig.door.held.held() == ["web"])
+            await until_held(rig, "web")
             rig.task("t1", "web", ONE)
             await rig.apply()
         async with opened.result() as channel:
             await channel.send_str("held")
             assert await channel.receive_str(timeout=5) == "held again"
-            await rig.door.watch_idle()
-            await rig.door.watch_idle()
+            await rig.door.read_statistics()
+            await rig.door.read_statistics()
             assert rig.door.idle().keys() == {"web"}
             assert rig.door.held.open() == {"web": 1}
 
@@ -117,9 +122,9 @@ async def test_only_a_service_without_requests_in_any_process_is_idle(
         assert rig.door.idle() == {}, "nothing is known before the first reading"
 
         async def idle_s(pause_s: float = 0.2) -> float:
-            await rig.door.watch_idle()
+            await rig.door.read_statistics()
             await asyncio.sleep(pause_s)
-            await rig.door.watch_idle()
+            await rig.door.read_statistics()
             idle: Mapping[ServiceId, float] = rig.door.idle()
             assert idle.keys() == {"web", "asleep"}
             return idle[ServiceId("web")]
@@ -138,7 +143,7 @@ async def test_only_a_service_without_requests_in_any_process_is_idle(
         await rig.ask("a.example/")
         assert await idle_s(0) < 0.1, "a request since the last reading"
         rig.stop()
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         assert rig.door.idle() == {}, "a HAProxy that does not respond may have requests"
 
 
@@ -148,23 +153,23 @@ async def test_a_reload_without_a_request_keeps_the_idle_time(directory: Path) -
         rig.task("t1", "web", ONE)
         await rig.apply()
         await rig.ask("a.example/")
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         await until_idle(rig)
         rig.service("more", {"skep.http": "more.example"})
         await rig.apply()
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         assert rig.door.idle()[ServiceId("web")] >= 0.2
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         assert rig.door.idle()[ServiceId("web")] >= 0.2
         await rig.ask("a.example/")  # the first one of the new process, as many as the former one had
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         assert rig.door.idle()[ServiceId("web")] < 0.1
         await until_idle(rig)
         asked_at = time.monotonic()
         await rig.ask("a.example/")
         rig.service("again", {"skep.http": "again.example"})
         await rig.apply()
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         since_s = time.monotonic() - asked_at
         assert rig.door.idle()[ServiceId("web")] <= since_s, (
             "the former process had one right before the reload"
@@ -180,11 +185,11 @@ async def test_requests_without_a_task_do_not_keep_a_service_from_being_idle(dir
             rig.task(f"t{number}", name, ONE)
         await rig.apply()
         assert (await rig.ask("c.example/"))[0] == 200
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         await asyncio.sleep(0.2)
         for host, status in (("a", 308), ("b", 403), ("c", 429)):
             assert (await rig.ask(f"{host}.example/"))[0] == status
-        await rig.door.watch_idle()
+        await rig.door.read_statistics()
         idle: Mapping[ServiceId, float] = rig.door.idle()
         assert idle.keys() == {"away", "closed", "web"}
         assert min(idle.values()) >= 0.2
@@ -194,7 +199,7 @@ async def until_idle(rig: DoorRig) -> None:
     async with asyncio.timeout(10):
         while rig.door.idle().get(ServiceId("web"), 0.0) < 0.2:
             await asyncio.sleep(0.05)
-            await rig.door.watch_idle()
+            await rig.door.read_statistics()
 
 
 async def test_beyond_the_limits_clients_get_a_page(directory: Path) -> None:
@@ -232,9 +237,9 @@ async def test_a_client_that_gives_up_frees_its_place(directory: Path) -> None:
         await rig.apply()
         _, writer = await asyncio.open_connection("127.0.0.1", rig.port)
         writer.write(b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n")
-        await until(lambda: rig.door.held.held() == ["web"])
+        await until_held(rig, "web")
         writer.close()
-        await until(lambda: rig.door.held.held() == [])
+        await until_held(rig)
 
 
 async def test_refused_requests_wake_nothing(directory: Path) -> None:
@@ -257,14 +262,14 @@ async def test_held_requests_get_a_page_if_the_node_process_ends(directory: Path
         await rig.apply()
         async with asyncio.TaskGroup() as group:
             asked = group.create_task(rig.ask("a.example/"))
-            await until(lambda: rig.door.held.held() == ["web"])
+            await until_held(rig, "web")
             rig.restart_node()
         status, _, headers = asked.result()
         assert (status, headers["Retry-After"]) == (503, "5")
         await rig.apply()
         async with asyncio.TaskGroup() as group:
             again = group.create_task(rig.ask_task("a.example/"))
-            await until(lambda: rig.door.held.held() == ["web"])
+            await until_held(rig, "web")
             rig.task("t1", "web", ONE)
             await rig.apply()
         assert again.result()["task"] == ONE
@@ -304,7 +309,7 @@ async def test_a_request_that_reached_no_task_waits_for_the_next_one(directory: 
         await rig.apply()
         async with asyncio.TaskGroup() as group:
             asked = group.create_task(rig.ask_task("a.example/"))
-            await until(lambda: rig.door.held.held() == ["web"])
+            await until_held(rig, "web")
             rig.task("t1", "web", ONE)
             await rig.apply()
             while not await released(rig):  # noqa: ASYNC110
@@ -334,7 +339,7 @@ async def test_a_task_cannot_have_its_request_sent_again(directory: Path) -> Non
             rig.task("t1", "web", ONE)
             async with asyncio.TaskGroup() as group:
                 asked = group.create_task(rig.ask("a.example/"))
-                await until(lambda: rig.door.held.held() == ["web"])
+                await until_held(rig, "web")
                 await rig.apply()
             assert (asked.result()[:2], requests) == ((503, "my"), 1)
 
@@ -363,7 +368,7 @@ async def test_a_refused_request_wakes_its_service(directory: Path) -> None:
             rig.service(name, {"skep.http": f"{name}.example", "skep.autoscale": "0..3"})
         await rig.apply()
         held = asyncio.create_task(rig.ask("a.example/"))
-        await until(lambda: rig.door.held.held() == ["a"])
+        await until_held(rig, "a")
         rig.door.held.changed.clear()
         assert (await rig.ask("b.example/"))[0] == 503
         assert rig.door.held.changed.is_set()
@@ -492,7 +497,7 @@ async def test_connections_that_pass_through_the_node_have_a_bound(directory: Pa
         await rig.apply()
         async with asyncio.TaskGroup() as group:
             opened = group.create_task(session.ws_connect("/", headers={"Host": "a.example"}))
-            await until(lambda: rig.door.held.held() == ["web"])
+            await until_held(rig, "web")
             rig.task("t1", "web", ONE)
             await rig.apply()
         async with opened.result():
@@ -538,9 +543,9 @@ async def test_a_client_that_gives_up_a_long_request_frees_its_place(directory: 
         _, writer = await asyncio.open_connection("127.0.0.1", rig.port)
         writer.write(b"POST / HTTP/1.1\r\nHost: a.example\r\nContent-Length: %d\r\n\r\n" % length)
         writer.write(b"x" * length)
-        await until(lambda: rig.door.held.held() == ["web"])
+        await until_held(rig, "web")
         writer.transport.abort()
-        await until(lambda: rig.door.held.held() == [])
+        await until_held(rig)
 
 
 async def test_a_head_that_is_too_long_to_be_held_wakes_and_gets_the_page(directory: Path) -> None:
@@ -552,7 +557,7 @@ async def test_a_head_that_is_too_long_to_be_held_wakes_and_gets_the_page(direct
             await rig.apply()
             async with asyncio.TaskGroup() as group:
                 long = group.create_task(send_head(rig, size))
-                await until(lambda: rig.door.held.held() == ["web"])
+                await until_held(rig, "web")
                 rig.task("t1", "web", ONE)
                 await rig.apply()
             found += [long.result()]
@@ -576,7 +581,7 @@ async def test_a_held_request_has_one_line_in_the_log(directory: Path) -> None:
         await rig.apply()
         async with asyncio.TaskGroup() as group:
             group.create_task(rig.ask("a.example/one"))
-            await until(lambda: rig.door.held.held() == ["web"])
+            await until_held(rig, "web")
             rig.task("t1", "web", ONE)
             await rig.apply()
         await rig.ask("a.example/two")

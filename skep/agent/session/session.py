@@ -128,6 +128,26 @@ class UsageSource(Protocol):
         """Return the latest usage of each measured task."""
 
 
+class DoorSource(Protocol):
+    """The requests over this node's front door (``dataplane.door.listener``).  All but ``held`` go with heartbeats."""
+
+    @property
+    def held(self) -> HeldSource:
+        """Requests that are held for services without a task."""
+
+    def requests(self) -> Mapping[TaskId, TaskRequests]:
+        """Return the recent requests of new tasks in staged updates."""
+
+    def recent_routes(self) -> Sequence[RouteTraffic]:
+        """Return the recent requests by route."""
+
+    def service_requests(self) -> Mapping[ServiceId, ServiceRequests]:
+        """Return the recent requests of services that are autoscaled by them."""
+
+    def idle(self) -> Mapping[ServiceId, float]:
+        """Return the seconds without a request, by service."""
+
+
 class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
     """Parts of a node that its sessions deliver to and report from.
 
@@ -140,11 +160,7 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
         volumes: Reports unmounted cluster volumes, or None.
         usages: Measures tasks that a manager asks about, sent with each heartbeat, or None.
         addresses: Holds failover addresses, or None.
-        requests: Returns the requests of new tasks over this node's front door, sent with each heartbeat.
-        routes: Returns the requests by route, sent with each heartbeat.
-        service_requests: Returns the requests of autoscaled services over it.
-        idle: Returns the seconds without a request at this node's front door, by service, sent with each heartbeat.
-        held: Requests that the front door holds for services without a task, or None.
+        door: This node's front door, or None.
         serve_images: Serves this node's images to other nodes until cancelled, or None.
     """
 
@@ -160,11 +176,7 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
     volumes: VolumeSource | None = None
     usages: UsageSource | None = None
     addresses: HeldAddresses | None = None
-    requests: Callable[[], Mapping[TaskId, TaskRequests]] = dict
-    routes: Callable[[], Sequence[RouteTraffic]] = tuple
-    service_requests: Callable[[], Mapping[ServiceId, ServiceRequests]] = dict
-    idle: Callable[[], Mapping[ServiceId, float]] = dict
-    held: HeldSource | None = None
+    door: DoorSource | None = None
 
 
 class SessionHost(Protocol):
@@ -300,8 +312,8 @@ class ManagerSession:
         if self._services.addresses is not None:
             addresses = AddressStream(self._channel, self._services.addresses, self._clock)
             parts["addresses"] = partial(self._run_if_implemented, "addresses", addresses.run)
-        if self._services.held is not None:
-            wakes = WakeCalls(self._channel, self._services.held, self._clock, self._rng)
+        if self._services.door is not None:
+            wakes = WakeCalls(self._channel, self._services.door.held, self._clock, self._rng)
             parts["wakes"] = partial(self._run_if_implemented, "wakes", wakes.run)
         if self._services.tunnels is not None:
             orders = partial(self._services.tunnels.receive_orders, self._channel)
@@ -406,18 +418,13 @@ class ManagerSession:
         thousandths = round(1000 * load) if load is not None else None
         usages = self._services.usages
         used = usages_to_pb(usages.present()) if usages is not None else ()
-        await call.send(
-            skep.Heartbeat(
-                session_id=self._id,
-                away=is_stopping,
-                load=thousandths,
-                usages=used,
-                requests=requests_to_pb(self._services.requests()),
-                routes=routes_to_pb(self._services.routes()),
-                service_requests=service_requests_to_pb(self._services.service_requests()),
-                idle=idle_to_pb(self._services.idle()),
-            )
-        )
+        beat = skep.Heartbeat(session_id=self._id, away=is_stopping, load=thousandths, usages=used)
+        if (door := self._services.door) is not None:
+            beat.requests.extend(requests_to_pb(door.requests()))
+            beat.routes.extend(routes_to_pb(door.recent_routes()))
+            beat.service_requests.extend(service_requests_to_pb(door.service_requests()))
+            beat.idle.extend(idle_to_pb(door.idle()))
+        await call.send(beat)
         reply = await call.receive()
         if usages is not None and reply is not None:
             usages.measure([TaskId(id) for id in reply.measured])

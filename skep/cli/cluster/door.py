@@ -8,7 +8,6 @@ from ipaddress import ip_network
 from typing import Any, Final
 
 import click
-import msgspec
 
 from skep.api.client.requests import Requests
 from skep.cli import passthrough
@@ -18,27 +17,17 @@ from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests
 from skep.cli.stack.stack_builds import named_by_content
 from skep.errors import NotFound, PermissionDenied, SkepError, Unavailable
-from skep.model.door.claims import Claimant, settled
-from skep.model.door.problems import label_problem, route_problem
-from skep.model.door.routes import has_routes, routes_of
 from skep.model.door.settings import (
     ACCESS_LOG,
     DIRECTORY,
     DOOR,
     NAME,
     PROXY_PROTOCOL,
-    STACK,
     TRUSTED,
     is_door,
 )
-from skep.model.door.traffic import BOUNDS_MS
-from skep.model.network import Network, NetworkSpec
-from skep.model.options.autoscaling import is_at_zero
-from skep.model.service import Service
-from skep.model.task import Task
+from skep.model.door.traffic import BOUNDS_MS, UNREADABLE
 from skep.model.task_end import printable
-from skep.model.values.ids import NetworkId
-from skep.model.values.unknown import leniently
 
 SUBNET: Final = "10.254.0.0/16"
 """Default addresses.  Each service with routes has one, and each of its tasks, so Docker's /24 would soon be full."""
@@ -244,7 +233,8 @@ def status(options: HostOptions, output: OutputOptions) -> None:
 
     async def fetch() -> Shown:
         async with options.requests() as client:
-            return shown_routes(*await _read(client), await certificates_of(client), await traffic_of(client))
+            routes = await client.get("/skep/door", timeout_s=RESPONSE_TIMEOUT_S)
+            return shown_routes(routes, await proxies_sentence(client), await certificates_of(client))
 
     output.show(fetch)
 
@@ -263,7 +253,8 @@ def door_problems(routes: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     for one in routes:
         if problem := one.get("Problem"):
-            found.append(f"Route {one['Route']} of {one['Service']} does not work: {problem}")
+            route = f"Route {one['Route']} of" if one["Route"] != UNREADABLE else "A route of"
+            found.append(f"{route} {one['Service']} does not work: {problem}")
         elif (one.get("ErrorPercent") or 0) > _ERRORS_PERCENT_MAX:
             found.append(
                 f"Route {one['Route']} of {one['Service']}: {one['ErrorPercent']:.3g}% of the requests in the last "
@@ -309,54 +300,34 @@ async def certificates_of(client: Requests) -> Mapping[str, Any] | None:
         return None
 
 
-async def _read(client: Requests) -> tuple[list[Service], list[Task], list[Network], bool]:
-    services = [_decoded(one, Service) for one in await client.get("/services")]
-    tasks = await client.get("/tasks", filters={"desired-state": ["running"]})
-    networks = await client.get("/networks", filters={"label": [f"{DOOR}=true"]})
-    found = [Network(id=NetworkId(one["Id"]), spec=NetworkSpec(name=one["Name"])) for one in networks]
-    sees_all = True
+async def proxies_sentence(client: Requests) -> str:
+    """Return the sentence about the front door's tasks.  Users of a stack do not see them."""
+    proxies = await client.get("/services", filters={"label": [f"{DOOR}=true"]})
+    if proxies:
+        wanted = {"service": [one["ID"] for one in proxies], "desired-state": ["running"]}
+        tasks = await client.get("/tasks", filters=wanted)
+        count = sum(one["Status"]["State"] == "running" for one in tasks)
+        return f"{count} {'proxy runs' if count == 1 else 'proxies run'}."
     with suppress(Unavailable):  # workers answer as to a viewer of all stacks, and know no users
-        sees_all = any(":" not in role for role in (await client.get("/skep/access"))["Roles"])
-    return services, [_decoded(one, Task) for one in tasks], found, sees_all
-
-
-def _decoded(value: Any, kind: Any) -> Any:
-    return leniently(msgspec.json.encode(value), kind)
+        if all(":" in role for role in (await client.get("/skep/access"))["Roles"]):
+            return "The front door belongs to no stack, so you see only the routes of your stacks."
+    return "There is no front door. Create it with skep door up."
 
 
 def shown_routes(
-    services: Sequence[Service],
-    tasks: Sequence[Task],
-    networks: Sequence[Network],
-    sees_all: bool = True,
-    certificates: Mapping[str, Any] | None = None,
-    traffic: Sequence[Mapping[str, Any]] = (),
+    routes: Sequence[Mapping[str, Any]], proxies: str, certificates: Mapping[str, Any] | None = None
 ) -> Shown:
     """Return the lists of routes and certificates.  Lines below each list say what does not work.
 
     Args:
-        sees_all: Whether the user sees objects without a stack, as the front door is.
+        routes: Response of ``GET /skep/door``.
+        proxies: Sentence about the front door's tasks.
         certificates: Response of ``GET /skep/certificates``, or None to leave them out.
-        traffic: Response of ``GET /skep/door``.
     """
-    proxies = {one.id for one in services if is_door(one.spec.labels)}
-    # The network stays while services with routes use it.
-    has_door = bool(proxies) or not sees_all
-    network = next(iter((*networks, *_networks_of(tasks))), None) if has_door else None
-    counted = {(one["Service"], one["Route"]): one for one in traffic}
-    rows = [
-        row | _figures(counted.get((row["Service"], row["Route"])))
-        for row in _rows(services, tasks, network, sees_all)
-    ]
-    running = [task for task in tasks if task.service_id in proxies and task.status.state.name == "RUNNING"]
+    rows = [_row(one) for one in sorted(routes, key=lambda one: one["Service"])]
 
     def lines(screen: Screen) -> Iterator[str]:
-        if proxies:
-            yield "1 proxy runs." if len(running) == 1 else f"{len(running)} proxies run."
-        elif sees_all:
-            yield "There is no front door. Create it with skep door up."
-        else:
-            yield "The front door belongs to no stack, so you see only the routes of your stacks."
+        yield proxies
         cells = [
             (
                 *(printable(str(row[name])) for name in ("Route", "Service", "Port", "Tasks", "State")),
@@ -377,24 +348,9 @@ def shown_routes(
     return Shown(data=data, rows=rows, lines=lines)
 
 
-def _rows(
-    services: Sequence[Service], tasks: Sequence[Task], network: Network | None, sees_all: bool
-) -> Iterator[dict[str, Any]]:
-    """Yield a row for each route, and for each service whose labels are no routes."""
-    exposed = [one for one in services if has_routes(one.spec.labels)]
-    claims = settled(map(_claimant, exposed))
-    for service in sorted(exposed, key=lambda one: one.spec.name):
-        own = [task for task in tasks if task.service_id == service.id]
-        if problem := label_problem(service):
-            yield _row("-", service, 0, 0, problem)
-        for route in routes_of(service.spec.labels):
-            refused = claims.refused.get(service.id, {})
-            problem = route_problem(service, own, network, refused, route.address)
-            row = _row(route.address, service, route.options.port, len(own), problem)
-            if network is None and not sees_all:
-                why = f"you do not see whether there is a front door. Run skep explain {service.spec.name}"
-                row |= {"State": "unknown", "Problem": why}
-            yield row
+def _row(one: Mapping[str, Any]) -> dict[str, Any]:
+    row = {name: one.get(name, "") for name in ("Route", "Service", "Port", "Tasks", "State", "Problem")}
+    return row | {name: one.get(name) for name in _FIGURES}
 
 
 def _certificate_lines(found: Mapping[str, Any], screen: Screen) -> Iterator[str]:
@@ -408,36 +364,3 @@ def _certificate_lines(found: Mapping[str, Any], screen: Screen) -> Iterator[str
         if row["Error"] != "-":
             yield printable(f"{row['Name']}: {row['Error']}")
     yield from authority_problem(found.get("Authority"))
-
-
-def _figures(one: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {name: (one or {}).get(name) for name in _FIGURES}
-
-
-def _networks_of(tasks: Sequence[Task]) -> Iterator[Network]:
-    """Yield the front door's networks of tasks.  Users of a stack do not see them otherwise."""
-    for task in tasks:
-        for one in task.networks_attachments:
-            if one.network is not None and is_door(one.network.spec.labels):
-                yield one.network
-
-
-def _row(address: str, service: Service, port: int, tasks: int, problem: str) -> dict[str, Any]:
-    return {
-        "Route": address,
-        "Service": service.spec.name,
-        "Port": port,
-        "Tasks": tasks,
-        "State": "failing" if problem else "at zero" if is_at_zero(service.spec) else "ok",
-        "Problem": problem,
-    }
-
-
-def _claimant(service: Service) -> Claimant:
-    return Claimant(
-        id=service.id,
-        name=service.spec.name,
-        stack=service.spec.labels.get(STACK, ""),
-        created_at=service.created_at,
-        routes=routes_of(service.spec.labels),
-    )

@@ -40,8 +40,10 @@ SLOTS_MIN: Final = 2
 
 TRAFFIC_TABLE: Final = "skep-traffic"
 """Backend without servers, whose table counts responses by route and latency."""
-_FORM: Final = 3
+_FORM: Final = 4
 """Grows when the text changes for the same state, so that nodes reload HAProxy after an upgrade."""
+_TO_ROUTE: Final = "    use_backend %[var(txn.route)]"
+"""Rule without a condition, because HAProxy uses the default backend if the name is empty."""
 _CHALLENGES: Final = "/.well-known/acme-challenge/"
 _COMPRESSED: Final = (
     "text/html text/plain text/css text/javascript application/javascript application/json application/xml "
@@ -253,7 +255,7 @@ def _defaults(settings: DoorSettings) -> Iterator[str]:
 
 
 LOG_LINE: Final = (
-    '{"time":"%[date,utime(%Y-%m-%dT%H:%M:%SZ)]","client":"%[src]","method":"%[var(txn.method),json(utf8s)]"'
+    '{"time":"%[date,utime(%Y-%m-%dT%H:%M:%SZ)]","client":"%ci","method":"%HM"'
     ',"host":"%[var(txn.host),json(utf8s)]","path":"%[var(txn.path),json(utf8s)]","status":%ST,"bytes":%B,'
     '"ms":%Ta,"backend":"%b","server":"%si","state":"%ts"}'
 )
@@ -275,45 +277,54 @@ def _frontend(name: str, bind: str, state: DoorState, directory: str) -> Iterato
         f"{{ path,field(-1,/),map_str({directory}/challenges.map) -m found }}"
     )
     yield from _routing(state, directory)
-    unless = f" unless {{ src {' '.join(settings.trusted)} }}" if settings.trusted else ""
-    for header in ("X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded"):
-        yield f"    http-request del-header {header}{unless}"
-    yield "    http-request add-header X-Forwarded-For %[src]"
-    for header, value in (("Host", "%[req.hdr(host)]"), ("Proto", scheme)):
-        yield (
-            f"    http-request set-header X-Forwarded-{header} {value} "
-            f"if !{{ req.hdr(X-Forwarded-{header}) -m found }}"
-        )
+    yield from _forwarded_headers(scheme, settings.trusted)
     yield from latency_rules()
     if any(one.holds for one in state.backends.values()):
         yield f"    http-request set-var(txn.hold) var(txn.route),map_str({directory}/holds.map)"
         yield "    use_backend %[var(txn.hold)] if { var(txn.hold) -m found } { var(txn.route),nbsrv eq 0 }"
-    yield "    use_backend %[var(txn.route)] if { var(txn.route) -m found }"
+    yield _TO_ROUTE
     yield "    default_backend no-route"
 
 
+def _forwarded_headers(scheme: str, trusted: Sequence[str]) -> Iterator[str]:
+    """Yield the rules that tell services about the client, and let only trusted proxies do so too."""
+    unless = f" unless {{ src {' '.join(trusted)} }}" if trusted else ""
+    # A prefix is cheaper than a rule for each name, and services believe others of them as well.
+    yield f"    http-request del-header X-Forwarded- -m beg{unless}"
+    yield f"    http-request del-header Forwarded{unless}"
+    yield "    http-request add-header X-Forwarded-For %[src]"
+    for header, value in (("Host", "%[req.hdr(host)]"), ("Proto", scheme)):
+        if_missing = f" if !{{ req.hdr(X-Forwarded-{header}) -m found }}" if trusted else ""
+        yield f"    http-request add-header X-Forwarded-{header} {value}{if_missing}"
+
+
 def latency_rules() -> Iterator[str]:
-    """Yield the rules of a frontend that count each response of a task in the bucket of its latency."""
+    """Yield the rules of a frontend that count each response of a task by its latency.
+
+    Counter ``n`` has the responses that are slower than ``n`` bounds, so a fast one, as most are, needs one condition.
+    """
     yield "    http-request set-var(txn.began) date(0,ms)"
-    yield f"    http-request track-sc1 var(txn.route) table {TRAFFIC_TABLE} if {{ var(txn.route) -m found }}"
-    yield "    http-response set-var(txn.ms) date(0,ms),sub(txn.began)"
-    for number, (above, bound) in enumerate(zip((None, *BOUNDS_MS), (*BOUNDS_MS, None), strict=True)):
-        low = f" {{ var(txn.ms) -m int gt {above} }}" if above is not None else ""
-        high = f" {{ var(txn.ms) -m int le {bound} }}" if bound is not None else ""
-        yield f"    http-response sc-inc-gpc({number},1) if{low}{high}"
+    yield f"    http-request track-sc1 var(txn.route) table {TRAFFIC_TABLE}"
+    elapsed = "date(0,ms),sub(txn.began)"
+    for number, bound in enumerate(BOUNDS_MS):
+        yield f"    http-response sc-inc-gpc({number},1)"
+        # No rule of the frontend follows these.
+        yield f"    http-response allow if {{ {elapsed} -m int le {bound} }}"
+        if not number:
+            yield f"    http-response set-var(txn.ms) {elapsed}"
+            elapsed = "var(txn.ms)"
+    yield f"    http-response sc-inc-gpc({len(BOUNDS_MS)},1)"
 
 
 def _routing(state: DoorState, directory: str) -> Iterator[str]:
     """Yield the rules that find a request's backend."""
-    yield "    http-request set-var(txn.method) method"
     yield "    http-request set-var(txn.path) path"
     yield "    http-request set-var(txn.host) req.hdr(host),field(1,:),lower,rtrim(.)"
-    yield '    http-request set-var-fmt(txn.key) "%[var(txn.host)]%[path]/"'
-    yield f"    http-request set-var(txn.route) var(txn.key),map_beg({directory}/routes.map)"
+    find = f"concat(,txn.path,/),map_beg({directory}/routes.map)"
+    yield f"    http-request set-var(txn.route) var(txn.host),{find}"
     if any(key.startswith("*") for key in state.routes):
         found = "!{ var(txn.route) -m found }"
-        yield f'    http-request set-var-fmt(txn.key) "*%[var(txn.host),regsub(^[^.]*,)]%[path]/" if {found}'
-        yield f"    http-request set-var(txn.route) var(txn.key),map_beg({directory}/routes.map) if {found}"
+        yield f"    http-request set-var(txn.route) var(txn.host),regsub(^[^.]*,*),{find} if {found}"
 
 
 def _released(state: DoorState, directory: str) -> Iterator[str]:
@@ -327,7 +338,7 @@ def _released(state: DoorState, directory: str) -> Iterator[str]:
     yield f"    http-response del-header {UNREACHED}"
     # The frontend that got the request from its client logs it.
     yield "    http-request set-log-level silent"
-    yield "    use_backend %[var(txn.route)] if { var(txn.route) -m found }"
+    yield _TO_ROUTE
     yield "    default_backend no-route"
 
 

@@ -1,16 +1,14 @@
 """Finds out for how long services had no request at this node's front door, from HAProxy's statistics.  Pure."""
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
 import msgspec
 
 from skep.dataplane.door.configuration import DoorState
-from skep.dataplane.door.statistics import number, stat_rows
+from skep.dataplane.door.statistics import StatRow, number
 from skep.model.values.ids import ServiceId
 
-_PROCESS: Final = re.compile(r"^Pid: ([0-9]+)", re.MULTILINE)
 SERVICES_MAX: Final = 500
 """Most services in a report, which has to fit into a heartbeat.  Those with tasks come first, then the longest idle."""
 READING_S_MAX: Final = 6.0
@@ -73,25 +71,22 @@ def idle_candidates(state: DoorState) -> Mapping[str, ServiceId]:
     return {name: id for name, id in holding.items() if id in wanted}
 
 
-def added_counters(texts: Iterable[str], services: Iterable[ServiceId]) -> dict[ServiceId, BackendCounters]:
-    """Return the counters of ``services``, added up, from the responses of several processes to ``show info`` and
-    ``show stat``.
+def added_counters(
+    rows: Iterable[StatRow], services: Iterable[ServiceId]
+) -> dict[ServiceId, BackendCounters]:
+    """Return the counters of ``services``, added up, from the rows of backends in all processes.
 
     A former process may have other backends of the same service, so their names' first part counts.  Only connections
     to tasks count, because HAProxy responds to other requests itself: it refuses or redirects them.
-
-    Source: HAProxy, Management Guide, "CSV format": ``connect`` and ``reuse``.
     """
     found = {id: BackendCounters() for id in services}
-    for text in texts:
-        process = named[1] if (named := _PROCESS.search(text)) is not None else ""
-        for one in stat_rows(text):
-            id = ServiceId(one["pxname"].rpartition("-")[0])
-            if id in found:
-                reached = number(one.get("connect")) + number(one.get("reuse"))
-                found[id] += BackendCounters(
-                    number(one.get("scur")), 0, {process: reached}, number(one.get("act"))
-                )
+    for process, one in rows:
+        id = ServiceId((one.get("pxname") or "").rpartition("-")[0])
+        if id in found:
+            reached = number(one.get("connect")) + number(one.get("reuse"))
+            found[id] += BackendCounters(
+                number(one.get("scur")), 0, {process: reached}, number(one.get("act"))
+            )
     return found
 
 

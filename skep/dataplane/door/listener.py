@@ -30,19 +30,10 @@ from skep.dataplane.door.configuration import (
 )
 from skep.dataplane.door.derivation import counted_services, proxies_on, state_of
 from skep.dataplane.door.holding import HeldRequests, connect
-from skep.dataplane.door.idleness import BackendCounters, IdleWatch, added_counters, idle_candidates
-from skep.dataplane.door.statistics import (
-    Line,
-    LineCounters,
-    RequestWindow,
-    ServiceCounters,
-    ServiceWindow,
-    counted_backends,
-    counters_of,
-    new_lines,
-    service_counters_of,
-)
-from skep.dataplane.door.traffic import RouteCounters, counted_routes, counters_in, questions
+from skep.dataplane.door.idleness import BackendCounters, IdleWatch
+from skep.dataplane.door.reading import counters_in, questions, wanted_of
+from skep.dataplane.door.statistics import RequestWindow, ServiceWindow
+from skep.dataplane.door.traffic import RouteCounters
 from skep.errors import Unavailable
 from skep.model.door.payloads import DoorPayload
 from skep.model.door.settings import DIRECTORY, KEYS_DIRECTORY, DoorSettings
@@ -75,6 +66,7 @@ _WORKER = re.compile(r"^(\d+) +worker ", re.MULTILINE)
 _STOPPING = re.compile(r"^Stopping: 1$|Can't find the target", re.MULTILINE)
 _DONE = ("changed from", "no need to change", "Transaction created", "Committing", "Success!")
 _ADMIN, _MASTER = "admin.sock", "master.sock"
+_UNREAD = "statistics of the front door not read"
 
 
 Keys = Callable[[], DoorPayload]
@@ -117,6 +109,8 @@ class FrontDoor:
         self._counted: frozenset[ServiceId] = frozenset()
         self._service_window = ServiceWindow()
         self._idle = IdleWatch()
+        self._reading = asyncio.Lock()
+        """Held during a reading: counters that are added after newer ones would look like those of a reload."""
         self.held = held or HeldRequests()
 
     async def apply(
@@ -182,38 +176,39 @@ class FrontDoor:
             while True:
                 await tick(self._clock, SAMPLE_S)
                 # HAProxy can be any image, and write anything.  Requests are held all the same.
-                await isolate(self.count_requests(), "requests of new tasks not counted")
-                await isolate(self.count_routes(), "requests of routes not counted")
-                await isolate(self.count_service_requests(), "requests of services not counted")
-                await isolate(self.watch_idle(), "idle services not known", on_error=self._forget_idle)
+                await isolate(self.read_statistics(), _UNREAD, on_error=self._forget_idle)
 
     def _forget_idle(self, _: Exception) -> None:
         self._idle.forget()
 
-    async def watch_idle(self) -> None:
-        """Read once which services have requests."""
-        await self._watch_idle(self._applied)
+    async def read_statistics(self) -> None:
+        """Read HAProxy's counters once.  Without a response, nothing is added, and idle times are not known."""
+        async with self._reading:
+            await self._read(self._applied)
 
-    async def _watch_idle(self, state: DoorState | None) -> None:
+    async def _read(self, state: DoorState | None) -> None:
         directory = self._directory()
-        candidates = idle_candidates(state) if state is not None else {}
         if state is None or directory is None:
             self._idle.forget()
             return
-        services = dict.fromkeys(candidates.values())
-        texts = []
+        wanted = wanted_of(state, self._counted)
         try:
-            for batch in _batches([f"show stat {name} 2 -1" for name in candidates]):
-                texts += [await self._ask(directory / _ADMIN, ";".join(["show info", *batch]) + "\n")]
-            if candidates:
-                texts += [text async for text in self._statistics_of_former(directory)]
+            texts = [await self._ask(directory / _ADMIN, one) for one in questions(wanted)]
+            former = [text async for text in self._statistics_of_former(directory)] if wanted.idle else []
         except Unavailable:
             self._idle.forget()
             return
-        counters = added_counters(texts, services)
-        for id in services:
-            counters[id] += BackendCounters(self.held.open().get(id, 0), self.held.opened[id])
-        self._idle.add(self._clock.monotonic(), counters)
+        # In a thread, because hundreds of routes take some milliseconds.
+        found = await asyncio.to_thread(counters_in, wanted, texts, former)
+        now = self._clock.monotonic()
+        self._window.add(now, found.lines)
+        self.routes.add(now, found.routes)
+        self._service_window.add(now, wanted.services, found.services)
+        open_now, opened = self.held.open(), self.held.opened
+        self._idle.add(
+            now,
+            {id: one + BackendCounters(open_now.get(id, 0), opened[id]) for id, one in found.idle.items()},
+        )
 
     async def _statistics_of_former(self, directory: Path) -> AsyncIterator[str]:
         """Yield the statistics of all backends in former processes that have connections.  Raises: Unavailable."""
@@ -224,43 +219,9 @@ class FrontDoor:
                     directory / _MASTER, f"@!{pid} show stat -1 2 -1\n", _STATISTICS_MAX
                 )
 
-    async def count_requests(self) -> None:
-        """Read HAProxy's counters once."""
-        lines, directory = new_lines(self._applied or DoorState()), self._directory()
-        found: dict[Line, LineCounters] = {}
-        if lines and directory is not None:
-            with suppress(Unavailable):
-                for backend in dict.fromkeys(name for name, _ in lines):
-                    text = await self._ask(directory / _ADMIN, f"show stat {backend} 4 -1\n")
-                    found.update(counters_of(text, lines))
-        self._window.add(self._clock.monotonic(), found)
-
     def recent_routes(self) -> Sequence[RouteTraffic]:
         """Return the requests of the last minute by route."""
         return self.routes.recent(self._clock.monotonic())
-
-    async def count_routes(self) -> None:
-        """Read the counters of all routes once."""
-        directory, wanted = self._directory(), counted_routes(self._applied or DoorState())
-        if not wanted or directory is None:
-            return
-        with suppress(Unavailable):
-            texts = [await self._ask(directory / _ADMIN, one) for one in questions(list(wanted))]
-            # In a thread, because hundreds of routes take some milliseconds.
-            found = await asyncio.to_thread(counters_in, "\n".join(texts), wanted)
-            self.routes.add(self._clock.monotonic(), found)
-
-    async def count_service_requests(self) -> None:
-        """Read the counters of backends once.  Without a response, nothing is known."""
-        backends, directory = counted_backends(self._applied or DoorState(), self._counted), self._directory()
-        if not backends or directory is None:
-            return
-        found: dict[str, ServiceCounters] = {}
-        with suppress(Unavailable):
-            for batch in _batches([f"show stat {name} 2 -1" for name in backends]):
-                text = await self._ask(directory / _ADMIN, ";".join(batch) + "\n")
-                found.update(service_counters_of(text, backends))
-            self._service_window.add(self._clock.monotonic(), backends, found)
 
     async def _bring(self, directory: Path, before: DoorState | None, state: DoorState) -> None:
         """Bring the running HAProxy to ``state``, whose files are written.  Raises: Unavailable."""
@@ -277,8 +238,9 @@ class FrontDoor:
                     await self._run(directory, found)
                     return
         # A new process counts from 0, and the former process may end before its counters are read.
-        await self._watch_idle(before)
-        self._idle.expect_reload()
+        async with self._reading:
+            await isolate(self._read(before), _UNREAD, on_error=self._forget_idle)
+            self._idle.expect_reload()
         await self._ask(directory / _MASTER, "reload\n")
         log.info("front door reloaded", routes=len(state.routes), version=wanted)
         until = self._clock.monotonic() + RELOAD_S_MAX

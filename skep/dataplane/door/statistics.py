@@ -5,10 +5,9 @@ HAProxy counts for each server line since its start.  A line may get another tas
 differences between two readings of one task's line count.
 """
 
-import csv
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Final
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -26,6 +25,10 @@ RATE_WINDOW_S: Final = 15.0
 """Seconds over which requests of autoscaled services are averaged: three readings.  A longer time shows a step late."""
 BACKENDS_MAX: Final = 500
 """Most backends that are read, so that the report fits into a heartbeat.  Other services count as not measured."""
+
+STATUSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx", "other")
+"""Classes of statuses that HAProxy counts."""
+SERVER_ERRORS: Final = STATUSES.index("5xx")
 
 Line = tuple[str, str]
 """Names of a backend and of one of its servers."""
@@ -51,36 +54,30 @@ def new_lines(state: DoorState) -> dict[Line, str]:
     return dict(list(found.items())[:TASKS_MAX])
 
 
-def counters_of(text: str, lines: Mapping[Line, str]) -> Iterator[tuple[Line, LineCounters]]:
-    """Yield the counters of ``lines`` from HAProxy's statistics as CSV.
+class StatRow(NamedTuple):
+    """A row of HAProxy's statistics, with the id of its process."""
 
-    Source: HAProxy, Management Guide, "CSV format".
-    """
-    for row in stat_rows(text):
+    process: str
+    columns: Mapping[str, str]
+
+
+def counters_of(rows: Iterable[StatRow], lines: Mapping[Line, str]) -> Iterator[tuple[Line, LineCounters]]:
+    """Yield the counters of ``lines``."""
+    for row in (one.columns for one in rows):
         line = row.get("pxname") or "", row.get("svname") or ""
         if line not in lines:
             continue
-        statuses = [number(row.get(f"hrsp_{kind}")) for kind in ("1xx", "2xx", "3xx", "4xx", "5xx", "other")]
+        statuses = [number(row.get(f"hrsp_{kind}")) for kind in STATUSES]
         failed = number(row.get("econ")) + number(row.get("eresp"))
         yield (
             line,
             LineCounters(
                 task=lines[line],
                 requests=sum(statuses) + failed,
-                errors=statuses[4] + failed,
+                errors=statuses[SERVER_ERRORS] + failed,
                 latency_ms=float(number(row.get("rtime"))),
             ),
         )
-
-
-def stat_rows(text: str) -> Iterator[Mapping[str, str]]:
-    """Yield the rows of ``show stat`` by column, from the output of one or several commands, each with a header."""
-    columns: list[str] = []
-    for row in csv.reader(text.splitlines()):
-        if row and row[0].startswith("# "):
-            columns = [row[0].removeprefix("# "), *row[1:]]
-        elif row and columns:
-            yield dict(zip(columns, row, strict=False))
 
 
 def number(text: str | None) -> int:
@@ -104,13 +101,12 @@ def counted_backends(state: DoorState, services: Collection[str]) -> dict[str, s
     return dict(list(found.items())[:BACKENDS_MAX])
 
 
-def service_counters_of(text: str, backends: Collection[str]) -> Iterator[tuple[str, ServiceCounters]]:
-    """Yield the counters of ``backends`` from the output of one or several commands, each with a header.
-
-    Source: HAProxy, Management Guide, "CSV format": ``scur`` and ``req_tot``.
-    """
-    for row in stat_rows(text):
-        if row.get("svname") == "BACKEND" and (name := row["pxname"]) in backends:
+def service_counters_of(
+    rows: Iterable[StatRow], backends: Collection[str]
+) -> Iterator[tuple[str, ServiceCounters]]:
+    """Yield the counters of ``backends``, from their rows."""
+    for row in (one.columns for one in rows):
+        if (name := row.get("pxname") or "") in backends:
             yield name, ServiceCounters(number(row.get("scur")), number(row.get("req_tot")))
 
 

@@ -1,27 +1,25 @@
 """Counts the requests to each route, from HAProxy's counters.  Pure.
 
 HAProxy counts responses by status for each backend.  Its latencies are means only, so the configuration counts each
-response in a bucket of a table (``latency_rules``).  Both start at 0 after a reload.
+response in a table (``latency_rules``).  Both start at 0 after a reload.
 """
 
-import csv
-import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from operator import sub
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
+from operator import lt
 from typing import Final
 
 from msgspec.structs import replace
 
 from skep.api.telemetry.exposition import MetricFamily, Sample, label_text
-from skep.dataplane.door.configuration import TRAFFIC_TABLE, DoorState
+from skep.dataplane.door.configuration import DoorState
+from skep.dataplane.door.statistics import SERVER_ERRORS, STATUSES, StatRow, number
 from skep.model.door.traffic import BOUNDS_MS, BUCKETS, REPORTED_MAX, ROUTES_MAX, RouteTraffic
 from skep.model.values.ids import ServiceId
 
 WINDOW_S: Final = 60.0
 """Seconds that are reported: long enough for a 99th percentile at a few requests a second."""
-_STATS_MAX: Final = 100
-"""Backends in one request for counters.  Each takes two KiB of the response."""
 
 
 def counted_routes(state: DoorState) -> dict[str, RouteTraffic]:
@@ -34,34 +32,25 @@ def counted_routes(state: DoorState) -> dict[str, RouteTraffic]:
     return found
 
 
-def questions(names: Sequence[str]) -> Iterator[str]:
-    """Yield the commands that read the counters of backends."""
-    for first in range(0, len(names), _STATS_MAX):
-        yield ";".join(f"show stat {name} 2 -1" for name in names[first : first + _STATS_MAX]) + "\n"
-    yield f"show table {TRAFFIC_TABLE}\n"
+def route_counters(
+    rows: Iterable[StatRow], slower: Mapping[str, Mapping[int, int]], routes: Mapping[str, RouteTraffic]
+) -> dict[str, RouteTraffic]:
+    """Return the counters of ``routes`` since HAProxy's start.
 
-
-def counters_in(text: str, routes: Mapping[str, RouteTraffic]) -> dict[str, RouteTraffic]:
-    """Return the counters of ``routes`` since HAProxy's start, from the responses to ``questions``.
-
-    Source: HAProxy, Management Guide, "CSV format" and "show table".
+    Args:
+        rows: Rows of backends.
+        slower: By backend, the number of responses that are slower than so many bounds.
     """
     found = dict(routes)
-    header: Sequence[str] = ()
-    for line in text.splitlines():
-        if line.startswith("# pxname,"):
-            header = next(csv.reader([line[2:]]))
-        elif (entry := re.search(r" key=(\S+) ", line)) is not None:
-            if (one := found.get(entry[1])) is not None:
-                buckets = {int(at): int(count) for at, count in re.findall(r" gpc([0-9]+)=([0-9]+)", line)}
-                found[entry[1]] = replace(
-                    one, buckets=tuple(buckets.get(number, 0) for number in range(BUCKETS))
-                )
-        elif header and (one := found.get(name := line.partition(",")[0])) is not None:
-            row = dict(zip(header, next(csv.reader([line])), strict=False))
-            statuses = [int(row.get(f"hrsp_{kind}") or 0) for kind in ("1xx", "2xx", "3xx", "4xx", "5xx")]
+    for _, row in rows:
+        if (one := found.get(name := row.get("pxname") or "")) is not None:
+            statuses = [number(row.get(f"hrsp_{kind}")) for kind in STATUSES]
+            counts = slower.get(name, {})
             found[name] = replace(
-                one, requests=sum(statuses) + int(row.get("hrsp_other") or 0), errors=statuses[4]
+                one,
+                requests=sum(statuses),
+                errors=statuses[SERVER_ERRORS],
+                buckets=tuple(counts.get(at, 0) - counts.get(at + 1, 0) for at in range(BUCKETS)),
             )
     return found
 
@@ -111,8 +100,8 @@ class RouteCounters:
         latencies: list[Sample] = []
         for one in totals:
             count = 0
-            for bound, number in zip((*BOUNDS_MS, None), one.buckets, strict=True):
-                count += number
+            for bound, found in zip((*BOUNDS_MS, None), one.buckets, strict=True):
+                count += found
                 le = "+Inf" if bound is None else f"{bound / 1000:g}"
                 latencies.append(Sample(label_text({"route": one.route, "le": le}), count, "_bucket"))
             latencies.append(Sample(label_text({"route": one.route}), count, "_count"))
@@ -139,15 +128,19 @@ class RouteCounters:
 
 
 def _since(before: RouteTraffic | None, now: RouteTraffic) -> RouteTraffic:
-    if before is None or before.requests > now.requests or any(map(_is_less, now.buckets, before.buckets)):
+    if before is None or before.requests > now.requests or any(map(lt, _slower(now), _slower(before))):
         return now  # a route of a reload, which counts from 0
     return replace(
         now,
         requests=now.requests - before.requests,
         errors=max(now.errors - before.errors, 0),
-        buckets=tuple(map(sub, now.buckets, before.buckets)),
+        buckets=tuple(max(one - other, 0) for one, other in zip(now.buckets, before.buckets, strict=True)),
     )
 
 
-def _is_less(now: int, before: int) -> bool:
-    return now < before
+def _slower(one: RouteTraffic) -> Iterator[int]:
+    """Yield HAProxy's counters, which never fall.
+
+    A bucket may fall by one, because HAProxy may be read between two counters of one response.
+    """
+    return accumulate(reversed(one.buckets))

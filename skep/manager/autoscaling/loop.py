@@ -13,13 +13,10 @@ from skep.aio.time_slices import TimeSlices
 from skep.errors import SkepError
 from skep.manager.autoscaling.decision import PERIOD_S
 from skep.manager.autoscaling.state import (
-    UNKNOWN,
     AutoscalerState,
     AutoscalingCounts,
     Quota,
     Scaling,
-    door_nodes,
-    idle_times,
     write_problem,
     write_replicas,
 )
@@ -106,16 +103,12 @@ class Autoscaler:
     async def _scale_due(self) -> None:
         found, slices = await self._collect(), TimeSlices(self._clock)
         found, now = replace(found, answers=self._board.answers()), self._clock.monotonic()
-        idle = (
-            idle_times(door_nodes(self._term.view(), self.state.doors), found.idle)
-            if self.state.may_scale_to_zero()
-            else UNKNOWN
-        )
+        doors = self.state.read_doors(found)
         due: list[Scaling] = []
         problems = self.state.outdated_problems()
         for id in sorted(self.state.services):
             with isolated("autoscaling", id):
-                if (scaling := self.state.decide(id, found, now, idle)) is not None:
+                if (scaling := self.state.decide(id, found, now, doors)) is not None:
                     due.append(scaling)
                 if (problem := self.state.due_problem(id, now)) is not None:
                     problems.append(problem)

@@ -80,6 +80,13 @@ class AutoscalingCounts:
         """Tasks of these services that were not measured at the last decision."""
 
 
+class Doors(msgspec.Struct, frozen=True):
+    """The front door in one period: nodes on which a proxy runs, and the idle times of services."""
+
+    proxies: frozenset[NodeId] = frozenset()
+    idle: IdleTimes = UNKNOWN
+
+
 class MeasureProblem(msgspec.Struct, frozen=True, kw_only=True):
     """A change of the problem with a service's measures to write.  Empty once all of them are known again."""
 
@@ -188,18 +195,18 @@ class AutoscalerState:
         else:
             self._running_since.setdefault(task.id, self._clock.monotonic())
 
-    def may_scale_to_zero(self) -> bool:
-        """Return whether a service may lose its last task."""
+    def read_doors(self, found: ScalingMeasurements) -> Doors:
+        """Return the front door, as far as a decision in this period may need it."""
         view = self._view()
-        return any(
+        may_scale_to_zero = any(
             service.spec.replicas == 1 and wakes_on_request(service.spec.labels)
             for id in self.services
             if (service := view.lookup(Service, id)) is not None
         )
+        idle = idle_times(door_nodes(view, self.doors), found.idle) if may_scale_to_zero else UNKNOWN
+        return Doors(proxies_in(view, self.doors), idle)
 
-    def decide(
-        self, id: ServiceId, found: ScalingMeasurements, now: float, idle: IdleTimes = UNKNOWN
-    ) -> Scaling | None:
+    def decide(self, id: ServiceId, found: ScalingMeasurements, now: float, doors: Doors) -> Scaling | None:
         """Return the due change of a service, or None."""
         view = self._view()
         service = view.lookup(Service, id)
@@ -207,7 +214,7 @@ class AutoscalerState:
         if service is None or scaling is None or id not in self.services:
             return None
         present = scaling.at(self._schedule_time())
-        decision = self._decide(view, service, present, found, now, idle)
+        decision = self._decide(view, service, present, found, now, doors)
         if decision.replicas is None:
             return None
         return Scaling(
@@ -232,7 +239,7 @@ class AutoscalerState:
         scaling: Autoscaling,
         found: ScalingMeasurements,
         now: float,
-        idle: IdleTimes,
+        doors: Doors,
     ) -> ScalingDecision:
         present, history = service.spec.replicas, self.services[service.id]
         if history is None or history.expected != present:  # set by a user, so it stays for a window
@@ -242,14 +249,13 @@ class AutoscalerState:
             return now - self._running_since.get(id, now) >= SETTLE_S
 
         tasks = view.find(Task, service_id=service.id)
-        proxies = proxies_in(view, self.doors) if scaling.counts_requests else ()
-        totals = totals_of(service.id, scaling, found, proxies)
+        totals = totals_of(service.id, scaling, found, doors.proxies)
         readings = readings_of(service, scaling, tasks, found.usages, has_settled, totals)
         self._note_problem(service, readings, now)
         self._counts.unknown += readings.unknown
         decision = decide(service, scaling, readings, history, now)
         if decision.replicas is None and not blocked(service):
-            decision = to_zero(present, scaling, idle.get(service.id), history, now) or decision
+            decision = to_zero(present, scaling, doors.idle.get(service.id), history, now) or decision
         if decision.replicas is not None and decision.replicas < present:
             held = held_by(view, stack_of_service(service))
             return replace(decision, replicas=None, reason=held) if held else decision

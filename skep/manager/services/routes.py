@@ -1,19 +1,20 @@
 """The HTTP routes of the cluster's services, the refusal of taken routes, and the nodes with proxies."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from msgspec.structs import replace
 
 from skep.aio.time_slices import SlicedWork
-from skep.errors import RouteTaken
+from skep.errors import InvalidArgument, RouteTaken
 from skep.model.door.claims import Claimant, Refusal, may_conflict, refusals, settled
-from skep.model.door.problems import label_problem, route_problem
-from skep.model.door.routes import has_routes, http_labels, routes_of
+from skep.model.door.routes import has_routes, http_labels, parsed_routes, routes_of
 from skep.model.door.settings import is_door
-from skep.model.door.traffic import RouteShown, RouteTraffic, with_traffic
+from skep.model.door.traffic import UNREADABLE, RouteShown, RouteTraffic, with_traffic
 from skep.model.history import stack_of
 from skep.model.network import Network
-from skep.model.service import Service, ServiceSpec
+from skep.model.options.autoscaling import is_at_zero
+from skep.model.service import Service, ServiceSpec, UpdateState
+from skep.model.staging.updates import stages_of
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId
 from skep.model.values.times import Timestamp
@@ -88,18 +89,29 @@ def shown_routes(
             continue
         tasks = [one for one in view.find(Task, service_id=service.id) if one.is_wanted]
         refused = _worded(claims.refused.get(service.id, {}), sees)
-        split = service.split
+        if problem := label_problem(service):
+            found.append(_shown(service, UNREADABLE, tasks, problem))
         for route in routes_of(service.spec.labels):
-            shown = RouteShown(
-                route=route.address,
-                service=service.spec.name,
-                service_id=service.id,
-                problem=route_problem(service, tasks, door, refused, route.address),
-                new_percent=split.percent if split is not None else None,
+            problem = route_problem(service, tasks, door, refused, route.address)
+            shown = replace(
+                _shown(service, route.address, tasks, problem),
+                port=route.options.port,
                 certificate_expires=expires(route.host),
             )
             found.append(with_traffic(shown, counted.get((service.id, route.address))))
     return sorted(found, key=lambda one: (one.route, one.service))
+
+
+def _shown(service: Service, route: str, tasks: Sequence[Task], problem: str) -> RouteShown:
+    return RouteShown(
+        route=route,
+        service=service.spec.name,
+        service_id=service.id,
+        tasks=len(tasks),
+        state="failing" if problem else "at zero" if is_at_zero(service.spec) else "ok",
+        problem=problem,
+        new_percent=service.split.percent if service.split is not None else None,
+    )
 
 
 def door_network(view: View) -> Network | None:
@@ -150,3 +162,62 @@ def claimant_of(service: Service) -> Claimant:
         created_at=service.created_at,
         routes=routes_of(service.spec.labels),
     )
+
+
+# -- problems ----------------------------------------------------------------------------------------------------
+
+
+def label_problem(service: Service) -> str:
+    """Return the error in the labels of a service's routes, or an empty text."""
+    try:
+        parsed_routes(service.spec.labels)
+    except InvalidArgument as error:
+        return str(error)
+    return ""
+
+
+def route_problem(
+    service: Service,
+    tasks: Collection[Task],
+    door: Network | None,
+    refused: Mapping[str, Refusal],
+    address: str,
+) -> str:
+    """Return why a route of ``service`` does not work, with the next step, or an empty text.
+
+    Args:
+        tasks: Tasks of the service that shall run.
+        door: The network of the front door, or None without a front door.
+        refused: Refused routes of the service.
+        address: Host and path of the route.
+    """
+    if door is None:
+        return "there is no front door. Create it with skep door up"
+    if (refusal := refused.get(address)) is not None:
+        return refusal.reason
+    if is_at_zero(service.spec):
+        return ""
+    present = [task for task in tasks if task.status.state is TaskState.RUNNING]
+    if not present:
+        return "no task of the service runs"
+    away = [task for task in present if not is_attached(task, door)]
+    if away:
+        return (
+            f"{len(away)} of {len(present)} tasks {'is' if len(away) == 1 else 'are'} not on the network "
+            f"{door.spec.name}, and older than the route or the front door. {_replacement(service)}"
+        )
+    return ""
+
+
+def _replacement(service: Service) -> str:
+    """Return what replaces tasks.  A forced update would begin a staged update in progress once more."""
+    status = service.update_status
+    is_updating = status is not None and status.state in (UpdateState.UPDATING, UpdateState.PAUSED)
+    if is_updating and stages_of(service.spec.labels):
+        return f"The update in progress replaces them (skep explain {service.spec.name})"
+    return f"Replace them with docker service update --force {service.spec.name}"
+
+
+def is_attached(task: Task, network: Network) -> bool:
+    """Return whether the task is on the network."""
+    return any(one.network is not None and one.network.id == network.id for one in task.networks_attachments)

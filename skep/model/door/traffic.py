@@ -108,10 +108,16 @@ def quantile_ms(buckets: Sequence[int], share: float) -> float | None:
     return low + (BOUNDS_MS[at] - low) * (rank - below) / max(1, buckets[at])
 
 
+UNREADABLE: Final = "-"
+"""Route of a service whose labels are no routes, as the API shows it."""
+
+
 class RouteShown(ApiObject):
     """A route of the front door with its recent requests, as the API shows it.
 
     Attributes:
+        tasks: Number of the service's tasks that shall run.
+        state: ``ok``, ``at zero`` or ``failing``.
         problem: Reason why it does not work, with the next step, or empty.
         new_percent: Share of new connections for new tasks during a staged update, or None.
         requests_per_second: None if nothing was counted in the last minute.  Routes with the same options count under
@@ -123,6 +129,9 @@ class RouteShown(ApiObject):
     route: str = always("")
     service: str = always("")
     service_id: ServiceId = ServiceId("")
+    port: int = always(0)
+    tasks: int = always(0)
+    state: str = always("")
     problem: str = ""
     new_percent: int | None = None
     requests_per_second: float | None = None

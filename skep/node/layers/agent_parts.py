@@ -193,11 +193,7 @@ class AgentParts:
             volumes=runtime.cluster_volumes,
             usages=self.usages,
             addresses=runtime.addresses,
-            requests=runtime.door_requests,
-            routes=runtime.door_routes,
-            service_requests=runtime.door_service_requests,
-            idle=runtime.door_idle,
-            held=runtime.held_requests,
+            door=runtime.door,
             serve_images=partial(self.image_sharing.exchange, credentials, node),
         )
         managers = ManagerList(

@@ -112,7 +112,7 @@ class EngineApi:
                 exporter=foundation.exporter,
                 disks=lambda: disk_space.disks,
                 reports=partial(len, agent.reports),
-                door=runtime.door_families,
+                door=runtime.door.routes.families,
             ),
             foundation.clock,
         )

@@ -17,11 +17,9 @@ from skep.agent.session.address_stream import HeldAddresses
 from skep.agent.session.probe_stream import NodeProbes
 from skep.agent.tasks.task_logs import NoLogs, TaskLogs
 from skep.aio.failures import isolate
-from skep.api.telemetry.exposition import MetricFamily
 from skep.configuration.configuration import Configuration, UnixHost
 from skep.dataplane.dataplane import DataPlane, Host, NetProcess
 from skep.dataplane.dns.checks import NameChecks
-from skep.dataplane.door.holding import HeldRequests
 from skep.dataplane.door.listener import FrontDoor
 from skep.dataplane.endpoint_allocation import ClusterEndpoints
 from skep.dataplane.failover.machine import HOOK, AddressHook, DoorWatch, MachineAddresses
@@ -48,14 +46,12 @@ from skep.engine.images.store import ImageStore
 from skep.engine.metrics.usage import UsagePage
 from skep.linux.files import file_exists
 from skep.linux.name_files import RESOLVER
-from skep.model.door import settings as door
-from skep.model.door.traffic import RouteTraffic
-from skep.model.measures.readings import ServiceRequests
+from skep.model.door.payloads import DoorPayload
+from skep.model.door.settings import NAME as DOOR_VOLUME
 from skep.model.networks.used_ports import UsedPort
 from skep.model.networks.wireguard import EncryptionMethod
 from skep.model.node_reports.conditions import ConditionName
-from skep.model.staging.updates import TaskRequests
-from skep.model.values.ids import ServiceId, TaskId, new_container_id
+from skep.model.values.ids import new_container_id
 from skep.model.values.meta import Driver
 from skep.node.container_apis.exchange import Dispatch
 from skep.node.container_apis.server import ContainerApis
@@ -126,7 +122,7 @@ class Containers:
         self.cluster_volumes = self.executor.cluster_volumes
         self.local_networks = self.data_plane.local
         self.logs = TaskLogs(self.engine)
-        self._front_door = FrontDoor(self._door_directory, foundation.clock, self.payloads.write_door)
+        self.door = FrontDoor(self._door_directory, foundation.clock, self.payloads.write_door)
         self._machine_addresses = _machine_addresses(foundation)
         self.addresses = HeldAddresses(self._machine_addresses, foundation.clock.since_boot)
         self.usage_page = UsagePage(self.engine.list, foundation.cgroups, foundation.clock)
@@ -163,37 +159,12 @@ class Containers:
         The front door is the last one, because HAProxy may be slow to respond.
         """
         watch = DoorWatch(self.addresses.want)
-        return self.data_plane.overlays, self.data_plane.mesh, shared, watch, self._front_door
+        return self.data_plane.overlays, self.data_plane.mesh, shared, watch, self.door
 
     def _door_directory(self) -> Path | None:
         """Return the directory of the front door's volume, or None if this node has none."""
         volumes = self.engine.volumes
-        return volumes.path(door.NAME) if volumes.has(door.NAME) else None
-
-    def door_requests(self) -> Mapping[TaskId, TaskRequests]:
-        """Return the requests of new tasks over the front door."""
-        return self._front_door.requests()
-
-    def door_routes(self) -> Sequence[RouteTraffic]:
-        """Return the recent requests by route."""
-        return self._front_door.recent_routes()
-
-    def door_families(self) -> Sequence[MetricFamily]:
-        """Return the metrics of the front door."""
-        return self._front_door.routes.families()
-
-    def door_service_requests(self) -> Mapping[ServiceId, ServiceRequests]:
-        """Return the requests of autoscaled services over the front door."""
-        return self._front_door.service_requests()
-
-    def door_idle(self) -> Mapping[ServiceId, float]:
-        """Return the idle times of services that may be scaled to zero."""
-        return self._front_door.idle()
-
-    @property
-    def held_requests(self) -> HeldRequests:
-        """The requests that the front door holds for services without a task."""
-        return self._front_door.held
+        return volumes.path(DOOR_VOLUME) if volumes.has(DOOR_VOLUME) else None
 
     def run_networks(self, run: Run, tables: NetworkTables) -> None:
         """Keep the cluster networks on this node in the state that their tables describe."""
@@ -208,7 +179,7 @@ class Containers:
         run(self.addresses.run, "failover addresses")
         watch = partial(unreachable.watch, foundation.session, plane.prober, tables.exclude, foundation.clock)
         run(watch, "silent peers")
-        run(self._front_door.run, "requests over the front door")
+        run(self.door.run, "requests over the front door")
         run(partial(self._follow_certificates, tables), "certificates of the front door")
 
     async def _follow_certificates(self, tables: NetworkTables) -> None:
@@ -268,7 +239,6 @@ class PlainProcesses:
 
     engine: None = None
     addresses: None = None
-    held_requests: None = None
     data_plane: None = None
     payloads: None = None
     cluster_volumes: None = None
@@ -283,6 +253,8 @@ class PlainProcesses:
             foundation.paths.networks / "local", None, clock=foundation.clock, new_id=new_container_id
         )
         self.logs = NoLogs()
+        # Plain processes are not on its network, so it has no proxy and no requests.
+        self.door = FrontDoor(_no_engine, foundation.clock, DoorPayload)
 
     def list(self) -> Sequence[Container]:
         """Return no containers."""
@@ -301,26 +273,6 @@ class PlainProcesses:
     def network_listeners(self, shared: SharedTables) -> tuple[TableListener, ...]:
         """Return the users of network tables."""
         return (shared,)
-
-    def door_requests(self) -> Mapping[TaskId, TaskRequests]:
-        """Return nothing, because plain processes are not on the front door's network."""
-        return {}
-
-    def door_routes(self) -> Sequence[RouteTraffic]:
-        """Return nothing, as ``door_requests``."""
-        return ()
-
-    def door_families(self) -> Sequence[MetricFamily]:
-        """Return nothing, as ``door_requests``."""
-        return ()
-
-    def door_service_requests(self) -> Mapping[ServiceId, ServiceRequests]:
-        """Return nothing, because plain processes are not on the front door's network."""
-        return {}
-
-    def door_idle(self) -> Mapping[ServiceId, float]:
-        """Return nothing, as ``door_requests`` does."""
-        return {}
 
     def run_networks(self, run: Run, tables: NetworkTables) -> None:
         """Keep the tables of cluster networks current."""

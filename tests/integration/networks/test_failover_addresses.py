@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.manager.failover.decision import AWAY_S
 from tests.integration.networks.lab import outside
 from tests.support.harness.documents import shell_blocks
 from tests.support.machines.playground_rig import TestCluster, a_playground, wait_running, wait_until
@@ -156,8 +157,16 @@ def _log(cluster: TestCluster, node: str) -> list[str]:
     return (cluster.directory / node / "skep.log").read_text().splitlines()
 
 
+def is_willing(cluster: TestCluster) -> bool:
+    """Return whether both workers may be named: they are ready, and none was silent a short time ago."""
+    states = cluster.node("m1").docker("node", "ls", "--format", "{{.Status}}").stdout.split()
+    moved_at = logged_at(cluster, "failover address has another node")
+    return set(states) == {"Ready"} and time.time() - moved_at > AWAY_S
+
+
 def test_a_drained_holder_gives_the_address_up_at_once(cluster: TestCluster, watch: Watch) -> None:
     """Measured in the logs, because a client that has sent a packet to the former holder waits for its timeout."""
+    wait_until(lambda: is_willing(cluster), "the other node may be named", within_s=60)
     first = watch.answers[-1][1]
     (node,) = holders(cluster, watch.address)
     cluster.node("m1").docker("node", "update", "--availability", "drain", node)

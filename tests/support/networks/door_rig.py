@@ -39,14 +39,16 @@ def free_port() -> int:
 class DoorRig:
     """HAProxy in a directory, the listener that changes it, and the table that the listener gets."""
 
-    def __init__(self, directory: Path, limits: HoldLimits | None = None) -> None:
+    def __init__(
+        self, directory: Path, limits: HoldLimits | None = None, trusted: tuple[str, ...] = ()
+    ) -> None:
         self.directory = directory
         self._limits = limits or HoldLimits()
         self.port, self.tls_port, self.task_port = free_port(), free_port(), free_port()
         self.payloads = Payloads(directory.parent / "secrets", mount_ramfs=lambda _: None)
         self.payloads.open()
         self.payloads.materialize_door("proxy")
-        self._settings = DoorSettings(ports=(self.port, self.tls_port))
+        self._settings = DoorSettings(ports=(self.port, self.tls_port), trusted=trusted)
         self.door = self._listener()
         self._holding: asyncio.Task[None] | None = None
         self.services = {
@@ -170,6 +172,12 @@ class DoorRig:
             self._process.wait()
             self._process = None
 
+    @property
+    def pid(self) -> int:
+        """Id of HAProxy's master process."""
+        assert self._process is not None
+        return self._process.pid
+
     def log(self) -> str:
         """Return the output of HAProxy."""
         return (self.directory / "log").read_text()
@@ -242,9 +250,11 @@ class DoorRig:
 
 
 @asynccontextmanager
-async def a_door(directory: Path, limits: HoldLimits | None = None) -> AsyncIterator[DoorRig]:
+async def a_door(
+    directory: Path, limits: HoldLimits | None = None, trusted: tuple[str, ...] = ()
+) -> AsyncIterator[DoorRig]:
     """Run HAProxy in ``directory`` during the block."""
-    rig = DoorRig(directory, limits)
+    rig = DoorRig(directory, limits, trusted)
     try:
         await rig.start()
         yield rig

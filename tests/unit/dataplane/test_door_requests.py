@@ -1,5 +1,6 @@
 """Requests of new tasks and of autoscaled services, from HAProxy's counters."""
 
+from skep.dataplane.door.reading import rows_in
 from skep.dataplane.door.statistics import (
     RATE_WINDOW_S,
     WINDOW_S,
@@ -27,8 +28,8 @@ def counters(task: str, requests: int, errors: int = 0, latency_ms: float = 10.0
 
 
 def test_failed_connections_and_server_errors_are_errors() -> None:
-    assert dict(counters_of(TEXT, {LINE: "t1"})) == {LINE: counters("t1", 20, 7, 25.0)}
-    assert dict(counters_of("", {LINE: "t1"})) == {}
+    assert dict(counters_of(rows_in(TEXT), {LINE: "t1"})) == {LINE: counters("t1", 20, 7, 25.0)}
+    assert dict(counters_of(rows_in(""), {LINE: "t1"})) == {}
 
 
 def test_the_first_reading_and_requests_of_the_lines_former_task_do_not_count() -> None:
@@ -53,7 +54,6 @@ def test_a_reload_counts_from_zero_and_old_requests_are_forgotten() -> None:
 
 
 BACKENDS = """# pxname,svname,scur,req_tot,
-web-1,s1,1,,
 web-1,BACKEND,3,100,
 
 # pxname,svname,scur,req_tot,
@@ -69,8 +69,8 @@ def readings(first: tuple[int, int], second: tuple[int, int]) -> dict[str, Servi
 
 
 def test_counters_of_backends_are_read_from_several_responses() -> None:
-    assert dict(service_counters_of(BACKENDS, OF_WEB)) == readings((3, 100), (4, 10))
-    assert dict(service_counters_of("", OF_WEB)) == {}
+    assert dict(service_counters_of(rows_in(BACKENDS), OF_WEB)) == readings((3, 100), (4, 10))
+    assert dict(service_counters_of((), OF_WEB)) == {}
 
 
 def test_all_backends_of_a_service_are_added_and_averaged_over_the_last_readings() -> None:

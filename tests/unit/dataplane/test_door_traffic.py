@@ -3,6 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
+from skep.dataplane.door.reading import WantedCounters, counters_in, questions
 from skep.dataplane.door.traffic import WINDOW_S, RouteCounters
 from skep.model.door.traffic import BUCKETS, REPORTED_MAX, RouteTraffic, quantile_ms
 from skep.model.values.ids import ServiceId
@@ -45,6 +46,41 @@ def test_only_differences_of_readings_count_and_a_reload_counts_from_0() -> None
     assert 'route="a.example"' in counters.families()[0].samples[0].labels
     assert counters.families()[0].samples[0].value == 60
     assert counters.recent(15.0 + WINDOW_S + 1) == ()
+
+
+def test_a_reading_between_two_counters_of_a_response_is_no_reload() -> None:
+    counters = RouteCounters()
+    for at, found in ((0.0, {"b0": 50}), (5.0, {"b0": 61, "b1": 4}), (10.0, {"b0": 60, "b1": 5})):
+        counters.add(
+            at, {"web-1": replace(a_route(50), requests=sum(found.values()), buckets=buckets(**found))}
+        )
+    [seen] = counters.recent(10.0)
+    assert sum(seen.buckets) == 15
+
+
+def test_counters_of_slower_responses_become_buckets() -> None:
+    slower = " ".join(f"gpc{at}={count}" for at, count in enumerate((9, 4, 4, 1, *[0] * (BUCKETS - 4))))
+    texts = (
+        "Pid: 7\n# pxname,svname,hrsp_2xx,hrsp_5xx,\nweb-1,BACKEND,9,1,\n",
+        f"# table: skep-traffic\n0x1: key=web-1 use=0 exp=0 shard=0 {slower}\n",
+    )
+    wanted = WantedCounters(routes={"web-1": a_route(0)}, services={}, idle={}, lines={})
+    seen = counters_in(wanted, texts, ()).routes["web-1"]
+    assert (seen.requests, seen.errors, seen.buckets) == (10, 1, buckets(b0=5, b2=3, b3=1))
+
+
+def test_a_backend_is_read_once_whoever_needs_it() -> None:
+    wanted = WantedCounters(
+        routes={"web-1": a_route(0), "new-1": a_route(0)},
+        services={"web-1": "web"},
+        idle={"web-1": ServiceId("web"), "new-1": ServiceId("new")},
+        lines={("new-1", "s2"): "t2"},
+    )
+    assert [*questions(wanted)] == [
+        "show info;show stat web-1 2 -1\n",
+        "show info;show stat new-1 6 -1\n",
+        "show table skep-traffic\n",
+    ]
 
 
 def test_removed_routes_are_forgotten_and_a_report_has_the_busiest() -> None:

@@ -11,6 +11,7 @@ from skep.manager.autoscaling.state import (
     SET_BACK_S,
     AutoscalerState,
     AutoscalingCounts,
+    Doors,
     Quota,
     Scaling,
     write_problem,
@@ -145,7 +146,7 @@ async def test_a_clock_that_is_set_back_does_not_undo_an_entry_of_a_schedule(
     clock.wall_off_s = -(clock.now_ns() // 10**9 % 86400) + 8 * 3600 + 60  # a minute past eight
 
     def wanted() -> int | None:
-        found = state.decide(ServiceId("web"), ScalingMeasurements(), 1000.0)
+        found = state.decide(ServiceId("web"), ScalingMeasurements(), 1000.0, Doors())
         return found.replicas if found is not None else None
 
     assert wanted() == 4

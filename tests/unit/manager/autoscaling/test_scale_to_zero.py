@@ -20,6 +20,7 @@ from skep.manager.autoscaling.decision import (
 from skep.manager.autoscaling.state import (
     AutoscalerState,
     AutoscalingCounts,
+    Doors,
     Quota,
     Scaling,
     door_nodes,
@@ -90,7 +91,7 @@ async def test_a_schedule_starts_a_service_that_is_scaled_to_zero(ranges: str, r
         store.view, SystemClock(), Quota(replicas_within_quota, check_quota), AutoscalingCounts()
     )
     state.start(store.view())
-    found = state.decide(ServiceId("web"), ScalingMeasurements(), 1000.0)
+    found = state.decide(ServiceId("web"), ScalingMeasurements(), 1000.0, Doors())
     assert (found.replicas if found is not None else None) == replicas
     if found is not None:
         assert await store.update(write_replicas, found, check_quota)
@@ -141,11 +142,10 @@ async def decided(store: MemoryStore, *, after_s: float, idle_s: float | None) -
     )
     state.start(store.view())
     idle = {ServiceId("web"): idle_s} if idle_s is not None else {}
-    assert state.decide(ServiceId("web"), ScalingMeasurements(), 1000.0, idle) is None, (
+    assert state.decide(ServiceId("web"), ScalingMeasurements(), 1000.0, Doors(idle=idle)) is None, (
         "the leader has just begun"
     )
-    assert state.may_scale_to_zero()
-    return state.decide(ServiceId("web"), ScalingMeasurements(), 1000.0 + after_s, idle)
+    return state.decide(ServiceId("web"), ScalingMeasurements(), 1000.0 + after_s, Doors(idle=idle))
 
 
 async def test_the_leader_decides_once_it_has_seen_the_service_for_the_idle_time() -> None:

@@ -3,10 +3,18 @@
 import pytest
 from msgspec.structs import replace
 
+from skep.aio.time_slices import run_at_once
 from skep.errors import AlreadyExists, InvalidArgument, RouteTaken
-from skep.manager.services.routes import route_problems
+from skep.manager.services.routes import route_problem, route_problems, shown_routes
 from skep.model.network import Network, NetworkSpec
-from skep.model.service import ReplicatedJob, ServiceMode, ServiceSpec
+from skep.model.service import (
+    ReplicatedJob,
+    ReplicatedService,
+    ServiceMode,
+    ServiceSpec,
+    UpdateState,
+    UpdateStatus,
+)
 from skep.model.task import NetworkAttachment, TaskState
 from skep.model.values.ids import NetworkId
 from tests.support.builders import a_service, a_service_spec, a_task
@@ -78,3 +86,51 @@ async def test_a_route_that_does_not_work_is_explained(store):
     attached = (NetworkAttachment(network=DOOR),)
     await store.update(lambda tx: tx.put(replace(tx.get(type(task), task.id), networks_attachments=attached)))
     assert problems() == []
+
+
+async def test_the_list_has_the_same_reasons_and_the_state_of_each_route(store):
+    await store.update(lambda tx: tx.put(DOOR))
+    proxies = a_service("skep-door")
+    await store.update(
+        lambda tx: tx.put(replace(proxies, spec=replace(proxies.spec, labels={"skep.door": "true"})))
+    )
+    web = await create(store, routed("web", "a.example"))
+    await create(store, routed("second", "b.example"))
+    old = await create(store, routed("old", "old.example"))
+    asleep = {**old.spec.labels, "skep.http": "night.example", "skep.autoscale": "0..2"}
+    mode = ServiceMode(replicated=ReplicatedService(0))
+    night = a_service("night")
+    night = replace(night, spec=replace(night.spec, labels=asleep, mode=mode))
+    bad = a_service("bad")
+    bad = replace(bad, spec=replace(bad.spec, labels={"skep.http": "bad example"}))
+
+    def write(tx):
+        tx.put(bad)
+        tx.put(night)
+        for service, attachments in ((web, (NetworkAttachment(network=DOOR),)), (old, ())):
+            task = a_task(f"t-{service.spec.name}", node="n1", service=service)
+            status = replace(task.status, state=TaskState.RUNNING)
+            tx.put(replace(task, status=status, networks_attachments=attachments))
+
+    await store.update(write)
+    found = run_at_once(shown_routes(store.view(), lambda _: True, (), lambda _: ""))
+    rows = {one.route: (one.state, one.tasks, one.problem) for one in found}
+    assert rows["a.example"] == ("ok", 1, "")
+    assert rows["b.example"] == ("failing", 0, "no task of the service runs")
+    assert rows["night.example"] == ("at zero", 0, "")
+    state, tasks, problem = rows["old.example"]
+    assert (state, tasks) == ("failing", 1)
+    assert "1 of 1 tasks is not on the network skep-door" in problem
+    assert "docker service update --force old" in problem
+    assert "not a DNS name" in rows["-"][2]
+
+
+def test_tasks_that_a_staged_update_replaces_need_no_other_update():
+    web = a_service("web")
+    labels = {"skep.http": "a.example", "skep.update": "canary"}
+    status = UpdateStatus(state=UpdateState.UPDATING, message="update in progress: step 1 of 3")
+    web = replace(web, spec=replace(web.spec, labels=labels), update_status=status)
+    task = a_task("t1", node="n1", service=web)
+    task = replace(task, status=replace(task.status, state=TaskState.RUNNING))
+    problem = route_problem(web, [task], DOOR, {}, "a.example")
+    assert problem.endswith("The update in progress replaces them (skep explain web)")
