@@ -39,7 +39,8 @@ from skep.linux.detached import detached, held_lock, read_pid_file, set_title
 from skep.linux.files import file_exists, replace_file
 from skep.logs import LogSettings
 from skep.model.values.meta import Driver
-from skep.node.host import requirements
+from skep.model.values.user_map import UserMap
+from skep.node.host import requirements, user_remap
 from skep.node.host.conditions import Conditions
 from skep.node.host.environment import NodeEnvironment
 from skep.node.host.features import Features, detect
@@ -176,6 +177,7 @@ class Daemon:
         versions, _ = await asyncio.gather(
             asyncio.to_thread(self._check_machine, runtimes), asyncio.to_thread(self._check_profile)
         )
+        users = await asyncio.to_thread(self._map_users)
         paths = self._configuration.paths
         with _sole_user(paths):
             _prepare(paths)
@@ -195,6 +197,7 @@ class Daemon:
                     random=self._random,
                     conditions=self._conditions,
                     processes=self._processes,
+                    users=users,
                 ),
             )
             async with asyncio.TaskGroup() as group:
@@ -246,6 +249,21 @@ class Daemon:
             lambda: find_binary(configuration.etcd_binary, configuration.paths.etcd_version).version,
             lambda: (requirements.cgroup_problem(), runtimes.problem) if has_containers else (),
         )
+
+    def _map_users(self) -> UserMap | None:
+        """Return the mapping of containers' users.  Raises: SkepError: this machine cannot have it."""
+        configuration = self._configuration
+        if configuration.executor != "oci":
+            return None
+        paths = configuration.paths
+        directories = (paths.images, paths.containers, paths.volumes)
+        users = user_remap.load(configuration.userns_remap, directories, paths.run)
+        if users is not None:
+            uid, gid = users.root
+            log.info("users of containers are mapped", user=configuration.userns_remap, uid=uid, gid=gid)
+        elif configuration.userns_remap:
+            log.warning("root cannot be mapped to itself: userns-remap is off")
+        return users
 
     def _check_profile(self) -> None:
         if self._configuration.executor == "oci":

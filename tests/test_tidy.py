@@ -39,6 +39,7 @@ SMALL_LINES = 80
 SEPARATE = {
     "skep/cli/stack/stack_stops.py": "its importer has no lines left",
     "skep/dataplane/failover/hook_guard.py": "a program of its own",
+    "skep/engine/runtime/bind_flags.py": "its importer has no lines left",
     "skep/linux/without_links.py": "a program of its own",
     "skep/manager/allocator/loop.py": "a loop beside its pure state",
     "skep/manager/orchestrator/converged_slots.py": "a pure decision with a property that tests prove",

@@ -112,6 +112,9 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """Rights over this machine that tasks may have if the cluster allows them too."""
     cdi_spec_dirs: tuple[Path, ...] = (Path("/etc/cdi"), Path("/var/run/cdi"))
 
+    userns_remap: str = ""
+    """User whose subordinate ids the users of containers are on this machine, as ``user_remap.resolve`` takes it.
+    Empty to map no users."""
     executor: str = "oci"
     cgroup_parent: str = "skep"
     runtime: str = "auto"

@@ -192,6 +192,12 @@ SETTINGS = (
         docker_key="cdi-spec-dirs",
     ),
     Setting(
+        name="userns-remap",
+        help="user whose subordinate ids containers' users get: default, USER, USER:GROUP, UID or UID:GID (none)",
+        read=values.text,
+        docker_key="userns-remap",
+    ),
+    Setting(
         name="executor",
         help="task executor: oci for containers, process for plain processes without images",
         read=values.one_of("oci", "process"),

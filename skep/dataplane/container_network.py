@@ -132,13 +132,17 @@ class ContainerNetwork:
         if config.mode in (NetworkMode.HOST, NetworkMode.CONTAINER):
             return Sandbox(netns="")
         id, endpoints = config.id, config.endpoints
-        sandbox = Sandbox(netns=str(self._namespaces.path(id)), sysctls=_sysctls_of(config))
+        sandbox = Sandbox(
+            netns=str(self._namespaces.path(id)),
+            sysctls=_sysctls_of(config),
+            userns=str(self._namespaces.users_path(id)) if config.users is not None else "",
+        )
         if config.networks:
             endpoints = await self._allocation.join(config)
         else:
             endpoints = await self._allocation.fill(config, endpoints)
         try:
-            netns = await self._namespaces.create(id, sandbox.sysctls)
+            netns = await self._namespaces.create(id, sandbox.sysctls, config.users, config.userns)
             connected = await self._overlays.connect(id, netns, endpoints)
             sandbox = msgspec.structs.replace(sandbox, endpoints=connected)
             if needs_egress(config.mode, endpoints):
@@ -305,7 +309,9 @@ class ContainerNetwork:
             mac_address=config.mac_address,
             wants_ipv6=has_ipv6_egress([one.config for one in sandbox.endpoints]),
         )
-        return msgspec.structs.replace(found, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls)
+        return msgspec.structs.replace(
+            found, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls, userns=sandbox.userns
+        )
 
     async def _route_replies(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """Route replies of a container on the ingress network back through the node that the client connected to."""
@@ -358,7 +364,9 @@ def needs_egress(mode: NetworkMode, endpoints: Sequence[EndpointConfig]) -> bool
 
 def _without_egress(sandbox: Sandbox) -> Sandbox:
     """Return ``sandbox`` without its interface on the gateway bridge and its published ports."""
-    return Sandbox(netns=sandbox.netns, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls)
+    return Sandbox(
+        netns=sandbox.netns, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls, userns=sandbox.userns
+    )
 
 
 def _sysctls_of(config: SandboxConfig) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ import msgspec
 
 from skep.engine.confinement import apparmor, capabilities, cdi, seccomp
 from skep.engine.confinement.cgroups import Cgroups
+from skep.model.values.user_map import UserMap
 
 _CPUS = Path("/sys/devices/system/cpu")
 _UID_MAP = Path("/proc/self/uid_map")
@@ -51,6 +52,8 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """Processors that a container can be bound to (``0-3``).  Empty if unknown."""
     memory_nodes: str = ""
     """Memory nodes that a container can be bound to.  Empty if unknown."""
+    users: UserMap | None = None
+    """Mapping of the users of containers that do not request the machine's (``userns-remap``), or None."""
     cdi_directories: tuple[Path, ...] = cdi.DIRECTORIES
     """Directories of CDI device descriptions.  Later directories take precedence."""
 

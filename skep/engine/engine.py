@@ -34,6 +34,7 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.aio.race import run_to_end
+from skep.engine.confinement import machine
 from skep.engine.containers import create, image_mounts, sharing, updates
 from skep.engine.containers.attachment import Attachment, attach
 from skep.engine.containers.container import (
@@ -294,6 +295,7 @@ class Engine:
             self._config.hostname, self._network.host_gateway, self._config.log_default, sending_drivers()
         )
         config = create.container_config(request, defaults, task, node)
+        machine.check_mapped(config.machine, request.host_config.network_mode, self.bundles.users)
         self.cgroups.check_parent(config.machine.cgroup_parent)
         runtime = self.runtime.name_of(request.host_config.runtime)
         config = sharing.with_hostname(config, request.host_config.network_mode, self.store.get)
@@ -342,7 +344,8 @@ class Engine:
         try:
             async with self.images.pin(chain):
                 container = await self.add(new)
-            await self.volumes.fill(container.id, own, mounts, self.bundles.rootfs(container.id))
+            root = self.bundles.rootfs(container.id)
+            await self.volumes.fill(container.id, own, mounts, root, container.users)
         except BaseException:
             await self._undo(
                 self.volumes.remove_anonymous(own, self.list)
@@ -377,6 +380,7 @@ class Engine:
             labels=new.labels,
             layers=new.layers,
             runtime=self.runtime.name_of(new.runtime),
+            users=None if config.machine.userns_mode == "host" else self.bundles.users,
             created_at=timestamp(self._clock.now_ns()),
             plain=new.plain,
             stack=new.stack,

@@ -10,28 +10,33 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from skep.linux import syscalls
+from skep.linux import syscalls, user_namespaces
 
 
 class Bind(NamedTuple):
     """A file or directory of the machine that is visible at ``target``, an absolute path in the tree.
 
-    ``below`` selects a path inside ``source``.  Links in it cannot lead outside.
+    ``below`` selects a path inside ``source``.  Links in it cannot lead outside.  ``is_mapped`` maps the owners of its
+    files by the user namespace of ``enter``, if its file system supports that.
     """
 
     source: str
     target: str
     read_only: bool = False
     below: str = ""
+    is_mapped: bool = False
 
 
-def enter(root: str, binds: Sequence[Bind] = (), *, read_only: bool = False) -> str:
+def enter(
+    root: str, binds: Sequence[Bind] = (), *, read_only: bool = False, namespace: int | None = None
+) -> str:
     """Make ``root`` this process's root directory, in a new mount namespace, with ``binds`` mounted in it.
 
     Targets are resolved inside the tree, and missing ones are created.  The process must have only one thread.
 
     Args:
         read_only: Make everything below ``root`` read-only.
+        namespace: A user namespace in whose ids ``root`` has its owners.  The process enters it as its root.
 
     Returns: The path of the tree from now on: ``/``, or ``root`` if the kernel does not let processes change their
     root.
@@ -41,13 +46,13 @@ def enter(root: str, binds: Sequence[Bind] = (), *, read_only: bool = False) -> 
     syscalls.unshare(syscalls.CLONE_NEWNS)
     # Slave propagation: mounts that the machine unmounts meanwhile are also unmounted here.
     syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
-    sources = [_cloned(bind) for bind in binds]
+    sources = [_cloned(bind, namespace) for bind in binds]
     tree = syscalls.clone_mount(root)
     syscalls.restrict_mount(tree)
     syscalls.move_mount(tree, root)
     for bind, source in zip(binds, sources, strict=True):
         syscalls.restrict_mount(source, recursive=True, read_only=bind.read_only)
-        _bind(tree, source, bind.target)
+        _bind(tree, source, bind.target, namespace)
         os.close(source)
     if read_only:
         syscalls.restrict_mount(tree, read_only=True)
@@ -56,27 +61,39 @@ def enter(root: str, binds: Sequence[Bind] = (), *, read_only: bool = False) -> 
     try:
         syscalls.pivot_root(".", ".")
     except OSError:
-        return root  # the machine's root is an initial RAM file system
-    syscalls.unmount(".")
-    os.chdir("/")
-    return "/"
+        place = root  # the machine's root is an initial RAM file system
+    else:
+        syscalls.unmount(".")
+        os.chdir("/")
+        place = "/"
+    if namespace is not None:
+        user_namespaces.enter(namespace)
+    return place
 
 
-def _cloned(bind: Bind) -> int:
+def _cloned(bind: Bind, namespace: int | None) -> int:
+    wanted = namespace if bind.is_mapped else None
     if not bind.below:
-        return syscalls.clone_mount(bind.source, recursive=True)
+        return _clone(bind.source, wanted)
     part = syscalls.open_beneath(Path(bind.source), bind.below)
     try:
-        return syscalls.clone_mount(f"/proc/self/fd/{part}", recursive=True)
+        return _clone(f"/proc/self/fd/{part}", wanted)
     finally:
         os.close(part)
 
 
-def _bind(tree: int, source: int, target: str) -> None:
+def _clone(path: str, namespace: int | None) -> int:
+    if namespace is not None:
+        with suppress(OSError):  # its file system cannot be mapped: the container sees it as it is
+            return user_namespaces.mapped_mount(path, namespace)
+    return syscalls.clone_mount(path, recursive=True)
+
+
+def _bind(tree: int, source: int, target: str, namespace: int | None) -> None:
     try:
         place = syscalls.open_in_directory(tree, target, os.O_PATH)
     except FileNotFoundError:
-        _make(tree, target, is_directory=_is_directory(source))
+        _make(tree, target, namespace, is_directory=_is_directory(source))
         place = syscalls.open_in_directory(tree, target, os.O_PATH)
     try:
         syscalls.move_mount(source, place)
@@ -92,7 +109,7 @@ def _is_directory(descriptor: int) -> bool:
     return True
 
 
-def _make(tree: int, path: str, *, is_directory: bool) -> None:
+def _make(tree: int, path: str, namespace: int | None, *, is_directory: bool) -> None:
     """Create a file or directory with its parents, in a child process that has ``tree`` as its root."""
     child = os.fork()
     if child == 0:
@@ -100,6 +117,8 @@ def _make(tree: int, path: str, *, is_directory: bool) -> None:
         try:
             os.fchdir(tree)
             os.chroot(".")
+            if namespace is not None:
+                user_namespaces.enter(namespace)
             os.umask(0o022)
             os.makedirs(path if is_directory else os.path.dirname(path) or "/", exist_ok=True)
             if not is_directory:

@@ -39,6 +39,7 @@ _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2, _MOUNT_SETATTR 
 # Source: linux/mount.h: OPEN_TREE_*, MOUNT_ATTR_*.
 _OPEN_TREE_CLONE = 1
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOSYMFOLLOW = 1, 2, 4, 0x200000
+_MOUNT_ATTR_IDMAP = 0x100000
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 # Source: linux/mount.h, linux/fcntl.h (AT_*) and linux/openat2.h.
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
@@ -125,7 +126,20 @@ def restrict_mount(
     """
     flags = _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOSUID
     flags |= (_MOUNT_ATTR_RDONLY if read_only else 0) | (0 if follows_links else _MOUNT_ATTR_NOSYMFOLLOW)
-    attributes = _MountAttributes(set=flags)
+    _set_attributes(mounted, _MountAttributes(set=flags), recursive=recursive)
+
+
+def map_mount(mounted: int, namespace: int) -> None:
+    """Map the owners of files on a detached mount by a user namespace.  Raises: OSError: EINVAL: not supported."""
+    _set_attributes(mounted, _MountAttributes(set=_MOUNT_ATTR_IDMAP, user_namespace=namespace))
+
+
+def make_read_only(mounted: int, *, recursive: bool = False) -> None:
+    """Make an open mount read-only, and the mounts below it if ``recursive``."""
+    _set_attributes(mounted, _MountAttributes(set=_MOUNT_ATTR_RDONLY), recursive=recursive)
+
+
+def _set_attributes(mounted: int, attributes: _MountAttributes, *, recursive: bool = False) -> None:
     where = _AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
     size = ctypes.sizeof(attributes)
     _syscall(_MOUNT_SETATTR, mounted, b"", where, ctypes.byref(attributes), size)

@@ -22,6 +22,7 @@ from skep.engine.containers.container import EngineCounts
 from skep.engine.log_drivers.drivers import log_drivers
 from skep.model.networks.wireguard import ENCRYPTION_LABEL, EncryptionMethod
 from skep.model.values.times import Timestamp
+from skep.model.values.user_map import UserMap
 from skep.node.host.description import generic_resources
 from skep.node.host.features import Features
 from skep.node.host.machine import Machine
@@ -48,6 +49,8 @@ class NodeProperties(msgspec.Struct, frozen=True, kw_only=True):
     versions: Mapping[str, str]
     """Versions of the programs that it starts: runc, crun, conmon, nft, etcd."""
     runtimes: RuntimeChoice = RuntimeChoice()
+    users: UserMap | None = None
+    """Mapping of the users of containers, or None."""
     engine: Mapping[str, str] = {}
     """``Version`` and ``ApiVersion`` of the machine's Docker Engine.  Empty without one."""
 
@@ -186,6 +189,7 @@ def _runtime(node: NodeProperties, swarm: Mapping[str, Any]) -> dict[str, Any]:
         "SecurityOptions": [
             *(["name=apparmor"] if apparmor.is_supported() else []),
             *(["name=seccomp,profile=default"] if features.has("seccomp") else []),
+            *(["name=userns"] if node.users is not None else []),
         ],
     }
 

@@ -10,7 +10,8 @@ import pytest
 from skep.engine.build.cache.cache import CacheMounts
 from skep.engine.build.dockerfile.mounts import RunMount, parse_mount
 from skep.engine.build.inputs import Inputs
-from skep.engine.build.runs import MountSources
+from skep.engine.build.runs import Areas, MountSources
+from skep.engine.build.stage import MountedTree
 from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, NotFound
 from skep.linux.mounting import bind_part, mount_targets
@@ -31,12 +32,12 @@ class Step:
             return place / "context"
 
         @asynccontextmanager
-        async def tree_of(_: str) -> AsyncIterator[Path]:
-            yield place / "context"
+        async def tree_of(_: str) -> AsyncIterator[MountedTree]:
+            yield MountedTree(place / "context")
 
         inputs = Inputs(opened, None, None)
         caches = CacheMounts(place / "caches")
-        self._sources = MountSources(stack, self._area, caches, "", inputs, images, tree_of)
+        self._sources = MountSources(stack, Areas(self._area), caches, "", inputs, images, tree_of)
 
     async def mount(self, text: str) -> Mount:
         mount = parse_mount(text, lambda word: word)

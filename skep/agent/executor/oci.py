@@ -56,6 +56,7 @@ from skep.model.permissions.rights import ALL_RIGHTS, Right
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.model.task_end import TaskEnd, words_of
 from skep.model.values.ids import ContainerId, TaskId
+from skep.model.values.user_map import UserMap
 from skep.paths import Paths
 
 log = structlog.get_logger()
@@ -154,6 +155,7 @@ def oci_executor(
     bring: Bring = nothing_beside,
     plugins: VolumePlugins | None = None,
     apis: ApiSockets = api_sockets.NONE,
+    users: UserMap | None = None,
 ) -> OciExecutor:
     """Return the executor of one node, with its engine.
 
@@ -165,15 +167,10 @@ def oci_executor(
         bring: See ``ImagePuller``.
         plugins: Volume plug-ins, or None for the machine's plug-ins.
         apis: API sockets for containers that mount the Engine API's socket.
+        users: Mapping of the containers' users, or None if they are the machine's.
     """
-    cgroups, programs = Cgroups(cgroup_parent), programs or find_programs()
-    capacity = capacity_of(cgroups, programs, cdi_directories)
-    runtime = Runtime(
-        programs=programs,
-        root=paths.runc,
-        bundles=Bundles(paths.containers, paths.bundles, cgroups, capacity, RESOLVER, apis),
-        cgroups=cgroups,
-        capacity=capacity,
+    runtime = _runtime(
+        paths, Cgroups(cgroup_parent), programs or find_programs(), cdi_directories, apis, users
     )
     engine = Engine(
         runtime=runtime,
@@ -183,7 +180,7 @@ def oci_executor(
         clock=clock,
         config=config,
     )
-    payloads = Payloads(paths.secrets)
+    payloads = Payloads(paths.secrets, users=users)
     return OciExecutor(
         engine=engine,
         data_plane=data_plane,
@@ -192,6 +189,32 @@ def oci_executor(
         clock=clock,
         node=NodeFacts(hostname=config.hostname, architecture=os.uname().machine, allowed=allowed),
         bring=bring,
+    )
+
+
+def _runtime(
+    paths: Paths,
+    cgroups: Cgroups,
+    programs: Programs,
+    cdi_directories: tuple[Path, ...],
+    apis: ApiSockets,
+    users: UserMap | None,
+) -> Runtime:
+    capacity = msgspec.structs.replace(capacity_of(cgroups, programs, cdi_directories), users=users)
+    return Runtime(
+        programs=programs,
+        root=paths.runc,
+        bundles=Bundles(
+            paths.containers,
+            paths.bundles,
+            cgroups,
+            capacity,
+            RESOLVER,
+            apis,
+            mapped=(paths.cluster_volumes,),
+        ),
+        cgroups=cgroups,
+        capacity=capacity,
     )
 
 

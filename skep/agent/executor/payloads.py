@@ -32,6 +32,7 @@ from skep.model.door.settings import KEYS_DIRECTORY
 from skep.model.options import templates
 from skep.model.options.secret_env import environment_entry, secret_variables
 from skep.model.values.ids import ConfigId, SecretId
+from skep.model.values.user_map import UserMap
 
 log = structlog.get_logger(__name__)
 
@@ -46,8 +47,17 @@ def _mount_ramfs(directory: Path) -> None:
 class Payloads:
     """The data of secrets and configs assigned to this node."""
 
-    def __init__(self, directory: Path, mount_ramfs: Callable[[Path], None] = _mount_ramfs) -> None:
-        """``mount_ramfs`` mounts a ramfs at an existing directory, unless it is a mount.  Raises: OSError."""
+    def __init__(
+        self,
+        directory: Path,
+        mount_ramfs: Callable[[Path], None] = _mount_ramfs,
+        users: UserMap | None = None,
+    ) -> None:
+        """``mount_ramfs`` mounts a ramfs at an existing directory, unless it is a mount.  Raises: OSError.
+
+        ``users`` maps the users of tasks' containers to the files' owners.
+        """
+        self._users = users
         self._directory = directory
         self._mount_ramfs = mount_ramfs
         self._secrets = directory / "known" / "secret"
@@ -140,6 +150,7 @@ class Payloads:
             for directory in directories:
                 with suppress(FileNotFoundError):  # its task was removed meanwhile
                     write_certificates(directory, present.certificates, seen_at)
+                    self._give(directory, *directory.iterdir())
             return present if directories else replace(present, certificates={})
 
     # --- what a container sees --------------------------------------------------------------------------------
@@ -161,6 +172,12 @@ class Payloads:
         directory = self._files(key) / "door"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.write_door()
+
+    def _give(self, *paths: Path) -> None:
+        """Make the root of the tasks' containers the owner of files that only root may read.  Raises: OSError."""
+        if self._users is not None:
+            for path in paths:
+                os.chown(path, *self._users.root)
 
     def materialize(self, key: str, container: ContainerSpec, seen: Struct) -> None:
         """Write the secret and config files of ``key``'s container with the requested owners and modes, and expand
@@ -190,7 +207,10 @@ class Payloads:
         for number, (target, data) in enumerate(wanted):
             path = directory / str(number)
             replace_file(path, data, mode=0o600, is_durable=False)
-            os.chown(path, _owner(target.uid), _owner(target.gid))
+            uid, gid = _owner(target.uid), _owner(target.gid)
+            if self._users is not None:
+                uid, gid = self._users.uid(uid), self._users.gid(gid)
+            os.chown(path, uid, gid)
             path.chmod(target.mode & 0o7777)
 
     def environment(self, container: ContainerSpec, seen: Struct) -> tuple[str, ...]:

@@ -72,6 +72,7 @@ from skep.engine.build.interface import (
 )
 from skep.engine.build.stage import (
     Changes,
+    MountedTree,
     StagePosition,
     StepImage,
     in_thread,
@@ -443,7 +444,7 @@ class Build:
             root = None
             if copies.local_sources(copy):
                 tree = self._tree_of(step, copy.origin) if copy.origin else None
-                root = await stack.enter_async_context(tree) if tree else await self._inputs.context()
+                root = (await stack.enter_async_context(tree)).root if tree else await self._inputs.context()
             fetched = {name: await remote.fetch() for name, remote in remotes.items()}
             prepared = await copies.prepare(
                 self._images, copy, root, self._workspace, fetched, is_buildkit=is_buildkit
@@ -470,10 +471,10 @@ class Build:
         return self._results.change(state, options_of(config), line, *more, adds_layer=True)
 
     @asynccontextmanager
-    async def _tree_of(self, step: BuildStep, origin: str) -> AsyncIterator[Path]:
+    async def _tree_of(self, step: BuildStep, origin: str) -> AsyncIterator[MountedTree]:
         """Mount the file system of a named context, a stage or an image."""
         if (directory := await self._inputs.open_named(self._request, origin)) is not None:
-            yield directory
+            yield MountedTree(directory)
             return
         try:
             made = await self._stage_or_image(step, origin)
@@ -483,7 +484,7 @@ class Build:
             raise type(error)(text if text.startswith(prefix) else prefix + text) from error
         changes = Changes(self._area(), lower_directories(self._images, made))
         async with mounted_image(changes, new_work(self._images, self._workspace)) as root:
-            yield root
+            yield MountedTree(root, changes.layers)
 
     async def _run(self, step: BuildStep, run: Run, visible: Mapping[str, str]) -> None:
         """Carry out RUN."""
@@ -504,7 +505,7 @@ class Build:
         async with AsyncExitStack() as stack:
             sources = runs.MountSources(
                 stack,
-                self._area,
+                runs.Areas(self._area, self._builder.containers.users),
                 self._builder.mounts,
                 self._request.cache_namespace,
                 self._inputs,

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -26,7 +27,7 @@ from skep.engine.build.files.sources import find
 from skep.engine.build.files.trees import Tree
 from skep.engine.build.inputs import Inputs
 from skep.engine.build.interface import BuildRequest
-from skep.engine.build.stage import Changes, in_thread, mounted_image, new_work
+from skep.engine.build.stage import Changes, MountedTree, in_thread, mounted_image, new_work
 from skep.engine.containers.container import Container, StandardStream
 from skep.engine.containers.request import CreateRequest, HostConfig, LogOptions
 from skep.engine.engine import Engine
@@ -35,6 +36,7 @@ from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unimplemented
 from skep.linux import mounting, syscalls
 from skep.model.container import BindOptions, HealthConfig, Mount, TmpfsOptions
+from skep.model.values.user_map import UserMap
 
 MADE_BY_THE_RUNTIME = ("dev", "proc", "sys", "etc/hosts", "etc/hostname", "etc/resolv.conf")
 """Mount points that the runtime creates in every container if the image lacks them.  They are not part of a layer."""
@@ -93,6 +95,11 @@ class StepContainers:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+
+    @property
+    def users(self) -> UserMap | None:
+        """Mapping of the containers' users, or None."""
+        return self._engine.bundles.users
 
     @asynccontextmanager
     async def create(
@@ -205,10 +212,17 @@ def _create_request(image: Image, request: BuildRequest, prepared: PreparedRun) 
 
 
 class _Base(msgspec.Struct, frozen=True):
-    """Files of a mount.  ``root``: Their tree.  ``digest``: Digest of the part that ``source`` selects."""
+    """Files of a mount.  ``tree``: Where they are.  ``digest``: Digest of the part that ``source`` selects."""
 
-    root: Path
+    tree: MountedTree
     digest: str
+
+
+class Areas(NamedTuple):
+    """Creates empty directories for mounts of steps, whose containers have the mapping ``users``."""
+
+    create: Callable[[], Path]
+    users: UserMap | None = None
 
 
 class MountSources:
@@ -217,20 +231,19 @@ class MountSources:
     def __init__(
         self,
         stack: AsyncExitStack,
-        area: Callable[[], Path],
+        areas: Areas,
         caches: CacheMounts,
         namespace: str,
         inputs: Inputs,
         images: ImageStore,
-        tree_of: Callable[[str], AbstractAsyncContextManager[Path]],
+        tree_of: Callable[[str], AbstractAsyncContextManager[MountedTree]],
     ) -> None:
         """Args:
-        area: Creates an empty directory.
         namespace: Namespace of the directories of ``--mount=type=cache``.
         tree_of: Mounts the file system of a context, a stage or an image.
         """
         self._stack = stack
-        self._area = area
+        self._area, self._users = areas
         self._caches = caches
         self._namespace = namespace
         self._inputs = inputs
@@ -249,12 +262,12 @@ class MountSources:
             if mount.type != "bind" and not (mount.type == "cache" and mount.origin):
                 continue
             if mount.origin:
-                root = await self._stack.enter_async_context(self._tree_of(mount.origin))
+                tree = await self._stack.enter_async_context(self._tree_of(mount.origin))
             else:
-                root = await self._inputs.context()
+                tree = MountedTree(await self._inputs.context())
             work = new_work(self._images, self._images.scratch)
-            act = partial(find, root, (mount.source or "/",), work, is_context=not mount.origin)
-            self._bases[id(mount)] = _Base(root, (await in_thread(work, act))[0].digest)
+            act = partial(find, tree.root, (mount.source or "/",), work, is_context=not mount.origin)
+            self._bases[id(mount)] = _Base(tree, (await in_thread(work, act))[0].digest)
         return [base.digest for base in self._bases.values()]
 
     async def prepare(
@@ -295,9 +308,10 @@ class MountSources:
         )
 
     async def _bind(self, mount: RunMount, target: str) -> Mount:
-        root = self._bases[id(mount)].root
-        if not mount.is_read_only:  # an overlay discards the step's writes
-            changes = Changes(self._area(), [root])
+        root, layers = self._bases[id(mount)].tree
+        # An overlay discards the step's writes.  With mapped users, an overlay's own mount cannot be mapped.
+        if not mount.is_read_only or (self._users is not None and layers):
+            changes = Changes(self._area(), layers or [root], users=self._users)
             work = new_work(self._images, self._images.scratch)
             root = await self._stack.enter_async_context(mounted_image(changes, work))
         source = self._bound(root, mount.source, f"failed to calculate checksum: {mount.source}: not found")
@@ -314,7 +328,7 @@ class MountSources:
             uid=mount.uid,
             gid=mount.gid,
         )
-        fill = partial(self._fill, base.root, mount.source) if base is not None else None
+        fill = partial(self._fill, base.tree.root, mount.source) if base is not None else None
         directory = await self._stack.enter_async_context(
             self._caches.hold(key, mount.sharing or "shared", fill)
         )
@@ -366,7 +380,7 @@ class MountSources:
                 return []
         mode = 0o400 if mount.mode is None else mount.mode
         path = self._file(f"secret-{secrets.token_hex(4)}", value, mode)
-        os.chown(path, mount.uid or 0, mount.gid or 0)
+        os.chown(path, *self._owner(mount))
         target = os.path.join("/", mount.target or f"run/secrets/{os.path.basename(id)}")
         return [Mount(type="bind", source=str(path), target=target, read_only=True)]
 
@@ -383,9 +397,14 @@ class MountSources:
         self._agents += 1
         if socket is None:  # BuildKit sets the variable nevertheless
             return []
-        os.chown(socket, mount.uid or 0, mount.gid or 0)
+        os.chown(socket, *self._owner(mount))
         os.chmod(socket, 0o600 if mount.mode is None else mount.mode)
         return [Mount(type="bind", source=str(socket), target=target, bind_options=BindOptions())]
+
+    def _owner(self, mount: RunMount | None = None) -> tuple[int, int]:
+        """Return the machine's user and group that own a file for the step, by default its root."""
+        uid, gid = (mount.uid or 0, mount.gid or 0) if mount is not None else (0, 0)
+        return (uid, gid) if self._users is None else (self._users.uid(uid), self._users.gid(gid))
 
     def _file(self, name: str, content: bytes, mode: int) -> Path:
         """Create a file in memory, which is removed when the step has ended."""
@@ -397,6 +416,7 @@ class MountSources:
         path = self._secrets / name
         path.write_bytes(content)
         path.chmod(mode)
+        os.chown(path, *self._owner())
         return path
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -20,6 +20,7 @@ from skep.engine.images.image import ImageConfig
 from skep.engine.images.store import ImageStore
 from skep.engine.runtime import overlay
 from skep.linux import syscalls
+from skep.model.values.user_map import UserMap
 
 T = TypeVar("T")
 
@@ -53,18 +54,33 @@ def lower_directories(images: ImageStore, image: StepImage | None) -> list[Path]
     return [images.layer_store.directory(chain_id) for chain_id in reversed(chain)]
 
 
+class MountedTree(NamedTuple):
+    """A file system for steps.  ``layers``: Its directories, top first.  Empty if it is a plain directory."""
+
+    root: Path
+    layers: Sequence[Path] = ()
+
+
 class Changes:
     """Overlay of one step on top of an image's layers.  ``root``: Mounted within ``mounted``."""
 
-    def __init__(self, directory: Path, layers: Sequence[Path], *, is_detached: bool = False) -> None:
-        """``directory``: An empty directory for this overlay only.
+    def __init__(
+        self,
+        directory: Path,
+        layers: Sequence[Path],
+        *,
+        is_detached: bool = False,
+        users: UserMap | None = None,
+    ) -> None:
+        """``directory``: An empty directory for this overlay only.  ``users``: See ``overlay.mount_layers``.
 
         ``is_detached``: Use an empty directory as ``root`` instead of an overlay.  Its files are the layer.  An overlay
         with ``redirect_dir`` or ``index`` would mark new directories as opaque, so that they hide the directories
         below.
         """
-        self._layers = list(layers)
+        self.layers = list(layers) or [directory / "empty"]
         self._directory = directory
+        self._users = users
         self._is_detached = is_detached
         self.upper = directory / "upper"
         self.root = self.upper if is_detached else directory / "root"
@@ -75,11 +91,11 @@ class Changes:
             self.upper.mkdir(mode=0o755, exist_ok=True)
             self.upper.chmod(0o755)
             return
-        work, empty = self._directory / "work", self._directory / "empty"
-        for path in (self.root, self.upper, work, empty):
+        work = self._directory / "work"
+        for path in (self.root, self.upper, work, self._directory / "empty"):
             path.mkdir(mode=0o755, exist_ok=True)
             path.chmod(0o755)
-        overlay.mount_layers(self._layers or [empty], self.upper, work, self.root)
+        overlay.mount_layers(self.layers, self.upper, work, self.root, self._users)
 
     def unmount(self) -> None:
         """Unmount the overlay, if it is mounted."""

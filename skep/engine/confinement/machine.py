@@ -15,6 +15,7 @@ import msgspec
 
 from skep.errors import InvalidArgument
 from skep.model.values.encoding import ApiObject, GoInt
+from skep.model.values.user_map import UserMap
 
 CONTAINER: Final = "container:"
 """Prefix of a mode that shares another container's namespace."""
@@ -161,6 +162,24 @@ def check(options: MachineOptions, memory_bytes: int) -> None:
             _check_zero(path)
     if "" in options.annotations:
         raise InvalidArgument("invalid Annotations: the empty string is not permitted as an annotation key")
+
+
+def check_mapped(options: MachineOptions, network_mode: str, users: UserMap | None) -> None:
+    """Refuse options that need the machine's root, on a node that maps users, in Docker's words.
+
+    Raises: InvalidArgument.  Source: moby 20.10, daemon/daemon_unix.go (verifyPlatformContainerSettings).
+    """
+    if users is None or options.userns_mode == "host":
+        return
+    if options.privileged:
+        raise InvalidArgument(
+            "privileged mode is incompatible with user namespaces.  You must run the container in the host namespace "
+            "when running privileged mode"
+        )
+    if network_mode == "host":
+        raise InvalidArgument("cannot share the host's network namespace when user namespaces are enabled")
+    if options.pid_mode == "host":
+        raise InvalidArgument("cannot share the host PID namespace when user namespaces are enabled")
 
 
 def device_rule(text: str) -> dict[str, object]:

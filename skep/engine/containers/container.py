@@ -18,6 +18,7 @@ from skep.model.networks.sandbox import EndpointConfig, EndpointRequest, Network
 from skep.model.permissions.rights import ApiAccess
 from skep.model.values.ids import ContainerId
 from skep.model.values.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
+from skep.model.values.user_map import UserMap
 
 
 class ContainerState(Enum):
@@ -262,6 +263,8 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     """Lower directories of the root file system, top first."""
     runtime: str = "runc"
     """Name of its OCI runtime.  Earlier versions of Skep, which did not record it, had only runc."""
+    users: UserMap | None = None
+    """Mapping of its users to the machine's, or None if they are the same."""
     created_at: Timestamp = ZERO_TIME
     sandbox: Sandbox | None = msgspec.field(name="endpoint", default=None)
     state: ContainerState = ContainerState.CREATED

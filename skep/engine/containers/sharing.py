@@ -90,6 +90,14 @@ def shared_by(container: Container, get: Get, shm: Callable[[ContainerId], Path]
             raise NotRunning(refusal.format(id=other.id))
         other.require_running()
         namespaces[type] = f"/proc/{other.pid}/ns/{'net' if type == 'network' else type}"
+        if container.users is not None:
+            if other.users != container.users:
+                raise InvalidArgument(
+                    f"cannot join the {type} namespace of container {other.id}, whose users are not mapped as this "
+                    "container's: run both with --userns host, or both without it"
+                )
+            # Only the root of its user namespace may join it.  Source: moby, daemon/oci_linux.go (WithNamespaces).
+            namespaces["user"] = f"/proc/{other.pid}/ns/user"
         if type == "ipc":
             path = _shm_of(other, get, shm)
     return Shared(namespaces=namespaces, shm=path)

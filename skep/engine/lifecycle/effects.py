@@ -156,8 +156,9 @@ class Effects:
     async def _find_shared(self, container: Container, program: Program) -> None:
         program.shared = shared_by(container, self._store.get, self._bundles.shm)
 
-    async def _attach_networks(self, container: Container, _: Program) -> LifeEvent:
-        return life_events.Attached(await self._network.attach(sandbox_config(container)))
+    async def _attach_networks(self, container: Container, program: Program) -> LifeEvent:
+        config = replace(sandbox_config(container), userns=program.shared.namespaces.get("user", ""))
+        return life_events.Attached(await self._network.attach(config))
 
     async def _write_bundle(self, container: Container, program: Program) -> LifeEvent:
         config = container.config
@@ -175,9 +176,11 @@ class Effects:
             raise NotRunning(f"Container {container.id} is being removed") from error
 
     async def _create_process(self, container: Container, _: Program) -> LifeEvent:
+        await asyncio.to_thread(self._bundles.map_volumes, container)
         with within("runc create"):
             started = await self._runtime.create(container)
         self._volumes.release_parts(self._bundles.parts(container))
+        self._bundles.release_views(container.id)
         if container.plain is not None and all(container.plain.console_size):
             resize_terminal(started.monitor, *container.plain.console_size)
         return life_events.ProcessCreated(started.process, started.monitor)

@@ -87,6 +87,7 @@ def sandbox_config(container: Container) -> SandboxConfig:
         sysctls=config.sysctls,
         nameservers=config.nameservers,
         dns_options=config.dns_options,
+        users=container.users,
     )
 
 

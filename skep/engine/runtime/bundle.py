@@ -28,11 +28,11 @@ import re
 import stat
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -48,11 +48,12 @@ from skep.engine.confinement.machine import other_container
 from skep.engine.confinement.users import identity
 from skep.engine.containers import image_mounts, records
 from skep.engine.containers.container import Container, ContainerConfig, ExecConfig, MountPoint
-from skep.engine.runtime import overlay, runtime_spec
+from skep.engine.runtime import mapped_mounts, overlay, runtime_spec
+from skep.engine.runtime.bind_flags import adapt_to_crun, request_flags
 from skep.engine.volumes import tmpfs_mounts
 from skep.engine.volumes.mounts import check_propagation
 from skep.engine.volumes.volumes import VolumeSubpath
-from skep.errors import Unavailable
+from skep.errors import FailedPrecondition, Unavailable
 from skep.linux import syscalls
 from skep.linux.confined_root import Bind
 from skep.linux.files import replace_file
@@ -60,6 +61,7 @@ from skep.linux.name_files import hosts_file, resolver_file
 from skep.linux.trees import walk
 from skep.model.networks.sandbox import NetworkMode
 from skep.model.values.ids import ContainerId
+from skep.model.values.user_map import UserMap
 
 log = structlog.get_logger()
 
@@ -73,14 +75,6 @@ OUTSIDE_OF_IMAGES = tuple(
 They do not count as changes by the user.
 """
 _ID = re.compile("[0-9a-f]{64}")
-
-_MOUNT_FLAGS: Final = {
-    os.ST_RDONLY: ("ro", "rw"),
-    os.ST_NOSUID: ("nosuid", "suid"),
-    os.ST_NODEV: ("nodev", "dev"),
-    os.ST_NOEXEC: ("noexec", "exec"),
-}
-"""Options by flag of a mount: the option that sets the flag, and the option by which a user clears it."""
 
 
 class FoundContainers(msgspec.Struct):
@@ -101,6 +95,8 @@ class RootFiles(NamedTuple):
 
     path: Path
     binds: Sequence[Bind]
+    users: UserMap | None = None
+    """Mapping by which ``path`` and its own binds have their owners."""
 
 
 class Bundles:
@@ -114,6 +110,7 @@ class Bundles:
         capacity: Capacity,
         resolver: Path,
         apis: ApiSockets = api_sockets.NONE,
+        mapped: Sequence[Path] = (),
     ) -> None:
         """Take the directories and settings of one node.
 
@@ -121,6 +118,7 @@ class Bundles:
             directory: Parent of the containers' directories on disk.
             run: Parent of the containers' bundles, in memory.
             resolver: The node's /etc/resolv.conf, copied to containers without name servers of their own.
+            mapped: Directories whose files belong to containers, like volumes.  See ``mapped_mounts``.
         """
         self.apis = apis
         self._directory = directory
@@ -128,10 +126,16 @@ class Bundles:
         self._cgroups = cgroups
         self._capacity = capacity
         self._resolver = resolver
+        self._mapped = mapped
         self._mounts = threading.Lock()
         self._borrowers: Counter[ContainerId] = Counter()
         self._to_release: set[ContainerId] = set()
         """Containers whose root file system stays mounted only because it is borrowed."""
+
+    @property
+    def users(self) -> UserMap | None:
+        """Mapping of the users of this node's new containers, or None."""
+        return self._capacity.users
 
     def path(self, id: ContainerId) -> Path:
         """Return the container's directory on disk, which exists from ``make`` to ``discard``."""
@@ -176,6 +180,10 @@ class Bundles:
         """Return the directory where the container's memory file systems are mounted while it may run."""
         return self.bundle(id) / "tmpfs"
 
+    def _views(self, id: ContainerId) -> Path:
+        """Return the directory of id-mapped views of volumes while runc starts."""
+        return self.bundle(id) / "mapped"
+
     def log(self, id: ContainerId) -> Path:
         """Return the file that conmon writes now.  Older files have the suffixes ``.1``, ``.2``, ..."""
         return self.path(id) / "log" / "current"
@@ -190,6 +198,7 @@ class Bundles:
         """Return the containers that earlier processes left."""
         self._directory.mkdir(parents=True, exist_ok=True)
         self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mapped_mounts.share_directory(self._run, self.users)
         found = FoundContainers()
         for directory in sorted(self._directory.iterdir()):
             id = ContainerId(directory.name)
@@ -240,17 +249,28 @@ class Bundles:
         confine it, a device is missing, or a mount cannot be propagated.
         """
         config = container.config
+        if container.users != (None if config.machine.userns_mode == "host" else self.users):
+            raise FailedPrecondition(
+                f"container {container.name} was created with another userns-remap than the node has now: "
+                "remove it and create it again"
+            )
         self._confine(config)
         check_propagation(config.mounts)
         found = devices.look_up(config.machine, self._capacity.cdi_directories)
         with self._mounts:
             self.mount(container)
             image_mounts.mount_all(
-                config.mounts, self._images(container.id), self.path(container.id) / "images"
+                config.mounts,
+                self._images(container.id),
+                self.path(container.id) / "images",
+                container.users,
             )
             self._to_release.discard(container.id)
         tmpfs_mounts.mount_all(
-            config.mounts, self._tmpfs(container.id), partial(self._mode_in_image, container)
+            config.mounts,
+            self._tmpfs(container.id),
+            partial(self._mode_in_image, container),
+            container.users,
         )
         if config.machine.ipc_mode == "shareable":
             shared = msgspec.structs.replace(shared, shm=self._mount_shm(container))
@@ -265,8 +285,11 @@ class Bundles:
             devices=found,
             shared=shared,
         )
+        if container.users is not None:
+            request_flags(built.specification["mounts"])
         if container.runtime == "crun":
             adapt_to_crun(built.specification["mounts"])
+        self.specification(container.id).touch(mode=0o600)
         self.specification(container.id).write_bytes(msgspec.json.encode(built.specification))
         for warning in built.warnings:
             log.warning("container limit not applied", container=container.name, warning=warning)
@@ -276,10 +299,26 @@ class Bundles:
         """Return the file with the runtime's input."""
         return self.bundle(id) / "config.json"
 
+    def map_volumes(self, container: Container) -> None:
+        """Mount what runc mounts in a container with mapped users.  Raises: OSError."""
+        mapped_mounts.mount_all(container, self._placed(container), self._views(container.id), self._mapped)
+
+    def release_views(self, id: ContainerId) -> None:
+        """Undo ``map_volumes``, because runc has its own mounts by now."""
+        mapped_mounts.unmount_all(self._views(id))
+
     def _with_parts(self, container: Container) -> Container:
-        """Replace volume subpaths, images and memory file systems by their paths on this node."""
+        """Replace volume subpaths, images, memory file systems and mapped volumes by their paths on this node."""
+        mounts = mapped_mounts.placed(
+            container, self._placed(container), self._views(container.id), self._mapped
+        )
+        return msgspec.structs.replace(
+            container, config=msgspec.structs.replace(container.config, mounts=mounts)
+        )
+
+    def _placed(self, container: Container) -> tuple[MountPoint, ...]:
         targets, images = iter(self.parts(container)), self._images(container.id)
-        mounts = tuple(
+        return tuple(
             image_mounts.placed(point, number, images)
             if point.type == "image"
             else tmpfs_mounts.placed(point, number, self._tmpfs(container.id))
@@ -288,9 +327,6 @@ class Bundles:
             if point.subpath
             else point
             for number, point in enumerate(container.config.mounts)
-        )
-        return msgspec.structs.replace(
-            container, config=msgspec.structs.replace(container.config, mounts=mounts)
         )
 
     def _with_api(self, container: Container) -> Container:
@@ -327,6 +363,7 @@ class Bundles:
         self.apis.close(id)
         image_mounts.unmount_all(self._images(id))
         image_mounts.unmount_all(self._tmpfs(id))
+        self.release_views(id)
         if self.shm(id).is_dir():
             syscalls.unmount_if_mounted(self.shm(id))
 
@@ -342,7 +379,7 @@ class Bundles:
                 self.mount(container)
                 self._to_release.add(id)
             self._borrowers[id] += 1
-        return RootFiles(self.rootfs(id), self._binds(container))
+        return RootFiles(self.rootfs(id), self._binds(container), container.users)
 
     def give_back(self, id: ContainerId) -> None:
         """Undo ``borrow``."""
@@ -358,7 +395,13 @@ class Bundles:
     def _binds(self, container: Container) -> Sequence[Bind]:
         points = container.config.mounts
         found = {
-            point.destination: Bind(point.source, point.destination, point.read_only, point.subpath)
+            point.destination: Bind(
+                point.source,
+                point.destination,
+                point.read_only,
+                point.subpath,
+                mapped_mounts.is_mapped(container, point, self._mapped),
+            )
             for point in points
             if point.type in ("bind", "volume") and point.source and not point.internal
         }
@@ -377,7 +420,7 @@ class Bundles:
         """
         self.apis.close(id)
         await asyncio.to_thread(syscalls.unmount_if_mounted, self.rootfs(id))
-        for place in (self._images(id), self._tmpfs(id)):
+        for place in (self._images(id), self._tmpfs(id), self._views(id)):
             await asyncio.to_thread(image_mounts.unmount_all, place)
         await remove_tree(self.bundle(id))
         await remove_tree(self.path(id), keep=records.NAME)
@@ -419,9 +462,11 @@ class Bundles:
         path = self.path(container.id)
         target = self.rootfs(container.id)
         target.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if self.users is not None:
+            mapped_mounts.share_directory(target.parent, container.users)
         if not os.path.ismount(target):
             layers = [Path(layer) for layer in container.layers]
-            overlay.mount_layers(layers, path / "upper", path / "work", target)
+            overlay.mount_layers(layers, path / "upper", path / "work", target, container.users)
 
     def _mode_in_image(self, container: Container, path: str) -> int:
         """Return the mode for a tmpfs at ``path``: the mode of the image's directory, as in Docker, or the default.
@@ -443,8 +488,10 @@ class Bundles:
         target.mkdir(exist_ok=True)
         if not os.path.ismount(target):
             flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
-            size = container.config.shm_bytes
-            syscalls.mount("shm", target, "tmpfs", flags, f"mode=1777,size={size}")
+            words = ["mode=1777", f"size={container.config.shm_bytes}"]
+            if container.users is not None:
+                words = tmpfs_mounts.owned_words(words, container.users)
+            syscalls.mount("shm", target, "tmpfs", flags, ",".join(words))
         return str(target)
 
     def _write_files(self, container: Container) -> Sequence[MountPoint]:
@@ -468,6 +515,8 @@ class Bundles:
             if container.plain is not None or not file.exists():
                 file.write_text(content)
                 file.chmod(0o644)
+                if container.users is not None:
+                    os.chown(file, *container.users.root)
             if f"/etc/{name}" not in taken:
                 points.append(_file(path, name))
         return points
@@ -545,31 +594,3 @@ def forget_environment(specification: Path, entries: Sequence[str]) -> None:
         return
     except (OSError, ValueError):  # the memory file system is full, or was full when the file was written
         specification.unlink(missing_ok=True)  # the next start writes it again
-
-
-def _flags_at(path: str) -> int:
-    """Return the flags of the mount that has ``path`` (``statvfs``).  Raises: OSError."""
-    return os.statvfs(path).f_flag
-
-
-def adapt_to_crun(mounts: Iterable[dict[str, Any]], flags_at: Callable[[str], int] = _flags_at) -> None:
-    """Adapt bind mounts to crun in place, so that they have the same flags as under runc.  Blocks.
-
-    runc keeps the flags of the source's mount (noexec, nosuid, nodev, read-only).  crun mounts again with the requested
-    flags only, so they are requested explicitly.  crun 1.8 makes only directories recursively read-only (``rro``).  A
-    file has no mounts below, so ``ro`` is the same.
-
-    Source: crun 1.8.1, src/libcrun/linux.c (do_mount, do_mounts).
-    """
-    for mount in mounts:
-        if mount["type"] == "bind":
-            with suppress(OSError):  # crun reports a missing source
-                _request_flags(mount["source"], mount["options"], flags_at(mount["source"]))
-
-
-def _request_flags(source: str, options: list[str], found: int) -> None:
-    for flag, (setting, clearing) in _MOUNT_FLAGS.items():
-        if found & flag and setting not in options and clearing not in options:
-            options.append(setting)
-    if "rro" in options and not os.path.isdir(source):
-        options.remove("rro")

@@ -29,6 +29,7 @@ from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.containers.container import ProcessName
 from skep.engine.runtime.processes import open_pidfd
 from skep.errors import SkepError, Unavailable
+from skep.linux.files import replace_file
 from skep.linux.processes import borrowed
 
 T = TypeVar("T")
@@ -255,6 +256,31 @@ def resize_terminal(monitor: ProcessName | None, height: int, width: int) -> Non
             raise
     finally:
         os.close(process)
+
+
+def pipe_owner(directory: Path, owner: tuple[int, int]) -> str:
+    """Return a program that conmon executes as the runtime of a container with mapped users.
+
+    It makes the container's root the owner of conmon's pipes, so that programs can open ``/dev/stdout``, and executes
+    the runtime in its first argument.  Without it, the pipes belong to the machine's root, whom the container does not
+    have.  containerd does the same (``IoUid``).  Raises: OSError.
+    """
+    uid, gid = owner
+    path = directory / f"pipes-{uid}-{gid}"
+    if not path.exists():
+        replace_file(path, _PIPE_OWNER.format(uid=uid, gid=gid).encode(), mode=0o700, is_durable=False)
+    return str(path)
+
+
+# Only pipes: a terminal belongs to the container already, and /dev/null to the machine.
+_PIPE_OWNER = """#!/bin/sh
+pipes=
+for number in 0 1 2; do
+    [ ! -p /proc/self/fd/$number ] || pipes="$pipes /proc/self/fd/$number"
+done
+[ -z "$pipes" ] || chown {uid}:{gid} $pipes
+exec "$@"
+"""
 
 
 def plain(errors: bytes) -> str:

@@ -12,16 +12,34 @@ from pathlib import Path
 
 from skep.errors import FailedPrecondition
 from skep.linux.syscalls import mount, mount_new
+from skep.linux.user_namespaces import files_of, mapped_views, mapping
+from skep.model.values.user_map import UserMap
 
 _OPTIONS_BYTES_MAX = 4000  # a page, minus what the kernel adds
 _REFUSED_BY_OLDER_KERNELS = (errno.ENOSYS, errno.EINVAL, errno.EPERM)
 
 
-def mount_layers(layers: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
-    """Mount ``layers`` (top first) with changes kept in ``upper``.
+def mount_layers(
+    layers: Sequence[Path], upper: Path, work: Path, target: Path, users: UserMap | None = None
+) -> None:
+    """Mount ``layers`` (top first) with changes kept in ``upper``, which has the same parent as ``work``.
+
+    With ``users``, files have the owners that the container's users are on the machine.  On the disk, they keep the
+    container's own ids, so that images and changes are the same with and without a mapping.
 
     Raises: OSError; FailedPrecondition: more layers than this kernel can take.
     """
+    if users is None:
+        _mount_layers(layers, upper, work, target)
+        return
+    place = target.with_name(f"{target.name}.views")
+    views = mapped_views((upper.parent, *layers), mapping(users.kernel_text), place)
+    # The kernel creates the overlay's own files as the user that mounts it.
+    with views as (own, *lower), files_of(users.root):
+        _mount_layers(lower, own / upper.name, own / work.name, target)
+
+
+def _mount_layers(layers: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
     options = (
         f"lowerdir={':'.join(map(_escaped, layers))},upperdir={_escaped(upper)},workdir={_escaped(work)}"
     )

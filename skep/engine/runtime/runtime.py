@@ -39,6 +39,7 @@ from skep.engine.runtime.conmon import (
     RuntimeFailed,
     StartError,
     control,
+    pipe_owner,
     plain,
     read_pid,
 )
@@ -430,9 +431,13 @@ class Runtime:
             raise StartError(f"unknown or invalid runtime name: {container.runtime}")
         arguments = [str(self._programs.conmon), "--api-version", "1"]
         arguments += ["-c", container.id, "-u", name, "-n", name]
+        program = self._sealed[container.runtime].path()
+        if container.users is not None:
+            arguments += ["--runtime-arg", program]
+            program = pipe_owner(self._root, container.users.root)
         arguments += [
             "-r",
-            self._sealed[container.runtime].path(),
+            program,
             "-b",
             str(path),
             "-p",
@@ -441,7 +446,8 @@ class Runtime:
             str(exits),
         ]
         arguments += ["--full-attach", "--no-sync-log", "--log-level", "error"]
-        if not self._capacity.has_keyrings:
+        # A mapped root may have only 200 keys, like any other user.
+        if not self._capacity.has_keyrings or container.users is not None:
             arguments.append("--no-new-keyring")
         arguments += ["--runtime-arg", "--root", "--runtime-arg", str(self._root)]
         if terminal:

@@ -19,6 +19,7 @@ from skep.engine.confinement.users import ProcessUser
 from skep.engine.containers.container import Container, ContainerConfig, ExecConfig, MountPoint
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.networks.sandbox import NetworkMode
+from skep.model.values.user_map import UserMap
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INIT_PATH = "/sbin/docker-init"
@@ -45,7 +46,7 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     namespaces: Mapping[str, str] = {}
-    """Paths on the node by type: ``network``, ``pid``, ``ipc``."""
+    """Paths on the node by type: ``network``, ``pid``, ``ipc``, and ``user`` if the container maps its users."""
     shm: str = ""
     """The node's path of the shared tmpfs for /dev/shm.  Empty if the container has a separate /dev/shm."""
 
@@ -81,7 +82,7 @@ def build(
     """
     config = container.config
     warnings: list[str] = []
-    mounts = [*_default_mounts(config, shared), *(_mount(point, capacity) for point in files)]
+    mounts = [*_default_mounts(container, shared), *(_mount(point, capacity) for point in files)]
     mounts += [
         _mount(point, capacity) for point in sorted(config.mounts, key=lambda one: one.destination.count("/"))
     ]
@@ -242,11 +243,14 @@ def _linux(
         "maskedPaths": [] if options.privileged else masked,
         "readonlyPaths": [] if options.privileged else read_only,
         "sysctl": {
-            **(_DEFAULT_SYSCTLS if own_network else {}),
+            **(_default_sysctls(container.users) if own_network else {}),
             **config.sysctls,
             **_interface_sysctls(container),
         },
     }
+    if container.users is not None:
+        linux["uidMappings"] = [one.oci for one in container.users.uids]
+        linux["gidMappings"] = [one.oci for one in container.users.gids]
     if devices.nodes:
         linux["devices"] = [_device(node) for node in devices.nodes]
     profile = _seccomp(config, capacity)
@@ -257,6 +261,13 @@ def _linux(
     elif any(point.propagation in ("slave", "rslave") for point in config.mounts):
         linux["rootfsPropagation"] = "rslave"
     return linux
+
+
+def _default_sysctls(users: UserMap | None) -> Mapping[str, str]:
+    """Return the default sysctls.  With mapped users, the kernel takes only groups that the container has."""
+    if users is None:
+        return _DEFAULT_SYSCTLS
+    return {**_DEFAULT_SYSCTLS, "net.ipv4.ping_group_range": f"0 {users.groups_count - 1}"}
 
 
 def _interface_sysctls(container: Container) -> dict[str, str]:
@@ -279,6 +290,9 @@ def _namespaces(container: Container, capacity: Capacity, shared: Shared) -> lis
     # Docker's default is a private cgroup namespace on v2, and the machine's on v1.
     if (options.cgroupns_mode or ("private" if capacity.is_cgroup_v2 else "host")) == "private":
         found.append({"type": "cgroup"})
+    if container.users is not None and "user" not in shared.namespaces:
+        path = container.sandbox.userns if container.sandbox is not None else ""
+        found.append({"type": "user", "path": path} if path else {"type": "user"})
     return found + [{"type": type, "path": path} for type, path in shared.namespaces.items()]
 
 
@@ -315,13 +329,15 @@ def _seccomp(config: ContainerConfig, capacity: Capacity) -> msgspec.Raw | None:
     return seccomp.custom(config.seccomp.encode(), given)
 
 
-def _default_mounts(config: ContainerConfig, shared: Shared) -> list[dict[str, Any]]:
+def _default_mounts(container: Container, shared: Shared) -> list[dict[str, Any]]:
     def entry(destination: str, type: str, source: str, *options: str) -> dict[str, Any]:
         return {"destination": destination, "type": type, "source": source, "options": list(options)}
 
     safe = ("nosuid", "noexec", "nodev")
-    options = config.machine
+    config, options = container.config, container.config.machine
     writable = "rw" if options.privileged else "ro"
+    # As in Docker: in a user namespace, the kernel does not let runc mount it again read-only.
+    cgroup_access = writable if container.users is None else "rw"
     mounts = [
         entry("/proc", "proc", "proc", *safe),
         entry("/dev", "tmpfs", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
@@ -337,7 +353,7 @@ def _default_mounts(config: ContainerConfig, shared: Shared) -> list[dict[str, A
             "gid=5",
         ),
         entry("/sys", "sysfs", "sysfs", *safe, writable),
-        entry("/sys/fs/cgroup", "cgroup", "cgroup", writable, *safe),
+        entry("/sys/fs/cgroup", "cgroup", "cgroup", cgroup_access, *safe),
         entry("/dev/mqueue", "mqueue", "mqueue", *safe),
     ]
     shm = "/dev/shm" if options.ipc_mode == "host" else shared.shm

@@ -25,6 +25,7 @@ from skep.engine.images.store import ImageStore
 from skep.engine.runtime.bundle import RootFiles
 from skep.engine.volumes import files_worker
 from skep.errors import NotFound, ResourceExhausted, Unavailable
+from skep.linux.user_namespaces import mapping
 from skep.model.values.ids import ContainerId
 from skep.model.values.times import Timestamp, timestamp
 
@@ -137,8 +138,10 @@ class ContainerFiles:
         self, word: str, action: str, path: str, target: ArchiveTarget | None = None
     ) -> AsyncIterator["_Worker"]:
         container = self._find(word)
-        async with self.places, self._mount_root(container.id) as (root, binds):
+        async with self.places, self._mount_root(container.id) as (root, binds, users):
             settings = self._settings(root, action, path)
+            if users is not None:
+                settings.namespace = await asyncio.to_thread(mapping, users.kernel_text)
             if action != "export":
                 settings.binds = list(binds)
             if target is not None:
@@ -174,6 +177,7 @@ class ContainerFiles:
             limit=_LINE_BYTES_MAX,
             cwd="/",
             env={"LANG": "C.UTF-8"},
+            pass_fds=() if settings.namespace is None else (settings.namespace,),
         )
         async with afterwards(partial(_end, process)):
             yield _Worker(process, path, whose)

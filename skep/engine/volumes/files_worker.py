@@ -67,6 +67,8 @@ class FilesWorkerSettings:
     """Whether ``write`` refuses to replace a directory by a file, or a file by a directory."""
     owner: tuple[int, int] | None = None
     """Owner of all written files, or None for the archive's."""
+    namespace: int | None = None
+    """Descriptor of the container's kind of user namespace, or None if its users are the machine's."""
     volumes: list[tuple[str, bool]] = field(default_factory=list)
     """Mount points, and whether they are read-only."""
     read_only: bool = False
@@ -259,7 +261,8 @@ def _say(result: dict[str, Any]) -> None:
 def _act(settings: FilesWorkerSettings) -> None:
     binds = [confined_root.Bind(*bind) for bind in settings.binds]
     is_reading = settings.action in ("stat", "read", "export")
-    root = confined_root.enter(settings.root, binds, read_only=is_reading)
+    root = confined_root.enter(settings.root, binds, read_only=is_reading, namespace=settings.namespace)
+    _end_with_parent()  # once more: a change of the user resets it
     helper = confine(root)
     give_up_imports()
     path = absolute(settings.path)
@@ -276,9 +279,14 @@ def _act(settings: FilesWorkerSettings) -> None:
     helper.close()
 
 
+def _end_with_parent() -> None:
+    """Make the kernel end this process with the node process."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
     """Run the action of the settings in the first argument.  The last line on stderr is its result."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the worker must not outlive the node process
+    _end_with_parent()
     try:
         _act(FilesWorkerSettings(**json.loads(sys.argv[1])))
     except ImpossibleRequest as error:

@@ -16,8 +16,10 @@ from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 from skep.linux import mounting, without_links
 from skep.linux.commands import communicate
 from skep.linux.syscalls import open_in_root
+from skep.linux.user_namespaces import mapping
 from skep.linux.without_links import open_without_links, path_of
 from skep.model.container import BindOptions, Mount, TmpfsOptions
+from skep.model.values.user_map import UserMap
 
 _COPY_DEADLINE_S = 600.0
 """Time limit in seconds for the copy into one volume."""
@@ -117,13 +119,16 @@ def has_directory(root: Path, path: str) -> bool:
     return True
 
 
-async def copy_up(root: Path, destination: str, volume: Path, *, is_mounted: bool = False) -> None:
+async def copy_up(
+    root: Path, destination: str, volume: Path, *, is_mounted: bool = False, users: UserMap | None = None
+) -> None:
     """Fill an empty volume with the image's files at its mount point, and set the directory's owner and mode.
 
     No link in the volume is followed, even if another process creates one meanwhile.
 
     Args:
         is_mounted: Whether the volume is a mount, for which a separate process checks whether it is empty.
+        users: The mapping with which ``root`` was mounted.
 
     Raises: Unavailable: the copy failed.
     """
@@ -136,14 +141,19 @@ async def copy_up(root: Path, destination: str, volume: Path, *, is_mounted: boo
     try:
         # Other containers may use the volume, and create links in it meanwhile.
         command = ["sh", "-c", _COPY_INTO_EMPTY, path_of(opened[0])]
-        if is_mounted:
-            command = [sys.executable, "-I", "-m", without_links.__name__, str(volume), *command]
+        given = list(opened)
+        if users is not None:
+            given.append(await asyncio.to_thread(mapping, users.kernel_text))
+        if is_mounted or users is not None:
+            namespace = "" if users is None else str(given[-1])
+            command = [sys.executable, "-I", "-m", without_links.__name__, str(volume), namespace, *command]
         else:
             opened.append(open_without_links(str(volume)))
+            given.append(opened[1])
             command.append(path_of(opened[1]))
         process = await asyncio.create_subprocess_exec(
             *command,
-            pass_fds=opened,
+            pass_fds=given,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,

@@ -13,6 +13,7 @@ from skep.engine.containers.container import MountPoint
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.linux import syscalls
 from skep.linux.mounting import parse_options
+from skep.model.values.user_map import UserMap
 
 DEFAULT_MODE: Final = 0o1777
 """Mode of a tmpfs if no mode is requested and the image does not have the directory."""
@@ -70,11 +71,14 @@ def placed(point: MountPoint, number: int, place: Path) -> MountPoint:
     )
 
 
-def mount_all(points: Sequence[MountPoint], place: Path, mode_of: Callable[[str], int]) -> None:
+def mount_all(
+    points: Sequence[MountPoint], place: Path, mode_of: Callable[[str], int], users: UserMap | None = None
+) -> None:
     """Mount the memory file systems among ``points``, each empty and by its number below ``place``.
 
     Args:
         mode_of: Returns the mode for a mount point without a mode option.
+        users: Mapping of the container's users, to whom the options ``uid`` and ``gid`` refer.
 
     Raises: OSError; FailedPrecondition: the kernel refuses the options.
     """
@@ -89,6 +93,8 @@ def mount_all(points: Sequence[MountPoint], place: Path, mode_of: Callable[[str]
             words.append(f"mode={mode_of(point.destination):o}")
         if point.read_only:
             words.append("ro")
+        if users is not None:
+            words = owned_words(words, users)
         flags, data = parse_options(",".join(words))
         try:
             syscalls.mount(_TYPE, target, _TYPE, flags, data)
@@ -96,3 +102,14 @@ def mount_all(points: Sequence[MountPoint], place: Path, mode_of: Callable[[str]
             raise FailedPrecondition(
                 f"cannot mount a tmpfs on {point.destination} with the options {','.join(words)}: {error.strerror}"
             ) from error
+
+
+def owned_words(words: Sequence[str], users: UserMap) -> list[str]:
+    """Return mount options whose owner is the container's: its root unless the options name another one."""
+    owner = {"uid": 0, "gid": 0}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in owner and value.isascii() and value.isdigit():
+            owner[name] = int(value)
+    others = [word for word in words if word.partition("=")[0] not in owner]
+    return [*others, f"uid={users.uid(owner['uid'])}", f"gid={users.gid(owner['gid'])}"]

@@ -37,6 +37,7 @@ from skep.linux.syscalls import unmount
 from skep.model.container import Mount, VolumeOptions
 from skep.model.history import STACK_LABEL
 from skep.model.values.meta import Driver
+from skep.model.values.user_map import UserMap
 
 _MOUNT_DEADLINE_S = 120.0
 """Time limit in seconds for all mounts of one container.
@@ -491,28 +492,34 @@ class Volumes(VolumeStore):
         )
 
     async def fill(
-        self, user: str, points: Sequence[MountPoint], mounts: Iterable[Mount], root: Path
+        self,
+        user: str,
+        points: Sequence[MountPoint],
+        mounts: Iterable[Mount],
+        root: Path,
+        users: UserMap | None = None,
     ) -> None:
         """Copy the image's files at the mount targets into new volumes, unless the mount has ``nocopy``.
 
-        ``root`` is the root file system of the container ``user``.  Raises: Unavailable; MountFailed.
+        ``root`` is the root file system of the container ``user``, mounted with the mapping ``users``.
+        Raises: Unavailable; MountFailed.
         """
         unfilled = {mount.target for mount in mounts if mount.volume_options and mount.volume_options.no_copy}
         for point in points:
             if point.type != "volume" or point.destination in unfilled or point.subpath:
                 continue
             if not self._is_mounted(point.name):
-                await copy_up(root, point.destination, self.path(point.name))
+                await copy_up(root, point.destination, self.path(point.name), users=users)
             elif has_directory(root, point.destination):
-                await self._fill_mounted(f"{user} fills {point.name}", point, root)
+                await self._fill_mounted(f"{user} fills {point.name}", point, root, users)
 
-    async def _fill_mounted(self, user: str, point: MountPoint, root: Path) -> None:
+    async def _fill_mounted(self, user: str, point: MountPoint, root: Path, users: UserMap | None) -> None:
         try:
             await self.mount(user, [point])
         except MountFailed as error:
             raise MountFailed(f"failed to populate volume: {error}") from error
         async with afterwards(partial(self._unmount_isolated, user)):
-            await copy_up(root, point.destination, self.path(point.name), is_mounted=True)
+            await copy_up(root, point.destination, self.path(point.name), is_mounted=True, users=users)
 
     async def remove_anonymous(self, points: Iterable[MountPoint], containers: Listing) -> None:
         """Remove the volumes that were created for one container only, unless another container uses them.

@@ -13,6 +13,7 @@ import msgspec
 from skep.model.networks.tables import NetworkHead
 from skep.model.service import PortConfig
 from skep.model.values.ids import ContainerId, NetworkId, TaskId
+from skep.model.values.user_map import UserMap
 
 _IFNAME = re.compile(r"(?<=\.)(IFNAME|ifname)(?=\.)")
 
@@ -140,6 +141,10 @@ class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sysctls set by the user."""
     nameservers: tuple[str, ...] = ()
     dns_options: tuple[str, ...] = ()
+    users: UserMap | None = None
+    """The users to whom the namespace belongs, or None for the machine's."""
+    userns: str = ""
+    """Path of the user namespace to which it belongs.  Empty for a new one with ``users``."""
 
 
 class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,6 +175,8 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     """Endpoints in the order of its interfaces."""
     sysctls: Mapping[str, str] = {}
     """Sysctls of its namespace (``net/...``) that the node sets, without the user's."""
+    userns: str = ""
+    """Path of the user namespace to which ``netns`` belongs.  Empty for the machine's."""
 
     @property
     def own_addresses(self) -> Sequence[str]:

@@ -6,6 +6,7 @@ from random import Random
 import msgspec
 
 from skep.aio.clock import SystemClock
+from skep.model.values.user_map import UserMap
 from skep.node.host.conditions import Conditions
 from skep.node.host.features import Features
 from skep.node.host.machine import Machine
@@ -28,3 +29,5 @@ class NodeEnvironment(msgspec.Struct, frozen=True, kw_only=True):
     random: Random
     conditions: Conditions
     processes: NodeProcesses
+    users: UserMap | None = None
+    """Mapping of the users of containers (``userns-remap``), or None."""

@@ -83,6 +83,7 @@ class EngineApi:
         self._membership = membership
         self.system = NodeSystem(
             info.NodeProperties(
+                users=environment.users,
                 id=engine_id(configuration.data_dir),
                 machine=environment.machine,
                 features=environment.features,

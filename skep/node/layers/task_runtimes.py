@@ -115,6 +115,7 @@ class Containers:
                 self.apis,
                 foundation.paths.volumes,
             ),
+            users=environment.users,
         )
         self.engine = self.executor.engine
         self.data_plane = self.executor.data_plane

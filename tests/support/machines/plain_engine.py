@@ -19,7 +19,7 @@ mount --rbind /sys/fs/cgroup {dir}/cgroups && mount -t sysfs none /sys && mount 
 [ ! -d /sys/kernel/security ] || mount -t securityfs none /sys/kernel/security
 mount --bind {dir}/etc /etc/docker && mount -t tmpfs none /run/docker
 exec dockerd --data-root {dir}/data --exec-root {dir}/run --pidfile {dir}/docker.pid -H unix://{dir}/docker.sock \
-  --cgroup-parent /{name}
+  --cgroup-parent /{name} {options}
 """
 
 
@@ -32,16 +32,17 @@ def plain_engine() -> Iterator[Path]:
 
 
 @contextmanager
-def engine_in(directory: Path, *enter: str, before: str) -> Iterator[Path]:
+def engine_in(directory: Path, *enter: str, before: str, options: str = "") -> Iterator[Path]:
     """Run a dockerd with all its files in ``directory``, whose name is its cgroup's.  Yield its socket.
 
     Args:
         enter: command that enters its network namespace.  It always has its own mount namespace.
         before: shell commands that run there first.
+        options: further options of dockerd.
     """
     for part in ("etc", "data", "run"):
         (directory / part).mkdir()
-    script = _START.format(before=before, dir=directory, name=directory.name)
+    script = _START.format(before=before, dir=directory, name=directory.name, options=options)
     socket = directory / "docker.sock"
     with (directory / "log").open("ab") as log:
         process = subprocess.Popen(

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from skep.engine.runtime.bundle import adapt_to_crun
+from skep.engine.runtime.bind_flags import adapt_to_crun
 
 
 def adapted(source: Path, *options: str, **given: Any) -> list[str]:

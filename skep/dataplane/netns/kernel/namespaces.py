@@ -22,6 +22,8 @@ from typing import ParamSpec, TypeVar
 from pyroute2 import AsyncIPRoute
 
 from skep.linux.syscalls import CLONE_NEWNET, MS_BIND, mount, setns, unmount_if_mounted, unshare
+from skep.linux.user_namespaces import process_in
+from skep.model.values.user_map import UserMap
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -63,16 +65,27 @@ class Namespaces:
         """Return the path at which namespace ``id`` is pinned."""
         return self._directory / id
 
+    def users_path(self, id: str) -> Path:
+        """Return the path at which the user namespace of namespace ``id`` is pinned, if it has its own."""
+        return _users_pin(self.path(id))
+
     def pinned(self) -> list[str]:
         """Return the ids of all pinned namespaces."""
         with suppress(FileNotFoundError):
             return sorted(entry.name for entry in self._directory.iterdir())
         return []
 
-    async def create(self, id: str, sysctls: Mapping[str, str]) -> Path:
-        """Create a namespace, pin it at its path, and set ``sysctls`` (``net/ipv4/...``) in it.  Raises: OSError."""
+    async def create(
+        self, id: str, sysctls: Mapping[str, str], users: UserMap | None = None, joined: str = ""
+    ) -> Path:
+        """Create a namespace, pin it at its path, and set ``sysctls`` (``net/ipv4/...``) in it.
+
+        With ``users``, it belongs to a new user namespace with these users, or to the existing one at the path
+        ``joined``, so that their root may change it.
+        Raises: OSError.
+        """
         path = self.path(id)
-        await self._on_thread(_create, path, sysctls)
+        await self._on_thread(_create, path, sysctls, users, joined)
         return path
 
     async def destroy(self, id: str) -> None:
@@ -109,16 +122,28 @@ def set_sysctl(name: str, value: str) -> None:
         Path("/proc/sys", name).write_text(value)
 
 
-def _create(path: Path, sysctls: Mapping[str, str]) -> None:
+def _create(path: Path, sysctls: Mapping[str, str], users: UserMap | None, joined: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o444, exist_ok=False)
     own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    def set_all() -> None:
+        for name, value in sysctls.items():
+            set_sysctl(name, value)
+
     try:
+        if users is not None:
+            _users_pin(path).parent.mkdir(mode=0o700, exist_ok=True)
+            _users_pin(path).touch(mode=0o444)
+            with process_in(users.kernel_text, has_network=True, joined=joined) as pid:
+                mount(f"/proc/{pid}/ns/net", path, None, MS_BIND)
+                mount(f"/proc/{pid}/ns/user", _users_pin(path), None, MS_BIND)
+            inside(path, set_all)
+            return
         unshare(CLONE_NEWNET)
         try:
             mount("/proc/thread-self/ns/net", path, None, MS_BIND)
-            for name, value in sysctls.items():
-                set_sysctl(name, value)
+            set_all()
         finally:
             setns(own, CLONE_NEWNET)
     except BaseException:
@@ -129,9 +154,14 @@ def _create(path: Path, sysctls: Mapping[str, str]) -> None:
         os.close(own)
 
 
+def _users_pin(path: Path) -> Path:
+    return path.parent.with_name("userns") / path.name
+
+
 def _destroy(path: Path) -> None:
-    unmount_pin(path)
-    path.unlink(missing_ok=True)
+    for pin in (_users_pin(path), path):
+        unmount_pin(pin)
+        pin.unlink(missing_ok=True)
 
 
 def unmount_pin(path: Path) -> None:

@@ -1,0 +1,114 @@
+"""Mounts for containers whose users are mapped: the node's files with the owners that the container sees.
+
+A volume's files keep the container's ids on the disk.  So a volume has the same owners for every container that mounts
+it, with mapped users or without.  runc mounts an id-mapped view of the volume, which exists while the container starts.
+A volume whose file system cannot be mapped (for example NFS) is mounted as it is, as in Docker, and so are bind mounts
+of the machine's files.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import structlog
+from msgspec.structs import replace
+
+from skep.engine.containers.container import Container, MountPoint
+from skep.linux import syscalls
+from skep.linux.user_namespaces import mapping, open_mapped_if_possible
+from skep.model.values.user_map import UserMap
+
+log = structlog.get_logger()
+
+
+def is_mapped(container: Container, point: MountPoint, own: Iterable[Path]) -> bool:
+    """Return whether the container sees its own owners on a mount: volumes, and directories below ``own``.
+
+    A build has created the bind mounts of its steps itself.
+    """
+    if container.users is None or point.internal or not point.source:
+        return False
+    if point.type == "volume":
+        return True
+    is_step = container.plain is not None and container.plain.is_step
+    return point.type == "bind" and (is_step or any(Path(point.source).is_relative_to(one) for one in own))
+
+
+def placed(
+    container: Container, points: Sequence[MountPoint], place: Path, own: Sequence[Path]
+) -> tuple[MountPoint, ...]:
+    """Return ``points`` for runc: the container's mounts, with the paths at which ``mount_all`` mounts the views."""
+    return tuple(
+        # Not "bind", because the node's own paths are refused as sources of users' bind mounts.
+        replace(point, type="volume", source=str(place / str(number)), read_only=False, read_only_below=None)
+        if is_mapped(container, given, own)
+        else point
+        for number, (given, point) in enumerate(zip(container.config.mounts, points, strict=True))
+    )
+
+
+def mount_all(container: Container, points: Sequence[MountPoint], place: Path, own: Sequence[Path]) -> None:
+    """Mount the views of ``points``, each by its number below ``place``.  Does nothing if no users are mapped.
+
+    Raises: OSError.
+    """
+    users = container.users
+    if users is None:
+        return
+    for number, (given, point) in enumerate(zip(container.config.mounts, points, strict=True)):
+        if is_mapped(container, given, own):
+            target = place / str(number)
+            _make_target(Path(point.source), target)
+            if not _mount(point, target, users):
+                log.info(
+                    "mount without mapped users",
+                    container=container.name,
+                    mount=point.destination,
+                    reason="its file system does not support id-mapped mounts",
+                )
+
+
+def unmount_all(place: Path) -> None:
+    """Undo ``mount_all``.  The container keeps its own mounts.  Raises: OSError."""
+    if place.is_dir():
+        for target in place.iterdir():
+            syscalls.unmount_if_mounted(target)
+
+
+def _mount(point: MountPoint, target: Path, users: UserMap) -> bool:
+    """Mount the view of one mount, read-only if the mount is.  Return whether it has the container's owners."""
+    uid = os.stat(point.source).st_uid
+    if any(
+        one.outside <= uid < one.outside + one.size for one in users.uids
+    ):  # an owner of the container already
+        mounted, is_mapped = syscalls.clone_mount(point.source, recursive=True), True
+    else:
+        mounted, is_mapped = open_mapped_if_possible(point.source, mapping(users.kernel_text))
+    try:
+        # Here, because the kernel refuses runc's remount if the source has more flags, such as nosuid.
+        if point.read_only:
+            syscalls.make_read_only(mounted, recursive=point.read_only_below is not False)
+        syscalls.move_mount(mounted, str(target))
+    finally:
+        os.close(mounted)
+    return is_mapped
+
+
+def _make_target(source: Path, target: Path) -> None:
+    """Create an empty directory or file to mount on, and unmount what a failed start has left there."""
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    syscalls.unmount_if_mounted(target)
+    if source.is_dir():
+        target.mkdir(exist_ok=True)
+    else:
+        target.touch()
+
+
+def share_directory(directory: Path, users: UserMap | None) -> None:
+    """Let only the machine's root enter a directory, and the root of containers with mapped users.  Raises: OSError.
+
+    runc enters it as that user to reach the root file system.
+    """
+    if users is not None:
+        os.chown(directory, 0, users.root[1])
+    directory.chmod(0o700 if users is None else 0o710)
