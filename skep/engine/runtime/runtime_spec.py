@@ -31,11 +31,9 @@ _MASKED_PATHS = (
 )
 """Paths that are hidden, because they reveal facts about the machine or the activity of other containers."""
 _READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
-_DEFAULT_SYSCTLS = {
-    # In a separate network namespace, a process needs no capability to use a low port or to ping.
-    "net.ipv4.ip_unprivileged_port_start": "0",
-    "net.ipv4.ping_group_range": "0 2147483647",
-}
+# In a separate network namespace, a process needs no capability to use a low port or to ping.
+_LOW_PORTS = {"net.ipv4.ip_unprivileged_port_start": "0"}
+_PING = {"net.ipv4.ping_group_range": "0 2147483647"}
 
 
 class Shared(msgspec.Struct, frozen=True, kw_only=True):
@@ -237,12 +235,13 @@ def _linux(
     read_only = _READONLY_PATHS if options.readonly_paths is None else options.readonly_paths
     linux: dict[str, Any] = {
         "namespaces": _namespaces(container, capacity, shared),
-        "cgroupsPath": cgroup,
+        **({"cgroupsPath": cgroup} if cgroup else {}),
         "resources": {"devices": _device_rules(config, devices.nodes)} | limits,
         "maskedPaths": [] if options.privileged else masked,
         "readonlyPaths": [] if options.privileged else read_only,
         "sysctl": {
-            **(_DEFAULT_SYSCTLS if own_network else {}),
+            **(_LOW_PORTS if own_network else {}),
+            **(_PING if own_network and capacity.has_every_group else {}),  # as moby, daemon/oci_linux.go
             **config.sysctls,
             **_interface_sysctls(container),
         },

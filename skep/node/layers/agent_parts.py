@@ -22,6 +22,7 @@ from skep.engine.api.containers import image_users
 from skep.engine.engine import Engine
 from skep.engine.images.collecting import ImageCollector, Marks
 from skep.engine.images.sharing.serving import ServedImages
+from skep.linux.user_namespace import is_rootless
 from skep.model.networks.addresses import host_of
 from skep.model.node import NodeDescription, NodeRole
 from skep.model.node_reports.conditions import ConditionName
@@ -67,7 +68,7 @@ class ImageSharing:
         self._configuration = configuration
         self._port = (
             ImagePort(ServedImages(engine.images, clock), session, clock, configuration().image_port)
-            if engine is not None
+            if engine is not None and not is_rootless()  # other nodes do not reach a rootless one
             else None
         )
 
