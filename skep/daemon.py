@@ -212,6 +212,7 @@ class Daemon:
                 reloading.cancel()
                 await node.announce_stop()
                 running.cancel()
+            await node.stop_containers()
             _forget_keys(paths)
             paths.features.unlink(missing_ok=True)
 

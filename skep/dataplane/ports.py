@@ -151,6 +151,9 @@ Held = dict[Reservation, socket.socket]
 class Outside(Protocol):
     """The ports of the machine that lead to this node's ports, if it has a network namespace of its own."""
 
+    def check(self, protocol: str, address: str) -> None:
+        """Check the protocol and the address of a port.  Raises: FailedPrecondition: they cannot be opened outside."""
+
     def open(self, protocol: str, port: int, address: str) -> None:
         """Open the port.  Raises: AlreadyExists: another program has it; SkepError: it cannot be opened."""
 
@@ -210,6 +213,8 @@ class Reservations:
 
     def _open(self, protocol: str, port: int, address: str) -> socket.socket:
         """Bind a port, and open it outside.  A chosen port that another program has outside is chosen again."""
+        if self._outside is not None:
+            self._outside.check(protocol, address)
         for left in reversed(range(1 if port or self._outside is None else _CHOICES_MAX)):
             opened = bind(protocol, port, address)
             try:

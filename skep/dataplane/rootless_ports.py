@@ -16,7 +16,7 @@ import msgspec
 
 from skep.dataplane.net_process.protocol import Reservation
 from skep.dataplane.ports import AddressNotHere
-from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SkepError, Unavailable
+from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
 from skep.linux.user_namespace import rootlesskit_state
 from skep.model.networks.addresses import joined
 
@@ -46,13 +46,23 @@ class MachinePorts:
     def __init__(self, api: Path) -> None:
         self._api = api
 
+    def check(self, protocol: str, address: str) -> None:
+        """Check the protocol and the address of a port.  Raises: FailedPrecondition: RootlessKit cannot open it."""
+        if protocol not in ("tcp", "udp"):
+            raise FailedPrecondition(
+                f"a rootless node publishes no {protocol} ports: run the container on a node of root"
+            )
+        if address not in (*_EVERY, *_LOOPBACK):
+            raise FailedPrecondition(
+                f"a rootless node does not publish on {address}: use 127.0.0.1, or all addresses"
+            )
+
     def open(self, protocol: str, port: int, address: str) -> None:
-        """Open a port.  Blocks.
+        """Open a port that ``check`` accepts.  Blocks.
 
         Raises:
             AlreadyExists: Another program of the machine has it.
-            FailedPrecondition: The user may not have it, or an address that the namespace does not know.
-            InvalidArgument: RootlessKit does not know the protocol.
+            FailedPrecondition: The user may not have it.
             Unavailable: RootlessKit does not respond.
         """
         spec = _spec(protocol, port, address)
@@ -132,13 +142,7 @@ def refusal(address: str, port: int, text: str) -> SkepError:
 
 
 def _spec(protocol: str, port: int, address: str) -> _Spec:
-    """Return RootlessKit's name for a port.  Raises: InvalidArgument: it does not know the protocol."""
-    if protocol not in ("tcp", "udp"):
-        raise InvalidArgument(f"a rootless node publishes tcp and udp ports only, not {protocol}")
-    if address not in (*_EVERY, *_LOOPBACK):
-        raise InvalidArgument(
-            f"a rootless node does not publish on {address}: use 127.0.0.1, or all addresses"
-        )
+    """Return RootlessKit's name for a port."""
     family = "6" if ":" in address else "4"
     place = _EVERY.get(address, address)
     return _Spec(proto=protocol + family, parent_ip=place, parent_port=port, child_port=port)

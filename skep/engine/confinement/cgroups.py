@@ -47,6 +47,7 @@ class Cgroups:
         self._mount_point = mount_point
         self.is_v2 = file_system_type(mount_point) == _CGROUP2_SUPER_MAGIC
         roots = {"": mount_point} if self.is_v2 else _v1_hierarchies(mount_point)
+        self.is_mounted = bool(roots)
         self.is_usable = not is_rootless() or (self.is_v2 and os.access(mount_point, os.W_OK))
         self.own_roots = roots if self.is_usable else {}
 

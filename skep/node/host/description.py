@@ -204,7 +204,8 @@ class NodeDescriber:
         own = {
             NODE_LABEL: "true",
             **self._offer_labels(configuration),
-            ROUTES_LABEL: routes_label(self._offers.present.routes),
+            # The routes of a rootless node are those of its own namespace, so it holds no failover addresses.
+            ROUTES_LABEL: routes_label(() if self._features.is_rootless else self._offers.present.routes),
             **_fact_labels(self._machine, self._features),
         }
         if self._machine.boot_id:

@@ -93,13 +93,13 @@ def cgroup_problem(mount_point: Path = MOUNT_POINT) -> str:
     Source: runc, libcontainer/cgroups/fs/paths.go (on v1 the controller ``devices`` must exist).
     """
     cgroups = Cgroups("", mount_point)
-    if not cgroups.is_usable:  # a rootless node runs containers without groups
-        return ""
-    if not cgroups.is_v2 and not cgroups.controllers:
+    if not cgroups.is_mounted:
         return (
             f"no cgroup hierarchy is mounted at {mount_point}, so no container can start: "
             f"mount -t cgroup2 none {mount_point}"
         )
+    if not cgroups.is_usable:  # a rootless node runs containers without groups
+        return ""
     if not cgroups.is_v2 and "devices" not in cgroups.controllers:
         return (
             f"the cgroup hierarchy of devices is not mounted below {mount_point}, so no container can start: "

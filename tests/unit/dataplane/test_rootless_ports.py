@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from skep.dataplane.ports import AddressNotHere, Reservations
-from skep.dataplane.rootless_ports import refusal
+from skep.dataplane.rootless_ports import MachinePorts, refusal
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
 
 
@@ -18,6 +18,9 @@ class Machine:
         self.taken = taken
         self.asked: list[int] = []
         self.error: SkepError | None = None
+
+    def check(self, protocol: str, address: str) -> None:
+        pass
 
     def open(self, protocol: str, port: int, address: str) -> None:
         self.asked.append(port)
@@ -100,3 +103,25 @@ def test_a_refusal_of_rootlesskit_is_said_in_dockers_words(
     error = refusal("0.0.0.0", 80, text)
     assert type(error) is kind
     assert words in str(error)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "address", "words"),
+    [
+        ("sctp", "", "publishes no sctp ports"),
+        ("tcp", "192.0.2.7", "does not publish on 192.0.2.7: use 127.0.0.1"),
+    ],
+)
+def test_what_rootlesskit_cannot_open_is_refused_before_it_is_bound(
+    tmp_path: Path, protocol: str, address: str, words: str
+) -> None:
+    ports = Reservations(tmp_path / "ports", {}, MachinePorts(tmp_path / "api.sock"))
+    with pytest.raises(FailedPrecondition, match=words):
+        ports.reserve(protocol, 8080, "a", address)
+
+
+def test_a_silent_rootlesskit_is_named(tmp_path: Path) -> None:
+    ports = Reservations(tmp_path / "ports", {}, MachinePorts(tmp_path / "api.sock"))
+    with pytest.raises(Unavailable, match="rootlesskit does not respond"):
+        ports.reserve("tcp", 0, "a")
+    assert ports.list() == ()
