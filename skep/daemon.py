@@ -37,10 +37,11 @@ from skep.engine.log_drivers.options import log_config
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.linux.detached import detached, held_lock, read_pid_file, set_title
 from skep.linux.files import file_exists, replace_file
+from skep.linux.user_namespace import is_rootless
 from skep.logs import LogSettings
 from skep.model.values.meta import Driver
 from skep.model.values.user_map import UserMap
-from skep.node.host import requirements, user_remap
+from skep.node.host import requirements, rootless, user_remap
 from skep.node.host.conditions import Conditions
 from skep.node.host.environment import NodeEnvironment
 from skep.node.host.features import Features, detect
@@ -70,8 +71,12 @@ def main(argv: Sequence[str]) -> int:
     """Run the node that ``argv`` and the configuration files describe, until SIGTERM.  Return the exit code."""
     arguments = parse_arguments(argv)
     try:
+        if arguments.is_rootless and not is_rootless():
+            rootless.enter((sys.executable, *sys.orig_argv[1:]))
+        if arguments.is_rootless:
+            rootless.hide_machines_directories()
         loaded = load(arguments)
-    except ConfigurationError as error:
+    except (ConfigurationError, FailedPrecondition) as error:
         return _refuse(error)
     _name_logs(loaded.configuration)
     os.umask(0o022)  # nothing is writable for others, but images' files are readable in containers
@@ -210,6 +215,7 @@ class Daemon:
                 reloading.cancel()
                 await node.announce_stop()
                 running.cancel()
+            await node.stop_containers()
             _forget_keys(paths)
             paths.features.unlink(missing_ok=True)
 

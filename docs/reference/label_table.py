@@ -936,7 +936,7 @@ LABELS = (
         "a text",
         "",
         "A fact about the machine, which constraints read as `node.facts.NAME`: `kernel`, `cgroup` (1 or 2), "
-        "`distribution` and `distribution-version`.",
+        "`distribution`, `distribution-version` and `rootless` (`true`).",
     ),
     Label(
         LabelTarget.ENGINE,
@@ -997,6 +997,13 @@ LABELS = (
     ),
     Label(
         LabelTarget.ENGINE, "skep.paths", "`1`", "", "The node probes other nodes and answers their probes."
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.rootless",
+        "`ports-from=1024 limits=cpu,memory`",
+        "",
+        "An ordinary user runs the node: its lowest port for host-mode ports, and the limits that it can set.",
     ),
     Label(
         LabelTarget.ENGINE,

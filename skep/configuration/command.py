@@ -81,6 +81,12 @@ def _former(setting: Setting) -> click.Option:
             metavar="FILE",
             help=f"Docker's configuration file ({DEFAULT_DAEMON_JSON}). Use '' to read none.",
         ),
+        click.Option(
+            ["--rootless"],
+            is_flag=True,
+            help="Run as an ordinary user, in a user namespace. State is in ~/.local/share/skep by default, "
+            "the API socket in $XDG_RUNTIME_DIR, and the configuration file in ~/.config/skep.",
+        ),
         *map(_option, SETTINGS),
         *(_former(setting) for setting in SETTINGS if setting.former),
     ],
@@ -95,6 +101,7 @@ def daemon(ctx: click.Context, /, **_: Any) -> None:
     Examples:
       skep daemon
       skep daemon --config /etc/skep/skep.toml --debug
+      skep daemon --rootless
       skep daemon --engine-socket /var/run/docker.sock --label zone=inner
     """
     # Use a new interpreter, because all forked node processes would otherwise hold click and these modules in memory.

@@ -5,12 +5,12 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
 from skep.configuration import values
-from skep.configuration.configuration import Configuration, ConfigurationError, TcpHost
+from skep.configuration.configuration import Configuration, ConfigurationError, TcpHost, UnixHost
 from skep.configuration.settings import SETTINGS
 from skep.configuration.values import LOG_DRIVERS
 from skep.model.networks.addresses import is_public, joined
@@ -18,6 +18,8 @@ from skep.paths import SOCKET_PATH_BYTES_MAX
 
 DEFAULT_TOML = Path("/etc/skep/skep.toml")
 DEFAULT_DAEMON_JSON = Path("/etc/docker/daemon.json")
+_USERS_TOML = "skep/skep.toml"
+_USERS_DAEMON_JSON = "docker/daemon.json"
 
 _THE_ENGINES_OWN = frozenset({"hosts", "data_dir", "metrics_addr"})
 
@@ -37,14 +39,44 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True):
     daemon_json: Path | None = DEFAULT_DAEMON_JSON
     daemon_json_required: bool = False
     flags: Mapping[str, Any] = {}
+    is_rootless: bool = False
+    defaults: Mapping[str, Any] = {}
+    """Defaults by attribute that override the defaults of ``Configuration``."""
 
 
-def parse_arguments(argv: Sequence[str]) -> Arguments:
+class UserPlaces(msgspec.Struct, frozen=True):
+    """Places of an ordinary user's node: configuration files, data directory and API socket."""
+
+    toml: Path
+    daemon_json: Path
+    data_dir: Path
+    socket: Path
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Self:
+        """Return the places by the XDG Base Directory Specification, where rootless Docker has its own.
+
+        Sockets and other files of the node's processes are in the run directory of its namespaces, /run/skep.
+        """
+        home = Path(environment.get("HOME") or Path.home())
+        configuration = Path(environment.get("XDG_CONFIG_HOME") or home / ".config")
+        data = Path(environment.get("XDG_DATA_HOME") or home / ".local/share")
+        runtime = Path(environment.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}")
+        return cls(
+            configuration / _USERS_TOML,
+            configuration / _USERS_DAEMON_JSON,
+            data / "skep",
+            runtime / "skep.sock",
+        )
+
+
+def parse_arguments(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> Arguments:
     """Parse the command line of ``skep daemon``.  An unknown flag exits with usage, as argparse does."""
     # ``configuration.command`` has the help; the daemon itself does not import click.
     parser = argparse.ArgumentParser(prog="skep daemon", add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--daemon-json")
+    parser.add_argument("--rootless", action="store_true", default=None)
     for setting in SETTINGS:
         names = [*filter(None, [setting.short]), f"--{setting.name}"]
         if setting.repeats:
@@ -57,16 +89,23 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             parser.add_argument(f"--{setting.former}", dest=setting.name)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     toml, daemon_json = given.pop("config", None), given.pop("daemon_json", None)
+    is_rootless = given.pop("rootless", False)
+    users = UserPlaces.of(environment) if is_rootless else None
+    default_json = users.daemon_json if users is not None else DEFAULT_DAEMON_JSON
     return Arguments(
-        toml=Path(toml).absolute() if toml else DEFAULT_TOML,
+        toml=Path(toml).absolute() if toml else users.toml if users is not None else DEFAULT_TOML,
         toml_required=bool(toml),
-        daemon_json=DEFAULT_DAEMON_JSON
+        daemon_json=default_json
         if daemon_json is None
         else Path(daemon_json).absolute()
         if daemon_json
         else None,
         daemon_json_required=bool(daemon_json),
         flags=given,
+        is_rootless=is_rootless,
+        defaults={"data_dir": users.data_dir, "hosts": (UnixHost(users.socket),)}
+        if users is not None
+        else {},
     )
 
 
@@ -117,7 +156,7 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
         warnings.append(f"{arguments.daemon_json}: skep does not use {', '.join(unknown)}")
     has_engine = "engine-socket" in arguments.flags or "engine-socket" in toml
 
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = dict(arguments.defaults)
     for setting in SETTINGS:
         if setting.name in arguments.flags:
             source, written = f"--{setting.name}", arguments.flags[setting.name]

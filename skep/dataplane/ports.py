@@ -141,17 +141,36 @@ def bind(protocol: str, port: int, address: str = "") -> socket.socket:
     return set_aside(opened)
 
 
+_CHOICES_MAX = 16
+"""Limit for the ports that are chosen for a container, one after the other, while other programs have them outside."""
 PROTOCOL_NUMBERS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP, "sctp": socket.IPPROTO_SCTP}
 
 Held = dict[Reservation, socket.socket]
 
 
-class Reservations:
-    """The host ports that this process holds.  They are recorded in the file ``state``."""
+class Outside(Protocol):
+    """The ports of the machine that lead to this node's ports, if it has a network namespace of its own."""
 
-    def __init__(self, state: Path, held: Held) -> None:
+    def check(self, protocol: str, address: str) -> None:
+        """Check the protocol and the address of a port.  Raises: FailedPrecondition: they cannot be opened outside."""
+
+    def open(self, protocol: str, port: int, address: str) -> None:
+        """Open the port.  Raises: AlreadyExists: another program has it; SkepError: it cannot be opened."""
+
+    def close(self, protocol: str, port: int, address: str) -> None:
+        """Close the port.  Does nothing if it is not open.  Raises: SkepError."""
+
+
+class Reservations:
+    """The host ports that this process holds.  They are recorded in the file ``state``.
+
+    ``outside`` also opens each port on the machine.  None if the node is in the machine's own network namespace.
+    """
+
+    def __init__(self, state: Path, held: Held, outside: Outside | None = None) -> None:
         self._state = state
         self._held = held
+        self._outside = outside
 
     def list(self) -> Sequence[Reservation]:
         """Return all reservations."""
@@ -181,22 +200,47 @@ class Reservations:
         for held in self._held:
             if held.token == token:
                 return held.port
-        opened = bind(protocol, port, address)
+        opened = self._open(protocol, port, address)
         reservation = Reservation(protocol, opened.getsockname()[1], token, address, target)
         self._held[reservation] = opened
         try:
             self.record()
         except OSError:  # without a record the next process would not hold the port
             del self._held[reservation]
-            opened.close()
+            self._close(reservation, opened)
             raise
         return reservation.port
+
+    def _open(self, protocol: str, port: int, address: str) -> socket.socket:
+        """Bind a port, and open it outside.  A chosen port that another program has outside is chosen again."""
+        if self._outside is not None:
+            self._outside.check(protocol, address)
+        for left in reversed(range(1 if port or self._outside is None else _CHOICES_MAX)):
+            opened = bind(protocol, port, address)
+            try:
+                if self._outside is not None:
+                    self._outside.open(protocol, opened.getsockname()[1], address)
+            except AlreadyExists:
+                opened.close()
+                if not left:
+                    raise
+            except BaseException:
+                opened.close()
+                raise
+            else:
+                return opened
+        raise AssertionError("the last try returns or raises")
+
+    def _close(self, held: Reservation, opened: socket.socket) -> None:
+        opened.close()
+        if self._outside is not None:
+            self._outside.close(held.protocol, held.port, held.address)
 
     def release(self, protocol: str, port: int, address: str = "") -> None:
         """Release ``port``.  Does nothing if it is not held."""
         wanted = (protocol, port, address)
         for held in [one for one in self._held if (one.protocol, one.port, one.address) == wanted]:
-            self._held.pop(held).close()
+            self._close(held, self._held.pop(held))
         self.record()
 
     def record(self) -> None:

@@ -12,10 +12,10 @@ import msgspec
 
 from skep.engine.confinement import apparmor, capabilities, cdi, seccomp
 from skep.engine.confinement.cgroups import Cgroups
+from skep.linux.user_namespace import is_in_user_namespace
 from skep.model.values.user_map import UserMap
 
 _CPUS = Path("/sys/devices/system/cpu")
-_UID_MAP = Path("/proc/self/uid_map")
 _MOUNT_SETATTR = (5, 12)
 """The first kernel version with mount_setattr(2), which runc (1.1) uses for recursive read-only mounts (``rro``)."""
 _CAP_SYS_RESOURCE = "CAP_SYS_RESOURCE"
@@ -40,6 +40,8 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """Paths to mask on this machine, in addition to the paths that are masked on every machine."""
     has_keyrings: bool = True
     """Whether each container gets its own session keyring."""
+    has_every_group: bool = True
+    """Whether a container's processes may have any group.  In a user namespace, only some groups exist."""
     init_binary: str = ""
     """Path of a static init program on the node.  Empty if the node has none."""
     has_x32: bool = True
@@ -117,6 +119,7 @@ def capacity_of(
         sysfs=sysfs,
         masked_paths=thermal_throttles(cpus),
         has_keyrings=not is_in_user_namespace(),
+        has_every_group=not is_in_user_namespace(),
         has_io_weight=cgroups.has_io_weight,
         cdi_directories=cdi_directories,
         cpus=cgroups.cpus,
@@ -138,18 +141,6 @@ def thermal_throttles(cpus: Path = _CPUS) -> tuple[str, ...]:
         return ()
     paths = (cpus / f"cpu{number}" / "thermal_throttle" for number in _numbers(possible))
     return tuple(str(path) for path in paths if path.exists())
-
-
-def is_in_user_namespace(uid_map: Path = _UID_MAP) -> bool:
-    """Return whether this process runs in a user namespace.
-
-    There, root and its containers may have only 200 keys together.  So the containers of such a node share a session
-    keyring.  With a keyring for each, the two hundredth container would not start.
-    """
-    try:
-        return uid_map.read_text().split() != ["0", "0", str(2**32 - 1)]
-    except OSError:
-        return False
 
 
 def _numbers(ranges: str) -> Iterator[int]:

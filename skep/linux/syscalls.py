@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 from skep.errors import Unimplemented
@@ -42,7 +43,7 @@ _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOSYMFOLL
 _MOUNT_ATTR_IDMAP = 0x100000
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 # Source: linux/mount.h, linux/fcntl.h (AT_*) and linux/openat2.h.
-_FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _MOVE_MOUNT_F_EMPTY_PATH, _MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _RESOLVE_IN_ROOT, _RESOLVE_BENEATH, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS = 0x10, 0x08, 0x02, 0x04
@@ -92,13 +93,16 @@ def unmount(target: str | Path, flags: int = MNT_DETACH) -> None:
     _checked(_libc.umount2(os.fsencode(target), flags), f"unmount {target}")
 
 
-def mount_new(type: str, target: Path, options: list[tuple[str, str]]) -> None:
+def mount_new(type: str, target: Path, options: Sequence[tuple[str, str]], flags: Sequence[str] = ()) -> None:
     """Mount with fsopen(2) and related calls.
 
-    They take each option separately, so the options together may be longer than a page.
+    They take each option separately, so the options together may be longer than a page.  ``flags`` are options without
+    a value.
     """
     context = _syscall(_FSOPEN, type.encode(), _FSOPEN_CLOEXEC)
     try:
+        for flag in flags:
+            _syscall(_FSCONFIG, context, _FSCONFIG_SET_FLAG, flag.encode(), None, 0)
         for key, value in options:
             _syscall(_FSCONFIG, context, _FSCONFIG_SET_STRING, key.encode(), os.fsencode(value), 0)
         _syscall(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)

@@ -123,7 +123,7 @@ def info(
         "NGoroutines": 0,
         "SystemTime": now,
         "LoggingDriver": configuration.log_driver,
-        "CgroupDriver": "cgroupfs",
+        "CgroupDriver": "cgroupfs" if features.has_cgroups else "none",
         "CgroupVersion": str(features.cgroup_version),
         "NEventsListener": 0,
         "KernelVersion": machine.kernel,
@@ -180,7 +180,7 @@ def _runtime(node: NodeProperties, swarm: Mapping[str, Any]) -> dict[str, Any]:
         "Runtimes": {name: {"path": program} for name, program in sorted(node.runtimes.programs.items())},
         "DefaultRuntime": node.runtimes.default,
         "Swarm": swarm,
-        "LiveRestoreEnabled": True,
+        "LiveRestoreEnabled": not features.is_rootless,  # its containers end with it
         "Isolation": "",
         "InitBinary": "tini-static",
         "ContainerdCommit": nothing,
@@ -190,6 +190,7 @@ def _runtime(node: NodeProperties, swarm: Mapping[str, Any]) -> dict[str, Any]:
             *(["name=apparmor"] if apparmor.is_supported() else []),
             *(["name=seccomp,profile=default"] if features.has("seccomp") else []),
             *(["name=userns"] if node.users is not None else []),
+            *(["name=rootless"] if features.is_rootless else []),
         ],
     }
 

@@ -15,6 +15,7 @@ from skep.aio.event_loop.gc_settings import freeze
 from skep.configuration.configuration import Configuration
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
+from skep.engine.runtime.runtime import end_gracefully
 from skep.linux.files import file_exists
 from skep.model.node_reports.conditions import ConditionName
 from skep.model.values.ids import new_id
@@ -139,6 +140,15 @@ class Node:
         if self._runtime.addresses is not None:
             await self._runtime.addresses.give_up()
         await self._foundation.session.announce_stop()
+
+    async def stop_containers(self) -> None:
+        """Stop the containers of a rootless node after ``run``, because they end with the node's process namespace.
+
+        Their records still show them as running.  The next node process finds that they have ended, and applies
+        restart policies as after a reboot.
+        """
+        if self._foundation.environment.features.is_rootless:
+            await asyncio.gather(*map(end_gracefully, self._runtime.list()))
 
     def reload(self, configuration: Configuration) -> None:
         """Apply those parts of ``configuration`` that need no restart."""

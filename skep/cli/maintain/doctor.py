@@ -190,6 +190,7 @@ def shown(results: Sequence[NodeResult], screen: Screen, *, shows_all: bool = Fa
         ("Reasons", _details(results)),
         ("Problems reported by nodes", _conditions(results)),
         ("Nodes without a response", _errors(results)),
+        ("Rootless nodes, which have no overlay networks", _rootless(results)),
     )
     for title, lines in sections:
         if lines:
@@ -230,7 +231,8 @@ def verdict(results: Sequence[NodeResult]) -> str:
 
 def is_too_early(results: Sequence[NodeResult]) -> bool:
     """Return whether the nodes have just joined, and have no list of peers to probe yet."""
-    return len(results) > 1 and not any(result["Paths"] or result.get("Error") for result in results)
+    measured = [result for result in results if not result.get("Rootless")]
+    return len(measured) > 1 and not any(result["Paths"] or result.get("Error") for result in measured)
 
 
 def _where(places: Collection[tuple[str, ...]]) -> str:
@@ -321,3 +323,7 @@ def _conditions(results: Sequence[NodeResult]) -> list[str]:
 
 def _errors(results: Sequence[NodeResult]) -> list[str]:
     return [f"{result['Hostname']}: {result['Error']}" for result in results if result.get("Error")]
+
+
+def _rootless(results: Sequence[NodeResult]) -> list[str]:
+    return [result["Hostname"] for result in results if result.get("Rootless")]

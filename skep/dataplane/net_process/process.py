@@ -13,7 +13,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import SystemClock
-from skep.aio.failures import retry
+from skep.aio.failures import log_error, retry
 from skep.dataplane.net_process import handover
 from skep.dataplane.net_process.client import MESH
 from skep.dataplane.net_process.handover import Taken
@@ -43,6 +43,7 @@ from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.ports import AddressNotHere, Reservations, reopened
 from skep.dataplane.proxy.host_ports import HostRelays
 from skep.dataplane.proxy.relay import ConnectionRelays
+from skep.dataplane.rootless_ports import machine_ports
 from skep.errors import AlreadyExists, SkepError
 from skep.linux.detached import detached
 from skep.paths import Paths
@@ -78,7 +79,13 @@ def run(paths: Paths, other_work: Sequence[Callable[[], Awaitable[None]]] = ()) 
     ):
         if taken is None:
             taken = Taken(reopened(paths.net_ports))
-        reservations = Reservations(paths.net_ports, dict(taken.held))
+        outside = machine_ports()
+        if outside is not None:
+            try:
+                outside.restore(taken.held)
+            except SkepError as error:  # the node process reserves lost ports again
+                log_error(error, "ports of the machine not restored")
+        reservations = Reservations(paths.net_ports, dict(taken.held), outside)
         asyncio.run(_run(paths, reservations, taken, other_work))
 
 

@@ -20,6 +20,7 @@ import msgspec
 
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.errors import InvalidArgument, ResourceExhausted
+from skep.linux.user_namespace import is_overlay_mark
 
 # Bits of Go's os.FileMode, which are the same on every system.
 _DIRECTORY, _SYMLINK, _DEVICE, _PIPE = 1 << 31, 1 << 27, 1 << 26, 1 << 25
@@ -61,6 +62,10 @@ class FileType(Enum):
     BLOCK_DEVICE = "block device"
     SOCKET = "socket"
     """Not created, since a socket is useless without its process."""
+
+
+def _is_kept(attribute: str) -> bool:
+    return attribute.startswith(_KEPT_ATTRIBUTES) and not is_overlay_mark(attribute)
 
 
 class TreeEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,7 +159,7 @@ class Listing:
             mtime_ns=stat.mod_time,
             link=link if kind in (FileType.HARD_LINK, FileType.SYMLINK) else "",
             device=(stat.devmajor, stat.devminor),
-            attributes={k: bytes(v) for k, v in stat.xattrs.items() if k.startswith(_KEPT_ATTRIBUTES)},
+            attributes={k: bytes(v) for k, v in stat.xattrs.items() if _is_kept(k)},
         )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from skep.errors import FailedPrecondition
+from skep.linux.user_namespace import is_rootless
 
 DEFAULT_PROFILE: Final = "docker-default"
 UNCONFINED: Final = "unconfined"
@@ -66,7 +67,7 @@ _RULES = """\
 def is_supported(sysfs: Path = SYSFS) -> bool:
     """Return whether the machine has AppArmor and can load a profile, by Docker's criteria."""
     inside = os.environ.get("container")  # noqa: SIM112  # as systemd spells it
-    if inside or shutil.which("apparmor_parser") is None or not (sysfs / _KERNEL).is_dir():
+    if inside or is_rootless() or shutil.which("apparmor_parser") is None or not (sysfs / _KERNEL).is_dir():
         return False
     try:
         return (sysfs / _ENABLED).read_text().startswith("Y")

@@ -5,6 +5,9 @@ conmon processes are at ``<parent>/monitors``, so that they do not end with the 
 ``--cgroup-parent`` has its group there.  A group is named by its path, which is the same in every hierarchy.
 
 The version is detected as in runc: cgroup2 mounted at /sys/fs/cgroup means v2, anything else v1.
+
+A rootless node to which no groups are delegated has none: ``is_usable`` is False, its containers run without limits,
+and their mount namespaces tell which processes are theirs.
 """
 
 import ctypes
@@ -21,6 +24,7 @@ from skep.engine.containers.container import Container
 from skep.errors import InvalidArgument, Unavailable
 from skep.linux.files import is_no_file
 from skep.linux.trees import directories
+from skep.linux.user_namespace import is_rootless
 from skep.model.values.ids import ContainerId
 
 log = structlog.get_logger()
@@ -42,10 +46,15 @@ class Cgroups:
         self.parent = parent.strip("/")
         self._mount_point = mount_point
         self.is_v2 = file_system_type(mount_point) == _CGROUP2_SUPER_MAGIC
-        self.own_roots = {"": mount_point} if self.is_v2 else _v1_hierarchies(mount_point)
+        roots = {"": mount_point} if self.is_v2 else _v1_hierarchies(mount_point)
+        self.is_mounted = bool(roots)
+        self.is_usable = not is_rootless() or (self.is_v2 and os.access(mount_point, os.W_OK))
+        self.own_roots = roots if self.is_usable else {}
 
     def path_of(self, container: Container) -> str:
-        """Return the container's ``cgroupsPath`` in the runtime specification."""
+        """Return the container's ``cgroupsPath`` in the runtime specification, or an empty text for no group."""
+        if not self.is_usable:
+            return ""
         given = container.config.machine.cgroup_parent
         return f"{self._group(given) if given else self._containers}/{container.id}"
 
@@ -74,7 +83,7 @@ class Cgroups:
     @property
     def controllers(self) -> frozenset[str]:
         """Available controllers: ``memory``, ``cpu``, ``pids``, ..."""
-        if not self.is_v2:
+        if not self.is_v2 or not self.is_usable:
             return frozenset(self.own_roots)
         return frozenset((self.own_roots[""] / "cgroup.controllers").read_text().split())
 
@@ -95,6 +104,8 @@ class Cgroups:
         if not self.is_v2:
             root = self.own_roots.get("blkio")
             return root is not None and any((root / name).exists() for name in _WEIGHTS_V1)
+        if not self.is_usable:
+            return False
         groups = (path for path in self._mount_point.iterdir() if path.is_dir())
         return any((group / name).exists() for group in groups for name in _WEIGHTS_V2)
 
@@ -135,6 +146,8 @@ class Cgroups:
         """Return whether this process itself is below the parent group, as in a playground, where nodes share a
         machine.
         """
+        if not self.is_usable:
+            return False
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         return any(f"{line.split(':', 2)[2]}/".startswith(f"/{self.parent}/") for line in lines)
 
@@ -143,6 +156,8 @@ class Cgroups:
 
         Raises: Unavailable: they cannot be read now.
         """
+        if not self.is_usable:
+            return _processes_by_mounts(container.pid)
         directory = self.directory(container, "pids") or self.directory(container, "memory")
         found: set[int] = set()
         if directory is not None:
@@ -210,7 +225,7 @@ class Cgroups:
 
     def join_monitors(self, pid: int) -> None:
         """On v2, move a process that was just started into the monitors' group."""
-        if not self.is_v2:
+        if not self.is_v2 or not self.is_usable:
             return
         directory = self.own_roots[""] / self.parent / "monitors"
         try:
@@ -232,6 +247,8 @@ class Cgroups:
         return self._remove(f"{self._containers}/{container_id}")
 
     def _remove(self, path: str) -> bool:
+        if not self.is_usable:
+            return True
         left = [root for root in self.all_roots() if not remove_tree(root / path.lstrip("/"))]
         return not left
 
@@ -267,6 +284,23 @@ def _v1_hierarchies(mount_point: Path) -> dict[str, Path]:
             if "=" not in name or name.startswith("name="):
                 roots[name.removeprefix("name=")] = target
     return roots
+
+
+def _processes_by_mounts(first: int) -> frozenset[int]:
+    """Return the processes in the mount namespace of a container's ``first`` process, which no container shares."""
+    mounts = mount_namespace(first) if first else None
+    if mounts is None or mounts == mount_namespace(os.getpid()):
+        return frozenset()
+    pids = (int(name) for name in os.listdir("/proc") if name.isdecimal())
+    return frozenset(pid for pid in pids if mount_namespace(pid) == mounts)
+
+
+def mount_namespace(pid: int) -> str | None:
+    """Return the name of a process's mount namespace, or None if it has ended or must not be inspected."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/mnt")
+    except OSError:
+        return None
 
 
 def _inherit_cpuset(root: Path, directory: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from skep.errors import FailedPrecondition
 from skep.linux.syscalls import mount, mount_new
+from skep.linux.user_namespace import is_in_user_namespace
 from skep.linux.user_namespaces import files_of, mapped_views, mapping
 from skep.model.values.user_map import UserMap
 
@@ -42,13 +43,15 @@ def mount_layers(
 def _mount_layers(layers: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
     options = (
         f"lowerdir={':'.join(map(_escaped, layers))},upperdir={_escaped(upper)},workdir={_escaped(work)}"
+        f"{_further()}"
     )
     if len(os.fsencode(options)) <= _OPTIONS_BYTES_MAX:
         mount("overlay", target, "overlay", 0, options)
         return
     lower = [("lowerdir+", str(layer)) for layer in layers]
     try:
-        mount_new("overlay", target, [*lower, ("upperdir", str(upper)), ("workdir", str(work))])
+        own = [("upperdir", str(upper)), ("workdir", str(work))]
+        mount_new("overlay", target, [*lower, *own], flags=("userxattr",) if is_in_user_namespace() else ())
     except OSError as error:
         if error.errno not in _REFUSED_BY_OLDER_KERNELS:
             raise
@@ -69,12 +72,17 @@ def _mount_relative(layers: Sequence[Path], upper: Path, work: Path, target: Pat
     try:
         # /proc/self/fd/N shortens the absolute path without a change of the working directory.
         names = ":".join(f"/proc/self/fd/{directory}/{number}" for number in range(len(layers)))
-        options = f"lowerdir={names},upperdir={_escaped(upper)},workdir={_escaped(work)}"
+        options = f"lowerdir={names},upperdir={_escaped(upper)},workdir={_escaped(work)}{_further()}"
         if len(options) > _OPTIONS_BYTES_MAX:
             raise FailedPrecondition(f"{len(layers)} layers are more than this kernel can mount")
         mount("overlay", target, "overlay", 0, options)
     finally:
         os.close(directory)
+
+
+def _further() -> str:
+    """Return the option with which overlayfs keeps its marks where root of a user namespace may write them."""
+    return ",userxattr" if is_in_user_namespace() else ""
 
 
 def _escaped(path: Path) -> str:

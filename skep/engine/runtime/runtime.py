@@ -32,6 +32,7 @@ from skep.engine.confinement.machine import MachineOptions
 from skep.engine.containers.attachment import Attachment, attach
 from skep.engine.containers.container import Container, ContainerState, Interruption, ProcessName
 from skep.engine.containers.exec_limits import held as open_files_held
+from skep.engine.containers.signals import signal_number
 from skep.engine.runtime.bundle import Bundles, forget_environment
 from skep.engine.runtime.conmon import (
     RUNTIME_ENVIRONMENT,
@@ -56,6 +57,7 @@ from skep.engine.runtime.sealed_program import SealedProgram
 from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.linux.commands import communicate
 from skep.model.values.ids import ContainerId
+from skep.model.values.times import SECOND_NS
 
 log = structlog.get_logger()
 
@@ -77,6 +79,16 @@ class CreatedProcess(msgspec.Struct, frozen=True):
 
     process: ProcessName
     monitor: ProcessName
+
+
+async def end_gracefully(container: Container) -> None:
+    """Send the stop signal to a container's first process, and wait until it has ended or its grace period is over."""
+    if container.process is None or not container.is_running:
+        return
+    send_signal(container.process, signal_number(container.config.stop_signal or "SIGTERM"))
+    with suppress(TimeoutError):
+        async with asyncio.timeout(container.config.stop_grace_ns / SECOND_NS):
+            await wait_gone(container.process)
 
 
 class StartedExec(msgspec.Struct, frozen=True):

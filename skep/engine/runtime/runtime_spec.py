@@ -32,11 +32,9 @@ _MASKED_PATHS = (
 )
 """Paths that are hidden, because they reveal facts about the machine or the activity of other containers."""
 _READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
-_DEFAULT_SYSCTLS = {
-    # In a separate network namespace, a process needs no capability to use a low port or to ping.
-    "net.ipv4.ip_unprivileged_port_start": "0",
-    "net.ipv4.ping_group_range": "0 2147483647",
-}
+# In a separate network namespace, a process needs no capability to use a low port or to ping.
+_LOW_PORTS = {"net.ipv4.ip_unprivileged_port_start": "0"}
+_PING = {"net.ipv4.ping_group_range": "0 2147483647"}
 
 
 class Shared(msgspec.Struct, frozen=True, kw_only=True):
@@ -238,12 +236,12 @@ def _linux(
     read_only = _READONLY_PATHS if options.readonly_paths is None else options.readonly_paths
     linux: dict[str, Any] = {
         "namespaces": _namespaces(container, capacity, shared),
-        "cgroupsPath": cgroup,
+        **({"cgroupsPath": cgroup} if cgroup else {}),
         "resources": {"devices": _device_rules(config, devices.nodes)} | limits,
         "maskedPaths": [] if options.privileged else masked,
         "readonlyPaths": [] if options.privileged else read_only,
         "sysctl": {
-            **(_default_sysctls(container.users) if own_network else {}),
+            **(_default_sysctls(container.users, capacity) if own_network else {}),
             **config.sysctls,
             **_interface_sysctls(container),
         },
@@ -263,11 +261,14 @@ def _linux(
     return linux
 
 
-def _default_sysctls(users: UserMap | None) -> Mapping[str, str]:
-    """Return the default sysctls.  With mapped users, the kernel takes only groups that the container has."""
-    if users is None:
-        return _DEFAULT_SYSCTLS
-    return {**_DEFAULT_SYSCTLS, "net.ipv4.ping_group_range": f"0 {users.groups_count - 1}"}
+def _default_sysctls(users: UserMap | None, capacity: Capacity) -> Mapping[str, str]:
+    """Return the default sysctls.  The kernel takes only groups that exist in the user namespace.
+
+    Source: moby, daemon/oci_linux.go.
+    """
+    if users is not None:
+        return {**_LOW_PORTS, "net.ipv4.ping_group_range": f"0 {users.groups_count - 1}"}
+    return {**_LOW_PORTS, **_PING} if capacity.has_every_group else _LOW_PORTS
 
 
 def _interface_sysctls(container: Container) -> dict[str, str]:

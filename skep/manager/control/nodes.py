@@ -14,6 +14,7 @@ from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unav
 from skep.manager.nodes.revocation import revoke
 from skep.model.networks.data_planes import is_docker_node
 from skep.model.node import Availability, Node, NodeRole, NodeSpec, NodeState
+from skep.model.node_reports.rootless import is_rootless_node
 from skep.model.options.labels import DRAIN_NOW, check_node_labels
 from skep.model.swarm import Swarm
 from skep.model.task import Task
@@ -71,6 +72,11 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
         raise FailedPrecondition(
             f"node {node.description.hostname or id} is a Docker Engine and cannot manage this cluster: "
             "promote a Skep node, or join one with the manager token"
+        )
+    if spec.role is NodeRole.MANAGER and node.spec.role is not spec.role and is_rootless_node(node):
+        raise FailedPrecondition(
+            f"node {node.description.hostname or id} is rootless and cannot manage a cluster, because other nodes "
+            "do not reach it: promote a node that runs as root"
         )
     if node.spec.role is NodeRole.MANAGER and spec.role is NodeRole.WORKER:
         check_demotion(tx, node)

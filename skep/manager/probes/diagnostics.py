@@ -17,6 +17,7 @@ from skep.manager.probes.streams import ProbeStreams
 from skep.model.networks.data_planes import is_docker_node, probes_paths
 from skep.model.networks.paths import DiagnosticsResult
 from skep.model.node import Node, NodeState
+from skep.model.node_reports.rootless import is_rootless_node
 from skep.model.values.ids import NodeId
 from skep.rpc.errors import LOST_PEER
 from skep.store.interface import Store
@@ -207,7 +208,7 @@ def _is_probing(node: Node) -> bool:
 def _why_not_probing(node: Node) -> str:
     if node.status.state is not NodeState.READY:
         return f"it is {node.status.state.value}"
-    return "its version of Skep does not probe paths"
+    return "" if is_rootless_node(node) else "its version of Skep does not probe paths"
 
 
 def _why_silent(node: Node, errors: dict[NodeId, str], within_s: float) -> str:

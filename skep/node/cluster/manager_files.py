@@ -11,8 +11,9 @@ from skep import bootstrap
 from skep.api.formats.swarm_requests import Founding
 from skep.bootstrap import Bootstrap, ManagerConfig, Recovery, load_recovery, save_recovery
 from skep.configuration.configuration import Configuration
-from skep.errors import SkepError, Unavailable
+from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import file_exists, replace_file
+from skep.linux.user_namespace import is_rootless
 from skep.node.cluster.founding import NewCluster, bind_error, check_listening, chosen_peer_addr, peer_warning
 from skep.node.cluster.local import LocalNode
 from skep.node.cluster.restoring import RestoredData
@@ -111,7 +112,15 @@ class ManagerFiles:
             self._write(config)
 
     def check_ports(self, listen_addr: str) -> None:
-        """Check that a new manager and its etcd can listen.  Raises: Untranslated: a port is not free."""
+        """Check that a new manager and its etcd can listen.
+
+        Raises: Untranslated: a port is not free; FailedPrecondition: the node is rootless.
+        """
+        if is_rootless():
+            raise FailedPrecondition(
+                "a rootless node cannot manage a cluster, because other nodes do not reach it: "
+                "join one with the worker token, or start skep as root"
+            )
         check_listening(listen_addr, self._configuration().peer_addr)
 
     def peer_section(self, node: LocalNode) -> dict[str, Any]:

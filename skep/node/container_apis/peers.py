@@ -34,11 +34,16 @@ class ConnectionPeer(Enum):
 
 
 def peer_of(
-    connected: socket.socket, is_known: Callable[[ContainerId], bool]
+    connected: socket.socket,
+    is_known: Callable[[ContainerId], bool],
+    with_mounts: Callable[[str], ContainerId | None] | None = None,
 ) -> ContainerId | ConnectionPeer:
     """Return which container or process connected.
 
-    ``is_known`` tells whether a container belongs, or may belong, to this node.
+    Args:
+        is_known: Tells whether a container belongs, or may belong, to this node.
+        with_mounts: Returns the container with a mount namespace.  Given on a node without control groups.  There, the
+            processes of the machine are outside the node's process namespace, so any other process is not theirs.
     """
     pid = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[
         0
@@ -47,8 +52,11 @@ def peer_of(
     if pid in (0, os.getpid()):
         return ConnectionPeer.MACHINE
     try:
-        if os.readlink(f"/proc/{pid}/ns/mnt") == _own_mounts():
+        mounts = os.readlink(f"/proc/{pid}/ns/mnt")
+        if mounts == _own_mounts():
             found: ContainerId | ConnectionPeer = ConnectionPeer.MACHINE
+        elif with_mounts is not None:
+            found = with_mounts(mounts) or ConnectionPeer.GONE
         else:
             groups = Path(f"/proc/{pid}/cgroup").read_text()
             found = container_in(groups, is_known, _surrounding()) or ConnectionPeer.MACHINE

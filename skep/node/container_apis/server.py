@@ -16,6 +16,7 @@ from skep.aio.clock import Clock
 from skep.aio.connections.handshakes import ACCEPT_RETRY_S
 from skep.aio.failures import isolate
 from skep.aio.token_bucket import TokenBucket
+from skep.engine.confinement.cgroups import mount_namespace
 from skep.engine.containers.container import Container
 from skep.engine.engine import Engine
 from skep.model.permissions.rights import ApiAccess
@@ -112,7 +113,7 @@ class ContainerApis:
         ``own`` is the container that the connected socket belongs to, or None for the node's socket.  Connections from
         ``own`` itself are left to the caller.
         """
-        match peer_of(connected, self.may_be_ours):
+        match peer_of(connected, self.may_be_ours, self._finder_by_mounts()):
             case ConnectionPeer.MACHINE:
                 return False
             case id if id == own:
@@ -134,6 +135,15 @@ class ContainerApis:
         """
         engine = self._engine()
         return engine is not None and engine.may_have(id)
+
+    def _finder_by_mounts(self) -> Callable[[str], ContainerId | None] | None:
+        """Return a function that finds a container by its mount namespace, on a node without control groups."""
+        engine = self._engine()
+        if engine is None or engine.cgroups.is_usable:
+            return None
+        return lambda mounts: next(
+            (one.id for one in engine.list() if one.pid and mount_namespace(one.pid) == mounts), None
+        )
 
     def _access(self, id: ContainerId) -> ApiAccess:
         engine = self._engine()

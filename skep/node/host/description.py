@@ -17,6 +17,7 @@ from skep.model.networks.used_ports import PORTS_LABEL, UsedPort, ports_label
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
 from skep.model.node_reports.conditions import BOOT_LABEL, ConditionName
 from skep.model.node_reports.description_size import size_condition, within_size
+from skep.model.node_reports.rootless import ROOTLESS_LABEL, rootless_label
 from skep.model.options.constraints import FACT_LABEL
 from skep.model.options.secret_env import PLUGIN as SECRET_ENV
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, slot_volumes_label
@@ -27,8 +28,10 @@ from skep.node.host.features import Features, labels
 from skep.node.host.machine import Machine
 from skep.node.host.machine_resources import ResourceReader
 
+_NETWORKS = ("bridge", "host", "ipvlan", "macvlan", "null")
+_ROOTLESS_NETWORKS = ("bridge", "null")
+"""Drivers of networks on a rootless node, which has no interfaces of the machine."""
 _PLUGINS = (
-    *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "ipvlan", "macvlan", "null")),
     EnginePlugin(type="Volume", name="local"),
     EnginePlugin(type=SECRET_ENV[0], name=SECRET_ENV[1]),
 )
@@ -104,8 +107,8 @@ def within_bounds(description: NodeDescription, conditions: Conditions) -> NodeD
 
 
 def has_overlays(features: Features) -> bool:
-    """Return whether this machine can have overlay networks."""
-    return all(map(features.has, _OVERLAY_NEEDS))
+    """Return whether this node can have overlay networks.  Other nodes cannot send packets to a rootless node."""
+    return not features.is_rootless and all(map(features.has, _OVERLAY_NEEDS))
 
 
 def listed(names: Iterable[str]) -> str:
@@ -140,6 +143,7 @@ def _fact_labels(machine: Machine, features: Features) -> Mapping[str, str]:
         "cgroup": str(features.cgroup_version),
         "distribution": machine.distribution,
         "distribution-version": machine.os_version,
+        "rootless": "true" if features.is_rootless else "",
     }
     return {FACT_LABEL + name: value for name, value in facts.items() if value}
 
@@ -185,8 +189,10 @@ class NodeDescriber:
         }
 
     def _plugins(self, journal: Path) -> tuple[EnginePlugin, ...]:
+        names = _ROOTLESS_NETWORKS if self._features.is_rootless else _NETWORKS
+        networks = tuple(EnginePlugin(type="Network", name=name) for name in names)
         logs = tuple(EnginePlugin(type="Log", name=name) for name in log_drivers(journal))
-        return (*_PLUGINS, *logs, *((_OVERLAY,) if has_overlays(self._features) else ()))
+        return (*networks, *_PLUGINS, *logs, *((_OVERLAY,) if has_overlays(self._features) else ()))
 
     def describe(self, data_path_addr: str = "", journal: Path = JOURNAL) -> NodeDescription:
         """Return the description.
@@ -198,11 +204,14 @@ class NodeDescriber:
         own = {
             NODE_LABEL: "true",
             **self._offer_labels(configuration),
-            ROUTES_LABEL: routes_label(self._offers.present.routes),
+            # The routes of a rootless node are those of its own namespace, so it holds no failover addresses.
+            ROUTES_LABEL: routes_label(() if self._features.is_rootless else self._offers.present.routes),
             **_fact_labels(self._machine, self._features),
         }
         if self._machine.boot_id:
             own[BOOT_LABEL] = self._machine.boot_id
+        if self._features.is_rootless:
+            own[ROOTLESS_LABEL] = rootless_label(self._features.controllers, self._features.ports_from)
         if self._has_probes:
             own[PATHS_LABEL] = "1"
         if port := self._image_port():

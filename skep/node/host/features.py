@@ -21,6 +21,8 @@ from skep.dataplane.netns.kernel.forwarding import ipv6_refusal
 from skep.dataplane.plan.wireguard import DeviceChange
 from skep.dataplane.wireguard import kernel
 from skep.dataplane.wireguard.keys import new_private_key
+from skep.engine.confinement.cgroups import Cgroups
+from skep.linux.user_namespace import is_rootless, lowest_port
 
 # Source: linux/sched.h and linux/magic.h.
 _CLONE_NEWNET = 0x40000000
@@ -64,6 +66,12 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     controllers: frozenset[str] = frozenset()
     capabilities_missing: tuple[str, ...] = ()
     open_files_max: int = 0
+    is_rootless: bool = False
+    """Whether an ordinary user runs this node."""
+    has_cgroups: bool = True
+    """Whether containers have control groups.  A rootless node has them only if they are delegated to its user."""
+    ports_from: int = 0
+    """The lowest port of the machine that containers may publish."""
 
     def has(self, feature: str) -> bool:
         """Return whether a feature that ``detect`` tries is available."""
@@ -86,6 +94,17 @@ _CONSEQUENCES = {
 """Consequences of each missing feature.  Features that are not listed here are used only on request."""
 
 
+# Docker's sentences.  Source: moby, daemon/info_unix.go (fillPlatformInfo).
+_NO_CGROUPS_V1 = (
+    "WARNING: Running in rootless-mode without cgroups. "
+    "To enable cgroups in rootless-mode, you need to boot the system in cgroup v2 mode."
+)
+_NO_CGROUPS_V2 = (
+    "WARNING: Running in rootless-mode without cgroups. "
+    "Systemd is required to enable cgroups in rootless-mode."
+)
+
+
 def warnings(features: Features) -> tuple[str, ...]:
     """Return the warnings for ``/info``."""
     sentences = [
@@ -93,10 +112,12 @@ def warnings(features: Features) -> tuple[str, ...]:
         for name, consequence in _CONSEQUENCES.items()
         if name in features.missing
     ]
+    if not features.has_cgroups:
+        sentences.append(_NO_CGROUPS_V2 if features.cgroup_version == 2 else _NO_CGROUPS_V1)
     sentences += [
         f"WARNING: No {controller} cgroup controller: its limits are not enforced"
         for controller in ("memory", "cpu", "pids")
-        if controller not in features.controllers
+        if controller not in features.controllers and features.has_cgroups
     ]
     if features.capabilities_missing:
         sentences.append(
@@ -139,11 +160,15 @@ def detect(data_dir: Path, nft: str = "nft") -> Features:
     thread = threading.Thread(target=probe, name="features")
     thread.start()
     thread.join()
+    cgroups = Cgroups("")
     version, controllers = _cgroups()
     return Features(
+        is_rootless=is_rootless(),
+        has_cgroups=cgroups.is_usable,
+        ports_from=lowest_port(),
         missing=missing,
         cgroup_version=version,
-        controllers=controllers,
+        controllers=controllers if cgroups.is_usable else frozenset(),
         capabilities_missing=_missing_capabilities(),
         open_files_max=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
     )

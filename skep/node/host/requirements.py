@@ -18,6 +18,10 @@ from skep.node.host.features import file_system_type
 OVERLAYFS_MAGIC = 0x794C7630
 _TIMEOUT_S = 10.0
 """Time limit in seconds for a program to print its version."""
+_NOT_ROOT = (
+    "skep daemon must run as root: start it with sudo, or by its systemd unit. "
+    "An ordinary user starts a node that can do less with: skep daemon --rootless"
+)
 _DOCKERS_OWN = ("engine-id", "overlay2", "containerd")
 
 Version = tuple[int, ...]
@@ -62,7 +66,7 @@ def check(
     Raises: Unfit: with all problems at once.
     """
     if os.geteuid() != 0:
-        raise Unfit(("skep daemon must run as root: start it with sudo, or by its systemd unit",))
+        raise Unfit((_NOT_ROOT,))
     problems = [*_data_dir_problems(data_dir), *filter(None, find_container_problems())]
     versions: dict[str, str] = {}
     with ThreadPoolExecutor(max_workers=len(tools) + 1) as pool:
@@ -89,11 +93,13 @@ def cgroup_problem(mount_point: Path = MOUNT_POINT) -> str:
     Source: runc, libcontainer/cgroups/fs/paths.go (on v1 the controller ``devices`` must exist).
     """
     cgroups = Cgroups("", mount_point)
-    if not cgroups.is_v2 and not cgroups.controllers:
+    if not cgroups.is_mounted:
         return (
             f"no cgroup hierarchy is mounted at {mount_point}, so no container can start: "
             f"mount -t cgroup2 none {mount_point}"
         )
+    if not cgroups.is_usable:  # a rootless node runs containers without groups
+        return ""
     if not cgroups.is_v2 and "devices" not in cgroups.controllers:
         return (
             f"the cgroup hierarchy of devices is not mounted below {mount_point}, so no container can start: "

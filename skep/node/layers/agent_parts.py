@@ -1,5 +1,6 @@
 """The layer that connects a node to the managers of its cluster: its tasks, reports, measurements and description."""
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -22,9 +23,11 @@ from skep.engine.api.containers import image_users
 from skep.engine.engine import Engine
 from skep.engine.images.collecting import ImageCollector, Marks
 from skep.engine.images.sharing.serving import ServedImages
+from skep.linux.user_namespace import is_rootless
 from skep.model.networks.addresses import host_of
 from skep.model.node import NodeDescription, NodeRole
 from skep.model.node_reports.conditions import ConditionName
+from skep.model.permissions.rights import is_listed
 from skep.model.values.ids import NodeId
 from skep.node.cluster.cluster_work import NodeWork
 from skep.node.cluster.local import LocalNode
@@ -67,7 +70,7 @@ class ImageSharing:
         self._configuration = configuration
         self._port = (
             ImagePort(ServedImages(engine.images, clock), session, clock, configuration().image_port)
-            if engine is not None
+            if engine is not None and not is_rootless()  # other nodes do not reach a rootless one
             else None
         )
 
@@ -124,7 +127,11 @@ class AgentParts:
         self._probes = runtime.probes()
         self.load = LoadMeter(reader_of(environment.machine, foundation.cgroups), clock)
         self.usages = TaskUsageMeter(runtime.list, foundation.cgroups, clock)
-        self.offers = ResourceReader(clock, foundation.present_configuration)
+        self.offers = ResourceReader(
+            clock,
+            foundation.present_configuration,
+            may_have=_is_accessible if environment.features.is_rootless else is_listed,
+        )
         self._describer = NodeDescriber(
             environment.machine,
             environment.features,
@@ -221,6 +228,11 @@ class AgentParts:
         sent = {peer.addr for peer in node.managers}
         configured = (addr for addr in self._foundation.configuration.managers if addr not in sent)
         return (*node.managers, *(KnownManager(NodeId(""), addr) for addr in configured))
+
+
+def _is_accessible(path: str) -> bool:
+    """Return whether tasks of a rootless node may have a device: its user needs access to the file."""
+    return is_listed(path) and os.access(path, os.R_OK)
 
 
 def _traced(foundation: Foundation, runtime: TaskRuntime) -> Executor:

@@ -157,9 +157,12 @@ class Containers:
     def network_listeners(self, shared: SharedTables) -> tuple[TableListener, ...]:
         """Return the users of network tables.  Routes are applied before the names that lead to them.
 
-        The front door is the last one, because HAProxy may be slow to respond.
+        The front door is the last one, because HAProxy may be slow to respond.  A rootless node serves no ports of the
+        routing mesh, because it cannot forward them.
         """
         watch = DoorWatch(self.addresses.want)
+        if self._foundation.environment.features.is_rootless:
+            return shared, watch, self.door
         return self.data_plane.overlays, self.data_plane.mesh, shared, watch, self.door
 
     def _door_directory(self) -> Path | None:

@@ -134,7 +134,8 @@ async def test_layers_and_archives_may_be_compressed(images: ImageStore, form):
 
 async def test_owners_modes_times_and_attributes_are_kept(images: ImageStore):
     program, content = a_file("sudo", b"#!", mode=0o4755, uid=7, gid=8, mtime=1_600_000_000)
-    program.pax_headers = {"SCHILY.xattr.user.note": "kept", "SCHILY.xattr.trusted.overlay.redirect": "/etc"}
+    marks = {f"SCHILY.xattr.{kind}.overlay.redirect": "/etc" for kind in ("trusted", "user")}
+    program.pax_headers = {"SCHILY.xattr.user.note": "kept", **marks}
     (image,) = await images.load(pieces(a_docker_archive(a_layer((program, content)))))
     file = images.layers(image)[0] / "sudo"
     status = file.stat()

@@ -125,3 +125,14 @@ def test_network_problems_of_a_node_are_problems() -> None:
         "  m1: the kernel's table of neighbors overflows",
     ]
     assert [has_problem(result) for result in results] == [True, False]
+
+
+def test_a_rootless_node_is_no_problem_and_no_reason_to_wait() -> None:
+    rootless = a_result("r1") | {"Rootless": True}
+    assert not has_problem(rootless)
+    assert list(shown([*WELL, rootless], Screen()))[-2:] == [
+        "Rootless nodes, which have no overlay networks:",
+        "  r1",
+    ]
+    assert not is_too_early([a_result("m1"), rootless])
+    assert is_too_early([a_result("m1"), a_result("w1"), rootless])

@@ -10,7 +10,7 @@ from skep.configuration.configuration import AddressPool, Configuration, Configu
 from skep.configuration.settings import SETTINGS, reload
 from skep.configuration.sources import Arguments, LoadedConfiguration, combine, load, parse_arguments
 from skep.model.service import DiscreteResource, GenericResource, NamedResource
-from skep.paths import DEFAULT_DATA
+from skep.paths import DEFAULT_DATA, DEFAULT_RUN
 
 
 def combined(
@@ -367,3 +367,30 @@ def toml_file(directory: Path) -> Path:
     path = directory / "skep.toml"
     path.touch()
     return path
+
+
+# --- rootless ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_rootless_node_keeps_its_state_where_rootless_docker_has_its_own() -> None:
+    home = {"HOME": "/home/ada", "XDG_RUNTIME_DIR": "/run/user/1000"}
+    arguments = parse_arguments(["--rootless"], home)
+    assert (arguments.toml, arguments.daemon_json) == (
+        Path("/home/ada/.config/skep/skep.toml"),
+        Path("/home/ada/.config/docker/daemon.json"),
+    )
+    configuration = combine(arguments, {}, {}).configuration
+    assert configuration.data_dir == Path("/home/ada/.local/share/skep")
+    assert configuration.api_hosts == (UnixHost(Path("/run/user/1000/skep.sock")),)
+    assert configuration.run_dir == DEFAULT_RUN, "in its own namespace"
+    elsewhere = {**home, "XDG_CONFIG_HOME": "/c", "XDG_DATA_HOME": "/d"}
+    arguments = parse_arguments(["--rootless"], elsewhere)
+    assert (arguments.toml, arguments.defaults["data_dir"]) == (Path("/c/skep/skep.toml"), Path("/d/skep"))
+
+
+def test_what_a_user_has_written_overrides_the_places_of_a_rootless_node() -> None:
+    arguments = parse_arguments(["--rootless", "--data-dir", "/big/skep"], {"HOME": "/home/ada"})
+    assert combine(arguments, {}, {}).configuration.data_dir == Path("/big/skep")
+    assert combine(
+        parse_arguments(["--rootless"], {}), {"data-dir": "/toml"}, {}
+    ).configuration.data_dir == Path("/toml")

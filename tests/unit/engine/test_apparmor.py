@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.agent.executor.adapter import _security_options
-from skep.engine.capacity import Programs, capacity_of, is_in_user_namespace, thermal_throttles
+from skep.engine.capacity import Programs, capacity_of, thermal_throttles
 from skep.engine.confinement import apparmor
 from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.confinement.users import ProcessUser
@@ -191,10 +191,3 @@ def test_each_processors_heat_is_masked_where_it_is_shown(tmp_path: Path) -> Non
         *("/sys/devices/virtual/powercap", "/sys/firmware", *found),
     ]
     assert thermal_throttles(tmp_path / "none") == ()
-
-
-def test_a_root_of_a_user_namespace_is_not_the_machines(tmp_path: Path) -> None:
-    (tmp_path / "whole").write_text("         0          0 4294967295\n")
-    (tmp_path / "part").write_text("         0     100000      65536\n")
-    assert not is_in_user_namespace(tmp_path / "whole")
-    assert is_in_user_namespace(tmp_path / "part")

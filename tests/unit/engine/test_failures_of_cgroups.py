@@ -1,13 +1,16 @@
 """Whichever call on a file of a control group fails: no process is taken for gone, and no group for removed."""
 
 import os
+import signal
+import subprocess
 import threading
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from skep.engine.confinement.cgroups import Cgroups
-from skep.engine.containers.container import Container, ContainerConfig
+from skep.engine.containers.container import Container, ContainerConfig, ContainerState, ProcessName
 from skep.errors import Unavailable
 from skep.model.values.ids import ContainerId
 from tests.support.file_faults import Faults, walk
@@ -123,3 +126,35 @@ async def test_a_move_that_cannot_be_expected_costs_time_alone(tmp_path: Path, i
         (group / name).touch()
     assert await walk(tmp_path / "a", life, template=tmp_path / "with") >= 2, "open and write"
     assert await walk(tmp_path / "b", life, template=tmp_path / "without") >= 1
+
+
+def test_a_node_without_delegated_groups_finds_processes_by_their_mounts(tmp_path: Path) -> None:
+    cgroups = groups(tmp_path)
+    cgroups.is_usable, cgroups.own_roots = False, {}
+    assert cgroups.path_of(CONTAINER) == ""
+    assert cgroups.controllers == frozenset()
+    with subprocess.Popen(["unshare", "--mount", "sh", "-c", "sleep 100 & echo; wait"], stdout=-1) as first:
+        assert first.stdout is not None
+        first.stdout.readline()
+        running = replace(CONTAINER, process=ProcessName(first.pid, 0, ""), state=ContainerState.RUNNING)
+        found = cgroups.pids(running)
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+    assert first.pid in found
+    assert len(found) == 2
+    assert cgroups.pids(running) == frozenset(), "nothing once it has ended"
+
+
+def test_processes_of_the_node_itself_are_never_taken_for_a_container(tmp_path: Path) -> None:
+    cgroups = groups(tmp_path)
+    cgroups.is_usable = False
+    own = replace(CONTAINER, process=ProcessName(os.getpid(), 0, ""), state=ContainerState.RUNNING)
+    assert cgroups.pids(own) == frozenset()
+
+
+def test_nothing_is_removed_where_no_groups_are_delegated(tmp_path: Path) -> None:
+    (tmp_path / "unified").mkdir()
+    cgroups = groups(tmp_path)
+    cgroups.is_usable = False
+    assert cgroups.remove(CONTAINER)
+    assert (tmp_path / "unified").is_dir()

@@ -33,7 +33,12 @@ def open_notifications() -> socket.socket:
     """Open a socket with the nftables notifications of the calling thread's namespace.  Raises: OSError."""
     opened = netlink.open_listener(netlink.NETFILTER, (netlink.GROUP_NFTABLES,))
     try:
-        opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
+        try:
+            opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
+        except (
+            PermissionError
+        ):  # root of a user namespace stays below the machine's limit (net.core.rmem_max)
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
     except BaseException:
         opened.close()
         raise

@@ -23,6 +23,7 @@ from skep.engine.build.dockerfile.dockerfile import readable
 from skep.engine.build.dockerfile.patterns import PathPatterns, Pattern, has_wildcards
 from skep.engine.build.files.trees import Tree, Work
 from skep.errors import InvalidArgument
+from skep.linux.user_namespace import is_overlay_mark
 
 CHUNK_BYTES = 1 << 20
 """Bytes hashed or copied at a time.  Files may be larger than memory."""
@@ -287,7 +288,7 @@ def attributes_of(descriptor: int) -> list[tuple[str, bytes]]:
         return []  # the file system does not support them
     found = []
     for name in names:
-        if name.startswith(_XATTRS):
+        if name.startswith(_XATTRS) and not is_overlay_mark(name):
             with suppress(OSError):
                 found.append((name, os.getxattr(descriptor, name)))
     return found

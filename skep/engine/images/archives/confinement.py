@@ -5,7 +5,7 @@ namespaces without network, foreign mounts or queues.  A filter refuses system c
 another process.  They fail with EPERM.  Rights that the machine does not allow to drop are kept: the chroot confines
 the worker, and the rest protects against an exploited archive parser.
 
-Only the attribute ``trusted.overlay.opaque`` needs more rights.  A helper process sets and reads it, and receives only
+Only overlayfs's attribute ``opaque`` needs more rights.  A helper process sets and reads it, and receives only
 descriptors of directories.
 """
 
@@ -17,6 +17,8 @@ import socket
 import struct
 from typing import Final
 
+from skep.linux.user_namespace import overlay_prefix
+
 _CAPABILITIES: Final = {"CHOWN": 0, "DAC_OVERRIDE": 1, "FOWNER": 3, "FSETID": 4, "MKNOD": 27, "SETFCAP": 31}
 # Source: linux/capability.h, linux/prctl.h and linux/seccomp.h.
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -27,8 +29,9 @@ _NEW_NAMESPACES: Final = 0x00020000 | 0x08000000 | 0x40000000
 
 _DESCRIPTORS_MAX = 256
 """Number of descriptors that are closed in the worker.  More than the process has open when it forks."""
-_OPAQUE = b"trusted.overlay.opaque"
-_ELSEWHERE = (b"trusted.overlay.redirect", b"trusted.overlay.metacopy")
+_PREFIX = overlay_prefix().encode()
+_OPAQUE = _PREFIX + b"opaque"
+_ELSEWHERE = (_PREFIX + b"redirect", _PREFIX + b"metacopy")
 _SET, _GET = b"x", b"?"
 
 # Source: linux/seccomp.h: SECCOMP_RET_ALLOW, _ERRNO with EPERM, and _KILL_PROCESS.

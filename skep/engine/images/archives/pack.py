@@ -28,6 +28,7 @@ from typing import Any
 
 from skep.engine.images.archives.confinement import Helper, confine
 from skep.linux import confined_root
+from skep.linux.user_namespace import is_overlay_mark
 
 _CHUNK_BYTES = 1 << 20
 """Bytes that are copied at a time."""
@@ -321,7 +322,7 @@ def _add_xattrs(member: tarfile.TarInfo, descriptor: int) -> None:
         return  # the file system does not support them
     records = {}
     for name in names:
-        if name.startswith(_XATTRS):
+        if name.startswith(_XATTRS) and not is_overlay_mark(name):
             with suppress(OSError):
                 value = os.getxattr(descriptor, name)
                 records[_XATTR_RECORD + name] = value.decode("utf-8", "surrogateescape")

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, Self
 from skep.engine.images.archives.confinement import Helper, confine
 from skep.engine.images.archives.streams import MalformedArchive, plain_chunks
 from skep.linux.trees import remove_tree, walk
+from skep.linux.user_namespace import is_in_user_namespace, is_overlay_mark
 
 _CHUNK_BYTES = 1 << 20
 """Bytes that are copied at a time."""
@@ -54,11 +55,7 @@ _TIME = re.compile(r"\+?([0-9]{1,12})(?:\.([0-9]*))?")
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
 _XATTR_RECORD = "SCHILY.xattr."
-_OVERLAY_XATTRS = "trusted.overlay."
-"""Name prefix of overlayfs's own attributes.
-
-An archive must not contain them, because a forged redirect would show a directory of another layer.
-"""
+_HAS_NO_DEVICES = is_in_user_namespace()  # determined here, because the chroot has no /proc
 
 
 class Duplicate(MalformedArchive):
@@ -286,6 +283,9 @@ class Unpacker:
             os.mkfifo(path)
         elif member.ischr() or member.isblk():
             # The device file exists in the image, as in Docker.  The container's device rules decide on its use.
+            # A user namespace has no device files, so there the image has none, as in rootless Docker.
+            if _HAS_NO_DEVICES:
+                return
             kind = stat.S_IFCHR if member.ischr() else stat.S_IFBLK
             os.mknod(path, kind | 0o600, os.makedev(member.devmajor, member.devminor))
         else:
@@ -368,7 +368,7 @@ def _set_xattrs(path: str, member: tarfile.TarInfo) -> None:
         if not record.startswith(_XATTR_RECORD):
             continue
         name = record.removeprefix(_XATTR_RECORD)
-        if name.startswith(_OVERLAY_XATTRS):
+        if is_overlay_mark(name):  # a forged redirect would show a directory of another layer
             continue
         try:
             os.setxattr(path, name, value.encode("utf-8", "surrogateescape"), follow_symlinks=False)

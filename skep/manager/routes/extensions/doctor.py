@@ -17,6 +17,7 @@ from skep.model.networks.data_planes import is_docker_node
 from skep.model.networks.paths import DiagnosticsResult, PathFinding, PathReport
 from skep.model.node import Node
 from skep.model.node_reports.conditions import network_conditions
+from skep.model.node_reports.rootless import is_rootless_node
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NodeId
 from skep.store.interface import View
@@ -68,6 +69,7 @@ class NodeResult(ApiObject):
     """Any further line: one node's result.
 
     ``error`` tells why it is missing or incomplete.  ``conditions`` are network problems that the node reports.
+    A rootless node has no paths, because it takes part in no overlay network.
     """
 
     id: NodeId
@@ -75,6 +77,7 @@ class NodeResult(ApiObject):
     paths: tuple[Path, ...] = always(())
     error: str = ""
     conditions: tuple[str, ...] = ()
+    rootless: bool = False
 
 
 @routes.get("/skep/doctor/network")
@@ -121,6 +124,7 @@ def node_result(view: View, result: DiagnosticsResult) -> NodeResult:
         paths=tuple(_path(view, report) for report in result.reports),
         error=result.error,
         conditions=_conditions(view, result.node_id),
+        rootless=(node := view.lookup(Node, result.node_id)) is not None and is_rootless_node(node),
     )
 
 

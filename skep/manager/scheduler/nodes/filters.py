@@ -20,6 +20,7 @@ from skep.model.networks.data_planes import DOCKER, SKEP, plane_of_node
 from skep.model.node import takes_tasks
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.node_reports.node_refusals import NodeRefusal, refusals_text
+from skep.model.node_reports.rootless import lacking
 from skep.model.options.constraints import meets
 from skep.model.options.labels import ignores_paths
 from skep.model.permissions.rights import missing_devices
@@ -65,6 +66,10 @@ def _is_known(requirements: Requirements, account: Account, copies: int) -> bool
 
 def _has_plugins(requirements: Requirements, account: Account, copies: int) -> bool:
     return all(has_plugin(account.node, one) for one in requirements.plugins)
+
+
+def _runs_rootless(requirements: Requirements, account: Account, copies: int) -> bool:
+    return not lacking(requirements.rootless, account.node.description.engine.labels)
 
 
 def _is_on_plane(plane: str) -> Callable[[Requirements, Account, int], bool]:
@@ -153,6 +158,14 @@ FILTERS = (
         _has_resources,
         NodeRefusal.RESOURCES,
         details.shortages,
+    ),
+    # Not in SwarmKit, which places such tasks on rootless nodes, where they do not work.  Comes before plugins.
+    Filter(
+        lambda requirements: bool(requirements.rootless),
+        _runs_rootless,
+        NodeRefusal.ROOTLESS,
+        details.rootless,
+        is_lasting=True,
     ),
     # Not in SwarmKit, which has one data plane.  Comes before plugins, whose refusal is less specific.
     Filter(

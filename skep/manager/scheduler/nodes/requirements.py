@@ -20,6 +20,7 @@ from skep.model.network import Network
 from skep.model.networks.data_planes import is_overlay, plane_of
 from skep.model.networks.overlays import is_encrypted
 from skep.model.networks.paths import PathCheck
+from skep.model.node_reports.rootless import RootlessNeeds, rootless_needs
 from skep.model.options.constraints import Constraint, parsed
 from skep.model.permissions.rights import MachineRights, rights_of
 from skep.model.service import (
@@ -60,6 +61,8 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     """Affinities to other services, and their anti-affinities to this one."""
     topologies: tuple[str, ...] = ()
     """Labels by which the rules divide the nodes, in addition to ``spread_over``."""
+    rootless: RootlessNeeds = RootlessNeeds()
+    """Needs that a rootless node may not meet."""
     needs_disk: bool = True
     """Whether the node's disk must have free space.  True for every new task (``staying``)."""
 
@@ -87,6 +90,7 @@ def requirements_of(
     levels = [one.topology for one in rules.skews]
     levels += [over.spread.spread_descriptor for over in placement.preferences if over.spread]
     spread_over = tuple(dict.fromkeys(levels)) if rules.skews else tuple(levels)
+    published = host_ports(service_spec)
     return Requirements(
         service_id=task.service_id,
         version=(task.spec_version or Version()).index,
@@ -97,13 +101,14 @@ def requirements_of(
         spread_over=spread_over,
         platforms=placement.platforms,
         plugins=plugins_of(task),
-        host_ports=host_ports(service_spec),
+        host_ports=published,
         max_replicas=placement.max_replicas,
         planes=planes,
         paths=_paths(task.networks_attachments),
         rights=rights_of(spec.container_spec),
         cluster_volumes=cluster_mounts(spec),
         rules=rules,
+        rootless=rootless_needs(spec, task.networks_attachments, published),
         topologies=tuple(one for one in rules.topologies if one not in spread_over) if rules else (),
     )
 

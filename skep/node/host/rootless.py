@@ -1,0 +1,257 @@
+"""Starts the node of an ordinary user: checks its requirements, and runs the daemon inside RootlessKit.
+
+RootlessKit makes user, mount, network and process namespaces in which the user is root, with the user's ranges of
+/etc/subuid and /etc/subgid.  slirp4netns connects the network namespace to the machine's network, and RootlessKit's
+port driver lets the machine's ports lead into it.  All processes of the node end with RootlessKit, because their
+process namespace does.
+
+Source: moby, contrib/dockerd-rootless.sh; the documentation of rootlesskit 1.1.
+"""
+
+import os
+import pwd
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from skep.engine.confinement.cgroups import MOUNT_POINT, Cgroups
+from skep.linux.user_namespace import LOWEST_PORT
+from skep.node.host.requirements import Unfit
+
+_PACKAGES = {
+    "rootlesskit": "rootlesskit",
+    "slirp4netns": "slirp4netns",
+    "newuidmap": "uidmap",
+    "newgidmap": "uidmap",
+}
+"""The packages of the programs that are needed, by program."""
+_IDS_MIN = 65_536
+"""Size of the user's ranges.  Images have owners and groups up to this number."""
+_FIRST_ID = 100_000
+"""Start of the first range.  Source: login.defs(5), SUB_UID_MIN."""
+_TUN = Path("/dev/net/tun")
+_KERNEL_SETTINGS = {
+    "kernel.unprivileged_userns_clone": ("0", "1"),
+    "user.max_user_namespaces": ("0", "28633"),
+}
+"""Settings that forbid user namespaces, with the forbidding value and a better one.  Some kernels lack the first."""
+_APPARMOR_SETTING = "kernel.apparmor_restrict_unprivileged_userns"
+_APPARMOR_PROFILE = Path("/etc/apparmor.d/rootlesskit")
+"""Profile that allows RootlessKit a user namespace, on distributions that restrict them (Ubuntu)."""
+_MTU = "65520"
+"""Largest packet of slirp4netns in bytes, which saves system calls.  Source: dockerd-rootless.sh."""
+_OWN_GROUP = "skep-daemon"
+"""Control group of the node's own processes, so that the delegated group may have limits (no internal processes)."""
+_OWN_DIRECTORIES = ("skep", "docker")
+_COMMAND_TIMEOUT_S = 5.0
+"""Time limit in seconds for ``getsubids``, which may read a directory service."""
+
+
+class RootlessFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Facts about a machine and a user who starts a rootless node."""
+
+    user: str
+    uid: int
+    missing_programs: tuple[str, ...] = ()
+    subuids: int = _IDS_MIN
+    """Length of the user's ranges in /etc/subuid."""
+    subgids: int = _IDS_MIN
+    free_id: int = _FIRST_ID
+    """The first number above all ranges of this machine."""
+    settings: Mapping[str, str] = {}
+    """Values of kernel settings.  Settings that this kernel lacks are left out."""
+    has_apparmor_profile: bool = True
+    has_tun: bool = True
+    may_open_tun: bool = True
+    runtime_dir: str = ""
+    """``XDG_RUNTIME_DIR``, empty if unset."""
+    owns_runtime_dir: bool = True
+
+
+def problems(facts: RootlessFacts) -> tuple[str, ...]:
+    """Return why the user cannot run a node, one sentence with a command for each reason."""
+    if facts.uid == 0:
+        return (
+            "--rootless is for ordinary users, and this is root: leave it out, or start skep as another user",
+        )
+    found = []
+    if facts.missing_programs:
+        packages = " ".join(dict.fromkeys(_PACKAGES[name] for name in facts.missing_programs))
+        found.append(f"{', '.join(facts.missing_programs)} not found: as root, apt-get install {packages}")
+    if min(facts.subuids, facts.subgids) < _IDS_MIN:
+        files = [
+            name
+            for name, ids in (("/etc/subuid", facts.subuids), ("/etc/subgid", facts.subgids))
+            if ids < _IDS_MIN
+        ]
+        numbers = f"{facts.free_id}-{facts.free_id + _IDS_MIN - 1}"
+        options = " ".join(f"--add-{name.rpartition('/')[2]}s {numbers}" for name in files)
+        found.append(
+            f"{facts.user} has fewer than {_IDS_MIN} ids in {' and '.join(files)}: "
+            f"as root, usermod {options} {facts.user}"
+        )
+    for name, (forbidding, better) in _KERNEL_SETTINGS.items():
+        if facts.settings.get(name) == forbidding:
+            found.append(
+                f"{name} is {forbidding}, so users cannot make user namespaces: as root, sysctl -w {name}={better}"
+            )
+    if facts.settings.get(_APPARMOR_SETTING) == "1" and not facts.has_apparmor_profile:
+        found.append(
+            f"AppArmor allows users no user namespaces, and {_APPARMOR_PROFILE} does not exist: "
+            f"as root, apt-get install --reinstall apparmor, or sysctl -w {_APPARMOR_SETTING}=0"
+        )
+    if not facts.has_tun:
+        found.append(f"{_TUN} does not exist, so there is no network: as root, modprobe tun")
+    elif not facts.may_open_tun:
+        found.append(f"{facts.user} may not open {_TUN}, so there is no network: as root, chmod 666 {_TUN}")
+    if not facts.runtime_dir or not facts.owns_runtime_dir:
+        reason = f"{facts.runtime_dir} is not writable" if facts.runtime_dir else "XDG_RUNTIME_DIR is not set"
+        found.append(
+            f"{reason}, so there is no place for the API socket: as root, loginctl enable-linger {facts.user}, "
+            f"then export XDG_RUNTIME_DIR=/run/user/{facts.uid}"
+        )
+    return tuple(found)
+
+
+def command(state: Path, daemon: Sequence[str], *, is_delegated: bool) -> tuple[str, ...]:
+    """Return the command that runs ``daemon`` inside RootlessKit.
+
+    Args:
+        state: Directory for RootlessKit's own files.
+        is_delegated: Whether control groups of version 2 are delegated to the user.
+    """
+    evacuate = (f"--evacuate-cgroup2={_OWN_GROUP}",) if is_delegated else ()
+    return (
+        "rootlesskit",
+        f"--state-dir={state}",
+        "--net=slirp4netns",
+        f"--mtu={_MTU}",
+        "--slirp4netns-sandbox=auto",
+        "--slirp4netns-seccomp=auto",
+        "--disable-host-loopback",  # services on the machine's loopback address trust its users
+        "--port-driver=builtin",
+        "--copy-up=/etc",
+        "--copy-up=/run",
+        "--propagation=rslave",
+        "--pidns",
+        "--cgroupns",
+        *evacuate,
+        *daemon,
+    )
+
+
+def enter(daemon: Sequence[str]) -> NoReturn:
+    """Replace this process by RootlessKit, which runs the command ``daemon``.
+
+    Raises: Unfit: with all problems at once.
+    """
+    facts = _facts(os.environ)
+    if found := problems(facts):
+        raise Unfit(found)
+    state = Path(facts.runtime_dir) / "skep-rootless"
+    arguments = command(state, daemon, is_delegated=_is_delegated())
+    own = {"HOME": str(Path.home()), LOWEST_PORT: str(_lowest_port())}
+    os.execvpe(arguments[0], arguments, {**os.environ, **own})
+
+
+def hide_machines_directories(run: Path = Path("/run")) -> None:
+    """Remove RootlessKit's links from this namespace's /run to directories that the node makes or reads itself.
+
+    A Docker Engine or a node of root may have them on the machine.
+    """
+    for name in _OWN_DIRECTORIES:
+        if (run / name).is_symlink():
+            (run / name).unlink()
+
+
+def _facts(environment: Mapping[str, str]) -> RootlessFacts:
+    uid = os.getuid()
+    try:
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        user = str(uid)
+    names = (*_KERNEL_SETTINGS, _APPARMOR_SETTING)
+    runtime_dir = environment.get("XDG_RUNTIME_DIR", "")
+    return RootlessFacts(
+        user=user,
+        uid=uid,
+        missing_programs=tuple(name for name in _PACKAGES if shutil.which(name) is None),
+        subuids=_ids_of(user, uid, Path("/etc/subuid"), ()),
+        subgids=_ids_of(user, uid, Path("/etc/subgid"), ("-g",)),
+        free_id=max(map(_end_of_ranges, (Path("/etc/subuid"), Path("/etc/subgid")))),
+        settings={name: value for name in names if (value := _setting(name))},
+        has_apparmor_profile=_APPARMOR_PROFILE.exists(),
+        has_tun=_TUN.exists(),
+        may_open_tun=os.access(_TUN, os.R_OK | os.W_OK),
+        runtime_dir=runtime_dir,
+        owns_runtime_dir=os.access(runtime_dir, os.W_OK | os.X_OK),
+    )
+
+
+def _ids_of(user: str, uid: int, file: Path, options: Sequence[str]) -> int:
+    """Return the length of a user's ranges in ``file``, or else in the directory service that getsubids(1) reads."""
+    if found := subordinate_ids(_text(file), user, uid):
+        return found
+    try:
+        done = subprocess.run(
+            ("getsubids", *options, user),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_COMMAND_TIMEOUT_S,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    # Each line is "0: USER START COUNT".
+    counts = (line.split()[-1] for line in done.stdout.splitlines() if line.split())
+    return sum(int(count) for count in counts if count.isdecimal())
+
+
+def subordinate_ids(text: str, user: str, uid: int) -> int:
+    """Return the length of a user's ranges in the ``text`` of /etc/subuid, where users have names or numbers."""
+    return sum(count for owner, _, count in _ranges(text) if owner in (user, str(uid)))
+
+
+def _end_of_ranges(file: Path) -> int:
+    return max((start + count for _, start, count in _ranges(_text(file))), default=_FIRST_ID)
+
+
+def _ranges(text: str) -> list[tuple[str, int, int]]:
+    fields = (line.strip().split(":") for line in text.splitlines())
+    return [
+        (one[0], int(one[1]), int(one[2]))
+        for one in fields
+        if len(one) == 3 and one[1].isdecimal() and one[2].isdecimal()
+    ]
+
+
+def _lowest_port() -> int:
+    """Return the lowest port on which RootlessKit may listen: any, if its file has the capability for it."""
+    program = shutil.which("rootlesskit")
+    if program is not None and "security.capability" in os.listxattr(program):
+        return 1
+    text = _setting("net.ipv4.ip_unprivileged_port_start")
+    return int(text) if text.isdecimal() else 1024  # as before Linux 4.11
+
+
+def _setting(name: str) -> str:
+    return _text(Path("/proc/sys", *name.split("."))).strip()
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
+
+
+def _is_delegated() -> bool:
+    """Return whether this process's control group of version 2 belongs to its user (systemd's ``Delegate=yes``)."""
+    if not Cgroups("").is_v2:
+        return False
+    own = _text(Path("/proc/self/cgroup")).partition("::")[2].strip()
+    return os.access(MOUNT_POINT / own.lstrip("/") / "cgroup.procs", os.W_OK)
