@@ -112,8 +112,8 @@ SETTINGS = (
     ),
     Setting(
         name="wireguard-port",
-        help="first of two UDP ports of encrypted networks (data-path-port + 10: 4799 and 4800), and three below the "
-        "port of tunnels through NAT (4802)",
+        help="first of two UDP ports of encrypted networks, three below the port of tunnels through NAT "
+        "(data-path-port + 10: 4799 and 4800, and 4802)",
         read=values.wireguard_port,
     ),
     Setting(

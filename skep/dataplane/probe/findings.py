@@ -61,7 +61,7 @@ def large_finding(peer: PathPeer, mtu: int, device_mtu: int, tried: int) -> Path
             f"small packets arrive, those of {MTU_MIN} bytes do not, through VXLAN (UDP port {peer.vxlan_port}) to"
             f" {_described(peer)}: they are dropped on the path"
         )
-    elif mtu < device_mtu:
+    elif mtu < device_mtu and not peer.way:  # a tunnel always has a smaller one
         detail = (
             f"packets of up to {mtu} bytes arrive at {_described(peer)}, the device's MTU is {device_mtu}: overlays"
             " send no larger ones"

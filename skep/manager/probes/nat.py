@@ -64,7 +64,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
 def members_of(nodes: Iterable[Node]) -> tuple[Member, ...]:
     """Return the nodes that may need tunnels: Skep nodes that are not down, and have an IPv4 address.
 
-    If nodes publish the same key, only the one that joined first may use it, because WireGuard identifies a peer by its
+    If nodes publish the same key, only the first to join may use it, because WireGuard identifies a peer by its
     key only.
     """
     found: list[Member] = []

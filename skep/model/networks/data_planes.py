@@ -115,7 +115,7 @@ def underlay_of(node: Node) -> str:
     Returns an empty text if other machines can reach neither address.  A loopback source address is kept, because such
     a node runs on its manager's machine.  A node behind NAT has an address inside the tunnels.
     """
-    if nat_of(node) and tunnel_key(node) is not None:
+    if is_reached_by_tunnels(node):
         return tunnel_address(node.id)
     reported = node.description.engine.labels.get(DATA_PATH_LABEL, "")
     return usable_address(reported) or usable_address(node.status.addr, may_be_loopback=True)
@@ -139,6 +139,11 @@ def nat_of(node: Node) -> str:
     return seen if seen not in local.split(",") else ""
 
 
+def is_reached_by_tunnels(node: Node) -> bool:
+    """Return whether the node is behind NAT and has tunnels to others."""
+    return bool(nat_of(node)) and tunnel_key(node) is not None
+
+
 def tunnel_key(node: Node) -> PublicKey | None:
     """Return the WireGuard key of the node's tunnels through NAT, or None if it has none."""
     return parsed_key(node.description.engine.labels.get(TUNNEL_LABEL, ""))
@@ -154,7 +159,7 @@ def tunnel_address(id: NodeId) -> str:
     """Return the address of a node behind NAT, inside the tunnels: 28 bits of its id's hash, after 240.0.0.0.
 
     Managers issue ids, so no node can choose the address of another.  Of 1,000 nodes behind NAT, two have the same
-    address with a probability of 0.2 %.  The one that joined later is then on no overlay network (``holder``).
+    address with a probability of 0.2 %.  The second to join is then on no overlay network (``holder``).
     """
     number = int.from_bytes(sha256(id.encode()).digest()[:8], "big") % _TUNNEL_ADDRESSES
     return str(IPv4Address(_FIRST_TUNNEL_ADDRESS + number))

@@ -220,7 +220,7 @@ class AgentParts:
 
     def _describe(self, node: LocalNode) -> NodeDescription:
         runtime = self._runtime
-        # Managers compare the addresses with the one that they see, which is another one behind NAT.
+        # Managers compare them with the address that they see.  Behind NAT, these differ.
         hosts = {host_of(one.addr) for one in self._known_managers(node)}
         local = {found for host in hosts if (found := usable_address(source_address(host)))}
         return self._describer.describe_all(
