@@ -82,7 +82,9 @@ def main(argv: Sequence[str]) -> int:
     os.umask(0o022)  # nothing is writable for others, but images' files are readable in containers
     os.chdir("/")  # the working directory may be removed, and a process without one cannot start others
     entries = {"net": _net, "manager": _manager}
-    entries |= {wireguard_go.process_name(slot): partial(wireguard_go.enter, slot) for slot in (0, 1)}
+    entries |= {
+        wireguard_go.process_name(slot): partial(wireguard_go.enter, slot) for slot in wireguard_go.SLOTS
+    }
     return zygote.host(entries, {"manager": _prepare_manager}, partial(_node, arguments, loaded))
 
 

@@ -252,6 +252,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "wireguard.keys"
 
     @property
+    def nat_key(self) -> Path:
+        """The node's own WireGuard key for tunnels through NAT, on tmpfs and only for root."""
+        return self.run / "nat.key"
+
+    @property
     def relays(self) -> Path:
         """The published ports that the net process serves itself."""
         return self.run / "ingress" / "relays.json"

@@ -21,6 +21,7 @@ from skep.model.measures.queries import (
     UPDATE_PROMETHEUS,
     UPDATE_QUERY,
 )
+from skep.model.networks.data_planes import LOCAL_ADDRESSES_LABEL, NAT_LABEL, RELAY_LABEL, TUNNEL_LABEL
 from skep.model.node_reports.conditions import BOOT_LABEL, ConditionName
 from skep.model.options.affinity import (
     AFFINITY,
@@ -809,6 +810,14 @@ LABELS = (
     ),
     Label(
         LabelTarget.NODE,
+        RELAY_LABEL,
+        "`true` or `false`",
+        "",
+        "Whether the node relays between nodes behind different NATs. With `true` on some nodes, only these relay "
+        "while one of them is up. With `false`, a node never does.",
+    ),
+    Label(
+        LabelTarget.NODE,
         FORGOTTEN_LABEL,
         "`VOLUME@TIME ...`",
         "none",
@@ -966,6 +975,29 @@ LABELS = (
         "IP address",
         "",
         "Address that the node sends and receives VXLAN on.",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        LOCAL_ADDRESSES_LABEL,
+        "IP addresses, separated by commas",
+        "",
+        "The addresses from which the node connects to managers, as it sees them itself. A worker that managers see "
+        "under another address is behind NAT.",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        NAT_LABEL,
+        "a name, or `no`",
+        "",
+        "The NAT that the node is behind, if its setting `behind-nat` says so.",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        TUNNEL_LABEL,
+        "`KEY@PORT`",
+        "",
+        "The node's public WireGuard key for tunnels through NAT, with its UDP port. Without the label, it can have "
+        "no such tunnels.",
     ),
     Label(
         LabelTarget.ENGINE,

@@ -51,6 +51,7 @@ _METAVARS = {
     "dashboard-public": "BOOL",
     "executor": "oci|process",
     "encryption": "auto|kernel|wireguard-go",
+    "behind-nat": "auto|no|NAME",
     "log-format": "text|json",
 }
 _METAVARS_BY_END = {

@@ -82,6 +82,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """The encryption of overlay networks: ``auto``, ``kernel`` or ``wireguard-go``."""
     wireguard_port: int = 0
     """The first of two consecutive UDP ports.  0 means ``data_path_port`` + 10."""
+    behind_nat: str = ""
+    """Name of the NAT that this node is behind, ``no``, or empty to let managers find out."""
     image_gc_high: int = 85
     image_gc_low: int = 80
     """Disk usage in percent.  Above ``image_gc_high``, the node removes unused pulled images until ``image_gc_low`` is

@@ -112,8 +112,15 @@ SETTINGS = (
     ),
     Setting(
         name="wireguard-port",
-        help="first of two UDP ports of encrypted networks (data-path-port + 10: 4799 and 4800)",
+        help="first of two UDP ports of encrypted networks, three below the port of tunnels through NAT "
+        "(data-path-port + 10: 4799 and 4800, and 4802)",
         read=values.wireguard_port,
+    ),
+    Setting(
+        name="behind-nat",
+        help="name of the NAT that this node is behind, the same on all nodes behind it, no, or auto to let managers "
+        "find out (auto)",
+        read=values.nat,
     ),
     Setting(
         name="image-gc-high",

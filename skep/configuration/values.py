@@ -24,6 +24,7 @@ STORE_QUOTA_MIN, STORE_QUOTA_MAX = 16 * 1024**2, 64 * 1024**3
 _HOST_AND_PORT = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::\d{1,5})?")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?\.?")
 _HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_NAT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,14}")
 _RESOURCE_KIND = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _CGROUP_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
@@ -142,11 +143,21 @@ def data_path_port(value: Any) -> int:
 
 
 def wireguard_port(value: Any) -> int:
-    """A port from 1024 to 65534, because the next port is used too."""
+    """A port from 1024 to 65532, because the next port and the one three above are used too."""
     number = _integer(value)
-    if not 1024 <= number <= 65534:
-        raise ValueError(f"is {number}: choose a port from 1024 to 65534")
+    if not 1024 <= number <= 65532:
+        raise ValueError(f"is {number}: choose a port from 1024 to 65532")
     return number
+
+
+def nat(value: Any) -> str:
+    """``auto``, ``no``, or the name of a NAT."""
+    written = text(value)
+    if not _NAT.fullmatch(written):
+        raise ValueError(
+            f"is {written!r}: write auto, no, or a name of at most 63 letters, digits, dots, hyphens and underscores"
+        )
+    return "" if written == "auto" else written
 
 
 def address(value: Any) -> str:

@@ -35,6 +35,7 @@ from skep.dataplane.probe.data_path import DataPath
 from skep.dataplane.probe.namespace import ProbeNamespace
 from skep.dataplane.probe.port_probe import PortChecks, PortProbe
 from skep.dataplane.probe.prober import PathProber
+from skep.dataplane.wireguard.nat_tunnels import TunnelsThroughNat
 from skep.dataplane.wireguard.tunnels import Options, WireGuardTunnels
 from skep.model.network import ConfigReference
 from skep.model.networks.reserved_ports import ReservedPorts
@@ -99,6 +100,7 @@ class DataPlane:
         home = node_reconciler(namespaces, self.repairs)
         show_encryption = partial(host.show_condition, ConditionName.ENCRYPTED_NETWORKS)
         self.tunnels = WireGuardTunnels(paths, namespaces, encryption, self.repairs, clock, show_encryption)
+        self.nat = TunnelsThroughNat(paths, namespaces, encryption, self.repairs, clock)
         data_path = _data_path(host, home, self._healer)
         self.overlays = Overlays(
             namespaces=namespaces,
@@ -109,9 +111,14 @@ class DataPlane:
             tunnels=self.tunnels,
             measurements=data_path,
         )
-        checks = PortChecks(PortProbe(namespaces, clock, _random_number), self.tunnels)
         self.prober = PathProber(
-            data_path, checks, paths.measured_paths, self.overlays.apply_measurements, clock, rng
+            data_path,
+            PortChecks(PortProbe(namespaces, clock, _random_number), self.tunnels),
+            paths.measured_paths,
+            self.overlays.apply_measurements,
+            clock,
+            rng,
+            self.nat.set_targets,
         )
         replies = ReplyRouting(self._healer)
         self.mesh = Mesh(
@@ -123,14 +130,7 @@ class DataPlane:
             clock=clock,
             rng=rng,
         )
-        self.gateway = Gateway(
-            namespaces=namespaces,
-            home=home,
-            deferred=self._deferred,
-            ports=UnreservedPorts(net.ports, host.own_ports),
-            state=paths.networks / "gateway",
-            pools=pools_or_default(host.pools),
-        )
+        self.gateway = _gateway(host, home, self._deferred, net.ports)
         self.local = _local_networks(host, self.gateway)
         self._local_endpoints = LocalEndpoints(self.local, paths.tables, net.names)
         self.containers = ContainerNetwork(
@@ -164,6 +164,7 @@ class DataPlane:
             "published ports": self.mesh.run,
             "probes of other nodes": self.prober.run,
             "encrypted networks": partial(self.tunnels.run, self.overlays.apply_measurements),
+            "tunnels through NAT": partial(self.nat.run, self.overlays.apply_measurements),
         }
         keep = partial(retry, clock=self._clock, rng=self._rng)
         await self.prober.restore()
@@ -177,6 +178,20 @@ class DataPlane:
             finally:
                 for task in tasks:
                     task.cancel()
+
+
+def _gateway(
+    host: Host, home: NetnsReconciler, deferred: DeferredChanges, ports: PortReservations
+) -> Gateway:
+    """Compose the gateway of containers, with the node's host-mode ports."""
+    return Gateway(
+        namespaces=host.namespaces,
+        home=home,
+        deferred=deferred,
+        ports=UnreservedPorts(ports, host.own_ports),
+        state=host.paths.networks / "gateway",
+        pools=pools_or_default(host.pools),
+    )
 
 
 def _local_networks(host: Host, gateway: Gateway) -> LocalNetworks:

@@ -19,7 +19,8 @@ from skep.model.task_end import printable
 
 _RESPONSE_TIMEOUT_S = 40.0
 """Timeout in seconds.  The manager waits 25 s for nodes, and names the nodes that need longer."""
-_HEAD = ("FROM", "TO", "CHECK", "PORT", "LOSS", "RTT", "MTU", "SPEED", "STATE")
+_HEAD = ("FROM", "TO", "CHECK", "PORT", "LOSS", "RTT", "MTU", "SPEED", "WAY", "STATE")
+_DIRECT = "direct"
 _WELL_ROWS_MAX = 40
 """Maximum number of paths without a problem that are listed."""
 _DETAIL_LINES_MAX = 20
@@ -175,6 +176,8 @@ def shown(results: Sequence[NodeResult], screen: Screen, *, shows_all: bool = Fa
     yield verdict(results)
     yield ""
     failing, well = _rows(results, shows_all=shows_all)
+    if all(_way(path) == _DIRECT for result in results for path in result["Paths"]):
+        failing, well = ([(*row[:-2], "", row[-1]) for row in rows] for rows in (failing, well))
     hidden = 0 if shows_all or len(well) <= _WELL_ROWS_MAX else len(well)
     listed = [*failing, *(() if hidden else well)]
     columns = [position for position in range(len(_HEAD)) if any(row[position] for row in listed)]
@@ -286,7 +289,12 @@ def _summary(findings: Sequence[NodeResult], path: NodeResult) -> Row:
 
 def _measures(path: NodeResult) -> Row:
     speed = path.get("Throughput", 0)
-    return str(path.get("MTU") or ""), f"{speed * 8 / 1e6:,.0f} Mbit/s" if speed else ""
+    return str(path.get("MTU") or ""), f"{speed * 8 / 1e6:,.0f} Mbit/s" if speed else "", _way(path)
+
+
+def _way(path: NodeResult) -> str:
+    """Return how packets get to the peer.  An earlier manager sends nothing about it."""
+    return str(path.get("Way", _DIRECT))
 
 
 def _loss(sent: int, lost: int) -> str:

@@ -56,9 +56,11 @@ BY_KERNEL = 2
 """RTPROT_KERNEL, the origin of routes that the kernel itself has added."""
 # Source: linux/rtnetlink.h: RTPROT_RA.
 _BY_ADVERTISEMENT = 9
-_PRIORITY, _MARK, _RULE_TABLE, _MASK, _IP_PROTOCOL = 6, 10, 15, 16, 22
-_RULE_ATTRIBUTES = frozenset({_PRIORITY, _MARK, _RULE_TABLE, _MASK, _IP_PROTOCOL, 14, 21})
+_SOURCE, _PRIORITY, _MARK, _RULE_TABLE, _MASK, _IP_PROTOCOL = 2, 6, 10, 15, 16, 22
+_RULE_ATTRIBUTES = frozenset({_SOURCE, _PRIORITY, _MARK, _RULE_TABLE, _MASK, _IP_PROTOCOL, 14, 21})
 """Attributes that Skep's rules can have.  14 is the suppressed prefix length and 21 the rule's origin."""
+_CLONED = 0x200
+"""RTM_F_CLONED: a path MTU that the kernel has learned for one address.  It is listed like a route, and expires."""
 _ROUTE_TABLE = 15
 """RTA_TABLE, the complete number of the routing table.  The header has only eight bits of it."""
 _VLAN = 5
@@ -164,8 +166,8 @@ def _routes(
 ) -> Iterable[Route]:
     """Yield the routes.  ``policies`` has IP version and number of each routing table that policy rules select."""
     for _, body in dump(GETROUTE, _RTMSG.pack(0, 0, 0, 0, 0, 0, 0, 0, 0)):
-        family, length, _, _, table, protocol, _, kind, _ = _RTMSG.unpack_from(body)
-        if family not in (AF_INET, AF_INET6):
+        family, length, _, _, table, protocol, _, kind, flags = _RTMSG.unpack_from(body)
+        if family not in (AF_INET, AF_INET6) or flags & _CLONED:
             continue
         found = dict(attributes(body[_RTMSG.size :]))
         table = _number(found[_ROUTE_TABLE]) if _ROUTE_TABLE in found else table
@@ -180,8 +182,11 @@ def _routes(
         gateway = inet_ntop(family, found[5]) if 5 in found else ""
         source = inet_ntop(family, found[7]) if 7 in found and family == AF_INET else ""
         own = Route(names[index], destination, gateway, RouteKind(kind), table, source, is_kernels=True)
+        sourced = own._replace(is_kernels=False)
         if own in wanted:
             yield own
+        elif source and sourced in wanted:
+            yield sourced
         elif (version, table) in policies:
             yield Route(names[index], destination, gateway, RouteKind(kind), table)
         elif protocol != BY_KERNEL and kind == RouteKind.UNICAST and table == MAIN_TABLE:
@@ -195,15 +200,17 @@ def _rules(wanted: frozenset[RoutingRule]) -> Iterable[RoutingRule]:
     priorities = {(rule.version, rule.priority) for rule in wanted if rule.is_policy}
     for version, family in ((4, AF_INET), (6, AF_INET6)):
         for _, body in dump(GETRULE, _RULE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)):
-            answered, *lengths, _, table, _, _, _, _ = _RULE.unpack_from(body)
+            answered, to_length, from_length, _, table, _, _, _, _ = _RULE.unpack_from(body)
             found = dict(attributes(body[_RULE.size :]))
-            if answered != family or any(lengths) or not found.keys() <= _RULE_ATTRIBUTES:
+            is_whole = not from_length or from_length == (32 if version == 4 else 128)
+            if answered != family or to_length or not is_whole or not found.keys() <= _RULE_ATTRIBUTES:
                 continue
+            source = inet_ntop(family, found[_SOURCE]) if _SOURCE in found else ""
             priority, mark, protocol = (
                 _number(found[one]) if one in found else 0 for one in (_PRIORITY, _MARK, _IP_PROTOCOL)
             )
             table = _number(found[_RULE_TABLE]) if _RULE_TABLE in found else table
-            rule = RoutingRule(version, priority, table, mark, protocol)
+            rule = RoutingRule(version, priority, table, mark, protocol, source)
             if rule in wanted or (version, priority) in priorities:
                 yield rule
 

@@ -107,7 +107,7 @@ class Route(NamedTuple):
 
     Args:
         is_kernels: Whether the kernel adds it with an address (``kernel_made.py``).
-        source: The preferred IPv4 source address.  Only routes of the kernel have one.
+        source: The preferred IPv4 source address.  Routes of the kernel have one, and those into tunnels.
         table: The routing table.  A table other than the main one belongs to Skep, is selected by a policy rule, and
             its gateway is on-link.
     """
@@ -129,8 +129,8 @@ class Route(NamedTuple):
 class RoutingRule(NamedTuple):
     """A routing rule of one IP version, which selects ``table``.
 
-    With a ``mark`` or a ``protocol`` (IPPROTO_*), it is a policy rule for packets that have them.  Otherwise it matches
-    all packets.
+    With a ``mark``, a ``protocol`` (IPPROTO_*) or a ``source`` address, it is a policy rule for packets that have them.
+    Otherwise it matches all packets.
     """
 
     version: int
@@ -138,11 +138,12 @@ class RoutingRule(NamedTuple):
     table: int
     mark: int = 0
     protocol: int = 0
+    source: str = ""
 
     @property
     def is_policy(self) -> bool:
         """Whether it is one of Skep's own rules, which are recognized by their priority."""
-        return bool(self.mark or self.protocol)
+        return bool(self.mark or self.protocol or self.source)
 
 
 class NamespaceState(msgspec.Struct, frozen=True, kw_only=True):

@@ -331,7 +331,7 @@ def _route_options(route: Route, index: int) -> dict[str, Any]:
     else:
         options["scope"] = _SCOPE_HOST if route.kind is RouteKind.LOCAL else _SCOPE_LINK
     if route.is_policy:
-        options |= {"table": route.table, "flags": ["onlink"]}
+        options |= {"table": route.table} | ({"flags": ["onlink"]} if route.gateway else {})
     elif route.is_kernels:
         options |= {"proto": read.BY_KERNEL, "table": route.table, "type": int(route.kind)}
     if route.source:
@@ -347,7 +347,10 @@ def _rule_options(rule: RoutingRule) -> dict[str, Any]:
     if not rule.is_policy:
         return options | {"protocol": read.BY_KERNEL}
     options |= {"fwmark": rule.mark} if rule.mark else {}
-    return options | ({"ip_proto": rule.protocol} if rule.protocol else {})
+    options |= {"ip_proto": rule.protocol} if rule.protocol else {}
+    return options | (
+        {"src": rule.source, "src_len": 32 if rule.version == 4 else 128} if rule.source else {}
+    )
 
 
 # --- entries --------------------------------------------------------------------------------------------------

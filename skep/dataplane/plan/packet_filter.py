@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from skep.dataplane.netns.nft_table import Element, NftTable
 from skep.dataplane.plan.overlay import plain_address
+from skep.model.networks.data_planes import TUNNEL_NETWORK
 from skep.model.networks.paths import PROBE_VNI, ProbeTargets
 from skep.model.networks.sandbox import Endpoint
 from skep.model.networks.tables import NetworkTable
@@ -147,6 +148,8 @@ def _vxlan_filter(ports: Iterable[int], bridges: Iterable[str], elements: set[El
         rules=(
             ("from_peers", "iifname @bridges drop"),
             ("from_peers", f"{_VNI} != @vnis accept"),
+            # A relay passes these on between nodes behind NAT, whose own filters decide (``plan.nat``).
+            ("from_peers", f"ip daddr {TUNNEL_NETWORK} fib daddr type != local accept"),
             ("from_peers", f"meta nfproto ipv4 ip saddr . {_VNI} != @peers4 drop"),
             ("from_peers", f"meta nfproto ipv6 ip6 saddr . {_VNI} != @peers6 drop"),
             # VXLAN has no connections.  Each direction uses its own source ports, a different one for each inner flow.

@@ -12,6 +12,7 @@ import msgspec
 
 from skep.dataplane.addresses import mac_of
 from skep.dataplane.netns.state import Address, EntryKind, Link, NamespaceState, NeighborEntry, Vxlan
+from skep.dataplane.plan.nat import sound as sound_tunnels
 from skep.dataplane.plan.overlay import OVERHEAD_V4, OVERHEAD_V6, OVERLAY_SYSCTLS, Underlay, plain_address
 from skep.model.networks.addresses import PORT_MAX
 from skep.model.networks.paths import PROBE_VNI, PathPeer, ProbeTargets
@@ -99,7 +100,11 @@ PEERS_MAX = 512
 def sound(targets: ProbeTargets) -> ProbeTargets:
     """Return ``targets`` with at most ``PEERS_MAX`` peers, without the node itself and without invalid addresses."""
     peers = {peer.node_id: _sound(peer) for peer in targets.peers if peer.node_id != targets.node.node_id}
-    return ProbeTargets(node=_sound(targets.node), peers=tuple(peers.values())[:PEERS_MAX])
+    return ProbeTargets(
+        node=_sound(targets.node),
+        peers=tuple(peers.values())[:PEERS_MAX],
+        tunnels=sound_tunnels(targets.tunnels),
+    )
 
 
 def host_and_port(text: str) -> tuple[str, int]:

@@ -71,14 +71,22 @@ class WireGuardPeer(msgspec.Struct, frozen=True, kw_only=True):
 
     Args:
         public: The public key, 32 bytes.
-        endpoint: The node's underlay address.
+        endpoint: The node's underlay address, or empty if it is behind NAT.  WireGuard then learns it from the node's
+            packets.
         inner: The address of this key inside the tunnels.
+        relayed: Further addresses that are reached through this peer.
     """
 
     public: bytes
     endpoint: str
     port: int
     inner: str
+    relayed: tuple[str, ...] = ()
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """All addresses that this peer may send from, and that packets are sent to it for."""
+        return (self.inner, *self.relayed)
 
 
 class WireGuardDevice(msgspec.Struct, frozen=True, kw_only=True):
@@ -325,9 +333,9 @@ def _sorted(device: WireGuardDevice) -> tuple[WireGuardPeer, ...]:
 def _is_as_wanted(found: FoundPeer | None, peer: WireGuardPeer) -> bool:
     return (
         found is not None
-        and found.inner == (peer.inner,)
+        and frozenset(found.inner) == frozenset(peer.allowed)
         and found.keepalive_s == KEEPALIVE_S
-        and found.has_endpoint
+        and (found.has_endpoint or not peer.endpoint)
     )
 
 

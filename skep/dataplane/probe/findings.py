@@ -13,6 +13,17 @@ from skep.model.networks.paths import (
     PathPeer,
     PathReport,
 )
+from skep.model.networks.reserved_ports import tunnel_port
+
+NO_TUNNEL = (
+    ": one of the nodes is behind NAT, and there is no tunnel between them. Both need a WireGuard (a kernel with it, or"
+    " wireguard-go), and between two NATs a third node has to relay"
+)
+
+
+def described_way(way: str) -> str:
+    """Return the words for a way through NAT (``PathPeer.way``)."""
+    return "through a tunnel" if way == "tunnel" else f"through tunnels by the {way}"
 
 
 def overlay_finding(peer: PathPeer, outcome: Outcome, *, is_received: bool) -> PathFinding:
@@ -28,6 +39,11 @@ def overlay_finding(peer: PathPeer, outcome: Outcome, *, is_received: bool) -> P
             detail += f": {outcome.error}"
         elif is_received:
             detail += "; its own probes arrive here, so the path to it is blocked"
+        elif peer.way == "none":
+            detail += NO_TUNNEL
+        elif peer.way:
+            port_of_tunnels = tunnel_port(peer.vxlan_port)
+            detail += f", {described_way(peer.way)}: open UDP port {port_of_tunnels} of nodes that are not behind NAT"
     elif outcome.answered < outcome.sent:
         lost = outcome.sent - outcome.answered
         detail = f"{lost} of {outcome.sent} packets to {_described(peer)} through VXLAN were lost"
@@ -45,7 +61,7 @@ def large_finding(peer: PathPeer, mtu: int, device_mtu: int, tried: int) -> Path
             f"small packets arrive, those of {MTU_MIN} bytes do not, through VXLAN (UDP port {peer.vxlan_port}) to"
             f" {_described(peer)}: they are dropped on the path"
         )
-    elif mtu < device_mtu:
+    elif mtu < device_mtu and not peer.way:  # a tunnel always has a smaller one
         detail = (
             f"packets of up to {mtu} bytes arrive at {_described(peer)}, the device's MTU is {device_mtu}: overlays"
             " send no larger ones"

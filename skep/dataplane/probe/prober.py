@@ -106,6 +106,7 @@ class PathProber:
         apply_measurements: Applies the present measurements to all overlays.  It may raise SkepError and is then
             retried.
         rng: Returns numbers from 0 to 1, which spread rounds.
+        on_targets: Called with all targets, and with those of an earlier process at the start.
     """
 
     def __init__(
@@ -116,7 +117,9 @@ class PathProber:
         apply_measurements: Callable[[], Awaitable[None]],
         clock: Clock,
         rng: Callable[[], float],
+        on_targets: Callable[[ProbeTargets | None], None] = lambda _: None,
     ) -> None:
+        self._on_targets = on_targets
         self._data_path = data_path
         self._ports = ports
         self._file = file
@@ -146,6 +149,7 @@ class PathProber:
     def set_targets(self, targets: ProbeTargets | None) -> None:
         """Probe these targets from now on, new ones at once.  With None, stop probing and remove the namespace."""
         self._targets, self._has_targets = sound(targets) if targets is not None else None, True
+        self._on_targets(self._targets)
         self._changed.set()
 
     @property

@@ -144,13 +144,10 @@ def socket_message(change: DeviceChange) -> str:
     for public in change.removed:
         lines += [f"public_key={public.hex()}", "remove=true"]
     for peer in change.put:
-        lines += [
-            f"public_key={peer.public.hex()}",
-            f"endpoint={_joined(peer)}",
-            f"persistent_keepalive_interval={KEEPALIVE_S}",
-            "replace_allowed_ips=true",
-            f"allowed_ip={peer.inner}/128",
-        ]
+        lines.append(f"public_key={peer.public.hex()}")
+        lines += [f"endpoint={_joined(peer)}"] if peer.endpoint else []
+        lines += [f"persistent_keepalive_interval={KEEPALIVE_S}", "replace_allowed_ips=true"]
+        lines += [f"allowed_ip={one}/{128 if ':' in one else 32}" for one in peer.allowed]
     return "\n".join(lines) + "\n\n"
 
 
@@ -174,7 +171,8 @@ def parsed_device(text: str) -> FoundDevice:
                 case "persistent_keepalive_interval":
                     peer["keepalive_s"] = int(value)
                 case "allowed_ip":
-                    peer["inner"] = (*peer["inner"], value.removesuffix("/128"))
+                    single = "/128" if ":" in value else "/32"
+                    peer["inner"] = (*peer["inner"], value.removesuffix(single))
                 case "last_handshake_time_sec":
                     peer["handshake_at"] = float(int(value))
                 case "last_handshake_time_nsec":

@@ -7,7 +7,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from functools import cache
-from ipaddress import IPv6Address, ip_address
+from ipaddress import ip_address
 from socket import AF_INET, AF_INET6
 
 from skep.dataplane.netns.kernel.netlink import NESTED, attribute, attributes, dump, send_changes
@@ -27,7 +27,7 @@ _REPLACE_PEERS = 1
 _IP_FAMILY, _IP_ADDRESS, _IP_LENGTH = 1, 2, 3
 """WGALLOWEDIP_A_FAMILY, _IPADDR and _CIDR_MASK."""
 _HEADER = struct.Struct("=BBxx")
-_PEERS_AT_ONCE = 100
+_PEERS_BYTES_MAX = 60_000
 """Limit for the peers in one message, because an attribute has at most 64 KiB."""
 
 
@@ -61,9 +61,19 @@ def encoded(name: str, change: DeviceChange) -> Iterator[bytes]:
         yield head + own
     peers = [attribute(_PUBLIC, public) + _number(_FLAGS, _REMOVE) for public in change.removed]
     peers += map(_encoded_peer, change.put)
-    for start in range(0, len(peers), _PEERS_AT_ONCE):
-        part = b"".join(attribute(NESTED, peer) for peer in peers[start : start + _PEERS_AT_ONCE])
+    for part in _parts([attribute(NESTED, peer) for peer in peers]):
         yield head + attribute(_PEERS | NESTED, part)
+
+
+def _parts(peers: Iterable[bytes]) -> Iterator[bytes]:
+    part = b""
+    for peer in peers:
+        if part and len(part) + len(peer) > _PEERS_BYTES_MAX:
+            yield part
+            part = b""
+        part += peer
+    if part:
+        yield part
 
 
 def decoded(messages: Iterable[bytes]) -> FoundDevice:
@@ -96,26 +106,32 @@ def _decoded_peer(found: dict[int, bytes], before: FoundPeer) -> FoundPeer:
 
 
 def _decoded_address(allowed: dict[int, bytes]) -> str:
-    """Return a single IPv6 address without prefix length, as plans have it.
+    """Return a single address without prefix length, as plans have it.
 
     Any other address, which no plan has, keeps its length.
     """
     address, length = ip_address(allowed[_IP_ADDRESS]), allowed[_IP_LENGTH][0]
-    return str(address) if (address.version, length) == (6, 128) else f"{address}/{length}"
+    return str(address) if length == address.max_prefixlen else f"{address}/{length}"
 
 
 def _encoded_peer(peer: WireGuardPeer) -> bytes:
-    allowed = (
-        attribute(_IP_FAMILY, struct.pack("=H", AF_INET6))
-        + attribute(_IP_ADDRESS, IPv6Address(peer.inner).packed)
-        + attribute(_IP_LENGTH, bytes((128,)))
-    )
     return (
         attribute(_PUBLIC, peer.public)
         + _number(_FLAGS, _REPLACE_ALLOWED)
-        + attribute(_ENDPOINT, _socket_address(peer))
+        + (attribute(_ENDPOINT, _socket_address(peer)) if peer.endpoint else b"")
         + attribute(_KEEPALIVE, struct.pack("=H", KEEPALIVE_S))
-        + attribute(_ALLOWED | NESTED, attribute(NESTED, allowed))
+        + attribute(_ALLOWED | NESTED, b"".join(map(_encoded_address, peer.allowed)))
+    )
+
+
+def _encoded_address(text: str) -> bytes:
+    address = ip_address(text)
+    family = AF_INET6 if address.version == 6 else AF_INET
+    return attribute(
+        NESTED,
+        attribute(_IP_FAMILY, struct.pack("=H", family))
+        + attribute(_IP_ADDRESS, address.packed)
+        + attribute(_IP_LENGTH, bytes((address.max_prefixlen,))),
     )
 
 

@@ -4,7 +4,7 @@ During a rotation there are two key pairs, each with its own WireGuard device (`
 (``plan/rotation.py``).  Peers that have only the older key keep using it until they receive the newer one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,15 +25,17 @@ def new_private_key() -> bytes:
     return bytes(key)
 
 
-def load(path: Path) -> tuple[WireGuardKey, ...]:
+def load(path: Path, slots: Collection[int] = (0, 1)) -> tuple[WireGuardKey, ...]:
     """Return the key pairs that an earlier node process of this boot saved, or an empty tuple.
 
-    An invalid file counts as empty and is renamed to ``<name>.damaged``.
+    ``slots`` are the valid ones.  An invalid file counts as empty and is renamed to ``<name>.damaged``.
     Raises: OSError: it cannot be read at present.
     """
     try:
         pairs = msgspec.msgpack.decode(path.read_bytes(), type=tuple[WireGuardKey, ...])
-        if len({pair.slot for pair in pairs}) < len(pairs) or not all(map(_is_valid, pairs)):
+        if len({pair.slot for pair in pairs}) < len(pairs) or not all(
+            _is_valid(pair, slots) for pair in pairs
+        ):
             raise msgspec.ValidationError("a key pair is invalid, or two have the same slot")
     except FileNotFoundError:
         return ()
@@ -49,8 +51,8 @@ def load(path: Path) -> tuple[WireGuardKey, ...]:
     return pairs
 
 
-def _is_valid(pair: WireGuardKey) -> bool:
-    return len(pair.private) == 32 and pair.slot in (0, 1)
+def _is_valid(pair: WireGuardKey, slots: Collection[int]) -> bool:
+    return len(pair.private) == 32 and pair.slot in slots
 
 
 def save(path: Path, pairs: Sequence[WireGuardKey]) -> None:

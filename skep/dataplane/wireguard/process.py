@@ -12,11 +12,14 @@ from pathlib import Path
 
 from skep.dataplane.plan.wireguard import device_name
 from skep.linux.detached import identify, write_pid_file
+from skep.model.networks.reserved_ports import TUNNEL_SLOT
 from skep.paths import Paths
 
 PROGRAM = "wireguard-go"
 VERSION = "wireguard-go"
 """Version in the pid file, in place of Skep's version.  So the process keeps running when Skep is upgraded."""
+SLOTS = (0, 1, TUNNEL_SLOT)
+"""Slots of the devices of encrypted networks and of tunnels through NAT."""
 _NICENESS = -10
 """Niceness of wireguard-go.
 

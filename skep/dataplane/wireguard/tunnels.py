@@ -60,7 +60,8 @@ PERIOD_S = 1.0
 """Seconds between checks for completed handshakes and removed devices."""
 HURRY_S = 0.1
 """Seconds between checks while a device does not exist yet."""
-_KINDS = {EncryptionMethod.KERNEL: "wireguard", EncryptionMethod.USER_SPACE: "tun"}
+DEVICE_KINDS = {EncryptionMethod.KERNEL: "wireguard", EncryptionMethod.USER_SPACE: "tun"}
+"""The kernel's name of the kind of device, by method."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -360,7 +361,7 @@ class WireGuardTunnels:
         names = {
             slot: self._devices.name(slot) for slot in self._devices.placed if slot in self._plan.devices
         }
-        links = {name: Link(name=name, kind=_KINDS[method], mtu=mtu) for name in names.values()}
+        links = {name: Link(name=name, kind=DEVICE_KINDS[method], mtu=mtu) for name in names.values()}
         links[LOOPBACK] = Link(name=LOOPBACK, kind="loopback", mtu=LOOPBACK_MTU)
         state = NamespaceState(
             links=links,

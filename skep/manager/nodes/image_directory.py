@@ -18,7 +18,7 @@ from skep.errors import InvalidArgument, PermissionDenied, Unavailable
 from skep.manager.ca.caller_check import check_caller, is_manager
 from skep.model.needs import images_of
 from skep.model.networks.addresses import host_of, joined
-from skep.model.networks.data_planes import IMAGES_LABEL, usable_address
+from skep.model.networks.data_planes import IMAGES_LABEL, is_reached_by_tunnels, underlay_of, usable_address
 from skep.model.node import Node, NodeRole, NodeState
 from skep.model.options.labels import shares_images
 from skep.model.service import Service, ServiceSpec
@@ -204,6 +204,8 @@ def image_address(node: Node) -> str:
         return ""
     advertised = host_of(node.manager_status.addr) if node.manager_status is not None else ""
     host = usable_address(advertised) or usable_address(node.status.addr, may_be_loopback=True)
+    if is_reached_by_tunnels(node):
+        host = underlay_of(node)
     return joined(host, port) if host else ""
 
 

@@ -5,9 +5,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import msgspec
 from msgspec.structs import replace
 
+from skep.manager.probes.nat import NatPlan, members_of
 from skep.manager.probes.plan import ProbePlan
 from skep.model.networks.addresses import joined
-from skep.model.networks.data_planes import is_docker_node, probes_paths, underlay_of
+from skep.model.networks.data_planes import (
+    RELAY_LABEL,
+    is_docker_node,
+    local_address,
+    nat_of,
+    probes_paths,
+    tunnel_key,
+    underlay_of,
+)
 from skep.model.networks.paths import PathPeer, ProbeTargets
 from skep.model.networks.reserved_ports import GOSSIP_PORT
 from skep.model.node import Node, NodeState
@@ -20,17 +29,20 @@ GOSSIP_PEERS_MAX = 24
 class NodeDirectory(msgspec.Struct, frozen=True, kw_only=True):
     """All nodes that are up.
 
-    ``gossiping`` are Docker nodes in order of their ids.  ``managers`` are Skep nodes that are managers.
+    ``gossiping`` are Docker nodes in order of their ids.  ``managers`` are Skep nodes that are managers.  ``nat`` has
+    the tunnels of all nodes that are not down.
     """
 
     peers: Mapping[NodeId, PathPeer]
     """Nodes that take part in probing."""
     gossiping: tuple[PathPeer, ...] = ()
     managers: tuple[NodeId, ...] = ()
+    nat: NatPlan = NatPlan(())
 
 
 def directory_of(nodes: Iterable[Node], vxlan_port: int) -> NodeDirectory:
     """Return the directory of the current nodes."""
+    nodes = tuple(nodes)
     up = [node for node in nodes if node.status.state is NodeState.READY]
     ours = [node for node in up if probes_paths(node) and underlay_of(node)]
     return NodeDirectory(
@@ -45,13 +57,14 @@ def directory_of(nodes: Iterable[Node], vxlan_port: int) -> NodeDirectory:
             if is_docker_node(node) and node.status.addr
         ),
         managers=tuple(node.id for node in ours if _control(node)),
+        nat=NatPlan(members_of(nodes)),
     )
 
 
 def changes_directory(old: Node, new: Node) -> bool:
     """Return whether a changed node changes the directory.  Called for each commit of each node."""
     if old.status is new.status and old.description is new.description:
-        return _manager_ports(old) != _manager_ports(new)
+        return (_manager_ports(old), _relays(old)) != (_manager_ports(new), _relays(new))
     return _relevant_fields(old) != _relevant_fields(new)
 
 
@@ -63,7 +76,15 @@ def _relevant_fields(node: Node) -> tuple[object, ...]:
         probes_paths(node),
         is_docker_node(node),
         _manager_ports(node),
+        nat_of(node),
+        tunnel_key(node),
+        local_address(node),
+        _relays(node),
     )
+
+
+def _relays(node: Node) -> str:
+    return node.spec.labels.get(RELAY_LABEL, "")
 
 
 def targets_for(
@@ -86,11 +107,16 @@ def targets_for(
         peer = directory.peers.get(peer_id)
         if peer is not None:
             is_encrypted = bool(theirs) and not theirs.isdisjoint(encrypted(peer_id))
-            peers.append(_without_etcd(replace(peer, encrypted=True) if is_encrypted else peer, own))
+            peer = replace(peer, encrypted=is_encrypted, way=directory.nat.way(id, peer_id))
+            peers.append(_without_etcd(peer, own))
             known.add(peer_id)
     managers = managers_for(id, directory) if own.control else ()
     others = (manager for manager in managers if manager.node_id not in known)
-    return ProbeTargets(node=own, peers=(*peers, *others, *_gossiping(id, directory)))
+    return ProbeTargets(
+        node=own,
+        peers=(*peers, *others, *_gossiping(id, directory)),
+        tunnels=directory.nat.tunnels_for(id),
+    )
 
 
 def _without_etcd(peer: PathPeer, own: PathPeer) -> PathPeer:

@@ -6,10 +6,14 @@ tasks run on nodes of that kind (docs/decisions/0011).
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
+from hashlib import sha256
+from ipaddress import IPv4Address
 from typing import Final
 
 from skep.model.network import Network
 from skep.model.networks.addresses import is_of_a_machine, parsed
+from skep.model.networks.wireguard import PublicKey, parsed_key
 from skep.model.node import Node, NodeState
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT, Swarm
 from skep.model.values.ids import NodeId
@@ -34,6 +38,24 @@ REFUSED_DATA_PATH_LABEL: Final = "skep.data-path-addr.refused"
 
 PATHS_LABEL: Final = "skep.paths"
 """Engine label of skep nodes that send probes and respond to them."""
+
+LOCAL_ADDRESSES_LABEL: Final = "skep.local-addrs"
+"""Engine label with the addresses from which a node connects to the managers, as the node itself sees them."""
+
+NAT_LABEL: Final = "skep.behind-nat"
+"""Engine label with the configured name of the NAT that a node is behind, or ``no``.  Without it, managers decide."""
+
+TUNNEL_LABEL: Final = "skep.nat-tunnel"
+"""Engine label with the WireGuard key of a node's tunnels through NAT: ``KEY@PORT``.  Without it, it has none."""
+
+RELAY_LABEL: Final = "skep.relay"
+"""Node label.  With ``true``, the node relays before others, and with ``false`` it never relays."""
+
+TUNNEL_NETWORK: Final = "240.0.0.0/4"
+"""Addresses of nodes behind NAT, inside the tunnels.
+
+The range is reserved and routed nowhere, so it overlaps no network of a machine.  Source: RFC 1112, section 4.
+"""
 
 IMAGES_LABEL: Final = "skep.images-port"
 """Engine label of a skep node with the port at which it serves its images to other nodes."""
@@ -91,10 +113,62 @@ def underlay_of(node: Node) -> str:
     """Return the node's underlay address from its label, else the source address of its connection to the managers.
 
     Returns an empty text if other machines can reach neither address.  A loopback source address is kept, because such
-    a node runs on its manager's machine.
+    a node runs on its manager's machine.  A node behind NAT has an address inside the tunnels.
     """
+    if is_reached_by_tunnels(node):
+        return tunnel_address(node.id)
     reported = node.description.engine.labels.get(DATA_PATH_LABEL, "")
     return usable_address(reported) or usable_address(node.status.addr, may_be_loopback=True)
+
+
+def nat_of(node: Node) -> str:
+    """Return the name of the NAT that the node is behind, or an empty text if others reach the node directly.
+
+    Without a configured name, a worker is behind NAT if it connects from an IPv4 address that it does not have itself.
+    The NAT is then called like that address.  Managers are not, because others reach them under their own address.
+    """
+    labels, seen = node.description.engine.labels, node.status.addr
+    if ":" in seen:  # tunnels have IPv4 addresses only
+        return ""
+    if configured := labels.get(NAT_LABEL, ""):
+        return configured if configured != "no" else ""
+    local = labels.get(LOCAL_ADDRESSES_LABEL, "")
+    has_own_address = node.manager_status is not None or DATA_PATH_LABEL in labels
+    if not local or has_own_address or not usable_address(seen):
+        return ""
+    return seen if seen not in local.split(",") else ""
+
+
+def is_reached_by_tunnels(node: Node) -> bool:
+    """Return whether the node is behind NAT and has tunnels to others."""
+    return bool(nat_of(node)) and tunnel_key(node) is not None
+
+
+def tunnel_key(node: Node) -> PublicKey | None:
+    """Return the WireGuard key of the node's tunnels through NAT, or None if it has none."""
+    return parsed_key(node.description.engine.labels.get(TUNNEL_LABEL, ""))
+
+
+def local_address(node: Node) -> str:
+    """Return the node's own address on its network behind the NAT, or an empty text if it is not known."""
+    return usable_address(node.description.engine.labels.get(LOCAL_ADDRESSES_LABEL, "").partition(",")[0])
+
+
+@lru_cache(maxsize=4096)
+def tunnel_address(id: NodeId) -> str:
+    """Return the address of a node behind NAT, inside the tunnels: 28 bits of its id's hash, after 240.0.0.0.
+
+    Managers issue ids, so no node can choose the address of another.  Of 1,000 nodes behind NAT, two have the same
+    address with a probability of 0.2 %.  The second to join is then on no overlay network (``holder``).
+    """
+    number = int.from_bytes(sha256(id.encode()).digest()[:8], "big") % _TUNNEL_ADDRESSES
+    return str(IPv4Address(_FIRST_TUNNEL_ADDRESS + number))
+
+
+_FIRST_TUNNEL_ADDRESS = (240 << 24) + 1
+"""240.0.0.1."""
+_TUNNEL_ADDRESSES = (15 << 24) - 1
+"""All addresses up to 254.255.255.255, because some routers treat all of 255.0.0.0/8 as broadcasts."""
 
 
 def claimed_underlay(node: Node) -> str | None:

@@ -40,6 +40,35 @@ class PathPeer(msgspec.Struct, frozen=True, kw_only=True):
     """``192.0.2.1:7946`` of a docker node.  Empty if not probed."""
     encrypted: bool = False
     """Whether encrypted networks connect the two nodes, over UDP port ``vxlan_port + 10``."""
+    way: str = ""
+    """How the receiver of the targets reaches this node: empty for directly, ``tunnel``, ``relay HOSTNAME``, or
+    ``none`` if one of them is behind NAT and there is no tunnel between them."""
+
+
+class NatPeer(msgspec.Struct, frozen=True, kw_only=True):
+    """A node at the other end of a tunnel through NAT.
+
+    ``endpoint``: its address outside the tunnel, or empty if it is behind NAT and has to send first.  ``addresses``:
+    the addresses that are reached through this tunnel, its own first.  The others are of nodes that it relays to.
+    """
+
+    node_id: NodeId
+    key: bytes
+    port: int
+    endpoint: str
+    addresses: tuple[str, ...]
+
+
+class NatTunnels(msgspec.Struct, frozen=True, kw_only=True):
+    """The tunnels of one node.  ``address``: its own address on underlay and tunnels.
+
+    ``relayed``: addresses of nodes behind NAT, between which this node passes packets on.  Empty if it never relays.
+    """
+
+    address: str
+    is_behind_nat: bool = False
+    peers: tuple[NatPeer, ...] = ()
+    relayed: tuple[str, ...] = ()
 
 
 class ProbeTargets(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +80,8 @@ class ProbeTargets(msgspec.Struct, frozen=True, kw_only=True):
 
     node: PathPeer
     peers: tuple[PathPeer, ...] = ()
+    tunnels: NatTunnels | None = None
+    """Tunnels through NAT, or None if the node needs none."""
 
     @property
     def addresses(self) -> frozenset[str]:

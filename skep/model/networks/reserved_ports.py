@@ -33,6 +33,18 @@ WIREGUARD_OFFSET: Final = 10
 """Distance from the VXLAN port to WireGuard's UDP ports: this one (4799) and the next (4800), unless configured."""
 
 
+TUNNEL_SLOT: Final = 3
+"""Slot of the WireGuard device for tunnels through NAT, and the distance of its UDP port from WireGuard's first one.
+
+Encrypted networks use slots 0 and 1.  The next port, VXLAN's port + 12, is the VXLAN port inside encrypted networks.
+"""
+
+
+def tunnel_port(vxlan_port: int, wireguard: int = 0) -> int:
+    """Return the UDP port of tunnels through NAT, 4802 by default.  ``wireguard``: the configured port, or 0."""
+    return (wireguard or vxlan_port + WIREGUARD_OFFSET) + TUNNEL_SLOT
+
+
 def distant_peer_port(listen_port: int) -> int:
     """Return a port for the etcd of a manager at ``listen_port``, away from that port and its neighbors."""
     return listen_port + (PEER_PORT_OFFSET if listen_port < _HIGH_PORT else -PEER_PORT_OFFSET)
@@ -73,6 +85,7 @@ def of_data_path(port: int, wireguard: int = 0) -> ReservedPorts:
             "udp",
             encrypted + 1,
         ): "encrypted networks",  # the next key has a port of its own during a key rotation
+        ("udp", tunnel_port(port, wireguard)): "tunnels through NAT",
     }
 
 

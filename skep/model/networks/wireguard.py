@@ -56,11 +56,12 @@ def public_keys_label(keys: Iterable[PublicKey]) -> str:
 def published_keys(labels: Mapping[str, str]) -> tuple[PublicKey, ...]:
     """Return the keys that a node's engine labels publish, oldest first; malformed keys are ignored."""
     words = labels.get(PUBLIC_KEYS_LABEL, "").split(",")
-    parsed = (_parsed(word) for word in words[:KEYS_MAX])
+    parsed = (parsed_key(word) for word in words[:KEYS_MAX])
     return tuple(one for one in parsed if one is not None)
 
 
-def _parsed(word: str) -> PublicKey | None:
+def parsed_key(word: str) -> PublicKey | None:
+    """Return the key that ``KEY@PORT`` names, or None if it is malformed."""
     text, _, port = word.partition("@")
     try:
         found = PublicKey(b64decode(text, validate=True), int(port))

@@ -1,6 +1,6 @@
 """The description of a node (resources, labels, plug-ins) that it reports to the managers when it registers."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -11,7 +11,14 @@ from skep.configuration.configuration import Configuration
 from skep.engine.containers.container import Container
 from skep.engine.engine import Engine
 from skep.engine.log_drivers.drivers import JOURNAL, log_drivers
-from skep.model.networks.data_planes import DATA_PATH_LABEL, IMAGES_LABEL, NODE_LABEL, PATHS_LABEL
+from skep.model.networks.data_planes import (
+    DATA_PATH_LABEL,
+    IMAGES_LABEL,
+    LOCAL_ADDRESSES_LABEL,
+    NAT_LABEL,
+    NODE_LABEL,
+    PATHS_LABEL,
+)
 from skep.model.networks.routes import ROUTES_LABEL, routes_label
 from skep.model.networks.used_ports import PORTS_LABEL, UsedPort, ports_label
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
@@ -194,11 +201,14 @@ class NodeDescriber:
         logs = tuple(EnginePlugin(type="Log", name=name) for name in log_drivers(journal))
         return (*networks, *_PLUGINS, *logs, *((_OVERLAY,) if has_overlays(self._features) else ()))
 
-    def describe(self, data_path_addr: str = "", journal: Path = JOURNAL) -> NodeDescription:
+    def describe(
+        self, data_path_addr: str = "", journal: Path = JOURNAL, local: Collection[str] = ()
+    ) -> NodeDescription:
         """Return the description.
 
         ``data_path_addr`` is the address to which other nodes send VXLAN packets.  Empty for the address from which the
-        node connects to the managers.  ``journal`` is the socket of the machine's journal, which may be missing.
+        node connects to the managers.  ``local`` has the addresses of this machine from which it connects to them.
+        ``journal`` is the socket of the machine's journal, which may be missing.
         """
         configuration = self._offers.configuration()
         own = {
@@ -218,6 +228,10 @@ class NodeDescriber:
             own[IMAGES_LABEL] = str(port)
         if data_path_addr:
             own[DATA_PATH_LABEL] = data_path_addr
+        if local:
+            own[LOCAL_ADDRESSES_LABEL] = ",".join(sorted(local))
+        if configuration.behind_nat:
+            own[NAT_LABEL] = configuration.behind_nat
         return NodeDescription(
             hostname=self._machine.hostname,
             platform=Platform(architecture=self._machine.architecture, os="linux"),
@@ -240,10 +254,14 @@ class NodeDescriber:
         )
 
     def describe_all(
-        self, data_path_addr: str, engine: Engine | None, cluster_volumes: ClusterVolumes | None
+        self,
+        data_path_addr: str,
+        engine: Engine | None,
+        cluster_volumes: ClusterVolumes | None,
+        local: Collection[str],
     ) -> NodeDescription:
         """Return the complete description: with plugins and cluster volume drivers, and cut to the size that a manager
         accepts.
         """
-        description = with_plugins(self.describe(data_path_addr), engine, cluster_volumes)
+        description = with_plugins(self.describe(data_path_addr, local=local), engine, cluster_volumes)
         return within_bounds(description, self._conditions)

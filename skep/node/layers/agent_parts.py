@@ -23,8 +23,10 @@ from skep.engine.api.containers import image_users
 from skep.engine.engine import Engine
 from skep.engine.images.collecting import ImageCollector, Marks
 from skep.engine.images.sharing.serving import ServedImages
+from skep.linux.network.route_lookup import source_address
 from skep.linux.user_namespace import is_rootless
 from skep.model.networks.addresses import host_of
+from skep.model.networks.data_planes import usable_address
 from skep.model.node import NodeDescription, NodeRole
 from skep.model.node_reports.conditions import ConditionName
 from skep.model.permissions.rights import is_listed
@@ -221,7 +223,12 @@ class AgentParts:
 
     def _describe(self, node: LocalNode) -> NodeDescription:
         runtime = self._runtime
-        return self._describer.describe_all(node.data_path_addr, runtime.engine, runtime.cluster_volumes)
+        # Managers compare them with the address that they see.  Behind NAT, these differ.
+        hosts = {host_of(one.addr) for one in self._known_managers(node)}
+        local = {found for host in hosts if (found := usable_address(source_address(host)))}
+        return self._describer.describe_all(
+            node.data_path_addr, runtime.engine, runtime.cluster_volumes, local
+        )
 
     def _known_managers(self, node: LocalNode) -> tuple[KnownManager, ...]:
         """Return the managers from the last list that they sent, and the configured ones."""

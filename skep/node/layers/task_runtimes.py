@@ -231,7 +231,12 @@ class Containers:
         """Return the engine labels about encryption, ports (``listening`` outside of containers) and volumes."""
         plane = self.data_plane
         ports = port_labels(self.engine.list(), plane.mesh.published, listening)
-        return {**plane.tunnels.labels(), **ports, **volume_labels(self.engine.volumes.uses)}
+        return {
+            **plane.tunnels.labels(),
+            **plane.nat.labels(),
+            **ports,
+            **volume_labels(self.engine.volumes.uses),
+        }
 
     def network_warnings(self) -> tuple[str, ...]:
         """Return warnings about published ports and connections to other nodes."""

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from skep.model.networks.paths import (
     DETAIL_CHARACTERS_MAX,
     DiagnosticsRequest,
+    NatPeer,
+    NatTunnels,
     NetworkNames,
     PathCheck,
     PathFinding,
@@ -23,12 +25,57 @@ PORT_CHARACTERS_MAX = 32
 
 
 def targets_to_pb(targets: ProbeTargets) -> pb.ProbeTargets:
-    return pb.ProbeTargets(node=_peer_to_pb(targets.node), peers=map(_peer_to_pb, targets.peers))
+    tunnels = targets.tunnels
+    return pb.ProbeTargets(
+        node=_peer_to_pb(targets.node),
+        peers=map(_peer_to_pb, targets.peers),
+        tunnels=_tunnels_to_pb(tunnels) if tunnels is not None else None,
+    )
 
 
 def targets_from_pb(message: pb.ProbeTargets) -> ProbeTargets:
     """Reverse ``targets_to_pb``."""
-    return ProbeTargets(node=_peer_from_pb(message.node), peers=tuple(map(_peer_from_pb, message.peers)))
+    return ProbeTargets(
+        node=_peer_from_pb(message.node),
+        peers=tuple(map(_peer_from_pb, message.peers)),
+        tunnels=_tunnels_from_pb(message.tunnels) if message.HasField("tunnels") else None,
+    )
+
+
+def _tunnels_to_pb(tunnels: NatTunnels) -> pb.NatTunnels:
+    return pb.NatTunnels(
+        address=tunnels.address,
+        is_behind_nat=tunnels.is_behind_nat,
+        peers=[
+            pb.NatPeer(
+                node_id=peer.node_id,
+                key=peer.key,
+                port=peer.port,
+                endpoint=peer.endpoint,
+                addresses=peer.addresses,
+            )
+            for peer in tunnels.peers
+        ],
+        relayed=tunnels.relayed,
+    )
+
+
+def _tunnels_from_pb(message: pb.NatTunnels) -> NatTunnels:
+    return NatTunnels(
+        address=message.address,
+        is_behind_nat=message.is_behind_nat,
+        peers=tuple(
+            NatPeer(
+                node_id=NodeId(peer.node_id),
+                key=peer.key,
+                port=peer.port,
+                endpoint=peer.endpoint,
+                addresses=tuple(peer.addresses),
+            )
+            for peer in message.peers
+        ),
+        relayed=tuple(message.relayed),
+    )
 
 
 def diagnostics_to_pb(number: int, request: DiagnosticsRequest) -> pb.DiagnosticsRequest:
@@ -127,6 +174,7 @@ def _peer_to_pb(peer: PathPeer) -> pb.PathPeer:
         gossip=peer.gossip,
         etcd=peer.etcd,
         encrypted=peer.encrypted,
+        way=peer.way,
     )
 
 
@@ -140,4 +188,5 @@ def _peer_from_pb(message: pb.PathPeer) -> PathPeer:
         gossip=message.gossip,
         etcd=message.etcd,
         encrypted=message.encrypted,
+        way=message.way,
     )

@@ -15,7 +15,7 @@ def a_node(label: str, status: ManagerStatus | None = None) -> Node:
 def test_the_ports_of_a_cluster_with_defaults_are_reserved() -> None:
     assert of_cluster(4789, ()).keys() == {
         ("tcp", 22), ("tcp", 2374), ("tcp", 2376), ("tcp", 2377), ("tcp", 2378), ("tcp", 7946),
-        ("udp", 7946), ("udp", 4789), ("udp", 4799), ("udp", 4800),
+        ("udp", 7946), ("udp", 4789), ("udp", 4799), ("udp", 4800), ("udp", 4802),
     }  # fmt: skip
 
 
@@ -39,5 +39,10 @@ def test_the_word_of_a_worker_and_what_cannot_be_read_reserve_nothing() -> None:
 
 
 def test_wireguard_has_the_port_after_the_data_paths_or_the_configured_one() -> None:
-    assert set(of_data_path(4789)) == {("udp", 4789), ("udp", 4799), ("udp", 4800)}
-    assert set(of_data_path(4789, 51820)) == {("udp", 4789), ("udp", 51820), ("udp", 51821)}
+    assert set(of_data_path(4789)) == {("udp", 4789), ("udp", 4799), ("udp", 4800), ("udp", 4802)}
+    assert set(of_data_path(4789, 51820)) == {
+        ("udp", 4789),
+        ("udp", 51820),
+        ("udp", 51821),
+        ("udp", 51823),
+    }

@@ -40,9 +40,9 @@ def test_a_machine_in_no_cluster_keeps_what_it_listens_on() -> None:
 
 def test_a_worker_keeps_the_ports_of_networks_before_it_has_one() -> None:
     found = own_ports(Configuration(), WORKER)
-    assert found.keys() == {("tcp", 2374), ("udp", 4789), ("udp", 4799), ("udp", 4800)}
+    assert found.keys() == {("tcp", 2374), ("udp", 4789), ("udp", 4799), ("udp", 4800), ("udp", 4802)}
     found = own_ports(Configuration(wireguard_port=51820), WORKER, data_path_port=5000)
-    assert found.keys() == {("tcp", 2374), ("udp", 5000), ("udp", 51820), ("udp", 51821)}
+    assert found.keys() == {("tcp", 2374), ("udp", 5000), ("udp", 51820), ("udp", 51821), ("udp", 51823)}
 
 
 def test_a_manager_keeps_where_it_listens_and_its_etcd() -> None:
@@ -94,7 +94,7 @@ def test_a_node_reports_its_ports_and_follows_what_its_cluster_says(tmp_path: Pa
     assert ports.labels() == {}
     write_local_node(paths_of(tmp_path).node_json, MANAGER)
     session.data_path_port = 5000
-    assert ports.labels() == {"skep.reserved-ports": "tcp=2374,5377,7946,15377 udp=5000,5010,5011"}
+    assert ports.labels() == {"skep.reserved-ports": "tcp=2374,5377,7946,15377 udp=5000,5010,5011,5013"}
     of_an_early_version = ManagerConfig(
         data_dir=str(tmp_path),
         run_dir=str(tmp_path),
@@ -106,7 +106,7 @@ def test_a_node_reports_its_ports_and_follows_what_its_cluster_says(tmp_path: Pa
     )
     paths_of(tmp_path).manager_config.parent.mkdir(parents=True, exist_ok=True)
     paths_of(tmp_path).manager_config.write_bytes(encode(of_an_early_version))
-    assert ports.labels() == {"skep.reserved-ports": "tcp=2374,5377,5378,7946 udp=5000,5010,5011"}
+    assert ports.labels() == {"skep.reserved-ports": "tcp=2374,5377,5378,7946 udp=5000,5010,5011,5013"}
     paths_of(tmp_path).node_json.write_text("damaged")
     assert ports.labels() == {}
 

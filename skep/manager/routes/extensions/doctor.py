@@ -10,6 +10,7 @@ from aiohttp import web
 
 from skep.api.http.server import JsonLines, Routes, flag, json_response
 from skep.errors import InvalidArgument, ResourceExhausted
+from skep.manager.probes.nat import NatPlan, members_of
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.verify.loop import InvariantCheck
 from skep.manager.verify.records import recorded, shown
@@ -55,7 +56,7 @@ class Finding(ApiObject):
 
 class Path(ApiObject):
     """A node's findings about one peer.  ``mtu`` is the underlay's, ``throughput`` is in bytes per second.  0 if
-    unknown.
+    unknown.  ``way`` is ``direct``, ``tunnel``, ``relay HOSTNAME``, or ``none`` for nodes behind NAT without a tunnel.
     """
 
     peer_id: NodeId
@@ -63,6 +64,7 @@ class Path(ApiObject):
     findings: tuple[Finding, ...] = always(())
     mtu: int = msgspec.field(default=0, name="MTU")
     throughput: int = 0
+    way: str = always("direct")
 
 
 class NodeResult(ApiObject):
@@ -100,6 +102,7 @@ async def measure_throughput(request: web.Request) -> web.StreamResponse:
 
 async def _run(request: web.Request, *, throughput: bool) -> web.StreamResponse:
     view = await current_view(request)
+    plan = NatPlan(members_of(view.find(Node)))
     async with JsonLines(request) as lines:
         ours = [node.id for node in view.find(Node) if not is_docker_node(node)]
         await lines.send(
@@ -107,7 +110,7 @@ async def _run(request: web.Request, *, throughput: bool) -> web.StreamResponse:
         )
 
         async def send_result(result: DiagnosticsResult) -> None:
-            await lines.send(node_result(view, result))
+            await lines.send(node_result(view, result, plan))
 
         try:
             await manager_of(request).diagnostics.run_all(send_result, throughput=throughput)
@@ -116,12 +119,12 @@ async def _run(request: web.Request, *, throughput: bool) -> web.StreamResponse:
     return lines.response
 
 
-def node_result(view: View, result: DiagnosticsResult) -> NodeResult:
-    """Return a node's diagnostics with the host names of the nodes in them."""
+def node_result(view: View, result: DiagnosticsResult, plan: NatPlan) -> NodeResult:
+    """Return a node's diagnostics with the host names of the nodes in them, and the ways by which it reaches them."""
     return NodeResult(
         id=result.node_id,
         hostname=_hostname(view, result.node_id),
-        paths=tuple(_path(view, report) for report in result.reports),
+        paths=tuple(_path(view, report, plan.way(result.node_id, report.peer)) for report in result.reports),
         error=result.error,
         conditions=_conditions(view, result.node_id),
         rootless=(node := view.lookup(Node, result.node_id)) is not None and is_rootless_node(node),
@@ -133,13 +136,14 @@ def _conditions(view: View, id: NodeId) -> tuple[str, ...]:
     return network_conditions(node.description) if node is not None else ()
 
 
-def _path(view: View, report: PathReport) -> Path:
+def _path(view: View, report: PathReport, way: str) -> Path:
     return Path(
         peer_id=report.peer,
         peer=_hostname(view, report.peer),
         findings=tuple(map(_finding, report.findings)),
         mtu=report.mtu,
         throughput=report.throughput,
+        way=way or "direct",
     )
 
 

@@ -1,0 +1,127 @@
+"""Plans this node's end of the tunnels through NAT, from what managers have sent.  Pure.
+
+The tunnels are one WireGuard device in the node's own namespace.  A node behind NAT has its underlay address on it, and
+sends everything from that address through it.  So VXLAN, encrypted networks and images reach such a node, and come
+from it, as if the address were on a network between the nodes.  A node that others reach keeps its own address, and has
+a route to the addresses of nodes behind NAT.
+
+The packets of two nodes behind different NATs pass a relay, which forwards only between addresses of such nodes.
+"""
+
+from ipaddress import IPv4Address, IPv4Network
+
+import msgspec
+
+from skep.dataplane.netns.nft_table import NftTable
+from skep.dataplane.netns.state import Address, Link, NamespaceState, Route, RoutingRule
+from skep.dataplane.plan.wireguard import WireGuardDevice, WireGuardKey, WireGuardPeer
+from skep.model.networks.addresses import is_of_a_machine
+from skep.model.networks.data_planes import TUNNEL_NETWORK
+from skep.model.networks.paths import NatPeer, NatTunnels
+from skep.model.networks.wireguard import PublicKey
+
+PEERS_MAX = 4096
+"""Maximum number of tunnels of a node.  More than any cluster has nodes that were tried."""
+ADDRESSES_MAX = 2000
+"""Maximum number of addresses behind one peer, so that one message to the kernel has room for them."""
+TABLE = "inet skep_nat"
+
+_PRIORITY = 1043
+"""Priority of the routing rule for packets from the own address inside the tunnels."""
+_ROUTES = 1043
+"""Number of the routing table with the way into the tunnels."""
+_EVERYWHERE = "0.0.0.0/0"
+_NETWORK = IPv4Network(TUNNEL_NETWORK)
+
+
+def sound(tunnels: NatTunnels | None) -> NatTunnels | None:
+    """Return ``tunnels`` without invalid peers and addresses, or None if nothing can be done with them."""
+    if tunnels is None or not _is_host(tunnels.address, in_tunnels=tunnels.is_behind_nat):
+        return None
+    taken: set[str] = {tunnels.address}
+    peers: dict[bytes, NatPeer] = {}
+    for peer in tunnels.peers[:PEERS_MAX]:
+        addresses = [one for one in dict.fromkeys(peer.addresses) if _is_host(one) and one not in taken]
+        is_valid = PublicKey(peer.key, peer.port).is_valid and (not peer.endpoint or _is_host(peer.endpoint))
+        if is_valid and addresses and peer.key not in peers:
+            kept = tuple(addresses[:ADDRESSES_MAX])
+            peers[peer.key] = msgspec.structs.replace(peer, addresses=kept)
+            taken.update(kept)
+    relayed = tuple(one for one in tunnels.relayed if _is_host(one, in_tunnels=True))
+    return msgspec.structs.replace(tunnels, peers=tuple(peers.values()), relayed=relayed) if peers else None
+
+
+def tunnel_device(tunnels: NatTunnels, pair: WireGuardKey, port: int) -> WireGuardDevice:
+    """Return the desired configuration of the device."""
+    return WireGuardDevice(
+        private=pair.private,
+        public=pair.public,
+        port=port,
+        peers={
+            peer.key: WireGuardPeer(
+                public=peer.key,
+                endpoint=peer.endpoint,
+                port=peer.port,
+                inner=peer.addresses[0],
+                relayed=peer.addresses[1:],
+            )
+            for peer in tunnels.peers
+            if peer.key != pair.public
+        },
+    )
+
+
+def tunnel_state(tunnels: NatTunnels, link: Link) -> NamespaceState:
+    """Return the desired state of the node's own namespace: the device ``link``, with its address, routes and rules."""
+    name, own = link.name, tunnels.address
+    settings = f"net/ipv4/conf/{name}"
+    return NamespaceState(
+        links={name: link},
+        addresses=frozenset({Address(name, f"{own}/32")} if tunnels.is_behind_nat else ()),
+        routes=frozenset(
+            {
+                Route(name, TUNNEL_NETWORK, source=own),
+                *([Route(name, _EVERYWHERE, table=_ROUTES)] if tunnels.is_behind_nat else ()),
+            }
+        ),
+        rules=frozenset({RoutingRule(4, _PRIORITY, _ROUTES, source=own)} if tunnels.is_behind_nat else ()),
+        sysctls={
+            f"{settings}/forwarding": "1" if tunnels.relayed else "0",
+            f"{settings}/send_redirects": "0",
+        },
+    )
+
+
+def tunnel_filter(tunnels: NatTunnels, name: str) -> NftTable:
+    """Return the rules for the device ``name``.
+
+    From the tunnels, packets reach this node's own address only, and relays pass on packets between nodes behind NAT
+    only.  No packet from elsewhere has an address inside the tunnels as its source.
+    """
+    return NftTable(
+        name=TABLE,
+        sets=(("relayed", "type ipv4_addr"),),
+        chains=(
+            ("arriving", "{ type filter hook prerouting priority -310; }"),
+            ("here", "{ type filter hook input priority -10; }"),
+            ("through", "{ type filter hook forward priority -10; }"),
+        ),
+        rules=(
+            ("arriving", f'iifname != {{ "{name}", "lo" }} ip saddr {TUNNEL_NETWORK} drop'),
+            ("here", f'iifname "{name}" ip daddr != {tunnels.address} drop'),
+            ("through", f'iifname "{name}" oifname "{name}" ip saddr @relayed ip daddr @relayed accept'),
+            ("through", f'iifname "{name}" drop'),
+            ("through", f'oifname "{name}" drop'),
+        ),
+        elements=frozenset(("relayed", one) for one in tunnels.relayed),
+    )
+
+
+def _is_host(text: str, *, in_tunnels: bool | None = None) -> bool:
+    """Return whether ``text`` is an IPv4 address that a node may have."""
+    try:
+        address = IPv4Address(text)
+    except ValueError:
+        return False
+    is_inside = address in _NETWORK
+    return (is_inside or is_of_a_machine(address)) and in_tunnels in (None, is_inside)

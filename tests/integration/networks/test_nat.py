@@ -1,0 +1,239 @@
+"""Nodes behind NAT in a real cluster: they can dial others, and nobody can dial them."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from skep.model.networks.data_planes import tunnel_address
+from skep.model.values.ids import NodeId
+from tests.support.machines.playground_rig import (
+    IMAGE,
+    SKEP,
+    TestCluster,
+    TestNode,
+    container_pids,
+    nodes_by_name,
+    remove_services,
+    running,
+    wait_running,
+    wait_until,
+)
+from tests.support.networks.nat_rig import OUTSIDE, in_network_of, nodes_behind_nat
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+TAKEN_OVER_WITHIN_S = 10.0
+"""A lost node is down after about three seconds, and its pairs get another relay within a second after that."""
+
+SERVE = ("sh", "-c", "echo begun; mkdir /w; hostname >/w/index.html; exec httpd -f -p 80 -h /w")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[TestCluster]:
+    with nodes_behind_nat("nat") as playground:
+        yield playground
+
+
+@pytest.fixture
+def m1(cluster: TestCluster) -> Iterator[TestNode]:
+    node = cluster.node("m1")
+    yield node
+    remove_services(node)
+
+
+def doctor(m1: TestNode) -> Mapping[tuple[str, str], Mapping[str, Any]]:
+    """Return each path of ``skep doctor network``, by its two nodes."""
+    command = [SKEP, "--host", m1.socket, "doctor", "network", "-o", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return {
+        (node["Hostname"], path["Peer"]): path
+        for node in json.loads(done.stdout)
+        for path in node["Paths"]
+        if path["PeerID"] != node["ID"]
+    }
+
+
+def wait_connected(m1: TestNode) -> None:
+    def are_well() -> bool:
+        found = doctor(m1)
+        findings = [one for path in found.values() for one in path["Findings"]]
+        return len(found) >= 5 * 4 and not any(one["Failing"] for one in findings)
+
+    wait_until(are_well, "every node reaches every other", within_s=60)
+
+
+def serve(m1: TestNode, name: str, host: str, *networks: str) -> None:
+    """Run a web server on one node."""
+    words = [word for network in networks for word in ("--network", network)]
+    constraint = f"node.hostname=={host}"
+    m1.docker(
+        "service", "create", "--detach", "--name", name, *words, "--constraint", constraint, IMAGE, *SERVE
+    )
+    wait_running(m1, name, 1)
+
+
+def in_task(cluster: TestCluster, host: str, service: str, *command: str) -> str:
+    """Run a command in the namespace of the service's container on a node, without the session of that node."""
+    (pid,) = container_pids(cluster.node(host), service).values()
+    words = ["nsenter", "-t", str(pid), "-n", *command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def fetches(cluster: TestCluster, host: str, service: str, name: str) -> bool:
+    """Return whether a task gets a page of a service by its name, which leads to the virtual address."""
+    listed = in_task(cluster, host, service, "busybox", "nslookup", name, "127.0.0.11")
+    addresses = [line.split()[-1] for line in listed.splitlines() if line.startswith("Address")][1:]
+    return bool(addresses) and bool(
+        in_task(cluster, host, service, "curl", "-s", "-m", "3", f"http://{addresses[0]}/")
+    )
+
+
+def test_managers_find_out_which_nodes_are_behind_nat(cluster: TestCluster, m1: TestNode) -> None:
+    wait_connected(m1)
+    nodes = nodes_by_name(m1)
+    assert nodes["w1"]["Status"]["Addr"] == OUTSIDE["101"]
+    assert nodes["w2"]["Status"]["Addr"] == OUTSIDE["102"]
+    ways = {pair: path["Way"] for pair, path in doctor(m1).items()}
+    assert ways["m1", "w3"] == ways["w3", "m1"] == "direct"
+    assert ways["m1", "w1"] == ways["w1", "m1"] == ways["w3", "w2"] == "tunnel"
+    assert ways["w1", "w4"] == "tunnel", "they are behind the same NAT"
+    assert ways["w1", "w2"] == ways["w2", "w1"]
+    assert ways["w1", "w2"] in ("relay m1", "relay w3")
+
+
+@pytest.mark.parametrize("encryption", [(), ("--opt", "encrypted")], ids=["plain", "encrypted"])
+def test_tasks_behind_nat_reach_others_and_are_reached(
+    cluster: TestCluster, m1: TestNode, encryption: tuple[str, ...]
+) -> None:
+    network = f"net{len(encryption)}"
+    wait_connected(m1)
+    m1.docker("network", "create", "-d", "overlay", *encryption, network)
+    hosts = ("m1", "w1", "w2", "w4")
+    for host in hosts:
+        serve(m1, f"on-{host}", host, network)
+    for source in hosts:
+        for target in hosts:
+            wait_until(
+                lambda source=source, target=target: fetches(cluster, source, f"on-{source}", f"on-{target}"),
+                f"{source} gets a page of {target}",
+            )
+    assert "begun" in m1.docker("service", "logs", "on-w1").stdout
+
+
+def test_each_node_serves_ports_of_tasks_behind_nat(cluster: TestCluster, m1: TestNode) -> None:
+    wait_connected(m1)
+    publish = ("--publish", "8080:80", "--constraint", "node.hostname==w1")
+    m1.docker("service", "create", "--detach", "--name", "shown", *publish, IMAGE, *SERVE)
+    wait_running(m1, "shown", 1)
+    for host in ("m1", "w1", "w2", "w3"):
+        url = "http://127.0.0.1:8080/"
+        wait_until(lambda host=host, url=url: _page(cluster.node(host), url), f"{host} serves the port")
+
+
+def _page(node: TestNode, url: str) -> bool:
+    try:
+        return bool(in_network_of(node, "curl", "-s", "-m", "3", url))
+    except AssertionError:
+        return False
+
+
+def test_other_ports_of_a_node_behind_nat_are_reached_by_its_address_in_the_tunnels(
+    cluster: TestCluster, m1: TestNode
+) -> None:
+    """The port for images, from a node that others reach and from one behind another NAT."""
+    wait_connected(m1)
+    address = tunnel_address(NodeId(nodes_by_name(m1)["w1"]["ID"]))
+    for host in ("m1", "w2"):
+        in_network_of(cluster.node(host), sys.executable, "-c", CONNECT, address)
+
+
+def test_a_lost_relay_is_replaced(cluster: TestCluster, m1: TestNode) -> None:
+    wait_connected(m1)
+    m1.docker("node", "update", "--label-add", "skep.relay=true", "w3")
+    wait_until(lambda: doctor(m1)["w1", "w2"]["Way"] == "relay w3", "w3 relays")
+    m1.docker("network", "create", "-d", "overlay", "relayed")
+    serve(m1, "here", "w1", "relayed")
+    serve(m1, "there", "w2", "relayed")
+    (task,) = running(m1, "there")
+    address = task["NetworksAttachments"][0]["Addresses"][0].partition("/")[0]
+
+    def arrives() -> bool:
+        return bool(in_task(cluster, "w1", "here", "busybox", "ping", "-c", "1", "-W", "1", address))
+
+    wait_until(arrives, "packets pass the relay")
+    cluster.skep("cut", "w3")
+    try:
+        wait_until(lambda: not arrives(), "the relay is lost")
+        began = time.monotonic()
+        wait_until(arrives, "another relay has taken over", within_s=TAKEN_OVER_WITHIN_S)
+        print(f"taken over after {time.monotonic() - began:.1f} s")
+    finally:
+        cluster.skep("reconnect", "w3")
+        m1.docker("node", "update", "--label-rm", "skep.relay", "w3")
+
+
+def test_a_restarted_node_process_interrupts_nothing(cluster: TestCluster, m1: TestNode) -> None:
+    wait_connected(m1)
+    m1.docker("network", "create", "-d", "overlay", "kept")
+    serve(m1, "near", "m1", "kept")
+    serve(m1, "far", "w1", "kept")
+    (task,) = running(m1, "far")
+    address = task["NetworksAttachments"][0]["Addresses"][0].partition("/")[0]
+    command = ("busybox", "ping", "-c", "1", "-W", "1", address)
+    wait_until(lambda: bool(in_task(cluster, "m1", "near", *command)), "packets arrive")
+    w1 = cluster.node("w1")
+    before = w1.pids("wireguard-go")
+    w1.kill(w1.pids("skep-node")[0])
+    lost = 0
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        lost += not in_task(cluster, "m1", "near", *command)
+    assert lost == 0
+    assert w1.pids("wireguard-go") == before
+
+
+CONNECT = """
+import socket, sys
+socket.create_connection((sys.argv[1], 2374), timeout=3).close()
+"""
+SEND = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as own:
+    own.bind((sys.argv[1], 0))
+    own.sendto(sys.argv[1].encode(), (sys.argv[2], 7001))
+"""
+RECEIVE = """
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as own:
+    own.bind(("0.0.0.0", 7001))
+    print("listening", flush=True)
+    while True:
+        print(own.recv(100).decode(), flush=True)
+"""
+
+
+def test_no_machine_sends_as_a_node_behind_nat_outside_of_the_tunnels(
+    cluster: TestCluster, m1: TestNode
+) -> None:
+    """w3 is on the same network as m1, and gives itself the address of w1."""
+    wait_connected(m1)
+    stolen = tunnel_address(NodeId(nodes_by_name(m1)["w1"]["ID"]))
+    w3, target = cluster.node("w3"), m1.description["addr"]
+    words = ["nsenter", f"--net={m1.description['netns']}", sys.executable, "-c", RECEIVE]
+    in_network_of(w3, "ip", "address", "add", f"{stolen}/32", "dev", "lo")
+    try:
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as receiver:
+            assert receiver.stdout is not None
+            assert receiver.stdout.readline() == "listening\n"
+            in_network_of(w3, sys.executable, "-c", SEND, stolen, target)
+            in_network_of(w3, sys.executable, "-c", SEND, w3.description["addr"], target)
+            assert receiver.stdout.readline() == f"{w3.description['addr']}\n", "only the honest one arrives"
+            receiver.kill()
+    finally:
+        in_network_of(w3, "ip", "address", "delete", f"{stolen}/32", "dev", "lo")
