@@ -73,7 +73,9 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
         lacking = [
             task
             for task in wanted
-            if image_of(task) not in HOPELESS and not _is_satisfied(task, service, view)
+            if image_of(task) not in HOPELESS
+            and not _is_satisfied(task, service, view)
+            and not _is_prepared_beside(slots[task.slot or task.node_id], task)
         ]
         if lacking:
             yield f"{service.id}: {[task.id for task in lacking]} do not run, its update is paused"
@@ -111,17 +113,23 @@ def _waits_for_its_turn(
     """Return whether a slot has a running task and prepared successors, and the update may stop no further slot.
 
     The slots that the update may stop have no running task, because no node can take their new tasks.  A scale-up may
-    have created these slots.  A successor stays pending if the running task holds something that it needs.
+    have created these slots.
     """
     others = [task for task in slot if not _runs(task)]
-    are_prepared = all(
-        task.desired_state is TaskState.READY and task.status.state in (TaskState.PENDING, TaskState.READY)
-        for task in others
-    )
+    are_prepared = all(_is_prepared_beside(slot, task) for task in others)
     idle = [
         one for one in slots.values() if any(task in waiting for task in one) and not any(map(_runs, one))
     ]
     return len(others) < len(slot) and are_prepared and 0 < config_of(service).parallelism <= len(idle)
+
+
+def _is_prepared_beside(slot: Slot, task: Task) -> bool:
+    """Return whether ``task`` is prepared while a task of its slot runs, or waits for something that this one holds."""
+    is_prepared = task.desired_state is TaskState.READY and task.status.state in (
+        TaskState.PENDING,
+        TaskState.READY,
+    )
+    return is_prepared and any(map(_runs, slot))
 
 
 def _crowded(service: Service, wanted: Iterable[Task]) -> Iterable[str]:

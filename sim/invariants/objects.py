@@ -13,9 +13,10 @@ from skep.model.service import Service, TaskSpec
 from skep.model.task import Task
 from skep.store.interface import Deleted, Updated, View
 
-WRITES_MAX = 60
+WRITES_MAX = 150
 """Maximum writes of one object within a second.  A task takes ten steps in its whole life.  A volume with a single
-writer takes eight for each of several tasks whose nodes reject them one after the other.
+writer takes eight for each task that its node rejects, and each of five nodes may reject three at once before the delay
+between attempts grows.
 """
 
 

@@ -325,6 +325,15 @@ def test_a_pending_successor_waits_for_its_turn_while_the_update_may_stop_no_fur
     assert [one[:32] for one in reported] == ([] if is_settled else ["slot 1 of web does not run app:1"])
 
 
+def test_a_paused_update_leaves_a_successor_that_waits_for_its_predecessor():
+    spec = a_service_spec("web", replicas=1, image="app:1")
+    paused = UpdateStatus(state=UpdateState.PAUSED)
+    old = a_task("t1", node=W1, state=RUNNING, image="app:0")
+    new = a_task("t2", state=PENDING, desired=TaskState.READY, image="app:1")
+    assert lacking(spec, old, new, update_status=paused) == []
+    assert lacking(spec, new, update_status=paused) == ["web: ['t2'] do not run, its update is paused"]
+
+
 def test_a_prepared_task_does_not_wait_for_its_turn_without_a_slot_that_is_out_of_service() -> None:
     spec = a_service_spec("web", replicas=1, update=UpdateConfig(parallelism=1), image="app:1")
     old = a_task("t1", node=W1, state=RUNNING, image="app:0")
