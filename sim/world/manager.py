@@ -225,6 +225,7 @@ class SimulatedManager:
             confirm=term.confirm,
             collect_usages=usages.collect,
             ask=self._network.ask,
+            ask_doors=self._network.ask_doors,
             publish_answers=self.dispatcher.measured.publish,
             send=self._network.notify,
         )

@@ -273,6 +273,23 @@ def test_an_idle_service_has_no_task_and_each_request_is_served_whatever_happens
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_a_websocket_that_begins_right_before_the_last_task_would_end_keeps_it(seed: int) -> None:
+    with SimulatedCluster(workers=3, seed=seed) as cluster:
+        with_door(cluster)
+        door = cluster.nodes[sorted(cluster.workers)[0]].door
+        for _ in range(8):
+            cluster.run_for(cluster.random.uniform(IDLE_S, IDLE_S + PERIOD_S))
+            if not replicas(cluster):
+                ask(cluster, sorted(cluster.workers)[1])
+                continue
+            door.open.add(ServiceId("web"))
+            cluster.run_for(2 * PERIOD_S)
+            assert replicas(cluster) == 1, "no report has the WebSocket yet"
+            door.open.clear()
+            door.request(ServiceId("web"), is_served=True)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_silent_door_keeps_the_last_task_until_its_node_is_down(seed: int) -> None:
     with SimulatedCluster(workers=3, seed=seed) as cluster:
         with_door(cluster)

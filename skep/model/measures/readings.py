@@ -11,6 +11,14 @@ from skep.model.values.ids import NodeId, ServiceId, TaskId
 
 VALID_S: Final = 45.0
 """Seconds for which an answer counts.  Queries are asked every 15 seconds, so two of them may fail."""
+IdleTimes = Mapping[ServiceId, float]
+"""Seconds without a request at the front door, for the services of which they are known."""
+IdleReports = Mapping[NodeId, IdleTimes]
+"""The idle times that each node reports."""
+DOOR_IDLE: Final = "/door/idle"
+"""Path at which a node tells managers the idle times of services that it reads at that moment."""
+IDLE_BYTES_MAX: Final = 64 << 10
+"""Largest response.  It has at most 500 services."""
 _RATE_MAX: Final = 1e9
 """No proxy has as many requests, so a report of more is ignored."""
 
@@ -52,4 +60,4 @@ class ScalingMeasurements(msgspec.Struct, frozen=True, kw_only=True):
     usages: Mapping[TaskId, TaskUsage] = {}
     requests: Mapping[ServiceId, Mapping[NodeId, ServiceRequests]] = {}
     answers: Mapping[ServiceId, Mapping[str, QueryAnswer]] = {}
-    idle: Mapping[NodeId, Mapping[ServiceId, float]] = {}
+    idle: IdleReports = {}
