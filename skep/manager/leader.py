@@ -66,6 +66,7 @@ class Leader:
         """Run the control loops for one term.  Returns early if a write showed that the term is over."""
         config, store, clock, new_id, random = self._environment
         member, channel_to = self._member, self._link.channel
+        questions = NodeQuestions(self._tunnels, store.view, random)
         try:
             async with asyncio.TaskGroup() as group:
                 managers = ManagerReconciler(
@@ -87,8 +88,8 @@ class Leader:
                     find_driver=Drivers(config.paths.csi_sockets, clock).get,
                     confirm=term.confirm,
                     collect_usages=self._observation.usages.collect,
-                    ask=QueryClient(store.view).ask,
-                    ask_doors=NodeQuestions(self._tunnels, store.view).ask_doors,
+                    ask=QueryClient(store.view, run_command=questions.run_command).ask,
+                    ask_doors=questions.ask_doors,
                     publish_answers=self._observation.publish_answers,
                     collect_requests=self._observation.usages.collect_requests,
                     counts=self._observation.autoscaling,

@@ -28,7 +28,8 @@ from skep.api.http.server import application, json_response, read_json, runner
 from skep.dataplane.door.listener import FrontDoor
 from skep.dataplane.netns.kernel.namespaces import inside
 from skep.engine.api.containers import container_routes
-from skep.engine.containers.container import Container
+from skep.engine.containers.container import Container, StandardStream
+from skep.engine.containers.limited_execs import LimitedExecs
 from skep.engine.engine import Engine
 from skep.errors import (
     FailedPrecondition,
@@ -38,7 +39,8 @@ from skep.errors import (
     Unavailable,
     reason_of,
 )
-from skep.model.measures.readings import DOOR_IDLE
+from skep.model.measures.queries import COMMAND_S, LINE_CHARACTERS_MAX
+from skep.model.measures.readings import DOOR_IDLE, QueueLine
 from skep.model.options.labels import LABEL_TASK_ID
 from skep.model.values.times import SECOND_NS
 from skep.node.events import NodeEvents, gap_in_place_of
@@ -52,6 +54,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 CONNECT_S_MAX = 5.0
 """Seconds to connect to a node of the cluster."""
 EVENTS = "/events"
+LENGTH = "/containers/{id}/length"
 EVENT_BYTES_MAX = 128 << 10
 """Longest event in bytes, because managers do not accept much longer ones.  Labels and command lines can be long."""
 _LOOPBACK = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
@@ -67,6 +70,9 @@ class TaskContainers:
         self._engine = engine
         self._events = events
         self._door = door
+        self._commands = LimitedExecs(engine.execs, "command for a queue's length")
+        self._commanded: set[str] = set()
+        """Containers in which a command runs."""
         self._servers: dict[bool, web.Server] = {}
         """HTTP servers for administrators (True) and for other users (False), as authenticated by the manager."""
 
@@ -99,7 +105,34 @@ class TaskContainers:
             if isinstance(route, web.RouteDef) and (route.method, route.path) in REACHABLE
         ]
         of_node = web.get(EVENTS, self._stream_events), web.get(DOOR_IDLE, self._read_idle)
-        return [*of_containers, *of_node]
+        return [*of_containers, *of_node, web.post(LENGTH, self._read_length)]
+
+    async def _read_length(self, request: web.Request) -> web.StreamResponse:
+        """Run a command in a container for autoscaling, with the rights of a user below administrator.
+
+        Returns its exit code and the first line of its output.
+        """
+        container = self._engine.get(request.match_info["id"])
+        kind = forwarded("POST", "/containers/{id}/exec")
+        if why := why_not(kind, {}, container.labels, ExecRequest()):
+            raise PermissionDenied(why)
+        wanted = await read_json(request, ExecRequest)
+        if container.id in self._commanded:
+            raise Unavailable(
+                "another command for a queue's length still runs in the container: it is retried"
+            )
+        self._commanded.add(container.id)
+        output = bytearray()
+        try:
+            code = await self._commands.run(
+                container.id, wanted.cmd, COMMAND_S, output, (StandardStream.STDOUT,)
+            )
+        except TimeoutError:
+            raise Unavailable(f"its command took longer than {COMMAND_S:g} s: let it end sooner") from None
+        finally:
+            self._commanded.discard(container.id)
+        line = output.decode(errors="replace").strip().partition("\n")[0][:LINE_CHARACTERS_MAX]
+        return json_response(QueueLine(exit_code=code, line=line))
 
     async def _read_idle(self, _: web.Request) -> web.StreamResponse:
         """Return the seconds without a request at the front door, by service, from a reading of this moment."""

@@ -250,7 +250,7 @@ async def test_the_leader_asks_the_doors_of_nodes_for_what_they_read_now(
 ) -> None:
     door, pair = Door(), await a_worker(cluster, tmp_path)
     access = TaskContainers(cast("Any", OneContainer()), NodeEvents(SystemClock()), cast("Any", door))
-    questions = NodeQuestions(cast("Any", cluster).tunnels, cluster.store.view)
+    questions = NodeQuestions(cast("Any", cluster).tunnels, cluster.store.view, Random(1))
     peers = [KnownManager(MANAGER_ID, cluster.address)]
     async with an_agent_of(peers, pair, tmp_path, FakeWorker(), Random(1), containers=access) as agent:
         await until(lambda: agent.node_id in cast("Any", cluster).tunnels.streams)

@@ -9,6 +9,7 @@ from sim.cluster import SimulatedCluster
 from sim.faults.damping import pass_time
 from sim.users.random_specs import with_image
 from skep.manager.autoscaling.decision import PERIOD_S
+from skep.model.options.autoscaling import with_replicas
 from skep.model.service import GlobalService, ServiceMode, ServiceSpec
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId
@@ -197,6 +198,31 @@ def test_a_failed_query_is_no_problem_of_a_service_without_autoscaling() -> None
         cluster.run_until(lambda: bool(problem()), within_s=180.0)
         cluster.update("web", lambda spec: replace(spec, labels={}))
         cluster.run_until(lambda: not problem(), within_s=3 * PERIOD_S)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_command_decides_while_a_task_of_its_service_runs(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=2, seed=seed) as cluster:
+        cluster.network.figure = lambda asked, now: 60.0 if asked.query.command else None
+        command = {"queue.exec": "llen jobs", "queue.exec-in": "queue", "queue_target": "20"}
+        cluster.create(queried(1, 6, **command))
+        cluster.run_until(lambda: bool(problem_of(cluster)), within_s=180.0)
+        assert "services without a stack has no service queue" in problem_of(cluster)
+        assert replicas(cluster) == 1
+        cluster.create(replace(a_service_spec(replicas=1), name="queue"))
+        cluster.run_until(lambda: replicas(cluster) == 3 and not problem_of(cluster), within_s=180.0)
+        cluster.update("queue", lambda spec: with_replicas(spec, 0))
+        cluster.network.figure = lambda asked, now: 0.0
+        pass_time(cluster, 300.0)
+        assert replicas(cluster) == 3, "an unknown length removes no task"
+        assert "no task of service queue runs" in problem_of(cluster)
+        cluster.check_invariants()
+
+
+def problem_of(cluster: SimulatedCluster) -> str:
+    service = cluster.service("web")
+    assert service is not None
+    return service.autoscaling_problem
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -182,7 +182,7 @@ class AutoscalerState:
                 continue
             trusted, stack = trusted_of(view, service).queries, stack_of_service(service)
             for name, one in scaling.queries.items():
-                found[id, name] = AskedQuery(one.query, one.query in trusted, stack)
+                found[id, name] = AskedQuery(one.query, one.query in trusted, stack, service_id=id)
         return found
 
     def _note_task(self, task: Task) -> None:

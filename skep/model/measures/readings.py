@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 
 from skep.model.options.autoscaling import TaskUsage
+from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 
 VALID_S: Final = 45.0
@@ -33,6 +34,13 @@ class ServiceRequests(msgspec.Struct, frozen=True, kw_only=True):
     def is_plausible(self) -> bool:
         """Return whether a proxy can have that many.  Nodes are not trusted, and may report any number."""
         return all(isfinite(one) and 0 <= one <= _RATE_MAX for one in (self.in_flight, self.per_second))
+
+
+class QueueLine(ApiObject):
+    """Exit code of a command that reads a queue's length, and the first line of its output."""
+
+    exit_code: int = always(0)
+    line: str = always("")
 
 
 class QueryAnswer(msgspec.Struct, frozen=True, kw_only=True):
