@@ -42,7 +42,7 @@ _HEAD_BYTES_MAX: Final = 16 << 10
 """Largest head of a response.  Nodes send some hundred bytes."""
 
 AskDoors = Callable[[Collection[NodeId]], Awaitable[IdleReports]]
-"""Returns the idle times that nodes read now, within seconds, from those that answer."""
+"""Returns the idle times that nodes read now, within seconds.  Nodes without an answer are left out."""
 
 
 async def ask_no_doors(nodes: Collection[NodeId]) -> IdleReports:
