@@ -12,7 +12,7 @@ The same seed gives the same run, to the last commit.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from itertools import combinations
@@ -160,6 +160,7 @@ class SimulatedCluster:
         self.certificates = Certificates()
         """The certificates of all machines, in a cluster with storage."""
         self.network.accepts = self._trust_each_other
+        self.network.idle_at = self._idle_at
         self.renew: Callable[[NodeId], None] = lambda _: None
         """Called when a manager orders a node to renew its certificate."""
         self._skew = skew
@@ -316,6 +317,10 @@ class SimulatedCluster:
 
     def _stored_on(self, id: NodeId) -> Stored:
         return set(self.nodes[id].slot_volumes) if id in self.nodes else set()
+
+    def _idle_at(self, id: NodeId) -> Mapping[ServiceId, float] | None:
+        node = self.nodes.get(id)
+        return node.door.idle() if node is not None and node.has_session else None
 
     def _nano_cpus_of(self, task: Task) -> int | None:
         return self.nano_cpus(task)

@@ -525,7 +525,10 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
             "forgotten, the oldest first",
         ),
         Limit(
-            "output kept of a health check", "skep.engine.containers.health:OUTPUT_BYTES_MAX", "cut", "bytes"
+            "output kept of a health check",
+            "skep.engine.containers.limited_execs:OUTPUT_BYTES_MAX",
+            "cut",
+            "bytes",
         ),
         Limit("bridge networks of a node", "skep.dataplane.local.networks:_BRIDGES_MAX", "refused"),
     ),

@@ -29,6 +29,8 @@ from skep.manager.manager_status import ManagerStatusWriter
 from skep.manager.membership.consensus import Consensus
 from skep.manager.membership.loop import ManagerReconciler
 from skep.manager.peer_reports import PeerReports
+from skep.manager.queries.board import AskedQuery
+from skep.manager.queries.node_questions import commanded_service, commanded_tasks
 from skep.manager.storage.keys import StoreKeys, WrappingKeys
 from skep.manager.storage.store_space import StoreSpace
 from skep.manager.telemetry.task_usages import TaskUsages
@@ -224,7 +226,8 @@ class SimulatedManager:
             find_driver=self._find_driver or no_drivers,
             confirm=term.confirm,
             collect_usages=usages.collect,
-            ask=self._network.ask,
+            ask=self._ask,
+            ask_doors=self._network.ask_doors,
             publish_answers=self.dispatcher.measured.publish,
             send=self._network.notify,
         )
@@ -246,6 +249,13 @@ class SimulatedManager:
                     task.cancel()
         finally:
             self.loops = ()
+
+    async def _ask(self, asked: AskedQuery) -> float:
+        if asked.query.command:
+            assert self.store is not None, "it leads"
+            view = self.store.view()
+            commanded_tasks(view, commanded_service(view, asked))
+        return await self._network.ask(asked)
 
     def _visit(self, number: int) -> None:
         self.visited += number

@@ -7,7 +7,7 @@ their listener.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +21,7 @@ from skep.manager.notify.outbox import Send, skip_sending
 from skep.manager.notify.records import Target
 from skep.manager.queries.board import AskedQuery
 from skep.model.measures.queries import QueryFailed
+from skep.model.measures.readings import IdleReports, IdleTimes
 from skep.model.values.ids import NodeId
 from skep.rpc.errors import from_status
 from skep.rpc.status import CallFailed
@@ -137,6 +138,8 @@ class Network:
         """Additional latency of a machine's messages, in seconds."""
         self.accepts: Callable[[Machine, Machine], bool] = lambda source, target: True
         """Whether both ends of a new connection trust each other's certificates."""
+        self.idle_at: Callable[[NodeId], IdleTimes | None] = lambda _: None
+        """Returns the idle times at a node's front door, or None if the node does not answer."""
         self.figure: Callable[[AskedQuery, float], float | None] = steady_figure
         """Returns the figure of a query at a time, or None if it fails."""
         self.receive_notification: Send = skip_sending
@@ -149,6 +152,11 @@ class Network:
     async def notify(self, target: Target, message: messages.Message) -> str:
         """Deliver a notification to the present receiver."""
         return await self.receive_notification(target, message)
+
+    async def ask_doors(self, nodes: Collection[NodeId]) -> IdleReports:
+        """Return the idle times at the front doors of nodes that a manager asks."""
+        await asyncio.sleep(2 * self.latency_s)
+        return {id: found for id in nodes if (found := self.idle_at(id)) is not None}
 
     async def ask(self, asked: AskedQuery) -> float:
         """Answer a query of a manager."""

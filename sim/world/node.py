@@ -258,6 +258,8 @@ class SimulatedDoor:
         self.held = SimulatedHeld()
         self.requested_at: dict[ServiceId, float] = {}
         """When each known service last had a request."""
+        self.open: set[ServiceId] = set()
+        """Services with an open WebSocket."""
 
     def request(self, id: ServiceId, *, is_served: bool) -> None:
         """Note a request, which is held unless a task serves it."""
@@ -286,7 +288,8 @@ class SimulatedDoor:
     def idle(self) -> Mapping[ServiceId, float]:
         """Return the seconds without a request."""
         now = self._clock.monotonic()
-        return {id: 0.0 if id in self.held.waiting else now - at for id, at in self.requested_at.items()}
+        used = self.open.union(self.held.waiting)
+        return {id: 0.0 if id in used else now - at for id, at in self.requested_at.items()}
 
 
 class SimulatedUsages:

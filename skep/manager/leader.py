@@ -15,9 +15,11 @@ from skep.manager.journal.loop import Journal
 from skep.manager.link.loop import ManagerLink
 from skep.manager.manager_status import ManagerStatusWriter
 from skep.manager.membership.loop import ManagerReconciler
+from skep.manager.nodes.tunnels import NodeTunnels
 from skep.manager.notify.sending import MessageSender
 from skep.manager.observation import ManagerObservation
 from skep.manager.queries.asking import QueryClient
+from skep.manager.queries.node_questions import NodeQuestions
 from skep.manager.store_member import StoreMember
 from skep.store.interface import NotLeader, Term
 
@@ -35,6 +37,7 @@ class Leader:
         status: ManagerStatusWriter,
         observation: ManagerObservation,
         journal: Journal,
+        tunnels: NodeTunnels,
     ) -> None:
         self._environment = environment
         self._link = link
@@ -42,6 +45,7 @@ class Leader:
         self._status = status
         self._observation = observation
         self._journal = journal
+        self._tunnels = tunnels
         self._authority = AuthorityCalls(DnsHook(environment.config.acme_dns_hook))
 
     async def run(self) -> None:
@@ -62,6 +66,7 @@ class Leader:
         """Run the control loops for one term.  Returns early if a write showed that the term is over."""
         config, store, clock, new_id, random = self._environment
         member, channel_to = self._member, self._link.channel
+        questions = NodeQuestions(self._tunnels, store.view, random)
         try:
             async with asyncio.TaskGroup() as group:
                 managers = ManagerReconciler(
@@ -83,7 +88,8 @@ class Leader:
                     find_driver=Drivers(config.paths.csi_sockets, clock).get,
                     confirm=term.confirm,
                     collect_usages=self._observation.usages.collect,
-                    ask=QueryClient(store.view).ask,
+                    ask=QueryClient(store.view, run_command=questions.run_command).ask,
+                    ask_doors=questions.ask_doors,
                     publish_answers=self._observation.publish_answers,
                     collect_requests=self._observation.usages.collect_requests,
                     counts=self._observation.autoscaling,

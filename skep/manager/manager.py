@@ -83,7 +83,13 @@ class Manager:
         )
         self._journal = Journal(store, own, clock, random)
         self._leader = Leader(
-            environment, self._link, self._member, self._status, self._observation, self._journal
+            environment,
+            self._link,
+            self._member,
+            self._status,
+            self._observation,
+            self._journal,
+            self._nodes.tunnels,
         )
 
     async def run(self) -> None:

@@ -1,5 +1,5 @@
 """Lets managers reach the containers of this node's tasks through tunnels: for some Engine API requests, and for TCP
-ports. Managers also read the events of this node's containers, images and volumes.
+ports. Managers also read the events of this node's containers, images and volumes, and idle times at its front door.
 
 Requests are answered by a separate application that has only these routes.  A request must be about the container that
 the manager named for the tunnel, and this container must belong to the named task.
@@ -24,10 +24,12 @@ from skep.api.formats.filters import Filters
 from skep.api.formats.timestamps import period_of
 from skep.api.http.connection import Connection
 from skep.api.http.framing import parse_request, path_of
-from skep.api.http.server import application, read_json, runner
+from skep.api.http.server import application, json_response, read_json, runner
+from skep.dataplane.door.listener import FrontDoor
 from skep.dataplane.netns.kernel.namespaces import inside
 from skep.engine.api.containers import container_routes
-from skep.engine.containers.container import Container
+from skep.engine.containers.container import Container, StandardStream
+from skep.engine.containers.limited_execs import LimitedExecs
 from skep.engine.engine import Engine
 from skep.errors import (
     FailedPrecondition,
@@ -37,6 +39,8 @@ from skep.errors import (
     Unavailable,
     reason_of,
 )
+from skep.model.measures.queries import COMMAND_S, LINE_CHARACTERS_MAX
+from skep.model.measures.readings import DOOR_IDLE, QueueLine
 from skep.model.options.labels import LABEL_TASK_ID
 from skep.model.values.times import SECOND_NS
 from skep.node.events import NodeEvents, gap_in_place_of
@@ -50,6 +54,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 CONNECT_S_MAX = 5.0
 """Seconds to connect to a node of the cluster."""
 EVENTS = "/events"
+LENGTH = "/containers/{id}/length"
 EVENT_BYTES_MAX = 128 << 10
 """Longest event in bytes, because managers do not accept much longer ones.  Labels and command lines can be long."""
 _LOOPBACK = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
@@ -61,9 +66,13 @@ _SUBJECT = re.compile(r"/(?P<kind>containers|exec)/(?P<id>[0-9a-f]+)/[a-z]+")
 class TaskContainers:
     """Implements ``agent.tunnels.ContainerAccess`` for the containers of ``engine``."""
 
-    def __init__(self, engine: Engine, events: NodeEvents) -> None:
+    def __init__(self, engine: Engine, events: NodeEvents, door: FrontDoor) -> None:
         self._engine = engine
         self._events = events
+        self._door = door
+        self._commands = LimitedExecs(engine.execs, "command for a queue's length")
+        self._commanded: set[str] = set()
+        """Containers in which a command runs."""
         self._servers: dict[bool, web.Server] = {}
         """HTTP servers for administrators (True) and for other users (False), as authenticated by the manager."""
 
@@ -95,7 +104,40 @@ class TaskContainers:
             for route in container_routes(self._engine, self._events.clock)
             if isinstance(route, web.RouteDef) and (route.method, route.path) in REACHABLE
         ]
-        return [*of_containers, web.get(EVENTS, self._stream_events)]
+        of_node = web.get(EVENTS, self._stream_events), web.get(DOOR_IDLE, self._read_idle)
+        return [*of_containers, *of_node, web.post(LENGTH, self._read_length)]
+
+    async def _read_length(self, request: web.Request) -> web.StreamResponse:
+        """Run a command in a container for autoscaling, with the rights of a user below administrator.
+
+        Returns its exit code and the first line of its output.
+        """
+        container = self._engine.get(request.match_info["id"])
+        kind = forwarded("POST", "/containers/{id}/exec")
+        if why := why_not(kind, {}, container.labels, ExecRequest()):
+            raise PermissionDenied(why)
+        wanted = await read_json(request, ExecRequest)
+        if container.id in self._commanded:
+            raise Unavailable(
+                "another command for a queue's length still runs in the container: it is retried"
+            )
+        self._commanded.add(container.id)
+        output = bytearray()
+        try:
+            code = await self._commands.run(
+                container.id, wanted.cmd, COMMAND_S, output, (StandardStream.STDOUT,)
+            )
+        except TimeoutError:
+            raise Unavailable(f"its command took longer than {COMMAND_S:g} s: let it end sooner") from None
+        finally:
+            self._commanded.discard(container.id)
+        line = output.decode(errors="replace").strip().partition("\n")[0][:LINE_CHARACTERS_MAX]
+        return json_response(QueueLine(exit_code=code, line=line))
+
+    async def _read_idle(self, _: web.Request) -> web.StreamResponse:
+        """Return the seconds without a request at the front door, by service, from a reading of this moment."""
+        await self._door.read_statistics()
+        return json_response(self._door.idle())
 
     async def _stream_events(self, request: web.Request) -> web.StreamResponse:
         """Stream events (see ``NodeEvents.follow``).
@@ -148,7 +190,7 @@ class TaskContainers:
         port.
         """
         if not (request.task_id or request.container_id):
-            self._check_events(bytes(request.head))
+            self._check_node(bytes(request.head))
         else:
             container = self._container(request)
             if not request.head:
@@ -169,10 +211,10 @@ class TaskContainers:
         connection.transport.write(bytes(request.head))
         return connection
 
-    def _check_events(self, head: bytes) -> None:
-        """Check that the request is for events.  Raises: PermissionDenied; Malformed."""
+    def _check_node(self, head: bytes) -> None:
+        """Check that the request is one about the node.  Raises: PermissionDenied; Malformed."""
         request = parse_request(head)
-        if (request.method, path_of(request.target)) != ("GET", EVENTS):
+        if request.method != "GET" or path_of(request.target) not in (EVENTS, DOOR_IDLE):
             raise PermissionDenied("the request does not name a container")
 
     def _container(self, request: skep.TunnelRequest) -> Container:
@@ -212,9 +254,11 @@ def parse_age(text: str) -> int:
     return int(text) * SECOND_NS
 
 
-def tunnel_host(engine: Engine | None, events: NodeEvents, connect: ConnectToManager) -> TunnelHost | None:
+def tunnel_host(
+    engine: Engine | None, events: NodeEvents, door: FrontDoor, connect: ConnectToManager
+) -> TunnelHost | None:
     """Return the tunnels of a node, or None for a node without containers."""
-    return TunnelHost(TaskContainers(engine, events), connect) if engine is not None else None
+    return TunnelHost(TaskContainers(engine, events, door), connect) if engine is not None else None
 
 
 async def _connect_to_port(container: Container, port: int) -> Connection:

@@ -81,7 +81,7 @@ async def cluster() -> AsyncIterator[Any]:
 @asynccontextmanager
 async def a_node(cluster: Any, directory: Any, pair: Any, events: NodeEvents) -> AsyncIterator[NodeId]:
     """Its agent, as long as the block runs."""
-    access = TaskContainers(cast("Any", OneContainer()), events)
+    access = TaskContainers(cast("Any", OneContainer()), events, cast("Any", None))
     peers = [KnownManager(MANAGER_ID, cluster.address)]
     async with an_agent_of(peers, pair, directory, FakeWorker(), Random(1), containers=access) as agent:
         await until(lambda: agent.node_id in cluster.tunnels.streams)
@@ -325,7 +325,7 @@ async def test_nodes_that_cannot_be_read_are_named(cluster, node):
 
 
 async def test_a_tunnel_without_a_container_leads_to_the_events_only(events):
-    access = TaskContainers(cast("Any", OneContainer()), events)
+    access = TaskContainers(cast("Any", OneContainer()), events, cast("Any", None))
     for target in ("/containers/json", "/events/x", "/skep/events"):
         request = skep.TunnelRequest(head=f"GET {target} HTTP/1.0\r\n\r\n".encode())
         with pytest.raises(PermissionDenied):

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import suppress
+from typing import Any, cast
 
 import pytest
 
@@ -57,7 +58,7 @@ async def received(connection: Connection) -> bytes:
 @pytest.mark.parametrize("is_ahead", [True, False])
 async def test_a_second_request_is_not_answered(is_ahead):
     engine = OneContainer()
-    access = TaskContainers(engine, NodeEvents(SystemClock()))
+    access = TaskContainers(engine, NodeEvents(SystemClock()), cast("Any", None))
     async with access.serving():
         head, _, body = create_exec(OWN).partition(b"\r\n\r\n")
         connection = await access.connect(

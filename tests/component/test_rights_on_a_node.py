@@ -55,7 +55,7 @@ class Engine:
 
 async def answer(engine: Engine, path: str, body: Any, *, is_admin: bool) -> bytes:
     """The response to a request that a manager has forwarded."""
-    access = TaskContainers(cast("Any", engine), NodeEvents(SystemClock()))
+    access = TaskContainers(cast("Any", engine), NodeEvents(SystemClock()), cast("Any", None))
     data = msgspec.json.encode(body)
     head = f"POST {path} HTTP/1.1\r\nHost: node\r\nContent-Length: {len(data)}\r\n\r\n".encode()
     async with access.serving():

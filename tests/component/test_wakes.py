@@ -5,11 +5,12 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from msgspec.structs import replace
 
+from skep.agent.session.managers import KnownManager
 from skep.agent.session.wakes import Turns, WakeCalls
 from skep.aio.clock import SystemClock
 from skep.aio.event import Event
@@ -17,18 +18,31 @@ from skep.api.access.permissions import STACK_LABEL
 from skep.errors import NotFound, PermissionDenied, SkepError
 from skep.manager.control.quotas import set_quota
 from skep.manager.dispatcher.usages import IDLE_S_MAX, MeasuredTasks
+from skep.manager.queries.node_questions import NodeQuestions
 from skep.manager.telemetry.task_usages import TaskUsages
 from skep.model.quota import QuotaSpec
 from skep.model.service import Service
 from skep.model.task import TaskState
 from skep.model.values.ids import NodeId, ServiceId, new_id
 from skep.model.values.times import Timestamp
+from skep.node.container_access import TaskContainers
+from skep.node.events import NodeEvents
 from skep.store.level import USERS
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import ManagerChannel
+from tests.component.test_one_exchange import OneContainer
 from tests.support.builders import a_service, a_service_spec, a_task
-from tests.support.managers.wire_rig import MANAGER_ID, Cluster, a_session, a_worker, put
+from tests.support.managers.fake_worker import FakeWorker
+from tests.support.managers.wire_rig import (
+    MANAGER_ID,
+    Cluster,
+    a_session,
+    a_worker,
+    an_agent_of,
+    put,
+    until,
+)
 
 WEB = ServiceId("web")
 LABELS = {"skep.autoscale": "0..3", "skep.http": "a.example"}
@@ -216,6 +230,34 @@ async def test_idle_times_are_collected_by_node(cluster: Cluster, tmp_path: Path
         await call.send(skep.Heartbeat(session_id=session_id))
         await call.receive()
         assert (await usages.collect()).idle == {}
+
+
+class Door:
+    """A front door whose services have been idle for a minute."""
+
+    def __init__(self) -> None:
+        self.readings = 0
+
+    async def read_statistics(self) -> None:
+        self.readings += 1
+
+    def idle(self) -> dict[ServiceId, float]:
+        return {WEB: 60.0}
+
+
+async def test_the_leader_asks_the_doors_of_nodes_for_what_they_read_now(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    door, pair = Door(), await a_worker(cluster, tmp_path)
+    access = TaskContainers(cast("Any", OneContainer()), NodeEvents(SystemClock()), cast("Any", door))
+    questions = NodeQuestions(cast("Any", cluster).tunnels, cluster.store.view, Random(1))
+    peers = [KnownManager(MANAGER_ID, cluster.address)]
+    async with an_agent_of(peers, pair, tmp_path, FakeWorker(), Random(1), containers=access) as agent:
+        await until(lambda: agent.node_id in cast("Any", cluster).tunnels.streams)
+        asked = {agent.node_id, NodeId("removed")}
+        assert await questions.ask_doors(asked) == {agent.node_id: {"web": 60.0}}
+        assert door.readings == 1
+    assert await questions.ask_doors(asked) == {}, "a node that does not answer is no idle one"
 
 
 def no_link(manager: NodeId) -> ManagerChannel:

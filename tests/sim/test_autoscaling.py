@@ -9,6 +9,7 @@ from sim.cluster import SimulatedCluster
 from sim.faults.damping import pass_time
 from sim.users.random_specs import with_image
 from skep.manager.autoscaling.decision import PERIOD_S
+from skep.model.options.autoscaling import with_replicas
 from skep.model.service import GlobalService, ServiceMode, ServiceSpec
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId
@@ -200,6 +201,31 @@ def test_a_failed_query_is_no_problem_of_a_service_without_autoscaling() -> None
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_a_command_decides_while_a_task_of_its_service_runs(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=2, seed=seed) as cluster:
+        cluster.network.figure = lambda asked, now: 60.0 if asked.query.command else None
+        command = {"queue.exec": "llen jobs", "queue.exec-in": "queue", "queue_target": "20"}
+        cluster.create(queried(1, 6, **command))
+        cluster.run_until(lambda: bool(problem_of(cluster)), within_s=180.0)
+        assert "services without a stack has no service queue" in problem_of(cluster)
+        assert replicas(cluster) == 1
+        cluster.create(replace(a_service_spec(replicas=1), name="queue"))
+        cluster.run_until(lambda: replicas(cluster) == 3 and not problem_of(cluster), within_s=180.0)
+        cluster.update("queue", lambda spec: with_replicas(spec, 0))
+        cluster.network.figure = lambda asked, now: 0.0
+        pass_time(cluster, 300.0)
+        assert replicas(cluster) == 3, "an unknown length removes no task"
+        assert "no task of service queue runs" in problem_of(cluster)
+        cluster.check_invariants()
+
+
+def problem_of(cluster: SimulatedCluster) -> str:
+    service = cluster.service("web")
+    assert service is not None
+    return service.autoscaling_problem
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_query_that_fails_keeps_neither_other_measures_nor_other_services_from_scaling(seed: int) -> None:
     with SimulatedCluster(managers=3, workers=2, seed=seed) as cluster:
         cluster.network.figure = lambda asked, now: 60.0 if asked.query.host == "queue" else None
@@ -270,6 +296,23 @@ def test_an_idle_service_has_no_task_and_each_request_is_served_whatever_happens
         cluster.run_until(lambda: not cluster.containers("web"), within_s=30.0)
         cluster.run_until(lambda: not cluster.rest_violations(), within_s=15.0)
         cluster.check_invariants()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_websocket_that_begins_right_before_the_last_task_would_end_keeps_it(seed: int) -> None:
+    with SimulatedCluster(workers=3, seed=seed) as cluster:
+        with_door(cluster)
+        door = cluster.nodes[sorted(cluster.workers)[0]].door
+        for _ in range(8):
+            cluster.run_for(cluster.random.uniform(IDLE_S, IDLE_S + PERIOD_S))
+            if not replicas(cluster):
+                ask(cluster, sorted(cluster.workers)[1])
+                continue
+            door.open.add(ServiceId("web"))
+            cluster.run_for(2 * PERIOD_S)
+            assert replicas(cluster) == 1, "no report has the WebSocket yet"
+            door.open.clear()
+            door.request(ServiceId("web"), is_served=True)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

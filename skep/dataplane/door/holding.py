@@ -68,6 +68,11 @@ _HEAD_BYTES: Final = 29 << 9
 """Bytes of a head that HAProxy accepts once more.  Its own bound is 15 KiB without what it keeps for each header."""
 _RESPONSE_BYTES: Final = 16 << 10
 """Bytes of a response's head in HAProxy's buffer."""
+_STARTS: Final = "This site is starting. Please try again soon."
+_TOO_LONG: Final = (
+    "This site is starting, and a request with more than 14 KiB of headers cannot wait for it. "
+    "Please try again soon, or delete the cookies of this site."
+)
 _UNREACHED_LINE: Final = b"HTTP/1.1 503"
 """Beginning of HAProxy's response if it has reached no task."""
 
@@ -222,13 +227,14 @@ class HeldRequests:
                         head = await _head(reader)
                     id = ServiceId(_service(head))
                     if id not in self._known:
-                        await _refuse(reader, writer)
+                        await _refuse(reader, writer, _STARTS)
                         return
                     self.opened[id] += 1
                     self._open[id] += 1
+                    request = _Request(head, reader, writer)
                     try:
-                        if not await self._pass_on(id, _Request(head, reader, writer), unanswered):
-                            await _refuse(reader, writer)
+                        if not await self._pass_on(id, request, unanswered):
+                            await _refuse(reader, writer, _STARTS if request.is_short() else _TOO_LONG)
                     finally:
                         self._open[id] -= 1
                         self._open += Counter()  # without zeros
@@ -476,9 +482,9 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         writer.write_eof()
 
 
-async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: str) -> None:
     """Respond with a page instead of a task."""
-    body = page("This site is starting. Please try again soon.").encode()
+    body = page(text).encode()
     writer.write(
         b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/html; charset=utf-8\r\n"
         b"Retry-After: 5\r\nConnection: close\r\nCache-Control: no-store\r\nContent-Length: %d\r\n\r\n"

@@ -110,7 +110,7 @@ class FrontDoor:
         self._service_window = ServiceWindow()
         self._idle = IdleWatch()
         self._reading = asyncio.Lock()
-        """Held during a reading: counters that are added after newer ones would look like those of a reload."""
+        """Held during a reading.  Older counters after newer ones would look like a reload."""
         self.held = held or HeldRequests()
 
     async def apply(

@@ -1,4 +1,4 @@
-"""Reads HAProxy's statistics once for all that need them: routes, autoscaled services, staged updates and idle times.
+"""Reads HAProxy's statistics once for all purposes: routes, autoscaled services, staged updates and idle times.
 Pure.
 
 Source: HAProxy, Management Guide, "CSV format" and "show table".
@@ -37,7 +37,7 @@ _COUNTER: Final = re.compile(r" gpc([0-9]+)=([0-9]+)")
 
 
 class WantedCounters(msgspec.Struct, frozen=True, kw_only=True):
-    """What is counted, by the names of backends.
+    """Routes, services and tasks to count, by the names of backends.
 
     Attributes:
         routes: Routes without requests.
@@ -53,7 +53,7 @@ class WantedCounters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReadCounters(msgspec.Struct, frozen=True, kw_only=True):
-    """The counters of all that is wanted."""
+    """The counters of one reading."""
 
     routes: Mapping[str, RouteTraffic]
     services: Mapping[str, ServiceCounters]
@@ -62,7 +62,7 @@ class ReadCounters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def wanted_of(state: DoorState, autoscaled: Iterable[str]) -> WantedCounters:
-    """Return what is counted while HAProxy has ``state``.
+    """Return the routes, services and tasks to count while HAProxy has ``state``.
 
     Args:
         autoscaled: Services that are autoscaled by their requests.

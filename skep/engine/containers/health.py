@@ -16,20 +16,19 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, log_error
 from skep.aio.race import LostRace, run_unless
-from skep.engine.containers.attachment import Attachment
 from skep.engine.containers.container import (
     Container,
     ContainerState,
-    ExecConfig,
     Health,
     HealthStatus,
     Probe,
 )
 from skep.engine.containers.execs import KILLED_S, Execs
+from skep.engine.containers.limited_execs import LimitedExecs
 from skep.engine.containers.state import ContainerStore
 from skep.engine.lifecycle.life_events import Probed
 from skep.engine.runtime.processes import is_alive
-from skep.errors import NotFound, SkepError, Unavailable
+from skep.errors import NotFound, SkepError
 from skep.model.container import HealthConfig
 from skep.model.values.ids import ContainerId
 from skep.model.values.times import SECOND_NS, timestamp, unix_ns
@@ -44,8 +43,6 @@ _RETRIES = 3
 """Docker's default number of consecutive failures that make a container unhealthy."""
 LOG_MAX = 5
 """Number of last probes that the state keeps."""
-OUTPUT_BYTES_MAX = 4096
-"""Number of bytes that are kept of a probe's output."""
 ENDED_S = 5.0
 """Seconds to wait for the recorded end of a container whose first process has ended."""
 SUCCESS = 0
@@ -141,7 +138,7 @@ def retries(config: HealthConfig) -> int:
 class HealthMonitor:
     """Probes running containers and keeps their health in their records.
 
-    A probe is an exec with a time limit.  A slow probe is killed before the next one begins, so probes never pile up.
+    A probe is an exec with a time limit (``limited_execs``).
     """
 
     def __init__(
@@ -156,12 +153,10 @@ class HealthMonitor:
     ) -> None:
         """``report`` applies the result of a probe to the record.  See ``ENDED_S`` and ``KILLED_S``."""
         self._store = store
-        self._execs = execs
         self._clock = clock
         self._report = report
-        self._ended_s, self._killed_s = ended_s, killed_s
-        self._left: dict[ContainerId, str] = {}
-        """Probes that were killed but have not ended yet.  The container's next probe waits for them."""
+        self._ended_s = ended_s
+        self._limited = LimitedExecs(execs, "health check", killed_s)
         self.count = self.failures = 0
         """Numbers of probes and of failed probes."""
 
@@ -169,7 +164,7 @@ class HealthMonitor:
         """Probe a running container until it ends."""
         with suppress(LostRace, NotFound):
             await run_unless(self._probe_on(id), self._wait_ended(id))
-        self._left.pop(id, None)  # an unfinished probe ends with the container
+        self._limited.forget(id)
 
     async def wait(self, id: ContainerId, *wanted: HealthStatus) -> Container:
         """Wait until the health is one of ``wanted`` or the container does not run.
@@ -219,7 +214,7 @@ class HealthMonitor:
         start = timestamp(self._clock.now_ns())
         output = bytearray()
         try:
-            exit_code = await self._execute(container, config, output)
+            exit_code = await self._limited.run(container.id, command(config), timeout_s(config), output)
         except TimeoutError:
             exit_code = BROKEN
             shown = f": {_text(output)}" if output else ""
@@ -232,55 +227,6 @@ class HealthMonitor:
             start=start, end=timestamp(self._clock.now_ns()), exit_code=exit_code, output=_text(output)
         )
 
-    async def _execute(self, container: Container, config: HealthConfig, output: bytearray) -> int:
-        """Run the probe and return its exit code.  Raises: TimeoutError; SkepError, OSError: it could not run."""
-        await self._wait_left(container.id, timeout_s(config))
-        exec_id = self._execs.create(container.id, ExecConfig(command=command(config)))
-        now = asyncio.get_running_loop().time
-        try:
-            async with asyncio.timeout(None) as deadline:
-                # The time limit starts with the exec, because waiting for other execs says nothing about this
-                # container.
-                attachment = await self._execs.start(
-                    exec_id, on_begin=lambda: deadline.reschedule(now() + timeout_s(config))
-                )
-                try:
-                    await _collect(attachment, output)
-                finally:
-                    attachment.close()
-                return (await self._execs.wait(exec_id)).exit_code or 0
-        finally:
-            await self._end(container.id, exec_id)
-
-    async def _end(self, id: ContainerId, exec_id: str) -> None:
-        """Kill a probe that still runs or starts.  Return when it has ended or takes too long to wait for."""
-        try:
-            if self._execs.get(exec_id).running:
-                self._left[id] = exec_id
-                self._execs.kill(exec_id)  # a starting probe is killed once it has started
-                async with asyncio.timeout(self._killed_s):
-                    await self._execs.wait(exec_id)
-        except TimeoutError:
-            return  # the probe's result still counts
-        except NotFound:  # removed with its container; raising would hide the probe's cancellation
-            pass
-        self._left.pop(id, None)
-        self._execs.drop(exec_id)
-
-    async def _wait_left(self, id: ContainerId, seconds: float) -> None:
-        """Wait for an unfinished earlier probe.  Raises: Unavailable: it has not ended."""
-        left = self._left.get(id)
-        if left is None:
-            return
-        with suppress(NotFound):
-            try:
-                async with asyncio.timeout(seconds):
-                    await self._execs.wait(left)
-            except TimeoutError as error:
-                raise Unavailable("the previous health check was killed but has not ended") from error
-        self._left.pop(id, None)
-        self._execs.drop(left)
-
 
 def _has_ended(container: Container) -> bool:
     """Return whether the first process has ended, even if its end is not recorded yet.  Then no probe can run."""
@@ -288,22 +234,6 @@ def _has_ended(container: Container) -> bool:
         return container.process is not None and not is_alive(container.process)
     except OSError:  # out of descriptors
         return False
-
-
-async def _collect(attachment: Attachment, output: bytearray) -> None:
-    """Read the output to its end.  Append up to ``OUTPUT_BYTES_MAX`` to ``output``, and three dots if more was read.
-
-    Source: moby, daemon/health.go (limitedBuffer).
-    """
-    is_cut = False
-    try:
-        while (piece := await attachment.read()) is not None:
-            left = OUTPUT_BYTES_MAX - len(output)
-            output += piece[1][:left]
-            is_cut = is_cut or len(piece[1]) > left
-    finally:
-        if is_cut:
-            output += b"..."
 
 
 def _text(output: bytearray) -> str:

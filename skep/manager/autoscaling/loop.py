@@ -17,12 +17,16 @@ from skep.manager.autoscaling.state import (
     AutoscalingCounts,
     Quota,
     Scaling,
+    door_nodes,
+    idle_times,
+    without_used,
     write_problem,
     write_replicas,
 )
 from skep.manager.control_loops.failures import isolated
 from skep.manager.control_loops.informer import run_informer
 from skep.manager.queries.board import Ask, QueryBoard, ask_nothing
+from skep.manager.queries.node_questions import AskDoors, ask_no_doors
 from skep.model.measures.readings import QueryAnswer, ScalingMeasurements
 from skep.model.service import Service
 from skep.model.task import Task
@@ -43,11 +47,12 @@ def skip_publishing(answers: Mapping[ServiceId, Mapping[str, QueryAnswer]]) -> N
 
 
 class Queries(msgspec.Struct, frozen=True):
-    """Asks queries and publishes their answers."""
+    """Asks queries and front doors, and publishes the answers to queries."""
 
     random: Random
     ask: Ask = ask_nothing
     publish: Publish = skip_publishing
+    ask_doors: AskDoors = ask_no_doors
 
 
 class Autoscaler:
@@ -68,6 +73,7 @@ class Autoscaler:
         self._quota = quota
         self._counts = counts
         self._publish = queries.publish
+        self._ask_doors = queries.ask_doors
         self._board = QueryBoard(clock, queries.random, queries.ask)
         self.state = AutoscalerState(term.view, clock, quota, counts)
 
@@ -116,6 +122,9 @@ class Autoscaler:
         for result in await self._term.update_each(write_problem, problems) if problems else ():
             if isinstance(result, NotLeader):
                 raise result
+        if any(not one.replicas for one in due):
+            nodes = door_nodes(self._term.view(), self.state.doors)
+            due = without_used(due, idle_times(nodes, await self._ask_doors(nodes)))
         if due:
             await self._write(due)
 

@@ -5,7 +5,7 @@ without them, so it changes nothing before it has observed the tasks for a while
 window.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 import msgspec
@@ -29,7 +29,7 @@ from skep.manager.queries.board import AskedQuery, QueryKey
 from skep.manager.services.freezes import held_by, is_held_at_commit, stack_of_service
 from skep.manager.services.routes import proxies_in
 from skep.model.door.settings import is_door
-from skep.model.measures.readings import ScalingMeasurements
+from skep.model.measures.readings import IdleReports, IdleTimes, ScalingMeasurements
 from skep.model.node import Node, NodeState
 from skep.model.options.autoscaling import (
     Autoscaling,
@@ -53,11 +53,7 @@ SET_BACK_S: Final = 24 * 3600
 """Seconds by which a clock may be set back without an effect on schedules.  A larger step corrects a wrong date."""
 WithinQuota = Callable[[View, Service, int], tuple[int, str]]
 """Returns the most tasks, up to a number, that the quota of a service's stack allows, and why it allows no others."""
-IdleTimes = Mapping[ServiceId, float]
-"""Seconds without a request at the front door, for the services of which they are known."""
 UNKNOWN: Final[IdleTimes] = {}
-IdleReports = Mapping[NodeId, IdleTimes]
-"""The idle times that each node reports."""
 CheckQuota = Callable[[Transaction, ServiceSpec, Service], None]
 """Raises PermissionDenied if the spec exceeds the quota."""
 
@@ -186,7 +182,7 @@ class AutoscalerState:
                 continue
             trusted, stack = trusted_of(view, service).queries, stack_of_service(service)
             for name, one in scaling.queries.items():
-                found[id, name] = AskedQuery(one.query, one.query in trusted, stack)
+                found[id, name] = AskedQuery(one.query, one.query in trusted, stack, service_id=id)
         return found
 
     def _note_task(self, task: Task) -> None:
@@ -344,6 +340,14 @@ def idle_times(doors: Collection[NodeId], reports: IdleReports) -> IdleTimes:
         for id, seconds in first.items()
         if all(id in one for one in others)
     }
+
+
+def without_used(due: Iterable[Scaling], idle: IdleTimes) -> list[Scaling]:
+    """Return the changes without those to zero, unless ``idle`` still has no request.
+
+    The decision is about reports that are up to 15 s old, and a WebSocket may have begun since.
+    """
+    return [one for one in due if one.replicas or idle.get(one.service_id, 0.0) >= one.scaling.idle_after_s]
 
 
 def write_replicas(tx: Transaction, one: Scaling, check_quota: CheckQuota) -> bool:

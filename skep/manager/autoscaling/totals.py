@@ -25,5 +25,6 @@ def totals_of(
     for name, one in scaling.queries.items():
         answer = found.answers.get(id, {}).get(name, QueryAnswer())
         figure = answer.valid
-        problem = "" if figure is not None else answer.problem or "not answered yet"
+        waits = ", and no command runs while no task does" if one.query.command else ""
+        problem = "" if figure is not None else answer.problem or f"not answered yet{waits}"
         yield Measure(name=name, target=one.target, sum=figure or 0.0, is_total=True, problem=problem)

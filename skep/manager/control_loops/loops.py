@@ -7,7 +7,13 @@ from skep.aio.clock import Clock
 from skep.manager.acme.calls import RunStep, skip_steps
 from skep.manager.acme.loop import Certificates
 from skep.manager.allocator.loop import Allocator
-from skep.manager.autoscaling.loop import Autoscaler, Collect, Publish, Queries, skip_publishing
+from skep.manager.autoscaling.loop import (
+    Autoscaler,
+    Collect,
+    Publish,
+    Queries,
+    skip_publishing,
+)
 from skep.manager.autoscaling.state import AutoscalingCounts, Quota
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.catalog.loop import RegistrationLeases
@@ -21,6 +27,7 @@ from skep.manager.orchestrator.reaper.node_loop import LostNodes
 from skep.manager.orchestrator.replacement.staging import CollectRequests, no_requests
 from skep.manager.probes.loop import OverlayAvoidance
 from skep.manager.queries.board import Ask, ask_nothing
+from skep.manager.queries.node_questions import AskDoors, ask_no_doors
 from skep.manager.rebalance.loop import Rebalancer
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.schedules.loop import ChangeFreezes, Schedules
@@ -50,6 +57,7 @@ def loops(
     confirm: Confirm = skip_confirmation,
     collect_usages: Collect = no_usages,
     ask: Ask = ask_nothing,
+    ask_doors: AskDoors = ask_no_doors,
     publish_answers: Publish = skip_publishing,
     collect_requests: CollectRequests = no_requests,
     counts: AutoscalingCounts | None = None,
@@ -64,6 +72,7 @@ def loops(
         confirm: Confirms the term before an action that no fence covers.
         collect_usages: Collects measurements of autoscaled services.
         ask: Asks queries, for autoscaling and staged updates.
+        ask_doors: Asks front doors for idle times, before the last task of a service is removed.
         publish_answers: Shows the answers of autoscaling to other managers.
         collect_requests: Collects the HTTP requests of new tasks in staged updates.
         counts: Counters of changes by autoscaling.
@@ -83,7 +92,7 @@ def loops(
             term,
             clock,
             collect_usages,
-            Queries(random, ask, publish_answers),
+            Queries(random, ask, publish_answers, ask_doors),
             Quota(replicas_within_quota, check_quota),
             counts or AutoscalingCounts(),
         ),

@@ -141,8 +141,8 @@ class NodeTunnels:
             yield tunnel
 
     @asynccontextmanager
-    async def open_events(self, node: Node, head: bytes) -> AsyncIterator[Tunnel]:
-        """Open a tunnel to the events of ``node`` for the block: an HTTP exchange that starts with ``head``.
+    async def open_node(self, node: Node, head: bytes) -> AsyncIterator[Tunnel]:
+        """Open a tunnel to ``node`` for the block: an HTTP exchange about no task that starts with ``head``.
 
         Raises:
             SkepError: No tunnel can be opened, with the reason.

@@ -1,4 +1,4 @@
-"""Asks one query over HTTP, within a deadline and from addresses that its author may reach."""
+"""Asks one query: over HTTP, within a deadline and from addresses that its author may reach."""
 
 import asyncio
 import errno
@@ -11,7 +11,7 @@ from yarl import URL
 
 from skep.linux.network.guard import Guard
 from skep.manager.notify.sending import guarded_connector, node_addresses, words_of
-from skep.manager.queries.board import AskedQuery
+from skep.manager.queries.board import Ask, AskedQuery, ask_nothing
 from skep.manager.queries.names import NameLookups
 from skep.model.history import cut
 from skep.model.measures.queries import BODY_BYTES_MAX, QueryFailed, figure_in
@@ -30,14 +30,22 @@ class QueryClient:
     """Asks queries from this manager's machine."""
 
     def __init__(
-        self, view: Callable[[], View], ask_s: float = ASK_S, names: AbstractResolver | None = None
+        self,
+        view: Callable[[], View],
+        ask_s: float = ASK_S,
+        names: AbstractResolver | None = None,
+        run_command: Ask = ask_nothing,
     ) -> None:
+        """``run_command`` asks the queries that are commands."""
         self._view = view
+        self._run_command = run_command
         self._names = names or NameLookups()
         self._ask_s = ask_s
 
     async def ask(self, asked: AskedQuery) -> float:
         """Return the figure.  Raises: QueryFailed."""
+        if asked.query.command:
+            return await self._run_command(asked)
         try:
             async with asyncio.timeout(self._ask_s):
                 return await self._ask(asked)

@@ -47,12 +47,14 @@ class AskedQuery(msgspec.Struct, frozen=True):
         is_trusted: Whether an administrator wrote it.
         stack: The service's stack, or empty.
         pause_s_max: Longest pause between two questions, in seconds.
+        service_id: The service.
     """
 
     query: MetricQuery
     is_trusted: bool
     stack: str = ""
     pause_s_max: float = PERIOD_S_MAX
+    service_id: ServiceId = ServiceId("")
 
 
 Ask = Callable[[AskedQuery], Awaitable[float]]
@@ -136,7 +138,7 @@ class QueryBoard:
                 await self._is_changed.wait()
 
     async def _keep_asking(self, key: QueryKey, asked: AskedQuery) -> None:
-        turn = Turn(asked.query.host, asked.stack or key[0])
+        turn = Turn(asked.query.host or key[0], asked.stack or key[0])  # a command is at no host
         failures = 0
         await self._clock.sleep(self._random.uniform(0, _FIRST_S))
         while True:

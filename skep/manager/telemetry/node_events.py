@@ -287,7 +287,7 @@ class AllEvents:
         while True:
             try:
                 head = reader.head(age_s)
-                async with self._tunnels.open_events(node, head) as tunnel, aclosing(_lines(tunnel)) as lines:
+                async with self._tunnels.open_node(node, head) as tunnel, aclosing(_lines(tunnel)) as lines:
                     async for line in lines:
                         await reader.take(line)
                         is_away = False

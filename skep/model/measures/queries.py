@@ -1,9 +1,10 @@
-"""Queries of figures over HTTP, for autoscaling and canaries: Prometheus' API, or a page with a number.
+"""Queries of figures for autoscaling and canaries: Prometheus' API, a page with a number, or a command in a container.
 
 A URL is in a label, which every inspect shows, so it has no password.
 """
 
 import re
+import shlex
 from collections.abc import Mapping
 from math import isfinite
 from typing import Any, Final
@@ -22,6 +23,10 @@ AUTOSCALE_QUEUE: Final = "skep.autoscale.queue"
 """Label with the URL of a page that has a queue's length, as a number or as a field of a JSON object."""
 AUTOSCALE_QUEUE_FIELD: Final = "skep.autoscale.queue-field"
 """Label with the path of the queue's length in a JSON object.  Without it, the page is only a number."""
+AUTOSCALE_QUEUE_EXEC: Final = "skep.autoscale.queue.exec"
+"""Label with a command in a container of the service, whose first line of output is a queue's length."""
+AUTOSCALE_QUEUE_EXEC_IN: Final = "skep.autoscale.queue.exec-in"
+"""Label with the name of the service in whose container that command runs, of the same stack."""
 UPDATE_PROMETHEUS: Final = "skep.update.prometheus"
 """Label with the URL of the Prometheus that answers ``skep.update.query``."""
 UPDATE_QUERY: Final = "skep.update.query"
@@ -30,11 +35,18 @@ QUERY_LABELS: Final = (
     *(AUTOSCALE_PROMETHEUS, AUTOSCALE_QUERY, AUTOSCALE_QUEUE, AUTOSCALE_QUEUE_FIELD),
     *(UPDATE_PROMETHEUS, UPDATE_QUERY),
 )
+COMMAND_LABELS: Final = (AUTOSCALE_QUEUE_EXEC, AUTOSCALE_QUEUE_EXEC_IN)
 
 URL_CHARACTERS_MAX: Final = 2048
 """Longest URL.  Servers refuse longer ones."""
 EXPRESSION_CHARACTERS_MAX: Final = 4000
 """Longest expression.  Prometheus refuses request lines of more than 8 KiB, and quoting doubles some characters."""
+COMMAND_CHARACTERS_MAX: Final = 1000
+"""Longest command.  A longer one belongs into the image as a script."""
+COMMAND_S: Final = 5.0
+"""Time limit of a command in seconds.  The node kills it afterwards."""
+LINE_CHARACTERS_MAX: Final = 64
+"""Characters of the output's first line that are read as a number."""
 BODY_BYTES_MAX: Final = 64 * 1024
 """Longest response that is read.  A response with one sample has a few hundred bytes."""
 _REASON_CHARACTERS_MAX: Final = 200
@@ -45,6 +57,7 @@ _ERROR_TYPES: Final = ("bad_data", "execution", "timeout", "canceled", "internal
 """Errors of Prometheus, which are shown.  Source: prometheus, web/api/v1/api.go (errorType)."""
 _UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 """Errors of parsing JSON, also if it is nested too deeply or has a number of thousands of digits."""
+_SERVICE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", re.ASCII)
 _FIELD: Final = re.compile(r"[A-Za-z0-9_-]{1,100}(?:\.[A-Za-z0-9_-]{1,100}){0,9}", re.ASCII)
 
 
@@ -52,14 +65,18 @@ class MetricQuery(msgspec.Struct, frozen=True, kw_only=True):
     """A query of one figure.
 
     Attributes:
-        url: The Prometheus, or the page.
+        url: The Prometheus, or the page.  Empty for a command.
         expression: Expression in PromQL.  Empty for a page.
         field: Path of a field of the page's JSON object, with dots.  Empty if the page is only a number.
+        command: Words of a command in a container, or empty.
+        service: Name of the service that the container is of.  Empty for the service with the query.
     """
 
-    url: str
+    url: str = ""
     expression: str = ""
     field: str = ""
+    command: tuple[str, ...] = ()
+    service: str = ""
 
     @property
     def request_url(self) -> str:
@@ -79,7 +96,7 @@ class QueryFailed(Exception):
 
 
 def queries_in(labels: Mapping[str, str]) -> list[MetricQuery]:
-    """Return all queries in a service's labels, which may be invalid."""
+    """Return all queries over HTTP in a service's labels, which may be invalid."""
     found = []
     for url, expression in ((AUTOSCALE_PROMETHEUS, AUTOSCALE_QUERY), (UPDATE_PROMETHEUS, UPDATE_QUERY)):
         if url in labels:
@@ -134,6 +151,31 @@ def checked_field(name: str, text: str) -> str:
     return text
 
 
+def checked_command(name: str, text: str) -> tuple[str, ...]:
+    """Return the words of the command in the label ``name``, which no shell reads.  Raises: InvalidArgument."""
+    if len(text) > COMMAND_CHARACTERS_MAX or not text.isprintable():
+        raise InvalidArgument(
+            f"invalid label {name}: expected at most {COMMAND_CHARACTERS_MAX} printable characters: put a longer "
+            "command into the image"
+        )
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise InvalidArgument(f"invalid label {name}={text}: {error}: close each quotation mark") from None
+    if not words or not words[0]:
+        raise InvalidArgument(
+            f"invalid label {name}: expected a command, such as redis-cli llen jobs: name a program"
+        )
+    return tuple(words)
+
+
+def checked_service(name: str, text: str) -> str:
+    """Return the name of a service in the label ``name``.  Raises: InvalidArgument."""
+    if _SERVICE.fullmatch(text) is None:
+        raise InvalidArgument(f"invalid label {name}={text}: expected the name of a service, such as queue")
+    return text
+
+
 def is_of_machine(url: str) -> bool:
     """Return whether the URL's host is certainly an address of the machine itself or of its links, in any spelling.
 
@@ -149,6 +191,19 @@ def figure_in(query: MetricQuery, status: int, body: bytes) -> float:
     """Return the figure in a response.  Raises: QueryFailed."""
     found = _sample(status, body) if query.expression else _number_in_page(query.field, status, body)
     if not isfinite(found) or (not query.expression and found < 0):
+        raise QueryFailed(f"the figure is {found:g}, which cannot be used: expected a finite number")
+    return found
+
+
+def length_in(exit_code: int, line: str) -> float:
+    """Return the figure of a command, from the first line of its output.  Raises: QueryFailed."""
+    if exit_code:
+        raise QueryFailed(f"its command ended with exit code {exit_code}: run it with skep exec to see why")
+    try:
+        found = float(line.strip())
+    except ValueError:
+        raise QueryFailed("the first line of its command's output is not a number") from None
+    if not isfinite(found) or found < 0:
         raise QueryFailed(f"the figure is {found:g}, which cannot be used: expected a finite number")
     return found
 

@@ -7,10 +7,19 @@ from typing import Final
 import msgspec
 
 from skep.model.options.autoscaling import TaskUsage
+from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 
 VALID_S: Final = 45.0
 """Seconds for which an answer counts.  Queries are asked every 15 seconds, so two of them may fail."""
+IdleTimes = Mapping[ServiceId, float]
+"""Seconds without a request at the front door, for the services of which they are known."""
+IdleReports = Mapping[NodeId, IdleTimes]
+"""The idle times that each node reports."""
+DOOR_IDLE: Final = "/door/idle"
+"""Path at which a node tells managers the idle times of services that it reads at that moment."""
+IDLE_BYTES_MAX: Final = 64 << 10
+"""Largest response.  It has at most 500 services."""
 _RATE_MAX: Final = 1e9
 """No proxy has as many requests, so a report of more is ignored."""
 
@@ -25,6 +34,13 @@ class ServiceRequests(msgspec.Struct, frozen=True, kw_only=True):
     def is_plausible(self) -> bool:
         """Return whether a proxy can have that many.  Nodes are not trusted, and may report any number."""
         return all(isfinite(one) and 0 <= one <= _RATE_MAX for one in (self.in_flight, self.per_second))
+
+
+class QueueLine(ApiObject):
+    """Exit code of a command that reads a queue's length, and the first line of its output."""
+
+    exit_code: int = always(0)
+    line: str = always("")
 
 
 class QueryAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,4 +68,4 @@ class ScalingMeasurements(msgspec.Struct, frozen=True, kw_only=True):
     usages: Mapping[TaskId, TaskUsage] = {}
     requests: Mapping[ServiceId, Mapping[NodeId, ServiceRequests]] = {}
     answers: Mapping[ServiceId, Mapping[str, QueryAnswer]] = {}
-    idle: Mapping[NodeId, Mapping[ServiceId, float]] = {}
+    idle: IdleReports = {}

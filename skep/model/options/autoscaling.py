@@ -19,10 +19,15 @@ from skep.model.measures.queries import (
     AUTOSCALE_PROMETHEUS,
     AUTOSCALE_QUERY,
     AUTOSCALE_QUEUE,
+    AUTOSCALE_QUEUE_EXEC,
+    AUTOSCALE_QUEUE_EXEC_IN,
     AUTOSCALE_QUEUE_FIELD,
+    COMMAND_LABELS,
     MetricQuery,
+    checked_command,
     checked_expression,
     checked_field,
+    checked_service,
     checked_url,
 )
 from skep.model.options.labels import is_stopped
@@ -53,7 +58,7 @@ AUTOSCALE_TIME_ZONE: Final = "skep.autoscale.time-zone"
 AUTOSCALE_LABELS: Final = (
     *(AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_MEMORY, AUTOSCALE_DOWN_AFTER, AUTOSCALE_IDLE_AFTER, *DOOR_MEASURES),
     *(AUTOSCALE_PROMETHEUS, AUTOSCALE_QUERY, AUTOSCALE_QUERY_TARGET),
-    *(AUTOSCALE_QUEUE, AUTOSCALE_QUEUE_FIELD, AUTOSCALE_QUEUE_TARGET),
+    *(AUTOSCALE_QUEUE, AUTOSCALE_QUEUE_FIELD, AUTOSCALE_QUEUE_TARGET, *COMMAND_LABELS),
     *(AUTOSCALE_SCHEDULE, AUTOSCALE_TIME_ZONE),
 )
 _TOGETHER: Final = {
@@ -62,7 +67,8 @@ _TOGETHER: Final = {
     AUTOSCALE_QUERY_TARGET: (AUTOSCALE_QUERY, "sum(my_jobs_waiting)"),
     AUTOSCALE_QUEUE: (AUTOSCALE_QUEUE_TARGET, "20"),
     AUTOSCALE_QUEUE_FIELD: (AUTOSCALE_QUEUE, "http://queue.example.org/length"),
-    AUTOSCALE_QUEUE_TARGET: (AUTOSCALE_QUEUE, "http://queue.example.org/length"),
+    AUTOSCALE_QUEUE_EXEC: (AUTOSCALE_QUEUE_TARGET, "20"),
+    AUTOSCALE_QUEUE_EXEC_IN: (AUTOSCALE_QUEUE_EXEC, "'redis-cli llen jobs'"),
     AUTOSCALE_TIME_ZONE: (AUTOSCALE_SCHEDULE, "0 8 * * 1-5 4..10"),
 }
 """Labels that need another label, with an example of it."""
@@ -389,12 +395,31 @@ def _queue(labels: Mapping[str, str]) -> QueryTarget | None:
     target = _target(labels, AUTOSCALE_QUEUE_TARGET)
     if target is None:
         return None
+    if AUTOSCALE_QUEUE_EXEC in labels:
+        return QueryTarget(_command(labels), target)
+    if AUTOSCALE_QUEUE not in labels:
+        raise InvalidArgument(
+            f"the label {AUTOSCALE_QUEUE_TARGET} needs {AUTOSCALE_QUEUE}, such as "
+            f"{AUTOSCALE_QUEUE}=http://queue.example.org/length, or {AUTOSCALE_QUEUE_EXEC}"
+        )
     field = labels.get(AUTOSCALE_QUEUE_FIELD)
     query = MetricQuery(
         url=checked_url(AUTOSCALE_QUEUE, labels[AUTOSCALE_QUEUE]),
         field=checked_field(AUTOSCALE_QUEUE_FIELD, field) if field is not None else "",
     )
     return QueryTarget(query, target)
+
+
+def _command(labels: Mapping[str, str]) -> MetricQuery:
+    if AUTOSCALE_QUEUE in labels:
+        raise InvalidArgument(
+            f"the labels {AUTOSCALE_QUEUE} and {AUTOSCALE_QUEUE_EXEC} are two ways to the length: remove one"
+        )
+    service = labels.get(AUTOSCALE_QUEUE_EXEC_IN)
+    return MetricQuery(
+        command=checked_command(AUTOSCALE_QUEUE_EXEC, labels[AUTOSCALE_QUEUE_EXEC]),
+        service=checked_service(AUTOSCALE_QUEUE_EXEC_IN, service) if service is not None else "",
+    )
 
 
 def _schedule(labels: Mapping[str, str], least: int, most: int) -> tuple[RangeEntry, ...]:

@@ -189,6 +189,7 @@ def _of_node(*names: str) -> dict[str, Field]:
 
 SERVICE_LABELS: Final[Mapping[str, Field]] = {
     **_in_container(
+        # A command of a queue runs in the stack, whose operators may run any command there.
         *AUTOSCALE_LABELS,
         *SCHEDULE_LABELS,
         *(

@@ -198,7 +198,7 @@ class AgentParts:
             seen=SeenRevision(
                 certificates / _REVISION_FILE, credentials.identity.cluster_id, foundation.clock
             ),
-            tunnels=tunnel_host(runtime.engine, foundation.events, credentials.connect),
+            tunnels=tunnel_host(runtime.engine, foundation.events, runtime.door, credentials.connect),
             volumes=runtime.cluster_volumes,
             usages=self.usages,
             addresses=runtime.addresses,

@@ -7,7 +7,7 @@ import pytest
 from skep.agent.executor.oci import OciExecutor
 from skep.engine.api.responses.container_responses import status
 from skep.engine.containers.container import Container, HealthStatus, Probe
-from skep.engine.containers.health import OUTPUT_BYTES_MAX
+from skep.engine.containers.limited_execs import OUTPUT_BYTES_MAX
 from skep.errors import SkepError
 from skep.model.container import HealthConfig
 from skep.model.values.times import SECOND_NS

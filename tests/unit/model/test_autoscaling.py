@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from skep.api.formats.service_form import settled
 from skep.errors import InvalidArgument
-from skep.model.measures.queries import MetricQuery
+from skep.model.measures.queries import MetricQuery, queries_in
 from skep.model.options.autoscaling import (
     Autoscaling,
     QueryTarget,
@@ -33,11 +33,25 @@ PROMETHEUS = {
     "autoscale__query": "sum(x)",
 }
 QUEUE = {"autoscale": "1..2", "autoscale__queue": "http://x", "autoscale__queue_target": "5"}
+EXEC = {
+    "autoscale": "1..2",
+    "autoscale__queue.exec": "redis-cli llen 'the jobs'",
+    "autoscale__queue_target": "5",
+}
 
 
 def labeled(replicas: int | None = 1, **labels: str) -> ServiceSpec:
     named = {f"skep.{name.replace('__', '.').replace('_', '-')}": value for name, value in labels.items()}
     return replace(a_service_spec(replicas=replicas), labels=named)
+
+
+def test_a_command_is_split_into_words_without_a_shell() -> None:
+    scaling = autoscaling_of(labeled(**EXEC, **{"autoscale__queue.exec_in": "queue"}).labels)
+    assert scaling is not None
+    assert scaling.queue is not None
+    assert scaling.queue.query == MetricQuery(command=("redis-cli", "llen", "the jobs"), service="queue")
+    assert (scaling.queue.target, scaling.cpu) == (5.0, None)
+    assert queries_in(labeled(**EXEC).labels) == [], "it needs no trust for an address"
 
 
 def test_a_range_alone_goes_by_processor_time_and_waits_five_minutes() -> None:
@@ -90,6 +104,17 @@ def test_a_service_without_the_label_is_not_autoscaled_nor_one_with_a_label_that
         ({**PROMETHEUS, "autoscale__prometheus": "http://x/?a=b"}, "expected the address only, without ?"),
         ({**PROMETHEUS, "autoscale__query": " "}, "expected an expression in PromQL"),
         ({"autoscale": "1..2", "autoscale__queue": "http://x"}, "needs skep.autoscale.queue-target"),
+        (
+            {"autoscale": "1..2", "autoscale__queue_target": "9"},
+            "queue.example.org/length, or skep.autoscale.queue.",
+        ),
+        ({"autoscale": "1..2", "autoscale__queue.exec": "llen"}, "exec needs skep.autoscale.queue-target"),
+        ({**QUEUE, "autoscale__queue.exec": "llen"}, "are two ways to the length: remove one"),
+        ({**EXEC, "autoscale__queue.exec": "a 'b"}, "No closing quotation: close each"),
+        ({**EXEC, "autoscale__queue.exec": " "}, "expected a command, such as redis-cli"),
+        ({**EXEC, "autoscale__queue.exec": "a" * 1001}, "at most 1000 printable characters"),
+        ({**EXEC, "autoscale__queue.exec_in": "a b"}, "expected the name of a service"),
+        ({**QUEUE, "autoscale__queue.exec_in": "queue"}, "exec-in needs skep.autoscale.queue.exec"),
         ({**QUEUE, "autoscale__queue_field": "a..b"}, "expected names of fields with dots"),
         ({**QUEUE, "autoscale__queue_target": "-1"}, "expected a number above 0"),
         ({"autoscale": "1..2", "autoscale__time_zone": "UTC"}, "needs skep.autoscale.schedule"),
