@@ -35,6 +35,7 @@ RUN_ELSEWHERE = {
     ("docs/guide/front-door.md", 5): "tests/integration/networks/test_failover_addresses.py",
     ("docs/guide/catalog.md", 0): "tests/integration/networks/test_catalog.py",
     ("docs/guide/quotas.md", 0): "tests/integration/daemon/test_users.py",
+    ("docs/guide/security.md", 0): "tests/integration/test_mapped_users.py",
     ("bench/README.md", 0): "`make bench`; its results are kept",
     ("bench/README.md", 1): "run by hand before a release; its results are kept",
     ("bench/README.md", 2): "run by hand before a release; its results are kept",
