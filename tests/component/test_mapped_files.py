@@ -194,8 +194,9 @@ def test_volumes_are_mapped_and_what_they_mount_is_not(tmp_path: Path) -> None:
 
 
 def test_a_file_system_without_mapped_owners_is_found(tmp_path: Path) -> None:
-    assert mapping_problem(tmp_path) == ""
-    assert list(tmp_path.iterdir()) == []
+    assert mapping_problem(tmp_path / "new") == ""
+    assert list((tmp_path / "new").iterdir()) == []
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700, "files of containers' roots lie there"
     with pytest.raises(OSError, match="Invalid argument"):
         mapped_mount("/proc", mapping(USERS.kernel_text))
 

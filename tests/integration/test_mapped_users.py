@@ -106,6 +106,9 @@ def test_volumes_builds_commits_and_copies_have_the_containers_ids(w1: TestNode,
     assert shown == "0:0\n7:8\n7:8\n7:8\n"
     directory = w1.docker("volume", "inspect", "--format", "{{.Mountpoint}}", "vol").stdout.strip()
     assert {name: (Path(directory) / name).stat().st_uid for name in ("a", "b")} == {"a": 7, "b": 0}
+    data = Path(directory).parents[2]
+    for name in ("containers", "images", "volumes"):  # set-user-id files of containers' roots lie there
+        assert (data / name).stat().st_mode & 0o077 == 0
     assert w1.docker(
         "run", "--rm", "--userns=host", "-v", "vol:/data", IMAGE, "ls", "-n", "/data"
     ).stdout.count(" 7 ")
