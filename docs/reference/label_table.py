@@ -116,6 +116,7 @@ from skep.model.staging.updates import (
     UPDATE_STEP_TIME,
     UPDATE_STEPS,
 )
+from skep.model.values.user_map import MAPPED, USERS_LABEL
 
 _CONDITIONS = ", ".join(f"`{name}`" for name in ConditionName)
 
@@ -977,6 +978,14 @@ LABELS = (
         "",
         "WireGuard implementation that encrypts overlay networks on the node. Without the label, the node refuses "
         "tasks on encrypted networks.",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        USERS_LABEL,
+        f"`{MAPPED}`",
+        "",
+        "The node maps the users of containers (`userns-remap`). Keep services that need the machine's network or "
+        "processes away from it by the constraint `engine.labels.skep.userns!=remap`.",
     ),
     Label(
         LabelTarget.ENGINE,

@@ -159,6 +159,9 @@ class ApiSockets:
         """Create the socket of a container that is about to start.  Raises: OSError."""
         own.mkdir(mode=0o755, exist_ok=True)
         listener = _bound(own)
+        # The whole API stays closed to the mapped root, as in Docker.
+        if container.users is not None and container.config.api is not ApiAccess.FULL:
+            os.chown(own / NAME, *container.users.root)
         listener.listen(_BACKLOG)
         self._keep(container.id, set_aside(listener.dup()))
         self.server.serve(container, set_aside(listener))

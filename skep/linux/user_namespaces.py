@@ -154,7 +154,7 @@ def mapping_problem(directory: Path) -> str:
     Tries an overlay with id-mapped layers there.  Blocks.
     """
     try:
-        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".idmap-") as name:
             place = Path(name)
             for part in ("lower", "own/upper", "own/work", "root"):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from skep.dataplane.netns.kernel.namespaces import Namespaces
+from skep.engine.containers.container import MountPoint
+from skep.engine.runtime import mapped_mounts
 from skep.engine.runtime.conmon import pipe_owner
 from skep.engine.runtime.overlay import mount_layers
 from skep.engine.volumes.mounts import copy_up
@@ -19,6 +21,7 @@ from skep.linux.confined_root import Bind, enter
 from skep.linux.user_namespaces import enter as enter_users
 from skep.linux.user_namespaces import mapped_mount, mapping, mapping_problem
 from skep.model.values.user_map import IdRange, UserMap
+from tests.unit.engine.test_mapped_users import a_container
 
 pytestmark = pytest.mark.needs("root")
 
@@ -166,9 +169,34 @@ def test_a_file_worker_sees_the_containers_ids_in_its_root_and_its_volumes(tmp_p
     assert owner(tmp_path / "own" / "upper" / "made") == (0, 0)
 
 
+def test_volumes_are_mapped_and_what_they_mount_is_not(tmp_path: Path) -> None:
+    (tmp_path / "machine").mkdir()
+    points = []
+    for name in ("plain", "bound"):
+        (tmp_path / name).mkdir()
+        points.append(
+            MountPoint(type="volume", destination=f"/{name}", source=str(tmp_path / name), read_only=True)
+        )
+    syscalls.mount(str(tmp_path / "machine"), tmp_path / "bound", None, syscalls.MS_BIND)
+    container = a_container(users=USERS, mounts=tuple(points))
+    views = tmp_path / "views"
+    try:
+        mapped_mounts.mount_all(container, points, views, ())
+        assert owner(views / "0") == (FIRST, FIRST)
+        assert owner(views / "1") == (0, 0)
+        for number in "01":
+            with pytest.raises(OSError, match="Read-only"):
+                (views / number / "new").touch()
+    finally:
+        mapped_mounts.unmount_all(views)
+        syscalls.unmount_if_mounted(tmp_path / "bound")
+    assert owner(views / "0") == (0, 0)
+
+
 def test_a_file_system_without_mapped_owners_is_found(tmp_path: Path) -> None:
-    assert mapping_problem(tmp_path) == ""
-    assert list(tmp_path.iterdir()) == []
+    assert mapping_problem(tmp_path / "new") == ""
+    assert list((tmp_path / "new").iterdir()) == []
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700, "files of containers' roots lie there"
     with pytest.raises(OSError, match="Invalid argument"):
         mapped_mount("/proc", mapping(USERS.kernel_text))
 

@@ -37,6 +37,7 @@ RUN_ELSEWHERE = {
     ("docs/guide/nat.md", 0): "tests/integration/networks/test_nat.py",
     ("docs/guide/nat.md", 1): "tests/integration/networks/test_nat.py",
     ("docs/guide/quotas.md", 0): "tests/integration/daemon/test_users.py",
+    ("docs/guide/security.md", 0): "tests/integration/test_mapped_users.py",
     ("bench/README.md", 0): "`make bench`; its results are kept",
     ("bench/README.md", 1): "run by hand before a release; its results are kept",
     ("bench/README.md", 2): "run by hand before a release; its results are kept",

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from skep.errors import FailedPrecondition
+from skep.node.host.user_remap import Accounts, read_accounts, resolve
 from skep.playground.images.busybox import busybox_archive
+from tests.support.harness.documents import shell_blocks
 from tests.support.machines.accounts import FIRST, skep_with, with_dockremap
 from tests.support.machines.docker_engines import wait_inside
 from tests.support.machines.plain_engine import docker, engine_in
@@ -102,6 +106,9 @@ def test_volumes_builds_commits_and_copies_have_the_containers_ids(w1: TestNode,
     assert shown == "0:0\n7:8\n7:8\n7:8\n"
     directory = w1.docker("volume", "inspect", "--format", "{{.Mountpoint}}", "vol").stdout.strip()
     assert {name: (Path(directory) / name).stat().st_uid for name in ("a", "b")} == {"a": 7, "b": 0}
+    data = Path(directory).parents[2]
+    for name in ("containers", "images", "volumes"):  # set-user-id files of containers' roots lie there
+        assert (data / name).stat().st_mode & 0o077 == 0
     assert w1.docker(
         "run", "--rm", "--userns=host", "-v", "vol:/data", IMAGE, "ls", "-n", "/data"
     ).stdout.count(" 7 ")
@@ -183,6 +190,34 @@ def test_a_container_of_another_mapping_is_kept_apart(cluster: TestCluster, w1: 
         )
     finally:
         (cluster.directory / "w1" / "skep.toml").write_text(REMAP)
+
+
+def test_the_guides_commands_and_those_of_the_refusal_create_the_user() -> None:
+    (guide,) = shell_blocks("docs/guide/security.md")
+    with pytest.raises(FailedPrecondition) as refused:
+        resolve("default", Accounts(users={}, groups={}, subuid="", subgid=""))
+    _, _, commands = str(refused.value).partition("needs the user dockremap: ")
+    for block in (guide, commands):
+        found = _accounts_after(block)
+        users = resolve("default", found)
+        assert users is not None
+        assert users.groups_count == 65536
+
+
+def _accounts_after(commands: str) -> Accounts:
+    """Run commands on a copy of the machine's accounts, without the user ``dockremap``."""
+    with tempfile.TemporaryDirectory(prefix="skep-accounts-", dir="/var/tmp") as name:
+        place = Path(name)
+        for part in ("upper", "work"):
+            (place / part).mkdir(mode=0o755)
+        script = (
+            f"mount -t overlay -o lowerdir=/etc,upperdir={place}/upper,workdir={place}/work overlay /etc\n"
+            f"touch /etc/subuid /etc/subgid; ! id dockremap || userdel dockremap\n{commands}\n"
+            f"mkdir {place}/made && cp /etc/passwd /etc/group /etc/subuid /etc/subgid {place}/made"
+        )
+        enter = ("unshare", "--mount", "--propagation", "private", "sh", "-ec")
+        subprocess.run((*enter, script), check=True, capture_output=True, timeout=60)
+        return read_accounts(place / "made")
 
 
 # --- beside a real Docker Engine ----------------------------------------------------------------------------------

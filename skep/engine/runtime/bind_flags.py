@@ -1,4 +1,4 @@
-"""Flags of bind mounts: requests those of their sources, which a runtime or the kernel would refuse or drop."""
+"""Keeps the flags of a bind mount's source, where a runtime would drop them or the kernel would refuse the mount."""
 
 import os
 from collections.abc import Callable, Iterable

@@ -400,7 +400,8 @@ class Bundles:
                 point.destination,
                 point.read_only,
                 point.subpath,
-                mapped_mounts.is_mapped(container, point, self._mapped),
+                mapped_mounts.is_mapped(container, point, self._mapped)
+                and not mapped_mounts.has_own_owners(point),
             )
             for point in points
             if point.type in ("bind", "volume") and point.source and not point.internal

@@ -2,19 +2,19 @@
 
 A volume's files keep the container's ids on the disk.  So a volume has the same owners for every container that mounts
 it, with mapped users or without.  runc mounts an id-mapped view of the volume, which exists while the container starts.
-A volume whose file system cannot be mapped (for example NFS) is mounted as it is, as in Docker, and so are bind mounts
-of the machine's files.
+Bind mounts of the machine's files are mounted as they are, as in Docker.  So are volumes that mount something
+themselves (a file server, a device, a plug-in's directory), because it may be a directory of the machine.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import structlog
 from msgspec.structs import replace
 
 from skep.engine.containers.container import Container, MountPoint
-from skep.linux import syscalls
+from skep.linux import mounting, syscalls
 from skep.linux.user_namespaces import mapping, open_mapped_if_possible
 from skep.model.values.user_map import UserMap
 
@@ -22,16 +22,23 @@ log = structlog.get_logger()
 
 
 def is_mapped(container: Container, point: MountPoint, own: Iterable[Path]) -> bool:
-    """Return whether the container sees its own owners on a mount: volumes, and directories below ``own``.
+    """Return whether the container gets a view of a mount: of volumes, and of directories below ``own``.
 
-    A build has created the bind mounts of its steps itself.
+    A build has created the bind mounts of its steps itself.  The view has the container's owners unless the volume
+    mounts something (``has_own_owners``).
     """
     if container.users is None or point.internal or not point.source:
         return False
     if point.type == "volume":
         return True
     is_step = container.plain is not None and container.plain.is_step
-    return point.type == "bind" and (is_step or any(Path(point.source).is_relative_to(one) for one in own))
+    source = Path(os.path.normpath(point.source))
+    return point.type == "bind" and (is_step or any(source.is_relative_to(one) for one in own))
+
+
+def has_own_owners(point: MountPoint, is_mount: Callable[[Path], bool] = mounting.is_target) -> bool:
+    """Return whether a volume, which is mounted by now, has owners that are the machine's.  Blocks."""
+    return point.type == "volume" and is_mount(Path(point.source))
 
 
 def placed(
@@ -59,12 +66,12 @@ def mount_all(container: Container, points: Sequence[MountPoint], place: Path, o
         if is_mapped(container, given, own):
             target = place / str(number)
             _make_target(Path(point.source), target)
-            if not _mount(point, target, users):
+            if not _mount(point, target, None if has_own_owners(given) else users):
                 log.info(
                     "mount without mapped users",
                     container=container.name,
                     mount=point.destination,
-                    reason="its file system does not support id-mapped mounts",
+                    reason="its file system has owners of its own",
                 )
 
 
@@ -75,12 +82,11 @@ def unmount_all(place: Path) -> None:
             syscalls.unmount_if_mounted(target)
 
 
-def _mount(point: MountPoint, target: Path, users: UserMap) -> bool:
+def _mount(point: MountPoint, target: Path, users: UserMap | None) -> bool:
     """Mount the view of one mount, read-only if the mount is.  Return whether it has the container's owners."""
-    uid = os.stat(point.source).st_uid
-    if any(
-        one.outside <= uid < one.outside + one.size for one in users.uids
-    ):  # an owner of the container already
+    if users is None:
+        mounted, is_mapped = syscalls.clone_mount(point.source, recursive=True), False
+    elif _is_owned(point.source, users):
         mounted, is_mapped = syscalls.clone_mount(point.source, recursive=True), True
     else:
         mounted, is_mapped = open_mapped_if_possible(point.source, mapping(users.kernel_text))
@@ -92,6 +98,12 @@ def _mount(point: MountPoint, target: Path, users: UserMap) -> bool:
     finally:
         os.close(mounted)
     return is_mapped
+
+
+def _is_owned(source: str, users: UserMap) -> bool:
+    """Return whether a user of the container owns a file already."""
+    uid = os.stat(source).st_uid
+    return any(one.outside <= uid < one.outside + one.size for one in users.uids)
 
 
 def _make_target(source: Path, target: Path) -> None:

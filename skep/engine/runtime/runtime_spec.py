@@ -337,7 +337,7 @@ def _default_mounts(container: Container, shared: Shared) -> list[dict[str, Any]
     safe = ("nosuid", "noexec", "nodev")
     config, options = container.config, container.config.machine
     writable = "rw" if options.privileged else "ro"
-    # As in Docker: in a user namespace, the kernel does not let runc mount it again read-only.
+    # The kernel does not let runc mount it again read-only in a user namespace (moby, daemon/oci_linux.go).
     cgroup_access = writable if container.users is None else "rw"
     mounts = [
         entry("/proc", "proc", "proc", *safe),

@@ -128,7 +128,7 @@ async def copy_up(
 
     Args:
         is_mounted: Whether the volume is a mount, for which a separate process checks whether it is empty.
-        users: The mapping with which ``root`` was mounted.
+        users: The mapping with which ``root`` was mounted.  A volume that is a mount gets the machine's ids.
 
     Raises: Unavailable: the copy failed.
     """
@@ -142,10 +142,11 @@ async def copy_up(
         # Other containers may use the volume, and create links in it meanwhile.
         command = ["sh", "-c", _COPY_INTO_EMPTY, path_of(opened[0])]
         given = list(opened)
-        if users is not None:
-            given.append(await asyncio.to_thread(mapping, users.kernel_text))
         if is_mounted or users is not None:
-            namespace = "" if users is None else str(given[-1])
+            namespace = ""
+            if users is not None and not is_mounted:
+                given.append(await asyncio.to_thread(mapping, users.kernel_text))
+                namespace = str(given[-1])
             command = [sys.executable, "-I", "-m", without_links.__name__, str(volume), namespace, *command]
         else:
             opened.append(open_without_links(str(volume)))

@@ -44,6 +44,8 @@ class ConditionName(StrEnum):
     """A manager's disk lacks space for its store."""
     SWARM = "swarm"
     """The node cannot read which cluster it belongs to."""
+    USERS = "users"
+    """Containers run with another ``userns-remap`` than the node has."""
 
 
 NO_MANAGER_ANSWERS: Final = "no manager answers"

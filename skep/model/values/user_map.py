@@ -4,8 +4,14 @@ Source: user_namespaces(7); moby, pkg/idtools/idtools.go (createIDMap).
 """
 
 from collections.abc import Iterable
+from typing import Final
 
 import msgspec
+
+USERS_LABEL: Final = "skep.userns"
+"""Engine label of a node that maps the users of its containers."""
+MAPPED: Final = "remap"
+"""Value of the label."""
 
 
 class IdRange(msgspec.Struct, frozen=True):

@@ -108,7 +108,12 @@ def load(
                 f"a directory above the run directory ({parent}) restricts access to the remapped root uid/gid: "
                 f"chmod o+x {parent}, or name another one with --run-dir"
             )
+    tried = set[int]()
     for directory in directories:
+        device = next(one.stat().st_dev for one in (directory, *directory.parents) if one.exists())
+        if device in tried:
+            continue
+        tried.add(device)
         if reason := problem(directory):
             raise FailedPrecondition(
                 f"userns-remap needs id-mapped mounts (Linux 5.19; ext4, xfs or btrfs), and {directory} has none "

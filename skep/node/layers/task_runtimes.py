@@ -53,12 +53,13 @@ from skep.model.networks.wireguard import EncryptionMethod
 from skep.model.node_reports.conditions import ConditionName
 from skep.model.values.ids import new_container_id
 from skep.model.values.meta import Driver
+from skep.model.values.user_map import MAPPED, USERS_LABEL
 from skep.node.container_apis.exchange import Dispatch
 from skep.node.container_apis.server import ContainerApis
 from skep.node.docker.engine_images import EngineImages
 from skep.node.host.description import has_overlays, port_labels, volume_labels
 from skep.node.host.features import Features
-from skep.node.host.isolation import keep_profile
+from skep.node.host.isolation import keep_profile, watch_users
 from skep.node.layers.foundation import Foundation
 from skep.node.part_runner import run_after
 
@@ -204,6 +205,8 @@ class Containers:
         random = self._foundation.environment.random.random
         if apparmor.is_supported():
             run(partial(keep_profile, conditions, clock), "apparmor profile")
+        users = self._foundation.environment.users
+        run(partial(watch_users, conditions, clock, self.engine.list, users), "users of containers")
         run(self.engine.images.settle, "images")
         run(NeighborTables(conditions.reporter(ConditionName.NEIGHBOR_TABLE), clock).run, "neighbors")
         if self.engine_images is not None:
@@ -228,7 +231,7 @@ class Containers:
         return NodeProbes(self.data_plane.prober, names, self.engine.log_forwarding.set_peers)
 
     def labels(self, listening: frozenset[UsedPort]) -> Mapping[str, str]:
-        """Return the engine labels about encryption, ports (``listening`` outside of containers) and volumes."""
+        """Return the engine labels about encryption, ports (``listening`` outside of containers), volumes and users."""
         plane = self.data_plane
         ports = port_labels(self.engine.list(), plane.mesh.published, listening)
         return {
@@ -236,6 +239,7 @@ class Containers:
             **plane.nat.labels(),
             **ports,
             **volume_labels(self.engine.volumes.uses),
+            **({USERS_LABEL: MAPPED} if self.engine.bundles.users is not None else {}),
         }
 
     def network_warnings(self) -> tuple[str, ...]:

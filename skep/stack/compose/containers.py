@@ -49,7 +49,7 @@ _REFUSED: Final = {
     "runtime": "tasks run under their node's default runtime",
     "storage_opt": "the size of a container's layer cannot be limited",
     "use_api_socket": "mount /var/run/docker.sock in a service on a manager",
-    "userns_mode": "user namespaces are not supported",
+    "userns_mode": "a service cannot choose it: the node's userns-remap applies to all its tasks",
     "volumes_from": "name the volume in both services",
 }
 _IGNORED: Final = {

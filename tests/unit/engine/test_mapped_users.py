@@ -18,7 +18,7 @@ from skep.engine.containers.container import (
 )
 from skep.engine.containers.sharing import shared_by
 from skep.engine.runtime.bind_flags import request_flags
-from skep.engine.runtime.mapped_mounts import is_mapped, placed
+from skep.engine.runtime.mapped_mounts import has_own_owners, is_mapped, placed
 from skep.engine.runtime.runtime_spec import NOTHING_SHARED, Shared, build
 from skep.engine.volumes.tmpfs_mounts import owned_words
 from skep.errors import InvalidArgument
@@ -133,6 +133,11 @@ def test_volumes_and_the_nodes_own_directories_are_mapped_and_the_users_are_not(
     shown = placed(container, points, Path("/run/b/mapped"), own)
     assert [one.source for one in shown] == ["/run/b/mapped/0", "/srv", "/run/b/mapped/2", secret.source, ""]
     assert not shown[0].read_only  # the view is
+    assert has_own_owners(volume, lambda path: path == Path("/data/volumes/v"))
+    assert not has_own_owners(volume, lambda _: False)
+    assert not has_own_owners(cluster, lambda _: True)
+    outside = msgspec.structs.replace(cluster, source="/data/csi/../../etc")
+    assert not is_mapped(container, outside, own)
 
 
 def test_a_read_only_mount_requests_the_flags_of_its_source() -> None:

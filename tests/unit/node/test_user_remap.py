@@ -84,6 +84,15 @@ def test_a_file_system_that_cannot_map_is_named(tmp_path: Path) -> None:
     assert load("", [tmp_path], run, lambda: ACCOUNTS, problem) is None
     assert load("root", [tmp_path], run, lambda: ACCOUNTS, problem) is None
     assert load("default", [], run, lambda: ACCOUNTS, problem) == resolve("default", ACCOUNTS)
+    tried: list[Path] = []
+    load(
+        "default",
+        [tmp_path, tmp_path / "new" / "one"],
+        run,
+        lambda: ACCOUNTS,
+        lambda one: tried.append(one) or "",
+    )
+    assert tried == [tmp_path], "each file system is tried once"
     with pytest.raises(FailedPrecondition) as error:
         load("default", [tmp_path], run, lambda: ACCOUNTS, problem)
     assert f"{tmp_path} has none (Invalid argument): move it with --data-dir" in str(error.value)

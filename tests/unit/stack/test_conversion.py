@@ -522,7 +522,10 @@ volumes: {orders: {external: true}, data: {}}
         ),
         (
             "services: {w: {image: w, userns_mode: host}}",
-            "f:1:39: services.w.userns_mode: user namespaces are not supported",
+            (
+                "f:1:39: services.w.userns_mode: a service cannot choose it: the node's userns-remap applies to all "
+                "its tasks"
+            ),
         ),
         (
             "services: {w: {image: w}}\nsecrets: {s: {content: x}}",
