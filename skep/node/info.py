@@ -105,7 +105,10 @@ def info(
         "ContainersStopped": counts.stopped,
         "Images": counts.images,
         "Driver": "overlay2",
-        "DriverStatus": [["Native Overlay Diff", "true"]],
+        "DriverStatus": [
+            ["Native Overlay Diff", "true"],
+            *([["userxattr", "true"]] if features.is_rootless else []),
+        ],
         "Plugins": {
             "Volume": ["local"],
             "Network": ["bridge", "host", "null", "overlay"],

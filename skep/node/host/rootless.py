@@ -9,6 +9,7 @@ Source: moby, contrib/dockerd-rootless.sh; the documentation of rootlesskit 1.1.
 """
 
 import os
+import platform
 import pwd
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from typing import NoReturn
 import msgspec
 
 from skep.engine.confinement.cgroups import MOUNT_POINT, Cgroups
+from skep.engine.confinement.seccomp import kernel_version
 from skep.linux.user_namespace import LOWEST_PORT
 from skep.node.host.requirements import Unfit
 
@@ -33,6 +35,8 @@ _IDS_MIN = 65_536
 """Size of the user's ranges.  Images have owners and groups up to this number."""
 _FIRST_ID = 100_000
 """Start of the first range.  Source: login.defs(5), SUB_UID_MIN."""
+_KERNEL_MIN = (5, 11)
+"""The first kernel that lets users mount overlays.  Source: Linux, fs/overlayfs/super.c (FS_USERNS_MOUNT)."""
 _TUN = Path("/dev/net/tun")
 _KERNEL_SETTINGS = {
     "kernel.unprivileged_userns_clone": ("0", "1"),
@@ -56,6 +60,7 @@ class RootlessFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     user: str
     uid: int
+    kernel: tuple[int, ...] = _KERNEL_MIN
     missing_programs: tuple[str, ...] = ()
     subuids: int = _IDS_MIN
     """Length of the user's ranges in /etc/subuid."""
@@ -79,6 +84,11 @@ def problems(facts: RootlessFacts) -> tuple[str, ...]:
             "--rootless is for ordinary users, and this is root: leave it out, or start skep as another user",
         )
     found = []
+    if facts.kernel < _KERNEL_MIN:
+        found.append(
+            f"Linux {'.'.join(map(str, facts.kernel))} lets only root mount overlays, which images need: "
+            f"boot {'.'.join(map(str, _KERNEL_MIN))} or newer"
+        )
     if facts.missing_programs:
         packages = " ".join(dict.fromkeys(_PACKAGES[name] for name in facts.missing_programs))
         found.append(f"{', '.join(facts.missing_programs)} not found: as root, apt-get install {packages}")
@@ -179,6 +189,7 @@ def _facts(environment: Mapping[str, str]) -> RootlessFacts:
     return RootlessFacts(
         user=user,
         uid=uid,
+        kernel=kernel_version(platform.release()),
         missing_programs=tuple(name for name in _PACKAGES if shutil.which(name) is None),
         subuids=_ids_of(user, uid, Path("/etc/subuid"), ()),
         subgids=_ids_of(user, uid, Path("/etc/subgid"), ("-g",)),
