@@ -84,11 +84,6 @@ def problems(facts: RootlessFacts) -> tuple[str, ...]:
             "--rootless is for ordinary users, and this is root: leave it out, or start skep as another user",
         )
     found = []
-    if facts.kernel < _KERNEL_MIN:
-        found.append(
-            f"Linux {'.'.join(map(str, facts.kernel))} lets only root mount overlays, which images need: "
-            f"boot {'.'.join(map(str, _KERNEL_MIN))} or newer"
-        )
     if facts.missing_programs:
         packages = " ".join(dict.fromkeys(_PACKAGES[name] for name in facts.missing_programs))
         found.append(f"{', '.join(facts.missing_programs)} not found: as root, apt-get install {packages}")
@@ -104,6 +99,24 @@ def problems(facts: RootlessFacts) -> tuple[str, ...]:
             f"{facts.user} has fewer than {_IDS_MIN} ids in {' and '.join(files)}: "
             f"as root, usermod {options} {facts.user}"
         )
+    found += _kernel_problems(facts)
+    if not facts.runtime_dir or not facts.owns_runtime_dir:
+        reason = f"{facts.runtime_dir} is not writable" if facts.runtime_dir else "XDG_RUNTIME_DIR is not set"
+        found.append(
+            f"{reason}, so there is no place for the API socket: as root, loginctl enable-linger {facts.user}, "
+            f"then export XDG_RUNTIME_DIR=/run/user/{facts.uid}"
+        )
+    return tuple(found)
+
+
+def _kernel_problems(facts: RootlessFacts) -> list[str]:
+    """Return the reasons that are in the kernel, its settings and its devices."""
+    found = []
+    if facts.kernel < _KERNEL_MIN:
+        found.append(
+            f"Linux {'.'.join(map(str, facts.kernel))} lets only root mount overlays, which images need: "
+            f"boot {'.'.join(map(str, _KERNEL_MIN))} or newer"
+        )
     for name, (forbidding, better) in _KERNEL_SETTINGS.items():
         if facts.settings.get(name) == forbidding:
             found.append(
@@ -118,13 +131,7 @@ def problems(facts: RootlessFacts) -> tuple[str, ...]:
         found.append(f"{_TUN} does not exist, so there is no network: as root, modprobe tun")
     elif not facts.may_open_tun:
         found.append(f"{facts.user} may not open {_TUN}, so there is no network: as root, chmod 666 {_TUN}")
-    if not facts.runtime_dir or not facts.owns_runtime_dir:
-        reason = f"{facts.runtime_dir} is not writable" if facts.runtime_dir else "XDG_RUNTIME_DIR is not set"
-        found.append(
-            f"{reason}, so there is no place for the API socket: as root, loginctl enable-linger {facts.user}, "
-            f"then export XDG_RUNTIME_DIR=/run/user/{facts.uid}"
-        )
-    return tuple(found)
+    return found
 
 
 def command(state: Path, daemon: Sequence[str], *, is_delegated: bool) -> tuple[str, ...]:
