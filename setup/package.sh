@@ -95,6 +95,8 @@ own_files() {
     put 755 packaging/debian/end-containers "$prefix/libexec/skep/end-containers"
     sed 's,/usr/local/bin/skep,/usr/bin/skep,; s,^# systemd unit.*,# systemd unit of a node.,' packaging/skep.service >"$work/skep.service"
     put 644 "$work/skep.service" /usr/lib/systemd/system/skep.service
+    sed 's,/usr/local/bin/skep,/usr/bin/skep,' packaging/skep-rootless.service >"$work/skep-rootless.service"
+    put 644 "$work/skep-rootless.service" /usr/lib/systemd/user/skep.service
     put 644 packaging/debian/skep.toml /etc/skep/skep.toml
     for shell in bash zsh fish; do
         (cd "$1" && "$venv/bin/python" -c 'from skep.cli.main import main; main(prog_name="skep")' completion $shell) >"$work/$shell"

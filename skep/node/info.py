@@ -108,7 +108,7 @@ def info(
         "ContainersStopped": counts.stopped,
         "Images": counts.images,
         "Driver": "overlay2",
-        "DriverStatus": [["Native Overlay Diff", "true"]],
+        "DriverStatus": _driver_status(features),
         "Plugins": {
             "Volume": ["local"],
             "Network": ["bridge", "host", "null", "overlay"],
@@ -148,6 +148,11 @@ def info(
         **_discovered(devices),
         "Warnings": list(warnings) or None,
     }
+
+
+def _driver_status(features: Features) -> list[list[str]]:
+    """Return how images are layered.  overlayfs keeps its marks in attributes ``user.*`` on a rootless node."""
+    return [["Native Overlay Diff", "true"], *([["userxattr", "true"]] if features.is_rootless else [])]
 
 
 def _discovered(devices: Iterable[str]) -> dict[str, Any]:

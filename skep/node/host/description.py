@@ -214,7 +214,7 @@ class NodeDescriber:
         own = {
             NODE_LABEL: "true",
             **self._offer_labels(configuration),
-            # The routes of a rootless node are those of its own namespace, so it holds no failover addresses.
+            # A rootless node sees only the routes of its own namespace, so it holds no failover addresses.
             ROUTES_LABEL: routes_label(() if self._features.is_rootless else self._offers.present.routes),
             **_fact_labels(self._machine, self._features),
         }

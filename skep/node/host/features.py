@@ -22,7 +22,7 @@ from skep.dataplane.plan.wireguard import DeviceChange
 from skep.dataplane.wireguard import kernel
 from skep.dataplane.wireguard.keys import new_private_key
 from skep.engine.confinement.cgroups import Cgroups
-from skep.linux.user_namespace import is_rootless, lowest_port
+from skep.linux.user_namespace import is_in_user_namespace, is_rootless, lowest_port
 
 # Source: linux/sched.h and linux/magic.h.
 _CLONE_NEWNET = 0x40000000
@@ -221,6 +221,7 @@ def _try_overlay(data_dir: Path) -> None:
         for name in ("lower", "upper", "work", "merged"):
             (Path(scratch) / name).mkdir()
         options = ",".join(f"{name}dir={scratch}/{name}" for name in ("lower", "upper", "work"))
+        options += ",userxattr" if is_in_user_namespace() else ""
         merged = f"{scratch}/merged".encode()
         if _libc.mount(b"overlay", merged, b"overlay", 0, options.encode()) != 0:
             number = ctypes.get_errno()

@@ -9,6 +9,7 @@ Source: moby, contrib/dockerd-rootless.sh; the documentation of rootlesskit 1.1.
 """
 
 import os
+import platform
 import pwd
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from typing import NoReturn
 import msgspec
 
 from skep.engine.confinement.cgroups import MOUNT_POINT, Cgroups
+from skep.engine.confinement.seccomp import kernel_version
 from skep.linux.user_namespace import LOWEST_PORT
 from skep.node.host.requirements import Unfit
 
@@ -33,6 +35,8 @@ _IDS_MIN = 65_536
 """Size of the user's ranges.  Images have owners and groups up to this number."""
 _FIRST_ID = 100_000
 """Start of the first range.  Source: login.defs(5), SUB_UID_MIN."""
+_KERNEL_MIN = (5, 11)
+"""The first kernel that lets users mount overlays.  Source: Linux, fs/overlayfs/super.c (FS_USERNS_MOUNT)."""
 _TUN = Path("/dev/net/tun")
 _KERNEL_SETTINGS = {
     "kernel.unprivileged_userns_clone": ("0", "1"),
@@ -56,6 +60,7 @@ class RootlessFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     user: str
     uid: int
+    kernel: tuple[int, ...] = _KERNEL_MIN
     missing_programs: tuple[str, ...] = ()
     subuids: int = _IDS_MIN
     """Length of the user's ranges in /etc/subuid."""
@@ -94,6 +99,24 @@ def problems(facts: RootlessFacts) -> tuple[str, ...]:
             f"{facts.user} has fewer than {_IDS_MIN} ids in {' and '.join(files)}: "
             f"as root, usermod {options} {facts.user}"
         )
+    found += _kernel_problems(facts)
+    if not facts.runtime_dir or not facts.owns_runtime_dir:
+        reason = f"{facts.runtime_dir} is not writable" if facts.runtime_dir else "XDG_RUNTIME_DIR is not set"
+        found.append(
+            f"{reason}, so there is no place for the API socket: as root, loginctl enable-linger {facts.user}, "
+            f"then export XDG_RUNTIME_DIR=/run/user/{facts.uid}"
+        )
+    return tuple(found)
+
+
+def _kernel_problems(facts: RootlessFacts) -> list[str]:
+    """Return the reasons that are in the kernel, its settings and its devices."""
+    found = []
+    if facts.kernel < _KERNEL_MIN:
+        found.append(
+            f"Linux {'.'.join(map(str, facts.kernel))} lets only root mount overlays, which images need: "
+            f"boot {'.'.join(map(str, _KERNEL_MIN))} or newer"
+        )
     for name, (forbidding, better) in _KERNEL_SETTINGS.items():
         if facts.settings.get(name) == forbidding:
             found.append(
@@ -108,13 +131,7 @@ def problems(facts: RootlessFacts) -> tuple[str, ...]:
         found.append(f"{_TUN} does not exist, so there is no network: as root, modprobe tun")
     elif not facts.may_open_tun:
         found.append(f"{facts.user} may not open {_TUN}, so there is no network: as root, chmod 666 {_TUN}")
-    if not facts.runtime_dir or not facts.owns_runtime_dir:
-        reason = f"{facts.runtime_dir} is not writable" if facts.runtime_dir else "XDG_RUNTIME_DIR is not set"
-        found.append(
-            f"{reason}, so there is no place for the API socket: as root, loginctl enable-linger {facts.user}, "
-            f"then export XDG_RUNTIME_DIR=/run/user/{facts.uid}"
-        )
-    return tuple(found)
+    return found
 
 
 def command(state: Path, daemon: Sequence[str], *, is_delegated: bool) -> tuple[str, ...]:
@@ -179,6 +196,7 @@ def _facts(environment: Mapping[str, str]) -> RootlessFacts:
     return RootlessFacts(
         user=user,
         uid=uid,
+        kernel=kernel_version(platform.release()),
         missing_programs=tuple(name for name in _PACKAGES if shutil.which(name) is None),
         subuids=_ids_of(user, uid, Path("/etc/subuid"), ()),
         subgids=_ids_of(user, uid, Path("/etc/subgid"), ("-g",)),

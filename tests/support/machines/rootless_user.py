@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from skep.engine.confinement.cgroups import MOUNT_POINT, remove_tree
 from tests.support.machines.daemon_rig import wait_until
 from tests.support.machines.playground_rig import CLIS
 
@@ -27,8 +28,8 @@ class RootlessNode:
     root's directories on this machine are.
     """
 
-    def __init__(self, user: str, home: Path, netns: str) -> None:
-        self._user, self._home, self._netns = user, home, netns
+    def __init__(self, user: str, home: Path, netns: str, group: Path | None) -> None:
+        self._user, self._home, self._netns, self._group = user, home, netns, group
         self.runtime_dir = home / "run"
         self.socket = f"unix://{self.runtime_dir / 'skep.sock'}"
         self.log = home / "daemon.log"
@@ -44,11 +45,17 @@ class RootlessNode:
         } | environment
         return [
             *("nsenter", f"--net={self._netns}", "unshare", "--mount", "--propagation", "slave"),
-            *("sh", "-ec", _script(self._home, hides_devices=hides_devices), "sh"),
+            *("sh", "-ec", self._preparation(hides_devices=hides_devices), "sh"),
             *("setpriv", "--reuid", self._user, "--regid", self._user, "--init-groups"),
             *("env", "-i", *(f"{name}={value}" for name, value in own.items())),
             *(str(_SKEP), "daemon", "--rootless", *words),
         ]
+
+    def _preparation(self, *, hides_devices: bool) -> str:
+        lines = _preparation(self._home, hides_devices=hides_devices)
+        if self._group is not None:
+            lines += _entering(self._group, self._home / "aside/cgroup")
+        return "\n".join([*lines, 'exec "$@"'])
 
     def start(self) -> None:
         """Start the daemon, and wait until its API is served."""
@@ -96,8 +103,8 @@ class RootlessNode:
         return subprocess.CompletedProcess(command, done.returncode, output, errors)
 
 
-def _script(home: Path, *, hides_devices: bool) -> str:
-    """Return the shell commands that prepare a mount namespace for the user, and run the remaining words."""
+def _preparation(home: Path, *, hides_devices: bool) -> list[str]:
+    """Return the shell commands that prepare a mount namespace for the user."""
     needed = [path for path in (Path(sys.base_prefix), Path(sys.prefix), _ROOT) if _closed_above(path)]
     aside = home / "aside"
     lines = [f"mkdir -p {aside}", f"mount -t tmpfs -o mode=755 none {aside}"]
@@ -111,7 +118,29 @@ def _script(home: Path, *, hides_devices: bool) -> str:
         mode = "600" if hides_devices else "666"
         device = f"{aside}/device{number}"
         lines += [f"mknod -m {mode} {device} c {major} {minor}", f"mount --bind {device} /dev/{name}"]
-    return "\n".join([*lines, 'exec "$@"'])
+    return lines
+
+
+def _entering(group: Path, aside: Path) -> list[str]:
+    """Return the shell commands that enter a control group, and show nothing but its hierarchy."""
+    lines = [f"echo $$ > {group}/cgroup.procs"]
+    if group.parent != MOUNT_POINT:  # a hybrid machine
+        lines += [f"mkdir {aside}", f"mount --bind {group.parent} {aside}"]
+        lines += [f"umount -R {MOUNT_POINT}", f"mount --bind {aside} {MOUNT_POINT}", f"umount {aside}"]
+    return lines
+
+
+@contextmanager
+def _delegated_group(user: str) -> Iterator[Path]:
+    """Make a control group of version 2 that belongs to ``user``, as systemd does for ``Delegate=yes``."""
+    group = next(root for root in (MOUNT_POINT / "unified", MOUNT_POINT) if root.is_dir()) / user
+    group.mkdir()
+    try:
+        for path in (group, *(group / f"cgroup.{name}" for name in ("procs", "subtree_control", "threads"))):
+            shutil.chown(path, user)
+        yield group
+    finally:
+        wait_until(lambda: remove_tree(group), "the group is removed")
 
 
 def _closed_above(path: Path) -> Path | None:
@@ -121,7 +150,9 @@ def _closed_above(path: Path) -> Path | None:
 
 
 @contextmanager
-def a_rootless_node(name: str, netns: str) -> Iterator[RootlessNode]:
+def a_rootless_node(
+    name: str, netns: str = "/proc/self/ns/net", *, is_delegated: bool = False
+) -> Iterator[RootlessNode]:
     """Make a user with ranges of ids and a node, not yet started.  Removes everything afterwards."""
     home = Path(
         tempfile.mkdtemp(prefix="skep-rootless-", dir="/var/tmp")
@@ -130,14 +161,15 @@ def a_rootless_node(name: str, netns: str) -> Iterator[RootlessNode]:
     _run("useradd", "--no-create-home", "--home-dir", str(home), name)
     try:
         _give_ranges(name)
-        node = RootlessNode(name, home, netns)
-        node.runtime_dir.mkdir()
-        for path in (home, node.runtime_dir):
-            shutil.chown(path, name, name)
-        try:
-            yield node
-        finally:
-            node.end(signal.SIGKILL)
+        with _delegated_group(name) if is_delegated else nullcontext() as group:
+            node = RootlessNode(name, home, netns, group)
+            node.runtime_dir.mkdir()
+            for path in (home, node.runtime_dir):
+                shutil.chown(path, name, name)
+            try:
+                yield node
+            finally:
+                node.end(signal.SIGKILL)
     finally:
         _run("userdel", "--force", name)
         shutil.rmtree(home)

@@ -50,6 +50,7 @@ def test_a_user_with_everything_starts() -> None:
             },
             "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0",
         ),
+        ({"kernel": (5, 10)}, "boot 5.11 or newer"),
         ({"has_tun": False}, "modprobe tun"),
         ({"may_open_tun": False}, "chmod 666 /dev/net/tun"),
         ({"runtime_dir": ""}, "loginctl enable-linger ada, then export XDG_RUNTIME_DIR=/run/user/1000"),

@@ -10,7 +10,7 @@ from skep.manager.scheduler.explaining.explain import verdict
 from skep.manager.scheduler.nodes.requirements import requirements_of
 from skep.manager.scheduler.nodes.spread import CachedSpreads
 from skep.manager.scheduler.placement import Placed, place
-from skep.model.network import Driver, Network
+from skep.model.network import Network
 from skep.model.node import EngineDescription, Node, NodeRole
 from skep.model.node_reports.rootless import ROOTLESS_LABEL, RootlessNeeds, lacking, rootless_label
 from skep.model.service import (
@@ -22,6 +22,7 @@ from skep.model.service import (
     Service,
 )
 from skep.model.task import NetworkAttachment, Task
+from skep.model.values.meta import Driver
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task, an_overlay
 from tests.unit.manager.scheduler.test_placement import ALL, PENDING, accounting_of, nodes_of, reason
