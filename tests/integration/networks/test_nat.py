@@ -17,6 +17,7 @@ from tests.support.machines.playground_rig import (
     TestCluster,
     TestNode,
     container_pids,
+    containers,
     nodes_by_name,
     remove_services,
     running,
@@ -196,6 +197,40 @@ def test_a_restarted_node_process_interrupts_nothing(cluster: TestCluster, m1: T
         lost += not in_task(cluster, "m1", "near", *command)
     assert lost == 0
     assert w1.pids("wireguard-go") == before
+
+
+def test_connections_stay_at_the_site_while_a_task_serves_there(cluster: TestCluster, m1: TestNode) -> None:
+    wait_connected(m1)
+    sites = {"m1": "cloud", "w3": "cloud", "w1": "home", "w4": "home"}
+    for host, site in sites.items():
+        m1.docker("node", "update", "--label-add", f"site={site}", host)
+    m1.docker("network", "create", "-d", "overlay", "sites")
+    near = ("--label", "skep.near=true", "--network", "sites", "--publish", "8081:80", "--mode", "global")
+    m1.docker("service", "create", "--detach", "--name", "web", *near, IMAGE, *SERVE)
+    wait_running(m1, "web", 5)
+    serve(m1, "client", "w1", "sites")
+
+    def served_by(host: str) -> set[str]:
+        url = "http://127.0.0.1:8081/"
+        return {in_network_of(cluster.node(host), "curl", "-s", "-m", "5", url).strip() for _ in range(12)}
+
+    def names_of(*hosts: str) -> set[str]:
+        return {one["Id"][:12] for host in hosts for one in containers(cluster.node(host), "web")}
+
+    wait_until(lambda: served_by("m1") == names_of("m1", "w3"), "m1 connects to its own site")
+    wait_until(lambda: served_by("w1") == names_of("w1", "w4"), "w1 connects to its own site")
+    wait_until(lambda: served_by("w2") == names_of("m1", "w1", "w2", "w3", "w4"), "w2 has no site")
+    listed = in_task(cluster, "w1", "client", "busybox", "nslookup", "tasks.web", "127.0.0.11")
+    assert listed.count("Address: 10.") == 2
+    for host in ("w1", "w4"):
+        m1.docker("node", "update", "--availability", "drain", host)
+    try:
+        wait_until(lambda: served_by("w1") == names_of("m1", "w2", "w3"), "no task is left at its site")
+    finally:
+        for host in ("w1", "w4"):
+            m1.docker("node", "update", "--availability", "active", host)
+        for host in sites:
+            m1.docker("node", "update", "--label-rm", "site", host)
 
 
 CONNECT = """
