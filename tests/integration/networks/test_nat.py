@@ -272,3 +272,27 @@ def test_no_machine_sends_as_a_node_behind_nat_outside_of_the_tunnels(
             receiver.kill()
     finally:
         in_network_of(w3, "ip", "address", "delete", f"{stolen}/32", "dev", "lo")
+
+
+def test_a_node_that_leaves_keeps_nothing_of_its_tunnels(cluster: TestCluster, m1: TestNode) -> None:
+    """The last test, because the node does not join again."""
+    wait_connected(m1)
+    w4 = cluster.node("w4")
+
+    def what_is_left() -> str:
+        rules = in_network_of(w4, "ip", "rule")
+        tables = in_network_of(w4, "nft", "list", "tables")
+        return f"{in_network_of(w4, 'ip', 'address')}{rules}{tables}"
+
+    left = what_is_left()
+    assert "skwg" in left or "skep-wg3" in left
+    assert "lookup 1043" in left
+    assert "skep_nat" in left
+    w4.docker("swarm", "leave")
+
+    def is_clean() -> bool:
+        left = what_is_left()
+        return not any(word in left for word in ("skwg", "skep-wg3", "lookup 1043", "skep_nat"))
+
+    wait_until(is_clean, "device, address, rule and table are removed")
+    wait_until(lambda: not w4.pids("wireguard-go"), "its process has ended")
