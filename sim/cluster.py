@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from sim.etcd.client import SimulatedClient
 from sim.etcd.raft import Raft
-from sim.initial_state import CLUSTER, address_of, joined
+from sim.initial_state import CLUSTER, address_of, joined, labels_behind_nat
 from sim.invariants.committed import CommittedState
 from sim.invariants.nodes.volumes import OnlyCopiesStay, Stored
 from sim.invariants.observer import Observer
@@ -307,6 +307,11 @@ class SimulatedCluster:
         node.holds_addresses = self._has_addresses
         node.watchers.append(self.observer)
         return node
+
+    def put_behind_nat(self, id: NodeId, address: str = "203.0.113.1") -> None:
+        """Let others see a worker's machine under the address of a NAT.  Call this before the cluster starts."""
+        self.network.outside[id] = address
+        self.nodes[id].add_labels(labels_behind_nat(id))
 
     def _trust_each_other(self, source: Machine, target: Machine) -> bool:
         def view_of(id: Machine) -> View | None:

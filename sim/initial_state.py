@@ -1,13 +1,16 @@
 """The initial state of a simulated cluster, as an init and the joins leave it in the store."""
 
 from collections.abc import Iterable
+from hashlib import sha256
 from itertools import count
 
 from msgspec.structs import replace
 
 from sim.world.certificates import found
 from skep.manager.control.networks import first_networks
-from skep.model.networks.data_planes import SKEP
+from skep.model.networks.data_planes import LOCAL_ADDRESSES_LABEL, SKEP, TUNNEL_LABEL
+from skep.model.networks.reserved_ports import tunnel_port
+from skep.model.networks.wireguard import PublicKey, public_keys_label
 from skep.model.node import (
     Availability,
     ManagerStatus,
@@ -20,7 +23,7 @@ from skep.model.node import (
     NodeStatus,
     Reachability,
 )
-from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
+from skep.model.swarm import DEFAULT_DATA_PATH_PORT, DEFAULT_SWARM_SPEC, Swarm
 from skep.model.values.ids import ClusterId, NodeId
 from skep.model.values.times import ZERO_TIME
 from skep.store.interface import Transaction
@@ -81,3 +84,9 @@ def a_manager(id: NodeId) -> Node:
 def address_of(id: NodeId) -> str:
     """Return the address on which a manager listens."""
     return f"{id}:2377"
+
+
+def labels_behind_nat(id: NodeId) -> dict[str, str]:
+    """Return the engine labels of a node behind NAT that can have tunnels."""
+    key = PublicKey(sha256(id.encode()).digest(), tunnel_port(DEFAULT_DATA_PATH_PORT))
+    return {LOCAL_ADDRESSES_LABEL: "10.0.0.5", TUNNEL_LABEL: public_keys_label([key])}

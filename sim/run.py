@@ -52,6 +52,8 @@ STEPS = 20
 PAUSES_S = (0.01, 0.05, 0.2, 0.8, 2.0)
 EXTENDED_PAUSES_S = (*PAUSES_S, 0.2, 0.8, 5.0, 20.0)
 """Pauses in runs with extensions.  Some are long, because schedules are due every minute."""
+BEHIND_NAT = 0.2
+"""Share of the workers that are behind one NAT, so that half of all runs have some."""
 CONVERGED_S = 90.0
 """Time limit from the end of the last fault until the cluster has converged."""
 TURNS_MAX = 240_000
@@ -103,6 +105,9 @@ def simulate(
         storage=SimulatedStorage() if extends else None,
         capacity=_capacity(shape) if extends else None,
     )
+    for id in cluster.workers:
+        if Random(f"NAT of {id} with seed {seed}").random() < BEHIND_NAT:
+            cluster.put_behind_nat(id)
     try:
         with cluster:
             (live or _simulate)(

@@ -63,6 +63,7 @@ from skep.model.options.labels import (
     LAST_LINES,
     MAINTENANCE,
     MIN_AVAILABLE,
+    NEAR,
     ON_DISCONNECT,
     ON_DISCONNECT_DELAY,
     PREEMPTION,
@@ -429,6 +430,14 @@ LABELS = (
         "With `true`, the names of tasks (`tasks.SERVICE`, `SLOT.SERVICE`, and `SERVICE` with `--endpoint-mode dnsrr`) "
         "resolve before the tasks are healthy, for software that needs its peers to become healthy. Virtual addresses "
         "and published ports still reach healthy tasks only.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        NEAR,
+        "`true`, `false`",
+        "`false`",
+        "With `true`, the service's name, virtual address, published ports and routes lead to tasks at the site of the "
+        "node that connects, by the node label `site`, or else `zone`. If none of them serves, they lead to all.",
     ),
     Label(
         LabelTarget.SERVICE,

@@ -144,6 +144,10 @@ class Network:
         """Returns the figure of a query at a time, or None if it fails."""
         self.receive_notification: Send = skip_sending
         """The target of the managers' notifications."""
+        self.outside: dict[Machine, str] = {}
+        """Addresses under which others see machines behind NAT.  They can open connections, and nobody to them."""
+        self.dialed_in_vain: list[tuple[Machine, Machine]] = []
+        """Connections that were tried to machines behind NAT, which is an error of whoever tries."""
         self.held: HeldDirections = HeldDirections()
         self._listeners: dict[str, Listener] = {}
         self._channels: dict[MemoryChannel, tuple[Machine, Machine]] = {}
@@ -198,9 +202,12 @@ class Network:
             raise Unavailable(f"{address}: connection timed out") from error
         listener = self._listeners.get(address)
         if listener is None:
+            if target in self.outside:
+                self.dialed_in_vain.append((source, target))
             raise Unavailable(f"{address}: connection refused")
         if not self.accepts(source, target):
             raise Unavailable(f"{address}: certificate not trusted")
+        listener.seen[source] = self.outside.get(source, "127.0.0.1")
         channel = MemoryChannel(
             address, listener, identity, Direction(self, source, target), Direction(self, target, source)
         )
@@ -249,6 +256,8 @@ class Listener:
     def __init__(self, handlers: Iterable[Handler], group: asyncio.TaskGroup) -> None:
         self.handlers = {handler.method.path: handler for handler in handlers}
         self._group = group
+        self.seen: dict[Machine, str] = {}
+        """The address from which each machine connects."""
         self._handling: set[asyncio.Task[None]] = set()
         self.is_closed = False
 
@@ -277,7 +286,8 @@ class MemoryChannel:
         self._listener = listener
         self._up = up
         self._down = down
-        self._caller = Caller(identity=identity, address="127.0.0.1", disconnect=self._disconnect)
+        came_from = listener.seen.get(identity.node_id, "127.0.0.1")
+        self._caller = Caller(identity=identity, address=came_from, disconnect=self._disconnect)
         self._open: dict[int, _OpenCall] = {}
         self._streams = 0
         self._is_lost = False

@@ -213,6 +213,12 @@ class SimulatedNode:
                 key = name, assigned.service_name, task.slot
                 self.slot_volumes[key] = max(self.slot_volumes.get(key, 0), created_ms(task))
 
+    def add_labels(self, labels: Mapping[str, str]) -> None:
+        """Add engine labels to the node's description, from the next session on."""
+        engine = self._description.engine
+        labelled = replace(engine, labels={**engine.labels, **labels})
+        self._description = replace(self._description, engine=labelled)
+
     def _describe(self) -> NodeDescription:
         if not self.slot_volumes and not self.has_full_disk:
             return self._description

@@ -100,7 +100,7 @@ class DataPlane:
         home = node_reconciler(namespaces, self.repairs)
         show_encryption = partial(host.show_condition, ConditionName.ENCRYPTED_NETWORKS)
         self.tunnels = WireGuardTunnels(paths, namespaces, encryption, self.repairs, clock, show_encryption)
-        self.nat = TunnelsThroughNat(paths, namespaces, encryption, self.repairs, clock)
+        self.nat = TunnelsThroughNat(paths, namespaces, encryption, self.repairs, clock, rng)
         data_path = _data_path(host, home, self._healer)
         self.overlays = Overlays(
             namespaces=namespaces,

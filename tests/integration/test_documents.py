@@ -35,6 +35,7 @@ RUN_ELSEWHERE = {
     ("docs/guide/front-door.md", 5): "tests/integration/networks/test_failover_addresses.py",
     ("docs/guide/catalog.md", 0): "tests/integration/networks/test_catalog.py",
     ("docs/guide/nat.md", 0): "tests/integration/networks/test_nat.py",
+    ("docs/guide/nat.md", 2): "tests/integration/networks/test_nat.py",
     ("docs/guide/nat.md", 1): "tests/integration/networks/test_nat.py",
     ("docs/guide/quotas.md", 0): "tests/integration/daemon/test_users.py",
     ("docs/guide/security.md", 0): "tests/integration/test_mapped_users.py",

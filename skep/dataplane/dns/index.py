@@ -78,7 +78,9 @@ class Index:
 
     def serving(self, name: str) -> Sequence[TableEndpoint]:
         """Return the serving tasks of the services called ``name``, in the order of their ids."""
-        return [task for id in self._services.get(name, ()) for task in self._ordered(id) if task.is_serving]
+        return [
+            task for id in self._services.get(name, ()) for task in self._ordered(id) if task.gets_connections
+        ]
 
     @cached_property
     def reverse(self) -> dict[str, tuple[str, ServiceId]]:
@@ -114,13 +116,13 @@ class Index:
             service = self._table.services[id]
             yield service.virtual_ips
             if not service.virtual_ips:
-                yield from (task.addresses for task in self._ordered(id) if _has_names(task))
+                yield from (task.addresses for task in self._ordered(id) if _is_listed(task))
 
     def _of_tasks(self, name: str) -> Iterator[Sequence[str]]:
         """Yield the addresses of ``tasks.<service>``, ``all.tasks.<service>`` or ``<slot>.<service>``."""
         slot, _, rest = name.partition(".")
         if name.startswith(_TASKS):
-            ids, wanted = self._services.get(name.removeprefix(_TASKS), ()), _has_names
+            ids, wanted = self._services.get(name.removeprefix(_TASKS), ()), _is_listed
         elif name.startswith(_ALL_TASKS):
             ids, wanted = self._services.get(name.removeprefix(_ALL_TASKS), ()), _runs
         else:
@@ -141,6 +143,11 @@ class Index:
 
 def _has_names(task: TableEndpoint) -> bool:
     return task.is_serving or task.is_named_early
+
+
+def _is_listed(task: TableEndpoint) -> bool:
+    """Return whether the task is among those that the name of its service leads to."""
+    return _has_names(task) and not task.is_far
 
 
 def _runs(task: TableEndpoint) -> bool:

@@ -115,7 +115,7 @@ def _servers(
 def _lines(service: TableService, running: Iterable[TableEndpoint]) -> Iterator[ServerLine]:
     """Yield the server line of each running task.  Tasks without a share of the connections are not ready."""
     tasks = tuple(running)
-    shares = shares_of(service, (one for one in tasks if one.is_serving and not one.is_left_out))
+    shares = shares_of(service, (one for one in tasks if one.gets_connections and not one.is_left_out))
     weights = {one.task_id: weight for one, weight in shares.weighted()}
     versions = service.split.versions if service.split is not None else ()
     for one in tasks:

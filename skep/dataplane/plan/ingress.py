@@ -136,7 +136,7 @@ def plan(table: NetworkTable, node_id: NodeId) -> IngressPlan:
     """
     serving: dict[str, list[TableEndpoint]] = {}
     for _, endpoint in sorted(table.endpoints.items()):
-        if endpoint.is_serving:
+        if endpoint.gets_connections:
             serving.setdefault(endpoint.service_id, []).append(endpoint)
     ports: dict[tuple[str, int], MeshPort] = {}
     for _, service in sorted(table.services.items()):

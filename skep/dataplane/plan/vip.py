@@ -68,7 +68,7 @@ def vip_backends(table: NetworkTable) -> Mapping[ServiceId, VipBackends]:
         return {}
     serving: dict[ServiceId, list[TableEndpoint]] = defaultdict(list)
     for _, endpoint in sorted(table.endpoints.items()):
-        if endpoint.is_serving:
+        if endpoint.gets_connections:
             serving[endpoint.service_id].append(endpoint)
     found: dict[ServiceId, VipBackends] = {}
     for id, service in table.services.items():

@@ -17,6 +17,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import isolate
 from skep.aio.race import wait_first
 from skep.dataplane.tables.files import SharedTables, StoredTables
+from skep.dataplane.tables.nearness import with_far_tasks
 from skep.dataplane.tables.unreachable import NONE_UNREACHABLE, Unreachable, without
 from skep.dataplane.tables.validation import valid_set, valid_table
 from skep.errors import InvalidArgument, SkepError
@@ -64,6 +65,10 @@ class ClusterIdentity(Protocol):
         """Wait until ``node_id`` is known."""
 
 
+_MadeOf = tuple[NetworkTable, frozenset[NodeId], NodeId]
+"""What a table for the listeners is made of: the managers' table, excluded peers, and this node."""
+
+
 class NetworkTables:
     """This node's tables.  They are applied once the node's id is known."""
 
@@ -82,7 +87,7 @@ class NetworkTables:
         self._rng = rng
         self._tables: Mapping[NetworkId, NetworkTable] = NOTHING
         self._unreachable = NONE_UNREACHABLE
-        self._filtered: dict[NetworkId, tuple[NetworkTable, frozenset[NodeId], NetworkTable]] = {}
+        self._filtered: dict[NetworkId, tuple[_MadeOf, NetworkTable]] = {}
         self._seen = Revision()
         self._applied: Mapping[NetworkId, Revision] = {}
         self._has_changes = asyncio.Event()
@@ -212,20 +217,21 @@ class NetworkTables:
             await self._wait_for_more()
 
     def _effective(self) -> Mapping[NetworkId, NetworkTable]:
-        """Return the tables without excluded endpoints.  An unchanged table is the same object as before."""
+        """Return the tables without excluded endpoints, and with far ones marked.
+
+        An unchanged table is the same object as before.
+        """
         filtered = {}
+        own = self._identity.node_id
         for id, table in self._tables.items():
-            nodes = self._unreachable.of(table)
-            if nodes:
-                known = self._filtered.get(id)
-                is_known = known is not None and known[0] is table and known[1] == nodes
-                filtered[id] = known if known and is_known else (table, nodes, without(table, nodes))
+            made_of = (table, self._unreachable.of(table), own)
+            known = self._filtered.get(id)
+            if known is None or known[0][0] is not table or known[0][1:] != made_of[1:]:
+                reachable = without(table, made_of[1]) if made_of[1] else table
+                known = (made_of, with_far_tasks(reachable, own))
+            filtered[id] = known
         self._filtered = filtered
-        return (
-            {**self._tables, **{id: found for id, (_, _, found) in filtered.items()}}
-            if filtered
-            else self._tables
-        )
+        return {id: found for id, (_, found) in filtered.items()}
 
     async def _apply(
         self, subscriber: "_Subscriber", node_id: NodeId, tables: Mapping[NetworkId, NetworkTable]

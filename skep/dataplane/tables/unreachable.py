@@ -112,11 +112,13 @@ def without(table: NetworkTable, unreachable: frozenset[NodeId]) -> NetworkTable
 
 
 def restored(table: NetworkTable) -> NetworkTable:
-    """Return ``table`` as the managers sent it.  Undoes ``without``."""
+    """Return ``table`` as the managers sent it.  Undoes ``without`` and ``nearness.with_far_tasks``."""
     changed = {
-        id: msgspec.structs.replace(one, is_serving=True, is_left_out=False)
+        id: msgspec.structs.replace(
+            one, is_serving=one.is_serving or one.is_left_out, is_left_out=False, is_far=False
+        )
         for id, one in table.endpoints.items()
-        if one.is_left_out
+        if one.is_left_out or one.is_far
     }
     return msgspec.structs.replace(table, endpoints={**table.endpoints, **changed}) if changed else table
 

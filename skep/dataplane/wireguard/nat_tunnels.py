@@ -5,11 +5,13 @@ process.
 """
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error
 from skep.aio.race import is_set_within
@@ -41,6 +43,8 @@ PERIOD_S = 1.0
 """Seconds between checks for a removed device."""
 HURRY_S = 0.1
 """Seconds between checks while the device does not exist yet."""
+FIRST_RETRY_S, LONGEST_RETRY_S = 0.2, 5.0
+"""First and longest pause in seconds after an error."""
 _PART = "nat"
 
 
@@ -48,7 +52,13 @@ class TunnelsThroughNat:
     """The tunnels of one node.  ``set_targets`` says which, and ``run`` makes and keeps them."""
 
     def __init__(
-        self, paths: Paths, namespaces: Namespaces, options: Options, repairs: Repairs, clock: Clock
+        self,
+        paths: Paths,
+        namespaces: Namespaces,
+        options: Options,
+        repairs: Repairs,
+        clock: Clock,
+        rng: Callable[[], float],
     ) -> None:
         self._file = paths.nat_key
         self._namespaces = namespaces
@@ -63,15 +73,18 @@ class TunnelsThroughNat:
             are_in_kernel=options.method is EncryptionMethod.KERNEL,
         )
         # A separate reconciler, because without its device this state cannot be applied, and nothing else may wait.
-        scope = Scope(has_own_routes=False)
+        scope = Scope(has_own_routes=False, is_exclusive=True)
         self._reconciler = NetnsReconciler("tunnels through NAT", namespaces.home, namespaces, repairs, scope)
         self._pair: WireGuardKey | None = None
         self._tunnels: NatTunnels | None = None
+        self._address = ""
+        """This node's address, for which the device was made."""
         self._vxlan_port = DEFAULT_DATA_PATH_PORT
         self._changed = asyncio.Event()
         self._is_known = False
         self._healed_at = float("-inf")
-        self._followed: NamespaceState | None = None
+        self._backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=rng)
+        self._followed = NamespaceState()
         """The state that overlays have followed."""
         self._last_error = ""
 
@@ -110,7 +123,9 @@ class TunnelsThroughNat:
                     self._changed.clear()
                     if self._is_known:
                         await self._try_step(group, changed)
-                    if self._tunnels is None and not self._last_error:
+                    if self._last_error:
+                        await is_set_within(self._changed, self._backoff.next_delay_s())
+                    elif self._tunnels is None:
                         await self._changed.wait()
                     else:
                         await is_set_within(self._changed, PERIOD_S if self._devices.placed else HURRY_S)
@@ -121,7 +136,7 @@ class TunnelsThroughNat:
         error = ""
         try:
             state = await self._step(group)
-            if state != self._followed:
+            if state != self._followed:  # an address has come or gone, or the MTU has changed
                 await changed()
                 self._followed = state
         except (SkepError, OSError, NetlinkError) as problem:
@@ -129,11 +144,15 @@ class TunnelsThroughNat:
         if error and error != self._last_error:
             log.warning("tunnels through NAT not carried, retrying", reason=error)
         self._last_error = error
+        if not error:
+            self._backoff.reset()
 
     async def _step(self, group: asyncio.TaskGroup) -> NamespaceState:
         tunnels = self._tunnels
-        if tunnels is None:
+        if tunnels is None or tunnels.address != self._address:
             await self._close(group)
+            self._address = tunnels.address if tunnels is not None else ""
+        if tunnels is None:
             return NamespaceState()
         pair = self._own_key()
         self._devices.supervise(group, {TUNNEL_SLOT})
@@ -155,12 +174,17 @@ class TunnelsThroughNat:
         return state
 
     async def _close(self, group: asyncio.TaskGroup) -> None:
-        """Remove everything, also what an earlier process has left."""
+        """Remove everything of another address.  The device of an earlier process goes too, unless it is still needed.
+
+        A node that never had tunnels is left alone.
+        """
         self._devices.supervise(group, frozenset())
-        self._reconciler.remove_part(_PART, (nat.TABLE,))
-        self._reconciler.invalidate()
-        await self._reconciler.apply()
-        await self._reconciler.remove(self._devices.name(TUNNEL_SLOT))
+        name = self._devices.name(TUNNEL_SLOT)
+        is_left = self._tunnels is None and await self._namespaces.run(self._namespaces.home, _exists, name)
+        if self._reconciler.has_part(_PART) or is_left:
+            self._reconciler.remove_part(_PART, (nat.TABLE,))
+            await self._reconciler.apply()
+            await self._reconciler.remove(name)
         self._devices.forget()
 
     async def _mtu(self, tunnels: NatTunnels) -> int:
@@ -187,3 +211,7 @@ class TunnelsThroughNat:
                 raise Unavailable(f"the key of tunnels through NAT cannot be used: {reason}") from error
             self._pair = pairs[0]
         return self._pair
+
+
+def _exists(device: str) -> bool:
+    return any(name == device for _, name in socket.if_nameindex())

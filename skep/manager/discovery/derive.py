@@ -36,7 +36,7 @@ from skep.model.networks.tables import TableEndpoint, TableNode, TablePort, Tabl
 from skep.model.networks.wireguard import published_keys
 from skep.model.node import Node, NodeState, SessionOwner
 from skep.model.options.autoscaling import AUTOSCALE, wakes_on_request
-from skep.model.options.labels import publishes_not_ready
+from skep.model.options.labels import prefers_near, publishes_not_ready, site_of
 from skep.model.options.templates import context, expand_container
 from skep.model.service import PublishMode, Service
 from skep.model.task import NetworkAttachment, Task, TaskState
@@ -173,6 +173,7 @@ def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableS
         labels=_labels_for_door(spec.labels) if is_door(network.spec.labels) else {},
         created_at=service.created_at if is_door(network.spec.labels) else "",
         split=_split(service),
+        is_near=prefers_near(spec.labels),
     )
 
 
@@ -205,7 +206,13 @@ def node_on(node: Node, network: Network, claiming: Iterable[Node] = ()) -> Tabl
     own = [one for one in node.attachments if one.network is not None and one.network.id == network.id]
     addresses = tuple(address for one in own for address in _addresses(one)) if network.spec.ingress else ()
     keys = published_keys(node.description.engine.labels) if is_encrypted(network) else ()
-    return TableNode(id=node.id, underlay=underlay, addresses=addresses, wireguard_keys=keys)
+    return TableNode(
+        id=node.id,
+        underlay=underlay,
+        addresses=addresses,
+        wireguard_keys=keys,
+        site=site_of(node.spec.labels),
+    )
 
 
 # -- membership --------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from skep.model.network import Network
 from skep.model.networks.data_planes import claimed_underlay, data_path_port, is_overlay
 from skep.model.networks.overlays import head_of
 from skep.model.node import Node, SessionOwner
-from skep.model.options.labels import publishes_not_ready
+from skep.model.options.labels import publishes_not_ready, site_of
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import NetworkAttachment, Task
@@ -329,11 +329,7 @@ class TableBuilder:
             self.sessions[node.id] = session_id
             self._stale.resubscribed.add(node.id)
         self._claim(before, node)
-        if before is None or (before.status, before.description, before.attachments) != (
-            node.status,
-            node.description,
-            node.attachments,
-        ):
+        if before is None or _relevant_fields(before) != _relevant_fields(node):
             self._mark_node(node.id)
 
     def _set_session(self, id: NodeId, session: SessionOwner | None) -> None:
@@ -483,6 +479,11 @@ class TableBuilder:
 def _naming(service: Service) -> tuple[str, bool]:
     """Return the parts of a service that affect the names of its tasks."""
     return service.spec.name, publishes_not_ready(service.spec.labels)
+
+
+def _relevant_fields(node: Node) -> tuple[object, ...]:
+    """Return the parts of a node that entries of tables are derived from."""
+    return node.status, node.description, node.attachments, site_of(node.spec.labels)
 
 
 def _is_elsewhere(before: Node | None, after: Node | None) -> bool:

@@ -89,6 +89,8 @@ class TableNode(msgspec.Struct, frozen=True, kw_only=True):
     """The node's own addresses on the network (ingress only), without prefix length."""
     wireguard_keys: tuple[PublicKey, ...] = ()
     """Public keys on encrypted networks, oldest first.  Without a key, nothing can be sent to the node."""
+    site: str = ""
+    """The site of the node, or empty without one."""
 
 
 class TableEndpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,6 +119,15 @@ class TableEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     reachable (``dataplane/tables/unreachable.py``)."""
     version: int = 0
     """Index of the spec version that the task was created from.  0 for a plain container."""
+    is_far: bool = False
+    """Whether this node gives it no new connections, because its service prefers tasks at the node's own site, where
+    others serve (``dataplane/tables/nearness.py``).  Managers never set it.
+    """
+
+    @property
+    def gets_connections(self) -> bool:
+        """Return whether new connections of this node to the service may lead here."""
+        return self.is_serving and not self.is_far
 
 
 class TablePort(msgspec.Struct, frozen=True, kw_only=True, order=True):
@@ -153,6 +164,8 @@ class TableService(msgspec.Struct, frozen=True, kw_only=True):
     """Age of the service, which decides between two claims of a route.  Empty where ``labels`` are."""
     split: TableSplit | None = None
     """None treats all tasks alike."""
+    is_near: bool = False
+    """Whether a node prefers tasks at its own site."""
 
 
 class NetworkTable(msgspec.Struct, frozen=True, kw_only=True):

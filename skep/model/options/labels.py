@@ -81,6 +81,11 @@ PUBLISH_NOT_READY = "skep.publish-not-ready"
 still lead to healthy tasks only.
 """
 
+NEAR = "skep.near"
+"""On services: with ``true``, a node's connections go to tasks at its own site while any of them serves."""
+SITE_LABELS = ("site", "zone")
+"""Labels of nodes that name their site.  The first one that is set counts."""
+
 STOPPED = "skep.stopped"
 """On services: ``true`` stops all tasks and keeps the spec with its number of replicas.  ``skep service stop`` sets it.
 A rollback does not change it."""
@@ -278,6 +283,16 @@ def ignores_paths(node_labels: Mapping[str, str]) -> bool:
     return node_labels.get(IGNORE_PATHS, "").lower() == "true"
 
 
+def prefers_near(labels: Mapping[str, str]) -> bool:
+    """Return whether a service prefers tasks at the site of the node that connects."""
+    return labels.get(NEAR, "").lower() == "true"
+
+
+def site_of(labels: Mapping[str, str]) -> str:
+    """Return the site that the labels of a node name, or an empty text without one."""
+    return next((labels[one] for one in SITE_LABELS if labels.get(one)), "")
+
+
 def publishes_not_ready(labels: Mapping[str, str]) -> bool:
     """Return whether names of a service's tasks resolve before the tasks are healthy."""
     return labels.get(PUBLISH_NOT_READY, "").lower() == "true"
@@ -390,6 +405,7 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
     parsed_settings(labels)
     parsed_affinities(labels)
     _check_switch(labels, PUBLISH_NOT_READY)
+    _check_switch(labels, NEAR)
     _check_switch(labels, STOPPED)
 
 

@@ -56,6 +56,7 @@ from skep.model.options.labels import (
     JOB_TTL,
     LAST_LINES,
     MIN_AVAILABLE,
+    NEAR,
     ON_DISCONNECT,
     ON_DISCONNECT_DELAY,
     PRIORITY,
@@ -203,7 +204,7 @@ SERVICE_LABELS: Final[Mapping[str, Field]] = {
             PROGRESS_DEADLINE,
         ),
         *UPDATE_LABELS,
-        *(PUBLISH_NOT_READY, STOPPED, VOLUME_AFFINITY, FORMER_VOLUMES),
+        *(NEAR, PUBLISH_NOT_READY, STOPPED, VOLUME_AFFINITY, FORMER_VOLUMES),
         *(f"{PUBLISH_LABEL}{option}" for option in ("affinity", "local", "proxy-protocol")),
     ),
     # The leader asks these queries, with the rights of whoever wrote them (``manager.nodes.trust``).

@@ -74,6 +74,7 @@ _X_SKEP: Final = {
     "job-ttl": known_labels.JOB_TTL,
     "last-lines": known_labels.LAST_LINES,
     "volume-affinity": known_labels.VOLUME_AFFINITY,
+    "near": known_labels.NEAR,
     "publish-not-ready": known_labels.PUBLISH_NOT_READY,
     "stopped": known_labels.STOPPED,
     "max-skew": MAX_SKEW,

@@ -105,6 +105,7 @@ def _entries_to_pb(change: TableChange) -> Iterator[pb.NetworkNode | pb.NetworkE
             wireguard_keys=[
                 pb.NetworkNode.WireGuardKey(key=one.key, port=one.port) for one in node.wireguard_keys
             ],
+            site=node.site,
         )
     for service in change.services:
         yield pb.NetworkService(
@@ -127,6 +128,7 @@ def _entries_to_pb(change: TableChange) -> Iterator[pb.NetworkNode | pb.NetworkE
             labels=service.labels,
             created_at=service.created_at,
             split=_split_to_pb(service.split),
+            near=service.is_near,
         )
     for endpoint in change.endpoints:
         yield pb.NetworkEndpoint(
@@ -205,6 +207,7 @@ def _node_from_pb(node: pb.NetworkNode) -> TableNode:
         underlay=node.underlay,
         addresses=tuple(node.addresses),
         wireguard_keys=tuple(PublicKey(one.key, one.port) for one in node.wireguard_keys),
+        site=node.site,
     )
 
 
@@ -251,4 +254,5 @@ def _service_from_pb(service: pb.NetworkService) -> TableService:
             if service.HasField("split")
             else None
         ),
+        is_near=service.near,
     )

@@ -17,6 +17,7 @@ from tests.support.machines.playground_rig import (
     TestCluster,
     TestNode,
     container_pids,
+    containers,
     nodes_by_name,
     remove_services,
     running,
@@ -198,6 +199,40 @@ def test_a_restarted_node_process_interrupts_nothing(cluster: TestCluster, m1: T
     assert w1.pids("wireguard-go") == before
 
 
+def test_connections_stay_at_the_site_while_a_task_serves_there(cluster: TestCluster, m1: TestNode) -> None:
+    wait_connected(m1)
+    sites = {"m1": "cloud", "w3": "cloud", "w1": "home", "w4": "home"}
+    for host, site in sites.items():
+        m1.docker("node", "update", "--label-add", f"site={site}", host)
+    m1.docker("network", "create", "-d", "overlay", "sites")
+    near = ("--label", "skep.near=true", "--network", "sites", "--publish", "8081:80", "--mode", "global")
+    m1.docker("service", "create", "--detach", "--name", "web", *near, IMAGE, *SERVE)
+    wait_running(m1, "web", 5)
+    serve(m1, "client", "w1", "sites")
+
+    def served_by(host: str) -> set[str]:
+        url = "http://127.0.0.1:8081/"
+        return {in_network_of(cluster.node(host), "curl", "-s", "-m", "5", url).strip() for _ in range(12)}
+
+    def names_of(*hosts: str) -> set[str]:
+        return {one["Id"][:12] for host in hosts for one in containers(cluster.node(host), "web")}
+
+    wait_until(lambda: served_by("m1") == names_of("m1", "w3"), "m1 connects to its own site")
+    wait_until(lambda: served_by("w1") == names_of("w1", "w4"), "w1 connects to its own site")
+    wait_until(lambda: served_by("w2") == names_of("m1", "w1", "w2", "w3", "w4"), "w2 has no site")
+    listed = in_task(cluster, "w1", "client", "busybox", "nslookup", "tasks.web", "127.0.0.11")
+    assert listed.count("Address: 10.") == 2
+    for host in ("w1", "w4"):
+        m1.docker("node", "update", "--availability", "drain", host)
+    try:
+        wait_until(lambda: served_by("w1") == names_of("m1", "w2", "w3"), "no task is left at its site")
+    finally:
+        for host in ("w1", "w4"):
+            m1.docker("node", "update", "--availability", "active", host)
+        for host in sites:
+            m1.docker("node", "update", "--label-rm", "site", host)
+
+
 CONNECT = """
 import socket, sys
 socket.create_connection((sys.argv[1], 2374), timeout=3).close()
@@ -237,3 +272,27 @@ def test_no_machine_sends_as_a_node_behind_nat_outside_of_the_tunnels(
             receiver.kill()
     finally:
         in_network_of(w3, "ip", "address", "delete", f"{stolen}/32", "dev", "lo")
+
+
+def test_a_node_that_leaves_keeps_nothing_of_its_tunnels(cluster: TestCluster, m1: TestNode) -> None:
+    """The last test, because the node does not join again."""
+    wait_connected(m1)
+    w4 = cluster.node("w4")
+
+    def what_is_left() -> str:
+        rules = in_network_of(w4, "ip", "rule")
+        tables = in_network_of(w4, "nft", "list", "tables")
+        return f"{in_network_of(w4, 'ip', 'address')}{rules}{tables}"
+
+    left = what_is_left()
+    assert "skwg" in left or "skep-wg3" in left
+    assert "lookup 1043" in left
+    assert "skep_nat" in left
+    w4.docker("swarm", "leave")
+
+    def is_clean() -> bool:
+        left = what_is_left()
+        return not any(word in left for word in ("skwg", "skep-wg3", "lookup 1043", "skep_nat"))
+
+    wait_until(is_clean, "device, address, rule and table are removed")
+    wait_until(lambda: not w4.pids("wireguard-go"), "its process has ended")

@@ -8,7 +8,13 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.model.network import Network
-from skep.model.networks.data_planes import DATA_PATH_LABEL, underlay_of
+from skep.model.networks.data_planes import (
+    DATA_PATH_LABEL,
+    LOCAL_ADDRESSES_LABEL,
+    TUNNEL_LABEL,
+    tunnel_address,
+    underlay_of,
+)
 from skep.model.networks.tables import NetworkTable, TablePort
 from skep.model.networks.wireguard import PUBLIC_KEYS_LABEL, PublicKey, public_keys_label
 from skep.model.node import EngineDescription, Node, NodeState, NodeStatus
@@ -207,6 +213,33 @@ def test_nodes_of_an_encrypted_network_come_with_their_public_keys() -> None:
     for network, keys in ((NET, ()), (secure, (key,))):
         task = on(network, a_task("t1", node="n1", service=WEB))
         assert derived(network, WEB, node, task).nodes[node.id].wireguard_keys == keys
+
+
+def test_nodes_behind_one_nat_have_an_address_of_their_own() -> None:
+    """They connect from the same address, which would belong to one of them."""
+    key = public_keys_label([PublicKey(bytes(range(32)), 4802)])
+
+    def behind(id: str, number: int) -> Node:
+        node = a_skep_node(id, "203.0.113.1")
+        labels = {LOCAL_ADDRESSES_LABEL: f"10.0.0.{number}", TUNNEL_LABEL: key}
+        return replace(node, description=replace(node.description, engine=EngineDescription(labels=labels)))
+
+    nodes = (behind("n1", 1), behind("n2", 2))
+    tasks = [on(NET, a_task(f"t{node.id}", node=node.id, service=WEB)) for node in nodes]
+    found = derived(NET, WEB, *nodes, *tasks).nodes
+    assert {id: one.underlay for id, one in found.items()} == {
+        node.id: tunnel_address(node.id) for node in nodes
+    }
+
+
+def test_the_site_of_nodes_and_services_that_prefer_it_are_in_the_table() -> None:
+    near = replace(WEB, spec=replace(WEB.spec, labels={"skep.near": "true"}))
+    for labels, site in (({"zone": "z"}, "z"), ({"zone": "z", "site": "s"}, "s"), ({}, "")):
+        node = a_skep_node(labels=labels)
+        table = derived(NET, near, node, on(NET, a_task("t1", node="n1", service=near)))
+        assert table.nodes[node.id].site == site
+        assert table.services[near.id].is_near
+    assert not derived(NET, WEB).services[WEB.id].is_near
 
 
 def test_a_node_that_connects_over_a_link_is_in_no_table() -> None:
