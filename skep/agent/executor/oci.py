@@ -154,6 +154,7 @@ def oci_executor(
     bring: Bring = nothing_beside,
     plugins: VolumePlugins | None = None,
     apis: ApiSockets = api_sockets.NONE,
+    with_selinux: bool = False,
 ) -> OciExecutor:
     """Return the executor of one node, with its engine.
 
@@ -165,9 +166,10 @@ def oci_executor(
         bring: See ``ImagePuller``.
         plugins: Volume plug-ins, or None for the machine's plug-ins.
         apis: API sockets for containers that mount the Engine API's socket.
+        with_selinux: Whether to label containers, if the machine has SELinux.
     """
     cgroups, programs = Cgroups(cgroup_parent), programs or find_programs()
-    capacity = capacity_of(cgroups, programs, cdi_directories)
+    capacity = capacity_of(cgroups, programs, cdi_directories, with_selinux=with_selinux)
     runtime = Runtime(
         programs=programs,
         root=paths.runc,

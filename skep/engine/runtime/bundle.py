@@ -42,7 +42,7 @@ from skep.aio.trees import remove_tree
 from skep.engine import api_sockets
 from skep.engine.api_sockets import ApiSockets
 from skep.engine.capacity import Capacity
-from skep.engine.confinement import apparmor, devices
+from skep.engine.confinement import apparmor, devices, selinux
 from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.confinement.machine import other_container
 from skep.engine.confinement.users import identity
@@ -50,7 +50,7 @@ from skep.engine.containers import image_mounts, records
 from skep.engine.containers.container import Container, ContainerConfig, ExecConfig, MountPoint
 from skep.engine.runtime import overlay, runtime_spec
 from skep.engine.volumes import tmpfs_mounts
-from skep.engine.volumes.mounts import check_propagation
+from skep.engine.volumes.mounts import check_propagation, relabel_sources
 from skep.engine.volumes.volumes import VolumeSubpath
 from skep.errors import Unavailable
 from skep.linux import syscalls
@@ -132,6 +132,11 @@ class Bundles:
         self._borrowers: Counter[ContainerId] = Counter()
         self._to_release: set[ContainerId] = set()
         """Containers whose root file system stays mounted only because it is borrowed."""
+
+    @property
+    def selinux_policy(self) -> selinux.Policy | None:
+        """The policy that labels containers, or None."""
+        return self._capacity.selinux_policy
 
     def path(self, id: ContainerId) -> Path:
         """Return the container's directory on disk, which exists from ``make`` to ``discard``."""
@@ -246,19 +251,25 @@ class Bundles:
         with self._mounts:
             self.mount(container)
             image_mounts.mount_all(
-                config.mounts, self._images(container.id), self.path(container.id) / "images"
+                config.mounts,
+                self._images(container.id),
+                self.path(container.id) / "images",
+                config.mount_label,
             )
             self._to_release.discard(container.id)
-        tmpfs_mounts.mount_all(
-            config.mounts, self._tmpfs(container.id), partial(self._mode_in_image, container)
-        )
+        mode_of = partial(self._mode_in_image, container)
+        tmpfs_mounts.mount_all(config.mounts, self._tmpfs(container.id), mode_of, config.mount_label)
         if config.machine.ipc_mode == "shareable":
             shared = msgspec.structs.replace(shared, shm=self._mount_shm(container))
         user = identity(self.rootfs(container.id), config.user, config.groups)
+        capacity, init = self._capacity, self._capacity.init_binary
+        if config.init and init and config.mount_label:
+            program = selinux.shared_program(init, self._run, config.mount_label)
+            capacity = msgspec.structs.replace(capacity, init_binary=program)
         built = runtime_spec.build(
             self._with_api(self._with_parts(container)),
             user,
-            self._capacity,
+            capacity,
             rootfs=str(self.rootfs(container.id)),
             cgroup=self._cgroups.path_of(container),
             files=self._write_files(container),
@@ -271,6 +282,10 @@ class Bundles:
         for warning in built.warnings:
             log.warning("container limit not applied", container=container.name, warning=warning)
         return built.warnings
+
+    def label_sources(self, container: Container) -> None:
+        """Set the SELinux labels of the sources of mounts.  Blocks.  Raises: FailedPrecondition."""
+        relabel_sources(container.config, self._with_parts(container).config.mounts)
 
     def specification(self, id: ContainerId) -> Path:
         """Return the file with the runtime's input."""
@@ -421,7 +436,7 @@ class Bundles:
         target.mkdir(mode=0o755, parents=True, exist_ok=True)
         if not os.path.ismount(target):
             layers = [Path(layer) for layer in container.layers]
-            overlay.mount_layers(layers, path / "upper", path / "work", target)
+            overlay.mount_layers(layers, path / "upper", path / "work", target, container.config.mount_label)
 
     def _mode_in_image(self, container: Container, path: str) -> int:
         """Return the mode for a tmpfs at ``path``: the mode of the image's directory, as in Docker, or the default.
@@ -443,8 +458,9 @@ class Bundles:
         target.mkdir(exist_ok=True)
         if not os.path.ismount(target):
             flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
-            size = container.config.shm_bytes
-            syscalls.mount("shm", target, "tmpfs", flags, f"mode=1777,size={size}")
+            words = ("mode=1777", f"size={container.config.shm_bytes}")
+            label = selinux.mount_option(container.config.mount_label)
+            syscalls.mount("shm", target, "tmpfs", flags, ",".join(filter(None, (*words, label))))
         return str(target)
 
     def _write_files(self, container: Container) -> Sequence[MountPoint]:
@@ -459,6 +475,7 @@ class Bundles:
             for name in _NAMES:  # as hard links, because a third container may share this container's network
                 (path / name).unlink(missing_ok=True)
                 (path / name).symlink_to(other / name)
+                selinux.relabel(str(other / name), container.config.mount_label, selinux.SHARED)
             return [_file(path, name) for name in _NAMES if f"/etc/{name}" not in taken]
         points = []
         for name, content in self._name_files(container).items():
@@ -468,6 +485,7 @@ class Bundles:
             if container.plain is not None or not file.exists():
                 file.write_text(content)
                 file.chmod(0o644)
+                selinux.relabel(str(file), container.config.mount_label, selinux.PRIVATE)
             if f"/etc/{name}" not in taken:
                 points.append(_file(path, name))
         return points

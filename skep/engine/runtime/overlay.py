@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from skep.engine.confinement.selinux import mount_option
 from skep.errors import FailedPrecondition
 from skep.linux.syscalls import mount, mount_new
 
@@ -17,27 +18,33 @@ _OPTIONS_BYTES_MAX = 4000  # a page, minus what the kernel adds
 _REFUSED_BY_OLDER_KERNELS = (errno.ENOSYS, errno.EINVAL, errno.EPERM)
 
 
-def mount_layers(layers: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
+def mount_layers(layers: Sequence[Path], upper: Path, work: Path, target: Path, label: str = "") -> None:
     """Mount ``layers`` (top first) with changes kept in ``upper``.
+
+    ``label`` is the SELinux label of all files, if it is not empty.
 
     Raises: OSError; FailedPrecondition: more layers than this kernel can take.
     """
-    options = (
-        f"lowerdir={':'.join(map(_escaped, layers))},upperdir={_escaped(upper)},workdir={_escaped(work)}"
-    )
+    options = _options(":".join(map(_escaped, layers)), upper, work, label)
     if len(os.fsencode(options)) <= _OPTIONS_BYTES_MAX:
         mount("overlay", target, "overlay", 0, options)
         return
     lower = [("lowerdir+", str(layer)) for layer in layers]
+    others = [("upperdir", str(upper)), ("workdir", str(work)), *([("context", label)] if label else [])]
     try:
-        mount_new("overlay", target, [*lower, ("upperdir", str(upper)), ("workdir", str(work))])
+        mount_new("overlay", target, [*lower, *others])
     except OSError as error:
         if error.errno not in _REFUSED_BY_OLDER_KERNELS:
             raise
-        _mount_relative(layers, upper, work, target)
+        _mount_relative(layers, upper, work, target, label)
 
 
-def _mount_relative(layers: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
+def _options(lower: str, upper: Path, work: Path, label: str) -> str:
+    words = [f"lowerdir={lower}", f"upperdir={_escaped(upper)}", f"workdir={_escaped(work)}"]
+    return ",".join(filter(None, (*words, mount_option(label))))
+
+
+def _mount_relative(layers: Sequence[Path], upper: Path, work: Path, target: Path, label: str) -> None:
     """Mount many layers on older kernels: name each layer by a symbolic link with a short name in the parent of
     ``work``.
     """
@@ -51,7 +58,7 @@ def _mount_relative(layers: Sequence[Path], upper: Path, work: Path, target: Pat
     try:
         # /proc/self/fd/N shortens the absolute path without a change of the working directory.
         names = ":".join(f"/proc/self/fd/{directory}/{number}" for number in range(len(layers)))
-        options = f"lowerdir={names},upperdir={_escaped(upper)},workdir={_escaped(work)}"
+        options = _options(names, upper, work, label)
         if len(options) > _OPTIONS_BYTES_MAX:
             raise FailedPrecondition(f"{len(layers)} layers are more than this kernel can mount")
         mount("overlay", target, "overlay", 0, options)

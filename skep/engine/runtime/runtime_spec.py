@@ -176,6 +176,8 @@ def _process(
         raise FailedPrecondition(f"AppArmor is not enabled on this machine: no profile {profile}")
     if capacity.has_apparmor:
         process["apparmorProfile"] = profile
+    if config.process_label:
+        process["selinuxLabel"] = config.process_label
     return process
 
 
@@ -247,6 +249,8 @@ def _linux(
             **_interface_sysctls(container),
         },
     }
+    if config.mount_label:
+        linux["mountLabel"] = config.mount_label
     if devices.nodes:
         linux["devices"] = [_device(node) for node in devices.nodes]
     profile = _seccomp(config, capacity)

@@ -112,6 +112,7 @@ class Containers:
             ),
             cdi_directories=configuration.cdi_spec_dirs,
             allowed=configuration.allow,
+            with_selinux=configuration.selinux_enabled,
             bring=self.engine_images.bring if self.engine_images is not None else nothing_beside,
             apis=ApiSockets(
                 [host.path for host in configuration.api_hosts if isinstance(host, UnixHost)],
