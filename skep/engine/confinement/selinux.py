@@ -182,14 +182,6 @@ def is_active(sysfs: Path = Path("/sys"), own: Path = _OWN) -> bool:
         return False
 
 
-def is_enforcing(sysfs: Path = Path("/sys")) -> bool:
-    """Return whether the kernel enforces the policy."""
-    try:
-        return (sysfs / _FILE_SYSTEM / "enforce").read_text().strip() == "1"
-    except OSError:
-        return False
-
-
 def find_policy(
     sysfs: Path = Path("/sys"), etc: Path = Path("/etc"), contexts: Path = _CONTEXTS, own: Path = _OWN
 ) -> Policy | None:

@@ -94,7 +94,7 @@ def test_a_policy_without_levels_has_no_categories() -> None:
 
 def machine(place: Path, current: str = "system_u:system_r:initrc_t:s0\0") -> dict[str, Path]:
     (place / "sys/fs/selinux").mkdir(parents=True)
-    for name, text in (("policyvers", "33"), ("enforce", "1"), ("context", "")):
+    for name, text in (("policyvers", "33"), ("context", "")):
         (place / "sys/fs/selinux" / name).write_text(text)
     (place / "etc/selinux/default/contexts").mkdir(parents=True)
     (place / "etc/selinux/config").write_text("# a comment\nSELINUX=enforcing\nSELINUXTYPE=default\n")
@@ -113,7 +113,6 @@ def machine(place: Path, current: str = "system_u:system_r:initrc_t:s0\0") -> di
 def test_the_policys_file_names_the_labels(tmp_path: Path) -> None:
     found = machine(tmp_path)
     assert selinux.find_policy(**found) == POLICY
-    assert selinux.is_enforcing(found["sysfs"])
     (tmp_path / "none").write_text('process = "a:b:c:s0"\nfile = "d:e:f:s0"\n')
     assert selinux.find_policy(**found) == Policy("a:b:c:s0", "d:e:f:s0")
     (tmp_path / "sys/fs/selinux/context").unlink()
@@ -124,7 +123,6 @@ def test_the_policys_file_names_the_labels(tmp_path: Path) -> None:
 def test_a_kernel_without_a_loaded_policy_labels_nothing(tmp_path: Path) -> None:
     assert selinux.find_policy(**machine(tmp_path / "a", current="kernel\0")) is None
     assert selinux.find_policy(tmp_path / "none") is None
-    assert not selinux.is_enforcing(tmp_path / "none")
 
 
 async def test_containers_keep_their_labels_and_no_two_have_the_same(tmp_path: Path) -> None:
