@@ -109,6 +109,7 @@ own_files() {
     gzip -9n <CHANGELOG.md >"$work/changelog.gz"
     put 644 "$work/changelog.gz" /usr/share/doc/skep/changelog.gz
     put 644 packaging/debian/copyright /usr/share/doc/skep/copyright
+    put 644 packaging/selinux/skep.cil /usr/share/skep/skep.cil
 }
 
 # libraries: adds the locked packages, once per Python if they have compiled code, otherwise once.

@@ -7,8 +7,11 @@
 # Its processor is emulated, so everything takes some five times as long.  KVM=1 uses the real processor, which must have
 # hardware virtualization: on the /dev/kvm of a kernel without it (PVM), distribution kernels stop at their first
 # instructions.
-# On a busy machine, time limits of tests are exceeded there.  ICOUNT=3 makes its clock count instructions of 2^3 ns each,
+# On a busy machine, the kernel would take the emulated timer for a broken one, so it does not check it, and time limits of
+# tests are exceeded there.  ICOUNT=3 makes its clock count instructions of 2^3 ns each,
 # whatever they take here.  ICOUNT=1 counts 2 ns: more fits into a limit, and everything takes longer.
+# SELINUX=1 boots it with SELinux in the place of AppArmor: Debian's policy (of trixie or later, because older ones have no
+# rules for containers) with packaging/selinux/skep.cil, in enforcing mode.  Commands run in the domain of a service.
 # Needs root, debootstrap, qemu-system-x86 and e2fsprogs.  Its size is CPUS (default 1, because newer kernels crashed with
 # several that are emulated in parallel) and MEMORY_MB (default 4096).  It may run for DEADLINE_S (default 3600).
 # The exit code is that of the first command that failed.  All created files are removed.
@@ -40,6 +43,12 @@ say "$suite: setting it up, with the kernel of $kernel"
 printf '#!/bin/sh\nexit 101\n' >"$machine/usr/sbin/policy-rc.d"
 chmod +x "$machine/usr/sbin/policy-rc.d"
 packages="$kernel kmod udev apparmor docker.io nfs-kernel-server rpcbind samba smbclient"
+confinement="apparmor=1 security=apparmor"
+if [ -n "${SELINUX:-}" ]; then
+    packages="$packages selinux-basics selinux-policy-default"
+    # It is enforced from the first command on.  The first process starts in a domain that may not become a service's.
+    confinement="selinux=1 security=selinux enforcing=0"
+fi
 run_inside "$machine" "make setup && apt-get -q -y install --no-install-recommends $packages" \
     </dev/null >"$place/log" 2>&1 || {
     tail -20 "$place/log" >&2
@@ -49,9 +58,14 @@ run_inside "$machine" "make setup && apt-get -q -y install --no-install-recommen
 # The first process of the machine: instead of a service manager, only what the commands need.
 cat >"$machine/root/first" <<'EOF'
 #!/bin/bash
+service=system_u:system_r:initrc_t:s0
 export HOME=/root TERM=dumb CI=true SKEP_VIRTUAL=1 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 mountpoint -q /proc || mount -t proc proc /proc
 mountpoint -q /sys || mount -t sysfs sysfs /sys
+if grep -qw security=selinux /proc/cmdline && [ "${1:-}" != confined ]; then
+    load_policy -i
+    exec runcon $service "$0" confined
+fi
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t securityfs securityfs /sys/kernel/security
 mkdir -p /dev/pts /dev/shm /dev/mqueue
@@ -60,6 +74,11 @@ mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /tmp
 [ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
+if [ "${1:-}" = confined ]; then
+    restorecon -R /dev /run /tmp
+    setenforce 1
+    echo "SELinux: $(getenforce), commands run as $(cat /proc/self/attr/current | tr -d '\0')"
+fi
 hostname virtual
 ip link set lo up
 cd /root/skep
@@ -73,6 +92,7 @@ while read -r command; do
     echo "exit $code, $((SECONDS - began)) s"
     [ $code = 0 ] || break
 done </root/commands
+[ "${1:-}" != confined ] || dmesg | grep "avc:  denied" | tail -100
 echo $code >/dev/ttyS1
 sync
 echo o >/proc/sysrq-trigger
@@ -85,6 +105,15 @@ printf '%s\n' "$@" >"$machine/root/commands"
 kernel_file=$(ls "$machine"/boot/vmlinuz-*)
 cp "$kernel_file" "${kernel_file/vmlinuz/initrd.img}" "$place"
 rm -rf "$machine/var/cache/apt/archives" "$machine/var/lib/apt/lists"
+if [ -n "${SELINUX:-}" ]; then
+    say "$suite: labeling its files"
+    contexts=/etc/selinux/default/contexts/files/file_contexts
+    run_inside "$machine" "semodule -n -i packaging/selinux/skep.cil &&
+        setfiles -F -e /proc -e /sys -e /dev -e /run $contexts /" </dev/null >"$place/log" 2>&1 || {
+        tail -20 "$place/log" >&2
+        fail "its files could not be labeled (above)"
+    }
+fi
 size_mb=$(($(du -sm --one-file-system "$machine" | cut -f 1) * 12 / 10 + 4096))
 mke2fs -q -t ext4 -d "$machine" "$place/disk" "${size_mb}M" >/dev/null
 rm -rf --one-file-system "$machine"
@@ -100,7 +129,7 @@ timeout "${DEADLINE_S:-3600}" qemu-system-x86_64 -M q35,acpi=on -cpu max -accel 
     -serial stdio -serial "file:$place/code" \
     -drive "file=$place/disk,format=raw,if=virtio,cache=unsafe" \
     -kernel "$place"/vmlinuz-* -initrd "$place"/initrd.img-* \
-    -append "root=/dev/vda rw console=ttyS0 quiet loglevel=3 panic=-1 apparmor=1 security=apparmor init=/root/first" </dev/null | sed -u 's,\r,,g' ||
+    -append "root=/dev/vda rw console=ttyS0 quiet loglevel=3 panic=-1 no_timer_check $confinement init=/root/first" </dev/null | sed -u 's,\r,,g' ||
     fail "$suite: the machine did not end within ${DEADLINE_S:-3600} s, or could not be started (above)"
 code=$(tr -cd 0-9 <"$place/code")
 say "$suite: ended with ${code:-no} exit code after $((SECONDS - began)) s"

@@ -71,6 +71,7 @@ from skep.model.options.labels import (
     PRIORITY_MAX,
     PROGRESS_DEADLINE,
     PUBLISH_NOT_READY,
+    RELABEL,
     RESERVE_CPUS,
     RESERVE_MEMORY,
     ROTATION_OF,
@@ -680,6 +681,12 @@ LABELS = (
                 "`VARIABLE=TARGET`, separated by commas",
                 "",
                 "Secrets that are also environment variables, by their targets. Not in inspect output or execs.",
+            ),
+            (
+                RELABEL,
+                "`/data=z`, `/cache=Z`, separated by commas",
+                "`z` for volumes",
+                "Labels a mount's files for all containers, or for this one ([SELinux](../guide/security.md#selinux)).",
             ),
             (
                 "skep.privileged",

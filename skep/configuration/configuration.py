@@ -113,6 +113,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     allow: frozenset[Right] = ALL_RIGHTS
     """Rights over this machine that tasks may have if the cluster allows them too."""
     cdi_spec_dirs: tuple[Path, ...] = (Path("/etc/cdi"), Path("/var/run/cdi"))
+    selinux_enabled: bool = False
+    """Whether containers get SELinux labels.  Without effect on a machine without SELinux, as in Docker."""
 
     userns_remap: str = ""
     """User whose subordinate ids the users of containers are on this machine, as ``user_remap.resolve`` takes it.

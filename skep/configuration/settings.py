@@ -257,6 +257,12 @@ SETTINGS = (
         reloads=True,
     ),
     Setting(
+        name="selinux-enabled",
+        help="label containers on a machine with SELinux",
+        read=values.boolean,
+        docker_key="selinux-enabled",
+    ),
+    Setting(
         name="log-driver",
         help="default log driver of containers (json-file)",
         read=values.log_driver,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from skep.engine.confinement import apparmor, capabilities, cdi, seccomp
+from skep.engine.confinement import apparmor, capabilities, cdi, seccomp, selinux
 from skep.engine.confinement.cgroups import Cgroups
 from skep.linux.user_namespace import is_in_user_namespace
 from skep.model.values.user_map import UserMap
@@ -34,6 +34,8 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     may_lower_oom_score: bool = True
     is_cgroup_v2: bool = False
     has_apparmor: bool = False
+    selinux_policy: selinux.Policy | None = None
+    """The policy that labels containers, or None without SELinux or without ``--selinux-enabled``."""
     sysfs: Path = apparmor.SYSFS
     """The machine's sysfs."""
     masked_paths: tuple[str, ...] = ()
@@ -94,10 +96,13 @@ def capacity_of(
     cdi_directories: tuple[Path, ...] = cdi.DIRECTORIES,
     cpus: Path = _CPUS,
     sysfs: Path = apparmor.SYSFS,
+    *,
+    with_selinux: bool = False,
 ) -> Capacity:
     """Return the capacity of this process, which does not change while it lives.
 
-    ``cpus`` is the kernel's directory of processors, and ``sysfs`` is the machine's.
+    ``cpus`` is the kernel's directory of processors, and ``sysfs`` is the machine's.  ``with_selinux`` labels
+    containers if the machine has SELinux.
     """
     bounding = capabilities.bounding_set()
     may_raise = _CAP_SYS_RESOURCE in bounding
@@ -116,6 +121,7 @@ def capacity_of(
         init_binary=programs.init,
         has_x32=seccomp.runs_x32(),
         has_apparmor=apparmor.is_supported(sysfs),
+        selinux_policy=selinux.find_policy(sysfs) if with_selinux else None,
         sysfs=sysfs,
         masked_paths=thermal_throttles(cpus),
         has_keyrings=not is_in_user_namespace(),

@@ -34,11 +34,12 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.aio.race import run_to_end
-from skep.engine.confinement import machine
+from skep.engine.confinement import machine, selinux
 from skep.engine.containers import create, image_mounts, sharing, updates
 from skep.engine.containers.attachment import Attachment, attach
 from skep.engine.containers.container import (
     Container,
+    ContainerConfig,
     ContainerState,
     EngineCounts,
     LogEntry,
@@ -69,6 +70,7 @@ from skep.engine.networks.networking import NetworkChanges, Networking
 from skep.engine.runtime.conmon import resize_terminal
 from skep.engine.runtime.runtime import Runtime
 from skep.engine.volumes.files import ContainerFiles
+from skep.engine.volumes.mounts import relabel_modes
 from skep.engine.volumes.volumes import Volumes
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.container import Mount
@@ -109,6 +111,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Log driver and options of containers that do not name a driver."""
     new_id: Callable[[], ContainerId] = new_container_id
     new_name: NameSource = names_from(random.Random())
+    chance: random.Random = msgspec.field(default_factory=random.Random)
+    """Source of the categories in SELinux labels."""
     report_restore: Callable[[str], None] = lambda _: None
     """Called with the reason while containers of an earlier process cannot be adopted, and with "" once they are."""
 
@@ -284,7 +288,7 @@ class Engine:
         Raises: NotFound: no such image; AlreadyExists: the name or a port is taken; SkepError: anything else.
         """
         chosen = create.checked_name(name) if name else self.store.free_name(self._config.new_name)
-        request = sharing.with_ids(request, chosen, self.store.get)
+        request = sharing.joined(request, chosen, self.store.get)
         plain = create.plain_options(request, is_step=is_step) if task is None else None
         self.store.check_free(chosen)  # before any volume is created
         image = image or self.images.get(request.image)
@@ -297,6 +301,7 @@ class Engine:
         config = create.container_config(request, defaults, task, node)
         machine.check_mapped(config.machine, request.host_config.network_mode, self.bundles.users)
         self.cgroups.check_parent(config.machine.cgroup_parent)
+        self._labels_of(config)  # refuses wrong options before a volume is created
         runtime = self.runtime.name_of(request.host_config.runtime)
         config = sharing.with_hostname(config, request.host_config.network_mode, self.store.get)
         config = await with_attributes(config, labels)
@@ -311,12 +316,13 @@ class Engine:
         chain = (*image.chain, *image_mounts.chains(self.images, points))
         is_plain = plain is not None and not is_step
         api = self.bundles.apis.access(request.labels, (*points, *inherited), is_plain=is_plain)
+        relabel = relabel_modes(request.host_config.binds, points, task.relabel if task is not None else {})
         new = NewContainer(
             name=chosen,
             image=request.image,
             image_id=image.id,
             layers=layers,
-            config=msgspec.structs.replace(config, mounts=(*points, *inherited, *config.mounts), api=api),
+            config=replace(config, mounts=(*points, *inherited, *config.mounts), api=api, relabel=relabel),
             labels=labels,
             plain=plain,
             stack=stack,
@@ -371,6 +377,8 @@ class Engine:
         id, config = self._config.new_id(), new.config
         if not config.hostname:  # the short id, as in Docker
             config = msgspec.structs.replace(config, hostname=id[:12])
+        labels = self._labels_of(config)
+        config = msgspec.structs.replace(config, process_label=labels.process, mount_label=labels.mount)
         container = Container(
             id=id,
             name=new.name,
@@ -396,6 +404,13 @@ class Engine:
         container = self.store.require(id)
         self.events.publish("create", container)
         return container
+
+    def _labels_of(self, config: ContainerConfig) -> selinux.Labels:
+        """Return SELinux labels that no container has yet.  Raises: InvalidArgument; FailedPrecondition."""
+        in_use = {one.config.process_label for one in self.store.list()}
+        return selinux.labels_of(
+            self.bundles.selinux_policy, config.label_options, in_use, self._config.chance
+        )
 
     # --- start and stop -----------------------------------------------------------------------------------------
 

@@ -126,8 +126,10 @@ def _security(privileges: Privileges | None) -> list[str]:
         made.append("seccomp:unconfined")
     if privileges.app_armor is not None and privileges.app_armor.mode == "disabled":
         made.append("apparmor:unconfined")
-    if privileges.selinux_context is not None and privileges.selinux_context.disable:
-        made.append("label:disable")
+    if (labels := privileges.selinux_context) is not None:
+        made += ["label:disable"] * labels.disable
+        given = {"user": labels.user, "role": labels.role, "type": labels.type, "level": labels.level}
+        made += [f"label:{name}:{text}" for name, text in given.items() if text]
     return made
 
 

@@ -321,12 +321,33 @@ def walk(top: Path) -> Iterator[tuple[str, os.stat_result]]:
         os.close(root)
 
 
+def walk_open(top: int) -> Iterator[int]:
+    """Yield an open descriptor (O_PATH) of each entry below the open directory ``top``, as ``walk`` finds them.
+
+    It is closed afterwards.  It may be of a symbolic link.  Nothing is yielded if ``top`` is not a directory.
+    """
+    for path, _ in walk(Path(f"/proc/self/fd/{top}")):
+        directory, _, name = path.rpartition("/")
+        with suppress(OSError), _directory(top, directory or ".") as parent:
+            descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
+
+
 @contextmanager
 def _listed(root: int, path: str) -> "Iterator[Iterator[os.DirEntry[str]]]":
     """List the directory ``path`` below ``root``.  Raises: OSError: it cannot be listed, or is a link now."""
+    with _directory(root, path) as descriptor, os.scandir(descriptor) as entries:
+        yield entries
+
+
+@contextmanager
+def _directory(root: int, path: str) -> Iterator[int]:
+    """Open the directory ``path`` below ``root``.  Raises: OSError: it is a link now, or a mount."""
     descriptor = _open_here(root, path)
     try:
-        with os.scandir(descriptor) as entries:
-            yield entries
+        yield descriptor
     finally:
         os.close(descriptor)

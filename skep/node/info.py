@@ -16,7 +16,7 @@ from skep import __version__
 from skep.api.http.versions import ApiVersion
 from skep.configuration.configuration import Configuration
 from skep.dataplane.wireguard.methods import choose
-from skep.engine.confinement import apparmor
+from skep.engine.confinement import apparmor, selinux
 from skep.engine.confinement.cdi import Described, units
 from skep.engine.containers.container import EngineCounts
 from skep.engine.log_drivers.drivers import log_drivers
@@ -142,7 +142,7 @@ def info(
         "NoProxy": "",
         "Name": machine.hostname,
         "Labels": [f"{key}={value}" for key, value in sorted(_labels(configuration, features).items())],
-        **_runtime(node, swarm),
+        **_runtime(node, swarm, with_selinux=configuration.selinux_enabled),
         "FirewallBackend": {"Driver": "nftables"},
         "CDISpecDirs": [str(path) for path in configuration.cdi_spec_dirs],
         **_discovered(devices),
@@ -175,7 +175,7 @@ def _limits(features: Features) -> dict[str, bool]:
     }
 
 
-def _runtime(node: NodeProperties, swarm: Mapping[str, Any]) -> dict[str, Any]:
+def _runtime(node: NodeProperties, swarm: Mapping[str, Any], *, with_selinux: bool) -> dict[str, Any]:
     """Return the fields about container runtimes, and the ``Swarm`` section at its place in Docker's order."""
     features = node.features
     runc, nothing = {"ID": node.versions.get("runc", "")}, {"ID": ""}
@@ -196,6 +196,7 @@ def _runtime(node: NodeProperties, swarm: Mapping[str, Any]) -> dict[str, Any]:
             *(["name=seccomp,profile=default"] if features.has("seccomp") else []),
             *(["name=userns"] if node.users is not None else []),
             *(["name=rootless"] if features.is_rootless else []),
+            *(["name=selinux"] if with_selinux and selinux.is_active() else []),
         ],
     }
 

@@ -112,7 +112,7 @@ CANDIDATES: tuple[Any, ...] = (
     "1", "true", "1s", "a", "/a", "A=b", "a:b", "0.5", "0-1", "80", "s", "other", "1.2.3.4", "10.9.0.0/24", "a:1.2.3.4",
     "none", "host", "global", "dnsrr", "rollback", "start-first", "pause", "on-failure", "service_healthy", "udp",
     "no-new-privileges:true", "linux/arm64", "c 1:3 rwm", "rslave", "disabled", "64m", "0400", "/dev/a:/dev/b", "r",
-    "CMD", "false", "127.0.0.1", "gpu", "always", {"kind": "gpu", "value": "2"},
+    "CMD", "false", "127.0.0.1", "gpu", "always", "z", {"kind": "gpu", "value": "2"},
 )  # fmt: skip
 """Values, of which each key takes some."""
 NEW_SUFFIX: dict[str, dict[str, Any]] = {
@@ -128,6 +128,10 @@ NEW_SUFFIX: dict[str, dict[str, Any]] = {
     "services.healthcheck.disable": {},
     "services.volumes[]": {"type": "volume", "source": "v", "target": "/t"},
     "services.volumes[].bind": {"type": "bind", "source": "/v", "target": "/t"},
+    **{
+        f"services.volumes[].bind.{one}": {}
+        for one in ("create_host_path", "propagation", "recursive", "selinux")
+    },
     "services.volumes[].tmpfs": {"type": "tmpfs", "target": "/t"},
     "services.volumes[].image": {"type": "image", "source": "i", "target": "/t"},
     "services.ulimits.name": {"hard": "5", "soft": "5"},

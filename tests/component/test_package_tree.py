@@ -49,6 +49,7 @@ def test_it_has_daemon_unit_completions_manual_and_settings(tree: Path) -> None:
         "usr/share/doc/skep/copyright",
         "usr/share/fish/vendor_completions.d/skep.fish",
         "usr/share/man/man1/skep.1.gz",
+        "usr/share/skep/skep.cil",
         "usr/share/zsh/vendor-completions/_skep",
     }
     assert wanted - shipped == set()

@@ -309,10 +309,6 @@ REFUSED = {
     "Privileges.CredentialSpec.Config": "credentialspec=config://x",
     "Privileges.CredentialSpec.File": "credentialspec=file://x",
     "Privileges.CredentialSpec.Registry": "credentialspec=registry://x",
-    **{
-        f"Privileges.SELinuxContext.{one}": "does not set SELinux labels"
-        for one in ("User", "Role", "Type", "Level")
-    },
     "Mounts.0.VolumeOptions.DriverConfig.Name": 'plugin "nfs" not found',
     "Mounts.0.ImageOptions.Subpath": 'invalid MountType: "image"',
     "Isolation": "invalid isolation 'hyperv' on linux",
@@ -342,7 +338,6 @@ REFUSED_BODY = {
 }
 
 IRRELEVANT = {
-    "Privileges.SELinuxContext.Disable": "containers have no SELinux labels in any case",
     "Mounts.0.Consistency": "for shared folders of Docker Desktop, no engine on Linux acts on it",
     "ContainerIDFile": "the client writes the file",
     "ArgsEscaped": "for Windows",

@@ -29,7 +29,7 @@ from skep.model.networks.publishing import publish_options
 from skep.model.networks.sandbox import EndpointConfig, PublishedPort
 from skep.model.networks.tables import NetworkHead
 from skep.model.options import templates
-from skep.model.options.labels import LABEL_TASK_ID
+from skep.model.options.labels import LABEL_TASK_ID, relabeled
 from skep.model.permissions.rights import (
     ALL_RIGHTS,
     MachineRights,
@@ -291,6 +291,7 @@ def task_options(
         stop_grace_ns=spec.stop_grace_ns,
         stack=stack_of(task.service_labels),
         may_log_anywhere=task.trust.logs,
+        relabel=relabeled(spec.labels),
     )
 
 
@@ -351,17 +352,16 @@ def _security_options(privileges: Privileges) -> tuple[str, ...]:
     """Return the ``--security-opt`` values of the task's container.
 
     Raises:
-        Rejected: The task has Windows options or SELinux labels, which this node does not support.  The message is
-            Docker's.
+        Rejected: The task has Windows options.  The message is Docker's.
     """
     if (credential := privileges.credential_spec) is not None:
         for source, value in msgspec.structs.asdict(credential).items():
             if value:
                 raise Rejected(f'invalid --security-opt 2: "credentialspec={source}://{value}"')
-    labels = privileges.selinux_context
-    if labels is not None and (labels.user or labels.role or labels.type or labels.level):
-        raise Rejected("this node does not set SELinux labels: remove SELinuxContext from the spec")
     found = ["no-new-privileges"] if privileges.no_new_privileges else []
+    if (labels := privileges.selinux_context) is not None:
+        given = (("user", labels.user), ("role", labels.role), ("level", labels.level), ("type", labels.type))
+        found += ["label=disable"] * labels.disable + [f"label={name}:{one}" for name, one in given if one]
     if privileges.app_armor is not None and privileges.app_armor.mode == "disabled":
         found.append("apparmor=unconfined")
     seccomp = privileges.seccomp

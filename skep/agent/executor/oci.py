@@ -30,7 +30,7 @@ from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.netns.kernel.namespaces import inbound_of
 from skep.engine import api_sockets
 from skep.engine.api_sockets import ApiSockets
-from skep.engine.capacity import Programs, capacity_of, find_programs
+from skep.engine.capacity import Capacity, Programs, capacity_of, find_programs
 from skep.engine.confinement import cdi
 from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.containers.container import Container, HealthStatus, NotRunning
@@ -156,6 +156,7 @@ def oci_executor(
     plugins: VolumePlugins | None = None,
     apis: ApiSockets = api_sockets.NONE,
     users: UserMap | None = None,
+    with_selinux: bool = False,
 ) -> OciExecutor:
     """Return the executor of one node, with its engine.
 
@@ -168,10 +169,11 @@ def oci_executor(
         plugins: Volume plug-ins, or None for the machine's plug-ins.
         apis: API sockets for containers that mount the Engine API's socket.
         users: Mapping of the containers' users, or None if they are the machine's.
+        with_selinux: Whether to label containers, if the machine has SELinux.
     """
-    runtime = _runtime(
-        paths, Cgroups(cgroup_parent), programs or find_programs(), cdi_directories, apis, users
-    )
+    cgroups, programs = Cgroups(cgroup_parent), programs or find_programs()
+    capacity = capacity_of(cgroups, programs, cdi_directories, with_selinux=with_selinux)
+    runtime = _runtime(paths, cgroups, programs, apis, msgspec.structs.replace(capacity, users=users))
     engine = Engine(
         runtime=runtime,
         images=images,
@@ -193,14 +195,8 @@ def oci_executor(
 
 
 def _runtime(
-    paths: Paths,
-    cgroups: Cgroups,
-    programs: Programs,
-    cdi_directories: tuple[Path, ...],
-    apis: ApiSockets,
-    users: UserMap | None,
+    paths: Paths, cgroups: Cgroups, programs: Programs, apis: ApiSockets, capacity: Capacity
 ) -> Runtime:
-    capacity = msgspec.structs.replace(capacity_of(cgroups, programs, cdi_directories), users=users)
     return Runtime(
         programs=programs,
         root=paths.runc,

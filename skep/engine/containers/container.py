@@ -160,6 +160,14 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """``default``, ``unconfined``, or a profile in Docker's JSON."""
     apparmor: str = "default"
     """``default``, ``unconfined``, or a profile loaded in the kernel.  Ignored on nodes without AppArmor."""
+    label_options: tuple[str, ...] = ()
+    """Values of ``--security-opt label=``."""
+    process_label: str = ""
+    """SELinux label of its processes.  Empty without SELinux, or without confinement by it."""
+    mount_label: str = ""
+    """SELinux label of its files.  Empty without SELinux."""
+    relabel: Mapping[str, str] = {}
+    """For each mount's target, how SELinux labels the source: ``z`` for all containers, ``Z`` for this container."""
     no_new_privileges: bool = False
     oom_score_adj: int = 0
     hosts: tuple[str, ...] = ()

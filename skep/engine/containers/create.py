@@ -583,9 +583,9 @@ def _bind(text: str) -> Mount:
     source, target = words[:2]
     options = words[2].split(",") if len(words) == 3 else []
     propagation = next((word for word in options if word in _PROPAGATIONS), "")
-    for word in options:
-        if word not in _IGNORED_BIND_OPTIONS | _PROPAGATIONS | {"ro", "nocopy"}:
-            raise InvalidArgument(f"invalid mode: {words[2]}")
+    known = _IGNORED_BIND_OPTIONS | _PROPAGATIONS | {"ro", "nocopy"}
+    if not known.issuperset(options) or {"z", "Z"}.issubset(options):
+        raise InvalidArgument(f"invalid mode: {words[2]}")
     mount = Mount(type="volume", source=source, target=target, read_only="ro" in options)
     if source.startswith("/"):
         binding = BindOptions(propagation=propagation, create_mountpoint=True)

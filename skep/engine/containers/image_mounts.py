@@ -87,10 +87,16 @@ def _part(place: Path, number: int) -> Path:
     return place / f"{number}.part"
 
 
-def mount_all(points: Sequence[MountPoint], place: Path, changes: Path, users: UserMap | None = None) -> None:
+def mount_all(
+    points: Sequence[MountPoint],
+    place: Path,
+    changes: Path,
+    users: UserMap | None = None,
+    label: str = "",
+) -> None:
     """Mount the images among ``points``, each by its number below ``place``.  Idempotent.
 
-    ``changes`` is a directory that the container keeps.  ``users``: See ``overlay.mount_layers``.
+    ``changes`` is a directory that the container keeps.  ``users`` and ``label``: See ``overlay.mount_layers``.
 
     Raises: OSError; FailedPrecondition: too many layers, or an image does not have the subpath.
     """
@@ -102,7 +108,7 @@ def mount_all(points: Sequence[MountPoint], place: Path, changes: Path, users: U
             for directory in (target, own / "upper", own / "work", own / "empty"):
                 directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             layers = [Path(layer) for layer in point.layers] or [own / "empty"]
-            overlay.mount_layers(layers, own / "upper", own / "work", target, users)
+            overlay.mount_layers(layers, own / "upper", own / "work", target, users, label)
         if point.subpath and not mounting.is_target(part := _part(place, number)):
             try:
                 mounting.bind_part(str(target), point.subpath, part)

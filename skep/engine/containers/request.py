@@ -189,6 +189,8 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Stack of the task's service."""
     may_log_anywhere: bool = False
     """Whether an administrator chose the log driver (see ``LogConfig.is_restricted``)."""
+    relabel: Mapping[str, str] = {}
+    """Modes by target for ``ContainerConfig.relabel``."""
 
 
 class ConnectRequest(ApiObject):
@@ -462,6 +464,7 @@ class SecurityOptions(NamedTuple):
     seccomp: str = "default"
     apparmor: str = "default"
     no_new_privileges: bool = False
+    label_options: tuple[str, ...] = ()
 
 
 def security_options(options: Sequence[str]) -> SecurityOptions:
@@ -484,9 +487,10 @@ def security_options(options: Sequence[str]) -> SecurityOptions:
                 found = found._replace(
                     apparmor="default" if value in ("", apparmor.DEFAULT_PROFILE) else value
                 )
-            case ("label", _) | ("writable-cgroups", True):
-                if value != "disable":  # SELinux labels are not supported here
-                    raise refused(f"--security-opt {name}")
+            case "label", _:
+                found = found._replace(label_options=(*found.label_options, value))
+            case "writable-cgroups", True:
+                raise refused(f"--security-opt {name}")
             case "writable-cgroups", False:
                 pass
             case _:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from skep.engine.confinement import selinux
 from skep.engine.confinement.machine import CONTAINER, other_container
 from skep.engine.containers import create
 from skep.engine.containers.container import Container, ContainerConfig, MountPoint, NotRunning
@@ -22,6 +23,14 @@ from skep.model.container import Mount
 from skep.model.values.ids import ContainerId
 
 Get: TypeAlias = Callable[[str], Container]
+
+
+def joined(request: CreateRequest, own_name: str, get: Get) -> CreateRequest:
+    """Return ``request`` with container ids instead of names, and with the labels of shared namespaces.
+
+    Raises: InvalidArgument.
+    """
+    return with_label_options(with_ids(request, own_name, get), get)
 
 
 def with_ids(request: CreateRequest, own_name: str, get: Get) -> CreateRequest:
@@ -38,6 +47,30 @@ def with_ids(request: CreateRequest, own_name: str, get: Get) -> CreateRequest:
     if not ids:
         return request
     return msgspec.structs.replace(request, host_config=msgspec.structs.replace(host, **ids))
+
+
+def with_label_options(request: CreateRequest, get: Get) -> CreateRequest:
+    """Add the SELinux options of a container that shares namespaces with the machine or with another container.
+
+    Raises: InvalidArgument: no such container, or two with different labels.
+
+    Source: moby, daemon/create.go (generateSecurityOpt).
+    """
+    host = request.host_config
+    if any(option.split("=")[0] == "label" for option in host.security_opt):
+        return request
+    others = [name for mode in (host.pid_mode, host.ipc_mode) if (name := other_container(mode))]
+    found = [selinux.options_from(_existing(name, get).config.process_label) for name in others]
+    if host.privileged or "host" in (host.ipc_mode, host.pid_mode):
+        chosen: tuple[str, ...] = (selinux.DISABLE,)
+    elif not found or not all(found):
+        return request
+    elif len(set(found)) > 1:
+        raise InvalidArgument("--ipc and --pid containers SELinux labels aren't the same")
+    else:
+        chosen = found[0]
+    options = (*host.security_opt, *(f"label={option}" for option in chosen))
+    return msgspec.structs.replace(request, host_config=msgspec.structs.replace(host, security_opt=options))
 
 
 def _existing(name: str, get: Get) -> Container:

@@ -174,6 +174,8 @@ class Effects:
             await self.forced.mount(container.id, mount)
         except LostRace as error:
             raise NotRunning(f"Container {container.id} is being removed") from error
+        if container.config.mount_label:  # before a start slot is taken, because a large tree takes long
+            await asyncio.to_thread(self._bundles.label_sources, container)
 
     async def _create_process(self, container: Container, _: Program) -> LifeEvent:
         await asyncio.to_thread(self._bundles.map_volumes, container)

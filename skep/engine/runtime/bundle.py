@@ -42,7 +42,7 @@ from skep.aio.trees import remove_tree
 from skep.engine import api_sockets
 from skep.engine.api_sockets import ApiSockets
 from skep.engine.capacity import Capacity
-from skep.engine.confinement import apparmor, devices
+from skep.engine.confinement import apparmor, devices, selinux
 from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.confinement.machine import other_container
 from skep.engine.confinement.users import identity
@@ -51,7 +51,7 @@ from skep.engine.containers.container import Container, ContainerConfig, ExecCon
 from skep.engine.runtime import mapped_mounts, overlay, runtime_spec
 from skep.engine.runtime.bind_flags import adapt_to_crun, request_flags
 from skep.engine.volumes import tmpfs_mounts
-from skep.engine.volumes.mounts import check_propagation
+from skep.engine.volumes.mounts import check_propagation, relabel_sources
 from skep.engine.volumes.volumes import VolumeSubpath
 from skep.errors import FailedPrecondition, Unavailable
 from skep.linux import syscalls
@@ -136,6 +136,11 @@ class Bundles:
     def users(self) -> UserMap | None:
         """Mapping of the users of this node's new containers, or None."""
         return self._capacity.users
+
+    @property
+    def selinux_policy(self) -> selinux.Policy | None:
+        """The policy that labels containers, or None."""
+        return self._capacity.selinux_policy
 
     def path(self, id: ContainerId) -> Path:
         """Return the container's directory on disk, which exists from ``make`` to ``discard``."""
@@ -264,6 +269,7 @@ class Bundles:
                 self._images(container.id),
                 self.path(container.id) / "images",
                 container.users,
+                config.mount_label,
             )
             self._to_release.discard(container.id)
         tmpfs_mounts.mount_all(
@@ -271,14 +277,19 @@ class Bundles:
             self._tmpfs(container.id),
             partial(self._mode_in_image, container),
             container.users,
+            config.mount_label,
         )
         if config.machine.ipc_mode == "shareable":
             shared = msgspec.structs.replace(shared, shm=self._mount_shm(container))
         user = identity(self.rootfs(container.id), config.user, config.groups)
+        capacity, init = self._capacity, self._capacity.init_binary
+        if config.init and init and config.mount_label:
+            program = selinux.shared_program(init, self._run, config.mount_label)
+            capacity = msgspec.structs.replace(capacity, init_binary=program)
         built = runtime_spec.build(
             self._with_api(self._with_parts(container)),
             user,
-            self._capacity,
+            capacity,
             rootfs=str(self.rootfs(container.id)),
             cgroup=self._cgroups.path_of(container),
             files=self._write_files(container),
@@ -294,6 +305,10 @@ class Bundles:
         for warning in built.warnings:
             log.warning("container limit not applied", container=container.name, warning=warning)
         return built.warnings
+
+    def label_sources(self, container: Container) -> None:
+        """Set the SELinux labels of the sources of mounts.  Blocks.  Raises: FailedPrecondition."""
+        relabel_sources(container.config, self._with_parts(container).config.mounts)
 
     def specification(self, id: ContainerId) -> Path:
         """Return the file with the runtime's input."""
@@ -467,7 +482,8 @@ class Bundles:
             mapped_mounts.share_directory(target.parent, container.users)
         if not os.path.ismount(target):
             layers = [Path(layer) for layer in container.layers]
-            overlay.mount_layers(layers, path / "upper", path / "work", target, container.users)
+            label = container.config.mount_label
+            overlay.mount_layers(layers, path / "upper", path / "work", target, container.users, label)
 
     def _mode_in_image(self, container: Container, path: str) -> int:
         """Return the mode for a tmpfs at ``path``: the mode of the image's directory, as in Docker, or the default.
@@ -492,7 +508,8 @@ class Bundles:
             words = ["mode=1777", f"size={container.config.shm_bytes}"]
             if container.users is not None:
                 words = tmpfs_mounts.owned_words(words, container.users)
-            syscalls.mount("shm", target, "tmpfs", flags, ",".join(words))
+            label = selinux.mount_option(container.config.mount_label)
+            syscalls.mount("shm", target, "tmpfs", flags, ",".join(filter(None, (*words, label))))
         return str(target)
 
     def _write_files(self, container: Container) -> Sequence[MountPoint]:
@@ -507,6 +524,7 @@ class Bundles:
             for name in _NAMES:  # as hard links, because a third container may share this container's network
                 (path / name).unlink(missing_ok=True)
                 (path / name).symlink_to(other / name)
+                selinux.relabel(str(other / name), container.config.mount_label, selinux.SHARED)
             return [_file(path, name) for name in _NAMES if f"/etc/{name}" not in taken]
         points = []
         for name, content in self._name_files(container).items():
@@ -518,6 +536,7 @@ class Bundles:
                 file.chmod(0o644)
                 if container.users is not None:
                     os.chown(file, *container.users.root)
+                selinux.relabel(str(file), container.config.mount_label, selinux.PRIVATE)
             if f"/etc/{name}" not in taken:
                 points.append(_file(path, name))
         return points

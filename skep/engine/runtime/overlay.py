@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from skep.engine.confinement.selinux import mount_option
 from skep.errors import FailedPrecondition
 from skep.linux.syscalls import mount, mount_new
 from skep.linux.user_namespace import is_in_user_namespace
@@ -21,44 +22,57 @@ _REFUSED_BY_OLDER_KERNELS = (errno.ENOSYS, errno.EINVAL, errno.EPERM)
 
 
 def mount_layers(
-    layers: Sequence[Path], upper: Path, work: Path, target: Path, users: UserMap | None = None
+    layers: Sequence[Path],
+    upper: Path,
+    work: Path,
+    target: Path,
+    users: UserMap | None = None,
+    label: str = "",
 ) -> None:
     """Mount ``layers`` (top first) with changes kept in ``upper``, which has the same parent as ``work``.
 
     With ``users``, files have the owners that the container's users are on the machine.  On the disk, they keep the
     container's own ids, so that images and changes are the same with and without a mapping.
 
+    ``label`` is the SELinux label of all files, if it is not empty.
+
     Raises: OSError; FailedPrecondition: more layers than this kernel can take.
     """
     if users is None:
-        _mount_layers(layers, upper, work, target)
+        _mount_layers(layers, upper, work, target, label)
         return
     place = target.with_name(f"{target.name}.views")
     views = mapped_views((upper.parent, *layers), mapping(users.kernel_text), place)
     # The kernel creates the overlay's own files as the user that mounts it.
     with views as (own, *lower), files_of(users.root):
-        _mount_layers(lower, own / upper.name, own / work.name, target)
+        _mount_layers(lower, own / upper.name, own / work.name, target, label)
 
 
-def _mount_layers(layers: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
-    options = (
-        f"lowerdir={':'.join(map(_escaped, layers))},upperdir={_escaped(upper)},workdir={_escaped(work)}"
-        f"{_further()}"
-    )
+def _mount_layers(layers: Sequence[Path], upper: Path, work: Path, target: Path, label: str) -> None:
+    options = _options(":".join(map(_escaped, layers)), upper, work, label)
     if len(os.fsencode(options)) <= _OPTIONS_BYTES_MAX:
         mount("overlay", target, "overlay", 0, options)
         return
     lower = [("lowerdir+", str(layer)) for layer in layers]
+    others = [("upperdir", str(upper)), ("workdir", str(work)), *([("context", label)] if label else [])]
     try:
-        own = [("upperdir", str(upper)), ("workdir", str(work))]
-        mount_new("overlay", target, [*lower, *own], flags=("userxattr",) if is_in_user_namespace() else ())
+        mount_new(
+            "overlay", target, [*lower, *others], flags=("userxattr",) if is_in_user_namespace() else ()
+        )
     except OSError as error:
         if error.errno not in _REFUSED_BY_OLDER_KERNELS:
             raise
-        _mount_relative(layers, upper, work, target)
+        _mount_relative(layers, upper, work, target, label)
 
 
-def _mount_relative(layers: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
+def _options(lower: str, upper: Path, work: Path, label: str) -> str:
+    words = [f"lowerdir={lower}", f"upperdir={_escaped(upper)}", f"workdir={_escaped(work)}"]
+    # With userxattr, overlayfs keeps its marks where root of a user namespace may write them.
+    marks = "userxattr" if is_in_user_namespace() else ""
+    return ",".join(filter(None, (*words, marks, mount_option(label))))
+
+
+def _mount_relative(layers: Sequence[Path], upper: Path, work: Path, target: Path, label: str) -> None:
     """Mount many layers on older kernels: name each layer by a symbolic link with a short name in the parent of
     ``work``.
     """
@@ -72,17 +86,12 @@ def _mount_relative(layers: Sequence[Path], upper: Path, work: Path, target: Pat
     try:
         # /proc/self/fd/N shortens the absolute path without a change of the working directory.
         names = ":".join(f"/proc/self/fd/{directory}/{number}" for number in range(len(layers)))
-        options = f"lowerdir={names},upperdir={_escaped(upper)},workdir={_escaped(work)}{_further()}"
+        options = _options(names, upper, work, label)
         if len(options) > _OPTIONS_BYTES_MAX:
             raise FailedPrecondition(f"{len(layers)} layers are more than this kernel can mount")
         mount("overlay", target, "overlay", 0, options)
     finally:
         os.close(directory)
-
-
-def _further() -> str:
-    """Return the option with which overlayfs keeps its marks where root of a user namespace may write them."""
-    return ",userxattr" if is_in_user_namespace() else ""
 
 
 def _escaped(path: Path) -> str:

@@ -175,6 +175,8 @@ def _process(
         raise FailedPrecondition(f"AppArmor is not enabled on this machine: no profile {profile}")
     if capacity.has_apparmor:
         process["apparmorProfile"] = profile
+    if config.process_label:
+        process["selinuxLabel"] = config.process_label
     return process
 
 
@@ -249,6 +251,8 @@ def _linux(
     if container.users is not None:
         linux["uidMappings"] = [one.oci for one in container.users.uids]
         linux["gidMappings"] = [one.oci for one in container.users.gids]
+    if config.mount_label:
+        linux["mountLabel"] = config.mount_label
     if devices.nodes:
         linux["devices"] = [_device(node) for node in devices.nodes]
     profile = _seccomp(config, capacity)

@@ -10,7 +10,8 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from skep.api.formats.gosyntax import parse_size
-from skep.engine.containers.container import MountPoint
+from skep.engine.confinement import selinux
+from skep.engine.containers.container import ContainerConfig, MountPoint
 from skep.engine.volumes.tmpfs_mounts import check_options
 from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 from skep.linux import mounting, without_links
@@ -216,6 +217,41 @@ def mount_point(mount: Mount, source: str, name: str) -> MountPoint:
             )
         case _:
             raise InvalidArgument(f'mount type "{mount.type}" is not supported by this node')
+
+
+def relabel_modes(
+    binds: Iterable[str], points: Iterable[MountPoint], requested: Mapping[str, str]
+) -> Mapping[str, str]:
+    """Return how SELinux labels the sources of mounts, by target: ``z`` or ``Z``.  Others are not labeled.
+
+    A volume of this node gets the shared label if its mount names none.
+
+    Args:
+        binds: ``HostConfig.Binds`` of the request.
+        points: The container's mounts, without mounts of ``--volumes-from``.
+        requested: Further modes by target.
+
+    Source: moby, daemon/volumes.go (setBindModeIfNull), daemon/create_unix.go.
+    """
+    volumes = (point for point in points if point.type == "volume" and point.driver == "local")
+    modes = {point.destination: selinux.SHARED for point in volumes}
+    for words in (text.split(":") for text in binds):
+        options = words[2].split(",") if len(words) == 3 else []
+        modes |= [(words[1], word) for word in options if word in (selinux.SHARED, selinux.PRIVATE)]
+    return {**modes, **requested}
+
+
+def relabel_sources(config: ContainerConfig, placed: Iterable[MountPoint]) -> None:
+    """Set the SELinux labels of the sources of mounts.  Blocks, for large trees for long.
+
+    ``placed`` are the container's mounts with the node's paths.  Secrets and configs belong to this container alone.
+
+    Raises: FailedPrecondition, in Docker's words.
+    """
+    for point, at in zip(config.mounts, placed, strict=True) if config.mount_label else ():
+        mode = selinux.PRIVATE if point.internal else config.relabel.get(point.destination, "")
+        if mode and at.source:
+            selinux.relabel(at.source, config.mount_label, mode)
 
 
 _SHARED, _SLAVE = ("shared:",), ("shared:", "master:")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+from skep.engine.confinement import selinux
 from skep.engine.containers.container import MountPoint
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.linux import syscalls
@@ -72,13 +73,18 @@ def placed(point: MountPoint, number: int, place: Path) -> MountPoint:
 
 
 def mount_all(
-    points: Sequence[MountPoint], place: Path, mode_of: Callable[[str], int], users: UserMap | None = None
+    points: Sequence[MountPoint],
+    place: Path,
+    mode_of: Callable[[str], int],
+    users: UserMap | None = None,
+    label: str = "",
 ) -> None:
     """Mount the memory file systems among ``points``, each empty and by its number below ``place``.
 
     Args:
         mode_of: Returns the mode for a mount point without a mode option.
         users: Mapping of the container's users, to whom the options ``uid`` and ``gid`` refer.
+        label: SELinux label of the files, or empty.
 
     Raises: OSError; FailedPrecondition: the kernel refuses the options.
     """
@@ -97,7 +103,9 @@ def mount_all(
             words = owned_words(words, users)
         flags, data = parse_options(",".join(words))
         try:
-            syscalls.mount(_TYPE, target, _TYPE, flags, data)
+            syscalls.mount(
+                _TYPE, target, _TYPE, flags, ",".join(filter(None, (data, selinux.mount_option(label))))
+            )
         except OSError as error:
             raise FailedPrecondition(
                 f"cannot mount a tmpfs on {point.destination} with the options {','.join(words)}: {error.strerror}"

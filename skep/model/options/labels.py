@@ -113,6 +113,8 @@ the nodes' credential helpers.
 _FORMER_ALLOW_HELPERS = "skep.allow-helpers"
 """The label in clusters of earlier versions.  If both exist, the present one wins."""
 
+RELABEL = "skep.relabel"
+"""On containers: mounts whose files SELinux labels on the node, ``TARGET=z`` or ``TARGET=Z``, separated by commas."""
 EXEC = "skep.exec"
 """On containers: whether users below administrator may run commands in them and copy files (``ExecPolicy``)."""
 
@@ -385,13 +387,25 @@ def allows_worker_reads(labels: Mapping[str, str]) -> bool:
     return labels.get(WORKER_READS, "").lower() == "true"
 
 
+def relabeled(labels: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the modes ``z`` and ``Z`` of a container's mounts by target.  Raises: InvalidArgument."""
+    text = labels.get(RELABEL, "")
+    pairs = [word.strip().rpartition("=") for word in text.split(",")] if text else []
+    if not all(target.startswith("/") and mode in ("z", "Z") for target, _, mode in pairs):
+        raise InvalidArgument(
+            f"invalid label {RELABEL}={text}: expected TARGET=z or TARGET=Z, separated by commas"
+        )
+    return {target: mode for target, _, mode in pairs}
+
+
 def check_service_labels(labels: Mapping[str, str]) -> None:
     """Check the ``skep.*`` labels of a service.  Raises: InvalidArgument."""
     _check_former(labels, FORMER_VOLUMES, VOLUME_AFFINITY, _FORMER_VALUES)
-    if EXEC in labels:
-        raise InvalidArgument(
-            f"the label {EXEC} works on containers only: set it with --container-label, not with --label"
-        )
+    for name in (EXEC, RELABEL):
+        if name in labels:
+            raise InvalidArgument(
+                f"the label {name} works on containers only: set it with --container-label, not with --label"
+            )
     _disconnect_policy(labels)
     _progress_deadline_s(labels)
     _min_available(labels)
@@ -418,6 +432,7 @@ def check_node_labels(labels: Mapping[str, str]) -> None:
 def check_container_labels(labels: Mapping[str, str]) -> None:
     """Check the ``skep.*`` labels of a service's containers.  Raises: InvalidArgument."""
     _exec_policy(labels)
+    relabeled(labels)
 
 
 def check_swarm_labels(labels: Mapping[str, str]) -> None:

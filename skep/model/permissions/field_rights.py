@@ -62,6 +62,7 @@ from skep.model.options.labels import (
     PRIORITY,
     PROGRESS_DEADLINE,
     PUBLISH_NOT_READY,
+    RELABEL,
     ROTATION_OF,
     STACK_CHANGES,
     STACK_FILES,
@@ -220,7 +221,7 @@ SERVICE_LABELS: Final[Mapping[str, Field]] = {
     f"{PUBLISH_LABEL}host-ip": Field(Reach.NODE, value_rights.anyone),
 }
 CONTAINER_LABELS: Final[Mapping[str, Field]] = {
-    **_in_container(EXEC, SECRET_ENV_LABEL, STACK_FILES),
+    **_in_container(EXEC, RELABEL, SECRET_ENV_LABEL, STACK_FILES),
     **dict.fromkeys(sorted(RIGHT_LABELS), Field(Reach.NODE, value_rights.machine_rights)),
 }
 NETWORK_LABELS: Final[Mapping[str, Field]] = {

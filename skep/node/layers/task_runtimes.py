@@ -36,7 +36,7 @@ from skep.dataplane.wireguard.tunnels import Options
 from skep.engine.api.containers import image_users
 from skep.engine.api_sockets import ApiSockets
 from skep.engine.capacity import find_programs
-from skep.engine.confinement import apparmor
+from skep.engine.confinement import apparmor, selinux
 from skep.engine.containers.container import Container
 from skep.engine.engine import Engine, EngineConfig
 from skep.engine.images.registry.endpoints import RegistryPolicy
@@ -109,6 +109,7 @@ class Containers:
             ),
             cdi_directories=configuration.cdi_spec_dirs,
             allowed=configuration.allow,
+            with_selinux=configuration.selinux_enabled,
             bring=self.engine_images.bring if self.engine_images is not None else nothing_beside,
             apis=ApiSockets(
                 [host.path for host in configuration.api_hosts if isinstance(host, UnixHost)],
@@ -207,6 +208,8 @@ class Containers:
             run(partial(keep_profile, conditions, clock), "apparmor profile")
         users = self._foundation.environment.users
         run(partial(watch_users, conditions, clock, self.engine.list, users), "users of containers")
+        if self._foundation.configuration.selinux_enabled:
+            _warn_without_selinux(self.engine.bundles.selinux_policy)
         run(self.engine.images.settle, "images")
         run(NeighborTables(conditions.reporter(ConditionName.NEIGHBOR_TABLE), clock).run, "neighbors")
         if self.engine_images is not None:
@@ -324,6 +327,14 @@ def task_runtime(foundation: Foundation) -> TaskRuntime:
 
 def _no_engine() -> None:
     return None
+
+
+def _warn_without_selinux(policy: selinux.Policy | None) -> None:
+    """Log why ``--selinux-enabled`` labels no containers.  Source: moby, configureKernelSecuritySupport."""
+    if policy is None:
+        log.warning("selinux not enabled on this machine: containers get no labels")
+    elif not policy.is_known:
+        log.warning("selinux policy has no rules for containers: none are created", label=policy.process)
 
 
 def _data_plane(foundation: Foundation, endpoints: ClusterEndpoints) -> DataPlane:

@@ -59,6 +59,7 @@ _IGNORED: Final = {
     "pull_refresh_after": "each deploy looks up the image again",
 }
 _MACHINE_PATH: Final = re.compile(r"[./~]|[A-Za-z]:[\\/]")
+_LABEL_OPTION: Final = re.compile(r"(user|role|type|level):.+")
 _PROPAGATIONS: Final = ("rprivate", "private", "rshared", "shared", "rslave", "slave")
 _MODES: Final = (*_PROPAGATIONS, "ro", "rw", "nocopy", "z", "Z", "cached", "delegated", "consistent")
 
@@ -166,6 +167,7 @@ def _capabilities(names: Iterable[str]) -> tuple[str, ...]:
 
 def _privileges(service: MappingReader) -> Privileges | None:
     made: dict[str, Any] = {}
+    labels: dict[str, Any] = {}
     for text in service.texts("security_opt"):
         name, _, value = text.replace("=", ":", 1).partition(":")
         match name, value:
@@ -175,10 +177,13 @@ def _privileges(service: MappingReader) -> Privileges | None:
                 made["seccomp"] = SeccompOpts(mode="unconfined")
             case "apparmor", "unconfined":
                 made["app_armor"] = AppArmorOpts(mode="disabled")
-            case "label", "disable":
-                made["selinux_context"] = SELinuxContext(disable=True)
+            case "label", _ if value == "disable" or _LABEL_OPTION.fullmatch(value):
+                part, _, text = value.partition(":")
+                labels[part] = text or True
             case _:
                 service.problem("security_opt", f"{text} is not supported for cluster services")
+    if labels:
+        made["selinux_context"] = SELinuxContext(**labels)
     return Privileges(**made) if made else None
 
 
@@ -388,7 +393,7 @@ def _bind_options(options: MappingReader | None) -> BindOptions | None:
         return None
     propagation = options.choice("propagation", *_PROPAGATIONS)
     create = options.boolean("create_host_path")
-    options.ignore("selinux", "SELinux is not supported")
+    options.choice("selinux", "z", "Z")  # see ``node_rights``
     recursive = options.choice("recursive", "enabled", "disabled", "writable", "readonly")
     made = BindOptions(
         propagation=propagation,

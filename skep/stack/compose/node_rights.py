@@ -1,5 +1,6 @@
 """Converts keys that need rights over the node into container labels (``skep.model.permissions.rights``)."""
 
+from skep.model.options.labels import RELABEL
 from skep.stack.compose.reading import MappingReader
 
 
@@ -8,7 +9,7 @@ def rights_labels(service: MappingReader, deploy: MappingReader) -> dict[str, st
     made: dict[str, str] = {}
     if service.boolean("privileged"):
         made["skep.privileged"] = "true"
-    made |= _device_rights(service, deploy)
+    made |= _device_rights(service, deploy) | _relabeled(service)
     for key in ("pid", "ipc", "uts"):
         text = service.text(key)
         if text == "host":
@@ -26,6 +27,20 @@ def rights_labels(service: MappingReader, deploy: MappingReader) -> dict[str, st
         if text := service.text(key):
             made[label] = text
     return made | _io_limits(service.reader("blkio_config"), service)
+
+
+def _relabeled(service: MappingReader) -> dict[str, str]:
+    """Return the label with the SELinux modes of mounts: ``bind.selinux``, or ``z`` and ``Z`` of a short mount."""
+    modes = []
+    volumes = service.node("volumes")
+    for node in (volumes.items or ()) if volumes is not None else ():
+        if node.entries is not None:
+            bind, target = node.entries.get("bind"), node.entries.get("target")
+            mode = (bind.entries or {}).get("selinux") if bind is not None else None
+            modes += [f"{target.text}={mode.text}"] if target is not None and mode is not None else []
+        elif len(parts := node.text.split(":")) == 3:
+            modes += [f"{parts[1]}={word}" for word in parts[2].split(",") if word in ("z", "Z")]
+    return {RELABEL: ",".join(modes)} if modes else {}
 
 
 def _device_rights(service: MappingReader, deploy: MappingReader) -> dict[str, str]:

@@ -159,6 +159,7 @@ def an_executor(
         cgroup_parent=cgroup_parent,
         programs=find_programs({name: name for name in ("runc", "crun")}, RUNTIME),
         cdi_directories=(paths.data.parent / "cdi",),
+        with_selinux=True,
         apis=ApiSockets((), paths.run, NO_API.server),  # no container mounts these files, as with a daemon
     )
 

@@ -73,8 +73,6 @@ def test_values_that_the_docker_command_always_sends_are_accepted() -> None:
     [
         ({"KernelMemory": 1 << 20}, "--kernel-memory"),
         ({"SomethingOfTomorrow": "on"}, "somethingoftomorrow"),
-        ({"SecurityOpt": ["label=level:s0:c100"]}, "--security-opt label"),
-        ({"SecurityOpt": ["label:type:svirt_apache_t"]}, "--security-opt label"),
         ({"SecurityOpt": ["writable-cgroups"]}, "--security-opt writable-cgroups"),
         ({"SecurityOpt": ["writable-cgroups=1"]}, "--security-opt writable-cgroups"),
     ],
@@ -359,6 +357,14 @@ def test_security_options_are_read_as_docker_reads_them(
     config = configured(host={"SecurityOpt": options})
     assert (config.seccomp, config.apparmor, config.no_new_privileges) == found
     assert plain_options(body({"SecurityOpt": options})).security_options == tuple(options)
+
+
+def test_selinux_options_are_kept_and_their_modes_exclude_each_other() -> None:
+    given = ["label=level:s0:c100", "label:type:svirt_apache_t", "disable", "label=anything"]
+    config = configured(host={"SecurityOpt": given})
+    assert config.label_options == ("level:s0:c100", "type:svirt_apache_t", "disable", "anything")
+    with pytest.raises(InvalidArgument, match=r"^invalid mode: z,Z$"):
+        mounts(body({"Binds": ["/a:/b:z,Z"]}))
 
 
 def test_no_plain_container_has_the_labels_of_a_task() -> None:

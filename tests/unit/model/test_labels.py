@@ -5,15 +5,18 @@ import pytest
 from skep.errors import InvalidArgument
 from skep.model.options.labels import (
     ALLOW_CREDENTIAL_HELPERS,
+    RELABEL,
     VolumeAffinity,
     allowed_repositories,
     allows_preemption,
+    check_container_labels,
     check_service_labels,
     check_swarm_labels,
     drain_s,
     min_available,
     priority_of,
     publishes_not_ready,
+    relabeled,
     volume_affinity,
 )
 
@@ -121,3 +124,16 @@ def test_a_minimum_that_cannot_be_read_is_refused_and_counts_for_nothing(word: s
         check_service_labels({"skep.min-available": word})
     assert min_available({"skep.min-available": word}, 3) is None
     assert min_available({}, 3) is None
+
+
+def test_modes_of_mounts_are_z_by_target() -> None:
+    assert relabeled({RELABEL: "/a=z, /b=c=Z"}) == {"/a": "z", "/b=c": "Z"}
+    assert relabeled({}) == {}
+    with pytest.raises(InvalidArgument, match="works on containers only: set it with --container-label"):
+        check_service_labels({RELABEL: "/a=z"})
+
+
+@pytest.mark.parametrize("text", ["/a", "a=z", "/a=x", "/a=zZ", ",", "/a=z,"])
+def test_a_mode_that_is_not_z_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="expected TARGET=z or TARGET=Z, separated by commas"):
+        check_container_labels({RELABEL: text})

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from skep.api.http.versions import ApiVersion
 from skep.configuration.configuration import Configuration
+from skep.engine.confinement import selinux
 from skep.engine.confinement.cdi import Described, Edits
 from skep.engine.containers.container import EngineCounts
 from skep.model.service import GenericResource, NamedResource
@@ -62,6 +64,20 @@ def test_1_42_a_ping_names_the_builder_and_the_state_of_the_swarm(*, builds: boo
 
 def test_1_43_no_option_forbids_new_privileges_in_all_containers() -> None:
     assert not [one for one in shown("1.43")["SecurityOptions"] if "no-new-privileges" in one]
+
+
+def test_selinux_is_named_if_containers_are_labeled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selinux, "is_active", lambda: True)
+    assert "name=selinux" not in shown("1.43")["SecurityOptions"], "Docker needs the option, too"
+    enabled = replace(NODE, configuration=Configuration(selinux_enabled=True))
+    assert _security(enabled) == ["name=selinux"]
+    monkeypatch.setattr(selinux, "is_active", lambda: False)
+    assert _security(enabled) == []
+
+
+def _security(node: NodeProperties) -> list[str]:
+    found: Any = info(node, counts=EngineCounts(), swarm={}, warnings=(), now=timestamp(0))
+    return [one for one in found["SecurityOptions"] if "selinux" in one]
 
 
 def test_1_44_directories_with_descriptions_of_devices_are_named() -> None:

@@ -105,6 +105,22 @@ def test_a_service_of_nothing_but_an_image_is_as_docker_stack_makes_it() -> None
             },
         ),
         (
+            "security_opt: ['label:type:a_t', 'label=level:s0:c1,c2', label=user:u, label:role:r]",
+            {
+                "Privileges": {
+                    "CredentialSpec": None,
+                    "SELinuxContext": {
+                        "Disable": False,
+                        "User": "u",
+                        "Role": "r",
+                        "Type": "a_t",
+                        "Level": "s0:c1,c2",
+                    },
+                    "NoNewPrivileges": False,
+                }
+            },
+        ),
+        (
             "stop_grace_period: 20s, init: true, user: u, working_dir: /d, hostname: h, read_only: true, tty: true",
             {
                 "StopGracePeriod": 20_000_000_000,
@@ -144,6 +160,10 @@ def test_a_key_reaches_the_container(service: str, made: Any) -> None:
         ("privileged: true", {"skep.privileged": "true"}),
         ("devices: ['/dev/a:/dev/b:r', {source: /dev/c}]", {"skep.devices": "/dev/a:/dev/b:r,/dev/c"}),
         ("gpus: all", {"skep.gpus": "all"}),
+        (
+            "volumes: ['/a:/b:ro,z', '/c:/d', {type: bind, source: /e, target: /f, bind: {selinux: Z}}]",
+            {"skep.relabel": "/b=z,/f=Z"},
+        ),
         ("gpus: [{capabilities: [gpu], device_ids: [a, b]}]", {"skep.gpus": "device=a,b"}),
         (
             "deploy: {resources: {reservations: {devices: [{capabilities: [gpu], count: 2}]}}}",

@@ -109,8 +109,8 @@ def inspected(
         "RestartCount": container.plain.restarts if container.plain is not None else 0,
         "Driver": "overlay2",
         "Platform": "linux",
-        "MountLabel": "",
-        "ProcessLabel": "",
+        "MountLabel": config.mount_label,
+        "ProcessLabel": config.process_label,
         "AppArmorProfile": _apparmor_profile(config),
         "ExecIDs": list(exec_ids) or None,
         "HostConfig": _host_config(container),
@@ -365,7 +365,8 @@ def _security_options(container: Container) -> list[str]:
     config = container.config
     found = ["no-new-privileges"] if config.no_new_privileges else []
     found += [f"seccomp={config.seccomp}"] if config.seccomp != "default" else []
-    return found + ([f"apparmor={config.apparmor}"] if config.apparmor != "default" else [])
+    found += [f"apparmor={config.apparmor}"] if config.apparmor != "default" else []
+    return found + [f"label={option}" for option in config.label_options]
 
 
 def _plain_host_config(container: Container) -> dict[str, Any]:

@@ -46,7 +46,6 @@ NODE = NodeFacts(hostname="n")
             Privileges(credential_spec=CredentialSpec(file="spec.json")),
             '^invalid --security-opt 2: "credentialspec=file://spec.json"$',
         ),
-        (Privileges(selinux_context=SELinuxContext(level="s0:c100")), "does not set SELinux labels"),
     ],
 )
 def test_what_cannot_confine_here_is_rejected(privileges: Privileges, said: str) -> None:
@@ -58,13 +57,16 @@ def test_the_rest_of_a_services_privileges_reaches_its_containers() -> None:
     found = configured(
         Privileges(
             credential_spec=CredentialSpec(),
-            selinux_context=SELinuxContext(disable=True),
+            selinux_context=SELinuxContext(disable=True, user="a", role="b", type="c", level="s0:c100"),
             seccomp=SeccompOpts(mode="custom", profile=b"{}"),
             app_armor=AppArmorOpts(mode="disabled"),
             no_new_privileges=True,
         )
     )
     assert (found.seccomp, found.apparmor, found.no_new_privileges) == ("{}", "unconfined", True)
+    assert found.label_options == ("disable", "user:a", "role:b", "level:s0:c100", "type:c"), (
+        "in moby's order"
+    )
 
 
 def configured(privileges: Privileges) -> ContainerConfig:
