@@ -21,6 +21,7 @@ from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.node import plain_message
 from skep.model.options.label_suggestions import NODE_LABELS, PREFIX, suggested_label
 from skep.model.options.labels import system_reserve
+from skep.model.swarm import FROZEN
 from skep.model.task_end import printable
 
 _PAUSED = ("paused", "rollback_paused")
@@ -136,6 +137,20 @@ def about_node(name: str, node: Mapping[str, Any], now: float) -> Iterator[str]:
     return map(printable, _node_lines(name, node, now))
 
 
+def _fate(name: str, message: str, *, is_manager: bool) -> str:
+    """Return what happens to the tasks of a node that is down, and what to do if it is lost for good."""
+    forget = f"run {f'docker node demote {name} and then ' if is_manager else ''}skep node forget {name}"
+    if FROZEN in message:
+        return (
+            "  its tasks stay until the freeze ends. If their containers cannot run any longer, run skep cluster "
+            f"resume to replace them now. If the node is lost for good, then {forget}."
+        )
+    return (
+        "  services replace its tasks on other nodes, unless the tasks need this node or its volumes. If the node is "
+        f"lost for good, {forget}."
+    )
+
+
 def _node_lines(name: str, node: Mapping[str, Any], now: float) -> Iterator[str]:
     description, status, spec = node["Description"], node["Status"], node["Spec"]
     silent = node.get("Silence", "")
@@ -143,11 +158,7 @@ def _node_lines(name: str, node: Mapping[str, Any], now: float) -> Iterator[str]
     words = (UNREACHABLE if silent else status["State"], silent, message)
     yield ": ".join(filter(None, (description.get("Hostname") or node["ID"], *words)))
     if status["State"] == "down":
-        demote = f"docker node demote {name} and then " if spec["Role"] == "manager" else ""
-        yield (
-            "  services replace its tasks on other nodes, unless the tasks need this node or its volumes. If the "
-            f"node is lost for good, run {demote}skep node forget {name}."
-        )
+        yield _fate(name, message, is_manager=spec["Role"] == "manager")
     if spec["Availability"] != "active":
         word = spec["Availability"]
         yield (
