@@ -128,21 +128,12 @@ class DryRun:
         nodes = Counter(task.node_id for task in kept)
         is_global = service.spec.mode.name in ("global", "global-job")
         missing = [id for id in homes if not nodes[id]] if is_global else homes[len(kept) :]
-        config = spec.update_config
-        number = BATCH
-        if config is not None and config.order is UpdateOrder.START_FIRST:
-            number = min(config.parallelism or BATCH, BATCH)
-        else:
-            self._free(replaced)
-            replaced.clear()
+        number = self._number_at_once(spec, replaced)
         requirements: Requirements | None = None
         refusal: PlacementRefused | None = None
         preempted: list[TaskId] = []
-        if missing and not is_global:
-            returned: list[NodeId] = []
-            yield from self._returning(service, kept, len(missing), replaced, returned)
-            nodes.update(returned)
-            missing = missing[len(returned) :]
+        if not is_global:
+            missing = missing[(yield from self._returning(service, kept, len(missing), replaced, nodes)) :]
         for begin in range(0, len(missing), number):
             tasks = self._tasks(service, begin, missing[begin : begin + number])
             if requirements is None:
@@ -174,6 +165,15 @@ class DryRun:
             ),
             verdicts=tuple(verdicts),
         )
+
+    def _number_at_once(self, spec: ServiceSpec, replaced: list[Task]) -> int:
+        """Return how many new tasks start before old ones end.  With ``stop-first``, free the old tasks first."""
+        config = spec.update_config
+        if config is not None and config.order is UpdateOrder.START_FIRST:
+            return min(config.parallelism or BATCH, BATCH)
+        self._free(replaced)
+        replaced.clear()
+        return BATCH
 
     def _reason(self, refusal: PlacementRefused, spec: ServiceSpec) -> str:
         """Return why no node takes a task, with the text that the service would show after the deploy."""
@@ -227,14 +227,22 @@ class DryRun:
         )
 
     def _returning(
-        self, service: Service, kept: Sequence[Task], wanted: int, replaced: list[Task], nodes: list[NodeId]
-    ) -> Iterator[None]:
-        """Place the tasks whose slot has data in a local volume on that node, and add these nodes to ``nodes``.
+        self,
+        service: Service,
+        kept: Sequence[Task],
+        wanted: int,
+        replaced: list[Task],
+        nodes: Counter[NodeId],
+    ) -> Generator[None, None, int]:
+        """Place the tasks whose slot has data in a local volume on that node, and count them in ``nodes``.
 
         Tasks that start next to the ``replaced`` ones of their slots end these.
+
+        Returns: The number of these tasks.
         """
+        returned = 0
         if not local_volumes(service.spec.task_template):
-            return
+            return returned
         index = SlotVolumeIndex(self._view.find(Node))
         used = {task.slot for task in kept}
         slots = (slot for slot in count(1) if slot not in used)
@@ -246,11 +254,13 @@ class DryRun:
             for home in data_homes(task, service, self._view, index):
                 found = confirm(replace(task, node_id=home.node_id), requirements, self._accounting)
                 if isinstance(found, Assignment):
-                    nodes.append(found.node_id)
+                    nodes[found.node_id] += 1
+                    returned += 1
                     old = [one for one in replaced if one.slot == slot]
                     self._free(old)
                     replaced[:] = [one for one in replaced if one not in old]
                     break
+        return returned
 
     def _free(self, tasks: Iterable[Task]) -> None:
         for task in tasks:
