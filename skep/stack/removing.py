@@ -9,6 +9,7 @@ from skep.api.client.requests import Requests
 from skep.api.client.waiting import persistently
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.model.task import TaskState
+from skep.model.values.counts import counted
 from skep.stack.cluster_state import RESPONSE_TIMEOUT_S
 from skep.stack.created import CreatedObjects
 from skep.stack.deploying import Show, all_of, remove_unchanged
@@ -91,7 +92,7 @@ async def _wait_tasks_gone(
             while tasks := await persistently(read_tasks, partial(show, stack)):
                 left = [one["Status"] for one in tasks if one["Status"]["State"] not in _ENDED]
                 lost = sorted({str(one.get("Err", "")) for one in left if one["State"] == _LOST})
-                text = f"waiting for {len(left)} {'task' if len(left) == 1 else 'tasks'} to stop"
+                text = f"waiting for {counted(len(left), 'task')} to stop"
                 text = (f"{text}: {', '.join(lost)}" if lost else text) if left else _CLEANING
                 show(stack, text)
                 are_lost = bool(lost) and all(one["State"] == _LOST for one in left)

@@ -23,6 +23,7 @@ from skep.model.options.label_suggestions import NODE_LABELS, PREFIX, suggested_
 from skep.model.options.labels import system_reserve
 from skep.model.swarm import FROZEN
 from skep.model.task_end import printable
+from skep.model.values.counts import counted
 
 _PAUSED = ("paused", "rollback_paused")
 _WAITS_FOR = re.compile(r"it waits for (?:service )?([A-Za-z0-9][\w.-]*)")
@@ -174,7 +175,7 @@ def _node_lines(name: str, node: Mapping[str, Any], now: float) -> Iterator[str]
     resources = description.get("Resources") or {}
     cpus, memory = resources.get("NanoCPUs", 0) / 1e9, resources.get("MemoryBytes", 0) / (1 << 30)
     engine = (description.get("Engine") or {}).get("EngineVersion", "")
-    yield f"  {role}, at {status.get('Addr') or 'no address'}, {cpus:g} CPUs, {memory:.1f} GiB, {engine}"
+    yield f"  {role}, at {status.get('Addr') or 'no address'}, {counted(cpus, 'CPU')}, {memory:.1f} GiB, {engine}"
     yield from _label_lines(spec.get("Labels") or {})
     tasks = ", ".join(f"{count} {state}" for state, count in sorted(node["TaskStates"].items()))
     yield f"  tasks: {tasks or 'none'}"
@@ -184,7 +185,7 @@ def _node_lines(name: str, node: Mapping[str, Any], now: float) -> Iterator[str]
 def _label_lines(labels: Mapping[str, str]) -> Iterator[str]:
     """Yield what a node's labels keep for its system, and its labels without effect."""
     nano_cpus, memory_bytes = system_reserve(labels)
-    kept = [f"{nano_cpus / 1e9:g} CPUs"] * bool(nano_cpus) + [f"{memory_bytes >> 20} MiB"] * bool(
+    kept = [counted(nano_cpus / 1e9, "CPU")] * bool(nano_cpus) + [f"{memory_bytes >> 20} MiB"] * bool(
         memory_bytes
     )
     if kept:
