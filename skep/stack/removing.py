@@ -74,7 +74,7 @@ async def _wait_tasks_gone(
 ) -> None:
     """Wait until no task of the stack, or of these services, runs.  Their addresses and networks are then free.
 
-    Raises: FailedPrecondition: the whole stack was to be removed, and has services again.
+    Raises: FailedPrecondition: the stack has new services.
     """
 
     async def read_tasks() -> list[Any]:

@@ -139,7 +139,7 @@ def about_node(name: str, node: Mapping[str, Any], now: float) -> Iterator[str]:
 
 
 def _fate(name: str, message: str, *, is_manager: bool) -> str:
-    """Return what happens to the tasks of a node that is down, and what to do if it is lost for good."""
+    """Return the fate of the tasks of a node that is down, and the commands for a node that is lost for good."""
     forget = f"run {f'docker node demote {name} and then ' if is_manager else ''}skep node forget {name}"
     if FROZEN in message:
         return (
