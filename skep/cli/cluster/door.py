@@ -37,6 +37,7 @@ from skep.model.options.autoscaling import is_at_zero
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.task_end import printable
+from skep.model.values.counts import counted
 from skep.model.values.ids import NetworkId
 from skep.model.values.unknown import leniently
 
@@ -343,16 +344,21 @@ def shown_routes(
     # The network stays while services with routes use it.
     has_door = bool(proxies) or not sees_all
     network = next(iter((*networks, *_networks_of(tasks))), None) if has_door else None
-    counted = {(one["Service"], one["Route"]): one for one in traffic}
-    rows = [
-        row | _figures(counted.get((row["Service"], row["Route"])))
-        for row in _rows(services, tasks, network, sees_all)
-    ]
+    by_route = {(one["Service"], one["Route"]): one for one in traffic}
     running = [task for task in tasks if task.service_id in proxies and task.status.state.name == "RUNNING"]
+    rows = [
+        row | _figures(by_route.get((row["Service"], row["Route"])))
+        for row in _rows(services, tasks, network, sees_all, has_proxy=bool(running) or not sees_all)
+    ]
 
     def lines(screen: Screen) -> Iterator[str]:
         if proxies:
-            yield "1 proxy runs." if len(running) == 1 else f"{len(running)} proxies run."
+            names = sorted(one.spec.name for one in services if one.id in proxies)
+            yield (
+                f"{counted(len(running), 'proxy runs', 'proxies run')}."
+                if running
+                else f"No proxy runs. Run skep explain {names[0]}."
+            )
         elif sees_all:
             yield "There is no front door. Create it with skep door up."
         else:
@@ -378,7 +384,12 @@ def shown_routes(
 
 
 def _rows(
-    services: Sequence[Service], tasks: Sequence[Task], network: Network | None, sees_all: bool
+    services: Sequence[Service],
+    tasks: Sequence[Task],
+    network: Network | None,
+    sees_all: bool,
+    *,
+    has_proxy: bool,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each route, and for each service whose labels are no routes."""
     exposed = [one for one in services if has_routes(one.spec.labels)]
@@ -389,7 +400,7 @@ def _rows(
             yield _row("-", service, 0, 0, problem)
         for route in routes_of(service.spec.labels):
             refused = claims.refused.get(service.id, {})
-            problem = route_problem(service, own, network, refused, route.address)
+            problem = route_problem(service, own, network, refused, route.address, has_proxy=has_proxy)
             row = _row(route.address, service, route.options.port, len(own), problem)
             if network is None and not sees_all:
                 why = f"you do not see whether there is a front door. Run skep explain {service.spec.name}"

@@ -13,6 +13,7 @@ from skep.model.door.settings import is_door
 from skep.model.door.traffic import RouteShown, RouteTraffic, with_traffic
 from skep.model.history import stack_of
 from skep.model.network import Network
+from skep.model.node import Node, NodeState
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId
@@ -56,10 +57,10 @@ def route_problems(view: View, service: Service, sees: Callable[[str], bool]) ->
         if one.id == service.id or may_conflict(wanted, http_labels(one.spec.labels).values())
     ]
     shown = _worded(settled(map(claimant_of, others)).refused.get(service.id, {}), sees)
-    door = door_network(view)
+    door, has_proxy = door_network(view), _has_proxy(view)
     tasks = [one for one in view.find(Task, service_id=service.id) if one.is_wanted]
     for route in wanted:
-        if problem := route_problem(service, tasks, door, shown, route.address):
+        if problem := route_problem(service, tasks, door, shown, route.address, has_proxy=has_proxy):
             yield f"route {route.address}: {problem}"
 
 
@@ -77,7 +78,7 @@ def shown_routes(
     """
     counted = {(one.service_id, one.route): one for one in traffic}
     services = list(exposed(view))
-    claims, door = settled(map(claimant_of, services)), door_network(view)
+    claims, door, has_proxy = settled(map(claimant_of, services)), door_network(view), _has_proxy(view)
     found = []
     for service in services:
         yield
@@ -91,7 +92,7 @@ def shown_routes(
                 route=route.address,
                 service=service.spec.name,
                 service_id=service.id,
-                problem=route_problem(service, tasks, door, refused, route.address),
+                problem=route_problem(service, tasks, door, refused, route.address, has_proxy=has_proxy),
                 new_percent=split.percent if split is not None else None,
                 certificate_expires=expires(route.host),
             )
@@ -105,6 +106,12 @@ def door_network(view: View) -> Network | None:
         return None
     doors = (one for one in view.find(Network) if is_door(one.spec.labels))
     return min(doors, key=lambda one: (one.created_at, one.id), default=None)
+
+
+def _has_proxy(view: View) -> bool:
+    """Return whether a proxy runs on a node that is not down."""
+    nodes = (view.lookup(Node, id) for id in proxies_in(view, doors_in(view)))
+    return any(node is not None and node.status.state is not NodeState.DOWN for node in nodes)
 
 
 def doors_in(view: View) -> frozenset[ServiceId]:

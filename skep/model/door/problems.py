@@ -1,6 +1,7 @@
 """Finds the reason why a route does not lead to tasks.  Pure."""
 
 from collections.abc import Collection, Mapping
+from typing import Final
 
 from skep.errors import InvalidArgument
 from skep.model.door.claims import Refusal
@@ -10,6 +11,8 @@ from skep.model.options.autoscaling import is_at_zero
 from skep.model.service import Service, UpdateState
 from skep.model.staging.updates import stages_of
 from skep.model.task import Task, TaskState
+
+NO_PROXY: Final = "no proxy of the front door runs. Run skep door status"
 
 
 def label_problem(service: Service) -> str:
@@ -27,6 +30,8 @@ def route_problem(
     door: Network | None,
     refused: Mapping[str, Refusal],
     address: str,
+    *,
+    has_proxy: bool,
 ) -> str:
     """Return why a route of ``service`` does not work, with the next step, or an empty text.
 
@@ -35,11 +40,14 @@ def route_problem(
         door: The network of the front door, or None without a front door.
         refused: Refused routes of the service.
         address: Host and path of the route.
+        has_proxy: Whether a proxy runs.
     """
     if door is None:
         return "there is no front door. Create it with skep door up"
     if (refusal := refused.get(address)) is not None:
         return refusal.reason
+    if not has_proxy:
+        return NO_PROXY
     if is_at_zero(service.spec):
         return ""
     present = [task for task in tasks if task.status.state is TaskState.RUNNING]

@@ -41,7 +41,7 @@ PROXIES = routed("skep-door", {"skep.door": "true"})
 
 
 def problems(services: list[Service], tasks: list[Task], networks: list[Network]) -> dict[str, str]:
-    rows: Any = shown_routes([PROXIES, *services], tasks, networks).data["Routes"]  # type: ignore[call-overload,index]
+    rows: Any = shown_routes([PROXIES, *services], [task_of(PROXIES), *tasks], networks).data["Routes"]  # type: ignore[call-overload,index]
     return {row["Route"]: row["Problem"] for row in rows}
 
 
@@ -58,7 +58,7 @@ def test_each_route_that_does_not_work_has_a_reason() -> None:
     assert "1 of 1 tasks is not on the network skep-door" in found["old.example"]
     assert "docker service update --force old" in found["old.example"]
     assert "not a DNS name" in found["-"]
-    rows: Any = shown_routes([PROXIES, web, second], tasks, [NETWORK]).data["Routes"]  # type: ignore[call-overload,index]
+    rows: Any = shown_routes([PROXIES, web, second], [task_of(PROXIES), *tasks], [NETWORK]).data["Routes"]  # type: ignore[call-overload,index]
     taken = [row["Problem"] for row in rows if row["Route"] == "a.example"]
     assert taken == ["a.example belongs to service web", ""]
     assert "skep door up" in problems([web], tasks, [])["a.example"]
@@ -77,6 +77,14 @@ def test_the_list_says_how_many_proxies_run() -> None:
     lines = list(shown.lines(Screen()))
     assert lines[0] == "1 proxy runs."
     assert lines[-1] == "a.example: no task of the service runs"
+
+
+def test_no_route_works_while_no_proxy_runs() -> None:
+    web = routed("web", {"skep.http": "a.example"})
+    shown = shown_routes([PROXIES, web], [task_of(web)], [NETWORK])
+    lines = list(shown.lines(Screen()))
+    assert lines[0] == "No proxy runs. Run skep explain skep-door."
+    assert lines[-1] == "a.example: no proxy of the front door runs. Run skep door status"
 
 
 def test_a_user_of_a_stack_sees_no_front_door_and_is_not_told_that_there_is_none() -> None:

@@ -9,7 +9,7 @@ from skep.model.network import Network, NetworkSpec
 from skep.model.service import ReplicatedJob, ServiceMode, ServiceSpec
 from skep.model.task import NetworkAttachment, TaskState
 from skep.model.values.ids import NetworkId
-from tests.support.builders import a_service, a_service_spec, a_task
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.unit.manager.control.test_control_services import create, rollback, store, update
 
 __all__ = ["store"]
@@ -64,6 +64,9 @@ async def test_a_route_that_does_not_work_is_explained(store):
     proxies = a_service("skep-door")
     proxies = replace(proxies, spec=replace(proxies.spec, labels={"skep.door": "true"}))
     await store.update(lambda tx: tx.put(proxies))
+    assert problems() == ["route a.example: no proxy of the front door runs. Run skep door status"]
+    proxy = a_task("p1", node="n1", service=proxies, state=TaskState.RUNNING)
+    await store.update(lambda tx: [tx.put(a_node("n1")), tx.put(proxy)])
     assert problems() == ["route a.example: no task of the service runs"]
     task = a_task("t1", node="n1", service=web)
     task = replace(task, status=replace(task.status, state=TaskState.RUNNING))
