@@ -17,6 +17,7 @@ from skep.errors import FailedPrecondition, SkepError, Unavailable, reason_of
 from skep.linux.commands import communicate
 from skep.linux.files import replace_file
 from skep.model.catalog import CatalogService
+from skep.model.values.counts import counted
 
 PACE_S: Final = 2.0
 """Least seconds between two reloads.  Each leaves a process behind until its last connection ends."""
@@ -132,7 +133,7 @@ class Balancer:
         for one in self._listeners:
             service = services.get(one.service)
             count = sum(bool(each.port) for each in service.instances) if service is not None else 0
-            part = f"{one.address}:{one.port} has {count} server{'' if count == 1 else 's'} of {one.service}"
+            part = f"{one.address}:{one.port} has {counted(count, 'server')} of {one.service}"
             if service is None:
                 part += ", which is not in the catalog (see skep catalog ls)"
             elif not count and service.instances:

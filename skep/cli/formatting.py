@@ -46,11 +46,6 @@ def size(count: int) -> str:
     return f"{value:.1f}".removesuffix(".0") + f" {unit}"
 
 
-def counted(number: int, noun: str) -> str:
-    """Return the number with its noun: ``1 node``, ``2 nodes``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def named(words: Sequence[str]) -> str:
     """Return the first few of ``words``, such as ``a, b and 2 more``."""
     more = len(words) - _NAMED_MAX

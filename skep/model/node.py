@@ -285,5 +285,6 @@ def plain_message(message: str, silent_since: str = "") -> str:
     """
     for text, words in _IN_PLAIN_WORDS.items():
         message = message.replace(text, words)
-    heard = f"last heard {silent_since[:10]} {silent_since[11:19]} UTC" if silent_since else ""
+    # A manager that has taken over a session knows only since when it has heard nothing.
+    heard = f"not heard since {silent_since[:10]} {silent_since[11:19]} UTC" if silent_since else ""
     return "; ".join(filter(None, (message, heard)))

@@ -143,6 +143,10 @@ class RootRotation(ApiObject):
     """The new root, cross-signed by the old one: sent with every certificate until all nodes have a new one."""
 
 
+FROZEN: Final = "replacement of tasks is frozen"
+"""Words in a node's status message, and in the errors of its tasks, while managers replace no tasks of lost nodes."""
+
+
 class Freeze(ApiObject):
     """Disruption mode: task replacement is suspended, because too many nodes failed at once."""
 
@@ -157,6 +161,11 @@ class Freeze(ApiObject):
     def includes(self, node_id: NodeId, silent_since: Timestamp | None) -> bool:
         """Return whether a node that is down failed with the others or during the freeze."""
         return self.down_before.get(node_id) != (silent_since or "")
+
+    @property
+    def cause(self) -> str:
+        """Return how many nodes went down."""
+        return f"{len(self.nodes)} of {self.ready_before} nodes went down at once"
 
 
 class Swarm(ApiObject):

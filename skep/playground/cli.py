@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import click
 
-from skep.cli.formatting import counted
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.errors import SkepError
+from skep.model.values.counts import counted
 from skep.playground import names
 from skep.playground.commands import find
 from skep.playground.node import daemon_pid

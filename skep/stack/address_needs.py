@@ -9,6 +9,7 @@ from ipaddress import ip_interface
 from typing import Any, Final
 
 from skep.model.service import ServiceSpec
+from skep.model.values.counts import counted
 from skep.stack.compose.document import FileProblem
 from skep.stack.project import Stack, StackNetwork
 
@@ -31,11 +32,10 @@ def shortages(stack: Stack, existing: Sequence[Mapping[str, Any]]) -> Iterator[F
         virtual = sum(not _has_no_address(spec) for spec in specs)
         if tasks + virtual > size:
             short = min(tasks + virtual - size, tasks)
-            counted = "1 address," if size == 1 else f"{size} addresses,"
             text = (
-                f"the network {network.name} has {counted} and its services need {tasks + virtual}, one for "
-                f"each task and each service. {short} {'task' if short == 1 else 'tasks'} will wait. Choose a larger "
-                "subnet or fewer replicas."
+                f"the network {network.name} has {counted(size, 'address', 'addresses')}, and its services need "
+                f"{tasks + virtual}, one for each task and each service. {counted(short, 'task')} will wait. Choose a "
+                "larger subnet or fewer replicas."
             )
             yield FileProblem(network.place, f"networks.{network.name}", text)
 

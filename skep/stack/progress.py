@@ -293,7 +293,9 @@ def _ended(service: Service, tasks: Sequence[Task], present: Collection[str]) ->
     policy = service.spec.task_template.restart_policy
     if policy is None or policy.condition is RestartCondition.ANY:
         return None
-    current = [task for task in tasks if task.id in present]
+    # Only the youngest task of a slot counts: an ended task of an earlier deploy may have had the same spec.
+    youngest = {_slot(task): task for task in sorted(tasks, key=lambda task: task.created_at.rstrip("Z"))}
+    current = [task for task in youngest.values() if task.id in present]
     complete = sum(task.status.state is TaskState.COMPLETE for task in current)
     if complete and complete == service.spec.replicas:
         return ServiceProgress(f"{complete} of {complete} tasks completed", is_done=True, is_final=True)

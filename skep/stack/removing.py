@@ -7,8 +7,9 @@ from typing import Any, Final
 
 from skep.api.client.requests import Requests
 from skep.api.client.waiting import persistently
-from skep.errors import NotFound, SkepError, Unavailable
+from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.model.task import TaskState
+from skep.model.values.counts import counted
 from skep.stack.cluster_state import RESPONSE_TIMEOUT_S
 from skep.stack.created import CreatedObjects
 from skep.stack.deploying import Show, all_of, remove_unchanged
@@ -31,7 +32,7 @@ async def remove(client: Requests, stack: str, show: Show, wait_s: float) -> boo
     """Remove a stack: first its services, and once their tasks have stopped, its other objects.
 
     Returns: Whether the stack had any objects.
-    Raises: Unavailable: an object was still in use after ``wait_s``.
+    Raises: Unavailable: an object was still in use after ``wait_s``; FailedPrecondition: the stack was deployed again.
     """
     label = {"label": [f"{NAMESPACE}={stack}"]}
     found = False
@@ -71,9 +72,17 @@ async def _wait_tasks_gone(
     wait_s: float,
     services: Collection[str] | None = None,
 ) -> None:
-    """Wait until no task of the stack, or of these services, runs.  Their addresses and networks are then free."""
+    """Wait until no task of the stack, or of these services, runs.  Their addresses and networks are then free.
+
+    Raises: FailedPrecondition: the stack has new services.
+    """
 
     async def read_tasks() -> list[Any]:
+        if services is None and await client.get("/services", filters=label, timeout_s=RESPONSE_TIMEOUT_S):
+            raise FailedPrecondition(
+                f"{stack} was deployed again meanwhile, so its new services and the objects that they use stay. To "
+                f"remove them, rerun skep stack rm {stack}."
+            )
         tasks = await client.get("/tasks", filters=label, timeout_s=RESPONSE_TIMEOUT_S)
         return [one for one in tasks if services is None or one.get("ServiceID") in services]
 
@@ -83,7 +92,7 @@ async def _wait_tasks_gone(
             while tasks := await persistently(read_tasks, partial(show, stack)):
                 left = [one["Status"] for one in tasks if one["Status"]["State"] not in _ENDED]
                 lost = sorted({str(one.get("Err", "")) for one in left if one["State"] == _LOST})
-                text = f"waiting for {len(left)} {'task' if len(left) == 1 else 'tasks'} to stop"
+                text = f"waiting for {counted(len(left), 'task')} to stop"
                 text = (f"{text}: {', '.join(lost)}" if lost else text) if left else _CLEANING
                 show(stack, text)
                 are_lost = bool(lost) and all(one["State"] == _LOST for one in left)

@@ -7,10 +7,10 @@ import msgspec
 
 from skep.api.client.client import ApiClient
 from skep.api.client.updates import update
-from skep.cli.formatting import counted
 from skep.cli.stack.stack_screens import line_of
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.service import ServiceSpec
+from skep.model.values.counts import counted
 from skep.model.values.unknown import leniently
 from skep.stack.planning import differences
 from skep.top.snapshot import Snapshot, mode_of, tasks_of

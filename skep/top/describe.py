@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from skep.cli.formatting import aligned, counted
+from skep.cli.formatting import aligned
 from skep.model.node import plain_message
+from skep.model.values.counts import counted
 from skep.top.snapshot import ReservedResources, Snapshot, cpus_of, memory_of, share_of, sum_of, tasks_of
 
 _LISTED_MAX = 100

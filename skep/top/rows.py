@@ -14,6 +14,7 @@ from skep.cli.cluster.door import traffic_cells
 from skep.cli.see.status import UNAVAILABLE, ServiceLine
 from skep.errors import InvalidArgument
 from skep.model.node import plain_message
+from skep.model.values.counts import counted
 from skep.model.values.times import SECOND_NS, timestamp, unix_ns
 from skep.top.actions import image_of
 from skep.top.logs import ShownLine
@@ -232,7 +233,7 @@ def requests_of(routes: Iterable[Mapping[str, Any]]) -> str:
 def _reserved(tasks: Sequence[ShownTask]) -> str:
     """Return ``1.5 CPUs, 512 MiB``, or an empty text if nothing is reserved."""
     found = sum_of(tasks)
-    cpus = f"{round(found.cpus, 2):g} CPU{'' if found.cpus == 1 else 's'}" if found.cpus else ""
+    cpus = counted(float(round(found.cpus, 2)), "CPU") if found.cpus else ""
     return ", ".join(filter(None, (cpus, size_of(found.memory) if found.memory else "")))
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from skep.cli.formatting import counted
 from skep.cli.see.status import NodeLine, ServiceLine, node_rows, service_rows
 from skep.model.service import HealthState
+from skep.model.values.counts import counted
 from skep.model.values.encoding import go_name
 
 ENDED = frozenset({"complete", "shutdown", "failed", "rejected", "remove", "orphaned"})

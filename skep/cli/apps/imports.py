@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from skep.cli.endpoint import HostOptions
-from skep.cli.formatting import counted
 from skep.cli.running import errors_shown, run_requests
 from skep.errors import InvalidArgument
 from skep.imports import fig as fig_files
@@ -18,6 +17,7 @@ from skep.imports import inspected
 from skep.imports.document import Imported
 from skep.imports.swarm import SwarmExport, move_of, notes_of, objects_of
 from skep.model.task_end import printable
+from skep.model.values.counts import counted
 
 _FILE_BYTES_MAX = 16 << 20
 """Fleet files and units have a few KiB.  The limit stops the command before it reads a wrong file into memory."""

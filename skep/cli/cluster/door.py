@@ -28,6 +28,7 @@ from skep.model.door.settings import (
 )
 from skep.model.door.traffic import BOUNDS_MS, UNREADABLE
 from skep.model.task_end import printable
+from skep.model.values.counts import counted
 
 SUBNET: Final = "10.254.0.0/16"
 """Default addresses.  Each service with routes has one, and each of its tasks, so Docker's /24 would soon be full."""
@@ -307,7 +308,9 @@ async def proxies_sentence(client: Requests) -> str:
         wanted = {"service": [one["ID"] for one in proxies], "desired-state": ["running"]}
         tasks = await client.get("/tasks", filters=wanted)
         count = sum(one["Status"]["State"] == "running" for one in tasks)
-        return f"{count} {'proxy runs' if count == 1 else 'proxies run'}."
+        if not count:
+            return f"No proxy runs. Run skep explain {min(str(one['Spec']['Name']) for one in proxies)}."
+        return f"{counted(count, 'proxy runs', 'proxies run')}."
     with suppress(Unavailable):  # workers answer as to a viewer of all stacks, and know no users
         if all(":" in role for role in (await client.get("/skep/access"))["Roles"]):
             return "The front door belongs to no stack, so you see only the routes of your stacks."

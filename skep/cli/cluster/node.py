@@ -18,7 +18,7 @@ from skep.api.client.waiting import persistently
 from skep.cli import options, passthrough
 from skep.cli.apps.service import is_job
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
-from skep.cli.formatting import counted, named
+from skep.cli.formatting import named
 from skep.cli.running import do_each, run_requests, say
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.model.node_reports.departures import STAYS, UNREPLACED
@@ -27,6 +27,7 @@ from skep.model.options.labels import DRAIN_NOW, VOLUME_AFFINITY, VolumeAffinity
 from skep.model.options.overlap import why_stop_first
 from skep.model.options.slot_volumes import local_volumes
 from skep.model.service import ServiceSpec, TaskSpec
+from skep.model.values.counts import counted
 from skep.model.values.encoding import to_json
 from skep.model.values.unknown import leniently
 from skep.stack.progress import UNPLACED_S

@@ -9,11 +9,12 @@ import msgspec
 from skep.api.client.client import ApiClient
 from skep.cli import options
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
-from skep.cli.formatting import counted, duration
+from skep.cli.formatting import duration
 from skep.cli.running import errors_shown, run_requests
 from skep.cli.see.quorum import STALE, quorum_of
 from skep.errors import FailedPrecondition, SkepError
 from skep.model.task_end import printable
+from skep.model.values.counts import counted
 
 _WORD = 11
 """Width of the first column."""

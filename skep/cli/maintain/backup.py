@@ -22,10 +22,10 @@ from skep.api.backups import (
 )
 from skep.cli import options
 from skep.cli.endpoint import HostOptions
-from skep.cli.formatting import counted
 from skep.cli.running import errors_shown
 from skep.errors import InvalidArgument
 from skep.linux.files import sync_directory, sync_file
+from skep.model.values.counts import counted
 
 _RESTORE_S = 300.0
 """Seconds for the response to an upload: the node decrypts the snapshot, writes it to disk and starts etcd on it."""

@@ -11,11 +11,11 @@ from skep.cli import options
 from skep.cli.cluster.certificate import certificate_problems
 from skep.cli.cluster.door import certificates_of, door_problems
 from skep.cli.endpoint import HostOptions
-from skep.cli.formatting import counted
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.see.quorum import headers_for
 from skep.errors import Unavailable
 from skep.model.task_end import printable
+from skep.model.values.counts import counted
 
 _RESPONSE_TIMEOUT_S = 40.0
 """Timeout in seconds.  The manager waits 25 s for nodes, and names the nodes that need longer."""

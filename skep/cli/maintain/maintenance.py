@@ -13,11 +13,11 @@ import msgspec
 
 from skep.api.client.requests import Requests
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S
-from skep.cli.formatting import counted
 from skep.cli.maintain.upgrade_plan import UpgradableNode, members_of, refusals_of_quorum
 from skep.errors import FailedPrecondition, NotFound, OutOfSequence, PermissionDenied, SkepError
 from skep.model.options.freezes import CLUSTER, FreezesResponse
 from skep.model.options.labels import MAINTENANCE
+from skep.model.values.counts import counted
 
 _ATTEMPTS: Final = 10
 """Other writers of the cluster's spec conflict with a change of the lock.  Each attempt reads the spec again."""

@@ -7,10 +7,11 @@ import click
 
 from skep.cli import options
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
-from skep.cli.formatting import counted, duration
+from skep.cli.formatting import duration
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests
 from skep.errors import InvalidArgument
+from skep.model.values.counts import counted
 
 PLAN_TIMEOUT_S = 90.0
 """Seconds to wait for the plan.  A manager ends after 60 seconds, and may first answer others."""

@@ -21,7 +21,6 @@ from skep.api.client.updates import update
 from skep.api.client.waiting import persistently
 from skep.cli.cluster.node import drain_and_wait
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
-from skep.cli.formatting import counted
 from skep.cli.maintain import maintenance
 from skep.cli.maintain.maintenance import LockHolder
 from skep.cli.maintain.reboot_lock import whoami
@@ -38,6 +37,7 @@ from skep.cli.maintain.upgrade_plan import (
 from skep.cli.running import say
 from skep.cli.start.up import INSTALLS_WITHIN_S
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
+from skep.model.values.counts import counted
 
 T = TypeVar("T")
 

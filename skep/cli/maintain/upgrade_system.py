@@ -14,11 +14,11 @@ from typing import ClassVar
 
 import msgspec
 
-from skep.cli.formatting import counted
 from skep.cli.maintain.upgrade_means import CHECKED_WITHIN_S, Means, UpgradeAction, UpgradeWords, run_here
 from skep.cli.maintain.upgrade_plan import UpgradableNode, UpgradeStep
 from skep.cli.start.up import quoted
 from skep.errors import Unavailable
+from skep.model.values.counts import counted
 
 _LOOKED_WITHIN_S = 180.0
 """Seconds to fetch the lists of packages, for which a mirror may be slow."""

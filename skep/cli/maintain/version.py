@@ -14,8 +14,8 @@ from skep import __commit__, __date__, __version__
 from skep.api.http.versions import NEWEST, OLDEST
 from skep.cli import passthrough
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
-from skep.cli.formatting import counted
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
+from skep.model.values.counts import counted
 
 _GIT_TIMEOUT_S = 5.0
 """Seconds for ``git describe``, which reads local files only.  The version is shown without it."""

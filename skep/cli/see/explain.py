@@ -21,7 +21,9 @@ from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.node import plain_message
 from skep.model.options.label_suggestions import NODE_LABELS, PREFIX, suggested_label
 from skep.model.options.labels import system_reserve
+from skep.model.swarm import FROZEN
 from skep.model.task_end import printable
+from skep.model.values.counts import counted
 
 _PAUSED = ("paused", "rollback_paused")
 _WAITS_FOR = re.compile(r"it waits for (?:service )?([A-Za-z0-9][\w.-]*)")
@@ -136,6 +138,20 @@ def about_node(name: str, node: Mapping[str, Any], now: float) -> Iterator[str]:
     return map(printable, _node_lines(name, node, now))
 
 
+def _fate(name: str, message: str, *, is_manager: bool) -> str:
+    """Return the fate of the tasks of a node that is down, and the commands for a node that is lost for good."""
+    forget = f"run {f'docker node demote {name} and then ' if is_manager else ''}skep node forget {name}"
+    if FROZEN in message:
+        return (
+            "  its tasks stay until the freeze ends. If their containers cannot run any longer, run skep cluster "
+            f"resume to replace them now. If the node is lost for good, then {forget}."
+        )
+    return (
+        "  services replace its tasks on other nodes, unless the tasks need this node or its volumes. If the node is "
+        f"lost for good, {forget}."
+    )
+
+
 def _node_lines(name: str, node: Mapping[str, Any], now: float) -> Iterator[str]:
     description, status, spec = node["Description"], node["Status"], node["Spec"]
     silent = node.get("Silence", "")
@@ -143,11 +159,7 @@ def _node_lines(name: str, node: Mapping[str, Any], now: float) -> Iterator[str]
     words = (UNREACHABLE if silent else status["State"], silent, message)
     yield ": ".join(filter(None, (description.get("Hostname") or node["ID"], *words)))
     if status["State"] == "down":
-        demote = f"docker node demote {name} and then " if spec["Role"] == "manager" else ""
-        yield (
-            "  services replace its tasks on other nodes, unless the tasks need this node or its volumes. If the "
-            f"node is lost for good, run {demote}skep node forget {name}."
-        )
+        yield _fate(name, message, is_manager=spec["Role"] == "manager")
     if spec["Availability"] != "active":
         word = spec["Availability"]
         yield (
@@ -163,7 +175,7 @@ def _node_lines(name: str, node: Mapping[str, Any], now: float) -> Iterator[str]
     resources = description.get("Resources") or {}
     cpus, memory = resources.get("NanoCPUs", 0) / 1e9, resources.get("MemoryBytes", 0) / (1 << 30)
     engine = (description.get("Engine") or {}).get("EngineVersion", "")
-    yield f"  {role}, at {status.get('Addr') or 'no address'}, {cpus:g} CPUs, {memory:.1f} GiB, {engine}"
+    yield f"  {role}, at {status.get('Addr') or 'no address'}, {counted(cpus, 'CPU')}, {memory:.1f} GiB, {engine}"
     yield from _label_lines(spec.get("Labels") or {})
     tasks = ", ".join(f"{count} {state}" for state, count in sorted(node["TaskStates"].items()))
     yield f"  tasks: {tasks or 'none'}"
@@ -173,7 +185,7 @@ def _node_lines(name: str, node: Mapping[str, Any], now: float) -> Iterator[str]
 def _label_lines(labels: Mapping[str, str]) -> Iterator[str]:
     """Yield what a node's labels keep for its system, and its labels without effect."""
     nano_cpus, memory_bytes = system_reserve(labels)
-    kept = [f"{nano_cpus / 1e9:g} CPUs"] * bool(nano_cpus) + [f"{memory_bytes >> 20} MiB"] * bool(
+    kept = [counted(nano_cpus / 1e9, "CPU")] * bool(nano_cpus) + [f"{memory_bytes >> 20} MiB"] * bool(
         memory_bytes
     )
     if kept:

@@ -16,6 +16,7 @@ from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import errors_shown, say
 from skep.cli.see.moments import moment_of
+from skep.model.values.counts import counted
 from skep.model.values.times import SECOND_NS, unix_ns
 
 _PAGE = 1000
@@ -100,7 +101,7 @@ def history(
         with partial.open("wb") as file:
             count = asyncio.run(_export(pages, file))
         partial.replace(export)  # The file appears once it is complete.
-    say(f"Wrote {count} {'entry' if count == 1 else 'entries'} to {export}")
+    say(f"Wrote {counted(count, 'entry', 'entries')} to {export}")
 
 
 def query_of(name: str, since: str, until: str, kind: str | None, now: datetime) -> dict[str, str]:

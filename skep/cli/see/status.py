@@ -12,7 +12,7 @@ import msgspec
 from skep.api.client.requests import Requests
 from skep.cli.cluster.door import route_notes, traffic_of
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
-from skep.cli.formatting import age, counted
+from skep.cli.formatting import age
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.see.moments import moment_or_revision
 from skep.cli.see.quorum import STALE, UNREACHABLE, clock_time, no_leader, quorum_of, silence, way_out
@@ -21,6 +21,7 @@ from skep.model.node import plain_message
 from skep.model.node_reports.conditions import NO_MANAGER_ANSWERS
 from skep.model.service import HealthState, ServiceHealth
 from skep.model.task_end import printable
+from skep.model.values.counts import counted
 from skep.model.values.times import SECOND_NS, unix_ns
 
 DEGRADED, LEADERLESS = 3, 4
@@ -308,7 +309,10 @@ def about_node(info: Mapping[str, Any], *, shows_error: bool = True) -> Iterator
     """Yield rows about the node itself, from ``/info``."""
     swarm = info["Swarm"]
     memory = info["MemTotal"] / (1 << 30)
-    yield "node", f"{info['Name']}, skep {info['ServerVersion']}, {info['NCPU']} CPUs, {memory:.1f} GiB"
+    yield (
+        "node",
+        f"{info['Name']}, skep {info['ServerVersion']}, {counted(info['NCPU'], 'CPU')}, {memory:.1f} GiB",
+    )
     yield "swarm", _membership(swarm)
     if shows_error and (error := swarm.get("Error")):
         yield "error", error

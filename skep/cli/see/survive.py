@@ -6,11 +6,12 @@ from typing import Any
 import click
 
 from skep.cli.endpoint import HostOptions
-from skep.cli.formatting import counted, duration
+from skep.cli.formatting import duration
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import errors_shown
 from skep.cli.see.what_if import ANSWER_TIMEOUT_S, DIFFERS
 from skep.cli.stack.stack_files import GivenFiles, plan_with_cluster, reads_files, supposed_services
+from skep.model.values.counts import counted
 from skep.stack.planning import PlanAction
 from skep.stack.project import Stack
 

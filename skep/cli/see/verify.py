@@ -6,9 +6,9 @@ from typing import Any
 import click
 
 from skep.cli.endpoint import HostOptions
-from skep.cli.formatting import counted
 from skep.cli.output import OutputOptions, Screen, Shown, shows
 from skep.model.task_end import printable
+from skep.model.values.counts import counted
 
 VIOLATED = 1
 """Exit code if an invariant is violated."""

@@ -7,7 +7,7 @@ from urllib.parse import quote
 import click
 
 from skep.cli.endpoint import HostOptions
-from skep.cli.formatting import counted, duration, named, size
+from skep.cli.formatting import duration, named, size
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import errors_shown
 from skep.cli.stack.stack_files import (
@@ -19,6 +19,7 @@ from skep.cli.stack.stack_files import (
 )
 from skep.errors import InvalidArgument
 from skep.model.task_end import printable
+from skep.model.values.counts import counted
 from skep.stack.planning import PlanAction
 from skep.stack.project import Stack
 
@@ -246,6 +247,7 @@ def _row(one: Mapping[str, Any], screen: Screen) -> tuple[str | Cell, ...]:
 
 def _capacity(answer: Mapping[str, Any]) -> str:
     before, after = answer["CapacityBefore"], answer["CapacityAfter"]
-    cpus = f"{before['FreeNanoCPUs'] / 1e9:g} → {after['FreeNanoCPUs'] / 1e9:g} CPUs"
+    cpus = f"{before['FreeNanoCPUs'] / 1e9:g} → {counted(after['FreeNanoCPUs'] / 1e9, 'CPU')}"
     memory = f"{size(before['FreeMemoryBytes'])} → {size(after['FreeMemoryBytes'])}"
-    return f"left on {before['Nodes']} → {after['Nodes']} nodes that take tasks: {cpus}, {memory}"
+    nodes = counted(after["Nodes"], "node that takes", "nodes that take")
+    return f"left on {before['Nodes']} → {nodes} tasks: {cpus}, {memory}"

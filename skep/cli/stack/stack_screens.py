@@ -8,7 +8,7 @@ from typing import Any, Final
 import click
 import yaml
 
-from skep.cli.formatting import age, counted, size
+from skep.cli.formatting import age, size
 from skep.cli.output import Screen, Shown, table
 from skep.cli.running import say, without_code
 from skep.model.needs import CPU_NANO, host_ports
@@ -16,6 +16,7 @@ from skep.model.options.labels import STACK_FILES, STOPPED
 from skep.model.service import ServiceSpec
 from skep.model.staging.updates import BLUE_GREEN, UPDATE, stages_of
 from skep.model.task_end import printable
+from skep.model.values.counts import counted
 from skep.model.values.times import exact_duration
 from skep.stack.compose.document import SCALAR_TAG, FileProblem, YamlNode, resolved
 from skep.stack.planning import (
@@ -273,7 +274,7 @@ def _value(field: str, text: str) -> str:
         if field in _BYTES:
             return size(int(text))
         if field == "NanoCPUs":
-            return f"{int(text) / CPU_NANO:g} CPUs"
+            return counted(int(text) / CPU_NANO, "CPU")
     return text.replace("\n", "\\n")
 
 

@@ -19,12 +19,12 @@ import msgspec
 
 from skep.api.client.client import ApiClient
 from skep.api.client.ssh import SshDestination
-from skep.cli.formatting import counted
 from skep.cli.running import errors_shown
 from skep.cli.stack.stack_screens import ProgressPrinter
 from skep.cli.start.machines import PREFLIGHT, START, PreflightFacts, facts_of, problems
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavailable
 from skep.model.task_end import printable
+from skep.model.values.counts import counted
 
 AT_ONCE = 10
 """Machines that are installed at once.  Each has an SSH client and an upload of the package."""

@@ -151,10 +151,10 @@ export function byUrgency(a, b) {
 /** `drained` or `paused` of a node that accepts no tasks, else `active`. */
 export const availabilityText = ({ availability }) => ({ drain: "drained", pause: "paused" })[availability] ?? availability;
 
-/** Why a node is not ready, and when its last heartbeat was. */
+/** Why a node is not ready, and since when it has sent no heartbeat. */
 export function lastHeard(node, now) {
   const at = node.last_heartbeat_at;
-  return [node.reason, at && `last heartbeat ${clockTime(at, now)} (${age(at, now)} ago)`].filter(Boolean).join(", ");
+  return [node.reason, at && `no heartbeat since ${clockTime(at, now)} (${age(at, now)})`].filter(Boolean).join(", ");
 }
 
 /** A manager's warning without its first word, which is for terminals, and with times as the page shows them. */

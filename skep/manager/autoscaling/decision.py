@@ -33,6 +33,7 @@ from skep.model.options.autoscaling import (
 from skep.model.options.labels import is_stopped
 from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.task import Task, TaskState
+from skep.model.values.counts import counted
 from skep.model.values.ids import TaskId
 
 PERIOD_S = 15.0
@@ -187,7 +188,7 @@ def _reason(measure: Measure, readings: Readings) -> str:
         return "; ".join(filter(None, (known, measure.unknown)))
     tasks = measure.known + readings.unknown
     if not measure.known:
-        return f"none of its {tasks} tasks is measured"
+        return f"none of {counted(tasks, 'task')} is measured"
     return f"{measure.name} {measure.average:.0f}%, target {measure.target:g}%, over {measure.known} of {tasks} tasks"
 
 

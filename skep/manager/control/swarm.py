@@ -18,6 +18,7 @@ from skep.manager.control.networks import first_networks
 from skep.model.node import Node, NodeState
 from skep.model.options.labels import check_swarm_labels
 from skep.model.swarm import (
+    FROZEN,
     RENEW_WINDOW_LABEL,
     CAConfig,
     Freeze,
@@ -40,7 +41,6 @@ from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, UNLOCK_KEY_ID, Paylo
 
 CERT_EXPIRY_MIN_NS = 3600 * SECOND_NS
 """Shortest lifetime of node certificates, as in SwarmKit."""
-FROZEN = "replacement of tasks is frozen"
 """First words of the reason, by which the nodes' ``/info`` recognizes it."""
 
 NAMED_MAX = 5
@@ -212,7 +212,7 @@ def resume_replacement(tx: Transaction) -> None:
 def frozen_message(freeze: Freeze) -> str:
     """Return why no tasks are replaced, for users."""
     return (
-        f"{FROZEN} since {freeze.since}: {len(freeze.nodes)} of {freeze.ready_before} nodes went down at once; "
+        f"{FROZEN} since {freeze.since[:10]} {freeze.since[11:19]} UTC: {freeze.cause}; "
         "it resumes when half of them are back, after 10 minutes, or with: skep cluster resume"
     )
 

@@ -6,10 +6,12 @@ Source: swarmkit, manager/controlapi/task.go, manager/orchestrator/task.go (IsTa
 from msgspec import Struct
 from msgspec.structs import replace
 
+from skep.manager.cluster import known_cluster
 from skep.manager.diagnosis.volume_reasons import unpublished
 from skep.model.node import Node, NodeState
 from skep.model.options.constraints import is_satisfied
 from skep.model.service import EndpointSpec, Placement, Service, TaskSpec
+from skep.model.swarm import FROZEN
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, TaskEnd
 from skep.store.interface import View
@@ -31,12 +33,17 @@ def known_status(view: View, task: Task) -> TaskStatus:
     if node is None or node.status.state is not NodeState.DOWN:
         return status
     name = node.spec.name or node.shown_name
+    swarm = known_cluster(view)
+    freeze = swarm.freeze if swarm is not None else None
+    lost = f"node {name} is down"
+    if freeze is not None and freeze.includes(node.id, node.silent_since):
+        lost = f"{lost}; {FROZEN}: {freeze.cause} (skep cluster resume)"
     return replace(
         status,
         state=TaskState.UNKNOWN,
         timestamp=node.silent_since or status.timestamp,
         message=f"node {name} is down; the task was last known to be {status.state.value}",
-        err=status.err or f"node {name} is down",
+        err=status.err or lost,
         end=TaskEnd(cause=EndCause.NODE_LOST.value),
     )
 

@@ -30,6 +30,7 @@ from skep.model.options.labels import RESERVE_CPUS, RESERVE_MEMORY
 from skep.model.permissions.rights import missing_devices, rights_of, rights_text
 from skep.model.service import GenericResource, Placement, ServiceSpec
 from skep.model.task import Task
+from skep.model.values.counts import counted
 
 NO_ADDRESSES: Final = "no available IPv"
 """Words of the allocator's error about a network without free addresses."""
@@ -145,8 +146,7 @@ def _placement_needs(refusals: Collection[NodeRefusal], spec: ServiceSpec | None
         yield from (f"{_domain(one.topology)} without a task of {one.service}" for one in declared.apart)
     if NodeRefusal.MAX_SKEW in refusals:
         for skew in declared.skews:
-            tasks = "1 task" if skew.limit == 1 else f"{skew.limit} tasks"
-            yield f"{_domain(skew.topology)} with at most {tasks} more than any other"
+            yield f"{_domain(skew.topology)} with at most {counted(skew.limit, 'task')} more than any other"
 
 
 def _domain(topology: str) -> str:
@@ -200,7 +200,7 @@ def _offered(node: Node, kind: str) -> int:
 
 
 def _cpus(nano: int) -> str:
-    return f"{_number(nano)} {_cpus_unit(nano)}"
+    return counted(nano / CPU_NANO, "CPU")
 
 
 def _number(nano: int) -> str:

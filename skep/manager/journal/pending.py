@@ -14,6 +14,7 @@ from skep.manager.journal import chunks
 from skep.manager.journal.changes import entries_of
 from skep.manager.journal.writing import history_limit, journaled
 from skep.model.history import EntryType, JournalEntry, Severity, bounded
+from skep.model.values.counts import counted
 from skep.model.values.times import Timestamp, timestamp
 from skep.store.interface import Commit, View
 
@@ -64,7 +65,8 @@ class Pending:
         entries: list[JournalEntry] = []
         self._reported_lost = self._lost
         if self._lost:
-            words = f"{self._lost} entries are missing here: they arrived faster than they could be written"
+            lost = counted(self._lost, "entry is", "entries are")
+            words = f"{lost} missing here: they arrived faster than they could be written"
             entries.append(missing(words, self._kind, self._lost_revision, now))
         characters = 0
         for entry in self._entries:

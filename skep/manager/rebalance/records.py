@@ -11,6 +11,7 @@ from skep.manager.services.freezes import held_by, is_held_at_commit, stack_of_s
 from skep.model.node import Node, takes_tasks
 from skep.model.service import Service
 from skep.model.task import Relocation, Task, TaskState
+from skep.model.values.counts import counted
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import ServiceId
 from skep.model.values.times import SECOND_NS, Timestamp, unix_ns
@@ -117,13 +118,11 @@ def end_run(tx: Transaction, started_at: Timestamp) -> None:
     present = rebalancing_in(tx)
     if (run := present.run) is None or run.started_at != started_at:
         return
-    failed = f", without {len(run.skipped)} services whose tasks did not start" if run.skipped else ""
+    failed = (
+        f", without {counted(len(run.skipped), 'service')} whose tasks did not start" if run.skipped else ""
+    )
     how = "stopped after " if run.stopping else ""
-    _write(tx, replace(present, run=None, last=f"{how}{_moves(run.moved)}{failed}"))
-
-
-def _moves(number: int) -> str:
-    return f"{number} {'move' if number == 1 else 'moves'}"
+    _write(tx, replace(present, run=None, last=f"{how}{counted(run.moved, 'move')}{failed}"))
 
 
 def note_waiting(tx: Transaction, reason: str) -> None:

@@ -29,13 +29,15 @@ class Returning:
         if task.node_id or task.spec_version is None or not local_volumes(task.spec):
             return False
         service = view.lookup(Service, task.service_id)
-        return service is not None and any(_homes(task, service, view, self.volumes))
+        return service is not None and any(data_homes(task, service, view, self.volumes))
 
     def nodes(self, task: Task, view: View) -> Sequence[NodeId]:
         """Return the nodes with such data, the latest data first."""
         service = view.lookup(Service, task.service_id)
         return (
-            [one.node_id for one in _homes(task, service, view, self.volumes)] if service is not None else ()
+            [one.node_id for one in data_homes(task, service, view, self.volumes)]
+            if service is not None
+            else ()
         )
 
     def decide(
@@ -49,12 +51,12 @@ class Returning:
         service = view.lookup(Service, task.service_id)
         if service is None:
             return ""
-        homes = _homes(task, service, view, self.volumes)
+        found = data_homes(task, service, view, self.volumes)
         is_kept = volume_affinity(service.spec.labels) is VolumeAffinity.REQUIRED
         # The data exists already, even on a disk that is full.
         requirements = replace(requirements, needs_disk=False)
         away = ""
-        for home in homes:
+        for home in found:
             account = self._accounting.accounts.get(home.node_id)
             if account is None:
                 continue  # a removed node's volumes are given up
@@ -73,7 +75,8 @@ class Returning:
         return away
 
 
-def _homes(task: Task, service: Service, view: View, index: SlotVolumeIndex) -> Sequence[Home]:
+def data_homes(task: Task, service: Service, view: View, index: SlotVolumeIndex) -> Sequence[Home]:
+    """Return the nodes with local volumes of the slot of ``task``, the latest data first."""
     if volume_affinity(service.spec.labels) is VolumeAffinity.NONE:
         return ()
     past = view.find(Task, slot=f"{task.service_id}/{task.slot}")

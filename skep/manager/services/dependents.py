@@ -23,6 +23,7 @@ from skep.model.options.autoscaling import AUTOSCALE, may_be_at_zero
 from skep.model.options.dependencies import DEPENDS_ON, Dependency, dependencies_of
 from skep.model.options.schedules import CRON
 from skep.model.service import ENDED, Service, ServiceSpec, TaskSpec
+from skep.model.values.counts import counted
 from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction, View
 from skep.store.kinds import previous_registry_auth_id, registry_auth_id
@@ -193,7 +194,7 @@ def _refuse_many(name: str, specs: Sequence[ServiceSpec], sizes: dict[str, int])
     Args:
         sizes: Spec sizes by service name.  Missing sizes are computed and added.
     """
-    what = f"updates of service {name} would restart {len(specs)} services (label {DEPENDS_ON})"
+    what = f"updates of service {name} would restart {counted(len(specs), 'service')} (label {DEPENDS_ON})"
     if len(specs) > RESTARTED_MAX:
         raise InvalidArgument(f"{what}: at most {RESTARTED_MAX} are allowed")
     for spec in specs:

@@ -33,6 +33,7 @@ from skep.model.service import (
     ServiceSpec,
 )
 from skep.model.task import Task, TaskState
+from skep.model.values.counts import counted
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction, View
@@ -359,7 +360,7 @@ def restarts_in(slot: Iterable[Task]) -> str:
     The limit of attempts counts restarts as well: a task that may be restarted six times fails seven times.
     """
     restarts = max(sum(task.ended_by_itself for task in slot) - 1, 0)
-    return f"after {restarts} restart{'' if restarts == 1 else 's'}" if restarts else "without a restart"
+    return f"after {counted(restarts, 'restart')}" if restarts else "without a restart"
 
 
 def is_candidate(node: Node, service: Service) -> bool:

@@ -12,6 +12,7 @@ from skep.model.door.settings import is_door
 from skep.model.door.traffic import UNREADABLE, RouteShown, RouteTraffic, with_traffic
 from skep.model.history import stack_of
 from skep.model.network import Network
+from skep.model.node import Node, NodeState
 from skep.model.options.autoscaling import is_at_zero
 from skep.model.service import Service, ServiceSpec, UpdateState
 from skep.model.staging.updates import stages_of
@@ -60,10 +61,10 @@ def route_problems(view: View, service: Service, sees: Callable[[str], bool]) ->
         if one.id == service.id or may_conflict(wanted, http_labels(one.spec.labels).values())
     ]
     shown = _worded(settled(map(claimant_of, others)).refused.get(service.id, {}), sees)
-    door = door_network(view)
+    door, has_proxy = door_network(view), _has_proxy(view)
     tasks = [one for one in view.find(Task, service_id=service.id) if one.is_wanted]
     for route in wanted:
-        if problem := route_problem(service, tasks, door, shown, route.address):
+        if problem := route_problem(service, tasks, door, shown, route.address, has_proxy=has_proxy):
             yield f"route {route.address}: {problem}"
 
 
@@ -81,7 +82,7 @@ def shown_routes(
     """
     counted = {(one.service_id, one.route): one for one in traffic}
     services = list(exposed(view))
-    claims, door = settled(map(claimant_of, services)), door_network(view)
+    claims, door, has_proxy = settled(map(claimant_of, services)), door_network(view), _has_proxy(view)
     found = []
     for service in services:
         yield
@@ -92,7 +93,7 @@ def shown_routes(
         if problem := label_problem(service):
             found.append(_shown(service, UNREADABLE, tasks, problem))
         for route in routes_of(service.spec.labels):
-            problem = route_problem(service, tasks, door, refused, route.address)
+            problem = route_problem(service, tasks, door, refused, route.address, has_proxy=has_proxy)
             shown = replace(
                 _shown(service, route.address, tasks, problem),
                 port=route.options.port,
@@ -120,6 +121,12 @@ def door_network(view: View) -> Network | None:
         return None
     doors = (one for one in view.find(Network) if is_door(one.spec.labels))
     return min(doors, key=lambda one: (one.created_at, one.id), default=None)
+
+
+def _has_proxy(view: View) -> bool:
+    """Return whether a proxy runs on a node that is not down."""
+    nodes = (view.lookup(Node, id) for id in proxies_in(view, doors_in(view)))
+    return any(node is not None and node.status.state is not NodeState.DOWN for node in nodes)
 
 
 def doors_in(view: View) -> frozenset[ServiceId]:
@@ -182,6 +189,8 @@ def route_problem(
     door: Network | None,
     refused: Mapping[str, Refusal],
     address: str,
+    *,
+    has_proxy: bool,
 ) -> str:
     """Return why a route of ``service`` does not work, with the next step, or an empty text.
 
@@ -190,11 +199,14 @@ def route_problem(
         door: The network of the front door, or None without a front door.
         refused: Refused routes of the service.
         address: Host and path of the route.
+        has_proxy: Whether a proxy runs.
     """
     if door is None:
         return "there is no front door. Create it with skep door up"
     if (refusal := refused.get(address)) is not None:
         return refusal.reason
+    if not has_proxy:
+        return "no proxy of the front door runs. Run skep door status"
     if is_at_zero(service.spec):
         return ""
     present = [task for task in tasks if task.status.state is TaskState.RUNNING]

@@ -13,6 +13,7 @@ from skep.model.secret import Config, Secret
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
+from skep.model.values.counts import counted
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.volume import Volume
 from skep.store.interface import View
@@ -52,7 +53,7 @@ def leftover_tasks(
         task for task in tasks if not task.slot and task.node_id and view.lookup(Node, task.node_id) is None
     ]
     if gone:
-        text = f"{len(gone)} tasks of {service.spec.name} are of slots of removed nodes: {gone[0].id}"
+        text = f"{service.spec.name} has {counted(len(gone), 'task')} in slots of removed nodes: {gone[0].id}"
         yield InvariantViolation("leftover", text, tuple(gone))
     slots = _slots(service)
     if slots is not None and len({task.slot or task.node_id for task in tasks}) > slots:

@@ -14,6 +14,7 @@ from skep.model.options.overlap import written_data
 from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateOrder
 from skep.model.staging.updates import stages_of
 from skep.model.task import Task, TaskState
+from skep.model.values.counts import counted
 from skep.model.values.ids import NodeId, ServiceId
 from skep.model.volume import Volume, VolumeScope, VolumeSharing
 from skep.store.interface import View
@@ -123,7 +124,7 @@ def crowded_job(service: Service, tasks: Iterable[Task]) -> Iterator[InvariantVi
         return
     active = [one for one in tasks if one.is_active and one.spec_version == service.spec_version]
     if len(active) > (job.max_concurrent or 0):
-        text = f"{len(active)} tasks of job {service.id} are under way, {job.max_concurrent} may be"
+        text = f"job {service.id} has {counted(len(active), 'task')} under way, {job.max_concurrent} may be"
         yield InvariantViolation("job", text, (service, *active))
 
 

@@ -28,7 +28,7 @@ from skep.manager.view.rows import (
 )
 from skep.manager.view.table import CLUSTER_KEY, Key, RowTableState
 from skep.model.network import Network
-from skep.model.node import Node, differ_in_load_alone
+from skep.model.node import Node, NodeState, differ_in_load_alone
 from skep.model.options.slot_volumes import differ_in_slots_alone
 from skep.model.secret import Config, Secret
 from skep.model.service import Service
@@ -65,6 +65,12 @@ def affected_by(event: Event, view: View) -> Iterator[Key]:
     old, new = (event.old, event.new) if isinstance(event, Updated) else (None, event.object)
     if isinstance(new, Swarm):
         yield CLUSTER_KEY
+        if (
+            not isinstance(old, Swarm) or old.freeze != new.freeze
+        ):  # The reason of tasks on lost nodes has the freeze.
+            for node in view.find(Node):
+                if node.status.state is NodeState.DOWN:
+                    yield from _of_tasks(view.find(Task, node_id=node.id))
         return
     yield Key(_KIND_OF[type(new)], new.id)  # type: ignore[attr-defined]
     match old, new:

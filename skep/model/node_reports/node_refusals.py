@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Final
 
+from skep.model.values.counts import counted
+
 NO_NODE: Final = "no suitable node"
 
 
@@ -37,7 +39,7 @@ class NodeRefusal(Enum):
 
     def text(self, nodes: int) -> str:
         """Return the text for a number of nodes refused with this reason."""
-        return self.value.format(nodes="1 node" if nodes == 1 else f"{nodes} nodes")
+        return self.value.format(nodes=counted(nodes, "node"))
 
 
 FREED: Final = frozenset(

@@ -34,6 +34,7 @@ from skep.model.service import (
     UpdateState,
 )
 from skep.model.staging.shares import ALL_PERCENT
+from skep.model.values.counts import counted
 from skep.model.values.times import SECOND_NS, duration_ns, exact_duration
 
 UPDATE: Final = "skep.update"
@@ -153,8 +154,8 @@ class RequestBounds(msgspec.Struct, frozen=True):
             )
         if self.latency_s is not None and mean_s > self.latency_s:
             return (
-                f"because responses of new tasks took {mean_s:.3g} s on average ({seen.requests} requests), more than "
-                f"{self.latency_s:g} s"
+                f"because responses of new tasks took {mean_s:.3g} s on average "
+                f"({counted(seen.requests, 'request')}), more than {self.latency_s:g} s"
             )
         return ""
 

@@ -16,6 +16,7 @@ from skep.api.client.client import ApiClient
 from skep.errors import SkepError
 from skep.linux.network.route_lookup import source_address
 from skep.model.networks.addresses import host_of
+from skep.model.swarm import FROZEN
 from skep.model.values.ids import NodeId
 from skep.node.cluster.local import LocalNode
 
@@ -45,8 +46,6 @@ TIMED_OUT = (
     "Timeout was reached before node joined. The log of skep says what it waited for; "
     "this node kept nothing of the attempt."
 )
-FROZEN = "replacement of tasks is frozen"
-"""First words of the sentence in a node's status message with which a manager explains why it replaces no tasks."""
 TWO_MANAGERS = """WARNING: Running Swarm in a two-manager configuration. This configuration provides
          no fault tolerance, and poses a high risk to lose control over the cluster.
          Refer to https://docs.docker.com/engine/swarm/admin_guide/ to configure the

@@ -94,7 +94,7 @@ test("services that need someone come first, the oldest problem before others", 
 test("a node that is down shows its last heartbeat", () => {
   const now = Date.now();
   const down = node("n1", { state: "down", reason: "heartbeat failure", last_heartbeat_at: now / 1000 - 120 });
-  assert.match(lastHeard(down, now), /^heartbeat failure, last heartbeat .*\d\d:\d\d:\d\d \(2 min ago\)$/);
+  assert.match(lastHeard(down, now), /^heartbeat failure, no heartbeat since .*\d\d:\d\d:\d\d \(2 min\)$/);
   assert.equal(lastHeard(node("n1", { last_heartbeat_at: 0 }), now), "");
 });
 

@@ -164,7 +164,7 @@ class _Api(Requests):
 
     async def request(self, method: str, path: str, **_: Any) -> Any:
         if path == "/services":
-            return [{"ID": "door"}] if self._tasks is not None else []
+            return [{"ID": "door", "Spec": {"Name": "skep-door"}}] if self._tasks is not None else []
         if path == "/tasks":
             return [{"Status": {"State": state}} for state in self._tasks or ()]
         assert (method, path) == ("GET", "/skep/access")
@@ -174,6 +174,8 @@ class _Api(Requests):
 async def test_the_list_says_how_many_proxies_run_to_those_who_see_them() -> None:
     assert await proxies_sentence(_Api("admin", tasks=("running", "starting"))) == "1 proxy runs."
     assert await proxies_sentence(_Api("viewer", tasks=("running",) * 2)) == "2 proxies run."
+    down = await proxies_sentence(_Api("admin", tasks=("starting",)))
+    assert down == "No proxy runs. Run skep explain skep-door."
     assert "skep door up" in await proxies_sentence(_Api("admin"))
     assert (await proxies_sentence(_Api("viewer:shop"))).startswith("The front door belongs to no stack")
 

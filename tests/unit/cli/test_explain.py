@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from skep.cli.see.explain import about_network, about_node, about_service, about_task
+from skep.model.swarm import FROZEN
 
 NOW = 1_769_860_800.0
 """2026-01-31T12:00:00Z"""
@@ -185,6 +186,11 @@ def test_a_node_and_a_network_are_explained_as_well() -> None:
         "  tasks: 2 running",
         "  joined 2h ago, ID n1",
     ]
+    frozen = {**node, "Status": {"State": "down", "Message": f"heartbeat failure; {FROZEN}"}}
+    _, fate, *_ = about_node("w1", frozen, NOW)
+    assert "services replace its tasks" not in fate
+    assert "run skep cluster resume" in fate
+    assert fate.endswith("then run skep node forget w1.")
     lost = {
         **node,
         "Silence": "no response for 9 s",

@@ -146,7 +146,7 @@ def test_the_message_of_a_node_is_in_plain_words_with_the_last_heartbeat() -> No
     w1["Status"]["Message"], w1["SilentSince"] = "heartbeat failure", "2026-01-31T11:59:59.123Z"
     w2["Status"]["Message"] = UNKNOWN_STATE
     assert [row.reason for row in node_rows([w1, w2])] == [
-        "heartbeat failure; last heard 2026-01-31 11:59:59 UTC",
+        "heartbeat failure; not heard since 2026-01-31 11:59:59 UTC",
         "not heard from since the cluster has another leader",
     ]
 

@@ -46,7 +46,7 @@ def test_moves_and_what_is_left_are_shown() -> None:
         "",
         "NODE  TASKS  CPUS LEFT  MEMORY LEFT",
         "w1    1 → 0  -          -",
-        "  left on 2 → 1 nodes that take tasks: 4 → 4 CPUs, 8 GiB → 8 GiB",
+        "  left on 2 → 1 node that takes tasks: 4 → 4 CPUs, 8 GiB → 8 GiB",
     ]
 
 

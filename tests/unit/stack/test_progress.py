@@ -242,6 +242,20 @@ def test_a_start_first_update_counts_slots_whatever_runs_beside_each_other(
     assert progress_of(updating, tasks, current).text == text
 
 
+def test_only_the_youngest_task_of_a_one_shot_service_counts() -> None:
+    """An earlier deploy may have had the same spec, so that its ended tasks are up to date as well."""
+    first = replace(
+        a_task(TaskState.COMPLETE, TaskState.SHUTDOWN, of=ONCE), slot=1, created_at="2026-01-01T00:00:01Z"
+    )
+    other = replace(a_task(TaskState.COMPLETE, TaskState.SHUTDOWN), slot=1, created_at="2026-01-01T00:00:02Z")
+    assert not progress_of(ONCE, [first, other]).is_done
+    failed = replace(first, status=TaskStatus(state=TaskState.FAILED))
+    assert not progress_of(ONCE, [failed, other]).is_stuck
+    again = replace(first, id=TaskId("again"), created_at="2026-01-01T00:00:03Z")
+    assert progress_of(ONCE, [again, other, first]).text == "1 of 1 tasks completed"
+    assert progress_of(ONCE, [again, other, failed]).is_done
+
+
 def test_the_cause_is_that_of_the_present_spec() -> None:
     """A version that failed before the update says nothing of the new one."""
     old, new = a_task(TaskState.FAILED, TaskState.SHUTDOWN, err="of before"), a_task(TaskState.PREPARING)

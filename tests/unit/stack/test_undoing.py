@@ -152,6 +152,26 @@ def test_a_removal_names_the_node_that_is_down_with_its_tasks_and_ends_after_a_m
     assert shown == {"waiting for 1 task to stop: node w1 is down"}
 
 
+class DeployedAgain(Cluster):
+    """Another deploy creates the service again once it is removed."""
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        id = "new" if "DELETE /services/old" in self.changes else "old"
+        if path == "/services":
+            return [{"ID": id, "Spec": {"Name": "shop_web"}}]
+        if path == "/tasks":
+            return [{"ID": "1", "ServiceID": id, "Status": {"State": "running"}}]
+        return await super().request(method, path, **options)
+
+
+@on_virtual_time
+async def test_a_removal_ends_when_the_stack_is_deployed_again_and_leaves_what_that_deploy_uses() -> None:
+    cluster = DeployedAgain()
+    with pytest.raises(FailedPrecondition, match="shop was deployed again meanwhile, so its new services"):
+        await removing.remove(cluster, "shop", lambda *_: None, 120.0)
+    assert cluster.changes == ["DELETE /services/old"]
+
+
 class InUse(Cluster):
     """A service of another stack uses the network."""
 

@@ -46,6 +46,7 @@ from skep.engine.images.registry.uploads import (
     send,
 )
 from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.model.values.counts import counted
 
 _UPLOADS_MAX = 5
 """Limit for concurrent uploads, Docker's max-concurrent-uploads."""
@@ -237,7 +238,7 @@ class _Push:
         def waiting(seconds: float) -> None:
             if id:
                 whole = max(round(seconds), 1)
-                self._report(step(id, f"Retrying in {whole} second{'' if whole == 1 else 's'}"))
+                self._report(step(id, f"Retrying in {counted(whole, 'second')}"))
 
         return await put_blob(self._repository, self._name, upload, sent, waiting)
 

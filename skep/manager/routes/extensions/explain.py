@@ -48,7 +48,7 @@ from skep.model.node import Node
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.dependencies import WAITS_FOR
-from skep.model.service import Service
+from skep.model.service import UNDER_WAY, Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 from skep.model.volume import Volume
@@ -147,12 +147,22 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         explanation = replace(explanation, problem=replace(problem, kind=kind), smallest_change=change)
     can_see = partial(sees, identity_of(request))
     more = (
-        held_by(view, stack_of_service(service)),
+        held_words(view, service),
         damage_of(view, Service, service.id),
         *route_problems(view, service, can_see),
     )
     new = (one for one in more if one and one not in explanation.summary)
     return json_response(replace(explanation, summary="; ".join((explanation.summary, *new))))
+
+
+def held_words(view: View, service: Service) -> str:
+    """Return why Skep does not change the service by itself now.
+
+    Empty during an update: no freeze and no closed window holds it back, so they would seem to be its cause.
+    """
+    status = service.update_status
+    is_updating = status is not None and status.state in UNDER_WAY
+    return "" if is_updating else held_by(view, stack_of_service(service))
 
 
 def _with_figures(explanation: ServiceExplanation, found: _Verdicts) -> ServiceExplanation:

@@ -13,6 +13,7 @@ from skep.model.node_reports.rootless import lacking
 from skep.model.options.constraints import meets
 from skep.model.options.labels import IGNORE_PATHS, RESERVE_CPUS, RESERVE_MEMORY
 from skep.model.permissions.rights import missing_devices, rights_text
+from skep.model.values.counts import counted
 
 _MEBIBYTE = 1024**2
 
@@ -114,7 +115,7 @@ def ports(requirements: Requirements, account: Account, copies: int) -> str:
 
 def unknown(requirements: Requirements, account: Account, copies: int) -> str:
     """Return the number of the node's tasks that may hold something that the task needs."""
-    tasks = "1 task" if account.unknown == 1 else f"{account.unknown} tasks"
+    tasks = counted(account.unknown, "task")
     return f"the reservations of {tasks} are unreadable: they may include the ports and resources it needs"
 
 
@@ -162,8 +163,8 @@ def max_skew(requirements: Requirements, account: Account, copies: int) -> str:
             continue
         least = min(eligible, key=lambda name: (counts.get(name, 0), name))
         found.append(
-            f"{one.topology} {domain} has {counts.get(domain, 0)} tasks and {least} has {counts.get(least, 0)}, "
-            f"the largest difference is {one.limit}"
+            f"{one.topology} {domain} has {counted(counts.get(domain, 0), 'task')} and {least} has "
+            f"{counts.get(least, 0)}, the largest difference is {one.limit}"
         )
     return f"max skew: {', '.join(found)}"
 
@@ -185,8 +186,7 @@ def _shortages(requirements: Requirements, account: Account) -> Iterator[tuple[s
     """Yield the wanted amount with its unit, the amount that is left, the unit, and what is kept for the system."""
     if requirements.nano_cpus > account.free_nano_cpus:
         wanted, free = requirements.nano_cpus / CPU_NANO, max(account.free_nano_cpus, 0) / CPU_NANO
-        unit = "CPU" if wanted == 1 else "CPUs"
-        yield f"{wanted:g} {unit}", f"{free:g}", "CPUs", kept_words(account.node, RESERVE_CPUS)
+        yield counted(wanted, "CPU"), f"{free:g}", "CPUs", kept_words(account.node, RESERVE_CPUS)
     if requirements.memory_bytes > account.free_memory_bytes:
         wanted, free = requirements.memory_bytes / _MEBIBYTE, max(account.free_memory_bytes, 0) / _MEBIBYTE
         kept = kept_words(account.node, RESERVE_MEMORY)

@@ -5,12 +5,13 @@ each leaves fewer resources for the next.  An existing service keeps the tasks t
 ``stop-first``, the resources of the replaced tasks count as free.  With ``start-first``, as many old and new tasks as
 are updated at a time must fit together, unless they exclude each other: then the old tasks are stopped first.
 
-A dry run ignores everything that only time shows: tasks that wait for other services or return to volumes, and future
-changes of nodes.
+A task whose slot has data in a local volume returns to that node if it fits.  A dry run ignores everything that only
+time shows: tasks that wait for other services or for the node of their data, and future changes of nodes.
 """
 
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import count, islice
 
 from msgspec.structs import replace
 
@@ -35,12 +36,14 @@ from skep.manager.scheduler.preemption.preemption import (
     making_nominations,
     reserve_candidate,
 )
+from skep.manager.scheduler.returning import data_homes
 from skep.model.needs import host_ports
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeState
 from skep.model.node_reports.node_refusals import FREED, NodeRefusal, node_refusals_in
 from skep.model.options.constraints import is_satisfied
 from skep.model.options.labels import priority_of
+from skep.model.options.slot_volumes import SlotVolumeIndex, local_volumes
 from skep.model.service import EndpointSpec, Placement, Service, ServiceSpec, TaskSpec, UpdateOrder
 from skep.model.task import NetworkAttachment, Task
 from skep.model.values.encoding import ApiObject, always
@@ -125,16 +128,12 @@ class DryRun:
         nodes = Counter(task.node_id for task in kept)
         is_global = service.spec.mode.name in ("global", "global-job")
         missing = [id for id in homes if not nodes[id]] if is_global else homes[len(kept) :]
-        config = spec.update_config
-        number = BATCH
-        if config is not None and config.order is UpdateOrder.START_FIRST:
-            number = min(config.parallelism or BATCH, BATCH)
-        else:
-            self._free(replaced)
-            replaced.clear()
+        number = self._number_at_once(spec, replaced)
         requirements: Requirements | None = None
         refusal: PlacementRefused | None = None
         preempted: list[TaskId] = []
+        if not is_global:
+            missing = missing[(yield from self._returning(service, kept, len(missing), replaced, nodes)) :]
         for begin in range(0, len(missing), number):
             tasks = self._tasks(service, begin, missing[begin : begin + number])
             if requirements is None:
@@ -166,6 +165,15 @@ class DryRun:
             ),
             verdicts=tuple(verdicts),
         )
+
+    def _number_at_once(self, spec: ServiceSpec, replaced: list[Task]) -> int:
+        """Return how many new tasks start before old ones end.  With ``stop-first``, free the old tasks first."""
+        config = spec.update_config
+        if config is not None and config.order is UpdateOrder.START_FIRST:
+            return min(config.parallelism or BATCH, BATCH)
+        self._free(replaced)
+        replaced.clear()
+        return BATCH
 
     def _reason(self, refusal: PlacementRefused, spec: ServiceSpec) -> str:
         """Return why no node takes a task, with the text that the service would show after the deploy."""
@@ -217,6 +225,42 @@ class DryRun:
             and node is not None
             and is_satisfied((spec.task_template.placement or Placement()).constraints, node)
         )
+
+    def _returning(
+        self,
+        service: Service,
+        kept: Sequence[Task],
+        wanted: int,
+        replaced: list[Task],
+        nodes: Counter[NodeId],
+    ) -> Generator[None, None, int]:
+        """Place the tasks whose slot has data in a local volume on that node, and count them in ``nodes``.
+
+        Tasks that start next to the ``replaced`` ones of their slots end these.
+
+        Returns: The number of these tasks.
+        """
+        returned = 0
+        if not local_volumes(service.spec.task_template):
+            return returned
+        index = SlotVolumeIndex(self._view.find(Node))
+        used = {task.slot for task in kept}
+        slots = (slot for slot in count(1) if slot not in used)
+        for number, slot in enumerate(islice(slots, wanted)):
+            if number % STEP == 0:
+                yield
+            task = replace(self._tasks(service, number, [NodeId("")])[0], slot=slot)
+            requirements = replace(self._requirements(task, service.spec), needs_disk=False)
+            for home in data_homes(task, service, self._view, index):
+                found = confirm(replace(task, node_id=home.node_id), requirements, self._accounting)
+                if isinstance(found, Assignment):
+                    nodes[found.node_id] += 1
+                    returned += 1
+                    old = [one for one in replaced if one.slot == slot]
+                    self._free(old)
+                    replaced[:] = [one for one in replaced if one not in old]
+                    break
+        return returned
 
     def _free(self, tasks: Iterable[Task]) -> None:
         for task in tasks:
@@ -373,10 +417,10 @@ class DryRun:
         return requirements_of(task, spec, planes, self._accounting.affinities.of(task.service_id))
 
     def _shares(self, nodes: Counter[NodeId]) -> Iterator[PlannedShare]:
-        for id, count in nodes.items():
+        for id, tasks in nodes.items():
             node = self._view.lookup(Node, id)
             hostname = node.description.hostname if node is not None else ""
-            yield PlannedShare(node_id=id, hostname=hostname or id, tasks=count)
+            yield PlannedShare(node_id=id, hostname=hostname or id, tasks=tasks)
 
     def _verdicts(self, requirements: Requirements, found: list[NodeVerdict]) -> Iterator[None]:
         copies = self._accounting.copies(requirements.service_id)

@@ -9,6 +9,7 @@ from skep.manager.scheduler.nodes.filters import Filter, filters_for
 from skep.manager.scheduler.nodes.requirements import Requirements
 from skep.model.node_reports.node_refusals import NodeRefusal
 from skep.model.options.constraints import meets
+from skep.model.values.counts import counted
 
 CHANGES_MAX = 2
 """Largest number of changes that a person would consider.  A node with more does not come close."""
@@ -75,13 +76,13 @@ def _phrases(filter: Filter, requirements: Requirements, account: Account, copie
             taken = [one for one in requirements.host_ports if account.has_port(one)]
             yield f"if port {', '.join(f'{number}/{protocol}' for protocol, number in taken)} were free"
         case NodeRefusal.MAX_REPLICAS:
-            yield f"with more than {requirements.max_replicas} replicas per node"
+            yield f"with more than {counted(requirements.max_replicas, 'replica')} per node"
         case _:
             yield f"except for this: {filter.detail(requirements, account, copies)}"
 
 
 def _amounts(requirements: Requirements, account: Account) -> Iterator[str]:
     if (cpus := requirements.nano_cpus - account.free_nano_cpus) > 0:
-        yield f"{cpus / 1e9:g} CPUs"
+        yield counted(cpus / 1e9, "CPU")
     if (memory := requirements.memory_bytes - account.free_memory_bytes) > 0:
         yield f"{ceil(memory / (1 << 20))} MiB of memory"

@@ -17,6 +17,7 @@ from typing import TypeAlias
 from skep.model.needs import ClusterMount, VolumeUse, sources_of
 from skep.model.node import CSIInfo, Node
 from skep.model.task import VolumeAttachment
+from skep.model.values.counts import counted
 from skep.model.values.ids import NodeId, TaskId, VolumeId
 from skep.model.volume import (
     PublishStatus,
@@ -261,10 +262,12 @@ class VolumeUses:
         if why := _sharing_refusal(spec.access_mode.sharing, users, writers, read_only=mount.read_only):
             return f"{name} {why}"
         if not is_entered and len(known.announced) - (node.id in known.announced) >= known.free_nodes:
-            return f"{name} is already on {elsewhere} nodes, the maximum for one volume"
+            return f"{name} is already on {counted(elsewhere, 'node')}, the maximum for one volume"
         if not is_entered and not self._is_below_limit(node, info):
             most = info.max_volumes_per_node
-            return f"{name}: the node is at its limit of {most} volumes of driver {info.plugin_name}"
+            return (
+                f"{name}: the node is at its limit of {counted(most, 'volume')} of driver {info.plugin_name}"
+            )
         return ""
 
     def _is_below_limit(self, node: Node, info: CSIInfo) -> bool:

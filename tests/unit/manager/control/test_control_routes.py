@@ -17,7 +17,7 @@ from skep.model.service import (
 )
 from skep.model.task import NetworkAttachment, TaskState
 from skep.model.values.ids import NetworkId
-from tests.support.builders import a_service, a_service_spec, a_task
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.unit.manager.control.test_control_services import create, rollback, store, update
 
 __all__ = ["store"]
@@ -78,6 +78,9 @@ async def test_a_route_that_does_not_work_is_explained(store):
     proxies = a_service("skep-door")
     proxies = replace(proxies, spec=replace(proxies.spec, labels={"skep.door": "true"}))
     await store.update(lambda tx: tx.put(proxies))
+    assert problems() == ["route a.example: no proxy of the front door runs. Run skep door status"]
+    proxy = a_task("p1", node="n1", service=proxies, state=TaskState.RUNNING)
+    await store.update(lambda tx: [tx.put(a_node("n1")), tx.put(proxy)])
     assert problems() == ["route a.example: no task of the service runs"]
     task = a_task("t1", node="n1", service=web)
     task = replace(task, status=replace(task.status, state=TaskState.RUNNING))
@@ -91,9 +94,9 @@ async def test_a_route_that_does_not_work_is_explained(store):
 async def test_the_list_has_the_same_reasons_and_the_state_of_each_route(store):
     await store.update(lambda tx: tx.put(DOOR))
     proxies = a_service("skep-door")
-    await store.update(
-        lambda tx: tx.put(replace(proxies, spec=replace(proxies.spec, labels={"skep.door": "true"})))
-    )
+    proxies = replace(proxies, spec=replace(proxies.spec, labels={"skep.door": "true"}))
+    proxy = a_task("p1", node="n1", service=proxies, state=TaskState.RUNNING)
+    await store.update(lambda tx: [tx.put(one) for one in (proxies, a_node("n1"), proxy)])
     web = await create(store, routed("web", "a.example"))
     await create(store, routed("second", "b.example"))
     old = await create(store, routed("old", "old.example"))
@@ -132,5 +135,5 @@ def test_tasks_that_a_staged_update_replaces_need_no_other_update():
     web = replace(web, spec=replace(web.spec, labels=labels), update_status=status)
     task = a_task("t1", node="n1", service=web)
     task = replace(task, status=replace(task.status, state=TaskState.RUNNING))
-    problem = route_problem(web, [task], DOOR, {}, "a.example")
+    problem = route_problem(web, [task], DOOR, {}, "a.example", has_proxy=True)
     assert problem.endswith("The update in progress replaces them (skep explain web)")

@@ -6,7 +6,9 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.manager.control.tasks import known_status
 from skep.model.node import Node, NodeState, NodeStatus
+from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import ClusterId
 from skep.model.values.times import Timestamp
 from skep.store.interface import View
 from skep.store.memory import MemoryStore
@@ -31,6 +33,20 @@ async def test_tasks_of_a_down_node_are_unknown_since_its_last_heartbeat() -> No
     assert status.state is TaskState.UNKNOWN
     assert status.timestamp == SINCE
     assert status.message.endswith("is down; the task was last known to be running")
+
+
+async def test_a_task_of_a_lost_node_has_the_freeze_of_replacement_as_its_error() -> None:
+    task, node = a_task("t1", node="n1", service=a_service(), state=TaskState.RUNNING), down(a_node("n1"))
+    store = MemoryStore(SystemClock())
+    freeze = Freeze(since=SINCE, nodes=(node.id,), ready_before=4)
+    await store.update(
+        lambda tx: [tx.put(one) for one in (a_service(), node, task, Swarm(id=ClusterId("c"), freeze=freeze))]
+    )
+    shown = "n1 is down; replacement of tasks is frozen: 1 of 4 nodes went down at once (skep cluster resume)"
+    assert known_status(store.view(), task).err == f"node {shown}"
+    before = replace(freeze, nodes=(), down_before={node.id: SINCE})
+    await store.update(lambda tx: tx.put(replace(tx.find(Swarm)[0], freeze=before)))
+    assert known_status(store.view(), task).err == "node n1 is down"
 
 
 async def test_tasks_of_a_live_node_keep_their_state() -> None:

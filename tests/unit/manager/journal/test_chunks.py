@@ -190,7 +190,7 @@ def test_what_is_being_written_is_not_lost_when_more_comes_than_fits() -> None:
         pending.add(an_entry(number))  # while they are being written
     pending.done(taken)
     rest = pending.first(9, Timestamp(""))
-    assert rest[0].message.startswith("1 entries are missing here")
+    assert rest[0].message.startswith("1 entry is missing here")
     assert [one.revision for one in rest[1:]] == [4, 5, 6]
 
 

@@ -7,15 +7,21 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from msgspec.structs import replace
 
+from skep.aio.clock import SystemClock
 from skep.manager.routes import application
+from skep.manager.routes.extensions.explain import held_words
 from skep.model.container import ContainerSpec, Mount
 from skep.model.network import Network
 from skep.model.node import Availability
 from skep.model.node_reports.node_refusals import NodeRefusal, no_node_text
-from skep.model.service import Resources
+from skep.model.options.freezes import ChangeFreeze
+from skep.model.service import Resources, UpdateState, UpdateStatus
+from skep.model.swarm import Swarm
 from skep.model.task import NetworkAttachment, Task, TaskState
-from skep.model.values.ids import NetworkId, NodeId
+from skep.model.values.ids import ClusterId, NetworkId, NodeId
+from skep.model.values.times import Timestamp
 from skep.store.interface import Object
+from skep.store.memory import MemoryStore
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_cluster_volume, a_node, a_service, a_task
 
@@ -100,3 +106,17 @@ def test_a_cluster_volume_that_does_not_exist_is_named(has_volume: bool) -> None
     found = asyncio.run(explained(a_node("n1"), web, task, *volumes))
     missing = "" if has_volume else "; the cluster has no volume cv"
     assert found["Reason"] == f"{refused}; it needs the volume cv{missing}"
+
+
+async def test_a_freeze_is_no_cause_of_an_update_which_it_does_not_hold_back() -> None:
+    swarm = Swarm(
+        id=ClusterId("c"), change_freezes={"": ChangeFreeze(until=Timestamp("2100-01-01T00:00:00Z"))}
+    )
+    store = MemoryStore(SystemClock())
+    await store.update(lambda tx: tx.put(swarm))
+    web = a_service("web")
+    assert held_words(store.view(), web).startswith("the cluster is frozen until")
+    for state in (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED):
+        assert held_words(store.view(), replace(web, update_status=UpdateStatus(state=state))) == ""
+    done = UpdateStatus(state=UpdateState.COMPLETED)
+    assert held_words(store.view(), replace(web, update_status=done)) != ""

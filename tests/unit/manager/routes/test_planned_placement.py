@@ -252,6 +252,32 @@ async def test_an_update_stays_on_a_full_node_and_a_scale_up_does_not_go_there(c
     assert "disk full on 1 node" in scaled["Error"]
 
 
+@pytest.mark.parametrize("order", list(UpdateOrder))
+async def test_a_task_with_data_in_a_local_volume_returns_to_its_node_where_it_fits(cluster, order) -> None:
+    api, _ = cluster
+    await two_nodes(api)
+    spec = a_service_spec("db", update=UpdateConfig(parallelism=1, order=order))
+    mount = Mount(type="volume", source="data", target="/d")
+    container = ContainerSpec(image="busybox:1", mounts=(mount,))
+    spec = settled(replace(spec, task_template=replace(spec.task_template, container_spec=container)))
+    service = a_service("db", spec=spec)
+    busy = [a_task(f"b{number}", service=a_service("b"), node="n1") for number in range(3)]
+    await put(api, service, a_task("t1", service=service, slot=1, node="n1"), *busy)
+    planned = a_spec("db", memory=GIB)
+    planned["UpdateConfig"] = {"Parallelism": 1, "Order": order.value}
+    planned["TaskTemplate"]["ContainerSpec"] = {
+        "Image": "busybox:2",
+        "Mounts": [{"Type": "volume", "Source": "data", "Target": "/d"}],
+    }
+    (found,) = await asked(cluster, planned)
+    assert shares(found) == {"n1": 1}
+    (more,) = await asked(cluster, {**planned, "Mode": {"Replicated": {"Replicas": 2}}})
+    assert shares(more) == {"n1": 1, "n2": 1}
+    planned["TaskTemplate"]["Placement"] = {"Constraints": ["node.hostname!=n1"]}
+    (elsewhere,) = await asked(cluster, planned)
+    assert shares(elsewhere) == {"n2": 1}
+
+
 async def test_secrets_and_configs_need_not_exist_and_do_not_move_tasks(cluster) -> None:
     api, _ = cluster
     await two_nodes(api)

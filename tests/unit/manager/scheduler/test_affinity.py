@@ -197,7 +197,7 @@ def test_zones_differ_by_the_largest_skew_at_most() -> None:
     assert "max skew exceeded on 3 nodes" in result.refusals[0].reason
     assert cluster.reasons(web)["n4"] == (f"max skew: the node has no {ZONE}",)
     (text,) = cluster.reasons(web)["n2"]
-    assert text == f"max skew: {ZONE} a has 1 tasks and b has 0, the largest difference is 1"
+    assert text == f"max skew: {ZONE} a has 1 task and b has 0, the largest difference is 1"
 
 
 def test_a_zone_without_an_open_node_does_not_count_for_the_skew() -> None:

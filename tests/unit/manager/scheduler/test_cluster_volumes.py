@@ -95,7 +95,7 @@ def test_a_volume_that_cannot_be_had_says_why(volume: Volume, words: str) -> Non
 def test_a_node_needs_the_driver_and_room_for_it() -> None:
     assert "needs driver d, which the node does not have" in chosen(uses(a_volume()), where=a_node())
     full = uses(a_volume(), a_volume("first", publish_status=(on("n1"),)))
-    assert "at its limit of 1 volumes of driver d" in chosen(full, where=node(at_most=1))
+    assert "at its limit of 1 volume of driver d" in chosen(full, where=node(at_most=1))
     assert chosen(full, "first", where=node(at_most=1)) == ["first"]
 
 

@@ -30,7 +30,7 @@ def smallest_change(*nodes: object, **spec: object) -> str:
         ({"reserve": Resources(memory_bytes=3 * GIB // 2)}, "w1 would run it with 512 MiB of memory more"),
         (
             {"reserve": Resources(nano_cpus=5_000_000_000)},
-            "w1 would run it with 1 CPUs more",
+            "w1 would run it with 1 CPU more",
         ),
         (
             {"constraints": ("node.labels.disk==ssd",)},

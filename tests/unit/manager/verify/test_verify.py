@@ -138,7 +138,7 @@ FORGED: dict[str, tuple[list[Object], str]] = {
         [WEB, task("t1", 1, "n1", WEB), task("t2", 1, "n2", WEB)],
         "slot 1 of web is filled by ['t1', 't2']",
     ),
-    "job": ([JOB, run_of("t1", 1), run_of("t2", 2)], "2 tasks of job job are under way, 1 may be"),
+    "job": ([JOB, run_of("t1", 1), run_of("t2", 2)], "job job has 2 tasks under way, 1 may be"),
     "name": ([WEB, a_service("web", id="web2", replicas=2)], "name web belongs to ['web', 'web2']"),
     "address": (
         [

@@ -8,13 +8,15 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.manager.view.building import RowBuilder, affected_by
 from skep.manager.view.rows import node_row, stack_row, task_row
-from skep.manager.view.table import Key
+from skep.manager.view.table import CLUSTER_KEY, Key
 from skep.model.node import EngineDescription, FailingPath, NodeState, NodeStatus
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.secret import Config, ConfigSpec
 from skep.model.service import PortConfig, PublishMode, Resources
+from skep.model.swarm import Freeze, Swarm
 from skep.model.task import PortStatus, TaskState, TaskStatus
-from skep.model.values.ids import ConfigId, NodeId
+from skep.model.values.ids import ClusterId, ConfigId, NodeId
+from skep.model.values.times import ZERO_TIME
 from skep.store.interface import Updated
 from skep.store.memory import MemoryStore
 from skep.store.state import State
@@ -116,3 +118,16 @@ def test_slots_that_have_used_volumes_of_a_node_change_its_row_alone() -> None:
     engine = EngineDescription(labels={SLOT_VOLUMES_LABEL: "data=web.1@1"})
     other = replace(node, description=replace(node.description, engine=engine))
     assert [*affected_by(Updated(node, other), State())] == [Key("nodes", "n1")]
+
+
+def test_a_freeze_of_replacement_changes_the_rows_of_tasks_on_lost_nodes() -> None:
+    store = MemoryStore(SystemClock())
+    lost, task = a_node("n1", state=NodeState.DOWN), a_task("t1", service="s1", node="n1")
+    for one in (lost, a_node("n2"), task, a_task("t2", service="s2", node="n2")):
+        asyncio.run(store.update(put, one))
+    swarm = Swarm(id=ClusterId("c"))
+    frozen = replace(swarm, freeze=Freeze(since=ZERO_TIME, nodes=(lost.id,), ready_before=2))
+    cluster, *others = affected_by(Updated(swarm, frozen), store.view())
+    assert cluster == CLUSTER_KEY
+    assert others == [Key("tasks", "t1"), Key("services", "s1")]
+    assert [*affected_by(Updated(frozen, replace(frozen, id=ClusterId("d"))), store.view())] == [CLUSTER_KEY]
