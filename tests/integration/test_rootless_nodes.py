@@ -215,8 +215,9 @@ def test_containers_are_stopped_with_the_node_and_restarted_with_it(r1: Rootless
         IMAGE,
         "sh",
         "-c",
-        "trap 'exit 7' TERM; while :; do sleep 0.1; done",
+        "trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done",
     )
+    wait_until(lambda: "ready" in r1.docker("logs", "ends").stdout, "it handles the signal")
     r1.docker("run", "--detach", "--name", "stays", "--restart", "always", IMAGE, *IDLE)
     r1.end()
     r1.start()

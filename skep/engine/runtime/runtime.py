@@ -82,13 +82,18 @@ class CreatedProcess(msgspec.Struct, frozen=True):
 
 
 async def end_gracefully(container: Container) -> None:
-    """Send the stop signal to a container's first process, and wait until it has ended or its grace period is over."""
+    """Send the stop signal to a container's first process, and wait until it has ended or its grace period is over.
+
+    Its monitor ends later, because it first writes the exit code.
+    """
     if container.process is None or not container.is_running:
         return
     send_signal(container.process, signal_number(container.config.stop_signal or "SIGTERM"))
     with suppress(TimeoutError):
         async with asyncio.timeout(container.config.stop_grace_ns / SECOND_NS):
             await wait_gone(container.process)
+            if container.monitor is not None:
+                await wait_gone(container.monitor)
 
 
 class StartedExec(msgspec.Struct, frozen=True):
