@@ -299,9 +299,7 @@ class Engine:
             self._config.hostname, self._network.host_gateway, self._config.log_default, sending_drivers()
         )
         config = create.container_config(request, defaults, task, node)
-        machine.check_mapped(config.machine, request.host_config.network_mode, self.bundles.users)
-        self.cgroups.check_parent(config.machine.cgroup_parent)
-        self._labels_of(config)  # refuses wrong options before a volume is created
+        self._check_confinement(config, request.host_config.network_mode)  # before a volume is created
         runtime = self.runtime.name_of(request.host_config.runtime)
         config = sharing.with_hostname(config, request.host_config.network_mode, self.store.get)
         config = await with_attributes(config, labels)
@@ -329,6 +327,12 @@ class Engine:
             runtime=runtime,
         )
         return await self._add_filled(new, (*points, *config.mounts), mounts, chain)
+
+    def _check_confinement(self, config: ContainerConfig, network_mode: str) -> None:
+        """Raise InvalidArgument or FailedPrecondition if this node cannot confine such a container."""
+        machine.check_mapped(config.machine, network_mode, self.bundles.users)
+        self.cgroups.check_parent(config.machine.cgroup_parent)
+        self._labels_of(config)
 
     def _mount_points(
         self, request: CreateRequest, mounts: Sequence[Mount], image_volumes: Collection[str], stack: str

@@ -25,11 +25,12 @@ from skep.model.service import (
     Service,
     ServiceMode,
     ServiceSpec,
+    TaskSpec,
     UpdateConfig,
     UpdateState,
     UpdateStatus,
 )
-from skep.model.task import ContainerStatus, Task, TaskSpec, TaskState, TaskStatus
+from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.values.meta import Driver, Version
 from skep.model.values.times import SECOND_NS, timestamp

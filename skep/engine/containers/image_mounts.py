@@ -17,7 +17,6 @@ from skep.engine.volumes.mounts import check_subpath
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.linux import mounting, syscalls
 from skep.model.container import Mount
-from skep.model.values.user_map import UserMap
 
 _TYPE = "image"
 
@@ -87,20 +86,15 @@ def _part(place: Path, number: int) -> Path:
     return place / f"{number}.part"
 
 
-def mount_all(
-    points: Sequence[MountPoint],
-    place: Path,
-    changes: Path,
-    users: UserMap | None = None,
-    label: str = "",
-) -> None:
-    """Mount the images among ``points``, each by its number below ``place``.  Idempotent.
+def mount_all(container: Container, place: Path, changes: Path) -> None:
+    """Mount the images among the container's mounts, each by its number below ``place``.  Idempotent.
 
-    ``changes`` is a directory that the container keeps.  ``users`` and ``label``: See ``overlay.mount_layers``.
+    ``changes`` is a directory that the container keeps.
 
     Raises: OSError; FailedPrecondition: too many layers, or an image does not have the subpath.
     """
-    for number, point in enumerate(points):
+    users, label = container.users, container.config.mount_label
+    for number, point in enumerate(container.config.mounts):
         target, own = place / str(number), changes / str(number)
         if point.type != _TYPE:
             continue

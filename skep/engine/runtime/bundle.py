@@ -53,7 +53,7 @@ from skep.engine.runtime.bind_flags import adapt_to_crun, request_flags
 from skep.engine.volumes import tmpfs_mounts
 from skep.engine.volumes.mounts import check_propagation, relabel_sources
 from skep.engine.volumes.volumes import VolumeSubpath
-from skep.errors import FailedPrecondition, Unavailable
+from skep.errors import Unavailable
 from skep.linux import syscalls
 from skep.linux.confined_root import Bind
 from skep.linux.files import replace_file
@@ -254,31 +254,15 @@ class Bundles:
         confine it, a device is missing, or a mount cannot be propagated.
         """
         config = container.config
-        if container.users != (None if config.machine.userns_mode == "host" else self.users):
-            raise FailedPrecondition(
-                f"container {container.name} was created with another userns-remap than the node has now: "
-                "remove it and create it again"
-            )
+        mapped_mounts.check_mapping(container, self.users)
         self._confine(config)
         check_propagation(config.mounts)
         found = devices.look_up(config.machine, self._capacity.cdi_directories)
         with self._mounts:
             self.mount(container)
-            image_mounts.mount_all(
-                config.mounts,
-                self._images(container.id),
-                self.path(container.id) / "images",
-                container.users,
-                config.mount_label,
-            )
+            image_mounts.mount_all(container, self._images(container.id), self.path(container.id) / "images")
             self._to_release.discard(container.id)
-        tmpfs_mounts.mount_all(
-            config.mounts,
-            self._tmpfs(container.id),
-            partial(self._mode_in_image, container),
-            container.users,
-            config.mount_label,
-        )
+        tmpfs_mounts.mount_all(container, self._tmpfs(container.id), partial(self._mode_in_image, container))
         if config.machine.ipc_mode == "shareable":
             shared = msgspec.structs.replace(shared, shm=self._mount_shm(container))
         user = identity(self.rootfs(container.id), config.user, config.groups)

@@ -14,11 +14,21 @@ import structlog
 from msgspec.structs import replace
 
 from skep.engine.containers.container import Container, MountPoint
+from skep.errors import FailedPrecondition
 from skep.linux import mounting, syscalls
 from skep.linux.user_namespaces import mapping, open_mapped_if_possible
 from skep.model.values.user_map import UserMap
 
 log = structlog.get_logger()
+
+
+def check_mapping(container: Container, users: UserMap | None) -> None:
+    """Check that the container was created with the present mapping ``users``.  Raises: FailedPrecondition."""
+    if container.users != (None if container.config.machine.userns_mode == "host" else users):
+        raise FailedPrecondition(
+            f"container {container.name} was created with another userns-remap than the node has now: "
+            "remove it and create it again"
+        )
 
 
 def is_mapped(container: Container, point: MountPoint, own: Iterable[Path]) -> bool:

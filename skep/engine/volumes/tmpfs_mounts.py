@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from skep.engine.confinement import selinux
-from skep.engine.containers.container import MountPoint
+from skep.engine.containers.container import Container, MountPoint
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.linux import syscalls
 from skep.linux.mounting import parse_options
@@ -72,23 +72,16 @@ def placed(point: MountPoint, number: int, place: Path) -> MountPoint:
     )
 
 
-def mount_all(
-    points: Sequence[MountPoint],
-    place: Path,
-    mode_of: Callable[[str], int],
-    users: UserMap | None = None,
-    label: str = "",
-) -> None:
-    """Mount the memory file systems among ``points``, each empty and by its number below ``place``.
+def mount_all(container: Container, place: Path, mode_of: Callable[[str], int]) -> None:
+    """Mount the memory file systems among the container's mounts, each empty and by its number below ``place``.
 
     Args:
         mode_of: Returns the mode for a mount point without a mode option.
-        users: Mapping of the container's users, to whom the options ``uid`` and ``gid`` refer.
-        label: SELinux label of the files, or empty.
 
     Raises: OSError; FailedPrecondition: the kernel refuses the options.
     """
-    for number, point in enumerate(points):
+    users, label = container.users, selinux.mount_option(container.config.mount_label)
+    for number, point in enumerate(container.config.mounts):
         if point.type != _TYPE:
             continue
         target = place / str(number)
@@ -103,9 +96,7 @@ def mount_all(
             words = owned_words(words, users)
         flags, data = parse_options(",".join(words))
         try:
-            syscalls.mount(
-                _TYPE, target, _TYPE, flags, ",".join(filter(None, (data, selinux.mount_option(label))))
-            )
+            syscalls.mount(_TYPE, target, _TYPE, flags, ",".join(filter(None, (data, label))))
         except OSError as error:
             raise FailedPrecondition(
                 f"cannot mount a tmpfs on {point.destination} with the options {','.join(words)}: {error.strerror}"
