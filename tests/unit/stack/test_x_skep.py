@@ -97,6 +97,10 @@ def test_autoscaling_is_a_range_or_a_mapping() -> None:
     labels = spec(f"x-skep: {{autoscale: {{max: 4, {measures}}}}}")["Labels"]
     assert labels["skep.autoscale.queue-target"] == "5"
     assert labels["skep.autoscale.schedule"] == "0 8 * * * 1..2"
+    command = "queue.exec: 'llen jobs', queue.exec-in: redis, queue-target: 5"
+    labels = spec(f"x-skep: {{autoscale: {{max: 4, {command}}}}}")["Labels"]
+    assert labels["skep.autoscale.queue.exec"] == "llen jobs"
+    assert labels["skep.autoscale.queue.exec-in"] == "redis"
 
 
 @pytest.mark.parametrize(
