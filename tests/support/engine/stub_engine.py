@@ -31,6 +31,7 @@ from skep.model.networks.sandbox import Endpoint, EndpointConfig, EndpointReques
 from skep.model.networks.tables import NetworkHead
 from skep.model.values.ids import ContainerId, NetworkId
 from skep.model.values.times import timestamp
+from skep.model.values.user_map import UserMap
 
 ID = ContainerId("c" * 64)
 NO_PROCESS = 2**30
@@ -89,6 +90,7 @@ class StubBundles:
         self.is_full = False
         self.adopted: list[ContainerId] = []
         self.apis = SimpleNamespace(adopt=lambda one, _: self.adopted.append(one.id))
+        self.users = None
         self._steps, self._unreadable = steps, unreadable
 
     def load(self) -> FoundContainers:
@@ -286,10 +288,15 @@ class StepVolumes(Volumes):
         await super().create_of_plugins(mounts, stack)
 
     async def fill(
-        self, user: str, points: Sequence[MountPoint], mounts: Iterable[Mount], root: Path
+        self,
+        user: str,
+        points: Sequence[MountPoint],
+        mounts: Iterable[Mount],
+        root: Path,
+        users: UserMap | None = None,
     ) -> None:
         await self._steps.begin("volumes.fill", user)
-        await super().fill(user, points, mounts, root)
+        await super().fill(user, points, mounts, root, users)
 
     async def mount(
         self, user: str, points: Iterable[MountPoint], parts: Sequence[VolumeSubpath] = ()
