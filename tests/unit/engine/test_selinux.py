@@ -261,6 +261,21 @@ def test_the_kernels_label_is_the_extended_attribute(tmp_path: Path) -> None:
         os.getxattr("/etc/passwd", "security.selinux")
 
 
+async def test_sources_are_labeled_when_a_container_starts(tmp_path: Path, labeled: dict[str, str]) -> None:
+    rig = memory_engine(tmp_path, Machine())
+    rig.bundles._capacity = replace(rig.bundles._capacity, selinux_policy=POLICY)
+    (tmp_path / "source").mkdir()
+    mount = MountPoint(type="bind", destination="/x", source=str(tmp_path / "source"))
+    config = ContainerConfig(path="true", mounts=(mount,), relabel={"/x": "Z"})
+    async with rig.running():
+        container = await rig.add(replace(new_container("first"), config=config))
+        assert mount.source not in labeled, "volumes are not mounted yet"
+        await rig.start(container.id)
+        assert labeled[mount.source] == container.config.mount_label
+        for name in ("hosts", "hostname", "resolv.conf"):
+            assert labeled[str(rig.bundles.path(container.id) / name)] == container.config.mount_label
+
+
 def test_an_init_is_copied_once_for_all_containers(tmp_path: Path, labeled: dict[str, str]) -> None:
     (tmp_path / "init").write_text("a program")
     (tmp_path / "init").chmod(0o755)
