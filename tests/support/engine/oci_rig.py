@@ -6,11 +6,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from msgspec.structs import replace
+
 from skep.agent.executor.interface import Controller, Running, TaskExit
 from skep.aio.clock import Clock, SystemClock
 from skep.engine.capacity import Programs, capacity_of
 from skep.engine.confinement.apparmor import SYSFS
 from skep.engine.confinement.cgroups import Cgroups
+from skep.engine.confinement.selinux import Policy
 from skep.engine.containers.container import Container, ContainerConfig, NewContainer, ProcessName
 from skep.engine.engine import Engine, EngineConfig
 from skep.engine.images.store import ImageStore
@@ -179,12 +182,15 @@ class MemoryNetwork:
 class MemoryBundles(Bundles):
     """Bundles in which nothing is mounted, with a test's steps."""
 
-    def __init__(self, directory: Path, cgroups: Cgroups, machine: Machine) -> None:
+    def __init__(
+        self, directory: Path, cgroups: Cgroups, machine: Machine, policy: Policy | None = None
+    ) -> None:
+        capacity = capacity_of(cgroups, Programs(), sysfs=machine.sysfs)
         super().__init__(
             directory / "containers",
             directory / "bundles",
             cgroups,
-            capacity_of(cgroups, Programs(), sysfs=machine.sysfs),
+            replace(capacity, selinux_policy=policy),
             directory / "resolv.conf",
         )
         self._steps = machine.steps
@@ -212,6 +218,8 @@ def memory_engine(
     *,
     images: ImageStore | None = None,
     clock: Clock | None = None,
+    policy: Policy | None = None,
+    config: EngineConfig | None = None,
 ) -> Engine:
     """Return an engine with its files below ``directory``.  Nothing is mounted, and signals end processes of
     ``machine``.
@@ -220,16 +228,18 @@ def memory_engine(
         network: None for a network in memory.
         images: None for a store without images.
         clock: None for a quick one.
+        policy: SELinux's, by which containers get labels.
+        config: None for the settings of a small node.
     """
     cgroups = Cgroups("none")
-    bundles = MemoryBundles(directory, cgroups, machine)
+    bundles = MemoryBundles(directory, cgroups, machine, policy)
     return Engine(
         runtime=cast("Runtime", MemoryRuntime(machine, bundles, cgroups)),
         images=images or cast("ImageStore", NoImages()),
         volumes=StepVolumes(directory / "volumes", machine.steps),
         network=network or MemoryNetwork(machine),
         clock=clock or QuickClock(),
-        config=EngineConfig(starts_max=4),
+        config=config or EngineConfig(starts_max=4),
     )
 
 

@@ -14,6 +14,7 @@ from skep.engine.confinement.users import ProcessUser
 from skep.engine.containers.container import ContainerConfig, ExecConfig, MountPoint
 from skep.engine.containers.request import CreateRequest, HostConfig
 from skep.engine.containers.sharing import with_label_options
+from skep.engine.engine import EngineConfig
 from skep.engine.runtime.runtime_spec import exec_process
 from skep.engine.volumes.mounts import relabel_modes, relabel_sources
 from skep.errors import FailedPrecondition, InvalidArgument
@@ -126,9 +127,8 @@ def test_a_kernel_without_a_loaded_policy_labels_nothing(tmp_path: Path) -> None
 
 
 async def test_containers_keep_their_labels_and_no_two_have_the_same(tmp_path: Path) -> None:
-    rig = memory_engine(tmp_path, Machine())
-    rig.bundles._capacity = replace(rig.bundles._capacity, selinux_policy=POLICY)
-    rig._config = replace(rig._config, chance=Chosen((1, 2), (1, 2), (1, 2), (3, 4)))
+    config = EngineConfig(starts_max=4, chance=Chosen((1, 2), (1, 2), (1, 2), (3, 4)))
+    rig = memory_engine(tmp_path, Machine(), policy=POLICY, config=config)
     async with rig.running():
         first = await rig.add(new_container("first"))
         second = await rig.add(new_container("second"))
@@ -259,6 +259,20 @@ def test_the_kernels_label_is_the_extended_attribute(tmp_path: Path) -> None:
         assert os.getxattr(path, "security.selinux", follow_symlinks=False) == FILE.encode()
     with pytest.raises(OSError, match="No data"):
         os.getxattr("/etc/passwd", "security.selinux")
+
+
+async def test_sources_are_labeled_when_a_container_starts(tmp_path: Path, labeled: dict[str, str]) -> None:
+    rig = memory_engine(tmp_path, Machine(), policy=POLICY)
+    (tmp_path / "source").mkdir()
+    mount = MountPoint(type="bind", destination="/x", source=str(tmp_path / "source"))
+    config = ContainerConfig(path="true", mounts=(mount,), relabel={"/x": "Z"})
+    async with rig.running():
+        container = await rig.add(replace(new_container("first"), config=config))
+        assert mount.source not in labeled, "volumes are not mounted yet"
+        await rig.start(container.id)
+        assert labeled[mount.source] == container.config.mount_label
+        for name in ("hosts", "hostname", "resolv.conf"):
+            assert labeled[str(rig.bundles.path(container.id) / name)] == container.config.mount_label
 
 
 def test_an_init_is_copied_once_for_all_containers(tmp_path: Path, labeled: dict[str, str]) -> None:

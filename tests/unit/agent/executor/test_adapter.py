@@ -182,6 +182,10 @@ def with_labels(**labels: str) -> AssignedTask:
     return AssignedTask(task=replace(a_task("t"), spec=spec), service_name="web")
 
 
+def test_a_label_names_the_mounts_that_selinux_labels() -> None:
+    assert task_options(with_labels(relabel="/a=z,/b=Z"), ()).relabel == {"/a": "z", "/b": "Z"}
+
+
 def test_rights_of_a_tasks_labels_are_options_of_its_container() -> None:
     task = with_labels(
         privileged="true",
