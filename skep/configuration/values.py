@@ -143,7 +143,7 @@ def data_path_port(value: Any) -> int:
 
 
 def wireguard_port(value: Any) -> int:
-    """A port from 1024 to 65532, because the next port and the one three above are used too."""
+    """A port from 1024 to 65532, because two of the three ports above are used too."""
     number = _integer(value)
     if not 1024 <= number <= 65532:
         raise ValueError(f"is {number}: choose a port from 1024 to 65532")

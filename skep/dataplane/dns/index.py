@@ -146,7 +146,7 @@ def _has_names(task: TableEndpoint) -> bool:
 
 
 def _is_listed(task: TableEndpoint) -> bool:
-    """Return whether the task is among those that the name of its service leads to."""
+    """Return whether the name of its service leads to the task."""
     return _has_names(task) and not task.is_far
 
 

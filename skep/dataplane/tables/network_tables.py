@@ -17,8 +17,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import isolate
 from skep.aio.race import wait_first
 from skep.dataplane.tables.files import SharedTables, StoredTables
-from skep.dataplane.tables.nearness import with_far_tasks
-from skep.dataplane.tables.unreachable import NONE_UNREACHABLE, Unreachable, without
+from skep.dataplane.tables.unreachable import NONE_UNREACHABLE, Unreachable, with_far_tasks, without
 from skep.dataplane.tables.validation import valid_set, valid_table
 from skep.errors import InvalidArgument, SkepError
 from skep.model.networks.tables import NetworkTable, TableSet, changed, difference, keeping_unread
@@ -66,7 +65,7 @@ class ClusterIdentity(Protocol):
 
 
 _MadeOf = tuple[NetworkTable, frozenset[NodeId], NodeId]
-"""What a table for the listeners is made of: the managers' table, excluded peers, and this node."""
+"""The parts of a table for the listeners: the managers' table, excluded peers, and this node."""
 
 
 class NetworkTables:
@@ -217,7 +216,7 @@ class NetworkTables:
             await self._wait_for_more()
 
     def _effective(self) -> Mapping[NetworkId, NetworkTable]:
-        """Return the tables without excluded endpoints, and with far ones marked.
+        """Return the tables without excluded endpoints, and with far endpoints marked.
 
         An unchanged table is the same object as before.
         """

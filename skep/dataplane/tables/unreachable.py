@@ -7,6 +7,11 @@ endpoints of a peer that does not respond from its own tables: from published po
 * A service whose endpoints are all unreachable keeps them: some may still respond.
 * If no peer responds at all, this node's own link is down, and nothing is excluded.
 * A peer is included again after its first response, or when there is a session with a manager.
+
+Services with ``skep.near`` also leave out tasks at other sites than the node's own (``model.options.labels.site_of``),
+with or without a manager.  Virtual addresses, published ports, routes of the front door and the names ``SERVICE`` and
+``tasks.SERVICE`` then lead to the tasks at this node's site.  If none of them serves, or this node has no site, they
+lead to all.  Names of single tasks always resolve.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -111,8 +116,29 @@ def without(table: NetworkTable, unreachable: frozenset[NodeId]) -> NetworkTable
     return msgspec.structs.replace(table, endpoints={**table.endpoints, **changed}) if changed else table
 
 
+def with_far_tasks(table: NetworkTable, own: NodeId) -> NetworkTable:
+    """Return ``table`` with the tasks marked that node ``own`` does not use, because others are nearer."""
+    near = frozenset(id for id, service in table.services.items() if service.is_near)
+    site = table.nodes[own].site if near and own in table.nodes else ""
+    if not site:
+        return table
+
+    def is_here(one: TableEndpoint) -> bool:
+        node = table.nodes.get(one.node_id)
+        return node is not None and node.site == site
+
+    serving = [one for one in table.endpoints.values() if one.is_serving and one.service_id in near]
+    served_here = frozenset(one.service_id for one in serving if is_here(one))
+    far = {
+        one.task_id: msgspec.structs.replace(one, is_far=True)
+        for one in serving
+        if one.service_id in served_here and not is_here(one)
+    }
+    return msgspec.structs.replace(table, endpoints={**table.endpoints, **far}) if far else table
+
+
 def restored(table: NetworkTable) -> NetworkTable:
-    """Return ``table`` as the managers sent it.  Undoes ``without`` and ``nearness.with_far_tasks``."""
+    """Return ``table`` as the managers sent it.  Undoes ``without`` and ``with_far_tasks``."""
     changed = {
         id: msgspec.structs.replace(
             one, is_serving=one.is_serving or one.is_left_out, is_left_out=False, is_far=False

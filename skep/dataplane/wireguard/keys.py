@@ -28,7 +28,7 @@ def new_private_key() -> bytes:
 def load(path: Path, slots: Collection[int] = (0, 1)) -> tuple[WireGuardKey, ...]:
     """Return the key pairs that an earlier node process of this boot saved, or an empty tuple.
 
-    ``slots`` are the valid ones.  An invalid file counts as empty and is renamed to ``<name>.damaged``.
+    Only pairs of ``slots`` are valid.  An invalid file counts as empty and is renamed to ``<name>.damaged``.
     Raises: OSError: it cannot be read at present.
     """
     try:

@@ -113,7 +113,7 @@ class TunnelsThroughNat:
     async def run(self, changed: Callable[[], Awaitable[None]]) -> None:
         """Keep the device, its address, routes and rules until cancelled.
 
-        ``changed`` is called when the address has come or gone.  It may raise SkepError, and is then retried.
+        ``changed`` is called when the address or the MTU has changed.  It may raise SkepError, and is then retried.
         """
         if isinstance(self._options.method, EncryptionRefusal):
             return
@@ -136,7 +136,7 @@ class TunnelsThroughNat:
         error = ""
         try:
             state = await self._step(group)
-            if state != self._followed:  # an address has come or gone, or the MTU has changed
+            if state != self._followed:  # another address or MTU
                 await changed()
                 self._followed = state
         except (SkepError, OSError, NetlinkError) as problem:

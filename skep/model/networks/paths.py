@@ -42,7 +42,7 @@ class PathPeer(msgspec.Struct, frozen=True, kw_only=True):
     """Whether encrypted networks connect the two nodes, over UDP port ``vxlan_port + 10``."""
     way: str = ""
     """How the receiver of the targets reaches this node: empty for directly, ``tunnel``, ``relay HOSTNAME``, or
-    ``none`` if one of them is behind NAT and there is no tunnel between them."""
+    ``none`` if a tunnel that they need is missing."""
 
 
 class NatPeer(msgspec.Struct, frozen=True, kw_only=True):

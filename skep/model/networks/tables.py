@@ -120,8 +120,8 @@ class TableEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     version: int = 0
     """Index of the spec version that the task was created from.  0 for a plain container."""
     is_far: bool = False
-    """Whether this node gives it no new connections, because its service prefers tasks at the node's own site, where
-    others serve (``dataplane/tables/nearness.py``).  Managers never set it.
+    """Whether it gets no new connections from this node, because its service prefers tasks at the node's own site,
+    where others serve (``dataplane/tables/unreachable.py``).  Managers never set it.
     """
 
     @property

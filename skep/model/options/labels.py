@@ -84,7 +84,7 @@ still lead to healthy tasks only.
 NEAR = "skep.near"
 """On services: with ``true``, a node's connections go to tasks at its own site while any of them serves."""
 SITE_LABELS = ("site", "zone")
-"""Labels of nodes that name their site.  The first one that is set counts."""
+"""Labels of nodes that name their site.  The first with a value counts."""
 
 STOPPED = "skep.stopped"
 """On services: ``true`` stops all tasks and keeps the spec with its number of replicas.  ``skep service stop`` sets it.

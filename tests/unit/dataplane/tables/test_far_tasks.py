@@ -6,8 +6,7 @@ from msgspec.structs import replace
 
 from skep.dataplane.dns.index import Index
 from skep.dataplane.plan.vip import vip_backends
-from skep.dataplane.tables.nearness import with_far_tasks
-from skep.dataplane.tables.unreachable import restored, without
+from skep.dataplane.tables.unreachable import restored, with_far_tasks, without
 from skep.model.networks.tables import (
     NetworkHead,
     NetworkTable,
