@@ -88,7 +88,7 @@ async def _ask(host: HostOptions, name: str) -> Shown:
         try:
             network = await get(f"/networks/{escaped}")
         except NotFound:
-            if registered := await _registered(client, name):
+            if registered := await _find_registered(client, name):
                 return _report(name, registered, about_registration, now)
             raise NotFound(
                 f"no such service, task, node or network: {name}. Run skep status to list services and nodes."
@@ -98,7 +98,7 @@ async def _ask(host: HostOptions, name: str) -> Shown:
         return _report(name, found, about_network, now, await _violations(client))
 
 
-async def _registered(client: Requests, name: str) -> Mapping[str, Any]:
+async def _find_registered(client: Requests, name: str) -> Mapping[str, Any]:
     """Return the registered instances of the service ``name``, or nothing.  ``db@db1`` selects one instance."""
     try:
         answer = await client.get("/skep/catalog", timeout_s=RESPONSE_TIMEOUT_S)
