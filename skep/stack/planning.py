@@ -16,6 +16,7 @@ from skep.model.needs import needs_of
 from skep.model.options.autoscaling import with_number_kept, with_present_number
 from skep.model.options.labels import STACK_REVISION
 from skep.model.service import Service, ServiceSpec
+from skep.model.staging.updates import replaced_spec
 from skep.model.values.encoding import to_json
 from skep.model.values.ids import ConfigId, SecretId
 from skep.model.values.unknown import leniently
@@ -80,6 +81,8 @@ class PlannedChange(msgspec.Struct, frozen=True, kw_only=True):
     """Spec of an existing service, with names of networks instead of ids."""
     rolls_back_to: ServiceSpec | None = None
     """Spec that an automatic rollback of the service would restore, with names of networks instead of ids."""
+    keeps_old: bool = False
+    """Whether it ends a staged update in progress whose old tasks, as far as they still run, match the desired spec."""
 
     @property
     def restarts(self) -> bool:
@@ -386,6 +389,7 @@ def _service(
     wanted = with_present_number(replace(wanted, task_template=template), current.spec)
     found = tuple(differences(current.spec, wanted))
     action = PlanAction.UPDATE if found else PlanAction.KEEP
+    old = replaced_spec(current)
     return PlannedChange(
         action=action,
         kind="service",
@@ -396,6 +400,7 @@ def _service(
         version=current.version.index,
         before=current.spec,
         rolls_back_to=current.spec if found else current.previous_spec,
+        keeps_old=old is not None and not any(one.restarts for one in differences(old, wanted)),
     )
 
 

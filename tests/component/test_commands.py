@@ -15,7 +15,7 @@ from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 from skep.model.values.times import ZERO_TIME
 from skep.store.interface import Transaction
-from skep.store.level import SCHEDULES
+from skep.store.level import REGISTRATIONS, SCHEDULES
 from tests.support.builders import a_node, a_task
 from tests.support.clients.command_rig import HANGS, Cluster, a_cluster
 
@@ -69,6 +69,25 @@ async def test_a_node_a_network_and_a_task_are_explained_by_their_names(cluster:
         1,
         "Error: no such service, task, node or network: shop. Run skep status to list services and nodes.\n",
     )
+
+
+async def test_a_registered_service_is_explained_by_its_name(cluster: Cluster) -> None:
+    await cluster.store.update(lambda tx: tx.raise_level(REGISTRATIONS))
+    async with cluster.requests() as client:
+        for number in (1, 2):
+            body = {"Service": "db", "Instance": f"db{number}", "Address": f"192.0.2.{number}", "Port": 5432}
+            await client.request("PUT", f"/skep/registrations/db@db{number}", body=body, timeout_s=10.0)
+    code, out, err = await cluster.run("explain", "db")
+    assert code == 0, err
+    assert out.splitlines()[:3] == [
+        "db: registered outside of the cluster, 2 instances",
+        "  db1 at 192.0.2.1:5432",
+        "  db2 at 192.0.2.2:5432",
+    ]
+    _, out, _ = await cluster.run("explain", "db@db2")
+    assert out.splitlines()[1] == "  db2 at 192.0.2.2:5432"
+    code, _, err = await cluster.run("explain", "db@db3")
+    assert (code, "no such service" in err) == (1, True)
 
 
 async def test_nodes_of_one_name_are_told_apart(cluster: Cluster) -> None:

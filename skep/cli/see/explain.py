@@ -38,7 +38,7 @@ _KILLED_BY_SKEP = ("unhealthy", "stop-timeout")
 def explain(host: HostOptions, name: str, output: OutputOptions) -> None:
     """Explain why an object is not in its desired state.
 
-    NAME is a service, a task (web.2), a node or a network. IDs and their prefixes also work.
+    NAME is a service, a task (web.2), a node, a network or a registered service. IDs and their prefixes also work.
 
     \b
     Examples:
@@ -88,12 +88,43 @@ async def _ask(host: HostOptions, name: str) -> Shown:
         try:
             network = await get(f"/networks/{escaped}")
         except NotFound:
+            if registered := await _find_registered(client, name):
+                return _report(name, registered, about_registration, now)
             raise NotFound(
                 f"no such service, task, node or network: {name}. Run skep status to list services and nodes."
             ) from None
         services = [one["Spec"]["Name"] for one in await get("/services") if network["Id"] in _targets(one)]
         found = {**network, "ServiceNames": sorted(services)}
         return _report(name, found, about_network, now, await _violations(client))
+
+
+async def _find_registered(client: Requests, name: str) -> Mapping[str, Any]:
+    """Return the registered instances of the service ``name``, or nothing.  ``db@db1`` selects one instance."""
+    try:
+        answer = await client.get("/skep/catalog", timeout_s=RESPONSE_TIMEOUT_S)
+    except SkepError:  # also an earlier version
+        return {}
+    service, _, instance = name.partition("@")
+    for one in (answer.get("Catalog") or {}).get("Services") or ():
+        instances = [
+            each for each in one["Instances"] if each["IsRegistered"] and instance in ("", each["ID"])
+        ]
+        if one["Name"] == service and instances:
+            return {**one, "Instances": instances}
+    return {}
+
+
+def about_registration(name: str, found: Mapping[str, Any], now: float) -> Iterator[str]:
+    """Return a service on machines outside of the cluster as text, without control characters."""
+    instances = found["Instances"]
+    yield printable(f"{name}: registered outside of the cluster, {counted(len(instances), 'instance')}")
+    for one in instances:
+        tags = f", tags {', '.join(one['Tags'])}" if one["Tags"] else ""
+        yield printable(f"  {one['ID']} at {one['Address']}:{one['Port']}{tags}")
+    yield (
+        "  an instance leaves the catalog with its lease, when its skep register no longer runs or its check fails. "
+        "See skep catalog ls"
+    )
 
 
 async def _violations(client: Requests) -> Sequence[Mapping[str, Any]]:

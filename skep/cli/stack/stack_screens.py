@@ -302,6 +302,10 @@ def _note(change: PlannedChange) -> str:
     causes = dict.fromkeys(
         _field(each.path).partition("[")[0] for each in change.differences if each.restarts
     )
+    if change.keeps_old:
+        return (
+            f"   ends its update: old tasks stay, and new ones are replaced, because of {', '.join(causes)}"
+        )
     how = _staged(change.spec) if change.spec is not None else ""
     how = how or f"{at_once or 'all'} at a time, {order}"
     return f"   replaces tasks, {how}, because of {', '.join(causes)}"

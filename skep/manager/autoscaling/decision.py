@@ -188,7 +188,7 @@ def _reason(measure: Measure, readings: Readings) -> str:
         return "; ".join(filter(None, (known, measure.unknown)))
     tasks = measure.known + readings.unknown
     if not measure.known:
-        return f"none of {counted(tasks, 'task')} is measured"
+        return f"none of its {counted(tasks, 'task')} is measured"
     return f"{measure.name} {measure.average:.0f}%, target {measure.target:g}%, over {measure.known} of {tasks} tasks"
 
 

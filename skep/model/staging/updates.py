@@ -451,3 +451,10 @@ def _seconds(labels: Mapping[str, str], name: str, default_s: float) -> float:
             f"invalid label {name}={text}: expected a duration like 30s or 5m, at most {STEP_S_MAX / 3600:g} h"
         )
     return duration / SECOND_NS
+
+
+def replaced_spec(service: Service) -> ServiceSpec | None:
+    """Return the spec whose tasks a staged update in progress replaces, or None."""
+    status = service.update_status
+    is_updating = status is not None and status.state in (UpdateState.UPDATING, UpdateState.PAUSED)
+    return service.previous_spec if is_updating and stages_of(service.spec.labels) else None

@@ -1,8 +1,10 @@
 """What the commands of stacks print."""
 
 import pytest
+from msgspec.structs import replace
 
 from skep.cli.stack.stack_screens import line_of, lines_of, shortened
+from skep.model.service import UpdateState, UpdateStatus
 from skep.stack.planning import Difference, plan_of
 from tests.unit.stack.test_planning import a_stack, deployed
 
@@ -76,3 +78,24 @@ def test_a_plan_names_the_steps_of_a_staged_update(labels: str, how: str) -> Non
     text = "services: {w: {image: %s, deploy: {labels: " + labels.replace("%", "%%") + "}}}"
     plan = plan_of(a_stack(text % "b"), deployed(a_stack(text % "a")), images={}, prune=False)
     assert f"replaces tasks, {how}, because of Image" in "\n".join(lines_of(plan))
+
+
+@pytest.mark.parametrize(("state", "is_kept"), [("updating", True), ("paused", True), ("completed", False)])
+def test_the_plan_of_the_old_file_during_a_staged_update_says_that_old_tasks_stay(
+    state: str, is_kept: bool
+) -> None:
+    text = "services: {w: {image: %s, deploy: {labels: {skep.update: blue-green}}}}"
+    old, now = deployed(a_stack(text % "a:1")), deployed(a_stack(text % "b"))
+    status = UpdateStatus(state=UpdateState(state))
+    services = [
+        replace(one, previous_spec=before.spec, update_status=status)
+        for one, before in zip(now.services, old.services, strict=True)
+    ]
+    updating = replace(now, services=services)
+    shown = "\n".join(lines_of(plan_of(a_stack(text % "a:1"), updating, images={}, prune=False)))
+    assert (
+        "ends its update: old tasks stay, and new ones are replaced, because of Image" in shown
+    ) is is_kept
+    assert ("starting all new tasks" in shown) is not is_kept
+    other = "\n".join(lines_of(plan_of(a_stack(text % "c"), updating, images={}, prune=False)))
+    assert "starting all new tasks" in other
