@@ -1,7 +1,10 @@
-"""What a rootless node reports about itself, and which tasks it therefore does not run.
+"""Which tasks a node without all rights of root does not run, because of what it reports about itself.
 
 A rootless node belongs to an ordinary user and lies behind a network of its own.  Other nodes cannot send it packets of
 overlay networks.  It has limits only if control groups are delegated to its user, and no ports that need root.
+
+A node that maps the users of its containers (``userns-remap``) belongs to root, but its containers cannot have what
+needs the machine's root.  Like Docker, it refuses them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,8 +15,10 @@ import msgspec
 
 from skep.model.networks.data_planes import driver_of, is_overlay
 from skep.model.node import Node
+from skep.model.permissions.rights import MachineRights
 from skep.model.service import TaskSpec
 from skep.model.task import NetworkAttachment
+from skep.model.values.user_map import MAPPED, USERS_LABEL
 
 ROOTLESS_LABEL: Final = "skep.rootless"
 """Engine label of a rootless node, such as ``ports-from=1024 limits=cpu,memory,pids``."""
@@ -26,7 +31,7 @@ _PORTS_FROM = 1024
 
 
 class RootlessNeeds(msgspec.Struct, frozen=True, gc=False):
-    """The needs of a task that a rootless node may not meet."""
+    """The needs of a task that a rootless node, or one that maps users, may not meet."""
 
     overlay: str = ""
     """Name of one of its overlay networks."""
@@ -35,6 +40,9 @@ class RootlessNeeds(msgspec.Struct, frozen=True, gc=False):
     """The controllers that its limits need, in the order of ``LIMITS``."""
     lowest_port: int = 0
     """Its lowest host-mode port, or 0."""
+    is_privileged: bool = False
+    has_host_processes: bool = False
+    """Whether it sees the machine's processes (``skep.pid=host``)."""
 
     def __bool__(self) -> bool:
         return self != _NOTHING
@@ -44,9 +52,12 @@ _NOTHING = RootlessNeeds()
 
 
 def rootless_needs(
-    spec: TaskSpec, attachments: Iterable[NetworkAttachment], host_ports: Iterable[tuple[str, int]]
+    spec: TaskSpec,
+    attachments: Iterable[NetworkAttachment],
+    host_ports: Iterable[tuple[str, int]],
+    rights: MachineRights,
 ) -> RootlessNeeds:
-    """Return the needs of a task with ``spec``, its networks and its host-mode ports."""
+    """Return the needs of a task with ``spec``, its networks, its host-mode ports and its rights."""
     networks = [one.network for one in attachments if one.network is not None]
     limits = spec.resources.limits if spec.resources is not None else None
     amounts = (limits.nano_cpus, limits.memory_bytes, limits.pids) if limits is not None else (0, 0, 0)
@@ -55,6 +66,8 @@ def rootless_needs(
         is_on_host_network=any(driver_of(one) == "host" for one in networks),
         limits=tuple(name for name, amount in zip(LIMITS, amounts, strict=True) if amount > 0),
         lowest_port=min((number for _, number in host_ports), default=0),
+        is_privileged=rights.privileged,
+        has_host_processes=rights.pid == "host",
     )
 
 
@@ -91,6 +104,21 @@ def lacking(needs: RootlessNeeds, labels: Mapping[str, str]) -> tuple[str, ...]:
     if 0 < needs.lowest_port < ports_from:
         found.append(f"port {needs.lowest_port}, which is below {ports_from}")
     return tuple(found)
+
+
+def refused_by_mapping(needs: RootlessNeeds, labels: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the ``needs`` that a node with these engine labels refuses because it maps users, in words.
+
+    Source: ``confinement.machine.check_mapped``, which refuses them on the node.
+    """
+    if labels.get(USERS_LABEL) != MAPPED:
+        return ()
+    found = {
+        "privileged": needs.is_privileged,
+        "host network": needs.is_on_host_network,
+        "processes of the machine": needs.has_host_processes,
+    }
+    return tuple(name for name, is_needed in found.items() if is_needed)
 
 
 @lru_cache(maxsize=64)
