@@ -16,7 +16,7 @@ import msgspec
 from skep.model.networks.data_planes import driver_of, is_overlay
 from skep.model.node import Node
 from skep.model.permissions.rights import MachineRights
-from skep.model.service import TaskSpec
+from skep.model.service import PublishMode, ServiceSpec, TaskSpec
 from skep.model.task import NetworkAttachment
 from skep.model.values.user_map import MAPPED, USERS_LABEL
 
@@ -40,6 +40,8 @@ class RootlessNeeds(msgspec.Struct, frozen=True, gc=False):
     """The controllers that its limits need, in the order of ``LIMITS``."""
     lowest_port: int = 0
     """Its lowest host-mode port, or 0."""
+    has_sctp_port: bool = False
+    """Whether it has a host-mode port for SCTP, which RootlessKit cannot open."""
     is_privileged: bool = False
     has_host_processes: bool = False
     """Whether it sees the machine's processes (``skep.pid=host``)."""
@@ -54,18 +56,21 @@ _NOTHING = RootlessNeeds()
 def rootless_needs(
     spec: TaskSpec,
     attachments: Iterable[NetworkAttachment],
-    host_ports: Iterable[tuple[str, int]],
+    service_spec: ServiceSpec | None,
     rights: MachineRights,
 ) -> RootlessNeeds:
-    """Return the needs of a task with ``spec``, its networks, its host-mode ports and its rights."""
+    """Return the needs of a task with ``spec``, its networks, the host-mode ports of its service and its rights."""
     networks = [one.network for one in attachments if one.network is not None]
+    endpoint = service_spec.endpoint_spec if service_spec is not None else None
+    ports = [one for one in endpoint.ports if one.publish_mode is PublishMode.HOST] if endpoint else []
     limits = spec.resources.limits if spec.resources is not None else None
     amounts = (limits.nano_cpus, limits.memory_bytes, limits.pids) if limits is not None else (0, 0, 0)
     return RootlessNeeds(
         overlay=next((one.spec.name for one in networks if is_overlay(one)), ""),
         is_on_host_network=any(driver_of(one) == "host" for one in networks),
         limits=tuple(name for name, amount in zip(LIMITS, amounts, strict=True) if amount > 0),
-        lowest_port=min((number for _, number in host_ports), default=0),
+        lowest_port=min((one.published_port for one in ports if one.published_port), default=0),
+        has_sctp_port=any(one.protocol == "sctp" for one in ports),
         is_privileged=rights.privileged,
         has_host_processes=rights.pid == "host",
     )
@@ -103,6 +108,8 @@ def lacking(needs: RootlessNeeds, labels: Mapping[str, str]) -> tuple[str, ...]:
         found.append(f"limits of {' and '.join(without)}")
     if 0 < needs.lowest_port < ports_from:
         found.append(f"port {needs.lowest_port}, which is below {ports_from}")
+    if needs.has_sctp_port:
+        found.append("SCTP port")
     return tuple(found)
 
 

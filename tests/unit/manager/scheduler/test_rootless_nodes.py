@@ -50,8 +50,10 @@ def limited(service: Service, **limits: int) -> Service:
     return replace(service, spec=replace(service.spec, task_template=replace(template, resources=resources)))
 
 
-def published(service: Service, port: int) -> Service:
-    ports = (PortConfig(target_port=80, published_port=port, publish_mode=PublishMode.HOST),)
+def published(service: Service, port: int, protocol: str = "tcp") -> Service:
+    ports = (
+        PortConfig(protocol=protocol, target_port=80, published_port=port, publish_mode=PublishMode.HOST),
+    )
     return replace(service, spec=replace(service.spec, endpoint_spec=EndpointSpec(ports=ports)))
 
 
@@ -85,6 +87,8 @@ HOST = replace(an_overlay("host"), driver_state=Driver(name="host"))
         (a_service(), (HOST,), "host network"),
         (limited(a_service(), memory_bytes=1 << 26, pids=10), (), "limits of memory and pids"),
         (published(a_service(), 80), (), "port 80, which is below 1024"),
+        (published(a_service(), 8080, "sctp"), (), "SCTP port"),
+        (published(a_service(), 0, "sctp"), (), "SCTP port"),
     ],
 )
 def test_what_a_rootless_node_cannot_do_is_refused_with_the_reason(
