@@ -978,7 +978,7 @@ LABELS = (
         "a text",
         "",
         "A fact about the machine, which constraints read as `node.facts.NAME`: `kernel`, `cgroup` (1 or 2), "
-        "`distribution`, `distribution-version` and `rootless` (`true`).",
+        "`distribution`, `distribution-version`, `rootless` (`true`) and `userns` (`remap`).",
     ),
     Label(
         LabelTarget.ENGINE,
@@ -1000,8 +1000,8 @@ LABELS = (
         USERS_LABEL,
         f"`{MAPPED}`",
         "",
-        "The node maps the users of containers (`userns-remap`). Keep services that need the machine's network or "
-        "processes away from it by the constraint `engine.labels.skep.userns!=remap`.",
+        "The node maps the users of containers (`userns-remap`). It gets no tasks that are privileged, or need the "
+        "machine's network or processes.",
     ),
     Label(
         LabelTarget.ENGINE,

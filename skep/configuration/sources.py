@@ -116,10 +116,10 @@ def load(arguments: Arguments) -> LoadedConfiguration:
     """
     toml = _toml(arguments.toml, required=arguments.toml_required)
     docker = _json(arguments.daemon_json, required=arguments.daemon_json_required)
-    return _resolved(combine(arguments, toml, docker))
+    return _resolved(combine(arguments, toml, docker), arguments)
 
 
-def _resolved(loaded: LoadedConfiguration) -> LoadedConfiguration:
+def _resolved(loaded: LoadedConfiguration, arguments: Arguments) -> LoadedConfiguration:
     """Return ``loaded`` with the real paths of its two directories.
 
     runc refuses a root file system below a symbolic link, and ``/var/run`` is a link on every distribution.
@@ -130,7 +130,7 @@ def _resolved(loaded: LoadedConfiguration) -> LoadedConfiguration:
         data_dir=Path(os.path.realpath(configuration.data_dir)),
         run_dir=Path(os.path.realpath(configuration.run_dir)),
     )
-    if together := _problems_together(configuration):
+    if together := _problems_together(configuration, is_rootless=arguments.is_rootless):
         raise ConfigurationError(*together)
     return msgspec.structs.replace(loaded, configuration=configuration)
 
@@ -175,7 +175,7 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
     configuration = Configuration(**fields)
     if unused := _unused_hosts(configuration, toml):
         warnings.append(f"{arguments.toml}: hosts is not used, because --host is given: {', '.join(unused)}")
-    if together := _problems_together(configuration):
+    if together := _problems_together(configuration, is_rootless=arguments.is_rootless):
         raise ConfigurationError(*together)
     if configuration.log_driver not in LOG_DRIVERS:
         warnings.append(
@@ -206,9 +206,14 @@ def _advice(key: str, known: Mapping[str, object]) -> str:
     return f"did you mean {near[0]!r}?" if near else "correct or remove it"
 
 
-def _problems_together(configuration: Configuration) -> list[str]:
-    """Return problems of settings that are valid alone but not together."""
-    problems = []
+def _problems_together(configuration: Configuration, *, is_rootless: bool) -> list[str]:
+    """Return problems of settings that are valid alone but not together, or not on a rootless node."""
+    problems = _rootless_problems(configuration) if is_rootless else []
+    if configuration.userns_remap and configuration.executor != "oci":
+        problems.append(
+            f"userns-remap maps users of containers, and the executor {configuration.executor} runs none: "
+            "remove userns-remap, or use --executor oci"
+        )
     over_tcp = [host for host in configuration.api_hosts if isinstance(host, TcpHost)]
     tls = (configuration.tls_cert, configuration.tls_key, configuration.tls_ca)
     if over_tcp and None in tls:
@@ -235,6 +240,30 @@ def _problems_together(configuration: Configuration) -> list[str]:
     if configuration.data_dir == configuration.run_dir:
         problems.append(
             f"data-dir and run-dir are both {configuration.data_dir}: choose a run-dir on tmpfs, like /run/skep"
+        )
+    return problems
+
+
+def _rootless_problems(configuration: Configuration) -> list[str]:
+    """Return the settings that need the machine's network or users, which a rootless node does not have."""
+    problems = [
+        f"{host} is in the rootless node's own network, where no client reaches it: "
+        "use unix://, and from other machines docker -H ssh://USER@MACHINE"
+        for host in configuration.api_hosts
+        if isinstance(host, TcpHost)
+    ]
+    if configuration.metrics_addr is not None:
+        problems.append(
+            f"--metrics-addr {joined(*configuration.metrics_addr)} is in the rootless node's own network, where "
+            "Prometheus does not reach it: remove it, and read /metrics from the API socket"
+        )
+    if configuration.dashboard is not None:
+        problems.append(
+            "--dashboard is served by managers, and a rootless node is never one: set it on a node of root"
+        )
+    if configuration.userns_remap:
+        problems.append(
+            "userns-remap is for nodes of root, and a rootless node maps users already: remove userns-remap"
         )
     return problems
 

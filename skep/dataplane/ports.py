@@ -8,6 +8,7 @@ The net process holds the sockets (``Reservations``) and records them in a file.
 binds them again from that file.
 """
 
+import asyncio
 import errno
 import socket
 from collections.abc import Callable, Iterable, Sequence
@@ -16,8 +17,11 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+import structlog
 
-from skep.aio.failures import log_error
+from skep.aio.clock import Clock
+from skep.aio.event import Event
+from skep.aio.failures import log_error, retry
 from skep.aio.trees import discard_tree_now
 from skep.dataplane.net_process.protocol import Reservation
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SkepError, Unavailable
@@ -141,6 +145,10 @@ def bind(protocol: str, port: int, address: str = "") -> socket.socket:
     return set_aside(opened)
 
 
+log = structlog.get_logger(__name__)
+
+_RETRY_S = 1.0
+"""First pause in seconds before failed calls outside are repeated.  A busy machine responds after a few seconds."""
 _CHOICES_MAX = 16
 """Limit for the ports that are chosen for a container, one after the other, while other programs have them outside."""
 PROTOCOL_NUMBERS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP, "sctp": socket.IPPROTO_SCTP}
@@ -160,6 +168,15 @@ class Outside(Protocol):
     def close(self, protocol: str, port: int, address: str) -> None:
         """Close the port.  Does nothing if it is not open.  Raises: SkepError."""
 
+    def ping(self) -> None:
+        """Ask for a response.  Raises: Unavailable."""
+
+    def restore(self, held: Iterable[Reservation]) -> None:
+        """Open the ``held`` ports that are not open, and close all others.
+
+        Raises: Unavailable: there is no response; SkepError: a port was not opened or closed, but all others were.
+        """
+
 
 class Reservations:
     """The host ports that this process holds.  They are recorded in the file ``state``.
@@ -171,6 +188,33 @@ class Reservations:
         self._state = state
         self._held = held
         self._outside = outside
+        self._unsettled = Event()
+        """Set while other ports may be open outside than those that are held, also by an earlier process."""
+        if outside is not None:
+            self._unsettled.set()
+
+    async def keep_outside(self, clock: Clock, rng: Callable[[], float]) -> None:
+        """Repeat calls outside that failed, until cancelled."""
+        while True:
+            await self._unsettled.wait()
+            await retry(
+                self._settle_apart,
+                "ports outside differ from those that are reserved",
+                clock=clock,
+                first_s=_RETRY_S,
+                rng=rng,
+            )
+
+    async def _settle_apart(self) -> None:
+        if self._outside is not None:
+            await asyncio.to_thread(self._outside.ping)  # the process does nothing else during ``settle``
+        self.settle()
+
+    def settle(self) -> None:
+        """Let exactly the held ports be open outside.  Raises: SkepError: as ``Outside.restore``."""
+        if self._outside is not None:
+            self._outside.restore(self.list())
+        self._unsettled.clear()
 
     def list(self) -> Sequence[Reservation]:
         """Return all reservations."""
@@ -215,6 +259,8 @@ class Reservations:
         """Bind a port, and open it outside.  A chosen port that another program has outside is chosen again."""
         if self._outside is not None:
             self._outside.check(protocol, address)
+            if self._unsettled.is_set():  # the port may be open because a former container has not let it go
+                self._settle_for_another()
         for left in reversed(range(1 if port or self._outside is None else _CHOICES_MAX)):
             opened = bind(protocol, port, address)
             try:
@@ -224,6 +270,10 @@ class Reservations:
                 opened.close()
                 if not left:
                     raise
+            except Unavailable:  # it may have been opened all the same
+                self._unsettled.set()
+                opened.close()
+                raise
             except BaseException:
                 opened.close()
                 raise
@@ -234,7 +284,20 @@ class Reservations:
     def _close(self, held: Reservation, opened: socket.socket) -> None:
         opened.close()
         if self._outside is not None:
-            self._outside.close(held.protocol, held.port, held.address)
+            try:
+                self._outside.close(held.protocol, held.port, held.address)
+            except SkepError as error:
+                log_error(error, "port not closed outside yet", port=held.port, protocol=held.protocol)
+                self._unsettled.set()
+
+    def _settle_for_another(self) -> None:
+        """Settle before another port is opened.  Raises: Unavailable."""
+        try:
+            self.settle()
+        except Unavailable:
+            raise
+        except SkepError as error:  # about a port that is held already, which is tried again later
+            log.debug("port not as wanted outside", error=str(error))
 
     def release(self, protocol: str, port: int, address: str = "") -> None:
         """Release ``port``.  Does nothing if it is not held."""

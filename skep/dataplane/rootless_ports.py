@@ -9,6 +9,7 @@ Source: rootlesskit 1.1, pkg/api/router/router.go, pkg/port/portutil/portutil.go
 
 import socket
 from collections.abc import Iterable
+from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
@@ -75,17 +76,44 @@ class MachinePorts:
         spec = _spec(protocol, port, address)
         for one in self._list():
             if one.spec == spec:
-                self._call("DELETE", f"/v1/ports/{one.id}")
+                self._delete(one)
+
+    def ping(self) -> None:
+        """Ask for a response.  Blocks.  Raises: Unavailable."""
+        self._list()
 
     def restore(self, held: Iterable[Reservation]) -> None:
-        """Open the ``held`` ports that are not open, and close all others.  Blocks.  Raises: SkepError."""
+        """Open the ``held`` ports that are not open, and close all others.  Blocks.
+
+        Raises: Unavailable: RootlessKit does not respond; SkepError: the first refusal, after all other ports.
+        """
         wanted = {_spec(one.protocol, one.port, one.address): one for one in held}
         present = self._list()
-        for status in present:
-            if status.spec not in wanted:
-                self._call("DELETE", f"/v1/ports/{status.id}")
-        for spec in wanted.keys() - {status.spec for status in present}:
-            self.open(wanted[spec].protocol, spec.parent_port, wanted[spec].address)
+        work = [partial(self._delete, one) for one in present if one.spec not in wanted]
+        work += [
+            partial(self.open, one.protocol, one.port, one.address)
+            for spec, one in wanted.items()
+            if spec not in {status.spec for status in present}
+        ]
+        refused: SkepError | None = None
+        for change in work:
+            try:
+                change()
+            except Unavailable:
+                raise
+            except SkepError as error:
+                refused = refused or error
+        if refused is not None:
+            raise refused
+
+    def _delete(self, port: _Status) -> None:
+        status, body = self._call("DELETE", f"/v1/ports/{port.id}")
+        if status >= 300:
+            where = joined(port.spec.parent_ip, port.spec.parent_port)
+            raise FailedPrecondition(
+                f"rootlesskit does not close {where}: {body.decode(errors='replace').strip()}: "
+                "restart the node if the port is needed"
+            )
 
     def _list(self) -> tuple[_Status, ...]:
         _, body = self._call("GET", "/v1/ports")

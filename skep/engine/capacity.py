@@ -44,6 +44,8 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """Whether each container gets its own session keyring."""
     has_every_group: bool = True
     """Whether a container's processes may have any group.  In a user namespace, only some groups exist."""
+    is_in_user_namespace: bool = False
+    """Whether the node itself runs in a user namespace, where nobody can make device nodes."""
     init_binary: str = ""
     """Path of a static init program on the node.  Empty if the node has none."""
     has_x32: bool = True
@@ -126,6 +128,7 @@ def capacity_of(
         masked_paths=thermal_throttles(cpus),
         has_keyrings=not is_in_user_namespace(),
         has_every_group=not is_in_user_namespace(),
+        is_in_user_namespace=is_in_user_namespace(),
         has_io_weight=cgroups.has_io_weight,
         cdi_directories=cdi_directories,
         cpus=cgroups.cpus,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from skep.agent.executor.payloads import Payloads
+from skep.dataplane.door.certificates import LIST
 from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.engine.containers.container import MountPoint
 from skep.engine.runtime import mapped_mounts
@@ -212,3 +214,22 @@ def test_the_owner_of_the_pipes_is_the_containers_root(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout == f"[{os.stat('/dev/null').st_uid}, {FIRST}] {FIRST}\n"
+
+
+def test_certificates_belong_to_the_root_that_each_container_of_the_front_door_began_with(
+    tmp_path: Path,
+) -> None:
+    def process(users: UserMap | None) -> Payloads:
+        payloads = Payloads(tmp_path, mount_ramfs=lambda _: None, users=users)
+        payloads.open()
+        return payloads
+
+    mapped, unmapped = (tmp_path / "files" / name / "door" for name in ("mapped", "unmapped"))
+    process(USERS).materialize_door("mapped")
+    process(None).materialize_door("unmapped")
+    for users in (USERS, None):
+        (mapped / LIST).unlink()  # so that it is written again, as after a renewal
+        (unmapped / LIST).unlink()
+        process(users).write_door()
+        assert [owner(one) for one in (mapped, mapped / LIST)] == [(FIRST, FIRST)] * 2
+        assert [owner(one) for one in (unmapped, unmapped / LIST)] == [(0, 0)] * 2

@@ -150,7 +150,10 @@ class Payloads:
             for directory in directories:
                 with suppress(FileNotFoundError):  # its task was removed meanwhile
                     write_certificates(directory, present.certificates, seen_at)
-                    self._give(directory, *directory.iterdir())
+                    # A container keeps the mapping that it was created with.
+                    owner = directory.stat()
+                    for path in directory.iterdir():
+                        os.chown(path, owner.st_uid, owner.st_gid)
             return present if directories else replace(present, certificates={})
 
     # --- what a container sees --------------------------------------------------------------------------------
@@ -168,16 +171,12 @@ class Payloads:
         return _mount(self._files(key) / "door", KEYS_DIRECTORY)
 
     def materialize_door(self, key: str) -> None:
-        """Write the front door's certificates for ``key``'s container.  Raises: OSError."""
+        """Write the front door's certificates for ``key``'s container, whose root owns them.  Raises: OSError."""
         directory = self._files(key) / "door"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.write_door()
-
-    def _give(self, *paths: Path) -> None:
-        """Make the root of the tasks' containers the owner of files that only root may read.  Raises: OSError."""
         if self._users is not None:
-            for path in paths:
-                os.chown(path, *self._users.root)
+            os.chown(directory, *self._users.root)
+        self.write_door()
 
     def materialize(self, key: str, container: ContainerSpec, seen: Struct) -> None:
         """Write the secret and config files of ``key``'s container with the requested owners and modes, and expand

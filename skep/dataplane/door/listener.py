@@ -12,7 +12,7 @@ which one HAProxy runs.
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -59,6 +59,8 @@ _RESPONSE_MAX = 1 << 20
 """Bytes of a response.  Those of a batch and of ``show info`` have less than 64 KiB."""
 _STATISTICS_MAX = 8 << 20
 """Bytes of the statistics of all backends.  Those of 10,000 have 5 MiB."""
+_MISSED_MAX = 3
+"""Responses that a reading may miss, because each takes ``COMMANDS_S_MAX``.  After that, HAProxy counts as silent."""
 
 _CONNECTIONS = re.compile(r"^CurrConns: (\d+)", re.MULTILINE)
 _DESCRIPTION = re.compile(r"^Description: (\S+)", re.MULTILINE | re.IGNORECASE)
@@ -182,7 +184,7 @@ class FrontDoor:
         self._idle.forget()
 
     async def read_statistics(self) -> None:
-        """Read HAProxy's counters once.  Without a response, nothing is added, and idle times are not known."""
+        """Read HAProxy's counters once.  A response that is missing or malformed loses only what it would have."""
         async with self._reading:
             await self._read(self._applied)
 
@@ -192,23 +194,40 @@ class FrontDoor:
             self._idle.forget()
             return
         wanted = wanted_of(state, self._counted)
-        try:
-            texts = [await self._ask(directory / _ADMIN, one) for one in questions(wanted)]
-            former = [text async for text in self._statistics_of_former(directory)] if wanted.idle else []
-        except Unavailable:
+        texts = await self._responses(directory, questions(wanted))
+        if not texts:
             self._idle.forget()
             return
+        former: list[str] | None = None  # idle times are not known without all former processes
+        with suppress(Unavailable):
+            former = [text async for text in self._statistics_of_former(directory)] if wanted.idle else []
         # In a thread, because hundreds of routes take some milliseconds.
         found = await asyncio.to_thread(counters_in, wanted, texts, former)
         now = self._clock.monotonic()
         self._window.add(now, found.lines)
-        self.routes.add(now, found.routes)
+        self.routes.add(now, found.routes, found.unread)
         self._service_window.add(now, wanted.services, found.services)
+        if found.idle is None:
+            self._idle.forget()
+            return
         open_now, opened = self.held.open(), self.held.opened
         self._idle.add(
             now,
             {id: one + BackendCounters(open_now.get(id, 0), opened[id]) for id, one in found.idle.items()},
         )
+
+    async def _responses(self, directory: Path, wanted: Iterable[str]) -> list[str]:
+        """Return the responses to questions.  Of a HAProxy that leaves some without one, no more are asked."""
+        found, missed = [], 0
+        for one in wanted:
+            try:
+                found.append(await self._ask(directory / _ADMIN, one, _STATISTICS_MAX))
+            except Unavailable as error:
+                log.debug(_UNREAD, error=str(error))
+                missed += 1
+                if missed >= _MISSED_MAX:
+                    break
+        return found
 
     async def _statistics_of_former(self, directory: Path) -> AsyncIterator[str]:
         """Yield the statistics of all backends in former processes that have connections.  Raises: Unavailable."""

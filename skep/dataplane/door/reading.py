@@ -33,7 +33,8 @@ _BACKENDS, _BACKENDS_AND_SERVERS = 2, 6
 """Kinds of rows in a response."""
 _PROCESS: Final = re.compile(r"^Pid: ([0-9]+)", re.MULTILINE)
 _ENTRY: Final = re.compile(r" key=(\S+) ")
-_COUNTER: Final = re.compile(r" gpc([0-9]+)=([0-9]+)")
+_COUNTER: Final = re.compile(r" gpc([0-9]{1,4})=([0-9]{1,20})")
+_TABLE: Final = f"# table: {TRAFFIC_TABLE}"
 
 
 class WantedCounters(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,12 +54,14 @@ class WantedCounters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReadCounters(msgspec.Struct, frozen=True, kw_only=True):
-    """The counters of one reading."""
+    """The counters of one reading.  ``idle`` is None if not all processes were read."""
 
     routes: Mapping[str, RouteTraffic]
     services: Mapping[str, ServiceCounters]
-    idle: Mapping[ServiceId, BackendCounters]
+    idle: Mapping[ServiceId, BackendCounters] | None
     lines: Mapping[Line, LineCounters]
+    unread: frozenset[str] = frozenset()
+    """Backends that no response has.  They have no counters here, except that ``routes`` has 0 for them."""
 
 
 def wanted_of(state: DoorState, autoscaled: Iterable[str]) -> WantedCounters:
@@ -91,27 +94,44 @@ def _question(names: Iterable[str], kinds: int) -> str:
     return ";".join(["show info", *(f"show stat {name} {kinds} -1" for name in names)]) + "\n"
 
 
-def counters_in(wanted: WantedCounters, texts: Sequence[str], former: Sequence[str]) -> ReadCounters:
+def counters_in(wanted: WantedCounters, texts: Sequence[str], former: Sequence[str] | None) -> ReadCounters:
     """Return the counters since the start of each process.
 
     Args:
-        texts: Responses to ``questions``.
-        former: Statistics of former processes, each after the response to ``show info``.
+        texts: Responses to ``questions``, as far as there are any.
+        former: Statistics of former processes, each after the response to ``show info``, or None if one is missing.
     """
-    rows = [row for text in texts for row in rows_in(text)]
+    rows = [row for text in texts for row in _well_formed(text)]
     backends = [one for one in rows if one.columns.get("svname") == "BACKEND"]
+    unread = {*wanted.routes, *wanted.services, *wanted.idle} - {one.columns["pxname"] for one in backends}
+    if not any(_TABLE in text for text in texts):
+        unread.update(wanted.routes)
+    unknown = {id for name, id in wanted.idle.items() if name in unread}
+    idle = dict.fromkeys(id for id in wanted.idle.values() if id not in unknown)
     slower = dict(entry for text in texts for entry in _entries(text))
-    all_processes = [*backends, *(row for text in former for row in rows_in(text))]
+    all_processes = [*backends, *(row for text in former or () for row in rows_in(text))]
     return ReadCounters(
         routes=route_counters(backends, slower, wanted.routes),
         services=dict(service_counters_of(backends, wanted.services)),
-        idle=added_counters(all_processes, dict.fromkeys(wanted.idle.values())),
+        idle=added_counters(all_processes, idle) if former is not None else None,
         lines=dict(counters_of(rows, wanted.lines)),
+        unread=frozenset(unread),
     )
 
 
+def _well_formed(text: str) -> list[StatRow]:
+    """Return the rows of a response, or none of them if it is malformed."""
+    try:
+        return list(rows_in(text))
+    except csv.Error:
+        return []
+
+
 def rows_in(text: str) -> Iterator[StatRow]:
-    """Yield the rows of ``show stat``, whose responses each have a header, with the process of ``show info``."""
+    """Yield the rows of ``show stat``, whose responses each have a header, with the process of ``show info``.
+
+    Raises: csv.Error.
+    """
     process = named[1] if (named := _PROCESS.search(text)) is not None else ""
     columns: list[str] = []
     for line in csv.reader(text.splitlines()):

@@ -30,6 +30,9 @@ STATUSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx", "other")
 """Classes of statuses that HAProxy counts."""
 SERVER_ERRORS: Final = STATUSES.index("5xx")
 
+_DIGITS_MAX: Final = 20
+"""Most digits of a number.  HAProxy's counters have 64 bits."""
+
 Line = tuple[str, str]
 """Names of a backend and of one of its servers."""
 
@@ -81,8 +84,8 @@ def counters_of(rows: Iterable[StatRow], lines: Mapping[Line, str]) -> Iterator[
 
 
 def number(text: str | None) -> int:
-    """Return a column's number.  It is 0 if the column is empty or missing."""
-    return int(text) if text and text.isdigit() else 0
+    """Return a column's number.  It is 0 if the column is empty, missing or malformed: HAProxy can be any image."""
+    return int(text) if text and len(text) <= _DIGITS_MAX and text.isascii() and text.isdigit() else 0
 
 
 # -- autoscaled services -----------------------------------------------------------------------------------------

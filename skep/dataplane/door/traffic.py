@@ -5,7 +5,7 @@ response in a table (``latency_rules``).  Both start at 0 after a reload.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import accumulate
 from operator import lt
 from typing import Final
@@ -64,8 +64,16 @@ class RouteCounters:
         self._totals: dict[str, RouteTraffic] = {}
         self._samples: deque[tuple[float, Mapping[str, RouteTraffic]]] = deque()
 
-    def add(self, now: float, counters: Mapping[str, RouteTraffic]) -> None:
-        """Add a reading of all routes.  The first one only tells where the counters start."""
+    def add(self, now: float, counters: Mapping[str, RouteTraffic], unread: Collection[str] = ()) -> None:
+        """Add a reading of all routes.  The first one only tells where the counters start.
+
+        ``unread`` routes keep the counters of the last reading, so that the next one has their requests since then.
+        """
+        if unread:
+            before = self._last or {}
+            counters = {
+                name: before.get(name, one) if name in unread else one for name, one in counters.items()
+            }
         last, self._last, before_s, self._read_at = self._last, counters, self._read_at, now
         if last is not None:
             sample = {

@@ -13,7 +13,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import SystemClock
-from skep.aio.failures import log_error, retry
+from skep.aio.failures import retry
 from skep.dataplane.net_process import handover
 from skep.dataplane.net_process.client import MESH
 from skep.dataplane.net_process.handover import Taken
@@ -79,13 +79,7 @@ def run(paths: Paths, other_work: Sequence[Callable[[], Awaitable[None]]] = ()) 
     ):
         if taken is None:
             taken = Taken(reopened(paths.net_ports))
-        outside = machine_ports()
-        if outside is not None:
-            try:
-                outside.restore(taken.held)
-            except SkepError as error:  # the node process reserves lost ports again
-                log_error(error, "ports of the machine not restored")
-        reservations = Reservations(paths.net_ports, dict(taken.held), outside)
+        reservations = Reservations(paths.net_ports, dict(taken.held), machine_ports())
         asyncio.run(_run(paths, reservations, taken, other_work))
 
 
@@ -122,6 +116,7 @@ async def _run(
                 lambda: [one for one in reservations.held() if one[0].owner == MESH],
             )
             start_task(retry(relays.run, "relays of ports failed", clock=SystemClock()))
+            start_task(reservations.keep_outside(SystemClock(), random.random))
             for work in other_work:
                 start_task(work())
             serving.take_over(taken.named, taken.waiting)

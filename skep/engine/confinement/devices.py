@@ -29,7 +29,10 @@ _ENTRIES_MAX = 10_000
 
 
 class DeviceNode(msgspec.Struct, frozen=True, kw_only=True):
-    """A device file.  ``type`` is ``c`` or ``b``.  ``access`` has the container's rights, letters of ``rwm``."""
+    """A device file.  ``type`` is ``c`` or ``b``.  ``access`` has the container's rights, letters of ``rwm``.
+
+    ``source`` is the machine's file of this device, empty if it has none with these numbers.
+    """
 
     path: str
     type: str
@@ -39,12 +42,15 @@ class DeviceNode(msgspec.Struct, frozen=True, kw_only=True):
     uid: int = 0
     gid: int = 0
     access: str = "rwm"
+    source: str = ""
 
 
 class Devices(msgspec.Struct, frozen=True, kw_only=True):
     """Devices found for a container."""
 
     nodes: tuple[DeviceNode, ...] = ()
+    bound: tuple[DeviceNode, ...] = ()
+    """Devices that are bind mounts instead."""
     limited: dict[str, tuple[int, int]] = {}
     """Major and minor numbers of block devices with limits, by path."""
     edits: cdi.Edits = cdi.Edits()
@@ -135,6 +141,7 @@ def device_at(path: Path, shown: str = "", access: str = "rwm") -> DeviceNode | 
         uid=status.st_uid,
         gid=status.st_gid,
         access=access,
+        source=str(path),
     )
 
 
@@ -190,13 +197,19 @@ def _of_edit(edit: cdi.DeviceFile) -> DeviceNode:
             f'CDI device injection failed: failed to stat CDI host device "{edit.host_path or edit.path}": '
             "no such file or directory"
         )
+    numbers = (
+        edit.type or found.type,
+        edit.major if edit.major is not None else found.major,
+        edit.minor if edit.minor is not None else found.minor,
+    )
     return DeviceNode(
         path=edit.path,
-        type=edit.type or found.type,
-        major=edit.major if edit.major is not None else found.major,
-        minor=edit.minor if edit.minor is not None else found.minor,
+        type=numbers[0],
+        major=numbers[1],
+        minor=numbers[2],
         mode=edit.file_mode if edit.file_mode is not None else found.mode,
         uid=edit.uid if edit.uid is not None else found.uid,
         gid=edit.gid if edit.gid is not None else found.gid,
         access=found.access,
+        source=found.source if numbers == (found.type, found.major, found.minor) else "",
     )

@@ -84,6 +84,9 @@ def build(
     mounts += [
         _mount(point, capacity) for point in sorted(config.mounts, key=lambda one: one.destination.count("/"))
     ]
+    if container.users is not None or capacity.is_in_user_namespace:
+        devices, files_of_devices = _bound(devices)
+        mounts += files_of_devices
     mounts += [_edited_mount(one) for one in devices.edits.mounts]
     arguments = [config.path, *config.args]
     if config.init:
@@ -239,7 +242,7 @@ def _linux(
     linux: dict[str, Any] = {
         "namespaces": _namespaces(container, capacity, shared),
         **({"cgroupsPath": cgroup} if cgroup else {}),
-        "resources": {"devices": _device_rules(config, devices.nodes)} | limits,
+        "resources": {"devices": _device_rules(config, [*devices.nodes, *devices.bound])} | limits,
         "maskedPaths": [] if options.privileged else masked,
         "readonlyPaths": [] if options.privileged else read_only,
         "sysctl": {
@@ -323,6 +326,27 @@ def _device(node: DeviceNode) -> dict[str, Any]:
         "uid": node.uid,
         "gid": node.gid,
     }
+
+
+def _bound(devices: Devices) -> tuple[Devices, list[dict[str, Any]]]:
+    """Return the devices of a container in a user namespace, and the mounts of those with another path there.
+
+    A runtime cannot make nodes in a user namespace.  It binds the machine's file of the same path, whatever that is.
+
+    Raises: FailedPrecondition: the machine has no file of a device with its numbers.
+
+    Source: runc, libcontainer/rootfs_linux.go (bindMountDeviceNode); crun, src/libcrun/linux.c (libcrun_create_dev).
+    """
+    for one in devices.nodes:
+        if not one.source:
+            raise FailedPrecondition(
+                f"no device can be made in a user namespace, and this machine has no file for {one.path} with the "
+                f"numbers {one.major}:{one.minor}: correct the CDI description, or use another node"
+            )
+    bound = tuple(one for one in devices.nodes if one.source != one.path)
+    kept = tuple(one for one in devices.nodes if one.source == one.path)
+    mounts = [_bind(one.source, one.path, "rprivate", read_only=False) for one in bound]
+    return msgspec.structs.replace(devices, nodes=kept, bound=bound), mounts
 
 
 def _seccomp(config: ContainerConfig, capacity: Capacity) -> msgspec.Raw | None:

@@ -20,6 +20,7 @@ class NodeRefusal(Enum):
     NOT_READY = "{nodes} not available for new tasks"
     RESOURCES = "insufficient resources on {nodes}"
     ROOTLESS = "not possible on {nodes} in rootless mode"
+    MAPPED_USERS = "not possible on {nodes} with userns-remap"
     DOCKER_NETWORK = "overlay network belongs to docker nodes, which does not fit {nodes}"
     SKEP_NETWORK = "overlay network belongs to skep nodes, which does not fit {nodes}"
     PATHS = "overlay traffic fails on {nodes}"

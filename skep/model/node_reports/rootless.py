@@ -1,7 +1,10 @@
-"""What a rootless node reports about itself, and which tasks it therefore does not run.
+"""Which tasks a node without all rights of root does not run, because of what it reports about itself.
 
 A rootless node belongs to an ordinary user and lies behind a network of its own.  Other nodes cannot send it packets of
 overlay networks.  It has limits only if control groups are delegated to its user, and no ports that need root.
+
+A node that maps the users of its containers (``userns-remap``) belongs to root, but its containers cannot have what
+needs the machine's root.  Like Docker, it refuses them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,8 +15,10 @@ import msgspec
 
 from skep.model.networks.data_planes import driver_of, is_overlay
 from skep.model.node import Node
-from skep.model.service import TaskSpec
+from skep.model.permissions.rights import MachineRights
+from skep.model.service import PublishMode, ServiceSpec, TaskSpec
 from skep.model.task import NetworkAttachment
+from skep.model.values.user_map import MAPPED, USERS_LABEL
 
 ROOTLESS_LABEL: Final = "skep.rootless"
 """Engine label of a rootless node, such as ``ports-from=1024 limits=cpu,memory,pids``."""
@@ -26,7 +31,7 @@ _PORTS_FROM = 1024
 
 
 class RootlessNeeds(msgspec.Struct, frozen=True, gc=False):
-    """The needs of a task that a rootless node may not meet."""
+    """The needs of a task that a rootless node, or one that maps users, may not meet."""
 
     overlay: str = ""
     """Name of one of its overlay networks."""
@@ -35,6 +40,11 @@ class RootlessNeeds(msgspec.Struct, frozen=True, gc=False):
     """The controllers that its limits need, in the order of ``LIMITS``."""
     lowest_port: int = 0
     """Its lowest host-mode port, or 0."""
+    has_sctp_port: bool = False
+    """Whether it has a host-mode port for SCTP, which RootlessKit cannot open."""
+    is_privileged: bool = False
+    has_host_processes: bool = False
+    """Whether it sees the machine's processes (``skep.pid=host``)."""
 
     def __bool__(self) -> bool:
         return self != _NOTHING
@@ -44,17 +54,25 @@ _NOTHING = RootlessNeeds()
 
 
 def rootless_needs(
-    spec: TaskSpec, attachments: Iterable[NetworkAttachment], host_ports: Iterable[tuple[str, int]]
+    spec: TaskSpec,
+    attachments: Iterable[NetworkAttachment],
+    service_spec: ServiceSpec | None,
+    rights: MachineRights,
 ) -> RootlessNeeds:
-    """Return the needs of a task with ``spec``, its networks and its host-mode ports."""
+    """Return the needs of a task with ``spec``, its networks, the host-mode ports of its service and its rights."""
     networks = [one.network for one in attachments if one.network is not None]
+    endpoint = service_spec.endpoint_spec if service_spec is not None else None
+    ports = [one for one in endpoint.ports if one.publish_mode is PublishMode.HOST] if endpoint else []
     limits = spec.resources.limits if spec.resources is not None else None
     amounts = (limits.nano_cpus, limits.memory_bytes, limits.pids) if limits is not None else (0, 0, 0)
     return RootlessNeeds(
         overlay=next((one.spec.name for one in networks if is_overlay(one)), ""),
         is_on_host_network=any(driver_of(one) == "host" for one in networks),
         limits=tuple(name for name, amount in zip(LIMITS, amounts, strict=True) if amount > 0),
-        lowest_port=min((number for _, number in host_ports), default=0),
+        lowest_port=min((one.published_port for one in ports if one.published_port), default=0),
+        has_sctp_port=any(one.protocol == "sctp" for one in ports),
+        is_privileged=rights.privileged,
+        has_host_processes=rights.pid == "host",
     )
 
 
@@ -90,7 +108,24 @@ def lacking(needs: RootlessNeeds, labels: Mapping[str, str]) -> tuple[str, ...]:
         found.append(f"limits of {' and '.join(without)}")
     if 0 < needs.lowest_port < ports_from:
         found.append(f"port {needs.lowest_port}, which is below {ports_from}")
+    if needs.has_sctp_port:
+        found.append("SCTP port")
     return tuple(found)
+
+
+def refused_by_mapping(needs: RootlessNeeds, labels: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the ``needs`` that a node with these engine labels refuses because it maps users, in words.
+
+    Source: ``confinement.machine.check_mapped``, which refuses them on the node.
+    """
+    if labels.get(USERS_LABEL) != MAPPED:
+        return ()
+    found = {
+        "privileged": needs.is_privileged,
+        "host network": needs.is_on_host_network,
+        "processes of the machine": needs.has_host_processes,
+    }
+    return tuple(name for name, is_needed in found.items() if is_needed)
 
 
 @lru_cache(maxsize=64)

@@ -30,6 +30,7 @@ from skep.model.options.secret_env import PLUGIN as SECRET_ENV
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, slot_volumes_label
 from skep.model.permissions.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL, MORE, reported_rights
 from skep.model.service import GenericResource, NamedResource, Platform, Resources
+from skep.model.values.user_map import MAPPED, USERS_LABEL, UserMap
 from skep.node.host.conditions import Conditions
 from skep.node.host.features import Features, labels
 from skep.node.host.machine import Machine
@@ -87,6 +88,11 @@ def volume_labels(uses: Mapping[str, Mapping[str, int]]) -> Mapping[str, str]:
     )
     label = slot_volumes_label(found)
     return {SLOT_VOLUMES_LABEL: label} if label else {}
+
+
+def user_labels(users: UserMap | None) -> Mapping[str, str]:
+    """Return the labels of a node that maps its containers' ``users``, one of which is ``node.facts.userns``."""
+    return {USERS_LABEL: MAPPED, f"{FACT_LABEL}userns": MAPPED} if users is not None else {}
 
 
 def volume_drivers(engine: Engine | None) -> Sequence[str]:

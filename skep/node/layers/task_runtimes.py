@@ -53,11 +53,10 @@ from skep.model.networks.wireguard import EncryptionMethod
 from skep.model.node_reports.conditions import ConditionName
 from skep.model.values.ids import new_container_id
 from skep.model.values.meta import Driver
-from skep.model.values.user_map import MAPPED, USERS_LABEL
 from skep.node.container_apis.exchange import Dispatch
 from skep.node.container_apis.server import ContainerApis
 from skep.node.docker.engine_images import EngineImages
-from skep.node.host.description import has_overlays, port_labels, volume_labels
+from skep.node.host.description import has_overlays, port_labels, user_labels, volume_labels
 from skep.node.host.features import Features
 from skep.node.host.isolation import keep_profile, watch_users
 from skep.node.layers.foundation import Foundation
@@ -242,7 +241,7 @@ class Containers:
             **plane.nat.labels(),
             **ports,
             **volume_labels(self.engine.volumes.uses),
-            **({USERS_LABEL: MAPPED} if self.engine.bundles.users is not None else {}),
+            **user_labels(self.engine.bundles.users),
         }
 
     def network_warnings(self) -> tuple[str, ...]:

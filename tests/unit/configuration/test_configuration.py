@@ -394,3 +394,28 @@ def test_what_a_user_has_written_overrides_the_places_of_a_rootless_node() -> No
     assert combine(
         parse_arguments(["--rootless"], {}), {"data-dir": "/toml"}, {}
     ).configuration.data_dir == Path("/toml")
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"hosts": ["tcp://127.0.0.1:2376"]}, "docker -H ssh://USER@MACHINE"),
+        ({"metrics-addr": "0.0.0.0:9323"}, "remove it, and read /metrics from the API socket"),
+        ({"dashboard": "127.0.0.1:8443"}, "set it on a node of root"),
+        ({"userns-remap": "default"}, "remove userns-remap"),
+    ],
+)
+def test_what_needs_the_machines_network_or_users_is_refused_on_a_rootless_node(
+    setting: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "pem"
+    file.touch()
+    given = setting | {f"tls-{name}": str(file) for name in ("cert", "key", "ca")}
+    assert combine(parse_arguments([], {}), given, {})
+    with pytest.raises(ConfigurationError, match=reason):
+        combine(parse_arguments(["--rootless"], {}), given, {})
+
+
+def test_mapped_users_are_refused_without_containers() -> None:
+    with pytest.raises(ConfigurationError, match="use --executor oci"):
+        combine(parse_arguments([], {}), {"executor": "process", "userns-remap": "default"}, {})

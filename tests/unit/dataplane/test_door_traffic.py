@@ -4,6 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.dataplane.door.reading import WantedCounters, counters_in, questions
+from skep.dataplane.door.statistics import ServiceCounters
 from skep.dataplane.door.traffic import WINDOW_S, RouteCounters
 from skep.model.door.traffic import BUCKETS, REPORTED_MAX, RouteTraffic, quantile_ms
 from skep.model.values.ids import ServiceId
@@ -81,6 +82,53 @@ def test_a_backend_is_read_once_whoever_needs_it() -> None:
         "show info;show stat new-1 6 -1\n",
         "show table skep-traffic\n",
     ]
+
+
+HEAD = "Pid: 7\n# pxname,svname,scur,req_tot,connect,act,hrsp_2xx,\n"
+WANTED = WantedCounters(
+    routes={"web-1": a_route(0), "api-1": a_route(0)},
+    services={"web-1": "web", "api-1": "api"},
+    idle={"web-1": ServiceId("web"), "api-1": ServiceId("api")},
+    lines={},
+)
+TABLE = "# table: skep-traffic, type: string\n"
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        [],
+        [HEAD + "api-1,BACKEND," + "9" * 200_000 + ",9,9,1,9,\n"],
+        [HEAD],
+    ],
+)
+def test_a_lost_or_malformed_response_loses_only_its_own_rows(lost: list[str]) -> None:
+    texts = [HEAD + "web-1,BACKEND,1,9,9,1,9,\n", *lost, TABLE]
+    seen = counters_in(WANTED, texts, ())
+    assert seen.unread == {"api-1"}
+    assert seen.services == {"web-1": ServiceCounters(1, 9)}
+    assert seen.idle is not None
+    assert seen.idle.keys() == {"web"}, "nobody knows whether the other one is idle"
+    counters = RouteCounters()
+    counters.add(0.0, {"web-1": a_route(0), "api-1": a_route(50)})
+    counters.add(5.0, seen.routes, seen.unread)
+    assert {one.requests for one in counters.recent(5.0)} == {9}
+    counters.add(10.0, {"web-1": a_route(9), "api-1": a_route(52)})
+    assert sorted(one.requests for one in counters.recent(10.0)) == [2, 9], "no request counts twice"
+
+
+@pytest.mark.parametrize("malformed", ["²", "٣", "9" * 5_000, "-1"])
+def test_a_malformed_number_loses_no_other_one(malformed: str) -> None:
+    texts = [HEAD + f"web-1,BACKEND,1,9,9,1,9,\napi-1,BACKEND,{malformed},5,5,1,5,\n", TABLE]
+    seen = counters_in(WANTED, texts, ())
+    assert seen.services == {"web-1": ServiceCounters(1, 9), "api-1": ServiceCounters(0, 5)}
+
+
+def test_without_a_former_process_only_idle_times_are_unknown() -> None:
+    texts = [HEAD + "web-1,BACKEND,1,9,9,1,9,\n" + "api-1,BACKEND,0,0,0,1,0,\n", TABLE]
+    seen = counters_in(WANTED, texts, None)
+    assert (seen.idle, seen.unread) == (None, frozenset())
+    assert seen.routes["web-1"].requests == 9
 
 
 def test_removed_routes_are_forgotten_and_a_report_has_the_busiest() -> None:

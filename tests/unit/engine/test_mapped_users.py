@@ -6,7 +6,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from skep.engine.confinement.machine import MachineOptions, check_mapped
+from skep.engine.capacity import Capacity
+from skep.engine.confinement.devices import look_up
+from skep.engine.confinement.machine import DeviceMapping, DeviceRequest, MachineOptions, check_mapped
 from skep.engine.confinement.users import ProcessUser
 from skep.engine.containers.container import (
     Container,
@@ -21,7 +23,7 @@ from skep.engine.runtime.bind_flags import request_flags
 from skep.engine.runtime.mapped_mounts import has_own_owners, is_mapped, placed
 from skep.engine.runtime.runtime_spec import NOTHING_SHARED, Shared, build
 from skep.engine.volumes.tmpfs_mounts import owned_words
-from skep.errors import InvalidArgument
+from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.networks.sandbox import NetworkMode, Sandbox
 from skep.model.values.ids import ContainerId
 from skep.model.values.user_map import IdRange, UserMap
@@ -144,3 +146,48 @@ def test_a_read_only_mount_requests_the_flags_of_its_source() -> None:
     mount = {"type": "bind", "source": "/x", "options": ["rbind", "ro"]}
     request_flags([mount, {"type": "proc"}], lambda _: 2 | 4)
     assert mount["options"] == ["rbind", "ro", "nosuid", "nodev"]
+
+
+@pytest.mark.parametrize(
+    ("users", "capacity"),
+    [(USERS, ALL_CAPACITY), (None, msgspec.structs.replace(ALL_CAPACITY, is_in_user_namespace=True))],
+)
+def test_a_device_under_another_name_is_a_mount_in_a_user_namespace(
+    users: UserMap | None, capacity: Capacity
+) -> None:
+    container = a_container(users=users)
+    zero = DeviceMapping(path_on_host="/dev/zero", path_in_container="/dev/sensor", cgroup_permissions="r")
+    same = DeviceMapping(path_on_host="/dev/null")
+    devices = look_up(MachineOptions(devices=(zero, same)), ())
+    found = build(
+        container, ProcessUser(), capacity, rootfs="/r", cgroup="/c", files=(), devices=devices
+    ).specification
+    assert [one["path"] for one in found["linux"]["devices"]] == ["/dev/null"]
+    (mount,) = [one for one in found["mounts"] if one["destination"] == "/dev/sensor"]
+    assert (mount["type"], mount["source"], mount["options"]) == ("bind", "/dev/zero", ["rbind", "rprivate"])
+    rule = {"allow": True, "type": "c", "major": 1, "minor": 5, "access": "r"}
+    assert rule in found["linux"]["resources"]["devices"]
+
+
+def test_a_described_device_that_has_no_file_with_its_numbers_is_refused_with_mapped_users(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "acme.yaml").write_text(
+        "cdiVersion: 0.5.0\nkind: acme.com/chip\ndevices:\n- name: zero\n  containerEdits:\n    deviceNodes:\n"
+        "    - {path: /dev/chip, hostPath: /dev/zero}\n"
+        "- name: other\n  containerEdits:\n    deviceNodes:\n"
+        "    - {path: /dev/chip, hostPath: /dev/zero, type: c, major: 1, minor: 9}\n"
+    )
+
+    def made(name: str) -> dict[str, Any]:
+        request = DeviceRequest(driver="cdi", device_ids=(f"acme.com/chip={name}",))
+        devices = look_up(MachineOptions(device_requests=(request,)), (tmp_path,))
+        return build(
+            a_container(), ProcessUser(), ALL_CAPACITY, rootfs="/r", cgroup="/c", files=(), devices=devices
+        ).specification
+
+    assert ("/dev/chip", "/dev/zero") in [
+        (one["destination"], one["source"]) for one in made("zero")["mounts"]
+    ]
+    with pytest.raises(FailedPrecondition, match="/dev/chip with the numbers 1:9"):
+        made("other")

@@ -8,12 +8,13 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.configuration.configuration import Configuration
 from skep.engine.log_drivers.drivers import JOURNAL
-from skep.model.node import NodeDescription
+from skep.model.node import EngineDescription, NodeDescription
 from skep.model.node_reports.conditions import BOOT_LABEL, condition_messages
 from skep.model.options.constraints import is_satisfied
 from skep.model.service import DiscreteResource, GenericResource, NamedResource
+from skep.model.values.user_map import IdRange, UserMap
 from skep.node.host.conditions import Conditions
-from skep.node.host.description import NodeDescriber, generic_resources, within_bounds
+from skep.node.host.description import NodeDescriber, generic_resources, user_labels, within_bounds
 from skep.node.host.features import Features
 from skep.node.host.machine import Machine
 from skep.node.host.machine_resources import ResourceReader
@@ -74,6 +75,14 @@ def test_constraints_read_the_facts_that_a_node_announces() -> None:
         "cpus == 2",
     ):
         assert is_satisfied((f"node.facts.{met}",), node), met
+
+
+def test_a_node_that_maps_users_has_a_fact_to_constrain_by() -> None:
+    users = UserMap(uids=(IdRange(0, 100000, 65536),), gids=(IdRange(0, 100000, 65536),))
+    for found, fact in ((users, "node.facts.userns == remap"), (None, "node.facts.userns != remap")):
+        engine = EngineDescription(engine_version="1", labels=user_labels(found))
+        node = replace(a_node("w1"), description=replace(a_node("w1").description, engine=engine))
+        assert is_satisfied((fact,), node)
 
 
 def test_what_every_node_has_is_announced() -> None:

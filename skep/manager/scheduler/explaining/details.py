@@ -9,7 +9,7 @@ from skep.model.needs import CPU_NANO, kept_words, kind_and_amount
 from skep.model.networks.data_planes import is_docker_node
 from skep.model.node import NodeState
 from skep.model.node_reports.conditions import disk_pressure
-from skep.model.node_reports.rootless import lacking
+from skep.model.node_reports.rootless import lacking, refused_by_mapping
 from skep.model.options.constraints import meets
 from skep.model.options.labels import IGNORE_PATHS, RESERVE_CPUS, RESERVE_MEMORY
 from skep.model.permissions.rights import missing_devices, rights_text
@@ -68,6 +68,12 @@ def rootless(requirements: Requirements, account: Account, copies: int) -> str:
     """Return the needs that the node does not meet, because an ordinary user runs it."""
     needs = lacking(requirements.rootless, account.node.description.engine.labels)
     return f"not possible in rootless mode: {', '.join(needs)}"
+
+
+def mapped_users(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return the needs that the node refuses, because it maps the users of containers."""
+    needs = refused_by_mapping(requirements.rootless, account.node.description.engine.labels)
+    return f"not possible with userns-remap: {', '.join(needs)}"
 
 
 def data_plane(requirements: Requirements, account: Account, copies: int) -> str:

@@ -20,7 +20,7 @@ from skep.model.networks.data_planes import DOCKER, SKEP, plane_of_node
 from skep.model.node import takes_tasks
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.node_reports.node_refusals import NodeRefusal, refusals_text
-from skep.model.node_reports.rootless import lacking
+from skep.model.node_reports.rootless import lacking, refused_by_mapping
 from skep.model.options.constraints import meets
 from skep.model.options.labels import ignores_paths
 from skep.model.permissions.rights import missing_devices
@@ -70,6 +70,10 @@ def _has_plugins(requirements: Requirements, account: Account, copies: int) -> b
 
 def _runs_rootless(requirements: Requirements, account: Account, copies: int) -> bool:
     return not lacking(requirements.rootless, account.node.description.engine.labels)
+
+
+def _runs_mapped(requirements: Requirements, account: Account, copies: int) -> bool:
+    return not refused_by_mapping(requirements.rootless, account.node.description.engine.labels)
 
 
 def _is_on_plane(plane: str) -> Callable[[Requirements, Account, int], bool]:
@@ -165,6 +169,14 @@ FILTERS = (
         _runs_rootless,
         NodeRefusal.ROOTLESS,
         details.rootless,
+        is_lasting=True,
+    ),
+    # Not in SwarmKit, which places such tasks on nodes with userns-remap, where they are rejected.
+    Filter(
+        lambda requirements: bool(requirements.rootless),
+        _runs_mapped,
+        NodeRefusal.MAPPED_USERS,
+        details.mapped_users,
         is_lasting=True,
     ),
     # Not in SwarmKit, which has one data plane.  Comes before plugins, whose refusal is less specific.

@@ -62,7 +62,7 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     topologies: tuple[str, ...] = ()
     """Labels by which the rules divide the nodes, in addition to ``spread_over``."""
     rootless: RootlessNeeds = RootlessNeeds()
-    """Needs that a rootless node may not meet."""
+    """Needs that a rootless node, or one that maps users, may not meet."""
     needs_disk: bool = True
     """Whether the node's disk must have free space.  True for every new task (``staying``)."""
 
@@ -90,7 +90,7 @@ def requirements_of(
     levels = [one.topology for one in rules.skews]
     levels += [over.spread.spread_descriptor for over in placement.preferences if over.spread]
     spread_over = tuple(dict.fromkeys(levels)) if rules.skews else tuple(levels)
-    published = host_ports(service_spec)
+    rights = rights_of(spec.container_spec)
     return Requirements(
         service_id=task.service_id,
         version=(task.spec_version or Version()).index,
@@ -101,14 +101,14 @@ def requirements_of(
         spread_over=spread_over,
         platforms=placement.platforms,
         plugins=plugins_of(task),
-        host_ports=published,
+        host_ports=host_ports(service_spec),
         max_replicas=placement.max_replicas,
         planes=planes,
         paths=_paths(task.networks_attachments),
-        rights=rights_of(spec.container_spec),
+        rights=rights,
         cluster_volumes=cluster_mounts(spec),
         rules=rules,
-        rootless=rootless_needs(spec, task.networks_attachments, published),
+        rootless=rootless_needs(spec, task.networks_attachments, service_spec, rights),
         topologies=tuple(one for one in rules.topologies if one not in spread_over) if rules else (),
     )
 

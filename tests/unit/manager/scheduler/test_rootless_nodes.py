@@ -1,4 +1,4 @@
-"""A rootless node gets no task that it cannot run as asked, and each refusal says why."""
+"""A rootless node, and one that maps users, gets no task that it cannot run as asked, and each refusal says why."""
 
 import pytest
 from msgspec.structs import replace
@@ -10,9 +10,11 @@ from skep.manager.scheduler.explaining.explain import verdict
 from skep.manager.scheduler.nodes.requirements import requirements_of
 from skep.manager.scheduler.nodes.spread import CachedSpreads
 from skep.manager.scheduler.placement import Placed, place
+from skep.model.container import ContainerSpec
 from skep.model.network import Network
-from skep.model.node import EngineDescription, Node, NodeRole
+from skep.model.node import EngineDescription, EnginePlugin, Node, NodeRole
 from skep.model.node_reports.rootless import ROOTLESS_LABEL, RootlessNeeds, lacking, rootless_label
+from skep.model.permissions.rights import ALLOW_LABEL
 from skep.model.service import (
     EndpointSpec,
     Limits,
@@ -23,6 +25,7 @@ from skep.model.service import (
 )
 from skep.model.task import NetworkAttachment, Task
 from skep.model.values.meta import Driver
+from skep.model.values.user_map import MAPPED, USERS_LABEL
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task, an_overlay
 from tests.unit.manager.scheduler.test_placement import ALL, PENDING, accounting_of, nodes_of, reason
@@ -33,8 +36,11 @@ REFUSED = "no suitable node (not possible on 1 node in rootless mode)"
 
 
 def rootless(id: str = "r1", label: str = NO_LIMITS) -> Node:
-    node = a_node(id)
-    engine = EngineDescription(engine_version="1", labels={"skep.node": "true", ROOTLESS_LABEL: label})
+    return labelled(a_node(id), {ROOTLESS_LABEL: label})
+
+
+def labelled(node: Node, labels: dict[str, str]) -> Node:
+    engine = EngineDescription(engine_version="1", labels={"skep.node": "true", **labels})
     return replace(node, description=replace(node.description, engine=engine))
 
 
@@ -44,9 +50,19 @@ def limited(service: Service, **limits: int) -> Service:
     return replace(service, spec=replace(service.spec, task_template=replace(template, resources=resources)))
 
 
-def published(service: Service, port: int) -> Service:
-    ports = (PortConfig(target_port=80, published_port=port, publish_mode=PublishMode.HOST),)
+def published(service: Service, port: int, protocol: str = "tcp") -> Service:
+    ports = (
+        PortConfig(protocol=protocol, target_port=80, published_port=port, publish_mode=PublishMode.HOST),
+    )
     return replace(service, spec=replace(service.spec, endpoint_spec=EndpointSpec(ports=ports)))
+
+
+def with_rights(service: Service, **labels: str) -> Service:
+    template = service.spec.task_template
+    container = replace(template.container_spec or ContainerSpec(), labels=labels)
+    return replace(
+        service, spec=replace(service.spec, task_template=replace(template, container_spec=container))
+    )
 
 
 def task_of(service: Service, *networks: Network) -> Task:
@@ -71,6 +87,8 @@ HOST = replace(an_overlay("host"), driver_state=Driver(name="host"))
         (a_service(), (HOST,), "host network"),
         (limited(a_service(), memory_bytes=1 << 26, pids=10), (), "limits of memory and pids"),
         (published(a_service(), 80), (), "port 80, which is below 1024"),
+        (published(a_service(), 8080, "sctp"), (), "SCTP port"),
+        (published(a_service(), 0, "sctp"), (), "SCTP port"),
     ],
 )
 def test_what_a_rootless_node_cannot_do_is_refused_with_the_reason(
@@ -101,6 +119,41 @@ def test_an_unreadable_label_means_the_least_that_a_node_can_have(label: str) ->
         "port 80, which is below 1024",
     )
     assert lacking(RootlessNeeds(limits=("memory",), lowest_port=80), {}) == ()
+
+
+MAPS_USERS = labelled(a_node("u1"), {USERS_LABEL: MAPPED, ALLOW_LABEL: "privileged,namespaces"})
+
+
+@pytest.mark.parametrize(
+    ("service", "networks", "why"),
+    [
+        (a_service(), (HOST,), "host network"),
+        (with_rights(a_service(), **{"skep.privileged": "true"}), (), "privileged"),
+        (with_rights(a_service(), **{"skep.pid": "host"}), (HOST,), "host network, processes of the machine"),
+    ],
+)
+def test_what_a_node_with_mapped_users_refuses_is_placed_on_another_one(
+    service: Service, networks: tuple[Network, ...], why: str
+) -> None:
+    refused = placed(service, *networks, nodes=(MAPS_USERS,))
+    assert reason(refused) == "no suitable node (not possible on 1 node with userns-remap)"
+    requirements = requirements_of(task_of(service, *networks), service.spec)
+    (account,) = accounting_of([MAPS_USERS]).accounts.values()
+    assert f"not possible with userns-remap: {why}" in verdict(requirements, account, 0).reasons
+    unmapped = labelled(a_node("u2"), {ALLOW_LABEL: "privileged,namespaces"})
+    network = EnginePlugin(type="Network", name="host")
+    unmapped = replace(
+        unmapped,
+        description=replace(
+            unmapped.description, engine=replace(unmapped.description.engine, plugins=(network,))
+        ),
+    )
+    assert nodes_of(placed(service, *networks, nodes=(MAPS_USERS, unmapped))) == {"u2": 1}
+
+
+def test_other_tasks_run_on_a_node_with_mapped_users() -> None:
+    service = limited(published(a_service(), 80), memory_bytes=1 << 26)
+    assert nodes_of(placed(service, nodes=(MAPS_USERS,))) == {"u1": 1}
 
 
 async def test_a_rootless_node_is_not_promoted() -> None:
