@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from sim.world.certificates import found
 from skep.manager.control.networks import first_networks
-from skep.model.networks.data_planes import LOCAL_ADDRESSES_LABEL, SKEP, TUNNEL_LABEL
+from skep.model.networks.data_planes import LOCAL_ADDRESSES_LABEL, PATHS_LABEL, SKEP, TUNNEL_LABEL
 from skep.model.networks.reserved_ports import tunnel_port
 from skep.model.networks.wireguard import PublicKey, public_keys_label
 from skep.model.node import (
@@ -89,4 +89,4 @@ def address_of(id: NodeId) -> str:
 def labels_behind_nat(id: NodeId) -> dict[str, str]:
     """Return the engine labels of a node behind NAT that can have tunnels."""
     key = PublicKey(sha256(id.encode()).digest(), tunnel_port(DEFAULT_DATA_PATH_PORT))
-    return {LOCAL_ADDRESSES_LABEL: "10.0.0.5", TUNNEL_LABEL: public_keys_label([key])}
+    return {PATHS_LABEL: "1", LOCAL_ADDRESSES_LABEL: "10.0.0.5/24", TUNNEL_LABEL: public_keys_label([key])}

@@ -23,7 +23,14 @@ from skep.model.measures.queries import (
     UPDATE_PROMETHEUS,
     UPDATE_QUERY,
 )
-from skep.model.networks.data_planes import LOCAL_ADDRESSES_LABEL, NAT_LABEL, RELAY_LABEL, TUNNEL_LABEL
+from skep.model.networks.data_planes import (
+    LOCAL_ADDRESSES_LABEL,
+    NAT_LABEL,
+    REFUSED_TUNNEL_LABEL,
+    RELAY_LABEL,
+    SEEN_NAT_LABEL,
+    TUNNEL_LABEL,
+)
 from skep.model.node_reports.conditions import BOOT_LABEL, ConditionName
 from skep.model.options.affinity import (
     AFFINITY,
@@ -1020,7 +1027,7 @@ LABELS = (
     Label(
         LabelTarget.ENGINE,
         LOCAL_ADDRESSES_LABEL,
-        "IP addresses, separated by commas",
+        "IP addresses with prefix lengths, separated by commas",
         "",
         "The addresses from which the node connects to managers, as it sees them itself. A worker that managers see "
         "under another address is behind NAT.",
@@ -1039,6 +1046,20 @@ LABELS = (
         "",
         "The node's public WireGuard key for tunnels through NAT, with its UDP port. Without the label, it can have "
         "no such tunnels.",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        REFUSED_TUNNEL_LABEL,
+        "`KEY@PORT`",
+        "",
+        "The same key, if a manager refused it because it belongs to another node.",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        SEEN_NAT_LABEL,
+        "IP address",
+        "",
+        "Managers set it. The address of a NAT from which they have seen the node since its machine started.",
     ),
     Label(
         LabelTarget.ENGINE,

@@ -3,7 +3,7 @@
 import struct
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from socket import inet_ntop
+from socket import AF_INET, inet_ntop
 from typing import Protocol
 
 from skep.dataplane.netns.kernel.netlink import GETADDR, GETLINK, attributes, dump
@@ -79,3 +79,14 @@ def find(addresses: Collection[str]) -> dict[str, Underlay]:
         if address in wanted and index in mtus:
             underlays[wanted[address]] = Underlay(wanted[address], mtus[index])
     return underlays
+
+
+def prefix_lengths() -> dict[str, int]:
+    """Return the prefix length of each IPv4 address of the calling thread's namespace.  Blocks.  Raises: OSError."""
+    lengths = {}
+    for _, body in dump(GETADDR, _IFADDR.pack(0, 0, 0, 0, 0)):
+        family, length, _, _, _ = _IFADDR.unpack_from(body)
+        found = dict(attributes(body[_IFADDR.size :]))
+        if family == AF_INET and (value := found.get(_LOCAL) or found.get(_ADDRESS)):
+            lengths[inet_ntop(family, value)] = length
+    return lengths

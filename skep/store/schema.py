@@ -19,7 +19,7 @@ from skep.model.history import stack_of
 from skep.model.needs import references_of
 from skep.model.network import Network, subnet_of
 from skep.model.networks.addresses import is_subnet
-from skep.model.networks.data_planes import claimed_underlay, is_overlay
+from skep.model.networks.data_planes import claimed_underlay, is_overlay, tunnel_key
 from skep.model.networks.overlays import vxlan_ids
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
 from skep.model.options.freezes import CLUSTER, ChangeFreeze
@@ -41,6 +41,11 @@ def is_removed(service: Service) -> bool:
     its tasks.
     """
     return service.removed_at is not None
+
+
+def _tunnel_key(node: Node) -> str | None:
+    key = tunnel_key(node)
+    return key.key.hex() if key is not None else None
 
 
 def _published_ports(service: Service) -> Iterator[PortConfig]:
@@ -263,7 +268,11 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
             "manager": ("manager_status", "peer_roots"),
         },
         taken=_nothing_taken,
-        indexes={"name": lambda node: node.description.hostname.lower(), "underlay": claimed_underlay},
+        indexes={
+            "name": lambda node: node.description.hostname.lower(),
+            "underlay": claimed_underlay,
+            "tunnel_key": _tunnel_key,
+        },
         indexed_part="status",
         max_bytes=256 * 1024,
         has_placeholder=True,

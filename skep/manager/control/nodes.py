@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unavailable
 from skep.manager.nodes.revocation import revoke
-from skep.model.networks.data_planes import is_docker_node
+from skep.model.networks.data_planes import is_docker_node, nat_of
 from skep.model.node import Availability, Node, NodeRole, NodeSpec, NodeState
 from skep.model.node_reports.rootless import is_rootless_node
 from skep.model.options.labels import DRAIN_NOW, check_node_labels
@@ -63,8 +63,8 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
         NotFound: The node does not exist.
         OutOfSequence: The node is at another version.
         InvalidArgument: A label cannot be read.
-        FailedPrecondition: A Docker Engine would become a manager, or the last manager would be demoted, or the
-            remaining managers would have no quorum.
+        FailedPrecondition: A node that cannot manage a cluster would become a manager, or the last manager would be
+            demoted, or the remaining managers would have no quorum.
     """
     node = tx.get(Node, id)
     check_node_labels(spec.labels)
@@ -73,7 +73,13 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
             f"node {node.description.hostname or id} is a Docker Engine and cannot manage this cluster: "
             "promote a Skep node, or join one with the manager token"
         )
-    if spec.role is NodeRole.MANAGER and node.spec.role is not spec.role and is_rootless_node(node):
+    is_promoted = spec.role is NodeRole.MANAGER and node.spec.role is not spec.role
+    if is_promoted and (nat := nat_of(node)):
+        raise FailedPrecondition(
+            f"node {node.description.hostname or id} is behind NAT ({nat}) and cannot manage a cluster, because other "
+            'nodes do not reach it: promote another node, or set behind-nat = "no" on this one if that is wrong'
+        )
+    if is_promoted and is_rootless_node(node):
         raise FailedPrecondition(
             f"node {node.description.hostname or id} is rootless and cannot manage a cluster, because other nodes "
             "do not reach it: promote a node that runs as root"

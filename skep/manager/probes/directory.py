@@ -11,7 +11,7 @@ from skep.model.networks.addresses import joined
 from skep.model.networks.data_planes import (
     RELAY_LABEL,
     is_docker_node,
-    local_address,
+    local_interface,
     nat_of,
     probes_paths,
     tunnel_key,
@@ -30,7 +30,7 @@ class NodeDirectory(msgspec.Struct, frozen=True, kw_only=True):
     """All nodes that are up.
 
     ``gossiping`` are Docker nodes in order of their ids.  ``managers`` are Skep nodes that are managers.  ``nat`` has
-    the tunnels of all nodes that are not down.
+    the tunnels of all nodes, also of those that are down.
     """
 
     peers: Mapping[NodeId, PathPeer]
@@ -40,9 +40,10 @@ class NodeDirectory(msgspec.Struct, frozen=True, kw_only=True):
     nat: NatPlan = NatPlan(())
 
 
-def directory_of(nodes: Iterable[Node], vxlan_port: int) -> NodeDirectory:
-    """Return the directory of the current nodes."""
+def directory_of(nodes: Iterable[Node], vxlan_port: int, before: NatPlan | None = None) -> NodeDirectory:
+    """Return the directory of the current nodes.  ``before``: an earlier plan of tunnels, kept if it is still right."""
     nodes = tuple(nodes)
+    members = members_of(nodes)
     up = [node for node in nodes if node.status.state is NodeState.READY]
     ours = [node for node in up if probes_paths(node) and underlay_of(node)]
     return NodeDirectory(
@@ -57,7 +58,7 @@ def directory_of(nodes: Iterable[Node], vxlan_port: int) -> NodeDirectory:
             if is_docker_node(node) and node.status.addr
         ),
         managers=tuple(node.id for node in ours if _control(node)),
-        nat=NatPlan(members_of(nodes)),
+        nat=before if before is not None and before.members == members else NatPlan(members),
     )
 
 
@@ -78,7 +79,7 @@ def _relevant_fields(node: Node) -> tuple[object, ...]:
         _manager_ports(node),
         nat_of(node),
         tunnel_key(node),
-        local_address(node),
+        local_interface(node),
         _relays(node),
     )
 

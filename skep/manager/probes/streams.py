@@ -23,6 +23,7 @@ from skep.manager.probes.directory import (
     managers_for,
     targets_for,
 )
+from skep.manager.probes.nat import NatPlan
 from skep.manager.probes.plan import ALL_PAIRS_MAX, ProbePlan
 from skep.manager.probes.records import WRITTEN_MAX, PathRecord, record_paths
 from skep.model.networks.data_planes import data_path_port, probes_paths
@@ -171,14 +172,16 @@ class ProbeStreams:
         nodes, swarms = view.find(Node), view.find(Swarm)
         slices = TimeSlices(self._clock)
         if len(nodes) <= ALL_PAIRS_MAX:
-            self.directory, self._plan = _planned(nodes, swarms, {})
+            self.directory, self._plan = _planned(nodes, swarms, {}, self.directory.nat)
         else:
             networks: dict[NodeId, Sequence[NetworkId]] = {}
             for node in nodes:
                 networks[node.id] = self._networks.networks_of(node.id)
                 await slices.yield_if_due()
             # Pure computation: 0.2 s for 5,000 nodes.
-            self.directory, self._plan = await asyncio.to_thread(_planned, nodes, swarms, networks)
+            self.directory, self._plan = await asyncio.to_thread(
+                _planned, nodes, swarms, networks, self.directory.nat
+            )
         for stream in tuple(self.streams.values()):
             self._update_targets(stream)
             await slices.yield_if_due()
@@ -248,9 +251,12 @@ class ProbeStreams:
 
 
 def _planned(
-    nodes: Iterable[Node], swarms: Iterable[Swarm], networks: Mapping[NodeId, Sequence[NetworkId]]
+    nodes: Iterable[Node],
+    swarms: Iterable[Swarm],
+    networks: Mapping[NodeId, Sequence[NetworkId]],
+    tunnels: NatPlan,
 ) -> tuple[NodeDirectory, ProbePlan]:
-    directory = directory_of(nodes, data_path_port(swarms))
+    directory = directory_of(nodes, data_path_port(swarms), tunnels)
     return directory, ProbePlan(directory.peers, networks)
 
 

@@ -16,6 +16,7 @@ from skep.manager.verify.records import warning as violation_warning
 from skep.model.networks.data_planes import (
     DATA_PATH_LABEL,
     REFUSED_DATA_PATH_LABEL,
+    REFUSED_TUNNEL_LABEL,
     claimed_underlay,
     holder,
     is_docker_node,
@@ -106,6 +107,11 @@ def data_path_warnings(nodes: Iterable[Node]) -> list[str]:
             found.append(
                 f"node {names[node.id]}: its data path address {labels[REFUSED_DATA_PATH_LABEL]!r} belongs to "
                 "another node and is not used"
+            )
+        elif REFUSED_TUNNEL_LABEL in labels:
+            found.append(
+                f"node {names[node.id]}: its key of tunnels through NAT belongs to another node and is not used: "
+                "restart its machine, which makes a new one"
             )
         elif claimed is not None and (owner := owners[claimed]) is not None and owner != node.id:
             found.append(

@@ -5,10 +5,10 @@ but neither gets the addresses of the other's containers.  So an overlay network
 tasks run on nodes of that kind (docs/decisions/0011).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from hashlib import sha256
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from typing import Final
 
 from skep.model.network import Network
@@ -40,7 +40,10 @@ PATHS_LABEL: Final = "skep.paths"
 """Engine label of skep nodes that send probes and respond to them."""
 
 LOCAL_ADDRESSES_LABEL: Final = "skep.local-addrs"
-"""Engine label with the addresses from which a node connects to the managers, as the node itself sees them."""
+"""Engine label with the addresses from which a node connects to the managers, as the node itself sees them.
+
+Each has the prefix length of its subnet: ``10.0.0.5/24,192.168.1.2/24``.
+"""
 
 NAT_LABEL: Final = "skep.behind-nat"
 """Engine label with the configured name of the NAT that a node is behind, or ``no``.  Without it, managers decide."""
@@ -48,13 +51,20 @@ NAT_LABEL: Final = "skep.behind-nat"
 TUNNEL_LABEL: Final = "skep.nat-tunnel"
 """Engine label with the WireGuard key of a node's tunnels through NAT: ``KEY@PORT``.  Without it, it has none."""
 
+REFUSED_TUNNEL_LABEL: Final = "skep.nat-tunnel.refused"
+"""A manager renames ``TUNNEL_LABEL`` to this if the key belongs to another node."""
+
+SEEN_NAT_LABEL: Final = "skep.behind-nat.seen"
+"""Engine label that managers set: the last address of a NAT from which they saw the node since it started."""
+
 RELAY_LABEL: Final = "skep.relay"
 """Node label.  With ``true``, the node relays before others, and with ``false`` it never relays."""
 
 TUNNEL_NETWORK: Final = "240.0.0.0/4"
 """Addresses of nodes behind NAT, inside the tunnels.
 
-The range is reserved and routed nowhere, so it overlaps no network of a machine.  Source: RFC 1112, section 4.
+The range is reserved and hardly used (RFC 1112, section 4).  No network may have a subnet in it, and no node may report
+an address in it.
 """
 
 IMAGES_LABEL: Final = "skep.images-port"
@@ -125,18 +135,35 @@ def nat_of(node: Node) -> str:
     """Return the name of the NAT that the node is behind, or an empty text if others reach the node directly.
 
     Without a configured name, a worker is behind NAT if it connects from an IPv4 address that it does not have itself.
-    The NAT is then called like that address.  Managers are not, because others reach them under their own address.
+    The NAT is then called like that address.  Once managers have seen one, it counts for all sessions until the node's
+    machine restarts, so that its underlay address does not change if some managers see it directly.
+
+    Managers are not behind NAT, because others reach them under their own address.  Neither are nodes without overlay
+    networks, such as rootless ones.
     """
-    labels, seen = node.description.engine.labels, node.status.addr
-    if ":" in seen:  # tunnels have IPv4 addresses only
+    labels = node.description.engine.labels
+    if node.manager_status is not None or not probes_paths(node):
         return ""
     if configured := labels.get(NAT_LABEL, ""):
-        return configured if configured != "no" else ""
-    local = labels.get(LOCAL_ADDRESSES_LABEL, "")
-    has_own_address = node.manager_status is not None or DATA_PATH_LABEL in labels
-    if not local or has_own_address or not usable_address(seen):
+        return configured if configured != _NO_NAT else ""
+    if usable_address(labels.get(DATA_PATH_LABEL, "")):
         return ""
-    return seen if seen not in local.split(",") else ""
+    return seen_nat(labels, node.status.addr) or labels.get(SEEN_NAT_LABEL, "")
+
+
+def seen_nat(labels: Mapping[str, str], seen: str) -> str:
+    """Return ``seen``, the address from which a node with these engine labels connects, if it is that of a NAT, or an
+    empty text.
+    """
+    local = _local_addresses(labels)
+    if not local or ":" in seen or not usable_address(seen):  # tunnels have IPv4 addresses only
+        return ""
+    return seen if seen not in local else ""
+
+
+def _local_addresses(labels: Mapping[str, str]) -> tuple[str, ...]:
+    words = labels.get(LOCAL_ADDRESSES_LABEL, "")
+    return tuple(word.partition("/")[0] for word in words.split(",")) if words else ()
 
 
 def is_reached_by_tunnels(node: Node) -> bool:
@@ -146,12 +173,28 @@ def is_reached_by_tunnels(node: Node) -> bool:
 
 def tunnel_key(node: Node) -> PublicKey | None:
     """Return the WireGuard key of the node's tunnels through NAT, or None if it has none."""
-    return parsed_key(node.description.engine.labels.get(TUNNEL_LABEL, ""))
+    return tunnel_key_in(node.description.engine.labels)
 
 
-def local_address(node: Node) -> str:
-    """Return the node's own address on its network behind the NAT, or an empty text if it is not known."""
-    return usable_address(node.description.engine.labels.get(LOCAL_ADDRESSES_LABEL, "").partition(",")[0])
+def tunnel_key_in(labels: Mapping[str, str]) -> PublicKey | None:
+    """Return the key of tunnels in engine labels, or None."""
+    return parsed_key(labels.get(TUNNEL_LABEL, ""))
+
+
+def local_interface(node: Node) -> IPv4Interface | None:
+    """Return the node's own address and subnet behind the NAT, or None if it reports no plausible ones.
+
+    Its neighbors behind the same NAT send packets there, so the address has to be a private one.
+    """
+    word = node.description.engine.labels.get(LOCAL_ADDRESSES_LABEL, "").partition(",")[0]
+    address, _, length = word.partition("/")
+    if not (usable_address(address) and length.isascii() and length.isdigit()):
+        return None
+    try:
+        found = IPv4Interface(word)
+    except ValueError:
+        return None
+    return found if not found.is_global else None
 
 
 @lru_cache(maxsize=4096)
@@ -159,12 +202,15 @@ def tunnel_address(id: NodeId) -> str:
     """Return the address of a node behind NAT, inside the tunnels: 28 bits of its id's hash, after 240.0.0.0.
 
     Managers issue ids, so no node can choose the address of another.  Of 1,000 nodes behind NAT, two have the same
-    address with a probability of 0.2 %.  The second to join is then on no overlay network (``holder``).
+    address with a probability of 0.2 %.  The second to join then has neither tunnels nor overlay networks (``holder``).
     """
     number = int.from_bytes(sha256(id.encode()).digest()[:8], "big") % _TUNNEL_ADDRESSES
     return str(IPv4Address(_FIRST_TUNNEL_ADDRESS + number))
 
 
+_TUNNEL_NETWORK = IPv4Network(TUNNEL_NETWORK)
+_NO_NAT = "no"
+"""Value of ``NAT_LABEL`` of a node that others reach directly, whatever managers see."""
 _FIRST_TUNNEL_ADDRESS = (240 << 24) + 1
 """240.0.0.1."""
 _TUNNEL_ADDRESSES = (15 << 24) - 1
@@ -183,23 +229,28 @@ def holder(claiming: Iterable[Node]) -> NodeId | None:
     """Return which of the nodes that claim an underlay address owns it, or None without nodes.
 
     The owner is the node that connects to the managers from this address, because a source address of a TCP connection
-    cannot be forged.  Without such a node it is the node that joined first.
+    cannot be forged.  Without such a node it is the node that joined first.  Network tables and tunnels through NAT
+    follow this rule.  Tunnels also count nodes that are down, which own an address only if no other node claims it.
     """
 
-    def order(node: Node) -> tuple[bool, str, str]:
-        return node.status.addr != underlay_of(node), node.created_at, node.id
+    def order(node: Node) -> tuple[bool, bool, str, str]:
+        is_down = node.status.state is NodeState.DOWN
+        return is_down, node.status.addr != underlay_of(node), node.created_at, node.id
 
     return min(claiming, key=order).id if (claiming := list(claiming)) else None
 
 
 def usable_address(text: str, *, may_be_loopback: bool = False) -> str:
-    """Return the address ``text`` in canonical form, or an empty text if other machines cannot connect to it."""
+    """Return the address ``text`` in canonical form, or an empty text if other machines cannot connect to it.
+
+    No node has an address in ``TUNNEL_NETWORK`` of its own, because managers assign those.
+    """
     try:
         address = parsed(text)
     except ValueError:
         return ""
     is_usable = is_of_a_machine(address) or (may_be_loopback and address.is_loopback)
-    return str(address) if is_usable else ""
+    return str(address) if is_usable and address not in _TUNNEL_NETWORK else ""
 
 
 def data_path_port(swarms: Iterable[Swarm]) -> int:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 
 from skep.agent.agent import Agent
@@ -19,6 +20,7 @@ from skep.agent.tasks.worker import Worker
 from skep.aio.clock import Clock
 from skep.configuration.configuration import Configuration
 from skep.dataplane.tables.network_tables import NetworkTables
+from skep.dataplane.underlays import prefix_lengths
 from skep.engine.api.containers import image_users
 from skep.engine.engine import Engine
 from skep.engine.images.collecting import ImageCollector, Marks
@@ -226,8 +228,12 @@ class AgentParts:
         # Managers compare them with the address that they see.  Behind NAT, these differ.
         hosts = {host_of(one.addr) for one in self._known_managers(node)}
         local = {found for host in hosts if (found := usable_address(source_address(host)))}
+        lengths: dict[str, int] = {}
+        with suppress(OSError):
+            lengths = prefix_lengths()
+        named = {f"{found}/{lengths[found]}" if found in lengths else found for found in local}
         return self._describer.describe_all(
-            node.data_path_addr, runtime.engine, runtime.cluster_volumes, local
+            node.data_path_addr, runtime.engine, runtime.cluster_volumes, named
         )
 
     def _known_managers(self, node: LocalNode) -> tuple[KnownManager, ...]:

@@ -10,7 +10,15 @@ from msgspec.structs import replace
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
 from skep.manager.nodes.revocation import removal_of
 from skep.model.networks.addresses import host_of, parsed
-from skep.model.networks.data_planes import DATA_PATH_LABEL, REFUSED_DATA_PATH_LABEL
+from skep.model.networks.data_planes import (
+    DATA_PATH_LABEL,
+    REFUSED_DATA_PATH_LABEL,
+    REFUSED_TUNNEL_LABEL,
+    SEEN_NAT_LABEL,
+    TUNNEL_LABEL,
+    seen_nat,
+    tunnel_key_in,
+)
 from skep.model.node import Node, NodeDescription, NodeState, NodeStatus, SessionOwner
 from skep.model.node_reports.description_size import within_size
 from skep.model.options.slot_volumes import (
@@ -175,25 +183,48 @@ def _believed(
     Nodes cut it to the same size, except for nodes of earlier versions.
     """
     description = with_seen_volumes(tx, node, within_size(description))
-    return _without_others_address(tx, node.id, connects_from, description)
+    labels = dict(description.engine.labels)
+    _refuse_others_address(tx, node.id, connects_from, labels)
+    _refuse_others_key(tx, node.id, labels)
+    _remember_nat(node, connects_from, labels)
+    return replace(description, engine=replace(description.engine, labels=labels))
 
 
-def _without_others_address(
-    tx: Transaction, id: NodeId, connects_from: str, description: NodeDescription
-) -> NodeDescription:
-    """Return ``description`` with a refused data-path label if another node already has that address.
+def _refuse_others_address(tx: Transaction, id: NodeId, connects_from: str, labels: dict[str, str]) -> None:
+    """Rename the data-path label if another node already has that address.
 
     If two nodes announce an address at the same moment, ``planes.holder`` chooses one.
     """
-    labels = dict(description.engine.labels)
     labels.pop(REFUSED_DATA_PATH_LABEL, None)
     announced = labels.get(DATA_PATH_LABEL)
     if announced is not None:
         others = [one.id for one in tx.find(Node, underlay=_normalized(announced)) if one.id != id]
         if others and _normalized(announced) != connects_from:
             labels[REFUSED_DATA_PATH_LABEL] = labels.pop(DATA_PATH_LABEL)
-    engine = msgspec.structs.replace(description.engine, labels=labels)
-    return msgspec.structs.replace(description, engine=engine)
+
+
+def _refuse_others_key(tx: Transaction, id: NodeId, labels: dict[str, str]) -> None:
+    """Rename the label with the key of tunnels if another node has this key, also while that node is down.
+
+    A key becomes known to others only after it was stored, so whoever is second has copied it.
+    """
+    labels.pop(REFUSED_TUNNEL_LABEL, None)
+    key = tunnel_key_in(labels)
+    if key is not None and any(one.id != id for one in tx.find(Node, tunnel_key=key.key.hex())):
+        labels[REFUSED_TUNNEL_LABEL] = labels.pop(TUNNEL_LABEL)
+
+
+def _remember_nat(node: Node, connects_from: str, labels: dict[str, str]) -> None:
+    """Set the label with the NAT that managers see, or have seen while the node had its present key.
+
+    It makes a key at each boot.
+    """
+    labels.pop(SEEN_NAT_LABEL, None)
+    before = node.description.engine.labels
+    has_same_key = TUNNEL_LABEL in labels and before.get(TUNNEL_LABEL) == labels[TUNNEL_LABEL]
+    known = before.get(SEEN_NAT_LABEL, "") if has_same_key else ""
+    if nat := seen_nat(labels, connects_from) or known:
+        labels[SEEN_NAT_LABEL] = nat
 
 
 def _normalized(text: str) -> str:

@@ -11,6 +11,7 @@ from skep.model.network import Network
 from skep.model.networks.data_planes import (
     DATA_PATH_LABEL,
     LOCAL_ADDRESSES_LABEL,
+    PATHS_LABEL,
     TUNNEL_LABEL,
     tunnel_address,
     underlay_of,
@@ -221,7 +222,7 @@ def test_nodes_behind_one_nat_have_an_address_of_their_own() -> None:
 
     def behind(id: str, number: int) -> Node:
         node = a_skep_node(id, "203.0.113.1")
-        labels = {LOCAL_ADDRESSES_LABEL: f"10.0.0.{number}", TUNNEL_LABEL: key}
+        labels = {PATHS_LABEL: "1", LOCAL_ADDRESSES_LABEL: f"10.0.0.{number}", TUNNEL_LABEL: key}
         return replace(node, description=replace(node.description, engine=EngineDescription(labels=labels)))
 
     nodes = (behind("n1", 1), behind("n2", 2))

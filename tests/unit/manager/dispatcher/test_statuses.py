@@ -27,8 +27,18 @@ from skep.manager.dispatcher.statuses import (
 )
 from skep.manager.nodes.heartbeats import configured_grace_s
 from skep.manager.routes.warnings import data_path_warnings
-from skep.model.networks.data_planes import DATA_PATH_LABEL, NODE_LABEL, underlay_of
+from skep.model.networks.data_planes import (
+    DATA_PATH_LABEL,
+    LOCAL_ADDRESSES_LABEL,
+    NODE_LABEL,
+    SEEN_NAT_LABEL,
+    TUNNEL_LABEL,
+    nat_of,
+    tunnel_key,
+    underlay_of,
+)
 from skep.model.networks.used_ports import ports_label
+from skep.model.networks.wireguard import PublicKey, public_keys_label
 from skep.model.node import EngineDescription, ManagerStatus, Node, NodeDescription, NodeState, NodeStatus
 from skep.model.node_reports.conditions import condition_messages
 from skep.model.node_reports.description_size import DESCRIPTION_BYTES_MAX
@@ -280,6 +290,46 @@ async def test_the_first_node_with_a_data_path_address_keeps_it(store):
     assert underlay_of(store.view().get(Node, "n2")) == "10.0.0.2"
     first = await store.update(take_session, saying("n1", "10.0.0.1", "10.9.0.1"))
     assert underlay_of(first) == "10.9.0.1"
+
+
+KEY = public_keys_label([PublicKey(bytes(range(32)), 4802)])
+
+
+def with_labels(node: str, address: str, **labels: str) -> Registration:
+    requested = saying(node, address, "")
+    engine = requested.description.engine
+    engine = msgspec.structs.replace(engine, labels={**engine.labels, "skep.paths": "1", **labels})
+    return msgspec.structs.replace(
+        requested, description=msgspec.structs.replace(requested.description, engine=engine)
+    )
+
+
+async def test_the_first_node_with_a_key_of_tunnels_keeps_it(store):
+    """Also while it is down, and in whatever order the nodes joined."""
+    copier = await store.update(take_session, with_labels("n1", "10.0.0.1"))
+    owner = await store.update(take_session, with_labels("n2", "10.0.0.2", **{TUNNEL_LABEL: KEY}))
+    await store.update(mark_down, SilentNode(node_id=NodeId("n2"), session_id=SessionId("a")), 0)
+    same = KEY.replace("@4802", "@4803")
+    copier = await store.update(take_session, with_labels("n1", "10.0.0.1", **{TUNNEL_LABEL: same}))
+    assert tunnel_key(copier) is None
+    (warning,) = data_path_warnings(store.view().find(Node))
+    assert warning.startswith("node n1: its key of tunnels through NAT belongs to another node")
+    owner = await store.update(take_session, with_labels("n2", "10.0.0.2", **{TUNNEL_LABEL: KEY}))
+    assert tunnel_key(owner) is not None
+
+
+async def test_a_nat_that_was_seen_is_remembered_until_the_machine_restarts(store):
+    """Of two managers, one sees the node directly."""
+    labels = {TUNNEL_LABEL: KEY, LOCAL_ADDRESSES_LABEL: "10.0.0.5/24"}
+    forged = {SEEN_NAT_LABEL: "192.0.2.1"}
+    before = await store.update(take_session, with_labels("n1", "10.0.0.5", **labels, **forged))
+    assert nat_of(before) == ""
+    for seen in ("198.51.100.7", "10.0.0.5", "2001:db8::7"):
+        node = await store.update(take_session, with_labels("n1", seen, **labels))
+        assert nat_of(node) == "198.51.100.7"
+    key = public_keys_label([PublicKey(bytes(range(1, 33)), 4802)])
+    node = await store.update(take_session, with_labels("n1", "10.0.0.5", **{**labels, TUNNEL_LABEL: key}))
+    assert nat_of(node) == ""
 
 
 async def test_the_address_of_a_node_that_is_down_is_free(store):

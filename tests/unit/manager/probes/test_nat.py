@@ -1,26 +1,39 @@
 """The tunnels of nodes behind NAT."""
 
 from collections.abc import Iterable
+from ipaddress import IPv4Interface
 from itertools import combinations, permutations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from skep.aio.clock import SystemClock
+from skep.errors import FailedPrecondition
+from skep.manager.control.nodes import update_node
+from skep.manager.probes.directory import directory_of
 from skep.manager.probes.nat import NO_WAY, RELAYS_MAX, TUNNEL, Member, NatPlan, members_of
+from skep.model.networks import data_planes
 from skep.model.networks.data_planes import (
+    DATA_PATH_LABEL,
     LOCAL_ADDRESSES_LABEL,
     NAT_LABEL,
+    PATHS_LABEL,
     RELAY_LABEL,
+    SEEN_NAT_LABEL,
     TUNNEL_LABEL,
+    holder,
     nat_of,
     tunnel_address,
     underlay_of,
 )
 from skep.model.networks.paths import NatTunnels
 from skep.model.networks.wireguard import PublicKey, public_keys_label
-from skep.model.node import ManagerStatus, Node, NodeState, NodeStatus
+from skep.model.node import ManagerStatus, Node, NodeRole, NodeState, NodeStatus
 from skep.model.values.ids import NodeId
+from skep.store.interface import Transaction
+from skep.store.memory import MemoryStore
 from tests.support.builders import a_node
 
 
@@ -32,7 +45,7 @@ def member(number: int, nat: str = "", *, local: bool = True, has_key: bool = Tr
         address=tunnel_address(id) if nat else f"192.0.{number // 250}.{number % 250 + 1}",
         key=PublicKey(number.to_bytes(32, "big"), 4802) if has_key else None,
         nat=nat,
-        local=f"10.0.0.{number % 250 + 1}" if nat and local else "",
+        local=IPv4Interface(f"10.0.0.{number % 250 + 1}/24") if nat and local else None,
     )
 
 
@@ -170,7 +183,7 @@ def test_the_label_chooses_relays() -> None:
 
 def described(id: str, addr: str, *, created_at: str = "", **labels: str) -> Node:
     node = a_node(id)
-    engine = replace(node.description.engine, labels={"skep.node": "true", **labels})
+    engine = replace(node.description.engine, labels={"skep.node": "true", PATHS_LABEL: "1", **labels})
     return replace(
         node,
         description=replace(node.description, engine=engine),
@@ -218,9 +231,132 @@ def test_a_key_that_two_nodes_publish_is_the_one_of_the_first() -> None:
     assert {one.id for one in members_of(nodes) if one.key is not None} == {"owner"}
 
 
-def test_nodes_that_are_down_or_have_no_usable_address_are_left_out() -> None:
-    down = replace(described("w", "192.0.2.1"), status=NodeStatus(state=NodeState.DOWN, addr="192.0.2.1"))
-    assert members_of([down, described("l", "127.0.0.1"), described("six", "fd00::1")]) == ()
+def down(node: Node) -> Node:
+    return replace(node, status=replace(node.status, state=NodeState.DOWN))
+
+
+def test_nodes_without_a_usable_address_are_left_out() -> None:
+    assert members_of([described("l", "127.0.0.1"), described("six", "fd00::1")]) == ()
+
+
+def keyed(number: int) -> dict[str, str]:
+    return {TUNNEL_LABEL: public_keys_label([PublicKey(number.to_bytes(32, "big"), 4802)])}
+
+
+def owners(*nodes: Node) -> set[str]:
+    return {one.id for one in members_of(nodes) if one.key is not None}
+
+
+def test_of_nodes_with_one_address_only_the_owner_has_tunnels() -> None:
+    """The same rule as in network tables."""
+    honest = described("m", "192.0.2.10", created_at="2026-01-02", **keyed(1))
+    claimed = {DATA_PATH_LABEL: "192.0.2.10"}
+    hostile = described("a", "192.0.2.66", created_at="2026-01-01", **keyed(2), **claimed)
+    assert holder([hostile, honest]) == "m"
+    assert owners(hostile, honest) == {"m"}
+    assert owners(down(honest), hostile) == {"a"}, (
+        "a node that is down owns an address that nobody else claims"
+    )
+    assert owners(down(honest)) == {"m"}
+
+
+def test_a_node_cannot_report_an_address_inside_the_tunnels() -> None:
+    local = {LOCAL_ADDRESSES_LABEL: "10.0.0.5/24"}
+    victim = described("v", "203.0.113.9", created_at="2026-01-02", **keyed(1), **local)
+    claimed = {DATA_PATH_LABEL: tunnel_address(NodeId("v"))}
+    hostile = described("h", "192.0.2.66", created_at="2026-01-01", **keyed(2), **claimed)
+    assert underlay_of(hostile) == "192.0.2.66"
+    assert owners(victim, hostile) == {"v", "h"}
+    seen_inside = described("s", tunnel_address(NodeId("v")))
+    assert underlay_of(seen_inside) == ""
+
+
+def test_of_nodes_with_the_same_address_inside_the_tunnels_the_first_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two ids whose hashes collide."""
+    monkeypatch.setattr(data_planes, "tunnel_address", lambda _: "240.0.0.7")
+    local = {LOCAL_ADDRESSES_LABEL: "10.0.0.5/24"}
+    first = described("z", "203.0.113.9", created_at="2026-01-01", **keyed(1), **local)
+    second = described("a", "203.0.113.8", created_at="2026-01-02", **keyed(2), **local)
+    assert holder([second, first]) == "z"
+    assert owners(second, first) == {"z"}
+
+
+def test_a_node_that_goes_down_and_comes_back_changes_no_tunnels() -> None:
+    local = {LOCAL_ADDRESSES_LABEL: "10.0.0.5/24"}
+    nodes = [described(f"m{number}", f"192.0.2.{number}", **keyed(number)) for number in range(1, 13)]
+    nodes += [
+        described(f"w{number}", f"203.0.113.{number}", **keyed(20 + number), **local) for number in (1, 2)
+    ]
+    before = NatPlan(members_of(nodes))
+    relay = before.relay_of(NodeId("w1"), NodeId("w2"))
+    assert relay is not None
+    for lost in nodes:
+        after = NatPlan(members_of([down(one) if one.id == lost.id else one for one in nodes]))
+        changed = {one.id for one in nodes if before.tunnels_for(one.id) != after.tunnels_for(one.id)}
+        moved = after.relay_of(NodeId("w1"), NodeId("w2"))
+        if lost.id == relay.id:
+            assert moved not in (None, relay)
+            assert {"w1", "w2"} <= changed
+        else:
+            assert moved == relay
+            assert not changed & {"w1", "w2"}
+
+
+def test_the_tunnels_of_a_node_are_computed_once_and_share_their_peers() -> None:
+    plan = NatPlan(large(3, 5))
+    first, second = plan.tunnels_for(NodeId("n0")), plan.tunnels_for(NodeId("n1"))
+    assert first is plan.tunnels_for(NodeId("n0"))
+    assert first is not None
+    assert second is not None
+    assert any(one is other for one, other in zip(first.peers, second.peers, strict=True))
+    nodes = [described("m", "192.0.2.1", **keyed(1)), described("n", "192.0.2.2", **keyed(2))]
+    directory = directory_of(nodes, 4789)
+    assert directory_of([*map(down, nodes[:1]), nodes[1]], 4789, directory.nat).nat is not directory.nat
+    assert directory_of(nodes, 4789, directory.nat).nat is directory.nat
+
+
+def test_a_node_without_overlay_networks_is_not_behind_nat_and_does_not_relay() -> None:
+    """A rootless node: managers see the address of its machine, and it sees the one of its namespace."""
+    label = {LOCAL_ADDRESSES_LABEL: "10.0.2.100/24", **keyed(1)}
+    node = described("r", "192.0.2.12", **label)
+    labels = {name: value for name, value in node.description.engine.labels.items() if name != PATHS_LABEL}
+    engine = replace(node.description.engine, labels=labels)
+    node = replace(node, description=replace(node.description, engine=engine))
+    assert nat_of(node) == ""
+    assert members_of([node]) == ()
+
+
+def test_neighbors_behind_one_nat_have_private_addresses_in_each_others_subnet() -> None:
+    def way(one: str, other: str) -> str:
+        labels = ({LOCAL_ADDRESSES_LABEL: one, **keyed(1)}, {LOCAL_ADDRESSES_LABEL: other, **keyed(2)})
+        nodes = [described(id, "203.0.113.9", **own) for id, own in zip(("a", "b"), labels, strict=True)]
+        return NatPlan(members_of([*nodes, described("m", "192.0.2.1", **keyed(3))])).way(
+            NodeId("a"), NodeId("b")
+        )
+
+    assert way("10.0.0.5/24", "10.0.0.6/24") == TUNNEL
+    for claimed in (
+        "10.0.1.6/16",
+        "10.0.1.6/24",
+        "8.8.8.8/0",
+        "10.0.0.6",
+        "x/24",
+        "10.0.0.6/x",
+        "fd00::1/64",
+    ):
+        assert way("10.0.0.5/24", claimed) == "relay m", claimed
+
+
+def test_a_nat_that_managers_have_seen_counts_for_every_session() -> None:
+    labels = {LOCAL_ADDRESSES_LABEL: "10.0.0.5/24", SEEN_NAT_LABEL: "198.51.100.7", **keyed(1)}
+    seen = {
+        described("w", addr, **labels).status.addr for addr in ("10.0.0.5", "198.51.100.8", "2001:db8::7")
+    }
+    underlays = {underlay_of(described("w", addr, **labels)) for addr in seen}
+    assert underlays == {tunnel_address(NodeId("w"))}
+    assert nat_of(described("w", "198.51.100.8", **labels)) == "198.51.100.8"
 
 
 def test_the_label_of_a_node_says_whether_it_relays() -> None:
@@ -239,3 +375,22 @@ def test_the_tunnels_of_a_node_that_others_reach_have_no_endpoints() -> None:
     assert not found.is_behind_nat
     assert [peer.endpoint for peer in found.peers] == ["", ""]
     assert found.relayed == tuple(peer.addresses[0] for peer in found.peers)
+
+
+async def test_a_node_behind_nat_does_not_become_a_manager() -> None:
+    store = MemoryStore(SystemClock())
+    behind = described("w", "203.0.113.9", **{LOCAL_ADDRESSES_LABEL: "10.0.0.5/24"})
+
+    def join(tx: Transaction) -> None:
+        tx.put(behind)
+
+    await store.update(join)
+
+    def promote(tx: Transaction) -> None:
+        node = tx.get(Node, "w")
+        update_node(tx, node.id, replace(node.spec, role=NodeRole.MANAGER), node.version.index)
+
+    with pytest.raises(
+        FailedPrecondition, match=r"is behind NAT \(203\.0\.113\.9\) and cannot manage a cluster"
+    ):
+        await store.update(promote)
