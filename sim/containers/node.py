@@ -229,7 +229,7 @@ class SimulatedBundles(Part):
     def __init__(self, node: "NodeProcess") -> None:
         super().__init__(node)
         self.apis = SimpleNamespace(adopt=lambda *_: None)
-        self.users = None
+        self.users = self.selinux_policy = None
 
     def load(self) -> FoundContainers:
         world = self._world

@@ -90,7 +90,7 @@ class StubBundles:
         self.is_full = False
         self.adopted: list[ContainerId] = []
         self.apis = SimpleNamespace(adopt=lambda one, _: self.adopted.append(one.id))
-        self.users = None
+        self.users = self.selinux_policy = None
         self._steps, self._unreadable = steps, unreadable
 
     def load(self) -> FoundContainers:
