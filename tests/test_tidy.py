@@ -39,7 +39,6 @@ SMALL_LINES = 80
 SEPARATE = {
     "skep/cli/stack/stack_stops.py": "its importer has no lines left",
     "skep/dataplane/failover/hook_guard.py": "a program of its own",
-    "skep/dataplane/tables/nearness.py": "a pure decision beside the class that keeps the tables",
     "skep/engine/runtime/bind_flags.py": "its importer has no lines left",
     "skep/linux/without_links.py": "a program of its own",
     "skep/manager/allocator/loop.py": "a loop beside its pure state",

@@ -67,7 +67,7 @@ def _mount_layers(layers: Sequence[Path], upper: Path, work: Path, target: Path,
 
 def _options(lower: str, upper: Path, work: Path, label: str) -> str:
     words = [f"lowerdir={lower}", f"upperdir={_escaped(upper)}", f"workdir={_escaped(work)}"]
-    # With userxattr, overlayfs keeps its marks where root of a user namespace may write them.
+    # Overlayfs with userxattr keeps its marks where root of a user namespace may write them.
     marks = "userxattr" if is_in_user_namespace() else ""
     return ",".join(filter(None, (*words, marks, mount_option(label))))
 

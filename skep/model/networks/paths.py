@@ -41,8 +41,9 @@ class PathPeer(msgspec.Struct, frozen=True, kw_only=True):
     encrypted: bool = False
     """Whether encrypted networks connect the two nodes, over UDP port ``vxlan_port + 10``."""
     way: str = ""
-    """How the receiver of the targets reaches this node: empty for directly, ``tunnel``, ``relay HOSTNAME``, or
-    ``none`` if a tunnel that they need is missing."""
+    """Way of the receiver of the targets to this node: empty without a tunnel, ``tunnel``, ``relay HOSTNAME``, or
+    ``none`` if a tunnel that they need is missing.
+    """
 
 
 class NatPeer(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""Which tasks a node without all rights of root does not run, because of what it reports about itself.
+"""Decides which tasks a node without all rights of root does not run, because of what it reports about itself.
 
 A rootless node belongs to an ordinary user and lies behind a network of its own.  Other nodes cannot send it packets of
 overlay networks.  It has limits only if control groups are delegated to its user, and no ports that need root.
@@ -31,7 +31,7 @@ _PORTS_FROM = 1024
 
 
 class RootlessNeeds(msgspec.Struct, frozen=True, gc=False):
-    """The needs of a task that a rootless node, or one that maps users, may not meet."""
+    """The needs of a task that a rootless node or a node with mapped users may not meet."""
 
     overlay: str = ""
     """Name of one of its overlay networks."""
