@@ -87,7 +87,7 @@ def test_more_runs_of_a_job_at_a_time_than_allowed_are_rejected() -> None:
     history.put(done, a_run("t3", slot=3, spec_version=version))
     assert history.violations == []
     history.put(a_run("t4", slot=4, spec_version=version))
-    assert history.violations == ["3 tasks of job web are under way, 2 may be"]
+    assert history.violations == ["job web has 3 tasks under way, 2 may be"]
 
 
 def test_a_name_of_two_services_is_rejected() -> None:

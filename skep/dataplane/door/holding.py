@@ -65,7 +65,7 @@ _BACKLOG: Final = 1024
 _PROXY_BYTES: Final = 16
 """Bytes of the PROXY protocol's head.  The last two are the length of its addresses."""
 _HEAD_BYTES: Final = 29 << 9
-"""Bytes of a head that HAProxy accepts once more.  Its own bound is 15 KiB without what it keeps for each header."""
+"""Bytes of a head that HAProxy accepts once more.  Its own bound is 15 KiB minus some bytes for each header."""
 _RESPONSE_BYTES: Final = 16 << 10
 """Bytes of a response's head in HAProxy's buffer."""
 _STARTS: Final = "This site is starting. Please try again soon."

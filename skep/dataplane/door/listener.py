@@ -184,7 +184,7 @@ class FrontDoor:
         self._idle.forget()
 
     async def read_statistics(self) -> None:
-        """Read HAProxy's counters once.  A response that is missing or malformed loses only what it would have."""
+        """Read HAProxy's counters once.  A missing or malformed response loses only its own rows."""
         async with self._reading:
             await self._read(self._applied)
 

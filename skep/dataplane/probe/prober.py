@@ -106,7 +106,7 @@ class PathProber:
         apply_measurements: Applies the present measurements to all overlays.  It may raise SkepError and is then
             retried.
         rng: Returns numbers from 0 to 1, which spread rounds.
-        on_targets: Called whenever targets are set, also with those of an earlier process.
+        on_targets: Called whenever targets are set, also with the targets of an earlier process.
     """
 
     def __init__(

@@ -152,7 +152,7 @@ def nat_of(node: Node) -> str:
 
 
 def seen_nat(labels: Mapping[str, str], seen: str) -> str:
-    """Return ``seen``, the address from which a node with these engine labels connects, or an empty text without NAT."""
+    """Return ``seen``, the address from which a node with these labels connects, or an empty text without NAT."""
     local = _local_addresses(labels)
     if not local or ":" in seen or not usable_address(seen):  # tunnels have IPv4 addresses only
         return ""

@@ -189,7 +189,7 @@ def cluster_volumes(requirements: Requirements, account: Account, copies: int) -
 
 
 def _shortages(requirements: Requirements, account: Account) -> Iterator[tuple[str, str, str, str]]:
-    """Yield the wanted amount with its unit, the amount that is left, the unit, and what is kept for the system."""
+    """Yield the wanted amount with its unit, the amount that is left, the unit, and the system's reserve."""
     if requirements.nano_cpus > account.free_nano_cpus:
         wanted, free = requirements.nano_cpus / CPU_NANO, max(account.free_nano_cpus, 0) / CPU_NANO
         yield counted(wanted, "CPU"), f"{free:g}", "CPUs", kept_words(account.node, RESERVE_CPUS)
