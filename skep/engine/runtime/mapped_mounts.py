@@ -7,18 +7,26 @@ themselves (a file server, a device, a plug-in's directory), because it may be a
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import structlog
 from msgspec.structs import replace
 
+from skep.aio.blocking import BlockingCalls
 from skep.engine.containers.container import Container, MountPoint
+from skep.errors import Unavailable
 from skep.linux import mounting, syscalls
 from skep.linux.user_namespaces import mapping, open_mapped_if_possible
 from skep.model.values.user_map import UserMap
 
 log = structlog.get_logger()
+
+_DEADLINE_S: Final = 10.0
+"""Time limit in seconds for the views of one container, which holds a start slot meanwhile."""
 
 
 def is_mapped(container: Container, point: MountPoint, own: Iterable[Path]) -> bool:
@@ -54,25 +62,60 @@ def placed(
     )
 
 
-def mount_all(container: Container, points: Sequence[MountPoint], place: Path, own: Sequence[Path]) -> None:
+class ViewMounts:
+    """Mounts views within a time limit, because the file server of a volume may not respond."""
+
+    def __init__(self) -> None:
+        self.deadline_s = _DEADLINE_S
+        self._calls = BlockingCalls(busy="containers already wait for their volumes")
+
+    async def mount_all(
+        self, container: Container, points: Sequence[MountPoint], place: Path, own: Sequence[Path]
+    ) -> None:
+        """Mount the views of ``points``, each by its number below ``place``.  Does nothing if no users are mapped.
+
+        Raises: OSError; Unavailable: a volume does not respond, or too many others do not.
+        """
+        if container.users is None:
+            return
+        over = threading.Event()
+        work = partial(mount_all, container, points, place, own, over.is_set)
+        try:
+            await self._calls.call(work, self.deadline_s)
+        except TimeoutError as error:
+            raise Unavailable(
+                f"a volume of container {container.name} does not respond within {self.deadline_s:g} s: "
+                "look after its file server"
+            ) from error
+        finally:
+            over.set()
+
+
+def mount_all(
+    container: Container,
+    points: Sequence[MountPoint],
+    place: Path,
+    own: Sequence[Path],
+    is_over: Callable[[], bool] = bool,
+) -> None:
     """Mount the views of ``points``, each by its number below ``place``.  Does nothing if no users are mapped.
 
-    Raises: OSError.
+    ``is_over`` returns whether nobody waits for the views any more, so that none is mounted late.  Raises: OSError.
     """
     users = container.users
     if users is None:
         return
     for number, (given, point) in enumerate(zip(container.config.mounts, points, strict=True)):
-        if is_mapped(container, given, own):
-            target = place / str(number)
-            _make_target(Path(point.source), target)
-            if not _mount(point, target, None if has_own_owners(given) else users):
-                log.info(
-                    "mount without mapped users",
-                    container=container.name,
-                    mount=point.destination,
-                    reason="its file system has owners of its own",
-                )
+        if not is_mapped(container, given, own):
+            continue
+        wanted = None if has_own_owners(given) else users
+        if not _mount(point, place / str(number), wanted, is_over):
+            log.info(
+                "mount without mapped users",
+                container=container.name,
+                mount=point.destination,
+                reason="its file system has owners of its own",
+            )
 
 
 def unmount_all(place: Path) -> None:
@@ -82,8 +125,9 @@ def unmount_all(place: Path) -> None:
             syscalls.unmount_if_mounted(target)
 
 
-def _mount(point: MountPoint, target: Path, users: UserMap | None) -> bool:
+def _mount(point: MountPoint, target: Path, users: UserMap | None, is_over: Callable[[], bool]) -> bool:
     """Mount the view of one mount, read-only if the mount is.  Return whether it has the container's owners."""
+    is_directory = os.path.isdir(point.source)
     if users is None:
         mounted, is_mapped = syscalls.clone_mount(point.source, recursive=True), False
     elif _is_owned(point.source, users):
@@ -94,6 +138,9 @@ def _mount(point: MountPoint, target: Path, users: UserMap | None) -> bool:
         # Here, because the kernel refuses runc's remount if the source has more flags, such as nosuid.
         if point.read_only:
             syscalls.make_read_only(mounted, recursive=point.read_only_below is not False)
+        if is_over():
+            return True
+        _make_target(target, is_directory=is_directory)
         syscalls.move_mount(mounted, str(target))
     finally:
         os.close(mounted)
@@ -106,11 +153,11 @@ def _is_owned(source: str, users: UserMap) -> bool:
     return any(one.outside <= uid < one.outside + one.size for one in users.uids)
 
 
-def _make_target(source: Path, target: Path) -> None:
+def _make_target(target: Path, *, is_directory: bool) -> None:
     """Create an empty directory or file to mount on, and unmount what a failed start has left there."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     syscalls.unmount_if_mounted(target)
-    if source.is_dir():
+    if is_directory:
         target.mkdir(exist_ok=True)
     else:
         target.touch()
