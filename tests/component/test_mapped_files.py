@@ -262,3 +262,28 @@ async def test_a_view_is_not_mounted_after_its_start_has_ended(tmp_path: Path) -
     await mapped_mounts.ViewMounts().mount_all(container, [point], tmp_path / "views", ())
     assert owner(tmp_path / "views" / "0") == (FIRST, FIRST)
     mapped_mounts.unmount_all(tmp_path / "views")
+
+
+def test_what_is_mounted_in_a_volume_is_in_its_view_and_outlives_it(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    syscalls.mount("tmpfs", tree, "tmpfs")
+    syscalls.mount("none", tree, None, syscalls.MS_SHARED)  # as systemd mounts everything
+    for name in ("volume", "own"):
+        (tree / name / "below").mkdir(parents=True)
+    try:
+        for name in ("volume", "own"):
+            if name == "own":
+                syscalls.mount(str(tree / "own"), tree / "own", None, syscalls.MS_BIND)
+            below = tree / name / "below"
+            syscalls.mount("tmpfs", below, "tmpfs")
+            (below / "file").touch()
+            point = MountPoint(type="volume", destination="/v", source=str(tree / name))
+            container = a_container(users=USERS, mounts=(point,))
+            views = tmp_path / f"views-{name}"
+            mapped_mounts.mount_all(container, [point], views, ())
+            assert owner(views / "0" / "below" / "file") == (0, 0)
+            mapped_mounts.unmount_all(views)
+            assert (below / "file").exists()
+    finally:
+        syscalls.unmount_if_mounted(tree)

@@ -138,6 +138,7 @@ def _mount(point: MountPoint, target: Path, users: UserMap | None, is_over: Call
         # Here, because the kernel refuses runc's remount if the source has more flags, such as nosuid.
         if point.read_only:
             syscalls.make_read_only(mounted, recursive=point.read_only_below is not False)
+        syscalls.follow_machine(mounted)  # or unmounting the view would unmount what is mounted in the volume
         if is_over():
             return True
         _make_target(target, is_directory=is_directory)
