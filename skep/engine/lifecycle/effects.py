@@ -180,11 +180,13 @@ class Effects:
             raise NotRunning(f"Container {container.id} is being removed") from error
 
     async def _create_process(self, container: Container, _: Program) -> LifeEvent:
-        await self._unless_removed(container, self._bundles.map_volumes(container))
+        if container.users is not None:
+            await self._unless_removed(container, self._bundles.map_volumes(container))
         with within("runc create"):
             started = await self._runtime.create(container)
         self._volumes.release_parts(self._bundles.parts(container))
-        self._bundles.release_views(container.id)
+        if container.users is not None:
+            self._bundles.release_views(container.id)
         if container.plain is not None and all(container.plain.console_size):
             resize_terminal(started.monitor, *container.plain.console_size)
         return life_events.ProcessCreated(started.process, started.monitor)
