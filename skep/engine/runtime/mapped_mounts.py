@@ -8,7 +8,7 @@ themselves (a file server, a device, a plug-in's directory), because it may be a
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -29,9 +29,10 @@ _DEADLINE_S: Final = 10.0
 """Time limit in seconds for the views of one container, which holds a start slot meanwhile."""
 
 
-def is_mapped(container: Container, point: MountPoint, own: Iterable[Path]) -> bool:
-    """Return whether the container gets a view of a mount: of volumes, and of directories below ``own``.
+def is_mapped(container: Container, point: MountPoint, own: Sequence[Path]) -> bool:
+    """Return whether the container gets a view of a mount: of volumes, and of cluster volumes, ``own/ID/mount``.
 
+    A path inside a cluster volume does not count, because a link there may lead to a file of the machine.
     A build has created the bind mounts of its steps itself.  The view has the container's owners unless the volume
     mounts something (``has_own_owners``).
     """
@@ -41,7 +42,7 @@ def is_mapped(container: Container, point: MountPoint, own: Iterable[Path]) -> b
         return True
     is_step = container.plain is not None and container.plain.is_step
     source = Path(os.path.normpath(point.source))
-    return point.type == "bind" and (is_step or any(source.is_relative_to(one) for one in own))
+    return point.type == "bind" and (is_step or source.parent.parent in own)
 
 
 def has_own_owners(point: MountPoint, is_mount: Callable[[Path], bool] = mounting.is_target) -> bool:
