@@ -301,12 +301,10 @@ class Bundles:
         return self.bundle(id) / "config.json"
 
     async def map_volumes(self, container: Container) -> None:
-        """Mount what runc mounts in a container with mapped users.
-
-        Raises: OSError; Unavailable: a volume does not respond.
-        """
-        points, place = self._placed(container), self._views(container.id)
-        await self.views.mount_all(container, points, place, self._mapped)
+        """Mount the container's views.  Raises: OSError; Unavailable: a volume does not respond."""
+        await self.views.mount_all(
+            container, self._placed(container), self._views(container.id), self._mapped
+        )
 
     def release_views(self, id: ContainerId) -> None:
         """Undo ``map_volumes``, because runc has its own mounts by now."""

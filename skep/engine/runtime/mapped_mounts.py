@@ -101,7 +101,7 @@ def mount_all(
 ) -> None:
     """Mount the views of ``points``, each by its number below ``place``.  Does nothing if no users are mapped.
 
-    ``is_over`` returns whether nobody waits for the views any more, so that none is mounted late.  Raises: OSError.
+    ``is_over`` returns whether the start has ended meanwhile, so that no view is mounted late.  Raises: OSError.
     """
     users = container.users
     if users is None:
@@ -139,7 +139,7 @@ def _mount(point: MountPoint, target: Path, users: UserMap | None, is_over: Call
         # Here, because the kernel refuses runc's remount if the source has more flags, such as nosuid.
         if point.read_only:
             syscalls.make_read_only(mounted, recursive=point.read_only_below is not False)
-        syscalls.follow_machine(mounted)  # or unmounting the view would unmount what is mounted in the volume
+        syscalls.follow_machine(mounted)  # or unmounting the view would unmount the mounts in the volume
         if is_over():
             return True
         _make_target(target, is_directory=is_directory)

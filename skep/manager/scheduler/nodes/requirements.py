@@ -62,7 +62,7 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     topologies: tuple[str, ...] = ()
     """Labels by which the rules divide the nodes, in addition to ``spread_over``."""
     rootless: RootlessNeeds = RootlessNeeds()
-    """Needs that a rootless node, or one that maps users, may not meet."""
+    """Needs that a rootless node or a node with mapped users may not meet."""
     needs_disk: bool = True
     """Whether the node's disk must have free space.  True for every new task (``staying``)."""
 
