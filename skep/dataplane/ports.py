@@ -189,7 +189,7 @@ class Reservations:
         self._held = held
         self._outside = outside
         self._unsettled = Event()
-        """Set while other ports may be open outside than the held ones, also by an earlier process."""
+        """Set while the ports that are open outside may differ from the held ones."""
         if outside is not None:
             self._unsettled.set()
 

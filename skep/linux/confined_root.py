@@ -85,7 +85,7 @@ def _cloned(bind: Bind, namespace: int | None) -> int:
 def _clone(path: str, namespace: int | None) -> int:
     if namespace is not None:
         with suppress(OSError):  # its file system cannot be mapped: the container sees it as it is
-            return user_namespaces.mapped_mount(path, namespace)
+            return user_namespaces.mapped_mount(path, namespace, recursive=True)
     return syscalls.clone_mount(path, recursive=True)
 
 

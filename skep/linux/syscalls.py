@@ -138,6 +138,11 @@ def map_mount(mounted: int, namespace: int) -> None:
     _set_attributes(mounted, _MountAttributes(set=_MOUNT_ATTR_IDMAP, user_namespace=namespace))
 
 
+def follow_machine(mounted: int) -> None:
+    """Let the mounts of an open tree follow the machine's (slave propagation), which never follow them."""
+    _set_attributes(mounted, _MountAttributes(propagation=MS_SLAVE), recursive=True)
+
+
 def make_read_only(mounted: int, *, recursive: bool = False) -> None:
     """Make an open mount read-only, and the mounts below it if ``recursive``."""
     _set_attributes(mounted, _MountAttributes(set=_MOUNT_ATTR_RDONLY), recursive=recursive)

@@ -80,6 +80,8 @@ def mapping(text: KernelText) -> int:
 def mapped_mount(path: str, namespace: int, *, recursive: bool = False) -> int:
     """Return a descriptor of a detached id-mapped mount of ``path``.
 
+    Mounts below it are there if ``recursive``, and are not mapped.
+
     Raises: OSError: EINVAL: its file system does not support that.
     """
     mounted = syscalls.clone_mount(path, recursive=recursive)
@@ -94,10 +96,10 @@ def mapped_mount(path: str, namespace: int, *, recursive: bool = False) -> int:
 def open_mapped_if_possible(path: str, namespace: int) -> tuple[int, bool]:
     """Return a descriptor of a detached mount of ``path``, id-mapped if its file system can be, and whether it is.
 
-    Raises: OSError.
+    It has the mounts below ``path``, with the owners that they have on the machine.  Raises: OSError.
     """
     try:
-        return mapped_mount(path, namespace), True
+        return mapped_mount(path, namespace, recursive=True), True
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise

@@ -15,7 +15,7 @@ from skep.aio.event_loop.gc_settings import freeze
 from skep.configuration.configuration import Configuration
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
-from skep.engine.runtime.runtime import end_gracefully
+from skep.engine.runtime.runtime import end_all_gracefully
 from skep.linux.files import file_exists
 from skep.model.node_reports.conditions import ConditionName
 from skep.model.values.ids import new_id
@@ -148,7 +148,7 @@ class Node:
         restart policies as after a reboot.
         """
         if self._foundation.environment.features.is_rootless:
-            await asyncio.gather(*map(end_gracefully, self._runtime.list()))
+            await end_all_gracefully(self._runtime.list())
 
     def reload(self, configuration: Configuration) -> None:
         """Apply those parts of ``configuration`` that need no restart."""

@@ -4,6 +4,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +19,13 @@ from skep.engine.runtime import mapped_mounts
 from skep.engine.runtime.conmon import pipe_owner
 from skep.engine.runtime.overlay import mount_layers
 from skep.engine.volumes.mounts import copy_up
+from skep.errors import Unavailable
 from skep.linux import syscalls
 from skep.linux.confined_root import Bind, enter
 from skep.linux.user_namespaces import enter as enter_users
 from skep.linux.user_namespaces import mapped_mount, mapping, mapping_problem
 from skep.model.values.user_map import IdRange, UserMap
+from tests.support.storage.file_servers import silent_directory
 from tests.unit.engine.test_mapped_users import a_container
 
 pytestmark = pytest.mark.needs("root")
@@ -233,3 +236,54 @@ def test_certificates_belong_to_the_root_that_each_container_of_the_front_door_b
         process(users).write_door()
         assert [owner(one) for one in (mapped, mapped / LIST)] == [(FIRST, FIRST)] * 2
         assert [owner(one) for one in (unmapped, unmapped / LIST)] == [(0, 0)] * 2
+
+
+async def test_a_volume_whose_server_is_silent_fails_its_start_within_a_limit(tmp_path: Path) -> None:
+    mounts = mapped_mounts.ViewMounts()
+    mounts.deadline_s = 0.1
+    views = tmp_path / "views"
+    with silent_directory(tmp_path / "silent") as silent:
+        point = MountPoint(type="volume", destination="/v", source=str(silent))
+        container = a_container(users=USERS, mounts=(point,))
+        with pytest.raises(Unavailable, match="look after its file server"):
+            await mounts.mount_all(container, [point], views, ())
+        waiting = [one for one in threading.enumerate() if one.name == "blocking call"]
+        assert len(waiting) == 1
+    waiting[0].join(10)  # the server has ended
+    assert not views.exists(), "nobody waits for the view any more"
+
+
+async def test_a_view_is_not_mounted_after_its_start_has_ended(tmp_path: Path) -> None:
+    (tmp_path / "volume").mkdir()
+    point = MountPoint(type="volume", destination="/v", source=str(tmp_path / "volume"))
+    container = a_container(users=USERS, mounts=(point,))
+    mapped_mounts.mount_all(container, [point], tmp_path / "views", (), lambda: True)
+    assert not (tmp_path / "views").exists()
+    await mapped_mounts.ViewMounts().mount_all(container, [point], tmp_path / "views", ())
+    assert owner(tmp_path / "views" / "0") == (FIRST, FIRST)
+    mapped_mounts.unmount_all(tmp_path / "views")
+
+
+def test_what_is_mounted_in_a_volume_is_in_its_view_and_outlives_it(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    syscalls.mount("tmpfs", tree, "tmpfs")
+    syscalls.mount("none", tree, None, syscalls.MS_SHARED)  # as systemd mounts everything
+    for name in ("volume", "own"):
+        (tree / name / "below").mkdir(parents=True)
+    try:
+        for name in ("volume", "own"):
+            if name == "own":
+                syscalls.mount(str(tree / "own"), tree / "own", None, syscalls.MS_BIND)
+            below = tree / name / "below"
+            syscalls.mount("tmpfs", below, "tmpfs")
+            (below / "file").touch()
+            point = MountPoint(type="volume", destination="/v", source=str(tree / name))
+            container = a_container(users=USERS, mounts=(point,))
+            views = tmp_path / f"views-{name}"
+            mapped_mounts.mount_all(container, [point], views, ())
+            assert owner(views / "0" / "below" / "file") == (0, 0)
+            mapped_mounts.unmount_all(views)
+            assert (below / "file").exists()
+    finally:
+        syscalls.unmount_if_mounted(tree)

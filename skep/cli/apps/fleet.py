@@ -7,7 +7,7 @@ Source: coreos/fleet, fleetctl/list_units.go, list_machines.go, journal.go.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -178,14 +178,14 @@ def start(ctx: click.Context, names: tuple[str, ...], stack: str, timeout: float
     host: HostOptions = ctx.obj
 
     async def find() -> tuple[list[str], list[Path]]:
-        services = await _services(host)
+        services, tasks = await _services_and_tasks(host)
         new = [name for name in names if not _services_of(name, services, stack)]
         files = [Path(name) for name in new]
         if missing := [str(one) for one in files if not one.is_file()]:
             raise NotFound(
                 f"there is neither a unit nor a file {missing[0]}. List units with skep fleet list-units."
             )
-        return whole_services([one for one in names if one not in new], services, stack), files
+        return whole_services([one for one in names if one not in new], services, stack, tasks), files
 
     known, files = run_requests(find())
     if known:
@@ -216,7 +216,8 @@ def stop(host: HostOptions, names: tuple[str, ...], stack: str, timeout: float) 
     """
 
     async def run() -> None:
-        found = whole_services(names, await _services(host), stack)
+        services, tasks = await _services_and_tasks(host)
+        found = whole_services(names, services, stack, tasks)
         await turn(host, found, "stop", timeout_s=timeout, waits=True)
 
     run_requests(run())
@@ -278,12 +279,8 @@ def units_in(
         if stack and _stack_of(service) != stack:
             continue
         newest: dict[tuple[int, str], Mapping[str, Any]] = {}
-        for task in sorted(tasks, key=lambda one: str(one["CreatedAt"])):
-            if task["ServiceID"] == service["ID"] and task["DesiredState"] in (
-                "ready",
-                "running",
-                "complete",
-            ):
+        for task in _wanted(tasks):
+            if task["ServiceID"] == service["ID"]:
                 newest[task.get("Slot") or 0, "" if task.get("Slot") else task.get("NodeID", "")] = task
         prefix = _unit_of(service)
         if not newest:
@@ -299,11 +296,16 @@ def units_in(
             }
 
 
-def whole_services(names: Sequence[str], services: Sequence[Mapping[str, Any]], stack: str) -> list[str]:
+def whole_services(
+    names: Sequence[str],
+    services: Sequence[Mapping[str, Any]],
+    stack: str,
+    tasks: Sequence[Mapping[str, Any]] = (),
+) -> list[str]:
     """Return the names of the services that the units make up.
 
     Raises:
-        NotFound: No service, or several, have the unit's name.
+        NotFound: No service, or several, have the unit's name, or the service has no such instance.
         InvalidArgument: Units are only some of a service's instances, which are its replicas.
     """
     found: dict[str, Mapping[str, Any]] = {}
@@ -312,6 +314,8 @@ def whole_services(names: Sequence[str], services: Sequence[Mapping[str, Any]], 
         service = _one_service(name, services, stack)
         found[service["Spec"]["Name"]] = service
         named = UnitName.parse(name).instance
+        if named:
+            _check_instance(name, named, service, tasks)
         instances.setdefault(service["Spec"]["Name"], set()).update({named} if named else {"all"})
     for name, service in found.items():
         replicas = (service["Spec"]["Mode"].get("Replicated") or {}).get("Replicas") or 1
@@ -323,10 +327,33 @@ def whole_services(names: Sequence[str], services: Sequence[Mapping[str, Any]], 
     return list(found)
 
 
-async def _services(host: HostOptions) -> Sequence[Mapping[str, Any]]:
+def _check_instance(
+    name: str, instance: str, service: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise NotFound if the service has no such instance.  After a scaling, the slots may have gaps."""
+    replicated, unit = service["Spec"]["Mode"].get("Replicated"), f"{_unit_of(service)}.service"
+    if replicated is None:
+        raise NotFound(f"there is no unit {name}: {service['Spec']['Name']} has no instances. Use {unit}.")
+    slots = {one.get("Slot") for one in _wanted(tasks) if one["ServiceID"] == service["ID"]}
+    slots.update(range(1, (replicated.get("Replicas") or 1) + 1))
+    if instance not in map(str, slots):
+        raise NotFound(f"there is no unit {name}. Use {unit}, or list units with skep fleet list-units.")
+
+
+async def _services_and_tasks(
+    host: HostOptions,
+) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
     async with host.client() as client:
-        found: Sequence[Mapping[str, Any]] = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
-        return found
+        services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
+        return services, await client.get("/tasks", timeout_s=RESPONSE_TIMEOUT_S)
+
+
+def _wanted(tasks: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the tasks that should run, or should have run to their end, the oldest first."""
+    wanted = ("ready", "running", "complete")
+    return sorted(
+        (one for one in tasks if one["DesiredState"] in wanted), key=lambda one: str(one["CreatedAt"])
+    )
 
 
 def _one_service(name: str, services: Sequence[Mapping[str, Any]], stack: str) -> Mapping[str, Any]:

@@ -184,7 +184,7 @@ class FrontDoor:
         self._idle.forget()
 
     async def read_statistics(self) -> None:
-        """Read HAProxy's counters once.  A missing or malformed response loses only its own rows."""
+        """Read HAProxy's counters once.  A missing or malformed response loses only its own counters."""
         async with self._reading:
             await self._read(self._applied)
 
@@ -217,7 +217,7 @@ class FrontDoor:
         )
 
     async def _responses(self, directory: Path, wanted: Iterable[str]) -> list[str]:
-        """Return the responses to questions.  Of a HAProxy that leaves some without one, no more are asked."""
+        """Return the responses to questions, until HAProxy has missed ``_MISSED_MAX`` of them."""
         found, missed = [], 0
         for one in wanted:
             try:

@@ -6,10 +6,10 @@ Each effect is idempotent, so that the next node process can repeat it.  A cance
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from msgspec.structs import replace
 
@@ -169,7 +169,11 @@ class Effects:
     async def _mount_volumes(self, container: Container, _: Program) -> None:
         """Mount, but give up for a forced removal, because a file server may not respond."""
         parts = self._bundles.parts(container)
-        mount = self._volumes.mount(container.id, container.config.mounts, parts)
+        await self._unless_removed(
+            container, self._volumes.mount(container.id, container.config.mounts, parts)
+        )
+
+    async def _unless_removed(self, container: Container, mount: Coroutine[Any, Any, None]) -> None:
         try:
             await self.forced.mount(container.id, mount)
         except LostRace as error:
@@ -179,7 +183,7 @@ class Effects:
 
     async def _create_process(self, container: Container, _: Program) -> LifeEvent:
         if container.users is not None:
-            await asyncio.to_thread(self._bundles.map_volumes, container)
+            await self._unless_removed(container, self._bundles.map_volumes(container))
         with within("runc create"):
             started = await self._runtime.create(container)
         self._volumes.release_parts(self._bundles.parts(container))

@@ -127,6 +127,7 @@ class Bundles:
         self._capacity = capacity
         self._resolver = resolver
         self._mapped = mapped
+        self.views = mapped_mounts.ViewMounts()
         self._mounts = threading.Lock()
         self._borrowers: Counter[ContainerId] = Counter()
         self._to_release: set[ContainerId] = set()
@@ -298,9 +299,11 @@ class Bundles:
         """Return the file with the runtime's input."""
         return self.bundle(id) / "config.json"
 
-    def map_volumes(self, container: Container) -> None:
-        """Mount what runc mounts in a container with mapped users.  Raises: OSError."""
-        mapped_mounts.mount_all(container, self._placed(container), self._views(container.id), self._mapped)
+    async def map_volumes(self, container: Container) -> None:
+        """Mount the container's views.  Raises: OSError; Unavailable: a volume does not respond."""
+        await self.views.mount_all(
+            container, self._placed(container), self._views(container.id), self._mapped
+        )
 
     def release_views(self, id: ContainerId) -> None:
         """Undo ``map_volumes``, because runc has its own mounts by now."""

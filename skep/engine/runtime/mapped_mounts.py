@@ -7,19 +7,26 @@ themselves (a file server, a device, a plug-in's directory), because it may be a
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import structlog
 from msgspec.structs import replace
 
+from skep.aio.blocking import BlockingCalls
 from skep.engine.containers.container import Container, MountPoint
-from skep.errors import FailedPrecondition
+from skep.errors import FailedPrecondition, Unavailable
 from skep.linux import mounting, syscalls
 from skep.linux.user_namespaces import mapping, open_mapped_if_possible
 from skep.model.values.user_map import UserMap
 
 log = structlog.get_logger()
+
+_DEADLINE_S: Final = 10.0
+"""Time limit in seconds for the views of one container, which holds a start slot meanwhile."""
 
 
 def check_mapping(container: Container, users: UserMap | None) -> None:
@@ -31,9 +38,10 @@ def check_mapping(container: Container, users: UserMap | None) -> None:
         )
 
 
-def is_mapped(container: Container, point: MountPoint, own: Iterable[Path]) -> bool:
-    """Return whether the container gets a view of a mount: of volumes, and of directories below ``own``.
+def is_mapped(container: Container, point: MountPoint, own: Sequence[Path]) -> bool:
+    """Return whether the container gets a view of a mount: of volumes, and of cluster volumes, ``own/ID/mount``.
 
+    A path inside a cluster volume does not count, because a link there may lead to a file of the machine.
     A build has created the bind mounts of its steps itself.  The view has the container's owners unless the volume
     mounts something (``has_own_owners``).
     """
@@ -43,7 +51,7 @@ def is_mapped(container: Container, point: MountPoint, own: Iterable[Path]) -> b
         return True
     is_step = container.plain is not None and container.plain.is_step
     source = Path(os.path.normpath(point.source))
-    return point.type == "bind" and (is_step or any(source.is_relative_to(one) for one in own))
+    return point.type == "bind" and (is_step or source.parent.parent in own)
 
 
 def has_own_owners(point: MountPoint, is_mount: Callable[[Path], bool] = mounting.is_target) -> bool:
@@ -64,25 +72,60 @@ def placed(
     )
 
 
-def mount_all(container: Container, points: Sequence[MountPoint], place: Path, own: Sequence[Path]) -> None:
+class ViewMounts:
+    """Mounts views within a time limit, because the file server of a volume may not respond."""
+
+    def __init__(self) -> None:
+        self.deadline_s = _DEADLINE_S
+        self._calls = BlockingCalls(busy="containers already wait for their volumes")
+
+    async def mount_all(
+        self, container: Container, points: Sequence[MountPoint], place: Path, own: Sequence[Path]
+    ) -> None:
+        """Mount the views of ``points``, each by its number below ``place``.  Does nothing if no users are mapped.
+
+        Raises: OSError; Unavailable: a volume does not respond, or too many others do not.
+        """
+        if container.users is None:
+            return
+        over = threading.Event()
+        work = partial(mount_all, container, points, place, own, over.is_set)
+        try:
+            await self._calls.call(work, self.deadline_s)
+        except TimeoutError as error:
+            raise Unavailable(
+                f"a volume of container {container.name} does not respond within {self.deadline_s:g} s: "
+                "look after its file server"
+            ) from error
+        finally:
+            over.set()
+
+
+def mount_all(
+    container: Container,
+    points: Sequence[MountPoint],
+    place: Path,
+    own: Sequence[Path],
+    is_over: Callable[[], bool] = bool,
+) -> None:
     """Mount the views of ``points``, each by its number below ``place``.  Does nothing if no users are mapped.
 
-    Raises: OSError.
+    ``is_over`` returns whether the start has ended meanwhile, so that no view is mounted late.  Raises: OSError.
     """
     users = container.users
     if users is None:
         return
     for number, (given, point) in enumerate(zip(container.config.mounts, points, strict=True)):
-        if is_mapped(container, given, own):
-            target = place / str(number)
-            _make_target(Path(point.source), target)
-            if not _mount(point, target, None if has_own_owners(given) else users):
-                log.info(
-                    "mount without mapped users",
-                    container=container.name,
-                    mount=point.destination,
-                    reason="its file system has owners of its own",
-                )
+        if not is_mapped(container, given, own):
+            continue
+        wanted = None if has_own_owners(given) else users
+        if not _mount(point, place / str(number), wanted, is_over):
+            log.info(
+                "mount without mapped users",
+                container=container.name,
+                mount=point.destination,
+                reason="its file system has owners of its own",
+            )
 
 
 def unmount_all(place: Path) -> None:
@@ -92,8 +135,9 @@ def unmount_all(place: Path) -> None:
             syscalls.unmount_if_mounted(target)
 
 
-def _mount(point: MountPoint, target: Path, users: UserMap | None) -> bool:
+def _mount(point: MountPoint, target: Path, users: UserMap | None, is_over: Callable[[], bool]) -> bool:
     """Mount the view of one mount, read-only if the mount is.  Return whether it has the container's owners."""
+    is_directory = os.path.isdir(point.source)
     if users is None:
         mounted, is_mapped = syscalls.clone_mount(point.source, recursive=True), False
     elif _is_owned(point.source, users):
@@ -104,6 +148,10 @@ def _mount(point: MountPoint, target: Path, users: UserMap | None) -> bool:
         # Here, because the kernel refuses runc's remount if the source has more flags, such as nosuid.
         if point.read_only:
             syscalls.make_read_only(mounted, recursive=point.read_only_below is not False)
+        syscalls.follow_machine(mounted)  # or unmounting the view would unmount the mounts in the volume
+        if is_over():
+            return True
+        _make_target(target, is_directory=is_directory)
         syscalls.move_mount(mounted, str(target))
     finally:
         os.close(mounted)
@@ -116,11 +164,11 @@ def _is_owned(source: str, users: UserMap) -> bool:
     return any(one.outside <= uid < one.outside + one.size for one in users.uids)
 
 
-def _make_target(source: Path, target: Path) -> None:
+def _make_target(target: Path, *, is_directory: bool) -> None:
     """Create an empty directory or file to mount on, and unmount what a failed start has left there."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     syscalls.unmount_if_mounted(target)
-    if source.is_dir():
+    if is_directory:
         target.mkdir(exist_ok=True)
     else:
         target.touch()

@@ -14,7 +14,7 @@ code to a file and ends.  So three questions can be answered, even after a resta
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.backoff import Backoff
-from skep.aio.failures import describe_error
+from skep.aio.failures import describe_error, isolate
 from skep.engine.capacity import Capacity, Programs
 from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.confinement.limits import block_io, resources
@@ -81,7 +81,14 @@ class CreatedProcess(msgspec.Struct, frozen=True):
     monitor: ProcessName
 
 
-async def end_gracefully(container: Container) -> None:
+async def end_all_gracefully(containers: Iterable[Container]) -> None:
+    """Send all ``containers`` their stop signals, and wait until each has ended or its grace period is over."""
+    await asyncio.gather(
+        *(isolate(_end_gracefully(one), "container not stopped", container=one.name) for one in containers)
+    )
+
+
+async def _end_gracefully(container: Container) -> None:
     """Send the stop signal to a container's first process, and wait until it has ended or its grace period is over.
 
     Its monitor ends later, because it first writes the exit code.

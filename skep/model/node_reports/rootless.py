@@ -1,10 +1,10 @@
-"""Decides which tasks a node without all rights of root does not run, because of what it reports about itself.
+"""Tasks that a node does not run because it reports that it is rootless, or maps the users of containers.
 
 A rootless node belongs to an ordinary user and lies behind a network of its own.  Other nodes cannot send it packets of
 overlay networks.  It has limits only if control groups are delegated to its user, and no ports that need root.
 
-A node that maps the users of its containers (``userns-remap``) belongs to root, but its containers cannot have what
-needs the machine's root.  Like Docker, it refuses them.
+A node that maps the users of its containers (``userns-remap``) belongs to root, but its containers cannot have rights
+that need the machine's root.  Like Docker, it refuses them.
 """
 
 from collections.abc import Iterable, Mapping

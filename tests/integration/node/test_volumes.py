@@ -22,6 +22,7 @@ from skep.model.values.meta import Driver
 from tests.integration.node.conftest import eventually
 from tests.integration.node.test_oci_tasks import a_task, output
 from tests.support.engine.runc_lab import Lab
+from tests.support.storage.file_servers import silent_directory
 
 MS_SHARED = 1 << 20
 MEMORY = {"type": "tmpfs", "device": "tmpfs", "o": "size=64k,noexec"}
@@ -260,21 +261,6 @@ async def test_a_mount_point_in_a_volume_that_is_swapped_for_a_link_leads_nowher
                 await controller.remove()
     assert not os.listdir(outside)
     assert not [target for target in mount_targets() if target.startswith(str(outside))]
-
-
-@contextmanager
-def silent_directory(path: Path) -> Iterator[Path]:
-    """A file system whose server never responds: whoever looks into it waits."""
-    path.mkdir()
-    server = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        mount("silent", path, "fuse", 0, f"fd={server},rootmode=40000,user_id=0,group_id=0")
-        try:
-            yield path
-        finally:
-            unmount(path)
-    finally:
-        os.close(server)
 
 
 async def test_a_mount_that_hangs_fails_its_container_alone(

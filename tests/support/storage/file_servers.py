@@ -1,5 +1,6 @@
 """File servers on this machine's loopback, from the distribution's packages: the kernel's NFS server and Samba."""
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -104,3 +105,18 @@ def _wait(condition: Callable[[], bool], what: str, within_s: float = 120) -> No
     while not condition():
         assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
         time.sleep(0.2)
+
+
+@contextmanager
+def silent_directory(path: Path) -> Iterator[Path]:
+    """A file system whose server never responds: whoever looks into it waits."""
+    path.mkdir()
+    server = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        mount("silent", path, "fuse", 0, f"fd={server},rootmode=40000,user_id=0,group_id=0")
+        try:
+            yield path
+        finally:
+            unmount(path)
+    finally:
+        os.close(server)

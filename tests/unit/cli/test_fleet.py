@@ -93,6 +93,27 @@ def test_some_of_several_instances_are_refused():
         whole_services(["web@1.service", "web@3.service"], services, "")
 
 
+@pytest.mark.parametrize(
+    ("mode", "names"),
+    [
+        ({"Replicated": {"Replicas": 1}}, ["web@99.service"]),
+        ({"Replicated": {"Replicas": 2}}, ["web@7.service", "web@nonsense"]),
+        ({"Replicated": {"Replicas": 2}}, ["web@1", "web@2", "web@3"]),
+        ({"Replicated": {"Replicas": 2}}, ["web@.service", "web@0"]),
+        ({"Global": {}}, ["web@3.service"]),
+    ],
+)
+def test_an_instance_that_does_not_exist_is_refused(mode, names):
+    with pytest.raises(NotFound, match=r"there is no unit web@.*[Uu]se web\.service"):
+        whole_services(names, [a_service(WEB, "web", **mode)], "")
+
+
+def test_instances_have_the_slots_that_a_scaling_has_left():
+    services = [a_service(WEB, "web", Replicated={"Replicas": 2})]
+    tasks = [a_task(WEB, 1, "running"), a_task(WEB, 3, "running")]
+    assert whole_services(["web@1", "web@3"], services, "", tasks) == ["web"]
+
+
 def test_a_unit_of_two_stacks_needs_the_stack():
     services = [a_service(WEB, "shop_web", "shop"), a_service(DB, "blog_web", "blog")]
     with pytest.raises(NotFound, match=r"blog, shop\. Choose one with --stack"):

@@ -138,8 +138,14 @@ def test_volumes_and_the_nodes_own_directories_are_mapped_and_the_users_are_not(
     assert has_own_owners(volume, lambda path: path == Path("/data/volumes/v"))
     assert not has_own_owners(volume, lambda _: False)
     assert not has_own_owners(cluster, lambda _: True)
-    outside = msgspec.structs.replace(cluster, source="/data/csi/../../etc")
-    assert not is_mapped(container, outside, own)
+    for elsewhere in (
+        "/data/csi/../../etc",
+        "/data/csi/published/x/link",
+        "/data/csi",
+        "/data/csi/published",
+    ):
+        outside = msgspec.structs.replace(cluster, source=elsewhere)
+        assert not is_mapped(container, outside, own), elsewhere
 
 
 def test_a_read_only_mount_requests_the_flags_of_its_source() -> None:

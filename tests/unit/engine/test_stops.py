@@ -15,6 +15,10 @@ from skep.api.http import server
 from skep.api.http.versions import ApiVersion
 from skep.engine.api import containers
 from skep.engine.containers.container import Container, ContainerConfig, ContainerState, PlainOptions
+from skep.engine.runtime.processes import find
+from skep.engine.runtime.runtime import end_all_gracefully
+from skep.model.networks.sandbox import Sandbox
+from skep.model.values.ids import ContainerId
 from tests.support.engine.stub_engine import ID, Body, StubEngine, a_container, on_virtual_time
 
 DAY_S = 86_400
@@ -97,3 +101,26 @@ def test_a_stop_ends_although_its_user_starts_the_container_again_at_once(
         assert stubs.engine.get(ID).is_running
 
     simulated(body, a_container(state=ContainerState.PAUSED))
+
+
+async def test_a_container_that_cannot_be_stopped_takes_no_time_from_the_others(tmp_path: Path) -> None:
+    trap = f"trap 'echo ended >{tmp_path}/word; exit' TERM; echo; while :; do sleep 0.01; done"
+    process = await asyncio.create_subprocess_exec("sh", "-c", trap, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    await process.stdout.readline()
+
+    def container(stop_signal: str) -> Container:
+        return Container(
+            id=ContainerId("c" * 64),
+            name="c",
+            image="i",
+            image_id="sha256:i",
+            config=ContainerConfig(path="sh", seccomp="unconfined", stop_signal=stop_signal),
+            sandbox=Sandbox(netns="/n"),
+            state=ContainerState.RUNNING,
+            process=find(process.pid),
+        )
+
+    await end_all_gracefully([container("SIGNOPE"), container("SIGTERM")])
+    assert (tmp_path / "word").read_text() == "ended\n"
+    await process.wait()
