@@ -100,7 +100,8 @@ class DataPlane:
         home = node_reconciler(namespaces, self.repairs)
         show_encryption = partial(host.show_condition, ConditionName.ENCRYPTED_NETWORKS)
         self.tunnels = WireGuardTunnels(paths, namespaces, encryption, self.repairs, clock, show_encryption)
-        self.nat = TunnelsThroughNat(paths, namespaces, encryption, self.repairs, clock, rng)
+        self.nat = TunnelsThroughNat(paths, namespaces, encryption, self.repairs, clock, rng, host.own_ports)
+        self._show_tunnels = partial(host.show_condition, ConditionName.NAT_TUNNELS)
         data_path = _data_path(host, home, self._healer)
         self.overlays = Overlays(
             namespaces=namespaces,
@@ -164,7 +165,9 @@ class DataPlane:
             "published ports": self.mesh.run,
             "probes of other nodes": self.prober.run,
             "encrypted networks": partial(self.tunnels.run, self.overlays.apply_measurements),
-            "tunnels through NAT": partial(self.nat.run, self.overlays.apply_measurements),
+            "tunnels through NAT": partial(
+                self.nat.run, self.overlays.apply_measurements, self._show_tunnels
+            ),
         }
         keep = partial(retry, clock=self._clock, rng=self._rng)
         await self.prober.restore()

@@ -236,7 +236,7 @@ class Containers:
         ports = port_labels(self.engine.list(), plane.mesh.published, listening)
         return {
             **plane.tunnels.labels(),
-            **plane.nat.labels(),
+            **(plane.nat.labels() if has_overlays(self._foundation.environment.features) else {}),
             **ports,
             **volume_labels(self.engine.volumes.uses),
             **({USERS_LABEL: MAPPED} if self.engine.bundles.users is not None else {}),
