@@ -72,6 +72,14 @@ def condition(tunnels: NatTunnels | None) -> str:
     )
 
 
+def port_towards(tunnels: NatTunnels | None, address: str, own_port: int) -> int:
+    """Return the UDP port on which the tunnel towards ``address`` is opened: of the node at its other end, or this
+    node's ``own_port`` if the other one has to begin.
+    """
+    peers = tunnels.peers if tunnels is not None else ()
+    return next((one.port for one in peers if one.endpoint and address in one.addresses), own_port)
+
+
 def tunnel_device(tunnels: NatTunnels, pair: WireGuardKey, port: int) -> WireGuardDevice:
     """Return the desired configuration of the device."""
     return WireGuardDevice(

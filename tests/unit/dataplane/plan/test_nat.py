@@ -10,6 +10,7 @@ from skep.dataplane.netns.state import Address, Link, NamespaceState, Route, Rou
 from skep.dataplane.plan.nat import (
     ADDRESSES_MAX,
     condition,
+    port_towards,
     sound,
     tunnel_device,
     tunnel_filter,
@@ -78,6 +79,15 @@ def test_from_the_tunnels_only_the_ports_of_the_cluster_are_reached() -> None:
     assert here[0] == "ip daddr != 240.0.0.1 drop"
     assert here[-1] == "drop"
     assert here[3:-1] == ["tcp dport 2374 accept", "udp dport 4789 accept"]
+
+
+def test_the_port_towards_a_node_is_the_one_of_the_node_that_others_reach() -> None:
+    """Of the relay, for a node behind another NAT."""
+    first, second = BEHIND.peers
+    tunnels = replace(BEHIND, peers=(replace(first, port=51823), second))
+    ports = [port_towards(tunnels, one, 4802) for one in ("192.0.2.1", "240.0.0.9", "192.0.2.2")]
+    assert ports == [51823, 51823, 4802]
+    assert port_towards(OPEN, "240.0.0.9", 51823) == 51823
 
 
 def test_what_exceeds_the_bounds_is_named() -> None:
