@@ -35,7 +35,7 @@ _ROUTES = 1043
 _EVERYWHERE = "0.0.0.0/0"
 _NETWORK = IPv4Network(TUNNEL_NETWORK)
 _ICMP_TYPES = "destination-unreachable, time-exceeded, parameter-problem, echo-request"
-"""Messages about packets that connection tracking does not follow, such as those of VXLAN."""
+"""Messages about packets that connection tracking does not follow.  VXLAN's are not followed."""
 
 
 def sound(tunnels: NatTunnels | None) -> NatTunnels | None:

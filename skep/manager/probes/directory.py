@@ -30,7 +30,7 @@ class NodeDirectory(msgspec.Struct, frozen=True, kw_only=True):
     """All nodes that are up.
 
     ``gossiping`` are Docker nodes in order of their ids.  ``managers`` are Skep nodes that are managers.  ``nat`` has
-    the tunnels of all nodes, also of those that are down.
+    the tunnels of all nodes, whether they are up or not.
     """
 
     peers: Mapping[NodeId, PathPeer]

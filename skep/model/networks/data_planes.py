@@ -152,8 +152,8 @@ def nat_of(node: Node) -> str:
 
 
 def seen_nat(labels: Mapping[str, str], seen: str) -> str:
-    """Return ``seen``, the address from which a node with these engine labels connects, if it is that of a NAT, or an
-    empty text.
+    """Return ``seen``, the address from which a node with these engine labels connects, if a NAT has it, or an empty
+    text.
     """
     local = _local_addresses(labels)
     if not local or ":" in seen or not usable_address(seen):  # tunnels have IPv4 addresses only
