@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from skep.configuration.configuration import AddressPool, Host, TcpHost, UnixHost
 from skep.errors import InvalidArgument
 from skep.model.networks.addresses import joined
+from skep.model.networks.data_planes import why_reserved
 from skep.model.permissions.rights import Right, allowed_rights
 from skep.model.service import DiscreteResource, GenericResource, NamedResource
 from skep.paths import SOCKET_PATH_BYTES_MAX
@@ -395,6 +396,8 @@ def address_pools(values: Any) -> tuple[AddressPool, ...]:
             raise ValueError(
                 f"is {written!r}: the size is a prefix length from {network.prefixlen} to {longest}"
             )
+        if reason := why_reserved(network):
+            raise ValueError(f"is {written!r}: it {reason}")
         pools.append(AddressPool(str(network), size))
     return tuple(pools)
 

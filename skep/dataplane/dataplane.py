@@ -100,8 +100,9 @@ class DataPlane:
         home = node_reconciler(namespaces, self.repairs)
         show_encryption = partial(host.show_condition, ConditionName.ENCRYPTED_NETWORKS)
         self.tunnels = WireGuardTunnels(paths, namespaces, encryption, self.repairs, clock, show_encryption)
-        self.nat = TunnelsThroughNat(paths, namespaces, encryption, self.repairs, clock, rng)
-        data_path = _data_path(host, home, self._healer)
+        self.nat = TunnelsThroughNat(paths, namespaces, encryption, self.repairs, clock, rng, host.own_ports)
+        self._show_tunnels = partial(host.show_condition, ConditionName.NAT_TUNNELS)
+        data_path = _data_path(host, home, self._healer, encryption.port)
         self.overlays = Overlays(
             namespaces=namespaces,
             pins=Namespaces(paths.overlays, namespaces.home),
@@ -164,7 +165,9 @@ class DataPlane:
             "published ports": self.mesh.run,
             "probes of other nodes": self.prober.run,
             "encrypted networks": partial(self.tunnels.run, self.overlays.apply_measurements),
-            "tunnels through NAT": partial(self.nat.run, self.overlays.apply_measurements),
+            "tunnels through NAT": partial(
+                self.nat.run, self.overlays.apply_measurements, self._show_tunnels
+            ),
         }
         keep = partial(retry, clock=self._clock, rng=self._rng)
         await self.prober.restore()
@@ -201,7 +204,7 @@ def _local_networks(host: Host, gateway: Gateway) -> LocalNetworks:
     return LocalNetworks(file, gateway, devices, pools=pools, clock=host.clock, new_id=new_container_id)
 
 
-def _data_path(host: Host, home: NetnsReconciler, healer: Healer) -> DataPath:
+def _data_path(host: Host, home: NetnsReconciler, healer: Healer, wireguard_port: int) -> DataPath:
     """Compose the probes of other nodes, which run in a namespace of their own."""
     namespace = ProbeNamespace(
         pins=Namespaces(host.paths.probes, host.namespaces.home),
@@ -210,7 +213,7 @@ def _data_path(host: Host, home: NetnsReconciler, healer: Healer) -> DataPath:
         healer=healer,
         bridges=(BRIDGE,),
     )
-    return DataPath(namespace, host.namespaces, host.clock, _random_number)
+    return DataPath(namespace, host.namespaces, host.clock, _random_number, wireguard_port)
 
 
 def _random_number() -> int:

@@ -13,8 +13,8 @@ from skep.model.values.ids import NodeId
 
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBi")
-# Source: linux/if_link.h and linux/if_addr.h: IFLA_MTU, IFA_ADDRESS, IFA_LOCAL.
-_MTU, _ADDRESS, _LOCAL = 4, 1, 2
+# Source: linux/if_link.h and linux/if_addr.h: IFLA_IFNAME, IFLA_MTU, IFA_ADDRESS, IFA_LOCAL.
+_NAME, _MTU, _ADDRESS, _LOCAL = 3, 4, 1, 2
 
 
 class UnderlayMeasurements(Protocol):
@@ -58,8 +58,9 @@ class Underlays:
         return self._measurements.underlay_between(own, nodes, self.found.get(address, Underlay(address)))
 
 
-def find(addresses: Collection[str]) -> dict[str, Underlay]:
-    """Return an underlay for each of ``addresses`` that the calling thread's namespace has.
+def find(addresses: Collection[str], without: str = "") -> dict[str, Underlay]:
+    """Return an underlay for each of ``addresses`` that the calling thread's namespace has on another device than
+    ``without``.
 
     Blocks.  Raises: OSError.
     """
@@ -69,7 +70,8 @@ def find(addresses: Collection[str]) -> dict[str, Underlay]:
     mtus = {}
     for _, body in dump(GETLINK, _IFINFO.pack(0, 0, 0, 0, 0)):
         found = dict(attributes(body[_IFINFO.size :]))
-        mtus[_IFINFO.unpack_from(body)[2]] = int.from_bytes(found[_MTU], sys.byteorder)
+        if bytes(found[_NAME]).rstrip(b"\0").decode() != without:
+            mtus[_IFINFO.unpack_from(body)[2]] = int.from_bytes(found[_MTU], sys.byteorder)
     underlays = {}
     for _, body in dump(GETADDR, _IFADDR.pack(0, 0, 0, 0, 0)):
         family, _, _, _, index = _IFADDR.unpack_from(body)

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from skep.api.errors import Untranslated
 from skep.errors import InvalidArgument
 from skep.model.networks.addresses import host_of, joined
+from skep.model.networks.data_planes import why_reserved
 from skep.model.networks.reserved_ports import MANAGER_PORT
 from skep.model.node import Availability
 from skep.model.swarm import (
@@ -236,6 +237,8 @@ def checked_pools(pools: Sequence[str], subnet_size: int) -> tuple[str, ...]:
             raise Untranslated(f"invalid base pool {pool}: invalid CIDR address: {pool}")
         if size < network.prefixlen:
             raise Untranslated(f'invalid CIDR: "{pool}". Subnet size is too small for pool: {size}')
+        if reason := why_reserved(network):
+            raise Untranslated(f"invalid base pool {pool}: it {reason}")
         checked.append(pool)
     return tuple(checked)
 

@@ -25,6 +25,7 @@ from skep.dataplane.local.objects import LocalNetwork
 from skep.errors import InvalidArgument, Unimplemented
 from skep.model.network import MTU_OPTION, MTUS
 from skep.model.networks.addresses import Address, parsed
+from skep.model.networks.data_planes import why_reserved
 from skep.model.networks.routes import Subnet, overlap
 from skep.model.values.times import Timestamp
 
@@ -180,6 +181,8 @@ def _checked(text: str, taken: Iterable[Subnet]) -> Subnet:
         raise InvalidArgument(
             f"invalid subnet {subnet}: multicast, loopback and link-local addresses cannot be used"
         )
+    if reason := why_reserved(subnet):
+        raise InvalidArgument(f"subnet {subnet} {reason}")
     if subnet.num_addresses < 4:
         raise InvalidArgument(f"subnet {subnet} is too small for a gateway and a container")
     if any(overlap(subnet, other) for other in taken if other.prefixlen):

@@ -32,6 +32,7 @@ from skep.dataplane.local.parent_request import parent_network_of
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, Unimplemented
 from skep.linux.files import is_no_file, replace_file
 from skep.model.network import ConfigReference
+from skep.model.networks.data_planes import why_reserved
 from skep.model.networks.routes import Subnet
 from skep.model.networks.tables import ParentLink
 from skep.model.values.times import Timestamp, timestamp
@@ -463,6 +464,8 @@ def _requested_subnet(body: NetworkBody) -> IPv4Network | None:
         subnet = IPv4Network(config.subnet, strict=False)
     except ValueError:
         raise InvalidArgument(f"{GATEWAY} has one IPv4 subnet") from None
+    if reason := why_reserved(subnet):
+        raise InvalidArgument(f"subnet {subnet} {reason}")
     if subnet.num_addresses < 4 or config.ip_range or config.auxiliary_addresses:
         raise InvalidArgument(f"{GATEWAY} takes a whole subnet of four addresses or more")
     if config.gateway not in ("", str(subnet[1])):

@@ -8,6 +8,7 @@ a route to the addresses of nodes behind NAT.
 The packets of two nodes behind different NATs pass a relay, which forwards only between addresses of such nodes.
 """
 
+from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv4Network
 
 import msgspec
@@ -18,10 +19,11 @@ from skep.dataplane.plan.wireguard import WireGuardDevice, WireGuardKey, WireGua
 from skep.model.networks.addresses import is_of_a_machine
 from skep.model.networks.data_planes import TUNNEL_NETWORK
 from skep.model.networks.paths import NatPeer, NatTunnels
+from skep.model.networks.used_ports import UsedPort
 from skep.model.networks.wireguard import PublicKey
 
-PEERS_MAX = 4096
-"""Maximum number of tunnels of a node.  More than any cluster has nodes that were tried."""
+PEERS_MAX = 8192
+"""Maximum number of tunnels of a node.  More than the 5,000 nodes of the largest clusters that were tried."""
 ADDRESSES_MAX = 2000
 """Maximum number of addresses behind one peer, so that one message to the kernel has room for them."""
 TABLE = "inet skep_nat"
@@ -32,23 +34,50 @@ _ROUTES = 1043
 """Number of the routing table with the way into the tunnels."""
 _EVERYWHERE = "0.0.0.0/0"
 _NETWORK = IPv4Network(TUNNEL_NETWORK)
+_ICMP_TYPES = "destination-unreachable, time-exceeded, parameter-problem, echo-request"
+"""Messages about packets that connection tracking does not follow.  VXLAN's are not followed."""
 
 
 def sound(tunnels: NatTunnels | None) -> NatTunnels | None:
-    """Return ``tunnels`` without invalid peers and addresses, or None if nothing can be done with them."""
+    """Return ``tunnels`` without invalid peers and addresses, or None if nothing can be done with them.
+
+    ``left_out`` counts the addresses that exceed the bounds.
+    """
     if tunnels is None or not _is_host(tunnels.address, in_tunnels=tunnels.is_behind_nat):
         return None
     taken: set[str] = {tunnels.address}
     peers: dict[bytes, NatPeer] = {}
+    left_out = sum(len(peer.addresses) for peer in tunnels.peers[PEERS_MAX:])
     for peer in tunnels.peers[:PEERS_MAX]:
         addresses = [one for one in dict.fromkeys(peer.addresses) if _is_host(one) and one not in taken]
         is_valid = PublicKey(peer.key, peer.port).is_valid and (not peer.endpoint or _is_host(peer.endpoint))
         if is_valid and addresses and peer.key not in peers:
             kept = tuple(addresses[:ADDRESSES_MAX])
+            left_out += len(addresses) - len(kept)
             peers[peer.key] = msgspec.structs.replace(peer, addresses=kept)
             taken.update(kept)
     relayed = tuple(one for one in tunnels.relayed if _is_host(one, in_tunnels=True))
-    return msgspec.structs.replace(tunnels, peers=tuple(peers.values()), relayed=relayed) if peers else None
+    if not peers:
+        return None
+    return msgspec.structs.replace(tunnels, peers=tuple(peers.values()), relayed=relayed, left_out=left_out)
+
+
+def condition(tunnels: NatTunnels | None) -> str:
+    """Return a sentence about what ``tunnels`` do not carry, or an empty text."""
+    if tunnels is None or not tunnels.left_out:
+        return ""
+    return (
+        f"the tunnels through NAT leave out {tunnels.left_out} nodes, because a node has at most {PEERS_MAX} tunnels "
+        f"and a relay passes on packets of {ADDRESSES_MAX} nodes: let more nodes relay, or remove nodes that are gone"
+    )
+
+
+def port_towards(tunnels: NatTunnels | None, address: str, own_port: int) -> int:
+    """Return the UDP port on which the tunnel towards ``address`` is opened: of the node at its other end, or this
+    node's ``own_port`` if the other one has to begin.
+    """
+    peers = tunnels.peers if tunnels is not None else ()
+    return next((one.port for one in peers if one.endpoint and address in one.addresses), own_port)
 
 
 def tunnel_device(tunnels: NatTunnels, pair: WireGuardKey, port: int) -> WireGuardDevice:
@@ -71,13 +100,18 @@ def tunnel_device(tunnels: NatTunnels, pair: WireGuardKey, port: int) -> WireGua
     )
 
 
-def tunnel_state(tunnels: NatTunnels, link: Link) -> NamespaceState:
-    """Return the desired state of the node's own namespace: the device ``link``, with its address, routes and rules."""
+def tunnel_state(tunnels: NatTunnels, link: Link, *, has_address: bool = True) -> NamespaceState:
+    """Return the desired state of the node's own namespace: the device ``link``, with its address, routes and rules.
+
+    ``has_address``: whether the machine has the address of a node that others reach.  If it is translated outside of
+    the machine, as in many clouds, the device has it, so that packets in the tunnels arrive and leave with it.
+    """
     name, own = link.name, tunnels.address
+    is_on_device = tunnels.is_behind_nat or not has_address
     settings = f"net/ipv4/conf/{name}"
     return NamespaceState(
         links={name: link},
-        addresses=frozenset({Address(name, f"{own}/32")} if tunnels.is_behind_nat else ()),
+        addresses=frozenset({Address(name, f"{own}/32")} if is_on_device else ()),
         routes=frozenset(
             {
                 Route(name, TUNNEL_NETWORK, source=own),
@@ -92,12 +126,13 @@ def tunnel_state(tunnels: NatTunnels, link: Link) -> NamespaceState:
     )
 
 
-def tunnel_filter(tunnels: NatTunnels, name: str) -> NftTable:
+def tunnel_filter(tunnels: NatTunnels, name: str, ports: Iterable[UsedPort]) -> NftTable:
     """Return the rules for the device ``name``.
 
-    From the tunnels, packets reach this node's own address only, and relays pass on packets between nodes behind NAT
-    only.  No packet from elsewhere has an address inside the tunnels as its source.
+    From the tunnels, packets reach only ``ports`` of this node's own address, and relays pass on packets between nodes
+    behind NAT only.  No packet from elsewhere has an address inside the tunnels as its source.
     """
+    open_ports = [("here", f'iifname "{name}" {protocol} dport {port} accept') for protocol, port in ports]
     return NftTable(
         name=TABLE,
         sets=(("relayed", "type ipv4_addr"),),
@@ -109,6 +144,11 @@ def tunnel_filter(tunnels: NatTunnels, name: str) -> NftTable:
         rules=(
             ("arriving", f'iifname != {{ "{name}", "lo" }} ip saddr {TUNNEL_NETWORK} drop'),
             ("here", f'iifname "{name}" ip daddr != {tunnels.address} drop'),
+            # Responses to this node's own connections, and what path MTU discovery needs.
+            ("here", f'iifname "{name}" ct state established,related accept'),
+            ("here", f'iifname "{name}" icmp type {{ {_ICMP_TYPES} }} accept'),
+            *open_ports,
+            ("here", f'iifname "{name}" drop'),
             ("through", f'iifname "{name}" oifname "{name}" ip saddr @relayed ip daddr @relayed accept'),
             ("through", f'iifname "{name}" drop'),
             ("through", f'oifname "{name}" drop'),

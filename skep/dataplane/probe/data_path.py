@@ -13,6 +13,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.dataplane.netns.kernel.namespaces import Namespaces
+from skep.dataplane.plan.nat import port_towards
 from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.plan.probe import IP_UDP_BYTES, PORT, address_of, number_of, overhead, reached
 from skep.dataplane.probe.findings import checksum_finding, large_finding, overlay_finding
@@ -35,6 +36,7 @@ from skep.dataplane.probe.probe_socket import ProbeSocket, Sockets
 from skep.dataplane.probe.tcp_transfer import BYTES_MAX, Sink, Transfer, open_sender, transfer
 from skep.errors import SkepError
 from skep.model.networks.paths import PathFinding, PathPeer, ProbeTargets
+from skep.model.networks.reserved_ports import tunnel_port
 from skep.model.values.ids import NodeId
 
 log = structlog.get_logger()
@@ -52,11 +54,22 @@ _TRIAL_TRIES = 5
 
 
 class DataPath:
-    """Probes and measurements of one node's data path.  ``numbers`` returns 64 random bits."""
+    """Probes and measurements of one node's data path.
+
+    Args:
+        numbers: Returns 64 random bits.
+        wireguard_port: The configured port of WireGuard, or 0.
+    """
 
     def __init__(
-        self, namespace: ProbeNamespace, namespaces: Namespaces, clock: Clock, numbers: Callable[[], int]
+        self,
+        namespace: ProbeNamespace,
+        namespaces: Namespaces,
+        clock: Clock,
+        numbers: Callable[[], int],
+        wireguard_port: int = 0,
     ) -> None:
+        self._wireguard_port = wireguard_port
         self._namespace = namespace
         self._namespaces = namespaces
         self._probe_socket = ProbeSocket(clock, self.own_measurements, numbers)
@@ -163,7 +176,10 @@ class DataPath:
         small = await self._probe_socket.probe(address, tries=tries, enough=tries)
         found = [
             overlay_finding(
-                peer, small, is_received=self._probe_socket.received_within(address, REQUESTED_S)
+                peer,
+                small,
+                is_received=self._probe_socket.received_within(address, REQUESTED_S),
+                tunnel_port=self._port_of_tunnel(peer),
             ),
         ]
         if not small.arrived:
@@ -176,6 +192,10 @@ class DataPath:
             outcome = await self._checksum_outcome(peer, address, is_thorough=is_thorough)
             found.append(checksum_finding(peer, outcome, is_off=self.offload.is_off))
         return found
+
+    def _port_of_tunnel(self, peer: PathPeer) -> int:
+        tunnels = self._targets.tunnels if self._targets is not None else None
+        return port_towards(tunnels, peer.data_path, tunnel_port(peer.vxlan_port, self._wireguard_port))
 
     async def throughput(self, peer: PathPeer) -> int:
         """Measure the TCP throughput to ``peer`` in bytes per second.  0 if packets do not arrive."""

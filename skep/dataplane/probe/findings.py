@@ -13,7 +13,6 @@ from skep.model.networks.paths import (
     PathPeer,
     PathReport,
 )
-from skep.model.networks.reserved_ports import tunnel_port
 
 NO_TUNNEL = (
     ": one of the nodes is behind NAT, and there is no tunnel between them. Both need a WireGuard (a kernel with it, or"
@@ -26,10 +25,13 @@ def described_way(way: str) -> str:
     return "through a tunnel" if way == "tunnel" else f"through tunnels by the {way}"
 
 
-def overlay_finding(peer: PathPeer, outcome: Outcome, *, is_received: bool) -> PathFinding:
+def overlay_finding(
+    peer: PathPeer, outcome: Outcome, *, is_received: bool, tunnel_port: int = 0
+) -> PathFinding:
     """Return the finding for small packets through VXLAN.
 
-    ``is_received`` tells whether the peer's probes arrive here.
+    ``is_received`` tells whether the peer's probes arrive here.  ``tunnel_port``: the port on which the tunnel to it is
+    opened, on the node that is not behind NAT.
     """
     port = _vxlan_port(peer)
     detail = ""
@@ -42,8 +44,9 @@ def overlay_finding(peer: PathPeer, outcome: Outcome, *, is_received: bool) -> P
         elif peer.way == "none":
             detail += NO_TUNNEL
         elif peer.way:
-            port_of_tunnels = tunnel_port(peer.vxlan_port)
-            detail += f", {described_way(peer.way)}: open UDP port {port_of_tunnels} of nodes that are not behind NAT"
+            detail += (
+                f", {described_way(peer.way)}: open UDP port {tunnel_port} of nodes that are not behind NAT"
+            )
     elif outcome.answered < outcome.sent:
         lost = outcome.sent - outcome.answered
         detail = f"{lost} of {outcome.sent} packets to {_described(peer)} through VXLAN were lost"

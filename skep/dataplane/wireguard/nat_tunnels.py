@@ -7,7 +7,9 @@ process.
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 
+import msgspec
 import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
@@ -32,7 +34,15 @@ from skep.errors import SkepError, Unavailable
 from skep.linux.network.route_lookup import source_address
 from skep.model.networks.data_planes import TUNNEL_LABEL
 from skep.model.networks.paths import NatTunnels, ProbeTargets
-from skep.model.networks.reserved_ports import TUNNEL_SLOT, tunnel_port
+from skep.model.networks.reserved_ports import (
+    IMAGES_USE,
+    TUNNEL_SLOT,
+    ReservedPorts,
+    between_nodes,
+    of_data_path,
+    tunnel_port,
+)
+from skep.model.networks.used_ports import UsedPort
 from skep.model.networks.wireguard import EncryptionMethod, PublicKey, public_keys_label
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 from skep.paths import Paths
@@ -43,9 +53,27 @@ PERIOD_S = 1.0
 """Seconds between checks for a removed device."""
 HURRY_S = 0.1
 """Seconds between checks while the device does not exist yet."""
+READ_AGAIN_S = 30.0
+"""Seconds between two readings of the device and of the machine's addresses, which only others change."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.2, 5.0
 """First and longest pause in seconds after an error."""
+SHOWN_AFTER_S = 10.0
+"""Seconds after which an error that persists becomes a condition of the node.  Processes may start meanwhile."""
+_ANYWHERE = "192.0.2.1"
+"""An address to which the default route leads.  Source: RFC 5737."""
 _PART = "nat"
+
+
+class Surroundings(msgspec.Struct, frozen=True):
+    """The machine around the tunnels.
+
+    Args:
+        mtu: The MTU inside the tunnels.
+        has_address: Whether the machine has the node's underlay address.
+    """
+
+    mtu: int
+    has_address: bool
 
 
 class TunnelsThroughNat:
@@ -59,8 +87,11 @@ class TunnelsThroughNat:
         repairs: Repairs,
         clock: Clock,
         rng: Callable[[], float],
+        own_ports: Callable[[], ReservedPorts],
     ) -> None:
+        """Create the tunnels.  ``own_ports`` returns the ports of the node's daemon."""
         self._file = paths.nat_key
+        self._own_ports = own_ports
         self._namespaces = namespaces
         self._options = options
         self._clock = clock
@@ -83,6 +114,12 @@ class TunnelsThroughNat:
         self._changed = asyncio.Event()
         self._is_known = False
         self._healed_at = float("-inf")
+        self._read_at = float("-inf")
+        self._surroundings = Surroundings(tunnel_mtu(USUAL_MTU, is_ipv6=False), has_address=True)
+        self._ports: tuple[UsedPort, ...] = ()
+        self._applied: NatTunnels | None = None
+        """The tunnels for which everything was read and configured."""
+        self._fails_since: float | None = None
         self._backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=rng)
         self._followed = NamespaceState()
         """The state that overlays have followed."""
@@ -102,18 +139,27 @@ class TunnelsThroughNat:
         return {TUNNEL_LABEL: public_keys_label([PublicKey(self._own_key().public, self._port)])}
 
     def set_targets(self, targets: ProbeTargets | None) -> None:
-        """Keep the tunnels of ``targets`` from now on, or none."""
+        """Keep the tunnels of ``targets`` from now on, or none.
+
+        Without targets, the node is in no cluster.  Its key is forgotten then, because in its next cluster, or as
+        another node of the same one, it would be the key of two nodes.
+        """
         tunnels = targets.tunnels if targets is not None else None
         if targets is not None:
             self._vxlan_port = targets.node.vxlan_port
+        else:
+            self._pair = None
+            with suppress(OSError):
+                self._file.unlink(missing_ok=True)
         if tunnels != self._tunnels or not self._is_known:
             self._tunnels, self._is_known = tunnels, True
             self._changed.set()
 
-    async def run(self, changed: Callable[[], Awaitable[None]]) -> None:
+    async def run(self, changed: Callable[[], Awaitable[None]], say: Callable[[str], None]) -> None:
         """Keep the device, its address, routes and rules until cancelled.
 
         ``changed`` is called when the address or the MTU has changed.  It may raise SkepError, and is then retried.
+        ``say`` sets a node condition.  An empty text clears it.
         """
         if isinstance(self._options.method, EncryptionRefusal):
             return
@@ -123,6 +169,7 @@ class TunnelsThroughNat:
                     self._changed.clear()
                     if self._is_known:
                         await self._try_step(group, changed)
+                        say(self._condition())
                     if self._last_error:
                         await is_set_within(self._changed, self._backoff.next_delay_s())
                     elif self._tunnels is None:
@@ -146,6 +193,15 @@ class TunnelsThroughNat:
         self._last_error = error
         if not error:
             self._backoff.reset()
+            self._fails_since = None
+        elif self._fails_since is None:
+            self._fails_since = self._clock.monotonic()
+
+    def _condition(self) -> str:
+        if self._fails_since is None:
+            return nat.condition(self._tunnels)
+        is_lasting = self._clock.monotonic() - self._fails_since >= SHOWN_AFTER_S
+        return f"the tunnels through NAT do not work: {self._last_error}" if is_lasting else ""
 
     async def _step(self, group: asyncio.TaskGroup) -> NamespaceState:
         tunnels = self._tunnels
@@ -156,22 +212,36 @@ class TunnelsThroughNat:
             return NamespaceState()
         pair = self._own_key()
         self._devices.supervise(group, {TUNNEL_SLOT})
-        mtu = await self._mtu(tunnels)
-        if await self._devices.place({TUNNEL_SLOT}, mtu):
-            self._reconciler.invalidate()
         name, method = self._devices.name(TUNNEL_SLOT), self._options.method
         assert isinstance(method, EncryptionMethod), "otherwise there are no tunnels"
+        now = self._clock.monotonic()
+        is_due = tunnels is not self._applied or now - self._read_at >= READ_AGAIN_S
+        if is_due:
+            self._surroundings = await self._find_surroundings(tunnels, name)
+            self._ports = self._ports_inside()
+        mtu, has_address = self._surroundings.mtu, self._surroundings.has_address
+        if await self._devices.place({TUNNEL_SLOT}, mtu):
+            self._reconciler.invalidate()
+            is_due = True
         state = NamespaceState()
         if self._devices.placed:
-            state = nat.tunnel_state(tunnels, Link(name=name, kind=DEVICE_KINDS[method], mtu=mtu))
-        self._reconciler.set_part(_PART, state, nat.tunnel_filter(tunnels, name))
+            link = Link(name=name, kind=DEVICE_KINDS[method], mtu=mtu)
+            state = nat.tunnel_state(tunnels, link, has_address=has_address)
+        self._reconciler.set_part(_PART, state, nat.tunnel_filter(tunnels, name, self._ports))
         await self._reconciler.apply()
-        if self._clock.monotonic() - self._healed_at >= HEAL_S:
+        if now - self._healed_at >= HEAL_S:
             await self._reconciler.heal()
-            self._healed_at = self._clock.monotonic()
-        device = nat.tunnel_device(tunnels, pair, self._port)
-        await self._devices.configure(WireGuardPlan(devices={TUNNEL_SLOT: device}), lambda: (pair,))
+            self._healed_at = now
+        if is_due and self._devices.placed:
+            device = nat.tunnel_device(tunnels, pair, self._port)
+            await self._devices.configure(WireGuardPlan(devices={TUNNEL_SLOT: device}), lambda: (pair,))
+            self._applied, self._read_at = tunnels, now
         return state
+
+    def _ports_inside(self) -> tuple[UsedPort, ...]:
+        """Return this node's ports that others reach through the tunnels."""
+        images = {port: use for port, use in self._own_ports().items() if use == IMAGES_USE}
+        return between_nodes({**of_data_path(self._vxlan_port, self._options.port), **images})
 
     async def _close(self, group: asyncio.TaskGroup) -> None:
         """Remove everything of another address.  The device of an earlier process goes too, unless it is still needed.
@@ -186,14 +256,23 @@ class TunnelsThroughNat:
             await self._reconciler.apply()
             await self._reconciler.remove(name)
         self._devices.forget()
+        self._applied = None
 
-    async def _mtu(self, tunnels: NatTunnels) -> int:
-        """Return the MTU inside the tunnels, by the device that packets to the first peer leave through."""
-        endpoint = next((peer.endpoint for peer in tunnels.peers if peer.endpoint), "")
+    async def _find_surroundings(self, tunnels: NatTunnels, name: str) -> Surroundings:
+        """Return the MTU by the device that packets to the first peer leave through, and whether the machine has the
+        address of a node that others reach.
+        """
         run, home = self._namespaces.run, self._namespaces.home
-        own = await run(home, source_address, endpoint) if endpoint else tunnels.address
-        found = await run(home, underlays.find, {own} if own else set[str]())
-        return tunnel_mtu(found[own].mtu if own in found else USUAL_MTU, is_ipv6=False)
+        endpoint = next((peer.endpoint for peer in tunnels.peers if peer.endpoint), _ANYWHERE)
+        source = await run(home, source_address, endpoint)
+        found = await run(home, underlays.find, {source, tunnels.address} - {""}, name)
+        through = (
+            found.get(source) if tunnels.is_behind_nat else found.get(tunnels.address, found.get(source))
+        )
+        mtu = through.mtu if through is not None else USUAL_MTU
+        return Surroundings(
+            tunnel_mtu(mtu, is_ipv6=False), has_address=tunnels.is_behind_nat or tunnels.address in found
+        )
 
     def _own_key(self) -> WireGuardKey:
         """Return the key of an earlier process of this boot, or make one.  Raises: Unavailable."""

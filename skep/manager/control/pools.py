@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound
 from skep.manager.cluster import cluster_of
 from skep.model.network import Network, subnet_of
+from skep.model.networks.data_planes import why_reserved
 from skep.model.networks.routes import Subnet, overlap, routes_of
 from skep.model.node import Node
 from skep.model.swarm import Swarm
@@ -85,6 +86,8 @@ def _check_new(view: View, pool: IPv4Network, others: Sequence[IPv4Network]) -> 
     """
     if clash := next((other for other in others if pool.overlaps(other)), None):
         raise InvalidArgument(f"address pool {pool} overlaps address pool {clash}")
+    if reason := why_reserved(pool):
+        raise InvalidArgument(f"address pool {pool} {reason}")
     for node in view.find(Node):
         for route in routes_of(node):
             if isinstance(route.subnet, IPv4Network) and pool.subnet_of(route.subnet):

@@ -11,7 +11,7 @@ from skep.manager.failover.decision import DoorNodes, door_services, holders_in,
 from skep.manager.failover.records import ADDRESSES_ID, FailoverAddress, addresses_in, renewals_in
 from skep.model.network import Network, subnet_of
 from skep.model.networks.addresses import Address, host_of, is_address, is_of_a_machine, is_subnet, parsed
-from skep.model.networks.data_planes import claimed_underlay
+from skep.model.networks.data_planes import claimed_underlay, why_reserved
 from skep.model.networks.failover import ADDRESSES_MAX, AddressRequest, AddressShown
 from skep.model.networks.routes import routes_of_all
 from skep.model.node import Node, NodeState
@@ -73,6 +73,8 @@ def parsed_request(wanted: AddressRequest) -> FailoverAddress:
     is_end = isinstance(found, IPv4Interface) and ip in (network.network_address, network.broadcast_address)
     if not is_of_a_machine(ip) or (is_end and network.num_addresses > 2):
         raise InvalidArgument(f"{ip} cannot be the address of a machine: choose another one")
+    if reason := why_reserved(network):
+        raise InvalidArgument(f"{found} {reason}")
     name = wanted.interface
     is_name = name.isascii() and name.isprintable() and not set(name) & set("/ :") and name not in (".", "..")
     if len(name) > _INTERFACE_BYTES_MAX or not is_name:

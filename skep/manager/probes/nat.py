@@ -70,7 +70,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def members_of(nodes: Iterable[Node]) -> tuple[Member, ...]:
-    """Return the nodes that may need tunnels: those with probes and an IPv4 address.
+    """Return the nodes that may need tunnels: each with probes and an IPv4 address.
 
     Of the nodes with the same address, only its owner has tunnels (``data_planes.holder``).  Managers accept a key from
     one node only (``dispatcher.node_sessions.registration``).

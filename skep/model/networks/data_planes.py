@@ -8,7 +8,7 @@ tasks run on nodes of that kind (docs/decisions/0011).
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from hashlib import sha256
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Network
 from typing import Final
 
 from skep.model.network import Network
@@ -249,6 +249,13 @@ def usable_address(text: str, *, may_be_loopback: bool = False) -> str:
         return ""
     is_usable = is_of_a_machine(address) or (may_be_loopback and address.is_loopback)
     return str(address) if is_usable and address not in _TUNNEL_NETWORK else ""
+
+
+def why_reserved(subnet: IPv4Network | IPv6Network) -> str:
+    """Return why no network can have ``subnet``, as the end of a sentence, or an empty text if it can."""
+    if subnet.version == 6 or not subnet.overlaps(_TUNNEL_NETWORK):
+        return ""
+    return f"overlaps {TUNNEL_NETWORK}, which nodes behind NAT use: choose another one"
 
 
 def data_path_port(swarms: Iterable[Swarm]) -> int:

@@ -64,12 +64,14 @@ class NatTunnels(msgspec.Struct, frozen=True, kw_only=True):
     """The tunnels of one node.  ``address``: its own address on underlay and tunnels.
 
     ``relayed``: addresses of nodes behind NAT, between which this node passes packets on.  Empty if it never relays.
+    ``left_out``: number of addresses that the node itself leaves out, because it has too many.
     """
 
     address: str
     is_behind_nat: bool = False
     peers: tuple[NatPeer, ...] = ()
     relayed: tuple[str, ...] = ()
+    left_out: int = 0
 
 
 class ProbeTargets(msgspec.Struct, frozen=True, kw_only=True):

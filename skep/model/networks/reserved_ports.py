@@ -33,6 +33,9 @@ WIREGUARD_OFFSET: Final = 10
 """Distance from the VXLAN port to WireGuard's UDP ports: this one (4799) and the next (4800), unless configured."""
 
 
+IMAGES_USE, _OVERLAYS, _ENCRYPTED = "images between nodes", "overlay networks", "encrypted networks"
+"""Purposes of the ports that nodes use among each other, also through tunnels."""
+
 TUNNEL_SLOT: Final = 3
 """Slot of the WireGuard device for tunnels through NAT, and the distance of its UDP port from WireGuard's first one.
 
@@ -66,7 +69,7 @@ ReservedPorts: TypeAlias = Mapping[UsedPort, str]
 
 _ALWAYS: Final[ReservedPorts] = {
     ("tcp", SSH_PORT): "SSH",
-    ("tcp", IMAGES_PORT): "images between nodes",
+    ("tcp", IMAGES_PORT): IMAGES_USE,
     ("tcp", API_PORT): "the API",
     ("tcp", MANAGER_PORT): "managers",
     ("tcp", PEER_PORT): "etcd",
@@ -79,14 +82,16 @@ def of_data_path(port: int, wireguard: int = 0) -> ReservedPorts:
     """Return the ports of overlay networks.  ``wireguard``: the configured port, or 0 to derive it from ``port``."""
     encrypted = wireguard or port + WIREGUARD_OFFSET
     return {
-        ("udp", port): "overlay networks",
-        ("udp", encrypted): "encrypted networks",
-        (
-            "udp",
-            encrypted + 1,
-        ): "encrypted networks",  # the next key has a port of its own during a key rotation
+        ("udp", port): _OVERLAYS,
+        ("udp", encrypted): _ENCRYPTED,
+        ("udp", encrypted + 1): _ENCRYPTED,  # the next key has a port of its own during a key rotation
         ("udp", tunnel_port(port, wireguard)): "tunnels through NAT",
     }
+
+
+def between_nodes(ports: ReservedPorts) -> tuple[UsedPort, ...]:
+    """Return the ports among ``ports`` that nodes use among each other without a manager, in order."""
+    return tuple(sorted(port for port, use in ports.items() if use in (IMAGES_USE, _OVERLAYS, _ENCRYPTED)))
 
 
 def of_cluster(data_path_port: int, nodes: Iterable[Node]) -> ReservedPorts:

@@ -32,6 +32,8 @@ class ConditionName(StrEnum):
     """The manager process lacks a resource of the machine and does not run."""
     MANAGER_UNREACHABLE = "manager-unreachable"
     """The node reaches no manager."""
+    NAT_TUNNELS = "nat-tunnels"
+    """Tunnels through NAT do not work, or do not lead to every node."""
     NEIGHBOR_TABLE = "neighbor-table"
     """The kernel's neighbor table overflows."""
     NETWORKS = "networks"
@@ -90,5 +92,7 @@ def reboot_reason(labels: Mapping[str, str]) -> str:
 
 def network_conditions(description: NodeDescription) -> tuple[str, ...]:
     """Return the network conditions that a node reports."""
-    reported = description.engine.labels.get(condition_label(ConditionName.NEIGHBOR_TABLE), "")
-    return (reported[:CHARACTERS_MAX],) if reported else ()
+    labels = description.engine.labels
+    names = (ConditionName.NEIGHBOR_TABLE, ConditionName.NAT_TUNNELS)
+    reported = (labels.get(condition_label(name), "") for name in names)
+    return tuple(one[:CHARACTERS_MAX] for one in reported if one)

@@ -20,6 +20,7 @@ from skep.model.networks.addresses import parted
 from skep.model.networks.reserved_ports import (
     GOSSIP_PORT,
     IMAGES_PORT,
+    IMAGES_USE,
     ReservedPorts,
     default_peer_addr,
     of_data_path,
@@ -79,7 +80,7 @@ def own_ports(
             found["tcp", address[1]] = use
     if node is None:
         return found
-    found["tcp", configuration.image_port or IMAGES_PORT] = "images between nodes"
+    found["tcp", configuration.image_port or IMAGES_PORT] = IMAGES_USE
     found |= of_data_path(data_path_port or configuration.data_path_port, configuration.wireguard_port)
     if node.is_manager and node.listen_addr:
         peer_addr = peer_addr or configuration.peer_addr or default_peer_addr(node.listen_addr)

@@ -238,7 +238,7 @@ class Containers:
         ports = port_labels(self.engine.list(), plane.mesh.published, listening)
         return {
             **plane.tunnels.labels(),
-            **plane.nat.labels(),
+            **(plane.nat.labels() if has_overlays(self._foundation.environment.features) else {}),
             **ports,
             **volume_labels(self.engine.volumes.uses),
             **user_labels(self.engine.bundles.users),

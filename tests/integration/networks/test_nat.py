@@ -144,14 +144,24 @@ def _page(node: TestNode, url: str) -> bool:
         return False
 
 
-def test_other_ports_of_a_node_behind_nat_are_reached_by_its_address_in_the_tunnels(
+def test_only_ports_of_the_cluster_are_reached_at_an_address_in_the_tunnels(
     cluster: TestCluster, m1: TestNode
 ) -> None:
     """The port for images, from a node that others reach and from one behind another NAT."""
     wait_connected(m1)
     address = tunnel_address(NodeId(nodes_by_name(m1)["w1"]["ID"]))
     for host in ("m1", "w2"):
-        in_network_of(cluster.node(host), sys.executable, "-c", CONNECT, address)
+        in_network_of(cluster.node(host), sys.executable, "-c", CONNECT, address, "2374")
+    words = ["nsenter", f"--net={cluster.node('w1').description['netns']}", sys.executable, "-c", LISTEN]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "listening\n"
+        local = cluster.node("w1").description["addr"]
+        in_network_of(cluster.node("w4"), sys.executable, "-c", CONNECT, local, "7002")
+        for host in ("m1", "w2"):
+            with pytest.raises(AssertionError, match="timed out"):
+                in_network_of(cluster.node(host), sys.executable, "-c", CONNECT, address, "7002")
+        server.kill()
 
 
 def test_a_lost_relay_is_replaced(cluster: TestCluster, m1: TestNode) -> None:
@@ -235,7 +245,13 @@ def test_connections_stay_at_the_site_while_a_task_serves_there(cluster: TestClu
 
 CONNECT = """
 import socket, sys
-socket.create_connection((sys.argv[1], 2374), timeout=3).close()
+socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=3).close()
+"""
+LISTEN = """
+import socket, time
+with socket.create_server(("0.0.0.0", 7002)):
+    print("listening", flush=True)
+    time.sleep(120)
 """
 SEND = """
 import socket, sys

@@ -139,3 +139,8 @@ def test_by_the_gateway_only_open_containers_reach_each_other() -> None:
         "iifname @open oifname @open accept",
         "iifname @ports oifname @ports drop",
     ]
+
+
+def test_the_addresses_of_nodes_behind_nat_are_refused_as_a_subnet() -> None:
+    with pytest.raises(SkepError, match=r"subnet 240\.1\.0\.0/16 overlaps 240\.0\.0\.0/4"):
+        made(SubnetBody(subnet="240.1.0.0/16"))

@@ -11,7 +11,7 @@ import pytest
 
 from skep.engine.containers.container import Container, ContainerConfig, ContainerState
 from skep.engine.runtime.processes import find
-from skep.engine.runtime.runtime import end_gracefully
+from skep.engine.runtime.runtime import end_all_gracefully
 from skep.model.values.ids import ContainerId
 from skep.model.values.times import SECOND_NS
 
@@ -43,12 +43,12 @@ def a_process(*words: str) -> Iterator[tuple[int, int]]:
 async def test_the_monitor_has_written_the_exit_code_at_the_end(tmp_path: Path) -> None:
     script = f'sh -c "$1" & wait $!; code=$?; sleep 0.2; echo $code > {tmp_path}/code'
     with a_process(script, "sh", OBEYS) as (monitor, first):
-        await end_gracefully(a_container(first, monitor, grace_s=30))
+        await end_all_gracefully([a_container(first, monitor, grace_s=30)])
         assert (tmp_path / "code").read_text() == "7\n"
 
 
 @pytest.mark.timeout(20)
 async def test_a_container_that_ignores_the_signal_holds_up_nothing_after_its_grace_period() -> None:
     with a_process(IGNORES) as (pid, _):
-        await end_gracefully(a_container(pid, pid, grace_s=0.1))
+        await end_all_gracefully([a_container(pid, pid, grace_s=0.1)])
         os.kill(pid, signal.SIGKILL)

@@ -18,7 +18,7 @@ from skep.manager.control.validation.names import check_dns_name
 from skep.model.network import MTU_OPTION, MTUS, IPAMConfig, NetworkSpec, subnet_of
 from skep.model.networks.addresses import Address, is_subnet, parsed
 from skep.model.networks.attaching import ATTACH_LABEL, attach_constraints
-from skep.model.networks.data_planes import PLANE_OPTION, PLANES
+from skep.model.networks.data_planes import PLANE_OPTION, PLANES, why_reserved
 from skep.model.networks.overlays import VXLAN_ID_MAX, VXLAN_OPTION, is_number
 from skep.model.networks.routes import Subnet, overlap
 from skep.model.values.meta import Driver
@@ -112,6 +112,8 @@ def _check_subnet(config: IPAMConfig) -> None:
     subnet = subnet_of(config)
     if subnet.is_multicast or subnet.is_loopback or subnet.network_address.is_unspecified:
         raise InvalidArgument(f"ipam configuration: invalid subnet {config.subnet}")
+    if reason := why_reserved(subnet):
+        raise InvalidArgument(f"ipam configuration: subnet {config.subnet} {reason}")
     if subnet.num_addresses < 4:
         raise InvalidArgument(f"ipam configuration: subnet {config.subnet} has no addresses for containers")
     if config.range:

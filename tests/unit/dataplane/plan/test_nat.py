@@ -7,12 +7,21 @@ from msgspec.structs import replace
 from skep.dataplane.netns.diff import difference
 from skep.dataplane.netns.kernel_made import completed
 from skep.dataplane.netns.state import Address, Link, NamespaceState, Route, RoutingRule
-from skep.dataplane.plan.nat import ADDRESSES_MAX, sound, tunnel_device, tunnel_filter, tunnel_state
+from skep.dataplane.plan.nat import (
+    ADDRESSES_MAX,
+    condition,
+    port_towards,
+    sound,
+    tunnel_device,
+    tunnel_filter,
+    tunnel_state,
+)
 from skep.dataplane.plan.wireguard import FoundDevice, FoundPeer, WireGuardKey, changes
 from skep.model.networks.paths import NatPeer, NatTunnels
 from skep.model.values.ids import NodeId
 
 LINK = Link(name="wg3", kind="tun", mtu=1440)
+PORTS = (("tcp", 2374), ("udp", 4789))
 PAIR = WireGuardKey(private=bytes(range(32)), slot=3, made_at=0.0)
 
 
@@ -57,10 +66,45 @@ def test_a_node_that_others_reach_has_a_route_and_sends_from_its_own_address() -
     assert state.sysctls["net/ipv4/conf/wg3/forwarding"] == "1"
 
 
+def test_a_node_without_its_address_has_it_in_the_tunnels() -> None:
+    """Its address is translated outside of the machine, and routes need a source address that the machine has."""
+    state = tunnel_state(OPEN, LINK, has_address=False)
+    assert state.addresses == {Address("wg3", "192.0.2.1/32")}
+    assert state.routes == tunnel_state(OPEN, LINK).routes
+
+
+def test_from_the_tunnels_only_the_ports_of_the_cluster_are_reached() -> None:
+    table = tunnel_filter(BEHIND, "wg3", PORTS)
+    here = [rule.removeprefix('iifname "wg3" ') for chain, rule in table.rules if chain == "here"]
+    assert here[0] == "ip daddr != 240.0.0.1 drop"
+    assert here[-1] == "drop"
+    assert here[3:-1] == ["tcp dport 2374 accept", "udp dport 4789 accept"]
+
+
+def test_the_port_towards_a_node_is_the_one_of_the_node_that_others_reach() -> None:
+    """Of the relay, for a node behind another NAT."""
+    first, second = BEHIND.peers
+    tunnels = replace(BEHIND, peers=(replace(first, port=51823), second))
+    ports = [port_towards(tunnels, one, 4802) for one in ("192.0.2.1", "240.0.0.9", "192.0.2.2")]
+    assert ports == [51823, 51823, 4802]
+    assert port_towards(OPEN, "240.0.0.9", 51823) == 51823
+
+
+def test_what_exceeds_the_bounds_is_named() -> None:
+    assert condition(None) == condition(sound(BEHIND)) == ""
+    addresses = tuple(f"240.1.{number >> 8}.{number & 255}" for number in range(ADDRESSES_MAX + 6))
+    peers = (a_peer(1, "192.0.2.1", *addresses, endpoint="192.0.2.1"),)
+    assert "leave out 7 nodes" in condition(sound(replace(BEHIND, peers=peers)))
+    many = tuple(
+        a_peer(number, f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}") for number in range(1, 8200)
+    )
+    assert "leave out 7 nodes" in condition(sound(replace(BEHIND, peers=many)))
+
+
 def test_relays_pass_on_packets_of_nodes_behind_nat_only() -> None:
-    table = tunnel_filter(OPEN, "wg3")
+    table = tunnel_filter(OPEN, "wg3", PORTS)
     assert table.elements == {("relayed", "240.0.0.1"), ("relayed", "240.0.0.9")}
-    assert tunnel_filter(replace(OPEN, relayed=()), "wg3").elements == frozenset()
+    assert tunnel_filter(replace(OPEN, relayed=()), "wg3", PORTS).elements == frozenset()
     through = [rule for chain, rule in table.rules if chain == "through"]
     assert through[0].endswith("accept")
     assert all(rule.endswith("drop") for rule in through[1:])

@@ -86,6 +86,8 @@ REFUSED = {
     ),
     "ipam configuration: invalid subnet 127.0.0.0/8": a_spec("n", IPAMConfig(subnet="127.0.0.0/8")),
     "ipam configuration: invalid subnet 0.0.0.0/0": a_spec("n", IPAMConfig(subnet="0.0.0.0/0")),
+    "ipam configuration: subnet 240.1.0.0/16 overlaps 240.0.0.0/4, which nodes behind NAT use: "
+    "choose another one": a_spec("n", IPAMConfig(subnet="240.1.0.0/16")),
     "ipam configuration: invalid subnet 224.0.0.0/24": a_spec("n", IPAMConfig(subnet="224.0.0.0/24")),
     "ipam configuration: invalid subnet fd00::%x/64": a_spec("n", IPAMConfig(subnet="fd00::%x/64")),
     "ipam configuration: invalid gateway fd00::1%x": a_spec(
