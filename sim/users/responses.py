@@ -31,6 +31,7 @@ from sim.users.reference import (
     respond,
 )
 from skep.model.network import Network
+from skep.model.networks.data_planes import nat_of
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
 from skep.model.options.labels import DRAIN_NOW, JOB_TTL
 from skep.model.options.schedules import CRON
@@ -72,6 +73,8 @@ class ResponseCheck:
         ]
         self._open: list[PendingRequest] = []
         self._done: list[PendingRequest] = []
+        self._behind_nat = {node.id for node in view.find(Node) if nat_of(node)}
+        """Nodes that were behind NAT at some time, which cannot become managers then."""
 
     @property
     def present(self) -> int:
@@ -101,20 +104,28 @@ class ResponseCheck:
         else:
             self._open.remove(pending)
         responses = [respond(state, pending.request) for state in self._states[pending.since :]]
-        if Refused(status) not in responses and not self._is_refused_demotion(pending, status):
+        if Refused(status) not in responses and not self._is_refused_role(pending, status):
             expected = sorted({one.status if isinstance(one, Refused) else 200 for one in responses})
             yield f"{_describe(pending.request)} got status {status}, not {' or '.join(map(str, expected))}"
 
-    def _is_refused_demotion(self, pending: PendingRequest, status: int) -> bool:
-        """Return whether a demotion may be refused, which depends on managers' reachability and is not modeled."""
+    def _is_refused_role(self, pending: PendingRequest, status: int) -> bool:
+        """Return whether a change of the role may be refused because of something that is not modeled.
+
+        A demotion depends on the reachability of managers, and a promotion on the NAT in front of the node.
+        """
         request = pending.request
-        if not isinstance(request, SetNode) or status != BAD or request.spec.role is not NodeRole.WORKER:
+        if not isinstance(request, SetNode) or status != BAD:
             return False
+        if request.spec.role is NodeRole.MANAGER:
+            return request.id in self._behind_nat
         known = [state.nodes.get(request.id) for state in self._states[pending.since :]]
         return any(one is not None and one[0].role is NodeRole.MANAGER for one in known)
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
+            present = event.new if isinstance(event, Updated) else event.object
+            if isinstance(present, Node) and nat_of(present):
+                self._behind_nat.add(present.id)
             before = self._states[-1]
             after = _after(before, event)
             if after == before:
