@@ -19,6 +19,8 @@ from skep.linux.network.route_lookup import source_address
 from skep.model.networks.data_planes import TUNNEL_LABEL
 from skep.model.networks.paths import NatPeer, NatTunnels, PathPeer, ProbeTargets
 from skep.model.networks.wireguard import EncryptionMethod
+from skep.model.node import EngineDescription, NodeDescription
+from skep.model.node_reports.conditions import ConditionName, condition_label, network_conditions
 from skep.model.values.ids import NodeId
 from skep.paths import Paths
 
@@ -85,3 +87,9 @@ async def test_the_state_is_applied_whether_or_not_the_machine_has_its_address(
         assert (await pins.run(home, prefix_lengths))["10.0.0.5"] == 24
     finally:
         await pins.destroy("machine")
+
+
+def test_what_tunnels_lack_is_shown_by_the_doctor() -> None:
+    labels = {condition_label(ConditionName.NAT_TUNNELS): "they leave out 7 nodes"}
+    description = NodeDescription(hostname="n1", engine=EngineDescription(labels=labels))
+    assert network_conditions(description) == ("they leave out 7 nodes",)
