@@ -439,7 +439,7 @@ class Bundles:
         for inside, status in walk(upper):
             if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
                 found.append((2, f"/{inside}"))
-            elif any(_has(layer, inside) for layer in lower):
+            elif any(overlay.has(layer, inside) for layer in lower):
                 found.append((0, f"/{inside}"))
             else:
                 found.append((1, f"/{inside}"))
@@ -478,7 +478,7 @@ class Bundles:
         Directories that an earlier start created in the container do not count.
         """
         inside = os.path.normpath(path).lstrip("/")
-        if any(_has(Path(layer), inside) for layer in container.layers):
+        if any(overlay.has(Path(layer), inside) for layer in container.layers):
             with suppress(OSError):
                 opened = syscalls.open_in_root(self.rootfs(container.id), path, os.O_PATH | os.O_DIRECTORY)
                 try:
@@ -565,21 +565,6 @@ class Bundles:
 
 def _file(path: Path, name: str) -> MountPoint:
     return MountPoint(type="bind", source=str(path / name), destination=f"/etc/{name}", internal=True)
-
-
-def _has(layer: Path, inside: str) -> bool:
-    """Return whether a layer itself has a path.  A link in it does not count, because it may lead outside."""
-    *parents, name = inside.split("/")
-    directory = layer
-    try:
-        for parent in parents:
-            directory /= parent
-            if not stat.S_ISDIR(directory.lstat().st_mode):
-                return False
-        (directory / name).lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 
 def forget_environment(specification: Path, entries: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ everywhere.  If the string is too long, the newer calls are tried first.
 
 import errno
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,6 +64,21 @@ def _mount_layers(layers: Sequence[Path], upper: Path, work: Path, target: Path,
         if error.errno not in _REFUSED_BY_OLDER_KERNELS:
             raise
         _mount_relative(layers, upper, work, target, label)
+
+
+def has(layer: Path, inside: str) -> bool:
+    """Return whether a layer itself has a path.  A link in it does not count, because it may lead outside."""
+    *parents, name = inside.split("/")
+    directory = layer
+    try:
+        for parent in parents:
+            directory /= parent
+            if not stat.S_ISDIR(directory.lstat().st_mode):
+                return False
+        (directory / name).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _options(lower: str, upper: Path, work: Path, label: str) -> str:
