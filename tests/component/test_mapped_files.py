@@ -246,20 +246,22 @@ async def test_a_volume_whose_server_is_silent_fails_its_start_within_a_limit(tm
         point = MountPoint(type="volume", destination="/v", source=str(silent))
         container = a_container(users=USERS, mounts=(point,))
         with pytest.raises(Unavailable, match="look after its file server"):
-            await mounts.mount_all(container, [point], views, ())
+            await mounts.mount(
+                "c", lambda is_over: mapped_mounts.mount_all(container, [point], views, (), is_over)
+            )
         waiting = [one for one in threading.enumerate() if one.name == "blocking call"]
         assert len(waiting) == 1
     waiting[0].join(10)  # the server has ended
     assert not views.exists(), "nobody waits for the view any more"
 
 
-async def test_a_view_is_not_mounted_after_its_start_has_ended(tmp_path: Path) -> None:
+def test_a_view_is_not_mounted_after_its_start_has_ended(tmp_path: Path) -> None:
     (tmp_path / "volume").mkdir()
     point = MountPoint(type="volume", destination="/v", source=str(tmp_path / "volume"))
     container = a_container(users=USERS, mounts=(point,))
     mapped_mounts.mount_all(container, [point], tmp_path / "views", (), lambda: True)
     assert not (tmp_path / "views").exists()
-    await mapped_mounts.ViewMounts().mount_all(container, [point], tmp_path / "views", ())
+    mapped_mounts.mount_all(container, [point], tmp_path / "views", ())
     assert owner(tmp_path / "views" / "0") == (FIRST, FIRST)
     mapped_mounts.unmount_all(tmp_path / "views")
 

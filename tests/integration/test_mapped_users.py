@@ -159,18 +159,23 @@ def test_tasks_of_both_nodes_reach_each_other_by_name_virtual_address_and_port(
     m1.docker("service", "rm", "plain", "mapped")
 
 
-def test_a_task_that_needs_the_machines_network_is_rejected_with_the_reason(
-    m1: TestNode, w1: TestNode
-) -> None:
-    create(m1, "host", 1, "--constraint", "node.hostname==w1", "--network", "host")
+def test_a_task_that_needs_the_machines_network_is_not_placed_there(m1: TestNode, w1: TestNode) -> None:
+    create(m1, "host", 1, "--constraint", "node.facts.userns==remap", "--network", "host")
     wait_until(
         lambda: (
-            "cannot share the host's network namespace when user namespaces are enabled"
+            "not possible on 1 node with userns-remap"
             in m1.docker("service", "ps", "--no-trunc", "host").stdout
         ),
-        "the task is rejected",
+        "the task waits",
     )
+    m1.docker("service", "update", "--constraint-rm", "node.facts.userns==remap", "--detach", "host")
+    wait_running(m1, "host", 1)
     m1.docker("service", "rm", "host")
+
+
+def test_a_device_may_have_another_path(w1: TestNode) -> None:
+    found = inside(w1, "--device", "/dev/zero:/dev/sensor", command="stat -c %t:%T /dev/sensor")
+    assert found.strip() == "1:5"
 
 
 def test_a_container_of_another_mapping_is_kept_apart(cluster: TestCluster, w1: TestNode) -> None:

@@ -30,6 +30,7 @@ from skep.engine.lifecycle.machine import INTERRUPTIBLE, Effect
 from skep.engine.networks.networking import Networking, endpoint_network, publish_networks, sandbox_config
 from skep.engine.runtime import runtime_spec
 from skep.engine.runtime.conmon import StartError, resize_terminal
+from skep.engine.runtime.mapped_mounts import ViewMounts
 from skep.engine.runtime.runtime import Runtime
 from skep.engine.volumes.volumes import Volumes
 from skep.errors import FailedPrecondition, SkepError
@@ -104,6 +105,7 @@ class Effects:
         self._clock = clock
         self.waiting = WaitingClients()
         self.forced = ForcedRemovals()
+        self._views = ViewMounts()
         self.actions: Mapping[Effect, Action] = {
             Effect.MAKE_DIRECTORIES: self._make_directories,
             Effect.FIND_SHARED: self._find_shared,
@@ -183,7 +185,8 @@ class Effects:
 
     async def _create_process(self, container: Container, _: Program) -> LifeEvent:
         if container.users is not None:
-            await self._unless_removed(container, self._bundles.map_volumes(container))
+            work = partial(self._bundles.map_volumes, container)
+            await self._unless_removed(container, self._views.mount(container.name, work))
         with within("runc create"):
             started = await self._runtime.create(container)
         self._volumes.release_parts(self._bundles.parts(container))

@@ -28,7 +28,7 @@ import re
 import stat
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -127,7 +127,6 @@ class Bundles:
         self._capacity = capacity
         self._resolver = resolver
         self._mapped = mapped
-        self.views = mapped_mounts.ViewMounts()
         self._mounts = threading.Lock()
         self._borrowers: Counter[ContainerId] = Counter()
         self._to_release: set[ContainerId] = set()
@@ -299,11 +298,10 @@ class Bundles:
         """Return the file with the runtime's input."""
         return self.bundle(id) / "config.json"
 
-    async def map_volumes(self, container: Container) -> None:
-        """Mount the container's views.  Raises: OSError; Unavailable: a volume does not respond."""
-        await self.views.mount_all(
-            container, self._placed(container), self._views(container.id), self._mapped
-        )
+    def map_volumes(self, container: Container, is_over: Callable[[], bool]) -> None:
+        """Mount the container's views, unless ``is_over`` returns True meanwhile.  Raises: OSError."""
+        views = self._views(container.id)
+        mapped_mounts.mount_all(container, self._placed(container), views, self._mapped, is_over)
 
     def release_views(self, id: ContainerId) -> None:
         """Undo ``map_volumes``, because runc has its own mounts by now."""
@@ -311,12 +309,10 @@ class Bundles:
 
     def _with_parts(self, container: Container) -> Container:
         """Replace volume subpaths, images, memory file systems and mapped volumes by their paths on this node."""
-        mounts = mapped_mounts.placed(
-            container, self._placed(container), self._views(container.id), self._mapped
-        )
-        return msgspec.structs.replace(
-            container, config=msgspec.structs.replace(container.config, mounts=mounts)
-        )
+        views = self._views(container.id)
+        mounts = mapped_mounts.placed(container, self._placed(container), views, self._mapped)
+        config = msgspec.structs.replace(container.config, mounts=mounts)
+        return msgspec.structs.replace(container, config=config)
 
     def _placed(self, container: Container) -> tuple[MountPoint, ...]:
         targets, images = iter(self.parts(container)), self._images(container.id)

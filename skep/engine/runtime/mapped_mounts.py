@@ -79,22 +79,17 @@ class ViewMounts:
         self.deadline_s = _DEADLINE_S
         self._calls = BlockingCalls(busy="containers already wait for their volumes")
 
-    async def mount_all(
-        self, container: Container, points: Sequence[MountPoint], place: Path, own: Sequence[Path]
-    ) -> None:
-        """Mount the views of ``points``, each by its number below ``place``.  Does nothing if no users are mapped.
+    async def mount(self, name: str, work: Callable[[Callable[[], bool]], None]) -> None:
+        """Mount the views of the container ``name`` by ``work``, whose argument is ``is_over`` of ``mount_all``.
 
         Raises: OSError; Unavailable: a volume does not respond, or too many others do not.
         """
-        if container.users is None:
-            return
         over = threading.Event()
-        work = partial(mount_all, container, points, place, own, over.is_set)
         try:
-            await self._calls.call(work, self.deadline_s)
+            await self._calls.call(partial(work, over.is_set), self.deadline_s)
         except TimeoutError as error:
             raise Unavailable(
-                f"a volume of container {container.name} does not respond within {self.deadline_s:g} s: "
+                f"a volume of container {name} does not respond within {self.deadline_s:g} s: "
                 "look after its file server"
             ) from error
         finally:
