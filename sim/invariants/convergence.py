@@ -23,6 +23,7 @@ from skep.model.options.labels import PROGRESS_DEADLINE, min_available
 from skep.model.options.overlap import written_data
 from skep.model.options.schedules import CRON
 from skep.model.service import UNDER_WAY, Service, UpdateState
+from skep.model.staging.updates import is_undecided
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 from skep.model.values.times import ZERO_TIME, unix_ns
@@ -82,7 +83,9 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
         return
     yield from _crowded(service, wanted)
     waiting = [task for task in wanted if _waits(task, service, view)]
-    if is_under_way and not waiting:
+    # Without replicas, no task can be judged, so the step of a canary lasts until the service has some.
+    stays = not number and is_undecided(service)
+    if is_under_way and not waiting and not stays:
         yield f"{service.id} is still being updated"
     is_held_up = is_under_way and bool(waiting)
     for key, slot in slots.items():

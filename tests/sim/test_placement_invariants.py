@@ -27,6 +27,7 @@ from skep.model.service import (
     ServiceSpec,
     TaskSpec,
     UpdateConfig,
+    UpdateSplit,
     UpdateState,
     UpdateStatus,
 )
@@ -285,6 +286,14 @@ def test_an_update_that_is_still_under_way_is_not_settled() -> None:
     updating = UpdateStatus(state=UpdateState.UPDATING)
     reported = lacking(a_spec(), a_task("t1", node=W1, state=RUNNING), update_status=updating)
     assert reported == ["web is still being updated"]
+
+
+def test_the_step_of_a_canary_lasts_while_the_service_has_no_replicas() -> None:
+    spec = replace(a_service_spec("web", replicas=0), labels={"skep.update": "canary"})
+    updating = UpdateStatus(state=UpdateState.UPDATING, split=UpdateSplit(old=1, changes=1))
+    assert lacking(spec, update_status=updating) == []
+    plain = replace(spec, labels={})
+    assert lacking(plain, update_status=updating) == ["web is still being updated"]
 
 
 @pytest.mark.parametrize(
