@@ -37,7 +37,7 @@ from skep.engine.log_drivers.options import log_config
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.linux.detached import detached, held_lock, read_pid_file, set_title
 from skep.linux.files import file_exists, replace_file
-from skep.linux.user_namespace import is_rootless
+from skep.linux.own_user_namespace import is_rootless
 from skep.logs import LogSettings
 from skep.model.values.meta import Driver
 from skep.model.values.user_map import UserMap

@@ -18,7 +18,7 @@ import msgspec
 from skep.dataplane.net_process.protocol import Reservation
 from skep.dataplane.ports import AddressNotHere
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
-from skep.linux.user_namespace import rootlesskit_state
+from skep.linux.own_user_namespace import rootlesskit_state
 from skep.model.networks.addresses import joined
 
 _TIMEOUT_S = 2.0

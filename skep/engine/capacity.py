@@ -12,7 +12,7 @@ import msgspec
 
 from skep.engine.confinement import apparmor, capabilities, cdi, seccomp, selinux
 from skep.engine.confinement.cgroups import Cgroups
-from skep.linux.user_namespace import is_in_user_namespace
+from skep.linux.own_user_namespace import is_in_user_namespace
 from skep.model.values.user_map import UserMap
 
 _CPUS = Path("/sys/devices/system/cpu")

@@ -20,7 +20,7 @@ import msgspec
 
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.errors import InvalidArgument, ResourceExhausted
-from skep.linux.user_namespace import is_overlay_mark
+from skep.linux.own_user_namespace import is_overlay_mark
 
 # Bits of Go's os.FileMode, which are the same on every system.
 _DIRECTORY, _SYMLINK, _DEVICE, _PIPE = 1 << 31, 1 << 27, 1 << 26, 1 << 25

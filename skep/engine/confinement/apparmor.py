@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from skep.errors import FailedPrecondition
-from skep.linux.user_namespace import is_rootless
+from skep.linux.own_user_namespace import is_rootless
 
 DEFAULT_PROFILE: Final = "docker-default"
 UNCONFINED: Final = "unconfined"

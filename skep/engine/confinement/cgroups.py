@@ -23,8 +23,8 @@ import structlog
 from skep.engine.containers.container import Container
 from skep.errors import InvalidArgument, Unavailable
 from skep.linux.files import is_no_file
+from skep.linux.own_user_namespace import is_rootless
 from skep.linux.trees import directories
-from skep.linux.user_namespace import is_rootless
 from skep.model.values.ids import ContainerId
 
 log = structlog.get_logger()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from skep.engine.confinement.selinux import mount_option
 from skep.errors import FailedPrecondition
+from skep.linux.own_user_namespace import is_in_user_namespace
 from skep.linux.syscalls import mount, mount_new
-from skep.linux.user_namespace import is_in_user_namespace
 from skep.linux.user_namespaces import files_of, mapped_views, mapping
 from skep.model.values.user_map import UserMap
 

@@ -13,7 +13,7 @@ from skep.bootstrap import Bootstrap, ManagerConfig, Recovery, load_recovery, sa
 from skep.configuration.configuration import Configuration
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import file_exists, replace_file
-from skep.linux.user_namespace import is_rootless
+from skep.linux.own_user_namespace import is_rootless
 from skep.node.cluster.founding import NewCluster, bind_error, check_listening, chosen_peer_addr, peer_warning
 from skep.node.cluster.local import LocalNode
 from skep.node.cluster.restoring import RestoredData

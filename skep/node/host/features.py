@@ -22,7 +22,7 @@ from skep.dataplane.plan.wireguard import DeviceChange
 from skep.dataplane.wireguard import kernel
 from skep.dataplane.wireguard.keys import new_private_key
 from skep.engine.confinement.cgroups import Cgroups
-from skep.linux.user_namespace import is_in_user_namespace, is_rootless, lowest_port
+from skep.linux.own_user_namespace import is_in_user_namespace, is_rootless, lowest_port
 
 # Source: linux/sched.h and linux/magic.h.
 _CLONE_NEWNET = 0x40000000

@@ -21,7 +21,7 @@ import msgspec
 
 from skep.engine.confinement.cgroups import MOUNT_POINT, Cgroups
 from skep.engine.confinement.seccomp import kernel_version
-from skep.linux.user_namespace import LOWEST_PORT
+from skep.linux.own_user_namespace import LOWEST_PORT
 from skep.node.host.requirements import Unfit
 
 _PACKAGES = {

@@ -26,7 +26,7 @@ from skep.engine.engine import Engine
 from skep.engine.images.collecting import ImageCollector, Marks
 from skep.engine.images.sharing.serving import ServedImages
 from skep.linux.network.route_lookup import source_address
-from skep.linux.user_namespace import is_rootless
+from skep.linux.own_user_namespace import is_rootless
 from skep.model.networks.addresses import host_of
 from skep.model.networks.data_planes import usable_address
 from skep.model.node import NodeDescription, NodeRole

@@ -23,7 +23,7 @@ from skep.engine.build.dockerfile.dockerfile import readable
 from skep.engine.build.dockerfile.patterns import PathPatterns, Pattern, has_wildcards
 from skep.engine.build.files.trees import Tree, Work
 from skep.errors import InvalidArgument
-from skep.linux.user_namespace import is_overlay_mark
+from skep.linux.own_user_namespace import is_overlay_mark
 
 CHUNK_BYTES = 1 << 20
 """Bytes hashed or copied at a time.  Files may be larger than memory."""

@@ -17,7 +17,7 @@ import socket
 import struct
 from typing import Final
 
-from skep.linux.user_namespace import overlay_prefix
+from skep.linux.own_user_namespace import overlay_prefix
 
 _CAPABILITIES: Final = {"CHOWN": 0, "DAC_OVERRIDE": 1, "FOWNER": 3, "FSETID": 4, "MKNOD": 27, "SETFCAP": 31}
 # Source: linux/capability.h, linux/prctl.h and linux/seccomp.h.

@@ -28,7 +28,7 @@ from typing import Any
 
 from skep.engine.images.archives.confinement import Helper, confine
 from skep.linux import confined_root
-from skep.linux.user_namespace import is_overlay_mark
+from skep.linux.own_user_namespace import is_overlay_mark
 
 _CHUNK_BYTES = 1 << 20
 """Bytes that are copied at a time."""

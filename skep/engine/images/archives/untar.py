@@ -28,8 +28,8 @@ from typing import Any, BinaryIO, Self
 
 from skep.engine.images.archives.confinement import Helper, confine
 from skep.engine.images.archives.streams import MalformedArchive, plain_chunks
+from skep.linux.own_user_namespace import is_in_user_namespace, is_overlay_mark
 from skep.linux.trees import remove_tree, walk
-from skep.linux.user_namespace import is_in_user_namespace, is_overlay_mark
 
 _CHUNK_BYTES = 1 << 20
 """Bytes that are copied at a time."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.linux.user_namespace import is_in_user_namespace, is_overlay_mark
+from skep.linux.own_user_namespace import is_in_user_namespace, is_overlay_mark
 
 
 def test_a_root_of_a_user_namespace_is_not_the_machines(tmp_path: Path) -> None:
