@@ -295,5 +295,5 @@ class Lab:
             "wires": sorted((endpoint.network_id, id, endpoint.port) for id, endpoint in endpoints),
         }
 
-    async def _netns(self, id: str, sysctls: Mapping[str, str]) -> Path:
+    async def _netns(self, id: str, sysctls: Mapping[str, str], *_: object) -> Path:
         return Path("/none", id)
