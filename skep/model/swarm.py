@@ -144,7 +144,10 @@ class RootRotation(ApiObject):
 
 
 FROZEN: Final = "replacement of tasks is frozen"
-"""Words in a node's status message, and in the errors of its tasks, while managers replace no tasks of lost nodes."""
+"""Words in a node's status message, and in the errors of its tasks, while managers replace no tasks of lost nodes.
+
+The nodes' ``/info`` recognizes the reason by them.
+"""
 
 
 class Freeze(ApiObject):

@@ -22,7 +22,7 @@ from skep.cli.running import errors_shown, run_requests
 from skep.cli.stack.stack import deploy
 from skep.errors import InvalidArgument, NotFound
 from skep.imports import fleet as fleet_units
-from skep.model.history import STACK_LABEL
+from skep.model.history import stack_of
 from skep.model.task_end import printable
 
 _INSTEAD: Final = {
@@ -383,7 +383,7 @@ def _unit_of(service: Mapping[str, Any]) -> str:
 
 
 def _stack_of(service: Mapping[str, Any]) -> str:
-    return str((service["Spec"].get("Labels") or {}).get(STACK_LABEL, ""))
+    return stack_of(service["Spec"].get("Labels") or {})
 
 
 def _address(node: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from skep.dataplane.plan.overlay import USUAL_MTU
 from skep.dataplane.plan.wireguard import WireGuardKey, WireGuardPlan, tunnel_mtu
 from skep.dataplane.wireguard import keys
 from skep.dataplane.wireguard.methods import EncryptionRefusal
-from skep.dataplane.wireguard.tunnel_devices import HEAL_S, TunnelDevices
+from skep.dataplane.wireguard.tunnel_devices import HEAL_S
 from skep.dataplane.wireguard.tunnels import DEVICE_KINDS, Options
 from skep.errors import SkepError, Unavailable
 from skep.linux.network.route_lookup import source_address
@@ -64,7 +64,7 @@ _ANYWHERE = "192.0.2.1"
 _PART = "nat"
 
 
-class Surroundings(msgspec.Struct, frozen=True):
+class MachineFacts(msgspec.Struct, frozen=True):
     """The machine around the tunnels.
 
     Args:
@@ -95,14 +95,7 @@ class TunnelsThroughNat:
         self._namespaces = namespaces
         self._options = options
         self._clock = clock
-        self._devices = TunnelDevices(
-            paths.run,
-            namespaces.home,
-            namespaces,
-            options.process if options.method is EncryptionMethod.USER_SPACE else None,
-            clock,
-            are_in_kernel=options.method is EncryptionMethod.KERNEL,
-        )
+        self._devices = options.devices(paths.run, namespaces.home, namespaces, clock)
         # A separate reconciler, because without its device this state cannot be applied, and nothing else may wait.
         scope = Scope(has_own_routes=False, is_exclusive=True)
         self._reconciler = NetnsReconciler("tunnels through NAT", namespaces.home, namespaces, repairs, scope)
@@ -115,7 +108,7 @@ class TunnelsThroughNat:
         self._is_known = False
         self._healed_at = float("-inf")
         self._read_at = float("-inf")
-        self._surroundings = Surroundings(tunnel_mtu(USUAL_MTU, is_ipv6=False), has_address=True)
+        self._machine = MachineFacts(tunnel_mtu(USUAL_MTU, is_ipv6=False), has_address=True)
         self._ports: tuple[UsedPort, ...] = ()
         self._applied: NatTunnels | None = None
         """The tunnels for which everything was read and configured."""
@@ -217,9 +210,9 @@ class TunnelsThroughNat:
         now = self._clock.monotonic()
         is_due = tunnels is not self._applied or now - self._read_at >= READ_AGAIN_S
         if is_due:
-            self._surroundings = await self._find_surroundings(tunnels, name)
+            self._machine = await self._find_machine(tunnels, name)
             self._ports = self._ports_inside()
-        mtu, has_address = self._surroundings.mtu, self._surroundings.has_address
+        mtu, has_address = self._machine.mtu, self._machine.has_address
         if await self._devices.place({TUNNEL_SLOT}, mtu):
             self._reconciler.invalidate()
             is_due = True
@@ -258,7 +251,7 @@ class TunnelsThroughNat:
         self._devices.forget()
         self._applied = None
 
-    async def _find_surroundings(self, tunnels: NatTunnels, name: str) -> Surroundings:
+    async def _find_machine(self, tunnels: NatTunnels, name: str) -> MachineFacts:
         """Return the MTU by the device that packets to the first peer leave through, and whether the machine has the
         address of a node that others reach.
         """
@@ -270,7 +263,7 @@ class TunnelsThroughNat:
             found.get(source) if tunnels.is_behind_nat else found.get(tunnels.address, found.get(source))
         )
         mtu = through.mtu if through is not None else USUAL_MTU
-        return Surroundings(
+        return MachineFacts(
             tunnel_mtu(mtu, is_ipv6=False), has_address=tunnels.is_behind_nat or tunnels.address in found
         )
 

@@ -80,6 +80,19 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 0
     limits: KeyLifetimes = KeyLifetimes()
 
+    def devices(
+        self, run_directory: Path, namespace: Path, namespaces: Namespaces, clock: Clock
+    ) -> TunnelDevices:
+        """Return the keeper of this node's devices in ``namespace``."""
+        return TunnelDevices(
+            run_directory,
+            namespace,
+            namespaces,
+            self.process if self.method is EncryptionMethod.USER_SPACE else None,
+            clock,
+            are_in_kernel=self.method is EncryptionMethod.KERNEL,
+        )
+
 
 NO_ENCRYPTION = Options(
     method=EncryptionRefusal("this node cannot encrypt overlay networks"), since_boot=lambda: 0.0
@@ -145,14 +158,7 @@ class WireGuardTunnels:
         self._say = say
         self._keys = OwnKeys(paths.wireguard_keys, options.since_boot, options.limits, clock, say)
         self._space = TunnelNamespace(Namespaces(paths.tunnels, namespaces.home), repairs, clock)
-        self._devices = TunnelDevices(
-            paths.run,
-            self._space.path,
-            namespaces,
-            options.process if options.method is EncryptionMethod.USER_SPACE else None,
-            clock,
-            are_in_kernel=options.method is EncryptionMethod.KERNEL,
-        )
+        self._devices = options.devices(paths.run, self._space.path, namespaces, clock)
         self._networks = EncryptedNetworks()
         self._changed = asyncio.Event()
         self._plan = WireGuardPlan()

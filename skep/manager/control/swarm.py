@@ -41,7 +41,6 @@ from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, UNLOCK_KEY_ID, Paylo
 
 CERT_EXPIRY_MIN_NS = 3600 * SECOND_NS
 """Shortest lifetime of node certificates, as in SwarmKit."""
-"""First words of the reason, by which the nodes' ``/info`` recognizes it."""
 
 NAMED_MAX = 5
 """Largest number of nodes that an error names."""

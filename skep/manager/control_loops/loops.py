@@ -7,13 +7,7 @@ from skep.aio.clock import Clock
 from skep.manager.acme.calls import RunStep, skip_steps
 from skep.manager.acme.loop import Certificates
 from skep.manager.allocator.loop import Allocator
-from skep.manager.autoscaling.loop import (
-    Autoscaler,
-    Collect,
-    Publish,
-    Queries,
-    skip_publishing,
-)
+from skep.manager.autoscaling.loop import Autoscaler, Collect, Publish, Queries, skip_publishing
 from skep.manager.autoscaling.state import AutoscalingCounts, Quota
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.catalog.loop import RegistrationLeases

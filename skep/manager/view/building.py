@@ -65,9 +65,8 @@ def affected_by(event: Event, view: View) -> Iterator[Key]:
     old, new = (event.old, event.new) if isinstance(event, Updated) else (None, event.object)
     if isinstance(new, Swarm):
         yield CLUSTER_KEY
-        if (
-            not isinstance(old, Swarm) or old.freeze != new.freeze
-        ):  # The reason of tasks on lost nodes has the freeze.
+        # The reason of tasks on lost nodes has the freeze.
+        if not isinstance(old, Swarm) or old.freeze != new.freeze:
             for node in view.find(Node):
                 if node.status.state is NodeState.DOWN:
                     yield from _of_tasks(view.find(Task, node_id=node.id))

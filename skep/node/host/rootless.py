@@ -23,6 +23,7 @@ from skep.engine.confinement.cgroups import MOUNT_POINT, Cgroups
 from skep.engine.confinement.seccomp import kernel_version
 from skep.linux.own_user_namespace import LOWEST_PORT
 from skep.node.host.requirements import Unfit
+from skep.node.host.user_remap import FIRST_ID, free_range, subordinate_ranges
 
 _PACKAGES = {
     "rootlesskit": "rootlesskit",
@@ -33,8 +34,6 @@ _PACKAGES = {
 """The packages of the programs that are needed, by program."""
 _IDS_MIN = 65_536
 """Size of the user's ranges.  Images have owners and groups up to this number."""
-_FIRST_ID = 100_000
-"""Start of the first range.  Source: login.defs(5), SUB_UID_MIN."""
 _KERNEL_MIN = (5, 11)
 """The first kernel that lets users mount overlays.  Source: Linux, fs/overlayfs/super.c (FS_USERNS_MOUNT)."""
 _TUN = Path("/dev/net/tun")
@@ -65,7 +64,7 @@ class RootlessFacts(msgspec.Struct, frozen=True, kw_only=True):
     subuids: int = _IDS_MIN
     """Length of the user's ranges in /etc/subuid."""
     subgids: int = _IDS_MIN
-    free_id: int = _FIRST_ID
+    free_id: int = FIRST_ID
     """The first number above all ranges of this machine."""
     settings: Mapping[str, str] = {}
     """Values of kernel settings.  Settings that this kernel lacks are left out."""
@@ -200,7 +199,7 @@ def _facts(environment: Mapping[str, str]) -> RootlessFacts:
         missing_programs=tuple(name for name in _PACKAGES if shutil.which(name) is None),
         subuids=_ids_of(user, uid, Path("/etc/subuid"), ()),
         subgids=_ids_of(user, uid, Path("/etc/subgid"), ("-g",)),
-        free_id=max(map(_end_of_ranges, (Path("/etc/subuid"), Path("/etc/subgid")))),
+        free_id=max(free_range(_text(Path("/etc", name))) for name in ("subuid", "subgid")),
         settings={name: value for name in names if (value := _setting(name))},
         has_apparmor_profile=_APPARMOR_PROFILE.exists(),
         has_tun=_TUN.exists(),
@@ -231,20 +230,7 @@ def _ids_of(user: str, uid: int, file: Path, options: Sequence[str]) -> int:
 
 def subordinate_ids(text: str, user: str, uid: int) -> int:
     """Return the length of a user's ranges in the ``text`` of /etc/subuid, where users have names or numbers."""
-    return sum(count for owner, _, count in _ranges(text) if owner in (user, str(uid)))
-
-
-def _end_of_ranges(file: Path) -> int:
-    return max((start + count for _, start, count in _ranges(_text(file))), default=_FIRST_ID)
-
-
-def _ranges(text: str) -> list[tuple[str, int, int]]:
-    fields = (line.strip().split(":") for line in text.splitlines())
-    return [
-        (one[0], int(one[1]), int(one[2]))
-        for one in fields
-        if len(one) == 3 and one[1].isdecimal() and one[2].isdecimal()
-    ]
+    return sum(count for _, count in subordinate_ranges(text, user, uid))
 
 
 def _lowest_port() -> int:

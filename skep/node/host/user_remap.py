@@ -20,7 +20,7 @@ DEFAULT: Final = "default"
 _DEFAULT_USER: Final = "dockremap"
 _RANGE: Final = 65536
 """Subordinate ids of a user.  Source: shadow, SUB_UID_COUNT; images use ids below this number."""
-_FIRST: Final = 100_000
+FIRST_ID: Final = 100_000
 """The first subordinate id.  Source: shadow, SUB_UID_MIN."""
 _RANGES_MAX: Final = 340
 """The most ranges of one namespace.  Source: linux/user_namespace.h, UID_GID_MAP_MAX_EXTENTS."""
@@ -62,8 +62,8 @@ def resolve(option: str, accounts: Accounts) -> UserMap | None:
     _check_group(words, user, accounts)
     if user == "root":
         return None
-    uids = _subordinate(accounts.subuid, user, accounts.users.get(user))
-    gids = _subordinate(accounts.subgid, user, accounts.users.get(user))
+    uids = subordinate_ranges(accounts.subuid, user, accounts.users.get(user))
+    gids = subordinate_ranges(accounts.subgid, user, accounts.users.get(user))
     for kind, ranges, text in (("uid", uids, accounts.subuid), ("gid", gids, accounts.subgid)):
         if not ranges:
             start = free_range(text)
@@ -137,7 +137,7 @@ def _lets_in(directory: Path, uid: int, gid: int) -> bool:
 def free_range(text: str) -> int:
     """Return the start of the first free range after all ranges in a file of subordinate ids."""
     ends = [start + count for _, start, count in _entries(text)]
-    return max([_FIRST, *(end for end in ends if end < 2**31)])
+    return max([FIRST_ID, *(end for end in ends if end < 2**31)])
 
 
 def _user(word: str, accounts: Accounts) -> str:
@@ -180,7 +180,8 @@ def _ids(text: str) -> dict[str, int]:
     return found
 
 
-def _subordinate(text: str, user: str, uid: int | None) -> list[tuple[int, int]]:
+def subordinate_ranges(text: str, user: str, uid: int | None) -> list[tuple[int, int]]:
+    """Return start and length of a user's ranges in a file of subordinate ids, where users have names or numbers."""
     return [(start, count) for name, start, count in _entries(text) if name == user or name == str(uid)]
 
 

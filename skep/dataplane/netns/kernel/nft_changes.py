@@ -35,9 +35,8 @@ def open_notifications() -> socket.socket:
     try:
         try:
             opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
-        except (
-            PermissionError
-        ):  # root of a user namespace stays below the machine's limit (net.core.rmem_max)
+        except PermissionError:
+            # Root of a user namespace stays below the machine's limit (net.core.rmem_max).
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
     except BaseException:
         opened.close()
