@@ -214,12 +214,13 @@ class Operators:
         """Request a promotion.  Return False if it is refused.
 
         An attempt of unknown outcome may be committed at any later time, so the operator repeats it until the node's
-        desired role is manager.
+        desired role is manager.  Managers refuse a node for good once they know that it is behind NAT.
         """
-        may_be_committed = False
+        until, may_be_committed = self._cluster.loop.time() + GIVEN_UP_S, False
         while not (is_done := await self._users.set_role(id, NodeRole.MANAGER)):
             may_be_committed |= is_done is None
-            if not may_be_committed:
+            is_final = id in self._cluster.network.outside and self._cluster.loop.time() > until
+            if not may_be_committed or (is_done is False and is_final):
                 return False
             await asyncio.sleep(RETRY_S)
         return True

@@ -68,22 +68,9 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
     """
     node = tx.get(Node, id)
     check_node_labels(spec.labels)
-    if spec.role is NodeRole.MANAGER and is_docker_node(node):
-        raise FailedPrecondition(
-            f"node {node.description.hostname or id} is a Docker Engine and cannot manage this cluster: "
-            "promote a Skep node, or join one with the manager token"
-        )
     is_promoted = spec.role is NodeRole.MANAGER and node.spec.role is not spec.role
-    if is_promoted and (nat := nat_of(node)):
-        raise FailedPrecondition(
-            f"node {node.description.hostname or id} is behind NAT ({nat}) and cannot manage a cluster, because other "
-            'nodes do not reach it: promote another node, or set behind-nat = "no" on this one if that is wrong'
-        )
-    if is_promoted and is_rootless_node(node):
-        raise FailedPrecondition(
-            f"node {node.description.hostname or id} is rootless and cannot manage a cluster, because other nodes "
-            "do not reach it: promote a node that runs as root"
-        )
+    if is_promoted and (obstacle := _obstacle_to_managing(node)):
+        raise FailedPrecondition(f"node {node.description.hostname or id} {obstacle}")
     if node.spec.role is NodeRole.MANAGER and spec.role is NodeRole.WORKER:
         check_demotion(tx, node)
     if node.version != Version(index=version):
@@ -92,6 +79,26 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
         # Otherwise a later drain would stop tasks at once, without anybody's request.
         spec = replace(spec, labels={name: spec.labels[name] for name in spec.labels if name != DRAIN_NOW})
     return tx.put(replace(node, spec=spec))
+
+
+def _obstacle_to_managing(node: Node) -> str:
+    """Return why a node cannot manage a cluster, with the next step, or an empty text."""
+    if is_docker_node(node):
+        return (
+            "is a Docker Engine and cannot manage this cluster: promote a Skep node, or join one with the manager "
+            "token"
+        )
+    if nat := nat_of(node):
+        return (
+            f"is behind NAT ({nat}) and cannot manage a cluster, because other nodes do not reach it: promote another "
+            'node, or set behind-nat = "no" on this one if that is wrong'
+        )
+    if is_rootless_node(node):
+        return (
+            "is rootless and cannot manage a cluster, because other nodes do not reach it: promote a node that runs as "
+            "root"
+        )
+    return ""
 
 
 def remove_node(

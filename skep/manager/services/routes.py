@@ -61,7 +61,8 @@ def route_problems(view: View, service: Service, sees: Callable[[str], bool]) ->
         if one.id == service.id or may_conflict(wanted, http_labels(one.spec.labels).values())
     ]
     shown = _worded(settled(map(claimant_of, others)).refused.get(service.id, {}), sees)
-    door, has_proxy = door_network(view), _has_proxy(view)
+    proxies = doors_in(view)
+    door, has_proxy = _network_of(view, proxies), _has_proxy(view, proxies)
     tasks = [one for one in view.find(Task, service_id=service.id) if one.is_wanted]
     for route in wanted:
         if problem := route_problem(service, tasks, door, shown, route.address, has_proxy=has_proxy):
@@ -81,8 +82,9 @@ def shown_routes(
         expires: Returns the end of a host's certificate, or an empty text.
     """
     counted = {(one.service_id, one.route): one for one in traffic}
-    services = list(exposed(view))
-    claims, door, has_proxy = settled(map(claimant_of, services)), door_network(view), _has_proxy(view)
+    services, proxies = list(exposed(view)), doors_in(view)
+    claims, door = settled(map(claimant_of, services)), _network_of(view, proxies)
+    has_proxy = _has_proxy(view, proxies)
     found = []
     for service in services:
         yield
@@ -117,15 +119,20 @@ def _shown(service: Service, route: str, tasks: Sequence[Task], problem: str) ->
 
 def door_network(view: View) -> Network | None:
     """Return the front door's network, or None without proxies: it stays while services with routes use it."""
-    if not any(is_door(one.spec.labels) and one.removed_at is None for one in view.find(Service)):
+    return _network_of(view, doors_in(view))
+
+
+def _network_of(view: View, proxies: Collection[ServiceId]) -> Network | None:
+    """Return the front door's network, with ``proxies`` from ``doors_in``."""
+    if all(view.get(Service, id).removed_at is not None for id in proxies):
         return None
     doors = (one for one in view.find(Network) if is_door(one.spec.labels))
     return min(doors, key=lambda one: (one.created_at, one.id), default=None)
 
 
-def _has_proxy(view: View) -> bool:
-    """Return whether a proxy runs on a node that is not down."""
-    nodes = (view.lookup(Node, id) for id in proxies_in(view, doors_in(view)))
+def _has_proxy(view: View, proxies: Collection[ServiceId]) -> bool:
+    """Return whether a task of ``proxies`` runs on a node that is not down."""
+    nodes = (view.lookup(Node, id) for id in proxies_in(view, proxies))
     return any(node is not None and node.status.state is not NodeState.DOWN for node in nodes)
 
 
