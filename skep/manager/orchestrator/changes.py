@@ -31,7 +31,7 @@ from skep.model.service import ENDED, PAUSED, Service, SpecAuthor, UpdateSplit, 
 from skep.model.task import Restart, StopCause, Task, TaskState, TaskStatus
 from skep.model.values.ids import IdSource, NodeId, TaskId
 from skep.model.values.meta import Version
-from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
+from skep.model.values.times import MILLISECOND_NS, SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
 from skep.store.keys import HEAD
 from skep.store.kinds import as_before_update, as_run, has_unreadable_status
@@ -364,7 +364,8 @@ def _after(service: Service, slot: Iterable[Task], now: Timestamp) -> Timestamp:
     """Return a creation time for a new task: ``now``, or a later time if the task must follow something with a later
     timestamp.
 
-    Only the order of these timestamps matters.  It shows which task of a slot is the predecessor of another.  If a user
+    Only the order of these timestamps matters.  It shows which task of a slot is the predecessor of another, in whole
+    milliseconds, because nodes report the times of their volumes in these (``slot_volumes``).  If a user
     retries a job or resumes an update, tasks created up to then do not count as failures.  The youngest task of all
     slots, which another leader may have stamped, determines that time.
     """
@@ -373,7 +374,7 @@ def _after(service: Service, slot: Iterable[Task], now: Timestamp) -> Timestamp:
     before += [job.retried_until] if job is not None and job.retried_until is not None else []
     before += [update.tolerated_until] if update is not None and update.tolerated_until is not None else []
     latest_ns = max(map(unix_ns, before), default=0)
-    return now if unix_ns(now) > latest_ns else timestamp(latest_ns + 1)
+    return now if unix_ns(now) > latest_ns else timestamp(latest_ns + MILLISECOND_NS)
 
 
 def _is_assigned_since(tx: Transaction, decided: Task) -> bool:

@@ -17,7 +17,7 @@ from skep.model.node import Node, NodeDescription
 from skep.model.service import TaskSpec
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
-from skep.model.values.times import unix_ns
+from skep.model.values.times import MILLISECOND_NS, unix_ns
 
 SLOT_VOLUMES_LABEL: Final = "skep.slot-volumes"
 FORGOTTEN_LABEL: Final = "skep.forgotten-volumes"
@@ -29,7 +29,6 @@ LABEL_CHARACTERS_MAX: Final = 32 * 1024
 """Characters of a node's label that are read.  Nodes are not trusted."""
 _WORD = re.compile(r"([a-zA-Z0-9][\w.-]+)=([a-zA-Z0-9][\w-]*)\.([0-9]{1,9})@([0-9]{1,15})", re.ASCII)
 _FORGOTTEN = re.compile(r"([a-zA-Z0-9][\w.-]+)@([0-9]{1,15})", re.ASCII)
-_MILLISECOND_NS = 1_000_000
 """The names hold times in milliseconds, which keeps them short."""
 _LOCATING = ("type", "device")
 """Options of a volume that locate its data, perhaps on another machine."""
@@ -60,7 +59,7 @@ class Home(msgspec.Struct, frozen=True, gc=False):
 
 def created_ms(task: Task) -> int:
     """Return the task's creation time in Unix milliseconds, by a manager's clock."""
-    return unix_ns(task.created_at) // _MILLISECOND_NS
+    return unix_ns(task.created_at) // MILLISECOND_NS
 
 
 def slot_volumes_label(found: Iterable[SlotVolume]) -> str:

@@ -17,7 +17,7 @@ from skep.model.options.labels import DRAIN_NOW
 from skep.model.service import RestartCondition, RestartPolicy, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, new_id
-from skep.model.values.times import SECOND_NS, ZERO_TIME, timestamp, unix_ns
+from skep.model.values.times import MILLISECOND_NS, SECOND_NS, ZERO_TIME, timestamp, unix_ns
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.managers.worlds import World
@@ -87,7 +87,7 @@ def test_the_delay_holds_when_the_leaders_clock_was_set_back_meanwhile() -> None
     world.report(only(world).id, TaskState.FAILED)
     world.apply(world.changes())
     (successor,) = wanted(world)
-    assert successor.created_at == timestamp(3 * 10**18 + 1)
+    assert successor.created_at == timestamp(3 * 10**18 + MILLISECOND_NS)
     assert world.steps() == [Recheck(3.0)]
 
 
