@@ -83,8 +83,12 @@ def check_planned(
 
 
 def _placed(cluster: SimulatedCluster, ids: Iterable[ServiceId]) -> set[TaskId]:
-    """Return the tasks with nodes of the services that wait for a place, which the update may free."""
-    return {task.id for id in ids for task in cluster.view.find(Task, service_id=id) if task.node_id}
+    """Return the tasks with places of the services that wait for one, which the update may free.
+
+    A global service's task has a node before it has a place there.
+    """
+    tasks = (task for id in ids for task in cluster.view.find(Task, service_id=id))
+    return {task.id for task in tasks if task.status.state >= TaskState.ASSIGNED}
 
 
 def _pending(cluster: SimulatedCluster, id: ServiceId) -> list[Task]:
