@@ -157,11 +157,7 @@ class ReaperState:
                 case Deleted(Task() as task) if task.service_id:
                     self.queue.add((Key(task.service_id),))
                 case Updated(Service() as before, Service() as after):
-                    if (
-                        before.removed_at != after.removed_at
-                        or before.spec_version != after.spec_version
-                        or before.old_version != after.old_version
-                    ):
+                    if before.removed_at != after.removed_at or _versions(before) != _versions(after):
                         self.queue.add((Key(after.id),))
                     if keeps_data(before) and not keeps_data(after):
                         tasks = self._view().find(Task, service_id=after.id)
@@ -228,6 +224,12 @@ class ReaperState:
             yield Recheck(self._clock.monotonic() + RETRY_S)
         if len(versions) > 1:
             yield from map(DeleteVersion, unused_versions(service, versions, tasks))
+
+
+def _versions(service: Service) -> tuple[object, ...]:
+    """Return the versions of the spec that the service itself keeps (``unused_versions``)."""
+    run = service.job_status.spec_version if service.job_status is not None else None
+    return service.spec_version, service.old_version, run
 
 
 def _slot_key(task: Task) -> Key:
