@@ -12,6 +12,7 @@ from skep.aio.clock import SystemClock
 from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.model.service import JobStatus, ReplicatedJob, Service, ServiceMode
 from skep.model.values.ids import new_id
+from skep.model.values.meta import Version
 from skep.model.values.times import Timestamp
 from skep.store.interface import Store, Transaction
 from skep.store.kinds import SpecVersion
@@ -38,18 +39,17 @@ async def test_a_service_with_many_versions_of_its_spec_is_removed(store: Store)
 
 
 async def test_the_version_of_a_jobs_run_is_removed_when_the_next_run_has_a_newer_one(store: Store) -> None:
-    def run(tx: Transaction) -> None:
-        job = tx.get(Service, "web")
-        tx.put(replace(job, job_status=JobStatus(spec_version=job.spec_version)))
+    def run(tx: Transaction, version: Version) -> None:
+        tx.put(replace(tx.get(Service, "web"), job_status=JobStatus(spec_version=version)))
 
     service, mode = (
         a_service("web"),
         ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1)),
     )
-    job = replace(service, spec=replace(service.spec, mode=mode), job_status=JobStatus())
-    await store.update(lambda tx: tx.put(job))
-    await store.update(run)
+    await store.update(lambda tx: tx.put(replace(service, spec=replace(service.spec, mode=mode))))
+    first = store.view().get(Service, "web").spec_version
     await store.update(_relabel, 1)
+    await store.update(run, first)
     removed = replace(a_service("other"), removed_at=Timestamp("2026-01-01T00:00:00Z"))
     await store.update(lambda tx: tx.put(removed))
     async with _reaping(store), store.watch(Service, SpecVersion) as watch:
@@ -57,7 +57,7 @@ async def test_the_version_of_a_jobs_run_is_removed_when_the_next_run_has_a_newe
             if len(store.view().find(Service)) == 1:
                 break  # the reaper has decided about all services
         assert len(store.view().find(SpecVersion, service_id="web")) == 2
-        await store.update(run)
+        await store.update(run, store.view().get(Service, "web").spec_version)
         async for _ in watch:
             if len(store.view().find(SpecVersion, service_id="web")) == 1:
                 break
