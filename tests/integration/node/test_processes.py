@@ -30,6 +30,7 @@ from skep.model.task import AssignedTask
 from skep.model.values.ids import ConfigId, SecretId
 from skep.model.values.times import ZERO_TIME
 from tests.integration.node.test_oci_tasks import a_task, output
+from tests.support.engine.api_lab import Api
 from tests.support.engine.runc_lab import Lab
 
 LABELS = {"skep.executor": "process"}
@@ -216,6 +217,29 @@ async def test_secrets_and_configs_reach_a_process(executor: OciExecutor) -> Non
         ),
     )
     assert await output(executor, task) == "hushconf\n"
+
+
+async def test_docker_shows_a_process_like_a_container(api: Api, executor: OciExecutor) -> None:
+    task = a_process("sleep", "600")
+    controller = executor.controller(task)
+    await controller.prepare()
+    await controller.start()
+    _, [line] = await api.ask("GET", "/containers/json?size=1")
+    assert (line["Image"], line["ImageID"], line["Command"]) == ("scratch:latest", "", "sleep 600")
+    _, shown = await api.ask("GET", f"/containers/{task.name}/json?size=1")
+    assert (shown["Config"]["Image"], shown["Config"]["User"]) == ("scratch:latest", "65534:65534")
+    assert shown["Mounts"] == []
+    assert (await api.ask("GET", "/system/df"))[0] == 200
+    assert (await api.ask("GET", '/containers/json?filters={"ancestor":["scratch"]}'))[1] == []
+    _, output, _ = await api.docker("exec", task.name, "cat", "/proc/1/comm")
+    assert output == "sleep\n"
+    await controller.terminate()
+
+
+async def test_no_registry_is_asked_for_the_empty_image(api: Api) -> None:
+    status, described = await api.ask("GET", "/distribution/scratch:latest/json")
+    assert status == 200
+    assert described["Descriptor"]["digest"].startswith("sha256:e3b0c44298fc")
 
 
 async def test_a_process_is_no_image(executor: OciExecutor) -> None:
