@@ -260,6 +260,7 @@ class Bundles:
         mapped_mounts.check_mapping(container, self.users)
         if config.is_process:
             machine_files.check(container, is_in_user_namespace=self._capacity.is_in_user_namespace)
+            machine_files.own_volumes(config, self.path(container.id) / "root")
         self._confine(config)
         check_propagation(config.mounts)
         found = devices.look_up(config.machine, self._capacity.cdi_directories)

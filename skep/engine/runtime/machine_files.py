@@ -104,6 +104,21 @@ def check(container: Container, *, is_in_user_namespace: bool, machine: Path = _
             )
 
 
+def own_volumes(config: ContainerConfig, root: Path, machine: Path = _MACHINE) -> None:
+    """Create the mount points of volumes for the user of the process.
+
+    A new volume gets the owner of its mount point, as from an image.  It would belong to root otherwise.
+    Raises: InvalidArgument: unknown user, or root.
+    """
+    user = identity_of(config.user, config.groups, machine)
+    for point in config.mounts:
+        target = os.path.normpath(point.destination)
+        if point.type == "volume" and not _is_shown(target):  # a link there may lead to the machine
+            place = root / target.lstrip("/")
+            place.mkdir(mode=0o755, parents=True, exist_ok=True)
+            os.chown(place, user.uid, user.gid)
+
+
 def check_exec(exec: ExecConfig) -> None:
     """Refuse a privileged command in a process, because it could change the machine.  Raises: InvalidArgument."""
     if exec.privileged:

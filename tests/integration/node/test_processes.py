@@ -134,6 +134,17 @@ async def test_a_directory_of_the_machine_is_mounted_on_request(
     assert (data / "a").stat().st_uid == 65534
 
 
+async def test_a_new_volume_belongs_to_the_user_of_the_process(executor: OciExecutor) -> None:
+    mounts = (
+        Mount(type="volume", source="data", target="/var/lib/data"),
+        Mount(type="volume", source="more", target="/data/a/b"),
+    )
+    script = "echo 1 >/var/lib/data/a; echo 2 >/data/a/b/c; stat -c '%U %a' /var/lib/data /data /data/a/b"
+    for _ in range(2):  # the second task finds the data of the first one
+        task = a_script(script, mounts=mounts, user="www-data")
+        assert await output(executor, task) == "www-data 755\nroot 755\nwww-data 755\n"
+
+
 async def test_a_target_that_the_machine_lacks_is_refused_by_name(
     executor: OciExecutor, tmp_path: Path
 ) -> None:
