@@ -35,14 +35,20 @@ def make_root(root: Path, machine: Path = _MACHINE) -> None:
     for name in _TEMPORARY:
         (root / name).chmod(0o1777)
     (root / "var/run").symlink_to("../run")
-    for name in _SHOWN:
-        if (machine / name).is_symlink():
-            (root / name).symlink_to(os.readlink(machine / name))
+    for entry in _entries(machine):
+        if entry.is_symlink():
+            (root / entry.name).symlink_to(os.readlink(entry.path))
 
 
 def shown(machine: Path = _MACHINE) -> list[str]:
     """Return the machine's directories that are mounted, without their leading slash."""
-    return [name for name in _SHOWN if (machine / name).is_dir() and not (machine / name).is_symlink()]
+    return [entry.name for entry in _entries(machine) if entry.is_dir(follow_symlinks=False)]
+
+
+def _entries(machine: Path) -> list["os.DirEntry[str]"]:
+    # The kinds of entries are in the directory, so a file system at /opt that does not respond blocks nothing here.
+    with os.scandir(machine) as entries:
+        return sorted((one for one in entries if one.name in _SHOWN), key=lambda one: one.name)
 
 
 def added(

@@ -45,7 +45,7 @@ def test_its_root_directory_has_places_for_the_machines_directories(machine: Pat
 def test_directories_of_programs_are_mounted_before_the_nodes_files(machine: Path) -> None:
     given = files("hosts", "hostname", "resolv.conf")
     *directories, first, second = machine_files.added(PROCESS, given, machine)
-    assert [one.destination for one in directories] == ["/usr", "/etc", "/sbin"]
+    assert [one.destination for one in directories] == ["/etc", "/sbin", "/usr"]
     assert all(one.read_only and one.read_only_below for one in directories)
     assert {one.options for one in directories} == {("nosuid", "nodev")}
     assert (first, second) == (given[0], given[2]), "/etc/hostname cannot be created"

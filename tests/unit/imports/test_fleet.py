@@ -7,6 +7,8 @@ import pytest
 from skep.errors import InvalidArgument
 from skep.imports.document import read_back
 from skep.imports.fleet import imported, unit_of
+from skep.manager.control.validation.service_rules import check_service_spec
+from skep.model.permissions.processes import is_process
 
 APACHE = """
 [Unit]
@@ -267,7 +269,11 @@ Restart=always
 
 def a_process(unit: str) -> tuple[dict[str, Any], list[str]]:
     made = imported({"files.service": unit}, "shop", has_processes=True)
-    assert read_back(made.document)[1].problems == []
+    stack, report = read_back(made.document)
+    assert report.problems == []
+    spec = stack.services["files"].spec
+    assert is_process(spec.task_template.container_spec)
+    check_service_spec(spec)
     return made.document["services"]["files"], [str(one) for one in made.notes]
 
 
