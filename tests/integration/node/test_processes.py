@@ -116,6 +116,11 @@ async def test_limits_and_the_environment_are_a_containers(executor: OciExecutor
     assert await output(executor, task) == "/nonexistent-1-h1\nh1\n"
 
 
+async def test_an_init_reaps_the_children_of_a_process(executor: OciExecutor) -> None:
+    text = await output(executor, a_script("cat /proc/1/cmdline | tr '\\0' ' '", init=True))
+    assert text.startswith("/run/docker-init -- /bin/sh -c cat ")
+
+
 async def test_a_directory_of_the_machine_is_mounted_on_request(
     executor: OciExecutor, tmp_path: Path
 ) -> None:
