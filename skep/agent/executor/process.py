@@ -119,9 +119,7 @@ class ProcessController:
             signal_number(spec.stop_signal or "SIGTERM")
         except InvalidArgument as error:
             raise Rejected(str(error)) from error
-        if is_process(
-            spec
-        ):  # that promises an unprivileged user and limits, which this executor does not have
+        if is_process(spec):  # that promises an unprivileged user and limits
             raise Rejected(
                 f"this node runs plain commands, and cannot confine {EXECUTOR_LABEL}=process: remove the label"
             )

@@ -369,9 +369,8 @@ async def inspect_distribution(served: ImageRoutes, request: web.Request) -> web
     name = request.match_info["name"]
     if is_digest(name):
         raise InvalidArgument(f"unknown image reference format: {name}")
-    if is_empty_image(
-        name
-    ):  # no registry has it: without a digest, docker would warn at each service of a process
+    if is_empty_image(name):
+        # No registry has it.  Without a digest, docker would warn at each service of a plain process.
         empty = {"mediaType": DOCKER_MANIFEST, "digest": digest_of(b""), "size": 0}
         return json_response({"Descriptor": empty, "Platforms": []})
     reference = parse_reference(name).with_default_tag()

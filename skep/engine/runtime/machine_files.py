@@ -77,7 +77,7 @@ def added(
 def hide(specification: Mapping[str, Any], directories: Iterable[Path]) -> None:
     """Mask keys in a runtime specification.  ``directories`` are the node's own, which may be anywhere."""
     masked = specification["linux"]["maskedPaths"]
-    masked += [*_HIDDEN, *(str(one) for one in directories if _is_shown(str(one)))]
+    masked += [*_HIDDEN, *(path for path in map(os.path.realpath, directories) if _is_shown(path))]
 
 
 def closed(binds: Mapping[str, Bind], root: Path, machine: Path = _MACHINE) -> dict[str, Bind]:
@@ -85,7 +85,7 @@ def closed(binds: Mapping[str, Bind], root: Path, machine: Path = _MACHINE) -> d
 
     Empty read-only directories are in their places.
     """
-    found = {target: bind for target, bind in binds.items() if not _is_shown(target)}
+    found = {target: bind for target, bind in binds.items() if not _is_shown(_normal(target))}
     return found | {f"/{name}": Bind(str(root / name), f"/{name}", True) for name in shown(machine)}
 
 
@@ -102,7 +102,7 @@ def check(container: Container, *, is_in_user_namespace: bool, machine: Path = _
     points = container.config.mounts
     covered = tuple(f"{point.destination.rstrip('/')}/" for point in points)
     for point in points:
-        target = os.path.normpath(point.destination)
+        target = _normal(point.destination)
         if _is_shown(target) and not target.startswith(covered) and not _exists(machine, target):
             raise FailedPrecondition(
                 f"the mount target {target} does not exist on this machine, whose directories are read-only in a plain "
@@ -118,7 +118,7 @@ def own_volumes(config: ContainerConfig, root: Path, machine: Path = _MACHINE) -
     """
     user = identity_of(config.user, config.groups, machine)
     for point in config.mounts:
-        target = os.path.normpath(point.destination)
+        target = _normal(point.destination)
         if point.type == "volume" and not _is_shown(target):  # a link there may lead to the machine
             place = root / target.lstrip("/")
             place.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -143,6 +143,10 @@ def identity_of(user: str, groups: Iterable[str], machine: Path = _MACHINE) -> P
             "--user USER:GROUP"
         )
     return found
+
+
+def _normal(path: str) -> str:
+    return f"/{os.path.normpath(path).lstrip('/')}"  # ``normpath`` keeps two slashes at the beginning
 
 
 def _is_shown(path: str) -> bool:

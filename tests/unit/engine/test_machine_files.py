@@ -118,9 +118,32 @@ def a_container(*targets: str, users: UserMap | None = None) -> Container:
 def test_mount_targets_exist_or_can_be_created(machine: Path) -> None:
     targets = ("/srv/a/b", "/data", "/etc/hosts", "/usr", "/usr/new", "/opt2")
     machine_files.check(a_container(*targets), is_in_user_namespace=False, machine=machine)
-    for target in ("/etc/app/x", "/usr/../etc/app", "/opt", "/bin/new"):
+    for target in ("/etc/app/x", "//etc/app", "/usr/../etc/app", "/opt", "/bin/new"):
         with pytest.raises(FailedPrecondition, match="does not exist on this machine"):
             machine_files.check(a_container(target), is_in_user_namespace=False, machine=machine)
+
+
+@pytest.mark.needs("root")
+def test_mount_points_of_volumes_stay_in_its_root_directory(machine: Path, tmp_path: Path) -> None:
+    (machine / "lib64").symlink_to(machine / "usr")
+    root = tmp_path / "root"
+    machine_files.make_root(root, machine)
+    points = tuple(
+        MountPoint(type=kind, source="/v", destination=target)
+        for kind, target in (
+            ("volume", "/data/a"),
+            ("volume", "//lib64/b"),
+            ("volume", "/var/run/../lib/c"),
+            ("volume", "/etc/d"),
+            ("bind", "/e"),
+        )
+    )
+    config = ContainerConfig(path="true", is_process=True, user="alice", mounts=points)
+    machine_files.own_volumes(config, root, machine)
+    owned = {str(one.relative_to(root)) for one in root.rglob("*") if one.lstat().st_uid == 7}
+    assert owned == {"data/a", "var/lib/c"}
+    assert (root / "data/a").stat().st_gid == 8
+    assert not (machine / "usr/b").exists()
 
 
 def test_nodes_with_other_users_run_no_processes(machine: Path) -> None:
