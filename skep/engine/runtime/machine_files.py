@@ -51,6 +51,21 @@ def _entries(machine: Path) -> list["os.DirEntry[str]"]:
         return sorted((one for one in entries if one.name in _SHOWN), key=lambda one: one.name)
 
 
+def mounts(config: ContainerConfig, machine: Path = _MACHINE) -> list[MountPoint]:
+    """Return the mounts of the machine's directories, for a process."""
+    return [
+        MountPoint(
+            type="bind",
+            source=str(machine / name),
+            destination=f"/{name}",
+            read_only=True,
+            read_only_below=True,
+            options=("nosuid", "nodev"),
+        )
+        for name in (shown(machine) if config.is_process else ())
+    ]
+
+
 def added(
     config: ContainerConfig, files: Sequence[MountPoint], machine: Path = _MACHINE
 ) -> Sequence[MountPoint]:
@@ -60,18 +75,7 @@ def added(
     """
     if not config.is_process:
         return files
-    directories = [
-        MountPoint(
-            type="bind",
-            source=str(machine / name),
-            destination=f"/{name}",
-            read_only=True,
-            read_only_below=True,
-            options=("nosuid", "nodev"),
-        )
-        for name in shown(machine)
-    ]
-    return [*directories, *(one for one in files if _exists(machine, one.destination))]
+    return [*mounts(config, machine), *(one for one in files if _exists(machine, one.destination))]
 
 
 def hide(specification: Mapping[str, Any], directories: Iterable[Path]) -> None:
