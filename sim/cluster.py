@@ -54,6 +54,7 @@ from skep.model.node import (
     NodeRole,
     NodeState,
 )
+from skep.model.permissions.rights import ALLOW_LABEL, Right
 from skep.model.service import Resources, Service, ServiceSpec
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, base36
@@ -66,8 +67,10 @@ from skep.store.interface import Transaction, View
 
 T = TypeVar("T")
 
-ENGINE = EngineDescription(plugins=(EnginePlugin(type="Network", name="overlay"),))
-"""Engine that every worker reports, with the overlay driver."""
+ENGINE = EngineDescription(
+    plugins=(EnginePlugin(type="Network", name="overlay"),), labels={ALLOW_LABEL: Right.PROCESSES.value}
+)
+"""Engine that every worker reports, with the overlay driver and the right to run plain processes."""
 LOOK_S = 2.0
 """Longest interval in seconds between two checks of durations, such as the time without a leader."""
 STEP_S = 0.05

@@ -23,6 +23,7 @@ from skep.model.node import (
     NodeStatus,
     Reachability,
 )
+from skep.model.permissions.rights import ALLOW_LABEL, Right
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT, DEFAULT_SWARM_SPEC, Swarm
 from skep.model.values.ids import ClusterId, NodeId
 from skep.model.values.times import ZERO_TIME
@@ -46,7 +47,7 @@ def joined(
         history_limit: number of ended tasks that are kept for each slot, or None for Docker's default.
         has_root: whether nodes check certificates (``certificates``).
     """
-    spec, numbers = DEFAULT_SWARM_SPEC, count(1)
+    spec, numbers = replace(DEFAULT_SWARM_SPEC, labels={ALLOW_LABEL: Right.PROCESSES.value}), count(1)
     if history_limit is not None:
         kept = replace(spec.orchestration, task_history_retention_limit=history_limit)
         spec = replace(spec, orchestration=kept)

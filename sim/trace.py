@@ -118,8 +118,7 @@ def _short(value: object) -> str:
         if inner is not None:
             if name == "mode":
                 container = value.task_template.container_spec  # type: ignore[attr-defined]
-                return (
-                    f"{inner.name} x{getattr(value, 'replicas', '')} {container.image if container else ''}"
-                )
+                what = " ".join((container.image, *container.args)) if container else ""
+                return f"{inner.name} x{getattr(value, 'replicas', '')} {what}"
             return str(getattr(inner, "value", inner))[:12]
     return str(getattr(value, "value", value))[:30]

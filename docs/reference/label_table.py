@@ -103,7 +103,7 @@ from skep.model.options.schedules import (
 )
 from skep.model.options.secret_env import SECRET_ENV_LABEL
 from skep.model.options.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
-from skep.model.permissions.rights import ALLOW_LABEL, API_LABEL, CDI_LABEL, DEVICES_LABEL
+from skep.model.permissions.rights import ALLOW_LABEL, API_LABEL, CDI_LABEL, DEVICES_LABEL, EXECUTOR_LABEL
 from skep.model.service import MAX_ATTEMPTS_MAX
 from skep.model.staging.updates import (
     AUTO,
@@ -696,6 +696,12 @@ LABELS = (
                 "Labels a mount's files for all containers, or for this one ([SELinux](../guide/security.md#selinux)).",
             ),
             (
+                EXECUTOR_LABEL,
+                "`process`",
+                "the image",
+                "Runs a [program of the node](../guide/processes.md), with the image `scratch` (right `processes`).",
+            ),
+            (
                 "skep.privileged",
                 "`true`, `false`",
                 "`false`",
@@ -942,7 +948,7 @@ LABELS = (
         LabelTarget.CLUSTER,
         ALLOW_LABEL,
         "`none`, `all`, or some of `privileged`, `devices`, `gpus`, `namespaces`, `resources`, `api`, `api-inspect`, "
-        "separated by commas",
+        "`processes`, separated by commas",
         "`none`",
         "Rights over their nodes that services get by labels of their containers (`skep cluster allow`).",
     ),

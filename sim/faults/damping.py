@@ -9,7 +9,7 @@ from sim.cluster import SimulatedCluster
 from sim.invariants.liveness import lease_violations
 from sim.invariants.services.damping import surplus_violations
 from sim.users.random_specs import HOPELESS
-from sim.world.node import image_of
+from sim.world.node import image_of, program_of
 from skep.manager.nodes.heartbeats import RECOVERY_GRACE_S
 from skep.model.node import Node
 from skep.model.options.autoscaling import AUTOSCALE
@@ -71,7 +71,7 @@ def is_steady(cluster: SimulatedCluster, service: Service) -> bool:
     status, container = service.update_status, service.spec.task_template.container_spec
     return (
         service.removed_at is None
-        and (container is None or container.image not in HOPELESS)
+        and (container is None or program_of(container) not in HOPELESS)
         and AUTOSCALE not in service.spec.labels
         and disconnect_policy(service.spec.labels).action is not OnDisconnect.STOP
         and service.job_status is None

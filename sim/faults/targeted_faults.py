@@ -9,6 +9,7 @@ from sim.faults.damping import is_steady, pass_time
 from sim.faults.software import is_before_rotation
 from sim.users.random_specs import BROKEN
 from sim.users.users import Users
+from sim.world.node import program_of
 from skep.model.node import Node
 from skep.model.options.affinity import has_affinities
 from skep.model.options.labels import FORGET_NODES, OnDisconnect, disconnect_policy
@@ -107,7 +108,7 @@ def take_an_update_back(cluster: SimulatedCluster, users: Users) -> None:
     cluster.run_for(ATTEMPTED_S)
     cluster.trace.add(f"fault: failing decisions {service.id}, in a cluster at rest")
     cluster.poisoned.add(service.id)
-    users.update(service.id, container.image)
+    users.update(service.id, program_of(container))
     cluster.run_for(UNDECIDED_S)
     cluster.poisoned.discard(service.id)
     cluster.disturb()

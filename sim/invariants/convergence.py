@@ -16,7 +16,7 @@ from sim.invariants.nodes.placement import completed_on, is_unplaceable, may_hav
 from sim.invariants.services.dependencies import missing_dependencies
 from sim.invariants.services.serving import config_of
 from sim.users.random_specs import HOPELESS
-from sim.world.node import image_of
+from sim.world.node import image_of, program_of
 from skep.manager.services.job_runs import is_over, nodes_of
 from skep.model.node import Node
 from skep.model.options.labels import PROGRESS_DEADLINE, min_available
@@ -58,10 +58,10 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
         return
     container, status = service.spec.task_template.container_spec, service.update_status
     is_under_way = status is not None and status.state in UNDER_WAY
-    if container is None or container.image in HOPELESS:
+    if container is None or program_of(container) in HOPELESS:
         has_begun = not any(missing_dependencies(service, view))
         if is_under_way and has_begun and PROGRESS_DEADLINE in service.spec.labels:
-            yield f"the update of {service.id} to {container and container.image} does not end"
+            yield f"the update of {service.id} to {container and program_of(container)} does not end"
         return
     for task in wanted:
         node = view.lookup(Node, task.node_id)
@@ -96,9 +96,9 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
             continue
         if any(map(_runs, slot)) and _keeps_tasks(service, wanted, view):
             continue
-        right = [task for task in slot if _runs(task) and image_of(task) == container.image]
+        right = [task for task in slot if _runs(task) and image_of(task) == program_of(container)]
         if not (right and len(slot) == 1) and not any(task in waiting for task in slot):
-            yield f"slot {key} of {service.id} does not run {container.image}: {[_told(task) for task in slot]}"
+            yield f"slot {key} of {service.id} does not run {program_of(container)}: {[_told(task) for task in slot]}"
 
 
 def _keeps_tasks(service: Service, wanted: Iterable[Task], view: View) -> bool:
@@ -156,7 +156,7 @@ def _unmet_of_job(view: View, service: Service) -> Iterable[str]:
     tasks = view.find(Task, service_id=service.id)
     if any(task.is_active and task.job_iteration != status.job_iteration for task in tasks):
         yield f"an earlier run of {service.id} goes on"
-    if container is None or container.image in HOPELESS or status.awaits_first_run:
+    if container is None or program_of(container) in HOPELESS or status.awaits_first_run:
         return
     policy = service.spec.task_template.restart_policy
     if CRON in service.spec.labels or (policy is not None and policy.max_attempts):

@@ -245,7 +245,8 @@ def show_version(cluster: SimulatedCluster, id: str, version: str) -> None:
     node = cluster.nodes.get(NodeId(id))
     if node is None:
         return  # the worker was removed meanwhile
-    engine = replace(node._description.engine, engine_version=version, labels={NODE_LABEL: "1"})
+    engine = node._description.engine
+    engine = replace(engine, engine_version=version, labels={**engine.labels, NODE_LABEL: "1"})
     node._description = replace(node._description, engine=engine)
 
 

@@ -47,6 +47,8 @@ from skep.model.options.labels import (
     VolumeAffinity,
 )
 from skep.model.options.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_MAX_ATTEMPTS
+from skep.model.permissions.processes import NO_IMAGE, is_process
+from skep.model.permissions.rights import EXECUTOR_LABEL, PROCESS
 from skep.model.service import (
     EndpointSpec,
     GlobalJob,
@@ -311,10 +313,19 @@ def extended(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
         spec = with_labels(spec, query)
     if AUTOSCALE in spec.labels and by_spec.random() < RARE:
         spec = _from_zero(spec)
-    return spec
+    return _a_process(spec) if by_spec.random() < RARE else spec
 
 
 _Addition = Callable[[ServiceSpec, Random, Dependencies], ServiceSpec]
+
+
+def _a_process(spec: ServiceSpec) -> ServiceSpec:
+    """Return ``spec`` with a program of the node that has the name of its image."""
+    container = spec.task_template.container_spec
+    assert container is not None, "only specs with a container are random"
+    labels = {**container.labels, EXECUTOR_LABEL: PROCESS}
+    container = replace(container, image=NO_IMAGE, args=(container.image,), labels=labels)
+    return replace(spec, task_template=replace(spec.task_template, container_spec=container))
 
 
 def _a_minimum(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
@@ -444,10 +455,10 @@ def with_labels(spec: ServiceSpec, labels: Mapping[str, str]) -> ServiceSpec:
 
 
 def with_image(spec: ServiceSpec, image: str) -> ServiceSpec:
-    """Return ``spec`` with another image."""
+    """Return ``spec`` with another image, or with another program for a process."""
     container = spec.task_template.container_spec
     assert container is not None, "only specs with a container are random"
-    container = replace(container, image=image)
+    container = replace(container, **{"args": (image,)} if is_process(container) else {"image": image})
     return replace(spec, task_template=replace(spec.task_template, container_spec=container))
 
 

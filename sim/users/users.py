@@ -75,6 +75,7 @@ from skep.model.options.labels import (
     is_stopped,
 )
 from skep.model.options.schedules import CRON, CRON_SUSPEND, JOB_MODES
+from skep.model.permissions.rights import ALLOW_LABEL
 from skep.model.permissions.user import User, UserSpec
 from skep.model.quota import QuotaSpec
 from skep.model.secret import Secret, SecretSpec
@@ -830,7 +831,7 @@ def _relabeled(tx: Transaction, labels: Mapping[str, str]) -> None:
     if not (found := tx.find(Swarm)):
         raise Unavailable("this manager cannot read the cluster's settings")
     (swarm,) = found
-    kept = {name: text for name, text in swarm.spec.labels.items() if name == MAINTENANCE}
+    kept = {name: text for name, text in swarm.spec.labels.items() if name in (MAINTENANCE, ALLOW_LABEL)}
     tx.put(replace(swarm, spec=replace(swarm.spec, labels={**labels, **kept})))
 
 

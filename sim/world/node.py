@@ -41,12 +41,14 @@ from skep.aio.event import Event
 from skep.aio.race import wait_first
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
+from skep.model.container import ContainerSpec
 from skep.model.door.traffic import RouteTraffic
 from skep.model.measures.readings import ServiceRequests
 from skep.model.node import NodeDescription
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, created_ms, slot_volumes_label
+from skep.model.permissions.processes import is_process
 from skep.model.staging.updates import TaskRequests
 from skep.model.task import AssignedTask, ContainerStatus, Task
 from skep.model.task_end import EndCause, TaskEnd
@@ -506,6 +508,11 @@ class MemoryFiles(TaskFiles):
 
 
 def image_of(task: Task) -> str:
-    """Return the image of a task."""
+    """Return the image of a task, or its program if it has none."""
     container = task.spec.container_spec
-    return container.image if container else ""
+    return program_of(container) if container else ""
+
+
+def program_of(container: ContainerSpec) -> str:
+    """Return the image, or the program of a process, which has the name of an image and behaves like it."""
+    return container.args[0] if is_process(container) else container.image

@@ -43,7 +43,7 @@ def text(value: Any) -> str:
 
 
 def rights(value: Any) -> frozenset[Right]:
-    """``all``, ``none``, or some of ``privileged,devices,gpus,namespaces,resources,api,api-inspect``."""
+    """``all``, ``none``, or some of ``privileged,devices,gpus,namespaces,resources,api,api-inspect,processes``."""
     try:
         return allowed_rights(text(value))
     except InvalidArgument:

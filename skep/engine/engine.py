@@ -282,7 +282,7 @@ class Engine:
         Args:
             name: Name of the container.  Empty to generate one.
             task: A task's additions to the request, or None for a plain container.
-            image: The image of the request, or None to look it up.
+            image: The image of the request (``EMPTY`` for a program of the machine), or None to look it up.
             is_step: Whether a build creates it.  See ``PlainOptions``.
 
         Raises: NotFound: no such image; AlreadyExists: the name or a port is taken; SkepError: anything else.
@@ -298,7 +298,7 @@ class Engine:
         node = create.NodeDefaults(
             self._config.hostname, self._network.host_gateway, self._config.log_default, sending_drivers()
         )
-        config = create.container_config(request, defaults, task, node)
+        config = replace(create.container_config(request, defaults, task, node), is_process=not image.id)
         self._check_confinement(config, request.host_config.network_mode)  # before a volume is created
         runtime = self.runtime.name_of(request.host_config.runtime)
         config = sharing.with_hostname(config, request.host_config.network_mode, self.store.get)
@@ -307,7 +307,7 @@ class Engine:
         stack = task.stack if task is not None else ""
         await self.volumes.create_of_plugins(mounts, stack)
         # No await from here to ``store.add``: a concurrent image removal sees this container, or we see that removal.
-        if not is_step:  # a build has pinned the layers of its steps, even if the image is removed
+        if not is_step and image.id:  # a build has pinned its steps' layers, even of a removed image
             self.images.get(image.id)
         layers = tuple(map(str, self.images.layers(image)))
         points, inherited = self._mount_points(request, mounts, defaults.volumes or (), stack)

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -15,6 +16,7 @@ from msgspec.structs import replace
 from skep.errors import InvalidArgument
 from skep.imports.docker_run import ConvertedRun, service_of
 from skep.imports.document import Imported, Note, accepted, escaped
+from skep.imports.fleet_processes import is_converted, process_of
 
 _FLEET: Final = "X-Fleet"
 _SECTIONS: Final = ("X-Fleet", "X-ConditionMachine")
@@ -105,11 +107,12 @@ class _Service(msgspec.Struct, frozen=True):
     """Names of the unit and of its template's other instances."""
 
 
-def imported(texts: Mapping[str, str], stack: str) -> Imported:
+def imported(texts: Mapping[str, str], stack: str, *, has_processes: bool = False) -> Imported:
     """Convert units to a stack file.
 
     Args:
         texts: the files' contents by their names (``apache@.service``).
+        has_processes: whether units without a container become plain processes.
 
     Raises: InvalidArgument: a file is not a unit, or does not run a container.
     """
@@ -120,7 +123,7 @@ def imported(texts: Mapping[str, str], stack: str) -> Imported:
     for service in services:
         if service.name in made["services"]:
             raise InvalidArgument(f"{service.unit.name}: there is a unit {service.name} already")
-        made["services"][service.name] = _Conversion(service, files, notes).entry()
+        made["services"][service.name] = _Conversion(service, files, notes, has_processes).entry()
     volumes = {
         source: None
         for entry in made["services"].values()
@@ -159,11 +162,19 @@ def _services(units: Sequence[Unit]) -> Iterator[_Service]:
 
 
 class _Conversion:
-    def __init__(self, service: _Service, files: Mapping[str, tuple[str, ...]], notes: list[Note]) -> None:
+    def __init__(
+        self,
+        service: _Service,
+        files: Mapping[str, tuple[str, ...]],
+        notes: list[Note],
+        has_processes: bool = False,
+    ) -> None:
         self._service = service
         self._unit = service.unit
         self._files = files
         self._notes = notes
+        self._has_processes = has_processes
+        self._is_process = False
 
     def _note(self, key: str, text: str) -> None:
         self._notes.append(Note(f"services.{self._service.name}", f"{key}: {text}"))
@@ -172,7 +183,7 @@ class _Conversion:
         run = self._run()
         entry = dict(run.entry)
         for key, text in run.notes:
-            self._note(f"ExecStart --{key}", text)
+            self._note(key if self._is_process else f"ExecStart --{key}", text)
         if environment := self._environment(entry.pop("environment", ())):
             entry["environment"] = environment
         if files := [one.removeprefix("-") for one in self._unit.all("Service", "EnvironmentFile")]:
@@ -195,14 +206,19 @@ class _Conversion:
             raise InvalidArgument(
                 f"{self._unit.name}: expected one ExecStart that runs a container, not {len(commands)}"
             )
-        words = _words(commands[0], self._unit.name)
+        words = command = _words(commands[0], self._unit.name)
         if words[:2] == ["/bin/sh", "-c"] or words[:2] == ["/bin/bash", "-c"]:
             words = _words(" ".join(words[2:3]).removeprefix("exec "), self._unit.name)
         if len(words) < 2 or words[0].rpartition("/")[2] != "docker" or words[1] != "run":
-            raise InvalidArgument(
-                f"{self._unit.name}: ExecStart does not begin with docker run: {commands[0]!r}; "
-                "only containers can run in a cluster"
-            )
+            if not self._has_processes:
+                raise InvalidArgument(
+                    f"{self._unit.name}: ExecStart does not begin with docker run: {commands[0]!r}. "
+                    "Add --processes to run programs of your machines without an image."
+                )
+            self._is_process = True
+            settings = partial(self._unit.all, "Service")
+            keys = [key for section, key in self._unit.settings if section == "Service"]
+            return process_of(command, settings, keys, self._unit.name)
         try:
             return service_of(words[2:])
         except InvalidArgument as error:
@@ -386,7 +402,10 @@ class _Conversion:
                 if not (is_docker and words[1] in _PREPARATIONS):
                     self._note(key, f"dropped: {command!r} is not part of the container")
         for section, key in self._unit.settings:
-            if section == "Service" and key not in _READ | _SYSTEMD_SETTINGS:
+            if section == "Service" and self._is_process:
+                if key not in _READ and not is_converted(key):
+                    self._note(f"[Service] {key}", "dropped: a plain process does not have this setting")
+            elif section == "Service" and key not in _READ | _SYSTEMD_SETTINGS:
                 self._note(f"[Service] {key}", "dropped: it only affects the process of the docker command")
             elif section == "Unit" and key not in _UNIT_SETTINGS:
                 self._note(f"[Unit] {key}", "dropped: it only affects systemd units")

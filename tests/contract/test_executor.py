@@ -227,3 +227,14 @@ async def test_a_task_without_a_container_spec_is_rejected(machines: Machines) -
     bare = msgspec.structs.replace(task, task=msgspec.structs.replace(task.task, spec=TaskSpec()))
     with pytest.raises(Rejected):
         await executor.controller(bare).prepare()
+
+
+async def test_plain_commands_are_not_taken_for_confined_processes(tmp_path: Path) -> None:
+    """A node of unconfined commands would run them as root."""
+    executor = ProcessExecutor(tmp_path / "processes")
+    async with executor.running():
+        task = a_task("true")
+        container = ContainerSpec(image="scratch", args=("true",), labels={"skep.executor": "process"})
+        confined = msgspec.structs.replace(task.task, spec=TaskSpec(container_spec=container))
+        with pytest.raises(Rejected, match=r"cannot confine skep\.executor=process: remove the label"):
+            await executor.controller(msgspec.structs.replace(task, task=confined)).prepare()

@@ -73,6 +73,7 @@ SECRETS = "docs/guide/secrets.md"
 VOLUMES = "docs/guide/volumes.md"
 CSI = "docs/guide/csi.md"
 DEVICES = "docs/guide/devices.md"
+PROCESSES = "docs/guide/processes.md"
 STACKS = "docs/guide/stacks.md"
 UPDATES = "docs/guide/updates.md"
 LOGS = "docs/guide/logs.md"
@@ -161,7 +162,7 @@ def test_no_block_is_forgotten() -> None:
         (CSI, 0),
         *((IMAGES, number) for number in range(2)),
         *((PLACEMENT, number) for number in range(3)),
-        *((page, 0) for page in (EXEC, PRIORITIES, SECRETS, DEVICES, UPDATES)),
+        *((page, 0) for page in (EXEC, PRIORITIES, SECRETS, DEVICES, PROCESSES, UPDATES)),
         *((STACKS, number) for number in range(6)),
         (LOGS, 0),
         *((WHAT_IF, number) for number in range(3)),
@@ -364,6 +365,18 @@ def test_the_guide_to_devices(own_cluster: TestCluster, checkout: Path) -> None:
     run(block, checkout, DOCKER_HOST=m1.socket)
     assert in_task(m1, "clock", "head", "-c", "1", "/dev/zero") == "\0"
     assert "16384" in in_task(m1, "clock", "df", "-k", "/dev/shm")
+
+
+def test_the_guide_to_processes(own_cluster: TestCluster, checkout: Path) -> None:
+    m1 = own_cluster.node("m1")
+    (block,) = shell_blocks(PROCESSES)
+    assert "could not be accessed on a registry" not in run(
+        f"{{ {block} }} 2>&1", checkout, DOCKER_HOST=m1.socket
+    )
+    wait_running(m1, "files", 1)
+    assert in_task(m1, "files", "id", "-u") == "65534\n"
+    script = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8088').status)"
+    assert in_task(m1, "files", "python3", "-c", script) == "200\n"
 
 
 def test_the_guide_to_volumes(own_cluster: TestCluster, checkout: Path) -> None:

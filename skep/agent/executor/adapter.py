@@ -30,6 +30,7 @@ from skep.model.networks.sandbox import EndpointConfig, PublishedPort
 from skep.model.networks.tables import NetworkHead
 from skep.model.options import templates
 from skep.model.options.labels import LABEL_TASK_ID, relabeled
+from skep.model.permissions.processes import USER, check_process, is_process
 from skep.model.permissions.rights import (
     ALL_RIGHTS,
     MachineRights,
@@ -87,20 +88,20 @@ def create_request(
 
     Raises:
         Rejected: The task cannot run on this node.
-        InvalidArgument: A placeholder is invalid.
+        InvalidArgument: A placeholder is invalid, or a process has an option that it cannot have.
     """
     spec = templates.expand_container(container_spec(task), context_of(task, node))
+    check_process(spec)
     _refuse_driver_options(task.task)
     _refuse_volume_of_door(task, spec)
-    if spec.isolation not in ("", "default"):
-        raise Rejected(f"invalid isolation '{spec.isolation}' on linux")
+    _refuse_isolation(spec)
     resources = task.task.spec.resources or ResourceRequirements()
     limits, reservations = resources.limits, resources.reservations
     driver, dns = task.task.spec.log_driver, spec.dns_config
     return CreateRequest(
         image=spec.image,
         hostname=spec.hostname,
-        user=spec.user,
+        user=spec.user or (USER if is_process(spec) else ""),
         tty=spec.tty,
         open_stdin=spec.open_stdin,
         env=(*spec.env, *_resource_variables(task.task)),
@@ -123,7 +124,7 @@ def create_request(
             group_add=spec.groups,
             oom_score_adj=spec.oom_score_adj,
             readonly_rootfs=spec.read_only,
-            security_opt=_security_options(spec.privileges or Privileges()),
+            security_opt=_security_options(spec),
             mounts=_bound(spec.mounts, cluster_volumes),
             sysctls=spec.sysctls,
             network_mode=_network_mode(task.task),
@@ -157,6 +158,11 @@ def _bound(mounts: Sequence[Mount], cluster_volumes: Sequence[PublishedVolume]) 
         else mount
         for mount in mounts
     )
+
+
+def _refuse_isolation(spec: ContainerSpec) -> None:
+    if spec.isolation not in ("", "default"):
+        raise Rejected(f"invalid isolation '{spec.isolation}' on linux")
 
 
 def _refuse_volume_of_door(task: AssignedTask, spec: ContainerSpec) -> None:
@@ -348,17 +354,19 @@ def published_ports(task: AssignedTask) -> Iterator[PublishedPort]:
         yield PublishedPort(host_ip=options.host_ip, **msgspec.structs.asdict(port))
 
 
-def _security_options(privileges: Privileges) -> tuple[str, ...]:
+def _security_options(spec: ContainerSpec) -> tuple[str, ...]:
     """Return the ``--security-opt`` values of the task's container.
 
     Raises:
         Rejected: The task has Windows options.  The message is Docker's.
     """
+    privileges = spec.privileges or Privileges()
     if (credential := privileges.credential_spec) is not None:
         for source, value in msgspec.structs.asdict(credential).items():
             if value:
                 raise Rejected(f'invalid --security-opt 2: "credentialspec={source}://{value}"')
-    found = ["no-new-privileges"] if privileges.no_new_privileges else []
+    # The machine's programs with the set-user-ID bit must not make a process root.
+    found = ["no-new-privileges"] if privileges.no_new_privileges or is_process(spec) else []
     if (labels := privileges.selinux_context) is not None:
         given = (("user", labels.user), ("role", labels.role), ("level", labels.level), ("type", labels.type))
         found += ["label=disable"] * labels.disable + [f"label={name}:{one}" for name, one in given if one]

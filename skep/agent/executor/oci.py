@@ -36,6 +36,7 @@ from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.containers.container import Container, HealthStatus, NotRunning
 from skep.engine.engine import Engine, EngineConfig
 from skep.engine.events import Events
+from skep.engine.images.image import EMPTY
 from skep.engine.images.store import ImageStore
 from skep.engine.runtime.bundle import Bundles
 from skep.engine.runtime.runtime import Runtime
@@ -52,6 +53,7 @@ from skep.model.networks.tables import NetworkHead
 from skep.model.options import templates
 from skep.model.options.labels import LABEL_TASK_ID, last_lines
 from skep.model.options.slot_volumes import created_ms
+from skep.model.permissions.processes import is_process
 from skep.model.permissions.rights import ALL_RIGHTS, Right
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.model.task_end import TaskEnd, words_of
@@ -265,9 +267,11 @@ class OciController:
             return
         task, executor = self._task, self._executor
         spec = adapter.container_spec(task)
-        image = await executor.image_puller.image(
-            spec.image, self._registry_auth, uses_helper=task.trust.logins
-        )
+        image = EMPTY
+        if not is_process(spec):
+            image = await executor.image_puller.image(
+                spec.image, self._registry_auth, uses_helper=task.trust.logins
+            )
         secrets = executor.payloads.mounts(task.task.id, spec.secrets, spec.configs)
         if is_door(task.service_labels):
             secrets += (executor.payloads.door_mount(task.task.id),)

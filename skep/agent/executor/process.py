@@ -23,6 +23,8 @@ from skep.engine.runtime.processes import is_alive, named, send_signal, wait_gon
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.model.container import ContainerSpec
+from skep.model.permissions.processes import is_process
+from skep.model.permissions.rights import EXECUTOR_LABEL
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.model.task_end import TaskEnd
 from skep.model.values.ids import TaskId
@@ -117,6 +119,10 @@ class ProcessController:
             signal_number(spec.stop_signal or "SIGTERM")
         except InvalidArgument as error:
             raise Rejected(str(error)) from error
+        if is_process(spec):  # that promises an unprivileged user and limits
+            raise Rejected(
+                f"this node runs plain commands, and cannot confine {EXECUTOR_LABEL}=process: remove the label"
+            )
         if spec.mounts or spec.secrets or spec.configs:
             raise Rejected("this node runs plain commands, which cannot have mounts, secrets or configs")
         self._path.mkdir(mode=0o700, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import click
 
 from skep.cli import options, passthrough
-from skep.cli.apps.imports import stack_name_of, text_of
+from skep.cli.apps.imports import processes_option, stack_name_of, text_of
 from skep.cli.apps.service import turn
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.output import Cell, OutputOptions, Shown, shows, table
@@ -161,19 +161,22 @@ def list_machines(host: HostOptions, output: OutputOptions) -> None:
 
 @fleet.command()
 @_stack
+@processes_option
 @options.timeout()
 @_names
 @click.pass_context
-def start(ctx: click.Context, names: tuple[str, ...], stack: str, timeout: float) -> None:
+def start(ctx: click.Context, *, names: tuple[str, ...], stack: str, processes: bool, timeout: float) -> None:
     """Start units, from their files if they are new.
 
     Units that the cluster does not have are read from files and deployed as a stack. Settings that cannot be converted
-    are listed on standard error.
+    are listed on standard error. With --processes, units whose command is not docker run become plain processes, which
+    the cluster has to allow.
 
     \b
     Examples:
       skep fleet start web@1.service web@2.service db.service --stack shop
       skep fleet start db.service
+      skep fleet start --processes files.service
     """
     host: HostOptions = ctx.obj
 
@@ -194,7 +197,8 @@ def start(ctx: click.Context, names: tuple[str, ...], stack: str, timeout: float
         return
     with errors_shown(), tempfile.TemporaryDirectory() as folder:
         name = stack or stack_name_of(files[0])
-        made = fleet_units.imported({file.name: text_of(file) for file in files}, name)
+        texts = {file.name: text_of(file) for file in files}
+        made = fleet_units.imported(texts, name, has_processes=processes)
         for note in made.notes:
             click.echo(printable(str(note)), err=True)
         document = Path(folder) / "compose.yaml"

@@ -50,6 +50,13 @@ def _stack_option(command: Any) -> Any:
     )(command)
 
 
+def processes_option(command: Any) -> Any:
+    """Add ``--processes`` to a command that reads units."""
+    return click.option(
+        "--processes", is_flag=True, help="Run programs of the machines for units without a container."
+    )(command)
+
+
 @imports.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
 @_stack_option
@@ -74,18 +81,22 @@ def fig(file: Path, stack: str) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
 )
 @_stack_option
-def fleet(files: tuple[Path, ...], stack: str) -> None:
-    """Convert fleet units that run containers.
+@processes_option
+def fleet(files: tuple[Path, ...], stack: str, processes: bool) -> None:
+    """Convert fleet units.
 
-    Instances of a template (apache@1.service, apache@2.service) become the replicas of one service.
+    Instances of a template (apache@1.service, apache@2.service) become the replicas of one service. With --processes,
+    units whose command is not docker run become plain processes, which the cluster has to allow.
 
     \b
-    Example:
+    Examples:
       skep import fleet apache@1.service apache@2.service db.service --stack shop >compose.yaml
+      skep import fleet --processes files.service --stack shop >compose.yaml
     """
     with errors_shown():
         texts = {file.name: text_of(file) for file in files}
-        _show(fleet_units.imported(texts, stack or stack_name_of(files[0])))
+        name = stack or stack_name_of(files[0])
+        _show(fleet_units.imported(texts, name, has_processes=processes))
 
 
 @imports.command()

@@ -144,7 +144,7 @@ def pools(
 def allow(host: HostOptions, rights: tuple[str, ...], output: OutputOptions) -> None:
     """Show or set the rights that services can get.
 
-    RIGHT is privileged, devices, gpus, namespaces, resources, api, api-inspect, all or none.
+    RIGHT is privileged, devices, gpus, namespaces, resources, api, api-inspect, processes, all or none.
 
     Services request rights by labels of their containers, such as skep.devices=/dev/ttyUSB0. If you withdraw a right,
     services keep it until their next update.

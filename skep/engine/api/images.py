@@ -31,18 +31,19 @@ from skep.engine.api.commits import import_image
 from skep.engine.api.responses import image_responses
 from skep.engine.api.streams.progress import respond_with_progress
 from skep.engine.api.streams.uploads import TAKEN_S, drain, pieces_of, send_piece
-from skep.engine.images.digest import is_digest
+from skep.engine.images.digest import digest_of, is_digest
 from skep.engine.images.image import Image
 from skep.engine.images.listing import ImageFilter, Listed, prunable, select
 from skep.engine.images.platforms import ImagePlatform, require_platform
 from skep.engine.images.progress import ProgressMessage, Report
 from skep.engine.images.reference import DEFAULT_DOMAIN, Reference, parse_reference
 from skep.engine.images.registry.credentials import RegistryCredentials, decode_credentials
-from skep.engine.images.registry.registry import login
+from skep.engine.images.registry.registry import DOCKER_MANIFEST, login
 from skep.engine.images.registry.searching import LIMIT_DEFAULT, SearchFilter, search, shown
 from skep.engine.images.removal import Users
 from skep.engine.images.store import ImageStore, Removed
 from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
+from skep.model.permissions.processes import is_empty_image
 
 _V1_48 = ApiVersion("1.48")
 _V1_49 = ApiVersion("1.49")
@@ -368,6 +369,10 @@ async def inspect_distribution(served: ImageRoutes, request: web.Request) -> web
     name = request.match_info["name"]
     if is_digest(name):
         raise InvalidArgument(f"unknown image reference format: {name}")
+    if is_empty_image(name):
+        # No registry has it.  Without a digest, docker would warn at each service of a plain process.
+        empty = {"mediaType": DOCKER_MANIFEST, "digest": digest_of(b""), "size": 0}
+        return json_response({"Descriptor": empty, "Platforms": []})
     reference = parse_reference(name).with_default_tag()
     auth = request.headers.get("X-Registry-Auth", "")
     uses_helper = is_of_administrator(request)

@@ -19,7 +19,7 @@ from skep.engine.images.child import HistoryStep, child_config
 from skep.engine.images.image import ContainerDefaults, Image, as_docker_writes
 from skep.engine.images.reference import Reference
 from skep.engine.runtime.bundle import OUTSIDE_OF_IMAGES
-from skep.errors import SkepError
+from skep.errors import FailedPrecondition, SkepError
 from skep.model.values.times import Timestamp
 
 
@@ -43,10 +43,15 @@ async def commit(
     """Create an image from the container ``word``.  ``own`` has the options with which the container was created.
 
     Raises: NotFound: no such container, or its image was removed; InvalidArgument: a change is not an instruction, or
-    a file cannot be stored in an image; BeingRemoved; ResourceExhausted; UnpackFailed.
+    a file cannot be stored in an image; FailedPrecondition: it has no image; BeingRemoved; ResourceExhausted;
+    UnpackFailed.
     """
     container = engine.get(word)
     _require_present(container)
+    if container.config.is_process:
+        raise FailedPrecondition(
+            f"container {container.name} runs a program of its machine, without an image: build one with docker build"
+        )
     config = merged(apply_changes(request.config or own, request.changes), own)
     parent = engine.images.get(container.image_id)
     upper = engine.bundles.path(container.id) / "upper"

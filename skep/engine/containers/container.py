@@ -184,6 +184,9 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
     is_on_host: bool = False
     """Whether it shares the node's network namespace instead of having its own."""
+    is_process: bool = False
+    """Whether it runs a program of the machine, whose directories it sees, instead of an image's (``machine_files``).
+    """
     exposed_ports: tuple[str, ...] = ()
     machine: MachineOptions = MachineOptions()
     """Host resources and namespaces that the user requested."""

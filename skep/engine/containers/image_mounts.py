@@ -66,8 +66,9 @@ def chains(images: ImageStore, points: Iterable[MountPoint]) -> list[Digest]:
 
 
 def images_of(container: Container) -> Sequence[str]:
-    """Return the ids of a container's images: its own and mounted ones."""
-    return [container.image_id, *(point.name for point in container.config.mounts if point.type == _TYPE)]
+    """Return the ids of a container's images: its own, unless it runs a program of the machine, and mounted ones."""
+    own = [container.image_id] if container.image_id else []
+    return [*own, *(point.name for point in container.config.mounts if point.type == _TYPE)]
 
 
 def placed(point: MountPoint, number: int, place: Path) -> MountPoint:

@@ -8,7 +8,7 @@ Source: OCI image-spec, config.md; moby, image/image.go.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -173,6 +173,10 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     def created(self) -> str:
         """Time when the image was built, from its configuration."""
         return self.config.created or ZERO_TIME
+
+
+EMPTY: Final = Image(id=Digest(""), config=ImageConfig())
+"""The image of containers that run programs of the machine.  It is in no store."""
 
 
 def parse_config(content: bytes) -> ImageConfig:

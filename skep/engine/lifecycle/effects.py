@@ -28,7 +28,7 @@ from skep.engine.lifecycle.container_locks import ForcedRemovals
 from skep.engine.lifecycle.life_events import LifeEvent
 from skep.engine.lifecycle.machine import INTERRUPTIBLE, Effect
 from skep.engine.networks.networking import Networking, endpoint_network, publish_networks, sandbox_config
-from skep.engine.runtime import runtime_spec
+from skep.engine.runtime import machine_files, runtime_spec
 from skep.engine.runtime.conmon import StartError, resize_terminal
 from skep.engine.runtime.mapped_mounts import ViewMounts
 from skep.engine.runtime.runtime import Runtime
@@ -171,9 +171,8 @@ class Effects:
     async def _mount_volumes(self, container: Container, _: Program) -> None:
         """Mount, but give up for a forced removal, because a file server may not respond."""
         parts = self._bundles.parts(container)
-        await self._unless_removed(
-            container, self._volumes.mount(container.id, container.config.mounts, parts)
-        )
+        points = (*container.config.mounts, *machine_files.mounts(container.config))
+        await self._unless_removed(container, self._volumes.mount(container.id, points, parts))
 
     async def _unless_removed(self, container: Container, mount: Coroutine[Any, Any, None]) -> None:
         try:

@@ -3,6 +3,7 @@
 ```
 <data>/containers/<id>/record               its configuration and state
                                              upper/ work/         its changes
+                       root/                a process's empty root file system
                        hosts hostname resolv.conf
                        log/                 its output (k8s-file), rotated
                        <id>                 exit code, by conmon
@@ -45,10 +46,10 @@ from skep.engine.capacity import Capacity
 from skep.engine.confinement import apparmor, devices, selinux
 from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.confinement.machine import other_container
-from skep.engine.confinement.users import identity
+from skep.engine.confinement.users import ProcessUser, identity
 from skep.engine.containers import image_mounts, records
 from skep.engine.containers.container import Container, ContainerConfig, ExecConfig, MountPoint
-from skep.engine.runtime import mapped_mounts, overlay, runtime_spec
+from skep.engine.runtime import machine_files, mapped_mounts, overlay, runtime_spec
 from skep.engine.runtime.bind_flags import adapt_to_crun, request_flags
 from skep.engine.volumes import tmpfs_mounts
 from skep.engine.volumes.mounts import check_propagation, relabel_sources
@@ -239,6 +240,8 @@ class Bundles:
         path.mkdir(mode=0o710, parents=True)
         for name in ("upper", "work", "log"):
             (path / name).mkdir(mode=0o755)
+        if container.config.is_process:
+            machine_files.make_root(path / "root")
 
     def prepare(
         self, container: Container, shared: runtime_spec.Shared = runtime_spec.NOTHING_SHARED
@@ -255,6 +258,9 @@ class Bundles:
         """
         config = container.config
         mapped_mounts.check_mapping(container, self.users)
+        if config.is_process:
+            machine_files.check(container, is_in_user_namespace=self._capacity.is_in_user_namespace)
+            machine_files.own_volumes(config, self.path(container.id) / "root")
         self._confine(config)
         check_propagation(config.mounts)
         found = devices.look_up(config.machine, self._capacity.cdi_directories)
@@ -265,7 +271,7 @@ class Bundles:
         tmpfs_mounts.mount_all(container, self._tmpfs(container.id), partial(self._mode_in_image, container))
         if config.machine.ipc_mode == "shareable":
             shared = msgspec.structs.replace(shared, shm=self._mount_shm(container))
-        user = identity(self.rootfs(container.id), config.user, config.groups)
+        user = self._identity(container, config.user)
         capacity, init = self._capacity, self._capacity.init_binary
         if config.init and init and config.mount_label:
             program = selinux.shared_program(init, self._run, config.mount_label)
@@ -276,10 +282,12 @@ class Bundles:
             capacity,
             rootfs=str(self.rootfs(container.id)),
             cgroup=self._cgroups.path_of(container),
-            files=self._write_files(container),
+            files=machine_files.added(config, self._write_files(container)),
             devices=found,
             shared=shared,
         )
+        if config.is_process:
+            machine_files.hide(built.specification, (self._directory.parent, self._run.parent))
         if container.users is not None:
             request_flags(built.specification["mounts"])
         if container.runtime == "crun":
@@ -339,14 +347,19 @@ class Bundles:
     def prepare_exec(self, container: Container, exec_id: str, exec: ExecConfig) -> Path:
         """Create directory and process specification of an exec.  Raises: InvalidArgument: unknown user."""
         self._confine(container.config)
+        if container.config.is_process:
+            machine_files.check_exec(exec)
+        user = self._identity(container, exec.user or container.config.user)
         path = self.exec_path(container.id, exec_id)
         path.mkdir(parents=True)
-        user = identity(
-            self.rootfs(container.id), exec.user or container.config.user, container.config.groups
-        )
         process = runtime_spec.exec_process(container, exec, user, self._capacity)
         (path / "process.json").write_bytes(msgspec.json.encode(process))
         return path
+
+    def _identity(self, container: Container, user: str) -> ProcessUser:
+        if container.config.is_process:
+            return machine_files.identity_of(user, container.config.groups)
+        return identity(self.rootfs(container.id), user, container.config.groups)
 
     def release(self, id: ContainerId) -> None:
         """Unmount the root file system of an ended container.  Its changes and output stay.
@@ -409,6 +422,8 @@ class Bundles:
             file = self.path(container.id) / os.path.basename(target)
             if file.exists():  # the file exists once the container was started
                 found[target] = Bind(str(file), target)
+        if container.config.is_process:
+            found = machine_files.closed(found, self.path(container.id) / "root")
         return sorted(found.values(), key=lambda bind: bind.target)
 
     async def discard(self, id: ContainerId) -> None:
@@ -464,7 +479,8 @@ class Bundles:
         if self.users is not None:
             mapped_mounts.share_directory(target.parent, container.users)
         if not os.path.ismount(target):
-            layers = [Path(layer) for layer in container.layers]
+            lower = (path / "root",) if container.config.is_process else container.layers
+            layers = [Path(layer) for layer in lower]
             label = container.config.mount_label
             overlay.mount_layers(layers, path / "upper", path / "work", target, container.users, label)
 

@@ -23,6 +23,8 @@ from skep.model.values.user_map import UserMap
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INIT_PATH = "/sbin/docker-init"
+_PROCESS_INIT_PATH = "/run/docker-init"
+"""The machine's /sbin is read-only, so the init cannot be mounted there."""
 _UNLIMITED = 2**64 - 1
 
 _MASKED_PATHS = (
@@ -91,8 +93,9 @@ def build(
     arguments = [config.path, *config.args]
     if config.init:
         if capacity.init_binary:
-            mounts.append(_bind(capacity.init_binary, INIT_PATH, read_only=True))
-            arguments = [INIT_PATH, "--", *arguments]
+            path = _PROCESS_INIT_PATH if config.is_process else INIT_PATH
+            mounts.append(_bind(capacity.init_binary, path, read_only=True))
+            arguments = [path, "--", *arguments]
         else:
             warnings.append("no static init on this node: the container runs without one")
     specification: dict[str, Any] = {

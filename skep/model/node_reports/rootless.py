@@ -45,6 +45,8 @@ class RootlessNeeds(msgspec.Struct, frozen=True, gc=False):
     is_privileged: bool = False
     has_host_processes: bool = False
     """Whether it sees the machine's processes (``skep.pid=host``)."""
+    is_process: bool = False
+    """Whether it runs a program of the machine (``skep.executor=process``)."""
 
     def __bool__(self) -> bool:
         return self != _NOTHING
@@ -73,6 +75,7 @@ def rootless_needs(
         has_sctp_port=any(one.protocol == "sctp" for one in ports),
         is_privileged=rights.privileged,
         has_host_processes=rights.pid == "host",
+        is_process=rights.is_process,
     )
 
 
@@ -110,13 +113,15 @@ def lacking(needs: RootlessNeeds, labels: Mapping[str, str]) -> tuple[str, ...]:
         found.append(f"port {needs.lowest_port}, which is below {ports_from}")
     if needs.has_sctp_port:
         found.append("SCTP port")
+    if needs.is_process:
+        found.append("plain process")
     return tuple(found)
 
 
 def refused_by_mapping(needs: RootlessNeeds, labels: Mapping[str, str]) -> tuple[str, ...]:
     """Return the ``needs`` that a node with these engine labels refuses because it maps users, in words.
 
-    Source: ``confinement.machine.check_mapped``, which refuses them on the node.
+    Sources: ``confinement.machine.check_mapped`` and ``runtime.machine_files``, which refuse them on the node.
     """
     if labels.get(USERS_LABEL) != MAPPED:
         return ()
@@ -124,6 +129,7 @@ def refused_by_mapping(needs: RootlessNeeds, labels: Mapping[str, str]) -> tuple
         "privileged": needs.is_privileged,
         "host network": needs.is_on_host_network,
         "processes of the machine": needs.has_host_processes,
+        "plain process": needs.is_process,
     }
     return tuple(name for name, is_needed in found.items() if is_needed)
 

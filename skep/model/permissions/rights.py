@@ -18,6 +18,9 @@ from skep.model.container import ContainerSpec
 
 API_LABEL: Final = "skep.api"
 """Container label with the calls that a container may make on a mounted API socket (``ApiAccess``)."""
+EXECUTOR_LABEL: Final = "skep.executor"
+"""Container label with which a task runs a program of its node instead of an image (``processes``)."""
+PROCESS: Final = "process"
 ALLOW_LABEL: Final = "skep.allow"
 """Label of the cluster, and engine label of nodes, with the kinds of rights that they allow to services."""
 DEVICES_LABEL: Final = "skep.devices"
@@ -68,6 +71,8 @@ class Right(Enum):
     """All calls of the Engine API, for containers that mount its socket."""
     API_INSPECT = "api-inspect"
     """Reading environment variables, configs and logs of others through the Engine API, which may contain secrets."""
+    PROCESSES = "processes"
+    """Programs of the machine instead of images, with its files that every user may read in /etc, /usr and /opt."""
 
 
 ALL_RIGHTS: Final = frozenset(Right)
@@ -112,6 +117,8 @@ class MachineRights(msgspec.Struct, frozen=True, kw_only=True):
     memory_swappiness: int | None = None
     api_full: bool = False
     api_inspect: bool = False
+    is_process: bool = False
+    """Whether the task runs a program of its node, without an image."""
     blkio_weight: int = 0
     read_bps: tuple[tuple[str, int], ...] = ()
     """Path of a block device, and bytes per second.  The next three fields have the same form."""
@@ -129,6 +136,7 @@ class MachineRights(msgspec.Struct, frozen=True, kw_only=True):
             Right.NAMESPACES: ("pid", "ipc", "uts"),
             Right.API: ("api_full",),
             Right.API_INSPECT: ("api_inspect",),
+            Right.PROCESSES: ("is_process",),
         }
         rest = set(self.__struct_fields__) - {name for names in groups.values() for name in names}
         groups[Right.RESOURCES] = tuple(rest)
@@ -286,6 +294,12 @@ def _api(text: str) -> dict[str, Any]:
     return {} if text == "read" else {f"api_{text}": True}
 
 
+def _executor(text: str) -> dict[str, Any]:
+    if text != PROCESS:
+        raise ValueError(f"expected {PROCESS}")
+    return {"is_process": True}
+
+
 def _devices(text: str) -> dict[str, Any]:
     """Parse devices in the form of ``--device``, ``/dev/a[:/dev/b[:rwm]]``, and CDI names."""
     devices, names = [], []
@@ -404,6 +418,7 @@ def _operations(text: str) -> int:
 
 _READERS: Final[Mapping[str, Callable[[str], dict[str, Any]]]] = {
     API_LABEL: _api,
+    EXECUTOR_LABEL: _executor,
     "skep.privileged": _boolean,
     "skep.devices": _devices,
     "skep.device-rules": _rules,

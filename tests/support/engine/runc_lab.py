@@ -111,7 +111,7 @@ class TreeImages(ImageStore):
         return image
 
     def layers(self, image: Image) -> Sequence[Path]:
-        return (self._tree,)
+        return (self._tree,) if image.id else ()
 
     @asynccontextmanager
     async def pin(self, chain: Sequence[str]) -> AsyncIterator[None]:

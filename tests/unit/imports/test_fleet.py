@@ -7,6 +7,8 @@ import pytest
 from skep.errors import InvalidArgument
 from skep.imports.document import read_back
 from skep.imports.fleet import imported, unit_of
+from skep.manager.control.validation.service_rules import check_service_spec
+from skep.model.permissions.processes import is_process
 
 APACHE = """
 [Unit]
@@ -242,3 +244,99 @@ def test_the_labels_of_the_stack_name_its_services() -> None:
     stack, _ = read_back(made.document)
     labels = stack.services["web"].spec.labels
     assert (labels["skep.affinity"], labels["skep.anti-affinity"]) == ("shop_db", "shop_mail")
+
+
+FILES = """
+[Service]
+User=www-data
+WorkingDirectory=/srv/www
+ExecStart=/usr/bin/python3 -m http.server $PORT
+Environment=PORT=8080
+KillSignal=SIGINT
+TimeoutStopSec=5
+MemoryMax=64M
+CPUQuota=50%
+TasksMax=20
+LimitNOFILE=1024:infinity
+ReadOnlyPaths=/srv/shared -/srv/www
+StateDirectory=files
+RuntimeDirectory=files
+PrivateTmp=yes
+ProtectSystem=strict
+Restart=always
+"""
+
+
+def a_process(unit: str) -> tuple[dict[str, Any], list[str]]:
+    made = imported({"files.service": unit}, "shop", has_processes=True)
+    stack, report = read_back(made.document)
+    assert report.problems == []
+    spec = stack.services["files"].spec
+    assert is_process(spec.task_template.container_spec)
+    check_service_spec(spec)
+    return made.document["services"]["files"], [str(one) for one in made.notes]
+
+
+def test_a_unit_of_a_plain_program_becomes_a_process_on_request() -> None:
+    entry, notes = a_process(FILES)
+    assert entry == {
+        "image": "scratch",
+        "command": ["/usr/bin/python3", "-m", "http.server", "$$PORT"],
+        "labels": {"skep.executor": "process"},
+        "network_mode": "host",
+        "user": "www-data",
+        "working_dir": "/srv/www",
+        "stop_signal": "SIGINT",
+        "volumes": [
+            "/srv/www:/srv/www:ro",
+            "/srv/shared:/srv/shared:ro",
+            "/var/lib/files:/var/lib/files",
+        ],
+        "tmpfs": ["/run/files"],
+        "mem_limit": "64m",
+        "cpus": "0.5",
+        "pids_limit": 20,
+        "ulimits": {"nofile": {"soft": 1024, "hard": -1}},
+        "environment": ["PORT=8080"],
+        "stop_grace_period": "5s",
+        "deploy": {"restart_policy": {"condition": "any"}},
+    }
+    assert [note.partition(": ")[2].partition(": ")[0] for note in notes] == [
+        "ExecStart",
+        "StateDirectory",
+        "command",
+    ]
+    made = imported({"files.service": FILES, "db.service": DB}, "shop", has_processes=True)
+    assert made.document["services"]["db"]["image"] == "postgres", "a container stays one"
+
+
+def test_settings_that_a_process_cannot_have_are_named() -> None:
+    entry, notes = a_process(
+        "[Service]\nUser=root\nGroup=adm\nExecStart=-/opt/app/run --config /etc/app\nWorkingDirectory=/opt/app\n"
+        "MemoryMax=10%\nStandardOutput=null\nBindPaths=/srv/a:/data:rbind\nReadOnlyPaths=/etc/app\n"
+        "ExecStartPre=/bin/mkdir /x\nSupplementaryGroups=audio video\n"
+    )
+    assert entry["command"] == ["/opt/app/run", "--config", "/etc/app"]
+    assert (entry["user"], entry["group_add"]) == ("65534:adm", ["audio", "video"])
+    assert (entry["working_dir"], entry["volumes"]) == ("/opt/app", ["/srv/a:/data"])
+    assert [note.removeprefix("services.files: ").partition(":")[0] for note in notes] == [
+        "ExecStart",
+        "User",
+        "MemoryMax",
+        "ExecStartPre",
+        "[Service] StandardOutput",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [("Type=forking", "stay in the foreground"), ("LimitNOFILE=many", "LimitNOFILE=many: expected a number")],
+)
+def test_a_unit_that_cannot_be_a_process_is_refused(setting: str, error: str) -> None:
+    with pytest.raises(InvalidArgument, match=error):
+        a_process(f"[Service]\nExecStart=/bin/a\n{setting}")
+
+
+def test_a_shell_command_of_a_unit_stays_one() -> None:
+    entry, _ = a_process("[Service]\nExecStart=/bin/sh -c 'while true; do date; sleep 5; done'")
+    assert entry["command"] == ["/bin/sh", "-c", "while true; do date; sleep 5; done"]

@@ -73,6 +73,7 @@ def test_a_service_without_labels_asks_for_nothing() -> None:
         ("gpus", "device=0,GPU-ab", MachineRights(gpus=Gpus(ids=("0", "GPU-ab"))), Right.GPUS),
         ("api", "full", MachineRights(api_full=True), Right.API),
         ("api", "inspect", MachineRights(api_inspect=True), Right.API_INSPECT),
+        ("executor", "process", MachineRights(is_process=True), Right.PROCESSES),
         ("pid", "host", MachineRights(pid="host"), Right.NAMESPACES),
         ("ipc", "host", MachineRights(ipc="host"), Right.NAMESPACES),
         ("uts", "host", MachineRights(uts="host"), Right.NAMESPACES),
@@ -158,7 +159,7 @@ def test_the_cluster_names_what_it_allows() -> None:
     assert allowed_rights("all") == ALL_RIGHTS
     assert allowed_rights("none") == allowed_rights("") == frozenset()
     assert allowed_rights("gpus, devices") == {Right.GPUS, Right.DEVICES}
-    assert rights_text(ALL_RIGHTS) == "api,api-inspect,devices,gpus,namespaces,privileged,resources"
+    assert rights_text(ALL_RIGHTS) == "api,api-inspect,devices,gpus,namespaces,privileged,processes,resources"
     assert allowed_by({"skep.allow": "everything"}) == frozenset()
     with pytest.raises(InvalidArgument, match="expected all, none, or some of privileged"):
         check_swarm_labels({"skep.allow": "devices,everything"})

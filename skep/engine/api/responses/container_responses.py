@@ -448,6 +448,8 @@ def _shown_image(container: Container, images: ImageStore) -> str:
 
     If that means another image by now, return the image's id.
     """
+    if container.config.is_process:
+        return container.image
     image = images.lookup(container.image)
     return container.image if image is not None and image.id == container.image_id else container.image_id
 

@@ -27,6 +27,7 @@ from skep.model.options.autoscaling import check_autoscaling
 from skep.model.options.labels import MIN_AVAILABLE, check_container_labels, check_service_labels
 from skep.model.options.schedules import check_schedule
 from skep.model.options.secret_env import check_secret_env
+from skep.model.permissions.processes import check_process
 from skep.model.permissions.rights import RESERVED, check_service_rights, is_reserved_by, rights_of
 from skep.model.service import (
     REPLICAS_MAX,
@@ -258,6 +259,7 @@ def _check_container(container: ContainerSpec) -> None:
         raise InvalidArgument("ContainerSpec: image reference must be provided")
     if not is_image_reference(container.image):
         raise InvalidArgument(f"ContainerSpec: {quoted(container.image)} is not a valid repository/tag")
+    check_process(container)
     _check_mounts(container.mounts)
     _check_health(container.healthcheck)
 

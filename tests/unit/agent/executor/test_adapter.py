@@ -11,6 +11,7 @@ from skep.agent.tasks.cluster_volumes import PublishedVolume
 from skep.engine.containers.container import ContainerConfig
 from skep.engine.containers.create import NodeDefaults, container_config, mounts
 from skep.engine.images.image import ContainerDefaults
+from skep.errors import InvalidArgument
 from skep.model.container import (
     AppArmorOpts,
     ContainerSpec,
@@ -252,6 +253,23 @@ def test_a_right_that_is_not_granted_rejects_the_task() -> None:
     ):
         create_request(with_labels(privileged="true", devices="/dev/fuse"), node)
     assert not create_request(with_labels(), node).host_config.privileged
+
+
+def test_a_process_is_confined_whatever_its_service_says() -> None:
+    spec = ContainerSpec(image="scratch", args=("true",), labels={"skep.executor": "process"})
+
+    def made(spec: ContainerSpec) -> ContainerConfig:
+        task = AssignedTask(task=replace(a_task("t1"), spec=TaskSpec(container_spec=spec)))
+        request, options = create_request(task, NODE), task_options(task, ())
+        return container_config(request, ContainerDefaults(), options, NodeDefaults("n", "", Driver()))
+
+    config = made(spec)
+    assert (config.user, config.no_new_privileges) == ("65534:65534", True)
+    assert made(replace(spec, user="www-data")).user == "www-data"
+    with pytest.raises(InvalidArgument, match="does not work with capabilities"):
+        made(replace(spec, capability_add=("CAP_SYS_ADMIN",)))
+    plain = made(replace(spec, labels={}))
+    assert (plain.user, plain.no_new_privileges) == ("", False)
 
 
 def test_a_container_is_of_the_stack_of_its_service_and_not_of_that_in_its_own_labels() -> None:

@@ -387,8 +387,9 @@ async def test_what_leaves_the_tasks_as_they_are_is_not_refused_when_the_cluster
 async def test_a_right_that_cannot_be_read_or_is_the_services_own_label_is_refused(store):
     with pytest.raises(InvalidArgument, match=r"invalid label skep\.gpus=many"):
         await create(store, with_labels(a_service_spec("web"), **{"skep.gpus": "many"}))
-    with pytest.raises(InvalidArgument, match="works on containers only"):
-        await create(store, replace(a_service_spec("web"), labels={"skep.gpus": "all"}))
+    for label in ({"skep.gpus": "all"}, {"skep.executor": "process"}):
+        with pytest.raises(InvalidArgument, match="works on containers only"):
+            await create(store, replace(a_service_spec("web"), labels=label))
 
 
 def mounting(order: UpdateOrder, *, read_only: bool = False, is_rollback: bool = False) -> ServiceSpec:

@@ -89,6 +89,7 @@ HOST = replace(an_overlay("host"), driver_state=Driver(name="host"))
         (published(a_service(), 80), (), "port 80, which is below 1024"),
         (published(a_service(), 8080, "sctp"), (), "SCTP port"),
         (published(a_service(), 0, "sctp"), (), "SCTP port"),
+        (with_rights(a_service(), **{"skep.executor": "process"}), (), "plain process"),
     ],
 )
 def test_what_a_rootless_node_cannot_do_is_refused_with_the_reason(
