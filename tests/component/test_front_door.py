@@ -90,6 +90,30 @@ def test_haproxy_accepts_ten_thousand_routes(tmp_path: Path) -> None:
     check(state, tmp_path)
 
 
+async def test_ten_thousand_routes_are_served_and_changed(directory: Path) -> None:
+    async with a_door(directory) as rig, rig.tasks(ONE, TWO):
+        for number in range(5000):
+            rig.service(f"s{number}", {"skep.http": f"h{number}.example,h{number}.example/path"})
+            rig.task(f"t{number}", f"s{number}", ONE)
+        await rig.apply()
+        reloads = rig.reloads()
+        for url in ("h0.example/", "h4999.example/", "h2500.example/path/x"):
+            seen = await rig.ask_task(url)
+            assert (seen["task"], seen["path"]) == (ONE, f"/{url.partition('/')[2]}"), url
+        assert (await rig.ask("h5000.example/"))[0] == 404
+        rig.task("t4999", "s4999", ONE, is_serving=False)
+        rig.task("new", "s4999", TWO)
+        await rig.apply()
+        assert rig.reloads() == reloads, "a task is a command, however many routes there are"
+        assert {(await rig.ask_task("h4999.example/"))["task"] for _ in range(4)} == {TWO}
+        rig.service("last", {"skep.http": "last.example"})
+        rig.task("last", "last", TWO)
+        await rig.apply()
+        assert rig.reloads() > reloads
+        assert (await rig.ask_task("last.example/"))["task"] == TWO
+        assert (await rig.ask_task("h0.example/"))["task"] == ONE
+
+
 def test_a_task_keeps_its_line_and_lines_of_ended_tasks_are_used_last() -> None:
     def server(task: str) -> ServerLine:
         return ServerLine(task=task, address=f"10.0.0.{task}", is_ready=True)
