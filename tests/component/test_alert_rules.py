@@ -39,6 +39,16 @@ def spread(name: str, labels: str, fast: float, slow: float) -> dict[str, str]:
     }
 
 
+def a_route(route: str, *, requests: float, errors: float, responses: float) -> dict[str, str]:
+    """So many requests a minute to a route, on each of two nodes.  ``responses``: those of tasks."""
+    names = {"requests_total": requests, "errors_total": errors, "response_seconds_count": responses}
+    return {
+        f'skep_door_{name}{{node="{node}",route="{route}"}}': growing(count)
+        for name, count in names.items()
+        for node in ("m1", "w1")
+    }
+
+
 def a_cluster(**changed: Mapping[str, str]) -> dict[str, str]:
     """Series of one manager and its containers, all well; ``changed``: those of an alert instead."""
     fsync, lag, start = (
@@ -69,6 +79,9 @@ def a_cluster(**changed: Mapping[str, str]) -> dict[str, str]:
         'skep_certificate_expires_timestamp_seconds{name="a.example"}': always(7200),
         'skep_certificate_valid_from_timestamp_seconds{name="a.example"}': always(0),
         'skep_certificate_failures{name="a.example"}': always(1),
+        **a_route("a.example", requests=100, errors=4, responses=99),
+        **a_route("rare.example", requests=1.5, errors=0.5, responses=1.2),
+        **a_route("redirect.example", requests=100, errors=0, responses=0),
         'container_memory_working_set_bytes{name="web.1"}': always(50),
         'container_spec_memory_limit_bytes{name="web.1"}': always(100),
         **spread(fsync, 'node="m1"', 100, 0),
@@ -102,6 +115,9 @@ CAUSES: Mapping[str, Mapping[str, str]] = {
     "SkepCertificateNotRenewed": {
         'skep_certificate_expires_timestamp_seconds{name="a.example"}': always(1200)
     },
+    "SkepCertificateMissing": {'skep_certificate_failures{name="new.example"}': always(3)},
+    "SkepRouteErrors": a_route("a.example", requests=100, errors=6, responses=99),
+    "SkepRouteWithoutTask": a_route("a.example", requests=1, errors=1, responses=0),
     "SkepContainerNearMemoryLimit": {'container_memory_working_set_bytes{name="web.1"}': always(97)},
 }
 """What is other than in a well cluster."""

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import ip_network
+from shlex import quote
 from typing import Any, Final
 
 import click
@@ -16,7 +17,10 @@ from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests
 from skep.cli.stack.stack_builds import named_by_content
+from skep.cli.stack.stack_files import GivenFiles
 from skep.errors import NotFound, PermissionDenied, SkepError, Unavailable
+from skep.imports.document import escaped
+from skep.imports.traefik import converted, is_for_traefik
 from skep.model.door.settings import (
     ACCESS_LOG,
     DIRECTORY,
@@ -238,6 +242,93 @@ def status(options: HostOptions, output: OutputOptions) -> None:
             return shown_routes(routes, await proxies_sentence(client), await certificates_of(client))
 
     output.show(fetch)
+
+
+@door.command()
+@click.option(
+    "-c",
+    "--compose-file",
+    "files",
+    multiple=True,
+    metavar="FILE",
+    help="Compose file to read instead of the cluster. Repeat to override.",
+)
+@shows
+@click.pass_obj
+def traefik(options: HostOptions, output: OutputOptions, files: tuple[str, ...]) -> None:
+    """Show routes for services with labels of Traefik.
+
+    Shows the labels of the front door that have the same effect, and the labels of Traefik that have none. Nothing is
+    changed.
+
+    \b
+    Examples:
+      skep door traefik
+      skep door traefik -c compose.yaml
+    """
+
+    async def fetch() -> Shown:
+        if files:
+            return shown_conversions(labels_in(files), is_file=True)
+        async with options.requests() as client:
+            services = await client.get("/services")
+        labels = {str(one["Spec"]["Name"]): one["Spec"].get("Labels") or {} for one in services}
+        return shown_conversions(labels)
+
+    output.show(fetch)
+
+
+def labels_in(files: tuple[str, ...]) -> dict[str, Mapping[str, str]]:
+    """Return the labels of services in Compose files.  Raises: FileProblems, InvalidArgument."""
+    given = GivenFiles(files=files, env_files=(), profiles=(), directory=None, name="traefik")
+    stack, _ = given.read()
+    found = {}
+    for name, one in stack.services.items():
+        container = one.spec.task_template.container_spec
+        # Without Swarm, Traefik reads the labels of containers.
+        found[name] = (
+            one.spec.labels if is_for_traefik(one.spec.labels) or container is None else container.labels
+        )
+    return found
+
+
+def shown_conversions(services: Mapping[str, Mapping[str, str]], *, is_file: bool = False) -> Shown:
+    """Return what the front door can do of the labels for Traefik.
+
+    Args:
+        services: Labels by the name of the service.
+        is_file: Whether the services are in a file, where the reader adds the labels.
+    """
+    found = converted(services)
+
+    def lines(_: Screen) -> Iterator[str]:
+        if not found:
+            yield "No service has labels of Traefik."
+        for name, one in found.items():
+            yield printable(f"{name}:" if one.labels else f"{name}: no route")
+            for label, value in one.labels.items():
+                yield printable(f"  {label}={escaped(value) if is_file else value}")
+            for title, notes in (("not converted", one.refused), ("different", one.differences)):
+                for note in notes:
+                    yield printable(f"  {title}: {note}")
+            if one.labels and not is_file:
+                added = " ".join(
+                    f"--label-add {quote(f'{label}={value}')}" for label, value in one.labels.items()
+                )
+                yield printable(f"  docker service update --force {added} {name}")
+        if is_file and any(one.labels for one in found.values()):
+            yield "Write these labels below deploy.labels of each service."
+
+    rows = [
+        {
+            "Service": name,
+            "Labels": dict(one.labels),
+            "NotConverted": [{"Label": note.path, "Reason": note.text} for note in one.refused],
+            "Different": [{"Label": note.path, "Reason": note.text} for note in one.differences],
+        }
+        for name, one in found.items()
+    ]
+    return Shown(data=rows, rows=rows, lines=lines)
 
 
 async def traffic_of(client: Requests) -> Sequence[Mapping[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.model.networks.tables import TableSplit
 from skep.model.values.ids import ContainerId
 from tests.support.networks.mesh_lab import CLIENT, CLIENT_IPV6, MeshLab
 
@@ -73,6 +74,36 @@ async def test_connections_are_spread_evenly_over_all_tasks(lab: MeshLab, node_c
     share = 160 / node_count
     assert len(responses) == node_count
     assert all(abs(count - share) < 5 * (share * (1 - 1 / node_count)) ** 0.5 for count in responses.values())
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+async def test_new_tasks_of_a_staged_update_get_their_share_of_a_published_port(
+    lab: MeshLab, protocol: str
+) -> None:
+    """240 connections to all nodes, with and without the new task; a share differs by five standard deviations."""
+    await spread_tasks(lab, 1, 1, 3)
+    lab.tasks[2].version = 2
+    for percent in (5, 40, 0, 100, 25):
+        lab.split = TableSplit(percent, (2,))
+        await lab.spread()
+        asked = [lab.nodes[number % 3] for number in range(240)]
+        found = Counter([(await lab.ask(node.address, 8080, protocol)).split()[0] for node in asked])
+        share = 240 * percent / 100
+        assert abs(found["t3"] - share) <= 5 * (share * (1 - percent / 100)) ** 0.5, (percent, found)
+        assert percent in (0, 100) or {"t1", "t2"} < found.keys()
+
+
+async def test_an_open_connection_stays_while_the_share_of_new_tasks_changes(lab: MeshLab) -> None:
+    await spread_tasks(lab, 1, 3)
+    lab.tasks[1].version = 2
+    lab.split = TableSplit(0, (2,))
+    await lab.spread()
+    with await lab.in_client(socket.create_connection, (lab.nodes[1].address, 8080), 3) as client:
+        for percent in (0, 50, 100):
+            lab.split = TableSplit(percent, (2,))
+            await lab.spread()
+            client.send(b"still\n")
+            assert (await lab.in_client(client.recv, 1000)).startswith(b"t1 "), percent
 
 
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])

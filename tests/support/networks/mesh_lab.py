@@ -37,6 +37,7 @@ from skep.model.networks.tables import (
     TableNode,
     TablePort,
     TableService,
+    TableSplit,
 )
 from skep.model.values.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId
 from tests.support.networks.reservations import OwnReservations
@@ -75,6 +76,8 @@ class LabTask:
         self.addresses = (f"10.0.0.{number}", *((f"fd00:1::{number}",) if has_ipv6 else ()))
         self.netns = node.lab.places.path(name)
         self.is_serving = True
+        self.version = 0
+        """The version of the service's spec."""
         self._servers: list[Any] = []
 
     def endpoint(self) -> TableEndpoint:
@@ -85,6 +88,7 @@ class LabTask:
             addresses=self.addresses,
             is_running=True,
             is_serving=self.is_serving,
+            version=self.version,
         )
 
     async def serve(self, port: int = 80) -> None:
@@ -202,6 +206,8 @@ class MeshLab:
         """Whether tasks that are added from now on have a default route for IPv6."""
         self.places = Namespaces(root / "ns")
         self.ports: tuple[TablePort, ...] = ()
+        self.split: TableSplit | None = None
+        """Share of the new tasks during a staged update."""
         self.tasks: list[LabTask] = []
         self.nodes = [LabNode(self, number) for number in range(1, node_count + 1)]
         self.known = list(self.nodes)
@@ -219,7 +225,7 @@ class MeshLab:
                 for node in self.known
             },
             endpoints={TaskId(task.name): task.endpoint() for task in self.tasks},
-            services={SERVICE: TableService(id=SERVICE, name="web", ports=self.ports)},
+            services={SERVICE: TableService(id=SERVICE, name="web", ports=self.ports, split=self.split)},
         )
 
     def publish(self, *ports: tuple[str, int, int], **options: Any) -> None:

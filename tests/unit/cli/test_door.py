@@ -1,11 +1,14 @@
 """``skep door status`` in words, and the labels that ``skep service expose`` and ``hide`` write."""
 
+import json
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from skep.api.client.requests import Requests
 from skep.cli.apps.service import exposed, hidden
@@ -15,8 +18,10 @@ from skep.cli.cluster.door import (
     require_administrator,
     route_notes,
     service_spec,
+    shown_conversions,
     shown_routes,
 )
+from skep.cli.main import main
 from skep.cli.output import Screen
 from skep.errors import NotFound, PermissionDenied
 
@@ -149,6 +154,54 @@ def test_the_proxies_have_the_labels_of_their_options() -> None:
         "skep.door.access-log": "false",
     }
     assert spec["TaskTemplate"]["Placement"] == {"Constraints": ["a==b"]}
+
+
+LABELS = {
+    "traefik.http.routers.w.rule": "Host(`a.example`)",
+    "traefik.http.routers.w.middlewares": "h",
+    "traefik.http.middlewares.h.headers.customresponseheaders.X-A": "$1 b",
+    "traefik.http.services.w.loadbalancer.server.port": "8080",
+    "traefik.http.services.w.loadbalancer.healthcheck.path": "/",
+}
+
+
+def test_routes_for_labels_of_traefik_are_shown_with_the_command_that_adds_them() -> None:
+    refused = {"traefik.http.routers.x.rule": "Path(`/x`)"}
+    lines = list(shown_conversions({"web": LABELS, "odd": refused, "other": {}}).lines(Screen()))
+    assert lines[0] == "odd: no route"
+    assert lines[1].startswith(
+        "  not converted: traefik.http.routers.x.rule: Path: it matches one path alone"
+    )
+    assert lines[2:7] == [
+        "web:",
+        "  skep.http=a.example",
+        "  skep.http.port=8080",
+        "  skep.http.response-header.X-A=$1 b",
+        "  skep.http.tls=off",
+    ]
+    assert lines[7].startswith("  not converted: traefik.http.services.w.loadbalancer.healthcheck.path: ")
+    assert lines[8] == (
+        "  docker service update --force --label-add skep.http=a.example --label-add skep.http.port=8080 "
+        "--label-add 'skep.http.response-header.X-A=$1 b' --label-add skep.http.tls=off web"
+    )
+    assert list(shown_conversions({}).lines(Screen())) == ["No service has labels of Traefik."]
+
+
+def test_labels_for_traefik_in_a_file_are_those_of_services_or_else_of_containers(tmp_path: Path) -> None:
+    rule = {"traefik.http.routers.o.rule": "Host(`o.example`)"}
+    services = {
+        "web": {"image": "x:1", "deploy": {"labels": LABELS | {"port": "${PORT:-1}"}}, "labels": rule}
+    }
+    services["old"] = {"image": "x:1", "labels": rule}
+    file = tmp_path / "compose.yaml"
+    file.write_text(json.dumps({"services": services}).replace("$1", "$$1"))  # JSON is YAML
+    lines = CliRunner().invoke(main, ["door", "traefik", "-c", str(file)]).output.splitlines()
+    assert lines[:2] == ["old:", "  skep.http=o.example"]
+    assert "  skep.http.response-header.X-A=$$1 b" in lines[lines.index("web:") :]
+    assert lines[-1] == "Write these labels below deploy.labels of each service."
+    rows = json.loads(CliRunner().invoke(main, ["door", "traefik", "-c", str(file), "-o", "json"]).output)
+    assert [row["Service"] for row in rows] == ["old", "web"]
+    assert rows[1]["NotConverted"][0]["Label"].endswith("healthcheck.path")
 
 
 class _Api(Requests):
