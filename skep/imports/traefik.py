@@ -28,14 +28,17 @@ _HTTP: Final = "traefik.http."
 _PLAIN_ENTRIES: Final = frozenset({"web", "http"})
 _SECURE_ENTRIES: Final = frozenset({"websecure", "https"})
 """Names of entry points at the ports 80 and 443 in Traefik's documentation.  The names are the user's choice."""
-_NEEDLESS: Final = {
-    "traefik.enable": "",
-    "traefik.docker.network": "",
-    "traefik.swarm.network": "",
-    "traefik.docker.lbswarm": "",
-    "traefik.swarm.lbswarm": "",
-}
-"""Labels for Traefik itself, which the front door does not need: it has its own network."""
+_NEEDLESS: Final = frozenset(
+    {
+        "traefik.enable",
+        "traefik.constraint-label",
+        "traefik.docker.network",
+        "traefik.swarm.network",
+        "traefik.docker.lbswarm",
+        "traefik.swarm.lbswarm",
+    }
+)
+"""Labels that tell Traefik where to look.  The front door has its own network and follows labels of its own."""
 _ROUTER_OPTIONS: Final = {
     "tls.options": "the front door accepts TLS 1.2 and later",
     "tls.domains": "a certificate is ordered for each host. A wildcard needs a route like *.example.com",
@@ -197,11 +200,6 @@ class _Cluster:
         prefix = f"{_HTTP}{kind}.{name}"
         if kind == "middlewares":
             section = self._middlewares.setdefault(name, _Section(owner=owner, prefix=prefix))
-            if section.owner != owner:
-                self._refuse(
-                    owner, f"{prefix}.{option}", f"service {section.owner} has a middleware of this name"
-                )
-                return
         else:
             sections = self._routers if kind == "routers" else self._services
             section = sections.setdefault((owner, name), _Section(owner=owner, prefix=prefix))
@@ -209,7 +207,10 @@ class _Cluster:
         words = option.split(".")
         keeps = kind == "middlewares" and len(words) == 3 and words[1].lower().startswith("custom")
         key = f"{words[0].lower()}.{words[1].lower()}.{words[2]}" if keeps else option.lower()
-        section.options[key] = value
+        if section.options.setdefault(key, value) != value:
+            self._refuse(
+                owner, f"{prefix}.{option}", f"service {section.owner} has this label with another value"
+            )
 
     # -- routers -----------------------------------------------------------------------------------------------------
 
@@ -282,7 +283,7 @@ class _Cluster:
                 )
                 return None
             known.is_used = True
-            found = effects_of(known.options, [one.path for one in addresses])
+            found = effects_of(known.options, addresses)
             for option, reason in found.refused.items():
                 self._refuse(owner, known.label(option), reason)
             for option, text in found.differences.items():
@@ -294,7 +295,7 @@ class _Cluster:
         return made
 
     def _chained(self, names: Sequence[str]) -> Iterator[str]:
-        """Yield the middlewares, with those of chains in their place.  A chain never contains itself twice."""
+        """Yield the middlewares, with the members of a chain in its place.  A chain in itself has no members."""
         pending, seen = [*reversed(names)], set[str]()
         while pending:
             name = pending.pop()
@@ -354,8 +355,7 @@ class _Cluster:
     def _without_twins(self, routers: Sequence[_Router]) -> list[_Router]:
         """Return the routers, each address once.
 
-        A host often has a router for HTTPS and a second one that redirects to it.  The front door does both with one
-        route.
+        A host often has a router for HTTPS, and another router to redirect to it.  One route does both.
         """
         taken: dict[RuleAddress, _Router] = {}
         for one in sorted(routers, key=lambda one: (not one.is_secure, -one.priority, one.owner, one.name)):

@@ -1,6 +1,6 @@
 """Converts Traefik's middlewares to options of a route.  Pure.
 
-Source: doc.traefik.io, HTTP middlewares of Traefik 2.11 and 3; their security headers are those of unrolled/secure.
+Source: doc.traefik.io, HTTP middlewares of Traefik 2.11 and 3; github.com/unrolled/secure for security headers.
 """
 
 import re
@@ -9,6 +9,7 @@ from typing import Final
 
 import msgspec
 
+from skep.imports.traefik_rules import RuleAddress
 from skep.model.values.times import SECOND_NS, duration_ns
 
 _GUARD: Final = "the front door does not check users. Let the service do it"
@@ -55,7 +56,7 @@ _VALUE_HEADERS: Final = {
 }
 """Options whose value is a header of the response.  They override the switches."""
 _STS: Final = ("stsseconds", "stsincludesubdomains", "stspreload", "forcestsheader")
-_SITE: Final = re.compile(r"\^?https\??://(?:[A-Za-z0-9.-]|\\\.)+/\(\.[*+]\)\$?")
+_SITE: Final = re.compile(r"\^?https\??://((?:[A-Za-z0-9.-]|\\\.)+)/\(\.[*+]\)\$?")
 _TARGET: Final = re.compile(r"(https?://[A-Za-z0-9.-]+(?::[0-9]+)?)/(?:\$1|\$\{1\})")
 
 
@@ -87,19 +88,19 @@ class MiddlewareEffects(msgspec.Struct, kw_only=True):
         self.is_blocking = True
 
 
-def effects_of(options: Mapping[str, str], paths: Sequence[str]) -> MiddlewareEffects:
+def effects_of(options: Mapping[str, str], addresses: Sequence[RuleAddress]) -> MiddlewareEffects:
     """Return what a middleware does.
 
     Args:
         options: The ends of its labels with their values, for example ``compress`` and ``true``.
-        paths: Paths of the router's addresses.
+        addresses: Hosts and paths of the router.
     """
     made = MiddlewareEffects()
     kinds = sorted({option.partition(".")[0] for option in options})
     for kind in kinds:
         own = {option.partition(".")[2]: value for option, value in options.items() if _is_of(option, kind)}
         if kind in _CONVERTERS:
-            _CONVERTERS[kind](kind, own, paths, made)
+            _CONVERTERS[kind](kind, own, addresses, made)
             continue
         for option in own:
             label = _joined(kind, option)
@@ -127,7 +128,9 @@ def _is_true(text: str) -> bool:
     return text.lower() in ("true", "1", "t")
 
 
-def _redirect_scheme(kind: str, own: dict[str, str], _: Sequence[str], made: MiddlewareEffects) -> None:
+def _redirect_scheme(
+    kind: str, own: dict[str, str], _: Sequence[RuleAddress], made: MiddlewareEffects
+) -> None:
     scheme, port = own.pop("scheme", ""), own.pop("port", "443")
     permanent = own.pop("permanent", "false")
     if scheme.lower() != "https" or port not in ("", "443"):
@@ -139,21 +142,33 @@ def _redirect_scheme(kind: str, own: dict[str, str], _: Sequence[str], made: Mid
     _refuse_rest(kind, own, made)
 
 
-def _redirect_site(kind: str, own: dict[str, str], _: Sequence[str], made: MiddlewareEffects) -> None:
+def _redirect_site(
+    kind: str, own: dict[str, str], addresses: Sequence[RuleAddress], made: MiddlewareEffects
+) -> None:
     """Convert the redirect of a whole site, as from ``www``."""
-    regex, target = own.pop("regex", ""), _TARGET.fullmatch(own.pop("replacement", ""))
+    site, target = _SITE.fullmatch(own.pop("regex", "")), _TARGET.fullmatch(own.pop("replacement", ""))
     permanent = own.pop("permanent", "false")
-    if target is None or _SITE.fullmatch(regex) is None:
-        reason = "only a redirect of a whole site can be converted, as from ^https?://a.example/(.*) to https://b.example/$1"
+    if site is None or target is None:
+        example = "^https?://a.example/(.*) to https://b.example/$1"
+        reason = f"only a redirect of a whole site can be converted, as from {example}"
         made.block(_joined(kind, "regex"), reason)
         return
+    host = site[1].replace("\\", "").lower()
+    if {one.host for one in addresses} != {host}:
+        made.block(
+            _joined(kind, "regex"), f"all requests of a route are redirected. Write a router for {host} alone"
+        )
+        return
     made.redirect = target[1]
-    text = "all requests of the route are redirected, also those for other hosts"
-    made.differences[_joined(kind, "regex")] = text if _is_true(permanent) else f"{text}, permanently (308)"
+    if not _is_true(permanent):
+        made.differences[_joined(kind, "regex")] = "the redirect is permanent (308) and not temporary"
     _refuse_rest(kind, own, made)
 
 
-def _strip_prefix(kind: str, own: dict[str, str], paths: Sequence[str], made: MiddlewareEffects) -> None:
+def _strip_prefix(
+    kind: str, own: dict[str, str], addresses: Sequence[RuleAddress], made: MiddlewareEffects
+) -> None:
+    paths = [one.path for one in addresses]
     prefixes = {one.rstrip("/") for one in listed(own.pop("prefixes", ""))}
     if not paths or not all(path and path in prefixes for path in paths):
         reason = "the front door strips the path of the route. Write each prefix as PathPrefix in the rule"
@@ -169,7 +184,7 @@ def _strip_prefix(kind: str, own: dict[str, str], paths: Sequence[str], made: Mi
     _refuse_rest(kind, own, made)
 
 
-def _headers(kind: str, own: dict[str, str], _: Sequence[str], made: MiddlewareEffects) -> None:
+def _headers(kind: str, own: dict[str, str], _: Sequence[RuleAddress], made: MiddlewareEffects) -> None:
     for option, value in sorted(own.items()):
         direction, _, name = option.partition(".")
         if direction in ("customrequestheaders", "customresponseheaders") and name:
@@ -192,7 +207,7 @@ def _headers(kind: str, own: dict[str, str], _: Sequence[str], made: MiddlewareE
         made.options["response-header.Strict-Transport-Security"] = "; ".join(words)
 
 
-def _rate_limit(kind: str, own: dict[str, str], _: Sequence[str], made: MiddlewareEffects) -> None:
+def _rate_limit(kind: str, own: dict[str, str], _: Sequence[RuleAddress], made: MiddlewareEffects) -> None:
     average, period, burst = own.pop("average", "0"), own.pop("period", "1s"), own.pop("burst", "1")
     # Without a unit, Traefik reads a period as seconds.
     length = duration_ns(f"{period}s" if period.isdigit() else period)
@@ -208,7 +223,7 @@ def _rate_limit(kind: str, own: dict[str, str], _: Sequence[str], made: Middlewa
     _refuse_rest(kind, own, made, "clients differ by their address")
 
 
-def _allow(kind: str, own: dict[str, str], _: Sequence[str], made: MiddlewareEffects) -> None:
+def _allow(kind: str, own: dict[str, str], _: Sequence[RuleAddress], made: MiddlewareEffects) -> None:
     ranges = listed(own.pop("sourcerange", ""))
     for option in own:
         made.block(
@@ -219,13 +234,13 @@ def _allow(kind: str, own: dict[str, str], _: Sequence[str], made: MiddlewareEff
     made.options["allow"] = ",".join(ranges)
 
 
-def _compress(kind: str, own: dict[str, str], _: Sequence[str], made: MiddlewareEffects) -> None:
+def _compress(kind: str, own: dict[str, str], _: Sequence[RuleAddress], made: MiddlewareEffects) -> None:
     if own.pop("", "true").lower() != "false":
         made.options["compress"] = "true"
     _refuse_rest(kind, own, made, "text of any size is compressed with gzip")
 
 
-def _buffering(kind: str, own: dict[str, str], _: Sequence[str], made: MiddlewareEffects) -> None:
+def _buffering(kind: str, own: dict[str, str], _: Sequence[RuleAddress], made: MiddlewareEffects) -> None:
     most = own.pop("maxrequestbodybytes", "0")
     if most.isdigit() and int(most):
         made.options["max-body"] = most
@@ -240,7 +255,9 @@ def _refuse_rest(
     made.refused |= {_joined(kind, option): reason for option in own}
 
 
-_CONVERTERS: Final[Mapping[str, Callable[[str, dict[str, str], Sequence[str], MiddlewareEffects], None]]] = {
+_CONVERTERS: Final[
+    Mapping[str, Callable[[str, dict[str, str], Sequence[RuleAddress], MiddlewareEffects], None]]
+] = {
     "buffering": _buffering,
     "compress": _compress,
     "headers": _headers,

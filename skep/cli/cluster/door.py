@@ -21,6 +21,7 @@ from skep.cli.stack.stack_files import GivenFiles
 from skep.errors import NotFound, PermissionDenied, SkepError, Unavailable
 from skep.imports.document import escaped
 from skep.imports.traefik import converted, is_for_traefik
+from skep.model.door.routes import routes_of
 from skep.model.door.settings import (
     ACCESS_LOG,
     DIRECTORY,
@@ -316,8 +317,11 @@ def shown_conversions(services: Mapping[str, Mapping[str, str]], *, is_file: boo
                     f"--label-add {quote(f'{label}={value}')}" for label, value in one.labels.items()
                 )
                 yield printable(f"  docker service update --force {added} {name}")
-        if is_file and any(one.labels for one in found.values()):
+        routes = [route for one in found.values() for route in routes_of(one.labels)]
+        if is_file and routes:
             yield "Write these labels below deploy.labels of each service."
+        if any(route.options.tls != "off" for route in routes):
+            yield "Hosts are served without TLS until they have a certificate: skep door acme."
 
     rows = [
         {

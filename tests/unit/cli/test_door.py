@@ -14,6 +14,8 @@ from skep.api.client.requests import Requests
 from skep.cli.apps.service import exposed, hidden
 from skep.cli.cluster.certificate import certificate_problems
 from skep.cli.cluster.door import (
+    BASE,
+    DOCKERFILE,
     proxies_sentence,
     require_administrator,
     route_notes,
@@ -184,6 +186,9 @@ def test_routes_for_labels_of_traefik_are_shown_with_the_command_that_adds_them(
         "  docker service update --force --label-add skep.http=a.example --label-add skep.http.port=8080 "
         "--label-add 'skep.http.response-header.X-A=$1 b' --label-add skep.http.tls=off web"
     )
+    secure = {**LABELS, "traefik.http.routers.w.tls": "true"}
+    assert "skep door acme" in list(shown_conversions({"web": secure}).lines(Screen()))[-1]
+    assert not any("acme" in line for line in lines)
     assert list(shown_conversions({}).lines(Screen())) == ["No service has labels of Traefik."]
 
 
@@ -202,6 +207,11 @@ def test_labels_for_traefik_in_a_file_are_those_of_services_or_else_of_container
     rows = json.loads(CliRunner().invoke(main, ["door", "traefik", "-c", str(file), "-o", "json"]).output)
     assert [row["Service"] for row in rows] == ["old", "web"]
     assert rows[1]["NotConverted"][0]["Label"].endswith("healthcheck.path")
+
+
+def test_the_dockerfile_of_the_tutorial_makes_the_image_of_the_front_door() -> None:
+    file = Path(__file__).parents[3] / "docs/tutorials/front-door/Dockerfile"
+    assert file.read_text() == DOCKERFILE.replace("{base}", BASE)
 
 
 class _Api(Requests):

@@ -303,6 +303,30 @@ def test_middlewares_and_services_may_be_on_other_services() -> None:
     assert "plain" not in found
 
 
+def test_a_middleware_may_be_written_twice_with_the_same_options() -> None:
+    gzip = {f"{ROUTER}.middlewares": "gz", "traefik.http.middlewares.gz.compress": "true"}
+    other = {name.replace("web", "two"): value.replace("a.e", "b.e") for name, value in (BASE | gzip).items()}
+    found = converted({"web": BASE | gzip, "two": other})
+    assert [one.labels["skep.http.compress"] for one in found.values()] == ["true", "true"]
+    assert not any(one.refused for one in found.values())
+    found = converted({"web": BASE | gzip, "two": other | {"traefik.http.middlewares.gz.compress": "false"}})
+    assert "another value" in reasons(found["web"])["traefik.http.middlewares.gz.compress"]
+
+
+def test_a_site_is_redirected_if_its_router_has_no_other_host() -> None:
+    redirect = {
+        f"{ROUTER}.middlewares": "www",
+        "traefik.http.middlewares.www.redirectregex.regex": r"^https?://www\.a\.example/(.*)",
+        "traefik.http.middlewares.www.redirectregex.replacement": "https://a.example/$1",
+        "traefik.http.middlewares.www.redirectregex.permanent": "true",
+    }
+    alone = of(BASE | redirect | {f"{ROUTER}.rule": "Host(`www.a.example`)"})
+    assert alone.labels == SHOWN | {"skep.http": "www.a.example", "skep.http.redirect": "https://a.example"}
+    both = of(BASE | redirect | {f"{ROUTER}.rule": "Host(`a.example`) || Host(`www.a.example`)"})
+    assert both.labels == {}, "a redirect to itself would never end"
+    assert "www.a.example alone" in reasons(both)["traefik.http.middlewares.www.redirectregex.regex"]
+
+
 def test_hosts_of_two_stacks_and_a_router_without_a_rule_are_named() -> None:
     found = converted(
         {
