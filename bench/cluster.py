@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bench.cluster_lab import MANAGERS, RESPONSE_S, WORKERS, ClusterLab, System, answered, engine, until
+from bench.docker_lab import put_engine_first
 from bench.engine import EngineError
 from bench.facts import fsync
 from bench.machine import noise
@@ -334,6 +335,8 @@ def main() -> None:
     failures: list[str] = []
     facts: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory(prefix="skep-five-", dir=options.dir) as directory:
+        if options.engine:
+            put_engine_first(options.engine, Path(directory) / "engine")
         for pair in range(1, options.pairs + 1):
             for system in options.systems if pair % 2 else reversed(options.systems):
                 say(f"--- pair {pair}/{options.pairs}: {system}, after {time.monotonic() - began:.0f} s")
@@ -364,7 +367,7 @@ def main() -> None:
             "values": values,
             "failures": failures,
         },
-        "-cluster",
+        f"-{options.engine}-cluster" if options.engine else "-cluster",
     )
 
 
@@ -391,6 +394,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=3, help="rounds of each system (default 3)")
     parser.add_argument(
         "--dir", default="/var/tmp", help="where the machines keep their state; not on overlayfs"
+    )
+    parser.add_argument(
+        "--engine", default="", help="Debian suite of the Docker Engine, default this machine's"
     )
     parser.add_argument("--systems", type=lambda text: text.split(","), default=list(get_args(System)))
     parser.add_argument(

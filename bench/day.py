@@ -1,4 +1,4 @@
-"""A day in production: ten stacks under load on three managers and five workers, with changes and faults of all kinds.
+"""A fault run: ten stacks under load on three managers and five workers, with changes and faults of all kinds.
 
 Owners update, scale, rotate secrets and run jobs.  Operators rotate the root certificate, replace a worker, and
 upgrade every node from the previous commit (once, in the middle).  Daemons are killed, and machines lose power, hang
@@ -80,7 +80,7 @@ class Report(msgspec.Struct):
         promised = [one for (_, is_promised), one in asked.items() if is_promised]
         count, failed = (sum(getattr(one, name) for one in promised) for name in ("count", "failed"))
         lines = [
-            f"# A day in production: {self.title}",
+            f"# Fault run: {self.title}",
             f"**{self.outcome}**",
             f"{count} promised requests, {failed} failed; {acknowledged} changes were acknowledged.",
             "## What happened",
@@ -365,11 +365,11 @@ def day(directory: Path, minutes: float, rng: random.Random, log: Log, report: R
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="bench.day", description="A day in production.")
+    parser = argparse.ArgumentParser(prog="bench.day", description="A fault run.")
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
     parser.add_argument("--dir", default="/var/tmp", help="where nodes keep their state; not on overlayfs")
-    parser.add_argument("--earlier", default="HEAD~1", help="the commit that the day begins with")
+    parser.add_argument("--earlier", default="HEAD~1", help="the commit that the run begins with")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "big")
     RESULTS.mkdir(exist_ok=True)

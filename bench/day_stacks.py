@@ -1,4 +1,4 @@
-"""Ten stacks of a day in production: the operations of their owners, and constant requests of their customers.
+"""Ten stacks of a fault run: the operations of their owners, and constant requests of their customers.
 
 Every stack has a published service and one behind it on a separate network, which is encrypted in every second stack.
 It also has a secret, volumes and a health check.  Owners deploy with ``skep stack deploy``.  Acknowledged changes are

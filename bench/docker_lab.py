@@ -51,7 +51,7 @@ class DockerLab:
     def up(self, archive: bytes, image: str) -> None:
         """Start dockerd, load ``archive`` and initialize the swarm.  Raises TimeoutError after 60 s."""
         self.down()
-        dockerd = shutil.which("dockerd", path="/usr/sbin:/usr/bin:/sbin:/bin")
+        dockerd = found_dockerd()
         if dockerd is None:
             raise SystemExit("no dockerd found: apt-get install docker.io, then run the benchmark again")
         for part in ("etc", "root", "run"):
@@ -111,6 +111,18 @@ class DockerLab:
             return True
 
         _wait_for(answers, 60)
+
+
+def found_dockerd() -> str | None:
+    """Return the path of dockerd: the one that ``put_engine_first`` chose, or this machine's."""
+    return shutil.which("dockerd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/bin:/sbin:/bin")
+
+
+def put_engine_first(suite: str, directory: Path) -> None:
+    """Use the Docker Engine of a Debian suite from now on (``setup/engine.sh``).  Its command is in ``directory``."""
+    script = Path(__file__).parents[1] / "setup/engine.sh"
+    subprocess.run([script, suite, directory], check=True)
+    os.environ["PATH"] = f"{directory}:{os.environ['PATH']}"
 
 
 def _wait_for(condition: Any, timeout_s: float) -> None:

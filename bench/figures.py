@@ -23,6 +23,7 @@ from typing import Protocol, TypeAlias, TypeVar
 
 import msgspec
 
+from bench.docker_lab import found_dockerd
 from bench.machine import is_kept, noise
 from bench.run import BEFORE, commit, result_name, write_result
 from skep import __version__
@@ -192,12 +193,12 @@ def keep(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of both systems on this machine."""
-    dockerd = shutil.which("dockerd", path="/usr/sbin:/usr/bin:/sbin:/bin")
+    """Return the versions of Skep, and of Docker Engine and Podman if this machine has them."""
     found = {"skep": __version__}
-    if dockerd is not None:
-        response = subprocess.run([dockerd, "--version"], check=True, capture_output=True, text=True)
-        found["docker"] = response.stdout.partition(",")[0]
+    for system, path in (("docker", found_dockerd()), ("podman", shutil.which("podman"))):
+        if path is not None:
+            response = subprocess.run([path, "--version"], check=True, capture_output=True, text=True)
+            found[system] = response.stdout.partition(",")[0].strip()
     return found
 
 

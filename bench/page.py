@@ -1,7 +1,8 @@
 """Writes the performance page and every figure that other pages repeat from the kept results: ``make bench-page``.
 
 Each figure comes from the newest result of a quiet machine that has both systems, however few values it has.  No other
-rule selects a result, so a newer and worse figure replaces an older and better one.
+rule selects a result, so a newer and worse figure replaces an older and better one.  Results beside a newer Docker
+Engine (``--engine``) and beside Podman (``bench.single``) have tables of their own.
 
 Pages mark a figure with its key and side, ``<!--task-memory.skep-->0.37 MiB<!---->``, or a whole table with a pair of
 comments. The text between the marks is written here.
@@ -27,6 +28,10 @@ WANTED: Final = 7
 WIDTH: Final = 120
 """Columns of a page's prose."""
 UNKNOWN: Final = "not recorded"
+NEWER_ENGINE: Final = 23
+"""First major version of Docker Engine after 20.10.  Figures beside it are no newer results of those beside 20.10."""
+ALONE: Final = ("start", "exec", "removal")
+"""What ``bench.single`` measures of one container."""
 _MACHINE = re.compile(r"^(\d+ processors), Linux (\S+?)\.(?:\s|$)", re.MULTILINE)
 _INLINE = re.compile(r"<!--([a-z0-9-]+)\.(docker|skep|ratio)-->.*?<!---->")
 _BLOCK = re.compile(r"(<!-- ([a-z-]+): written by make bench-page -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -54,13 +59,13 @@ FIGURES: Final = (
     Wanted("worker-memory", "idle worker: memory", "idle worker, memory (PSS), MiB", "MiB"),
     Wanted("create-request", "request to create a service", "POST /services/create, ms p50", "ms", True),
     Wanted("single-memory", "single manager without tasks: memory", "memory idle, MiB", "MiB"),
-    Wanted("build", "build of ten steps with BuildKit", "BuildKit, ten steps, docker command, s", "s", True),
+    Wanted("build", "build of ten steps with BuildKit", "BuildKit, ten steps, docker command, s", "s"),
     Wanted(
         "stream",
         "one TCP stream on an overlay",
         "between whole nodes, one TCP stream, Gbit/s: overlay beside Docker's",
         "Gbit/s",
-        True,
+        False,
         ("Docker's overlay", "overlay"),
         True,
     ),
@@ -90,7 +95,6 @@ FIGURES: Final = (
         "rolling update of 10 tasks, 2 at a time",
         "rolling update, stop-first: all new tasks run, s",
         "s",
-        True,
     ),
     Wanted("crash", "task crashed: its replacement runs", "crash to replacement, s", "s"),
     Wanted(
@@ -103,9 +107,7 @@ FIGURES: Final = (
     Wanted(
         "leader-write", "leader lost: first write accepted", "leader lost: first write accepted, s", "s", True
     ),
-    Wanted(
-        "leader-tasks", "leader lost: its tasks replaced", "leader lost: its tasks replaced, s", "s", True
-    ),
+    Wanted("leader-tasks", "leader lost: its tasks replaced", "leader lost: its tasks replaced, s", "s"),
 )
 
 
@@ -122,6 +124,16 @@ class Result(msgspec.Struct, frozen=True):
     """Values by metric and system."""
     busy: Mapping[str, float]
     """Share of the machine that was busy with other work, by metric."""
+
+    def version(self, system: str) -> str:
+        """Return a system's version without its name, or an empty text."""
+        return re.sub(r"^\D+", "", self.versions.get(system, ""))
+
+    @property
+    def is_of_newer_engine(self) -> bool:
+        """Return whether Docker's side is a newer engine than 20.10.  Results without a version are of 20.10."""
+        major = self.version("docker").partition(".")[0]
+        return major.isdecimal() and int(major) >= NEWER_ENGINE
 
 
 class Figure(msgspec.Struct, frozen=True):
@@ -187,11 +199,16 @@ def figures(results: Sequence[Result]) -> list[Figure]:
     return sorted(found, key=lambda one: -one.ratio)
 
 
-def page(found: Sequence[Figure], fault_run: str) -> str:
-    """Return the performance page."""
+def page(found: Sequence[Figure], fault_run: str, newer: Sequence[Figure] = (), alone: str = "") -> str:
+    """Return the performance page.
+
+    Args:
+        newer: figures beside a newer Docker Engine.
+        alone: the section on one container, with Podman.
+    """
     few = sum(one.n < WANTED for one in found)
     lost = sum(one.ratio > 1 for one in found)
-    used = _used(found)
+    used = _used([*found, *newer])
     return "\n".join(
         [
             "# Performance",
@@ -210,12 +227,14 @@ def page(found: Sequence[Figure], fault_run: str) -> str:
                 "For a throughput it is the inverse, so above 1 Skep always loses. Memory is the proportional set",
                 "size of all daemons, etcd included.",
             ),
-            *table(found),
+            *table(found, used),
             "",
             _paragraph(
                 f"{few} of {len(found)} figures have fewer than {WANTED} values of each system. Read those as an",
                 "order of magnitude.",
             ),
+            *_newer_section(newer, used),
+            *((alone, "") if alone else ()),
             "## Fault run",
             "",
             _paragraph(fault_run.rstrip(), "Eight nodes ran ten stacks under load, with an upgrade."),
@@ -243,9 +262,53 @@ def _paragraph(*parts: str) -> str:
     return text + "\n"
 
 
-def table(found: Sequence[Figure]) -> Iterator[str]:
-    """Yield the lines of the page's table."""
-    number = {one.name: number for number, one in enumerate(_used(found), 1)}
+def _newer_section(newer: Sequence[Figure], used: Sequence[Result]) -> Iterator[str]:
+    if newer:
+        versions = " and ".join(sorted({one.result.version("docker") for one in newer}))
+        yield "## Beside a newer Docker Engine"
+        yield ""
+        yield _paragraph(
+            f"The same measurements beside Docker Engine {versions}, in a root file system of its own:"
+        )
+        yield from table(newer, used)
+        yield ""
+
+
+def alone_section(results: Sequence[Result]) -> str:
+    """Return the section on one container, or nothing without a result of a quiet machine that has Podman."""
+    for one in reversed(results):
+        rows = {what: one.values.get(f"{what} of one container, s", {}) for what in ALONE}
+        if all(
+            "podman" in sides and one.busy[f"{what} of one container, s"] <= BUSY
+            for what, sides in rows.items()
+        ):
+            break
+    else:
+        return ""
+    lines = [
+        "## One container",
+        "",
+        _paragraph(
+            "A container is started, gets a command, and is removed, each with the system's own command on the same",
+            f"image. Podman is {one.version('podman')}, the Docker Engine {one.version('docker')}, with n =",
+            f"{min(len(values) for sides in rows.values() for values in sides.values())}",
+            f"([`{one.name}`](../../bench/results/{one.name}.md)).",
+        ),
+        "| one container | Docker Engine | Podman | Skep |",
+        "|---|---|---|---|",
+    ]
+    for what, sides in rows.items():
+        best = min(median(values) for values in sides.values())
+        cells = (
+            _bold(median(sides[side]) == best, sides[side], "s") for side in ("docker", "podman", "skep")
+        )
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join((*lines, ""))
+
+
+def table(found: Sequence[Figure], used: Sequence[Result] = ()) -> Iterator[str]:
+    """Yield the lines of a table.  Results are numbered as in ``used``, or among themselves."""
+    number = {one.name: number for number, one in enumerate(used or _used(found), 1)}
     yield "| figure | Docker Swarm | Skep | ratio | n | result |"
     yield "|---|---|---|---|---|---|"
     for one in found:
@@ -266,9 +329,7 @@ def _bold(is_better: bool, values: Sequence[float], unit: str) -> str:
 
 
 def _result_cells(one: Result) -> str:
-    docker, skep = (
-        re.sub(r"^\D+", "", one.versions.get(system, "")) or UNKNOWN for system in ("docker", "skep")
-    )
+    docker, skep = (one.version(system) or UNKNOWN for system in ("docker", "skep"))
     link = f"[`{one.name}`](../../bench/results/{one.name}.md)"
     cells = (link, one.date, f"`{one.commit}`", one.processors, one.kernel, docker, skep)
     return " | ".join(cells)
@@ -329,14 +390,14 @@ def marked_pages() -> list[Path]:
 
 def written() -> dict[Path, str]:
     """Return the performance page and all marked pages as they should be."""
-    found = figures(kept_results())
+    results = kept_results()
+    found = figures([one for one in results if not one.is_of_newer_engine])
+    newer = figures([one for one in results if one.is_of_newer_engine])
     newest = sorted(RESULTS.glob("day-*.md"))[-1]
-    blocks = {
-        "figures": readme_table(found),
-        "fault-run": fault_run_text(newest.stem, newest.read_text(), ""),
-    }
+    blocks = {"figures": f"{readme_table(found)}\n{fault_run_text(newest.stem, newest.read_text(), '')}"}
     texts = {one: filled(one.read_text(), found, blocks) for one in marked_pages()}
-    return texts | {PAGE: page(found, fault_run_text(newest.stem, newest.read_text(), "../../"))}
+    told = fault_run_text(newest.stem, newest.read_text(), "../../")
+    return texts | {PAGE: page(found, told, newer, alone_section(results))}
 
 
 def main() -> None:

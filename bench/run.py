@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from bench.docker_lab import DockerLab
+from bench.docker_lab import DockerLab, put_engine_first
 from bench.facts import facts
 from bench.machine import is_kept, noise
 from bench.report import document
@@ -37,6 +37,8 @@ def main() -> None:
     options = _options()
     archive = asyncio.run(busybox_archive())
     with tempfile.TemporaryDirectory(prefix="skep-bench-", dir=options.dir) as directory:
+        if options.engine:
+            put_engine_first(options.engine, Path(directory) / "engine")
         labs: list[DockerLab | SkepLab] = [
             DockerLab(Path(directory) / "docker"),
             SkepLab(Path(directory) / "skep"),
@@ -57,7 +59,7 @@ def main() -> None:
         finally:
             for lab in labs:
                 lab.down()
-    keep(result, "-commits" if options.beside else "")
+    keep(result, "-commits" if options.beside else f"-{options.engine}" if options.engine else "")
 
 
 def _measure(labs: list[Any], options: argparse.Namespace, begin: Callable[[Any], None]) -> dict[str, Any]:
@@ -195,6 +197,9 @@ def _options() -> argparse.Namespace:
         type=lambda text: text.split(","),
         default=list(SCENARIOS),
         help=f"comma-separated: {', '.join(SCENARIOS)}",
+    )
+    parser.add_argument(
+        "--engine", default="", help="Debian suite of the Docker Engine, default this machine's"
     )
     parser.add_argument("--beside", type=Path, help="a clone of an earlier commit, with its .venv")
     options = parser.parse_args()

@@ -92,6 +92,16 @@ checked() {
         fail "the checksum of $1 is wrong. Nothing was changed" "download it again, or tell who serves $from"
 }
 
+# next_step: says what to do with an installed node.
+next_step() {
+    say "to make a cluster of several machines from one that reaches them by ssh: skep up root@FIRST root@SECOND ..."
+    if has docker; then
+        say "to begin with this machine alone: skep swarm init"
+    else
+        say "to begin with this machine alone, install the docker command (docker-cli or docker.io), then: skep swarm init"
+    fi
+}
+
 with_apt() {
     case $(dpkg --print-architecture) in
     amd64 | arm64) architecture=$(dpkg --print-architecture) ;;
@@ -115,9 +125,10 @@ with_apt() {
     cmp -s "$work/list" "$source" || install -D -m 644 "$work/list" "$source"
     apt-get -q update -o Dir::Etc::SourceList="$source" -o Dir::Etc::SourceParts=/dev/null -o APT::Get::List-Cleanup=false \
         -o APT::Update::Error-Mode=any >/dev/null || fail "apt cannot read $archive (above)"
-    DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends "skep=$version" ||
+    DEBIAN_FRONTEND=noninteractive apt-get -q -y install "skep=$version" ||
         fail "apt cannot install skep $version (above)" "apt-get update, then run this script again"
     say "$(skep --version) is installed by apt"
+    next_step
 }
 
 with_tarball() {
@@ -158,6 +169,7 @@ with_tarball() {
         say "there is no systemd here: start the node with skep daemon"
     fi
     say "$(/usr/local/bin/skep --version) is installed in $place"
+    next_step
 }
 
 # uninstall: keeps data and settings, as apt remove does.

@@ -39,8 +39,10 @@ until port=$(sed -n 's/.* port \([0-9]*\) .*/\1/p' "$place/server") && [ -n "$po
 done
 
 inside() {
+    local began=$SECONDS
     say "$suite: $1"
     run_inside "$machine" "$1" /root </dev/null || fail "$suite: $1 failed"
+    say "$suite: it took $((SECONDS - began)) s"
 }
 install="sh install.sh --from http://127.0.0.1:$port"
 inside "$install --no-apt && $install --no-apt"

@@ -1,12 +1,13 @@
 #!/bin/bash
-# Boots a machine's directory with its own systemd: boot.sh DIRECTORY NAME.  Runs until the machine ends.  Send SIGKILL
-# to its first process to end it.
+# Boots a machine's directory with its own systemd: boot.sh DIRECTORY NAME [ADDRESS].  Runs until the machine ends.  Send
+# SIGKILL to its first process to end it.
 # The machine shares only the kernel.  It has its own mounts, processes, host name, network (one address, not connected to
 # the outside), and a part of each cgroup hierarchy, called NAME.
 set -euo pipefail
 
 machine=$1
 name=$2
+address=${3:-198.51.100.7}
 for hierarchy in /sys/fs/cgroup $(find /sys/fs/cgroup -mindepth 1 -maxdepth 1 -type d); do
     [ -e "$hierarchy/cgroup.procs" ] && mountpoint -q "$hierarchy" || continue
     mkdir -p "$hierarchy/$name"
@@ -54,7 +55,7 @@ exec unshare --mount --pid --fork --kill-child --net --uts --ipc --cgroup sh -eu
     hostname "$2"
     ip link set lo up
     ip link add eth0 type veth peer name eth1
-    ip address add 198.51.100.7/24 dev eth0
+    ip address add "$3/24" dev eth0
     ip link set eth0 up
     ip link set eth1 up
     ip route add default via 198.51.100.1 dev eth0
@@ -62,4 +63,4 @@ exec unshare --mount --pid --fork --kill-child --net --uts --ipc --cgroup sh -eu
     # systemd 256 and later refuse hierarchies of version 1 unless told.
     exec chroot . env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=other SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1 \
         sh -c "umount -l /mnt; exec /lib/systemd/systemd --show-status=no --unit=multi-user.target"
-' sh "$machine" "$name"
+' sh "$machine" "$name" "$address"

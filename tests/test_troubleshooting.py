@@ -29,6 +29,18 @@ def entries(section: str) -> dict[str, str]:
     return dict(zip(found[::2], found[1::2], strict=True))
 
 
+def test_the_table_of_symptoms_leads_to_every_entry_about_one() -> None:
+    page = PAGE.read_text()
+    table = page[page.index("## Find your symptom") : page.index("## Services and tasks")]
+    linked = set(re.findall(r"\]\(#([^)]+)\)", table))
+    symptoms = page[page.index("## Services and tasks") : page.index("## Node conditions")]
+    entries = {
+        re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-")
+        for one in re.findall(r"^### (.*)$", symptoms, re.M)
+    }
+    assert linked == entries | {"node-conditions", "alerts"}
+
+
 def test_every_alert_has_its_entry() -> None:
     assert list(entries("Alerts")) == [rule["alert"] for rule in packaged()]
 

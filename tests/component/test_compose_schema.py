@@ -112,10 +112,10 @@ CANDIDATES: tuple[Any, ...] = (
     "1", "true", "1s", "a", "/a", "A=b", "a:b", "0.5", "0-1", "80", "s", "other", "1.2.3.4", "10.9.0.0/24", "a:1.2.3.4",
     "none", "host", "global", "dnsrr", "rollback", "start-first", "pause", "on-failure", "service_healthy", "udp",
     "no-new-privileges:true", "linux/arm64", "c 1:3 rwm", "rslave", "disabled", "64m", "0400", "/dev/a:/dev/b", "r",
-    "CMD", "false", "127.0.0.1", "gpu", "always", "z", {"kind": "gpu", "value": "2"},
+    "NONE", "false", "127.0.0.1", "gpu", "always", "z", "v", "c", "tmpfs", {"kind": "gpu", "value": "2"},
 )  # fmt: skip
 """Values, of which each key takes some."""
-NEW_SUFFIX: dict[str, dict[str, Any]] = {
+CONTENTS: dict[str, dict[str, Any]] = {
     "services": {"image": "w"},
     "secrets": {"file": "f"},
     "configs": {"file": "f"},
@@ -125,24 +125,24 @@ NEW_SUFFIX: dict[str, dict[str, Any]] = {
     "services.devices[]": {"source": "/dev/a"},
     "services.gpus[]": {"capabilities": ["gpu"]},
     "services.healthcheck": {"test": "a"},
-    "services.healthcheck.disable": {},
     "services.volumes[]": {"type": "volume", "source": "v", "target": "/t"},
-    "services.volumes[].bind": {"type": "bind", "source": "/v", "target": "/t"},
-    **{
-        f"services.volumes[].bind.{one}": {}
-        for one in ("create_host_path", "propagation", "recursive", "selinux")
-    },
-    "services.volumes[].tmpfs": {"type": "tmpfs", "target": "/t"},
-    "services.volumes[].image": {"type": "image", "source": "i", "target": "/t"},
     "services.ulimits.name": {"hard": "5", "soft": "5"},
     "services.deploy.resources.reservations.devices[]": {"capabilities": ["gpu"]},
 }
-"""What stands in a mapping for a key of it to mean something; with a key behind it, for that key."""
+"""What stands in a mapping for a key of it to mean something."""
 for _limit in ("read_bps", "read_iops", "write_bps", "write_iops"):
-    NEW_SUFFIX[f"services.blkio_config.device_{_limit}[]"] = {"path": "/dev/a", "rate": "10"}
+    CONTENTS[f"services.blkio_config.device_{_limit}[]"] = {"path": "/dev/a", "rate": "10"}
+BESIDE: dict[str, dict[str, Any]] = {
+    "services.healthcheck.disable": {},
+    "services.volumes[].type": {"target": "/t"},
+    "services.volumes[].bind": {"type": "bind", "source": "/v", "target": "/t"},
+    "services.volumes[].tmpfs": {"type": "tmpfs", "target": "/t"},
+    "services.volumes[].image": {"type": "image", "source": "i", "target": "/t"},
+}
+"""What stands beside one key in its mapping instead."""
 for _section in ("secrets", "configs"):
     for _source in ("file", "content", "environment", "driver", "external"):
-        NEW_SUFFIX[f"{_section}.{_source}"] = {}
+        BESIDE[f"{_section}.{_source}"] = {}
 JOINED = {"env_file", "label_file", "extends", "profiles"}
 """Keys that are read when files are joined (``skep/stack/compose/loading.py``)."""
 AS_IT_IS = {
@@ -199,7 +199,7 @@ ABSENT = "absent"
 
 
 def beside(path: str, key: str) -> dict[str, Any]:
-    return NEW_SUFFIX.get(f"{path}.{key}", NEW_SUFFIX.get(path, {}))
+    return BESIDE.get(f"{path}.{key}", CONTENTS.get(path, {}))
 
 
 def stack_from(section: str, document: dict[str, Any]) -> tuple[str, ProblemReport]:
@@ -212,7 +212,7 @@ def stack_from(section: str, document: dict[str, Any]) -> tuple[str, ProblemRepo
 def fate_of(section: str, steps: list[str]) -> str:
     """What becomes of a key: it has an ``effect``, one by a label (``skep.devices``), is ``refused`` or ``warned`` of.
 
-    Else it says what is wrong.
+    Else it says what is wrong.  A key that is refused gets one answer for every text, whatever the text says.
     """
     without, report = stack_from(section, document_of(section, steps, ABSENT))
     is_needed = bool(report.problems)
@@ -227,8 +227,8 @@ def fate_of(section: str, steps: list[str]) -> str:
             return ", ".join(labels) or "effect"
         else:
             found = "warned" if report.warnings else found or "dropped without a word"
-    is_refused = any(not text.startswith("expected ") for text in reasons)
-    return found or ("refused" if is_refused else f"takes none of the candidates: {sorted(reasons)}")
+    answers = {text for text in reasons if not text.startswith("expected ")}
+    return found or ("refused" if len(answers) == 1 else f"takes none of the candidates: {sorted(reasons)}")
 
 
 @cache

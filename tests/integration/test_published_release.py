@@ -6,6 +6,7 @@ The real packages are installed by ``make bare-release``.
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -234,7 +235,10 @@ def test_apt_installs_from_the_signed_repository(release: Release, machine: Mach
     for _ in range(2):
         done = machine.install(release)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.endswith(f"skep: skep, version {VERSION} is installed by apt\n")
+        assert f"skep: skep, version {VERSION} is installed by apt\n" in done.stdout
+        assert re.search(
+            r"^skep: to begin with this machine alone.* skep swarm init$", done.stdout, re.MULTILINE
+        )
     assert machine.changes() == [
         "etc/apt/sources.list.d/skep.list",
         "usr/bin/skep",

@@ -57,6 +57,19 @@ def test_the_second_time_is_quick_and_silent() -> None:
     assert time.monotonic() - started < 5
 
 
+def test_the_demo_needs_no_compiler_browser_haproxy_or_sshd() -> None:
+    """Those are set up for the tests (``dev``).  ``make bare`` runs the demo on machines without them."""
+    dry = run("make", "-C", ROOT, "--no-print-directory", "--dry-run", "demo").stdout
+    assert "setup/setup.sh run\n" in dry
+    assert "setup.sh dev" not in dry
+    rows = [line.split("|") for line in (ROOT / "setup/packages.txt").read_text().splitlines() if "|" in line]
+    needed = {words[0].strip() for words in rows if len(words) == 3 and not words[0].startswith("#")}
+    assert {"runc", "conmon", "nft", "ip"} <= needed
+    others = {"haproxy", "sshd", "prometheus", "docker-registry", "debootstrap", "curl", "gpg", "openssl"}
+    assert needed & others == set()
+    assert not any(word in name for name in needed for word in ("gcc", "cc1", "make", "chromium", "browser"))
+
+
 def test_the_etcd_that_was_placed_is_new_enough() -> None:
     binary = Path(sys.prefix) / "libexec" / "skep" / "etcd"
     version = re.search(r"etcd Version: (\d+)\.(\d+)\.(\d+)", run(binary, "--version").stdout)

@@ -1,4 +1,4 @@
-"""What the page of a day in production says, and which requests count as promised."""
+"""What the page of a fault run says, and which requests count as promised."""
 
 from bench.day import Report
 from bench.day_stacks import STACKS, Asked, Customers, a_stack
@@ -29,7 +29,7 @@ def test_the_page_has_the_outcome_what_happened_requests_and_memory() -> None:
     asked = {("scale", True): Asked(10, 1), ("a machine is lost", False): Asked(5, 4)}
     page = report.page(asked, ["00:00:01 scale: web: refused"], 7)
     assert page.startswith(
-        "# A day in production: 4 minutes, seed 1\n\n**It ended early: x**\n\n10 promised requests, 1 failed; 7"
+        "# Fault run: 4 minutes, seed 1\n\n**It ended early: x**\n\n10 promised requests, 1 failed; 7"
     )
     for line in (
         "| scale | 2 | 3.5 s |",

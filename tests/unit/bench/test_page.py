@@ -1,5 +1,8 @@
 """Which result a figure comes from, how rows are ordered, and what is written into pages."""
 
+import re
+
+import msgspec
 import pytest
 
 from bench.page import (
@@ -7,6 +10,7 @@ from bench.page import (
     Figure,
     Result,
     Wanted,
+    alone_section,
     fault_run_text,
     figures,
     filled,
@@ -129,6 +133,28 @@ def test_the_page_says_how_many_figures_are_lost_and_how_many_have_few_values() 
     assert "loses in 1 of 2 figures" in text
     assert "1 of 2 figures have fewer than 7 values" in text
     assert "| `c0ffee` | 2 processors | 6.18 | 26.1 | not recorded |" in text
+
+
+def test_a_newer_engine_has_a_table_of_its_own() -> None:
+    machines = Result("2026-11-20", "d", "c", "2", "6", {"docker": "dockerd 20.10.24+dfsg1"}, {}, {})
+    assert [one.is_of_newer_engine for one in (machines, result("2026-11-27", [], []))] == [False, True]
+    text = page([Figure(STREAM, [1.0], [2.0], machines)], "No request failed.", [measured(WANTED, 2.0, 0.5)])
+    (section,) = re.findall(r"^## Beside a newer Docker Engine\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    assert "Docker Engine 26.1," in section
+    assert "| memory for each task | 2 MiB | **0.5 MiB** | 0.25 | 1 | [2](#results) |" in section
+    assert "newer Docker Engine" not in page([measured(WANTED, 2.0, 0.5)], "No request failed.")
+
+
+def test_one_container_is_compared_with_podman_too() -> None:
+    three = {"docker": [0.5], "podman": [0.4, 0.2], "skep": [0.1]}
+    values = {f"{what} of one container, s": three for what in ("start", "exec", "removal")}
+    versions = {"docker": "Docker version 20.10.24+dfsg1", "podman": "podman version 4.3.1"}
+    one = Result("2026-11-29-single", "d", "c", "2", "6", versions, values, dict.fromkeys(values, 0.0))
+    text = alone_section([one, result("2026-11-30", [1.0], [1.0])])
+    assert "Podman is 4.3.1, the Docker Engine 20.10.24+dfsg1, with n = 1" in " ".join(text.split())
+    assert "| exec | 0.5 s | 0.3 s (0.2 to 0.4) | **0.1 s** |" in text
+    busy = msgspec.structs.replace(one, busy=dict.fromkeys(values, 0.9))
+    assert alone_section([busy]) == alone_section([]) == ""
 
 
 def test_a_fault_run_is_told_with_its_failures() -> None:
