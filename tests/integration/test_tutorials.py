@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.harness.documents import ROOT, shell_blocks
 from tests.support.images.registry_rig import registry_image
-from tests.support.machines.lab import efk_images, shop_images
+from tests.support.machines.lab import door_image, efk_images, shop_images
 from tests.support.machines.playground_rig import SKEP
 from tests.support.machines.plugins import plugin
 
@@ -35,6 +35,11 @@ def _the_lab(directory: Path) -> dict[str, str]:
     return {}
 
 
+def _the_door(directory: Path) -> dict[str, str]:
+    (directory / "door.tar").write_bytes(door_image().data)
+    return {}
+
+
 def _ansible(directory: Path) -> dict[str, str]:
     """Its command and collection of this checkout, as a user's would be installed."""
     (directory / "bin/ansible-playbook").symlink_to(Path(sys.executable).with_name("ansible-playbook"))
@@ -47,6 +52,7 @@ def _ansible(directory: Path) -> dict[str, str]:
 PREPARED: dict[str, Callable[[Path], dict[str, str]]] = {
     "registry.md": _a_registry,
     "lab.md": _the_lab,
+    "front-door.md": _the_door,
     "ansible.md": _ansible,
 }
 """What pages say is there beforehand: files, and variables of the environment."""

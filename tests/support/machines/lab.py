@@ -8,6 +8,9 @@ import re
 import subprocess
 from collections.abc import Sequence
 
+from skep.cli.cluster.door import FIRST_CONFIGURATION
+from skep.model.door.settings import DIRECTORY
+from skep.model.door.settings import NAME as DOOR
 from skep.playground.images.archive import Archive, ArchivedDirectory, File
 from tests.support.machines.stand_ins import image, script
 
@@ -110,6 +113,23 @@ def efk_images() -> Sequence[Archive]:
         image(["fluent/fluentd:v1.14"], {"bin/f": script(SHIPPER)}, ["/bin/f"], *rsyslog),
         image(["elastic/filebeat:7.17.0"], {"bin/b": script(BEAT)}, ["/bin/b"], ["curl"], ["usr/bin/curl"]),
         image(["kibana:7.17.0"], search | {"bin/k": script(KIBANA)}, ["/bin/k"]),
+    )
+
+
+def door_image() -> Archive:
+    """Return the image that the Dockerfile of the front door makes."""
+    accounts = {
+        "etc/passwd": File(b"root:x:0:0:root:/:/bin/sh\nhaproxy:x:100:100:haproxy:/:/bin/false\n"),
+        "etc/group": File(b"root:x:0:\nhaproxy:x:100:\n"),
+    }
+    configuration = File("".join(f"{line}\n" for line in FIRST_CONFIGURATION).encode())
+    command = ["haproxy", "-W", "-S", f"{DIRECTORY}/master.sock", "-f", f"{DIRECTORY}/haproxy.cfg"]
+    return image(
+        [f"{DOOR}:latest"],
+        {**accounts, f"{DIRECTORY.removeprefix('/')}/haproxy.cfg": configuration},
+        command,
+        ["haproxy"],
+        ["usr/sbin/haproxy"],
     )
 
 
