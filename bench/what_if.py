@@ -66,8 +66,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the machine that was busy just before."""
 
 
-def a_state(nodes: int, tasks: int) -> State:
-    """Return a cluster at rest."""
+def a_state(nodes: int, tasks: int, returned: float = 0.0) -> State:
+    """Return a cluster at rest.  The last nodes have no tasks: the share ``returned`` of all."""
     state = State()
 
     def put(objects: Iterable[Object]) -> None:
@@ -76,6 +76,7 @@ def a_state(nodes: int, tasks: int) -> State:
             tx.put(object)
         tx.adopt_into(state)
 
+    used = nodes - round(nodes * returned)
     overlay = Driver(name="overlay")
     network = Network(
         id=NetworkId("net"),
@@ -102,7 +103,7 @@ def a_state(nodes: int, tasks: int) -> State:
                 id=TaskId(f"task{number:07}"),
                 service_id=id,
                 slot=number - first + 1,
-                node_id=NodeId(f"node{number % nodes:05}"),
+                node_id=NodeId(f"node{number % used:05}"),
                 spec_version=version,
                 status=TaskStatus(state=TaskState.RUNNING),
                 desired_state=TaskState.RUNNING,
@@ -183,6 +184,7 @@ def measure(
     title: str,
     counted: str,
     limits: str,
+    returned: float = 0.0,
 ) -> None:
     """Measure one size, or the whole table, as the command's options say.
 
@@ -191,6 +193,7 @@ def measure(
         description: Text of the command's help.
         kind: Name of the result's files.
         limits: The promised limits at the largest size, as a sentence.
+        returned: Share of the nodes that have no tasks.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -213,7 +216,7 @@ def measure(
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     kept = []
     for nodes, tasks in sizes:
-        state = a_state(nodes, tasks)
+        state = a_state(nodes, tasks, returned)
         gc_settings.configure_gc()  # as the manager's process does after loading
         timings = []
         for _ in range(REPEAT):

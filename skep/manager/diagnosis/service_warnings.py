@@ -7,7 +7,8 @@ from skep.model.needs import host_ports
 from skep.model.node import Node
 from skep.model.options.constraints import is_satisfied, parsed, unknown_key
 from skep.model.options.label_suggestions import NODE_LABELS, PREFIX, suggested_label
-from skep.model.options.labels import STOPPED, is_stopped
+from skep.model.options.labels import MIN_AVAILABLE, STOPPED, is_stopped, min_available
+from skep.model.options.overlap import why_stop_first
 from skep.model.options.schedules import JOB_MODES, schedule_of
 from skep.model.permissions.field_rights import CONTAINER_LABELS, SERVICE_LABELS
 from skep.model.service import MAX_ATTEMPTS_MAX, ServiceSpec, UpdateOrder
@@ -21,6 +22,7 @@ def spec_warnings(spec: ServiceSpec, nodes: Collection[Node]) -> Iterator[str]:
     yield from stop_warnings(spec)
     yield from label_warnings(spec)
     yield from restart_warnings(spec)
+    yield from budget_warnings(spec)
     yield from placement_warnings(spec, nodes)
 
 
@@ -43,6 +45,20 @@ def restart_warnings(spec: ServiceSpec) -> Iterator[str]:
         yield (
             f"max attempts {policy.max_attempts} of the restart policy count as no limit: "
             f"at most {MAX_ATTEMPTS_MAX} restarts of a task are counted"
+        )
+
+
+def budget_warnings(spec: ServiceSpec) -> Iterator[str]:
+    """Yield a warning for each part of a disruption budget that cannot be kept."""
+    text, replicas = spec.labels.get(MIN_AVAILABLE, ""), spec.replicas
+    if spec.mode.name != "replicated" or not replicas:
+        return
+    if text.isdecimal() and int(text) > replicas:
+        yield f"label {MIN_AVAILABLE}={text} counts as {replicas}, because the service has no more tasks"
+    if min_available(spec.labels, replicas) == replicas and (data := why_stop_first(spec)):
+        yield (
+            f"label {MIN_AVAILABLE} keeps all tasks, and they write to {data}: a drain leaves them on their node until "
+            "you run skep node drain --now, and an update still stops one at a time"
         )
 
 

@@ -9,10 +9,15 @@ Nor does it make the target fuller or busier than the source was.
 
 Tasks stay if something depends on where they are: data that they write or keep, a port of the machine, a cluster
 volume, or an affinity of any service.  So do tasks of services that are not settled, or that a freeze holds.
+
+A plan for 100,000 tasks tries few pairs of nodes again.  A move makes its target a worse one, and leaves all others as
+they are.  So a source without a move gets one only with targets that are new among the first ones (``_Ranks``), with
+a service whose tasks per domain have changed, or with a service that hard affinities bind to others.
 """
 
+from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import msgspec
@@ -88,6 +93,63 @@ class _Group(msgspec.Struct):
     tasks: list[Task]
 
 
+class _Ranks:
+    """The nodes in the order in which they are tried as targets: by their tasks, and then by their load."""
+
+    def __init__(self, ranks: Iterable[tuple[int, float, NodeId]]) -> None:
+        self._sorted = sorted(ranks)
+        self._of = {rank[2]: rank for rank in self._sorted}
+        self.opened = self.targets()
+        """Nodes that became one of the first targets, or a better one, in order of time."""
+
+    def targets(self) -> list[NodeId]:
+        """Return the first targets, which are tried."""
+        return [id for _, _, id in self._sorted[:TRIES_MAX]]
+
+    def sources(self) -> Iterator[NodeId]:
+        """Yield all nodes in the order in which they are tried as sources."""
+        return (id for _, _, id in reversed(self._sorted))
+
+    def move(self, source: tuple[int, float, NodeId], target: tuple[int, float, NodeId]) -> None:
+        """Set the ranks of both nodes after a move from ``source`` to ``target``."""
+        before = set(self.targets())
+        for rank in (source, target):
+            del self._sorted[bisect_left(self._sorted, self._of[rank[2]])]
+            insort(self._sorted, rank)
+            self._of[rank[2]] = rank
+        self.opened += [id for id in self.targets() if id not in before or id == source[2]]
+
+
+class _Targets:
+    """The targets of the next move."""
+
+    def __init__(self, accounting: Accounting, ranks: _Ranks) -> None:
+        self._accounting = accounting
+        self._opened = ranks.opened
+        self.all = [accounting.accounts[id] for id in ranks.targets()]
+        self._since: dict[int, list[Account]] = {}
+        self._fitting: dict[tuple[int, ServiceId], list[Account]] = {}
+
+    def since(self, tried: int) -> list[Account]:
+        """Return the targets without those that had been opened when so many were.  All targets for 0."""
+        if tried not in self._since:
+            ids = set(self._opened[tried:])
+            self._since[tried] = [one for one in self.all if one.node.id in ids]
+        return self._since[tried]
+
+    def fitting(self, group: _Group, tried: int) -> list[Account]:
+        """Return those of ``since`` that accept a task of a group."""
+        key = tried, group.service.id
+        if key not in self._fitting:
+            copies = self._accounting.copies(group.service.id)
+            self._fitting[key] = [
+                one
+                for one in self.since(tried)
+                if first_refusing(group.requirements, one, copies[one.node.id]) is None
+            ]
+        return self._fitting[key]
+
+
 class Balance:
     """The nodes, their loads, and the tasks that may move."""
 
@@ -98,6 +160,11 @@ class Balance:
         """Loads.  A node that reports none counts as the mean of the others, as in the scheduler."""
         self._accounting = Accounting()
         self._groups: dict[NodeId, dict[ServiceId, _Group]] = {}
+        self._bound: set[ServiceId] = set()
+        """Services in ``_groups`` whose places depend on other services."""
+        self._ranks = _Ranks(())
+        self._tried: dict[NodeId, int] = {}
+        """Nodes without a move to the first targets, with the length of ``_ranks.opened`` when these were tried."""
         self._locked: Collection[str] = locked_nodes(view)
         self.moves: list[PlannedMove] = []
 
@@ -108,6 +175,8 @@ class Balance:
             skipped: Services that stay where they are.
         """
         yield from self._load(skipped)
+        accounts = self._accounting.accounts.values()
+        self._ranks = _Ranks(self._rank(one) for one in accounts if self._takes_part(one))
         while len(self.moves) < MOVES_MAX:
             found = yield from self._next()
             if found is None:
@@ -138,16 +207,18 @@ class Balance:
             yield
             if service.id not in skipped and service.spec.name.lower() not in named:
                 with isolated("service in a rebalance plan", service.id):
-                    self._add_group(service)
+                    yield from self._add_group(service)
 
-    def _add_group(self, service: Service) -> None:
+    def _add_group(self, service: Service) -> SlicedWork[None]:
         """Add the tasks of a service if they may move."""
         view = self._view
-        tasks = view.find(Task, service_id=service.id)
         if not is_movable(service, view):
             return
-        active = [task for task in tasks if not task.status.state.is_terminal]
-        if not _is_settled(service, active, view):
+        active = [
+            task for task in view.find(Task, service_id=service.id) if not task.status.state.is_terminal
+        ]
+        yield
+        if not (yield from _is_settled(service, active)):
             return
         requirements = requirements_of(
             active[0],
@@ -157,28 +228,53 @@ class Balance:
         )
         if requirements.rules.soft:
             return
-        for task in sorted(active, key=lambda one: (-one.slot, one.id)):
-            groups = self._groups.setdefault(task.node_id, {})
-            group = groups.setdefault(service.id, _Group(service, requirements, []))
-            group.tasks.append(task)
+        if requirements.rules.hard:
+            self._bound.add(service.id)
+        nodes: dict[NodeId, list[Task]] = {}
+        for number, task in enumerate(active):
+            nodes.setdefault(task.node_id, []).append(task)
+            if number % STEP == 0:
+                yield
+        for number, (node_id, tasks) in enumerate(nodes.items()):
+            tasks.sort(key=lambda one: (-one.slot, one.id))
+            self._groups.setdefault(node_id, {})[service.id] = _Group(service, requirements, tasks)
+            if number % STEP == 0:
+                yield
 
     def _next(self) -> SlicedWork[tuple[Account, Account, _Group] | None]:
         """Return the next move: from the node with the most tasks to the node with the fewest, if it may be made."""
-        accounts = [one for one in self._accounting.accounts.values() if self._takes_part(one)]
-        targets = sorted(accounts, key=lambda one: (one.active, self._loads[one.node.id], one.node.id))
-        for number, source in enumerate(reversed(targets)):
+        targets = _Targets(self._accounting, self._ranks)
+        for number, id in enumerate(self._ranks.sources()):
             if number % STEP == 0:
                 yield
-            if source.active <= targets[0].active:
+            source = self._accounting.accounts[id]
+            if source.active <= targets.all[0].active:
                 return None
-            for id, group in self._by_copies(source):
-                yield
-                for target in targets[:TRIES_MAX]:
-                    if target.active >= source.active:
-                        break
-                    if self._may_move(source, target, group, self._accounting.copies(id)):
-                        return source, target, group
+            found = yield from self._from(source, targets)
+            if found is not None:
+                return found
+            self._tried[id] = len(self._ranks.opened)
         return None
+
+    def _from(self, source: Account, targets: _Targets) -> SlicedWork[tuple[Account, Account, _Group] | None]:
+        """Return the first move from ``source`` that may be made."""
+        tried = self._tried.get(source.node.id, 0)
+        if not targets.since(tried) and self._bound.isdisjoint(self._groups.get(source.node.id, ())):
+            return None
+        for id, group in self._by_copies(source):
+            yield
+            copies = self._accounting.copies(id)
+            for target in targets.fitting(group, 0 if id in self._bound else tried):
+                every = source.active - target.active
+                is_by_tasks = not group.requirements.spread_over
+                if every < 1 or (is_by_tasks and max(every, copies[source.node.id]) < 2):
+                    break  # nor do the targets after it, which have more tasks
+                if self._may_move(source, target, group, copies):
+                    return source, target, group
+        return None
+
+    def _rank(self, account: Account) -> tuple[int, float, NodeId]:
+        return account.active, self._loads[account.node.id], account.node.id
 
     def _takes_part(self, account: Account) -> bool:
         return takes_tasks(account.node) and account.node.id not in self._locked
@@ -192,16 +288,14 @@ class Balance:
         )
 
     def _may_move(self, source: Account, target: Account, group: _Group, copies: Counter[NodeId]) -> bool:
-        """Return whether the move makes nothing worse and something better, and the target accepts the task."""
+        """Return whether a move to a target that accepts the task makes nothing worse and something better."""
         own = copies[source.node.id] - copies[target.node.id]
         every = source.active - target.active
         domains = [one - other for one, other in self._domains(source, target, group)]
         differences = (own, every, *domains)
         if min(differences) < 1 or max(differences) < 2:
             return False
-        if not _is_no_fuller(source, target, group.requirements) or not self._is_no_busier(source, target):
-            return False
-        return first_refusing(group.requirements, target, copies[target.node.id]) is None
+        return _is_no_fuller(source, target, group.requirements) and self._is_no_busier(source, target)
 
     def _domains(self, source: Account, target: Account, group: _Group) -> Iterator[tuple[int, int]]:
         """Yield the service's tasks in the domains of both nodes, for each label by which its tasks are spread."""
@@ -244,6 +338,12 @@ class Balance:
         groups = self._groups.setdefault(target.node.id, {})
         moved = groups.setdefault(group.service.id, _Group(group.service, group.requirements, []))
         moved.tasks.append(task)
+        self._ranks.move(self._rank(source), self._rank(target))
+        changed = (source.node.id, target.node.id)
+        for id in (
+            (*changed, *accounting.copies(group.service.id)) if group.requirements.spread_over else changed
+        ):
+            self._tried.pop(id, None)
 
 
 def _spread(source: int, target: int) -> MoveGain:
@@ -289,21 +389,26 @@ def is_movable(service: Service, view: View) -> bool:
     )
 
 
-def _is_settled(service: Service, active: list[Task], view: View) -> bool:
+def _is_settled(service: Service, active: Sequence[Task]) -> SlicedWork[bool]:
     """Return whether each slot has one running task of the current spec, and nothing starts, stops or moves."""
-    return (
-        len(active) == service.spec.replicas > 0
-        and len({task.slot for task in active}) == len(active)
-        and all(
+    if not len(active) == service.spec.replicas > 0:
+        return False
+    slots: set[int] = set()
+    for number, task in enumerate(active):
+        slots.add(task.slot)
+        is_steady = (
             task.status.state is TaskState.RUNNING
             and task.desired_state is TaskState.RUNNING
             and task.spec_version == service.spec_version
             and task.preemption is None
             and task.relocation is None
             and not task.volumes
-            for task in active
         )
-    )
+        if not is_steady:
+            return False
+        if number % STEP == 0:
+            yield
+    return len(slots) == len(active)
 
 
 def _named_services(view: View) -> frozenset[str]:

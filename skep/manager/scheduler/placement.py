@@ -22,8 +22,10 @@ from skep.model.values.ids import NodeId
 from skep.store.interface import View
 
 ASSIGNED = "scheduler assigned task to node"
-RECORD_CHARACTERS_MAX: Final = 200
-"""Longest record of a placement, because every task has one in the store and in each of its commits."""
+RECORD_CHARACTERS_MAX: Final = 400
+"""Longest record of a placement, because every task has one in the store and in each of its commits.  A record of eight
+nodes with long names has about 300 characters.
+"""
 CONFIRMED = "scheduler confirmed task can run on preassigned node"
 
 
@@ -122,6 +124,8 @@ def placing(
             own = accounting.copies(requirements.service_id).get(account.node.id, 0)
             share = f"{fill(requirements, account):.0%}" if reserves else ""
             record = f"{summary}|{account.active}|{own}|{share}"
+            if scores := choice.candidates.scores(requirements, account.node.id):
+                record += f"|{scores}"
             assignments.append(assigned(task, account, requirements, accounting, ASSIGNED, record))
     finally:
         choice.close()

@@ -49,6 +49,7 @@ FREED: Final = frozenset(
 """Refusals that the end of a task may resolve.  A node names only the first filter that refused it."""
 
 _SEPARATOR: Final = "; "
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,20}")
 _PATTERNS: Final = {
     one: re.compile(
         rf"(?:^|\(|{_SEPARATOR}){re.escape(one.value).replace(re.escape('{nodes}'), '[0-9]+ nodes?')}(?=[;)]|$)"
@@ -68,28 +69,51 @@ BY_RULES: Final = "RULES"
 """Key in the record of a placement if affinities or the largest skew then chose among the suitable nodes."""
 
 
+def named(nodes: Iterable[str]) -> str:
+    """Return the part of a placement's record with the names of nodes.
+
+    Names that could be confused with the record are left out, and so are long ones, because each task has a record.
+    """
+    names = [name for name in nodes if _NAME.fullmatch(name)]
+    return f":{' '.join(names)}" if names else ""
+
+
 def placement_text(record: str) -> str:
     """Return the record of a placement in words.
 
-    ``2/4,CONSTRAINTS=2|5|1|25%`` says that 2 of 4 nodes were suitable, and that the chosen one had 5 tasks, one of them
-    of the same service, and was 25 % reserved afterwards.  An unknown key of another version stays as it is.
+    ``2/4,CONSTRAINTS=2:n1 n2|5|1|25%|n4:6:0:50%`` says that 2 of 4 nodes were suitable, and which two were not.  The
+    chosen one had 5 tasks, one of them of the same service, and was 25 % reserved afterwards.  The other one, n4, had 6
+    and none, and would have been 50 % reserved.  With many nodes there are no names.  An unknown key of another version
+    stays as it is.
     """
     summary, _, figures = record.partition("|")
     suitable, *refused = summary.split(",")
     number, _, total = suitable.partition("/")
     parts = [f"{number} of {total} nodes suitable"]
     for one in refused:
-        name, _, count = one.partition("=")
+        name, _, value = one.partition("=")
+        count, _, names = value.partition(":")
         if name in NodeRefusal.__members__ and count.isdigit():
-            parts.append(NodeRefusal[name].text(int(count)))
+            text = NodeRefusal[name].text(int(count))
+            parts.append(f"{text} ({', '.join(names.split())})" if names else text)
         elif one == BY_RULES:
             parts.append("affinities or the largest skew chose among them")
         else:
             parts.append(f"at least {count} full" if name == FULL else one)
     tasks, _, rest = figures.partition("|")
-    own, _, share = rest.partition("|")
-    chosen = f"the chosen node had {tasks} task{'' if tasks == '1' else 's'}, {own} of its service"
-    return _SEPARATOR.join([*parts, f"{chosen}, and is then {share} reserved" if share else chosen])
+    own, _, rest = rest.partition("|")
+    share, _, others = rest.partition("|")
+    chosen = f"the chosen node had {_tasks(tasks, own)}"
+    parts.append(f"{chosen}, and is then {share} reserved" if share else chosen)
+    for other in others.split():
+        node, tasks, own, share = (*other.split(":"), "", "", "")[:4]
+        text = f"{node} had {_tasks(tasks, own)}"
+        parts.append(f"{text}, and would be {share} reserved" if share else text)
+    return _SEPARATOR.join(parts)
+
+
+def _tasks(tasks: str, own: str) -> str:
+    return f"{tasks} task{'' if tasks == '1' else 's'}, {own} of its service"
 
 
 def no_node_text(refusals: str) -> str:

@@ -88,6 +88,19 @@ async def test_a_service_at_zero_names_what_starts_it(labels: dict[str, str], wo
     assert found.is_healthy
 
 
+@pytest.mark.parametrize("is_global", [False, True])
+async def test_a_stopped_service_is_shown_as_stopped_and_not_as_failed(is_global: bool) -> None:
+    spec = replace(a_service_spec("web", replicas=2, is_global=is_global), labels={STOPPED: "true"})
+    service = a_service("web", spec=spec)
+    found = await health(service, [])
+    assert (found.state, found.reason) == (HealthState.HEALTHY, "stopped")
+    view = await stored(service, [], M1)
+    explained = await explanation_of(view, service, await service_status(view, service), NOW_NS, CLOCK)
+    assert explained.summary == "stopped: skep service start web starts its tasks"
+    running = replace(service, spec=replace(spec, labels={}))
+    assert (await health(running, [])).state is not HealthState.HEALTHY
+
+
 async def test_a_service_whose_tasks_run_is_healthy() -> None:
     found = await health(web(), tasks(web(), RUNNING, RUNNING))
     assert (found.state, found.reason) == (HealthState.HEALTHY, "")

@@ -4,13 +4,14 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.diagnosis.service_warnings import (
+    budget_warnings,
     label_warnings,
     placement_warnings,
     restart_warnings,
     stop_warnings,
 )
-from skep.model.container import ContainerSpec
-from skep.model.options.labels import STOPPED
+from skep.model.container import ContainerSpec, Mount
+from skep.model.options.labels import MIN_AVAILABLE, STOPPED
 from skep.model.options.schedules import CRON, CRON_SUSPEND
 from skep.model.service import (
     PortConfig,
@@ -130,3 +131,34 @@ def test_a_stopped_service_is_named_and_a_job_that_the_label_alone_does_not_stop
     ]
     stopped = replace(job, labels={STOPPED: "true", CRON: "@daily", CRON_SUSPEND: "true"})
     assert list(stop_warnings(stopped)) == []
+
+
+@pytest.mark.parametrize(
+    ("minimum", "writes", "words"),
+    [
+        ("2", False, []),
+        ("3", False, []),
+        ("100%", False, []),
+        ("2", True, []),
+        ("5", False, ["label skep.min-available=5 counts as 3, because the service has no more tasks"]),
+        (
+            "100%",
+            True,
+            [
+                (
+                    "label skep.min-available keeps all tasks, and they write to the volume data: a drain leaves them "
+                    "on their node until you run skep node drain --now, and an update still stops one at a time"
+                )
+            ],
+        ),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_said_at_once(minimum: str, writes: bool, words: list[str]) -> None:
+    spec = replace(a_service_spec(replicas=3), labels={MIN_AVAILABLE: minimum})
+    if writes:
+        mount = Mount(type="volume", source="data", target="/data")
+        container = ContainerSpec(image="app", mounts=(mount,))
+        spec = replace(spec, task_template=replace(spec.task_template, container_spec=container))
+    assert list(budget_warnings(spec)) == words
+    first = replace(spec, update_config=START_FIRST)
+    assert list(budget_warnings(first)) == ([] if writes else words), "two tasks may write then"

@@ -17,7 +17,7 @@ from skep.manager.scheduler.nodes.filters import filters_for
 from skep.manager.scheduler.nodes.load import effective_tasks, used_share
 from skep.manager.scheduler.nodes.ranking import Rank, Ranking
 from skep.manager.scheduler.nodes.requirements import Requirements
-from skep.model.node_reports.node_refusals import FULL, NodeRefusal
+from skep.model.node_reports.node_refusals import FULL, NodeRefusal, named
 from skep.model.options.affinity import is_label
 from skep.model.options.constraints import label_of
 from skep.model.values.ids import NodeId, ServiceId
@@ -27,6 +27,8 @@ KEPT = 32
 again.
 """
 
+NAMED_MAX = 8
+"""Most nodes whose names a placement's record has.  With more nodes it has numbers, because every task has a record."""
 Leaf = tuple[str, ...]
 """A node's values of the labels that tasks are spread over, one per level."""
 
@@ -132,9 +134,27 @@ class Candidates:
         suitable = len(self.can_pass) - self.refused.total()
         refused = sorted(self.refused.items(), key=lambda item: (-item[1], item[0].value))
         full = suitable - sum(map(len, self.leaves.values()))
+        names: dict[NodeRefusal, list[str]] = {}
+        if len(self.can_pass) <= NAMED_MAX:
+            for id, refusal in sorted(self._refusal_of.items()):
+                if (account := self.accounting.accounts.get(id)) is not None:
+                    names.setdefault(refusal, []).append(account.node.shown_name)
         parts = [f"{suitable}/{len(self.can_pass)}"]
-        parts += [f"{refusal.name}={count}" for refusal, count in refused if count]
+        parts += [f"{one.name}={count}{named(names.get(one, ()))}" for one, count in refused if count]
         return ",".join([*parts, f"{FULL}={full}"] if full > 0 else parts)
+
+    def scores(self, requirements: Requirements, chosen: NodeId) -> str:
+        """Return the figures of the suitable nodes except ``chosen``, for ``placement_text``.  Empty for many nodes."""
+        if len(self.can_pass) > NAMED_MAX:
+            return ""
+        copies = self.accounting.copies(requirements.service_id)
+        found = []
+        for id in sorted(id for id, passes in self.can_pass.items() if passes and id != chosen):
+            account = self.accounting.accounts.get(id)  # None if it was removed during a pause
+            if account is not None and (name := named((account.node.shown_name,))):
+                share = f"{fill(requirements, account):.0%}" if self._reserves else ""
+                found.append(f"{name[1:]}:{account.active}:{copies.get(id, 0)}:{share}")
+        return " ".join(found)
 
     def _note_refusal(self, id: NodeId, account: Account) -> bool:
         """Count the first lasting filter that the node does not pass.  Returns whether it passes all."""

@@ -57,6 +57,15 @@ async def test_a_stopped_service_wants_no_tasks_and_keeps_its_number(store: Memo
         assert started.spec == service.spec
 
 
+async def test_a_global_service_is_stopped_and_started_as_well(store: MemoryStore) -> None:
+    """The label stops it, because it has no number."""
+    service = await created(store, settled(a_service_spec(name="agent", is_global=True)))
+    stopped = await store.update(stop, service.id)
+    assert is_stopped(stopped.spec.labels)
+    assert stopped.spec.mode == service.spec.mode
+    assert (await store.update(start, service.id)).spec == service.spec
+
+
 async def test_services_stop_only_if_all_managers_know_stopped_services() -> None:
     """A leader that does not know the label would start the tasks again."""
     store = MemoryStore(SystemClock())

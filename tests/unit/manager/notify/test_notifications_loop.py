@@ -24,7 +24,7 @@ from skep.manager.notify.records import (
     targets_in,
 )
 from skep.manager.notify.writing import add_target, remove_target
-from skep.model.node import Node, NodeState
+from skep.model.node import Node, NodeCertificate, NodeState
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.options.notifications import Topic
 from skep.model.service import UpdateState, UpdateStatus
@@ -286,6 +286,30 @@ def test_an_incident_that_lasts_is_told_again_every_day(rig: Rig) -> None:
         async with rig.leading():
             await asyncio.sleep(REMIND_NS / SECOND_NS * 2.5)
         assert rig.told() == ["began node n1 is down", *["reminder node n1 is down"] * 2]
+
+    rig.run(body)
+
+
+def test_a_certificate_that_is_not_renewed_is_told_until_it_is(rig: Rig) -> None:
+    async def body() -> None:
+        await rig.found(a_target(topics=(Topic.CERTIFICATE,)))
+
+        async def set_days(days: int) -> None:
+            until = timestamp(rig.clock.now_ns() + days * round(DAY_S) * SECOND_NS)
+            certificate = NodeCertificate(not_after=until)
+            await rig.store.update(lambda tx: tx.put(replace(tx.get(Node, "n1"), certificate=certificate)))
+
+        async with rig.leading():
+            await set_days(80)
+            await asyncio.sleep(DAY_S / 2)
+            assert rig.told() == []
+            await set_days(10)
+            await asyncio.sleep(DAY_S / 2)
+            (began,) = rig.told()
+            assert began.startswith("began the certificate of node n1 expires on ")
+            await set_days(80)
+            await asyncio.sleep(DAY_S / 4)
+            assert rig.told() == [began, began.replace("began", "ended", 1)]
 
     rig.run(body)
 

@@ -8,6 +8,9 @@ from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.node import Availability, NodeState
 from skep.model.options.labels import DRAIN_NOW
 from skep.model.service import (
+    EndpointSpec,
+    PortConfig,
+    PublishMode,
     RestartCondition,
     RestartPolicy,
     UpdateOrder,
@@ -44,6 +47,17 @@ def test_a_task_on_a_drained_node_stops_only_when_its_replacement_runs(order: Up
     assert (new.desired_state, new.slot) == (RUNNING, 1)
     assign(world, new.id)
     assert old.is_wanted
+    assign(world, new.id, state=RUNNING)
+    assert wanted(world) == [world.tasks[new.id]]
+
+
+def test_a_task_with_a_port_of_its_node_also_stops_only_when_its_replacement_runs_on_another_one() -> None:
+    port = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
+    world = a_world(replace(a_spec(), endpoint_spec=EndpointSpec(ports=(port,))))
+    drain(world)
+    (new,) = new_ones(world)
+    assign(world, new.id)
+    assert world.tasks[TaskId("old1")].is_wanted
     assign(world, new.id, state=RUNNING)
     assert wanted(world) == [world.tasks[new.id]]
 

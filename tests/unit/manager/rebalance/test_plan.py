@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from random import Random
 from typing import TypeVar
 
 import pytest
@@ -11,7 +12,9 @@ from msgspec.structs import replace
 
 from skep.aio.time_slices import run_at_once
 from skep.api.access.permissions import STACK_LABEL
+from skep.manager.rebalance import plan as rebalance_plan
 from skep.manager.rebalance.plan import Balance, PlannedMove
+from skep.manager.scheduler.nodes.filters import first_refusing
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.affinity import AFFINITY, AFFINITY_PREFERRED, ANTI_AFFINITY, MAX_SKEW
@@ -38,6 +41,7 @@ from tests.support.builders import a_node, a_service, a_task
 
 ObjectKind = TypeVar("ObjectKind", bound=Object)
 
+SEEDS = 80
 GIB = 1 << 30
 MEMORY = 8 * GIB
 
@@ -323,6 +327,118 @@ def test_no_move_makes_anything_worse_and_afterwards_none_is_left(
         assert broken_rules(state) <= broken, move
     if not loads:
         assert plan(state) == [], "nothing is left to move"
+
+
+class Counting(Balance):
+    """Counts the pairs of nodes that are compared."""
+
+    tried = 0
+
+    def _may_move(self, *pair):
+        self.tried += 1
+        return super()._may_move(*pair)
+
+
+class Exhaustive(Counting):
+    """Tries all nodes with all targets again for each move."""
+
+    def _next(self):
+        accounts = [one for one in self._accounting.accounts.values() if self._takes_part(one)]
+        ranked = sorted(accounts, key=lambda one: (one.active, self._loads[one.node.id], one.node.id))
+        for source in reversed(ranked):
+            if source.active <= ranked[0].active:
+                return None
+            for id, group in self._by_copies(source):
+                for target in ranked[: rebalance_plan.TRIES_MAX]:
+                    yield
+                    if target.active >= source.active:
+                        break
+                    copies = self._accounting.copies(id)
+                    if first_refusing(group.requirements, target, copies[target.node.id]) is not None:
+                        continue
+                    if self._may_move(source, target, group, copies):
+                        return source, target, group
+        return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(states(), st.integers(1, 4))
+def test_a_plan_is_the_one_that_tries_all_pairs_again_for_each_move(
+    drawn: tuple[State, dict[str, float]], tries: int
+) -> None:
+    state, loads = drawn
+    given_loads = {NodeId(id): load for id, load in loads.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rebalance_plan, "TRIES_MAX", tries)
+        assert plan(state, loads) == run_at_once(Exhaustive(state, given_loads).planning())
+
+
+def crowd(random: Random) -> State:
+    """Return more nodes than are tried as targets, and services that depend on zones and on each other."""
+    nodes = [f"n{number:02}" for number in range(random.randint(6, 14))]
+    state = a_state(*(a_node(id, labels={"zone": random.choice("abc")}) for id in nodes))
+    for number in range(random.randint(2, 6)):
+        crowded = random.sample(nodes, random.randint(1, len(nodes) // 2))
+        places = [random.choice(crowded) for _ in range(random.randint(2, 14))]
+        other = f"s{random.randint(0, 5)}"
+        labels = random.choice(
+            (
+                {},
+                {},
+                {MAX_SKEW: "1@node.labels.zone"},
+                {ANTI_AFFINITY: f"{other}@node.labels.zone"},
+                {ANTI_AFFINITY: other},
+            )
+        )
+        spread = random.choice(((), (), ("node.labels.zone",)))
+        service = a_service(f"s{number}", replicas=len(places), spread=spread)
+        add(state, replace(service, spec=replace(service.spec, labels=labels)), *places)
+    return state
+
+
+@pytest.mark.parametrize("tries", [1, 2, 4])
+def test_a_plan_for_a_crowd_is_the_one_that_tries_all_pairs_again_for_each_move(
+    monkeypatch: pytest.MonkeyPatch, tries: int
+) -> None:
+    monkeypatch.setattr(rebalance_plan, "TRIES_MAX", tries)
+    moves = 0
+    for seed in range(SEEDS):
+        state = crowd(Random(seed))
+        found = plan(state)
+        assert found == run_at_once(Exhaustive(state, {}).planning()), seed
+        moves += len(found)
+    assert moves > SEEDS
+
+
+def test_a_task_may_move_as_soon_as_another_service_has_left_the_zone() -> None:
+    """Its node and its target are as before, when it could not move."""
+    zones = {"b1": "b", "c1": "c", "c2": "c", "a1": "d"}
+    state = a_state(*(a_node(id, labels={"zone": zone}) for id, zone in zones.items()))
+    apart = a_service("apart", replicas=4, constraints=("node.labels.zone != d",))
+    labels = {ANTI_AFFINITY: "other@node.labels.zone"}
+    add(state, replace(apart, spec=replace(apart.spec, labels=labels)), *["b1"] * 4)
+    add(state, a_service("other", replicas=1), "c1")
+    add(state, a_service("incomplete", replicas=9), "c1", "c1")
+    assert words(plan(state))[:2] == ["other.1 c1 a1", "apart.4 b1 c2"]
+
+
+def test_nodes_whose_tasks_fit_nowhere_are_not_tried_again_for_each_move() -> None:
+    """Thirty nodes have tasks of services that the other nodes refuse, or have already."""
+    crowd, empty = [f"c{number:02}" for number in range(30)], [f"e{number}" for number in range(5)]
+    state = a_state(
+        *(a_node(id, labels={"disk": "ssd"}) for id in crowd), *(a_node(id) for id in (*empty, "source"))
+    )
+    for number in range(5):
+        everywhere = [*crowd, *empty]
+        add(state, a_service(f"all{number}", replicas=len(everywhere)), *everywhere)
+    for number in range(10):
+        add(state, a_service(f"crowd{number}", replicas=30, constraints=("node.labels.disk==ssd",)), *crowd)
+    add(state, a_service("web", replicas=18), *["source"] * 18)
+    counting, exhaustive = Counting(state, {}), Exhaustive(state, {})
+    moves = run_at_once(counting.planning())
+    assert moves == run_at_once(exhaustive.planning())
+    assert len(moves) > 10
+    assert counting.tried < exhaustive.tried / 3
 
 
 class UnreadableTasks(State):

@@ -423,7 +423,7 @@ def test_a_reserve_that_cannot_be_read_is_refused() -> None:
 
 
 def test_a_task_records_why_it_got_its_node() -> None:
-    """Counts of refused nodes, and the figures of the chosen one."""
+    """With few nodes it has their names: the nodes that were refused, and the figures of the others."""
     down = replace(a_node("n4"), status=replace(a_node("n4").status, state=NodeState.DOWN))
     has = Resources(nano_cpus=4 * 10**9)
     nodes = [a_node("n1", labels={"disk": "hdd"}), *(a_node(name, has=has) for name in ("n2", "n3")), down]
@@ -431,12 +431,18 @@ def test_a_task_records_why_it_got_its_node() -> None:
     service = a_service(constraints=("node.labels.disk != hdd",), reserve=Resources(nano_cpus=10**9))
     first, second = placed(service, accounting, count=2).assignments
     assert [first.record, second.record] == [
-        "2/4,CONSTRAINTS=1,NOT_READY=1|0|0|25%",
-        "2/4,CONSTRAINTS=1,NOT_READY=1|1|0|25%",
+        "2/4,CONSTRAINTS=1:n1,NOT_READY=1:n4|0|0|25%|n3:1:0:25%",
+        "2/4,CONSTRAINTS=1:n1,NOT_READY=1:n4|1|0|25%|n2:1:1:50%",
     ]
     assert placement_text(second.record) == (
-        "2 of 4 nodes suitable; scheduling constraints not satisfied on 1 node; 1 node not available for new tasks; "
-        "the chosen node had 1 task, 0 of its service, and is then 25% reserved"
+        "2 of 4 nodes suitable; scheduling constraints not satisfied on 1 node (n1); "
+        "1 node not available for new tasks (n4); "
+        "the chosen node had 1 task, 0 of its service, and is then 25% reserved; "
+        "n2 had 1 task, 1 of its service, and would be 50% reserved"
+    )
+    assert placement_text("2/4,CONSTRAINTS=2|5|1|25%") == (
+        "2 of 4 nodes suitable; scheduling constraints not satisfied on 2 nodes; "
+        "the chosen node had 5 tasks, 1 of its service, and is then 25% reserved"
     )
     assert placement_text("1/2,NEWER=1,FULL=1|2|1|") == (
         "1 of 2 nodes suitable; NEWER=1; at least 1 full; the chosen node had 2 tasks, 1 of its service"
@@ -451,3 +457,17 @@ def test_a_task_records_why_it_got_its_node() -> None:
     accounting.set_node(a_node("n4"))
     (third,) = placed(service, accounting, count=1).assignments
     assert third.record.startswith("3/3|0|0|")
+
+
+def test_the_record_of_a_placement_in_a_large_cluster_has_no_names_and_no_name_breaks_it() -> None:
+    many = [a_node(f"n{number}", labels={"disk": "hdd" if number else "ssd"}) for number in range(9)]
+    wants = a_service(constraints=("node.labels.disk == ssd",))
+    (found,) = placed(wants, accounting_of(many), count=1).assignments
+    assert found.record == "1/9,CONSTRAINTS=8|0|0|"
+    described = [
+        replace(one, description=replace(one.description, hostname=f"a,b|{one.id}")) for one in many[:3]
+    ]
+    (found,) = placed(wants, accounting_of(described), count=1).assignments
+    assert found.record == "1/3,CONSTRAINTS=2|0|0|"
+    (found,) = placed(a_service(), accounting_of(described[1:]), count=1).assignments
+    assert found.record == "2/2|0|0|"
