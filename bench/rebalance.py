@@ -19,7 +19,7 @@ from skep.store.state import State
 
 async def plan(state: State) -> int:
     """Make a plan, and return the number of its moves."""
-    balance = Balance(state, loads_of(state))
+    balance = Balance(state, loads_of(state), 0)
     await asyncio.sleep(0)
     return len(await result_in_slices(balance.planning(), SystemClock()))
 

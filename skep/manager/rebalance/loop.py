@@ -114,5 +114,5 @@ class Rebalancer:
             await self._term.update(begin_move, move, timestamp(self._clock.now_ns()))
 
     async def _plan(self, view: View, skipped: Sequence[ServiceId]) -> Sequence[PlannedMove]:
-        balance = Balance(view, loads_of(view))
+        balance = Balance(view, loads_of(view), self._clock.now_ns())
         return await result_in_slices(balance.planning(skipped), self._clock)

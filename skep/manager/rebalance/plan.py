@@ -3,9 +3,12 @@
 A move takes one task of a replicated service from its node to another node.  The target passes all filters of the
 scheduler while the task still runs, because its successor starts first.  Three measures say how even the spread is: the
 squares of a service's tasks per node, the squares of its tasks per domain (placement preferences and
-``skep.max-skew``), and the squares of all tasks per node.  A move makes none of them worse and at least one of them
-better, so the plan ends.
+``skep.max-skew``), and the squares of all lasting tasks per node.  A move makes none of them worse and at least one of
+them better, so the plan ends.
 Nor does it make the target fuller or busier than the source was.
+
+Tasks of jobs, and tasks that a service starts again and again because they fail, do not count as lasting.  They come
+and go on other nodes each time, and each time tasks of healthy services would move after them.
 
 Tasks stay if something depends on where they are: data that they write or keep, a port of the machine, a cluster
 volume, or an affinity of any service.  So do tasks of services that are not settled, or that a freeze holds.
@@ -25,7 +28,7 @@ import msgspec
 from skep.aio.time_slices import STEP, SlicedWork
 from skep.manager.control_loops.failures import isolated
 from skep.manager.scheduler.explaining.explain import reserve_for
-from skep.manager.scheduler.nodes.accounting import Account, Accounting
+from skep.manager.scheduler.nodes.accounting import Account, Accounting, holds_resources
 from skep.manager.scheduler.nodes.affinity import domain_of
 from skep.manager.scheduler.nodes.filters import first_refusing
 from skep.manager.scheduler.nodes.requirements import Requirements, planes_of, requirements_of
@@ -42,12 +45,16 @@ from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.times import SECOND_NS, unix_ns
 from skep.model.volume import Volume
 from skep.store.interface import View
 from skep.store.kinds import spec_of
 
 MOVES_MAX = 500
 """Moves of one plan.  The next plan has the others."""
+LASTING_S = 300
+"""Seconds after which a task that followed a failed one counts as lasting.  Failing services seldom run so long.
+"""
 TRIES_MAX = 64
 """Targets that are tried for one service on one node, from the node with the fewest tasks.  Without a limit, a service
 that fits nowhere would be compared with all of 5,000 nodes for each of its nodes.
@@ -68,7 +75,7 @@ class PlannedMove(ApiObject):
 
     Attributes:
         own: Tasks of its service on both nodes.
-        every: Tasks of all services on both nodes.
+        every: Lasting tasks of all services on both nodes.
         domains: Tasks of its service in both domains, if they differ.
     """
 
@@ -153,12 +160,15 @@ class _Targets:
 class Balance:
     """The nodes, their loads, and the tasks that may move."""
 
-    def __init__(self, view: View, loads: Mapping[NodeId, float]) -> None:
+    def __init__(self, view: View, loads: Mapping[NodeId, float], now_ns: int) -> None:
         self._view = view
+        self._now_ns = now_ns
         mean = sum(loads.values()) / len(loads) if loads else 0.0
         self._loads = {node.id: loads.get(node.id, mean) for node in view.find(Node)}
         """Loads.  A node that reports none counts as the mean of the others, as in the scheduler."""
         self._accounting = Accounting()
+        self._lasting: Counter[NodeId] = Counter()
+        """Lasting tasks of each node."""
         self._groups: dict[NodeId, dict[ServiceId, _Group]] = {}
         self._bound: set[ServiceId] = set()
         """Services in ``_groups`` whose places depend on other services."""
@@ -200,6 +210,7 @@ class Balance:
         for number, task in enumerate(view.find(Task)):
             with isolated("task in a rebalance plan", task.id):
                 reserve_for(accounting, task, view)
+                self._lasting[task.node_id] += holds_resources(task) and is_lasting(task, self._now_ns)
             if number % STEP == 0:
                 yield
         named = _named_services(view)
@@ -218,7 +229,7 @@ class Balance:
             task for task in view.find(Task, service_id=service.id) if not task.status.state.is_terminal
         ]
         yield
-        if not (yield from _is_settled(service, active)):
+        if not (yield from _is_settled(service, active, self._now_ns)):
             return
         requirements = requirements_of(
             active[0],
@@ -248,7 +259,7 @@ class Balance:
             if number % STEP == 0:
                 yield
             source = self._accounting.accounts[id]
-            if source.active <= targets.all[0].active:
+            if self._lasting[id] <= self._lasting[targets.all[0].node.id]:
                 return None
             found = yield from self._from(source, targets)
             if found is not None:
@@ -265,7 +276,7 @@ class Balance:
             yield
             copies = self._accounting.copies(id)
             for target in targets.fitting(group, 0 if id in self._bound else tried):
-                every = source.active - target.active
+                every = self._lasting[source.node.id] - self._lasting[target.node.id]
                 is_by_tasks = not group.requirements.spread_over
                 if every < 1 or (is_by_tasks and max(every, copies[source.node.id]) < 2):
                     break  # nor do the targets after it, which have more tasks
@@ -274,7 +285,7 @@ class Balance:
         return None
 
     def _rank(self, account: Account) -> tuple[int, float, NodeId]:
-        return account.active, self._loads[account.node.id], account.node.id
+        return self._lasting[account.node.id], self._loads[account.node.id], account.node.id
 
     def _takes_part(self, account: Account) -> bool:
         return takes_tasks(account.node) and account.node.id not in self._locked
@@ -290,7 +301,7 @@ class Balance:
     def _may_move(self, source: Account, target: Account, group: _Group, copies: Counter[NodeId]) -> bool:
         """Return whether a move to a target that accepts the task makes nothing worse and something better."""
         own = copies[source.node.id] - copies[target.node.id]
-        every = source.active - target.active
+        every = self._lasting[source.node.id] - self._lasting[target.node.id]
         domains = [one - other for one, other in self._domains(source, target, group)]
         differences = (own, every, *domains)
         if min(differences) < 1 or max(differences) < 2:
@@ -314,7 +325,8 @@ class Balance:
         """Make a move: its task is then on the target, and stays there."""
         task, accounting = group.tasks.pop(0), self._accounting
         copies = accounting.copies(group.service.id)
-        own, every = (copies[source.node.id], copies[target.node.id]), (source.active, target.active)
+        ids = (source.node.id, target.node.id)
+        own, every = [(counts[ids[0]], counts[ids[1]]) for counts in (copies, self._lasting)]
         self.moves.append(
             PlannedMove(
                 task_id=task.id,
@@ -335,6 +347,8 @@ class Balance:
         self._loads[target.node.id] += share
         usage = accounting.held(source.node.id)[task.id]
         accounting.reserve(task.id, target.node.id, usage)
+        self._lasting[source.node.id] -= 1
+        self._lasting[target.node.id] += 1
         groups = self._groups.setdefault(target.node.id, {})
         moved = groups.setdefault(group.service.id, _Group(group.service, group.requirements, []))
         moved.tasks.append(task)
@@ -367,6 +381,14 @@ def _fullness(account: Account, nano_cpus: int, memory_bytes: int) -> float:
     return max(cpus, memory)
 
 
+def is_lasting(task: Task, now_ns: int) -> bool:
+    """Return whether a task is likely to stay where it is."""
+    if task.job_iteration is not None:
+        return False
+    follows_failures = task.restart is not None and task.restart.failures > 0
+    return not follows_failures or now_ns - unix_ns(task.status.timestamp) >= LASTING_S * SECOND_NS
+
+
 # -- what may move -----------------------------------------------------------------------------------------------------
 
 
@@ -389,8 +411,8 @@ def is_movable(service: Service, view: View) -> bool:
     )
 
 
-def _is_settled(service: Service, active: Sequence[Task]) -> SlicedWork[bool]:
-    """Return whether each slot has one running task of the current spec, and nothing starts, stops or moves."""
+def _is_settled(service: Service, active: Sequence[Task], now_ns: int) -> SlicedWork[bool]:
+    """Return whether each slot has one lasting task of the current spec, and nothing starts, stops or moves."""
     if not len(active) == service.spec.replicas > 0:
         return False
     slots: set[int] = set()
@@ -403,6 +425,7 @@ def _is_settled(service: Service, active: Sequence[Task]) -> SlicedWork[bool]:
             and task.preemption is None
             and task.relocation is None
             and not task.volumes
+            and is_lasting(task, now_ns)
         )
         if not is_steady:
             return False

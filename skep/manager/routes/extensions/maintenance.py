@@ -283,9 +283,9 @@ async def plan_rebalance(request: web.Request) -> web.StreamResponse:
         view = await current_view(request)
         try:
             async with asyncio.timeout(_PLANNED_WITHIN_S):
-                moves = await result_in_slices(
-                    Balance(view, loads_of(view)).planning(), manager_of(request).clock
-                )
+                clock = manager_of(request).clock
+                planning = Balance(view, loads_of(view), clock.now_ns()).planning()
+                moves = await result_in_slices(planning, clock)
         except TimeoutError as error:
             raise ResourceExhausted(f"the plan takes more than {_PLANNED_WITHIN_S:g} s") from error
     return json_response(

@@ -59,7 +59,7 @@ def finish(work: Iterable[None]) -> None:
 
 
 def plan_of(rehearsal: Rehearsal) -> list[PlannedMove]:
-    return run_at_once(Balance(rehearsal.copy.view(), {}).planning())
+    return run_at_once(Balance(rehearsal.copy.view(), {}, 0).planning())
 
 
 def running(rehearsal: Rehearsal) -> Counter[str]:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from skep.aio.time_slices import run_at_once
 from skep.api.access.permissions import STACK_LABEL
 from skep.manager.rebalance import plan as rebalance_plan
-from skep.manager.rebalance.plan import Balance, PlannedMove
+from skep.manager.rebalance.plan import LASTING_S, Balance, PlannedMove
 from skep.manager.scheduler.nodes.filters import first_refusing
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, Node, NodeState
@@ -31,9 +31,10 @@ from skep.model.service import (
     UpdateState,
 )
 from skep.model.swarm import Swarm, SwarmSpec
-from skep.model.task import Relocation, Task, TaskState
+from skep.model.task import Relocation, Restart, Task, TaskState, TaskStatus
 from skep.model.values.ids import ClusterId, NodeId
-from skep.model.values.times import Timestamp
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from skep.store.interface import Object
 from skep.store.state import State
 from skep.store.transactions.transaction import LocalTransaction
@@ -67,9 +68,9 @@ def add(state: State, service: Service, *nodes: str, **fields: object) -> None:
         put(state, replace(task, spec_version=version, **fields))
 
 
-def plan(state: State, loads: Mapping[str, float] | None = None) -> list[PlannedMove]:
+def plan(state: State, loads: Mapping[str, float] | None = None, now_ns: int = 0) -> list[PlannedMove]:
     given_loads = {NodeId(id): load for id, load in (loads or {}).items()}
-    return run_at_once(Balance(state, given_loads).planning())
+    return run_at_once(Balance(state, given_loads, now_ns).planning())
 
 
 def words(moves: list[PlannedMove]) -> list[str]:
@@ -110,6 +111,17 @@ def test_a_task_alone_on_a_full_node_moves_for_the_number_of_all_tasks() -> None
     for name in ("a", "b", "c"):
         add(state, a_service(name, replicas=2), "n1", "n2")
     assert words(plan(state)) == ["a.2 n2 n3", "b.1 n1 n3"]
+
+
+def test_tasks_that_come_and_go_move_no_others() -> None:
+    """Their nodes change at each restart, and tasks of healthy services would follow them for ever."""
+    state = a_state(a_node("n1"), a_node("n2"))
+    add(state, web("n1", "n2"), "n1", "n2")
+    add(state, a_service("job", replicas=3), "n1", "n1", "n1", job_iteration=Version(index=1))
+    failed = TaskStatus(state=TaskState.RUNNING, timestamp=timestamp(0))
+    add(state, a_service("loop", replicas=3), "n1", "n1", "n1", restart=Restart(failures=2), status=failed)
+    assert plan(state, now_ns=(LASTING_S - 1) * SECOND_NS) == []
+    assert words(plan(state, now_ns=LASTING_S * SECOND_NS)) == ["loop.3 n1 n2"]
 
 
 VOLUME = ContainerSpec(mounts=(Mount(type="volume", source="data", target="/data"),))
@@ -344,14 +356,16 @@ class Exhaustive(Counting):
 
     def _next(self):
         accounts = [one for one in self._accounting.accounts.values() if self._takes_part(one)]
-        ranked = sorted(accounts, key=lambda one: (one.active, self._loads[one.node.id], one.node.id))
+        ranked = sorted(
+            accounts, key=lambda one: (self._lasting[one.node.id], self._loads[one.node.id], one.node.id)
+        )
         for source in reversed(ranked):
-            if source.active <= ranked[0].active:
+            if self._lasting[source.node.id] <= self._lasting[ranked[0].node.id]:
                 return None
             for id, group in self._by_copies(source):
                 for target in ranked[: rebalance_plan.TRIES_MAX]:
                     yield
-                    if target.active >= source.active:
+                    if self._lasting[target.node.id] >= self._lasting[source.node.id]:
                         break
                     copies = self._accounting.copies(id)
                     if first_refusing(group.requirements, target, copies[target.node.id]) is not None:
@@ -370,7 +384,7 @@ def test_a_plan_is_the_one_that_tries_all_pairs_again_for_each_move(
     given_loads = {NodeId(id): load for id, load in loads.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rebalance_plan, "TRIES_MAX", tries)
-        assert plan(state, loads) == run_at_once(Exhaustive(state, given_loads).planning())
+        assert plan(state, loads) == run_at_once(Exhaustive(state, given_loads, 0).planning())
 
 
 def crowd(random: Random) -> State:
@@ -405,7 +419,7 @@ def test_a_plan_for_a_crowd_is_the_one_that_tries_all_pairs_again_for_each_move(
     for seed in range(SEEDS):
         state = crowd(Random(seed))
         found = plan(state)
-        assert found == run_at_once(Exhaustive(state, {}).planning()), seed
+        assert found == run_at_once(Exhaustive(state, {}, 0).planning()), seed
         moves += len(found)
     assert moves > SEEDS
 
@@ -434,7 +448,7 @@ def test_nodes_whose_tasks_fit_nowhere_are_not_tried_again_for_each_move() -> No
     for number in range(10):
         add(state, a_service(f"crowd{number}", replicas=30, constraints=("node.labels.disk==ssd",)), *crowd)
     add(state, a_service("web", replicas=18), *["source"] * 18)
-    counting, exhaustive = Counting(state, {}), Exhaustive(state, {})
+    counting, exhaustive = Counting(state, {}, 0), Exhaustive(state, {}, 0)
     moves = run_at_once(counting.planning())
     assert moves == run_at_once(exhaustive.planning())
     assert len(moves) > 10
