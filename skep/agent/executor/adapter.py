@@ -124,7 +124,7 @@ def create_request(
             group_add=spec.groups,
             oom_score_adj=spec.oom_score_adj,
             readonly_rootfs=spec.read_only,
-            security_opt=_security_options(spec),
+            security_opt=_security_options(_privileges(spec)),
             mounts=_bound(spec.mounts, cluster_volumes),
             sysctls=spec.sysctls,
             network_mode=_network_mode(task.task),
@@ -354,19 +354,23 @@ def published_ports(task: AssignedTask) -> Iterator[PublishedPort]:
         yield PublishedPort(host_ip=options.host_ip, **msgspec.structs.asdict(port))
 
 
-def _security_options(spec: ContainerSpec) -> tuple[str, ...]:
+def _privileges(spec: ContainerSpec) -> Privileges:
+    given = spec.privileges or Privileges()
+    # The machine's programs with the set-user-ID bit must not make a process root.
+    return replace(given, no_new_privileges=given.no_new_privileges or is_process(spec))
+
+
+def _security_options(privileges: Privileges) -> tuple[str, ...]:
     """Return the ``--security-opt`` values of the task's container.
 
     Raises:
         Rejected: The task has Windows options.  The message is Docker's.
     """
-    privileges = spec.privileges or Privileges()
     if (credential := privileges.credential_spec) is not None:
         for source, value in msgspec.structs.asdict(credential).items():
             if value:
                 raise Rejected(f'invalid --security-opt 2: "credentialspec={source}://{value}"')
-    # The machine's programs with the set-user-ID bit must not make a process root.
-    found = ["no-new-privileges"] if privileges.no_new_privileges or is_process(spec) else []
+    found = ["no-new-privileges"] if privileges.no_new_privileges else []
     if (labels := privileges.selinux_context) is not None:
         given = (("user", labels.user), ("role", labels.role), ("level", labels.level), ("type", labels.type))
         found += ["label=disable"] * labels.disable + [f"label={name}:{one}" for name, one in given if one]
