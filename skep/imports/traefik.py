@@ -144,19 +144,19 @@ class _Cluster:
                 self._refuse(section.owner, section.label(option), "no router that can be converted uses it")
         routers = self._without_twins(routers)
         self._compare_priorities(routers)
-        labels = {
+        made = {
             name: self._route_labels(name, [one for one in routers if one.owner == name])
             for name in self._labels
         }
-        self._compare_stacks(labels)
-        made = {}
-        for name in self._labels:
-            made[name] = TraefikRoutes(
-                labels=labels[name],
+        self._compare_stacks(made)
+        return {
+            name: TraefikRoutes(
+                labels=one,
                 refused=tuple(sorted(self._refused[name])),
                 differences=tuple(sorted(self._differences[name])),
             )
-        return made
+            for name, one in made.items()
+        }
 
     def _refuse(self, owner: str, label: str, reason: str) -> None:
         self._refused[owner][Note(self._written.get(label.lower(), label), reason)] = None

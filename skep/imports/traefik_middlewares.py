@@ -179,14 +179,14 @@ def _strip_prefix(
         made.options["request-header.X-Forwarded-Prefix"] = paths[0]
     else:
         made.differences[_joined(kind, "prefixes")] = "services do not get X-Forwarded-Prefix"
-    if _is_true(own.pop("forceslash", "true")) is False:
+    if not _is_true(own.pop("forceslash", "true")):
         made.refused[_joined(kind, "forceslash")] = "a path always begins with a slash"
     _refuse_rest(kind, own, made)
 
 
 def _headers(kind: str, own: dict[str, str], _: Sequence[RuleAddress], made: MiddlewareEffects) -> None:
     for option, value in sorted(own.items()):
-        direction, _, name = option.partition(".")
+        direction, name = option.partition(".")[::2]
         if direction in ("customrequestheaders", "customresponseheaders") and name:
             made.options[f"{direction[6:-7]}-header.{name}"] = value
         elif option in _STATIC_HEADERS:
