@@ -11,7 +11,7 @@ import click
 
 from skep.aio.groups import first_alone
 from skep.cli.endpoint import HostOptions
-from skep.errors import SkepError
+from skep.errors import SkepError, reason_of
 from skep.model.task_end import printable
 
 T = TypeVar("T")
@@ -19,6 +19,7 @@ T = TypeVar("T")
 _RPC = re.compile(r"\brpc error: code = \w+ desc = ")
 """Prefix of SwarmKit's errors in Docker's API, which is not shown to people.  An error may quote another one."""
 _NOT_FOUND = re.compile(r"(service|node|network|secret|config|volume|user) \S+ not found")
+_NO_TARGET = re.compile(r"notification target \S+ not found")
 _SILENT = re.compile(r"(unix|tcp|ssh)://\S+ does not answer(: .+)?")
 _NO_LEADER = "The swarm does not have a leader. "
 _NO_HOST = re.compile(r"unable to parse docker host `[^`]*`")
@@ -79,14 +80,23 @@ def errors_shown() -> Iterator[None]:
     except BrokenPipeError:
         raise  # The reader of the output, such as head, has ended. click then ends the command silently.
     except (SkepError, OSError) as error:
-        text = with_next_step(without_code(str(error)))
+        text = with_next_step(without_code(_words_of(error)))
         raise click.ClickException("\n".join(map(printable, text.split("\n")))) from error
+
+
+def _words_of(error: SkepError | OSError) -> str:
+    """Return the text of an error.  The error of a file is its name and the reason, without a number."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {reason_of(error)}"
+    return str(error)
 
 
 def with_next_step(text: str) -> str:
     """Return an error of a node or of the connection with the next step that it does not name."""
     if found := _NOT_FOUND.fullmatch(text):
         return f"{text}. List {found[1]}s with skep {found[1]} ls."
+    if _NO_TARGET.fullmatch(text):
+        return f"{text}. List targets with skep notify ls."
     if text.startswith(_NO_LEADER):
         return f"{text} Run skep status to see which managers do not respond."
     if _SILENT.fullmatch(text):

@@ -44,12 +44,20 @@ DOCKERFILE = a_file("Dockerfile", "FROM scratch\nCOPY . /\n")
 NOTHING: Tree = ()
 
 
+def texts_below(root: Path) -> dict[str, str]:
+    """The files below a directory, with their texts."""
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): path.read_text(errors="replace") for path in files}
+
+
 class ReadingBuilds:
     """Builds that read the whole context.  A Dockerfile with ``sleep`` in it never ends."""
 
     def __init__(self) -> None:
         self.requests: list[BuildRequest] = []
         self.files: dict[str, str] = {}
+        self.named: dict[str, dict[str, str]] = {}
+        """Files of the named contexts."""
         self.padding_bytes = 0
         """Added to the archive of an image."""
         self.sleeps = asyncio.Event()
@@ -78,12 +86,8 @@ class ReadingBuilds:
                 await asyncio.Event().wait()
             finally:
                 self.cancelled.set()
-        root = await context()
-        self.files = {
-            str(path.relative_to(root)): path.read_text(errors="replace")
-            for path in root.rglob("*")
-            if path.is_file()
-        }
+        self.files = texts_below(await context())
+        self.named = {name: texts_below(await opened()) for name, opened in request.directories.items()}
         progress.output(step, StandardStream.STDOUT, b"read\n")
         progress.finished(step, IMAGE)
         return BuildResult(image_id=IMAGE)

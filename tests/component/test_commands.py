@@ -15,7 +15,7 @@ from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 from skep.model.values.times import ZERO_TIME
 from skep.store.interface import Transaction
-from skep.store.level import REGISTRATIONS, SCHEDULES
+from skep.store.level import NOTIFICATIONS, REGISTRATIONS, SCHEDULES
 from tests.support.builders import a_node, a_task
 from tests.support.clients.command_rig import HANGS, Cluster, a_cluster
 
@@ -185,3 +185,11 @@ async def test_several_names_are_done_or_named_each(cluster: Cluster) -> None:
         "Error: notification target void not found",
         "Error: notification target none not found",
     ]
+
+
+async def test_a_target_for_an_unknown_stack_is_added_with_a_word(cluster: Cluster) -> None:
+    await cluster.store.update(lambda tx: tx.raise_level(NOTIFICATIONS))
+    words = ("notify", "add", "ops", "https://hooks.example.org/x", "--stack")
+    code, out, err = await cluster.run(*words, "nosuch")
+    assert (code, out) == (0, "ops\n"), err
+    assert "The stack nosuch has no services yet. Run skep stack ls" in err

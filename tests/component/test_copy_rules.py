@@ -383,6 +383,15 @@ async def test_exclude_leaves_files_out(rig: BuildRig, instruction: str, found: 
     assert await rig.tree(on_scratch("COPY base/file /file", instruction)) == ["file", *expected]
 
 
+async def test_the_time_of_a_file_is_no_reason_to_copy_again_and_its_mode_is_one(rig: BuildRig) -> None:
+    text = on_scratch("COPY a.txt /a")
+    first = await rig.build(text)
+    os.utime(rig.context / "a.txt", (5, 5))
+    assert await rig.build(text) == first
+    (rig.context / "a.txt").chmod(0o700)
+    assert await rig.build(text) != first
+
+
 async def test_what_is_left_out_is_no_reason_to_copy_again(rig: BuildRig) -> None:
     text = on_scratch("COPY --exclude=*.md src/b /s/")
     first = await rig.build(text)

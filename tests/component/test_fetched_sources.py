@@ -295,6 +295,15 @@ def test_which_sources_are_fetched(source: str, remote: bool, git: bool) -> None
             ),
         ),
         ("https://h/r.git?branch=b", RepositoryAddress(remote="https://h/r.git", ref="refs/heads/b")),
+        ("https://h/r.git?commit=ab", RepositoryAddress(remote="https://h/r.git", ref="ab", checksum="ab")),
+        (
+            "https://h/r.git?mtime=commit#:d",
+            RepositoryAddress(remote="https://h/r.git", subdir="d", has_commit_times=True),
+        ),
+        (
+            "https://h/r.git?mtime=checkout&subdir=d#:d",
+            RepositoryAddress(remote="https://h/r.git", subdir="d"),
+        ),
     ],
 )
 def test_the_address_of_a_repository(source: str, address: RepositoryAddress) -> None:
@@ -309,6 +318,9 @@ def test_the_address_of_a_repository(source: str, address: RepositoryAddress) ->
         ("https://h/r.git?ref=a&ref=b", 'query "ref" has multiple values'),
         ("https://h/r.git?ref=a#b", "ref conflicts: a vs b"),
         ("https://h/r.git?keep-git-dir=maybe", 'invalid keep-git-dir value: "maybe"'),
+        ("https://h/r.git?mtime=now", 'invalid mtime value: "now"'),
+        ("https://h/r.git?subdir=a#:b", 'subdir conflicts: "b" vs "a"'),
+        ("https://h/r.git?fetch-by-commit=true", 'unexpected query "fetch-by-commit"'),
         ("https://h/r.git#--upload-pack=x", "invalid git address"),
     ],
 )
@@ -374,12 +386,31 @@ async def test_a_branch_a_tag_a_commit_and_a_directory(
         ("#main", "two\n"),
         (f"#{commit}", "one\n"),
         ("?tag=v1", "one\n"),
+        (f"?commit={commit}", "one\n"),
     ):
         async with built(rig, f"ADD {repository}{fragment} /r") as root:
             assert (root / "r/README").read_text() == readme, fragment
     async with built(rig, f"ADD --chown=3:4 {repository}#v1:docs /r") as root:
         assert [path.name for path in (root / "r").iterdir()] == ["page"]
         assert (root / "r/page").stat().st_uid == 3
+
+
+@needs_git
+async def test_files_of_a_repository_have_the_time_of_the_commit_where_that_is_asked_for(
+    rig: BuildRig, server: WebServer, repository: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_COMMITTER_DATE", "2001-02-03T04:05:06Z")
+    source = tmp_path / "source"
+    (source / "link").symlink_to("/etc/passwd")
+    git(source, "add", ".")
+    git(source, "commit", "--quiet", "-m", "three")
+    git(source, "push", "--quiet", str(server.root / "r.git"), "main")
+    git(server.root / "r.git", "update-server-info")
+    async with built(rig, f"ADD {repository}?mtime=commit /r") as root:
+        times = {path.lstat().st_mtime for path in (root / "r").rglob("*")}
+    assert times == {981173106}
+    async with built(rig, f"ADD {repository} /r") as root:
+        assert (root / "r/README").stat().st_mtime > 981173106
 
 
 @needs_git

@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -10,7 +11,9 @@ from aiohttp import ClientError
 from aiohttp.test_utils import TestClient, TestServer
 from msgspec.structs import replace
 
-from skep.api.backups import BackupRequest, Sealer, new_header
+from skep.api.backups import BackupRequest, Sealer, new_header, opening
+from skep.cli.endpoint import HostOptions
+from skep.cli.maintain.backup import _backup
 from skep.errors import Unavailable
 from skep.manager.notify.incidents import IncidentChanges
 from skep.manager.notify.problems import Problem
@@ -19,6 +22,7 @@ from skep.manager.notify.showing import delivery_families, delivery_warnings
 from skep.manager.notify.writing import add_target, claim, settle, write_changes
 from skep.manager.routes import application
 from skep.manager.routes.access import ManagerApi
+from skep.manager.routes.warnings import warnings_of
 from skep.model.options.notifications import Topic
 from skep.store.interface import Transaction
 from skep.store.level import LEVEL, NOTIFICATIONS
@@ -200,3 +204,28 @@ async def test_the_end_of_a_backup_is_recorded(error: str) -> None:
                 await response.read()
             last = backup_in(api.store.view())
     assert (last.complete_ns > 0, last.failed_ns > 0, last.error) == (not error, bool(error), error)
+
+
+class Ending(Backing):
+    """Begins a backup, and fails."""
+
+    def begin(self, request: BackupRequest) -> Sealer:
+        self._opening = opening(request.header)
+        return super().begin(request)
+
+    async def pieces(self, sealer: Sealer) -> AsyncIterator[bytes]:
+        yield self._opening
+        raise Unavailable(self._error)
+
+
+async def test_a_backup_that_its_manager_ends_early_leads_to_the_reason(tmp_path: Path) -> None:
+    error = "the key of the cluster's store is being replaced: run the backup again"
+    async with a_manager_api() as api:
+        await api.store.update(raise_level, LEVEL)
+        async with TestServer(application(replace(api, backups=Ending(error)))) as server:
+            host = HostOptions(host=f"tcp://127.0.0.1:{server.port}")
+            with pytest.raises(Unavailable, match=r"before it was complete\. Run skep status to see why"):
+                await _backup(host, tmp_path / "swarm.backup", ("hkdf", bytes(32)))
+        warnings = await warnings_of(api.store, api.clock.now_ns())
+    assert [one.partition(" UTC ")[2] for one in warnings] == [f"failed: {error} (skep backup)"]
+    assert list(tmp_path.iterdir()) == []

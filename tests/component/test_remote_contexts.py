@@ -107,17 +107,21 @@ async def test_a_web_address_is_an_archive_or_a_dockerfile(rig: Rig, address: st
     ]
 
 
-async def test_a_git_repository_is_the_context(rig: Rig, address: str, tmp_path: Path) -> None:
-    source = tmp_path / "source"
+def make_repository(place: Path) -> None:
+    """A repository that the web server has as ``r.git``, with a Dockerfile in ``app``."""
+    source = place / "source"
     (source / "app").mkdir(parents=True)
     (source / "app/Dockerfile").write_text(DOCKERFILE)
     script = (
         "git init -q && git add . && git -c user.name=x -c user.email=x@y commit -qm one"
-        f" && git clone -q --bare . {tmp_path}/www/r.git && git -C {tmp_path}/www/r.git update-server-info"
+        f" && git clone -q --bare . {place}/www/r.git && git -C {place}/www/r.git update-server-info"
     )
-    subprocess.run(  # noqa: ASYNC221 - milliseconds
-        ["sh", "-ec", script], cwd=source, check=True, env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
-    )
+    environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
+    subprocess.run(["sh", "-ec", script], cwd=source, check=True, env=environment)
+
+
+async def test_a_git_repository_is_the_context(rig: Rig, address: str, tmp_path: Path) -> None:
+    make_repository(tmp_path)
     await built(rig, "one", FileServer(), context=f"{address}/r.git#:app")
     assert rig.builds.files == {"Dockerfile": DOCKERFILE}
     kept = {
@@ -127,6 +131,25 @@ async def test_a_git_repository_is_the_context(rig: Rig, address: str, tmp_path:
     }
     await built(rig, "two", FileServer(), **kept)
     assert {"app/Dockerfile", ".git/HEAD"} <= rig.builds.files.keys()
+
+
+async def test_named_contexts_are_repositories_and_files_of_addresses(
+    rig: Rig, address: str, tmp_path: Path
+) -> None:
+    make_repository(tmp_path)
+    archive = a_tar({"x": "x\n"})
+    (tmp_path / "www/c.tar").write_bytes(archive)
+    named = {"context:code": f"{address}/r.git#:app", "context:file": f"{address}/c.tar"}
+    await built(rig, "one", Uploading(a_tar({"Dockerfile": DOCKERFILE})), context=UPLOADED, **named)
+    assert rig.builds.named == {
+        "code": {"Dockerfile": DOCKERFILE},
+        "file": {"context": archive.decode()},  # as in BuildKit, an archive is not unpacked
+    }
+    missing = {"context:file": f"{address.replace('://', '://ann:pa55word@')}/none"}
+    with pytest.raises(CallFailed, match=r"xxxxx:xxxxx@.*invalid response status 404") as failed:
+        await built(rig, "two", Uploading(a_tar({"Dockerfile": DOCKERFILE})), context=UPLOADED, **missing)
+    assert "pa55word" not in str(failed.value)
+    assert list(rig.directory.iterdir()) == []
 
 
 @pytest.mark.parametrize("context", ["ftp://h/x", "/a/path"])

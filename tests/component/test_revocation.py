@@ -208,7 +208,7 @@ async def test_the_agent_of_a_removed_node_knows_it_until_it_has_a_session_again
         assert agent.removal == ""
         await removed(cluster, pair)
         await until(lambda: agent.removal)
-        assert agent.removal.endswith(": docker swarm leave --force (its containers are stopped)")
+        assert agent.removal.endswith(": docker swarm leave --force (its containers stop)")
         assert "this node was removed from the cluster at 20" in agent.removal
 
         def restored(tx):

@@ -7,11 +7,13 @@ from urllib.parse import quote
 
 import click
 
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
-from skep.cli.running import delete_each, run_requests
+from skep.cli.running import delete_each, run_requests, say
 from skep.model.options.notifications import Topic
 from skep.model.task_end import printable
+from skep.model.values.counts import counted
+from skep.stack.project import NAMESPACE
 
 _TEST_S = 30.0
 """Time limit in seconds for a test, which the manager itself limits to 20."""
@@ -77,6 +79,13 @@ def add(options: HostOptions, /, name: str, url: str, secret_file: Path | None, 
     async def create() -> None:
         async with options.requests() as client:
             await client.post("/skep/notify/create", body)
+            if not body["Stacks"]:
+                return
+            found = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
+        known = {(one["Spec"].get("Labels") or {}).get(NAMESPACE) for one in found}
+        for stack in body["Stacks"]:
+            if stack not in known:
+                say(f"The stack {stack} has no services yet. Run skep stack ls to see the names of stacks.")
 
     run_requests(create())
     click.echo(name)
@@ -155,7 +164,7 @@ def shown_targets(found: list[Mapping[str, Any]]) -> Shown:
         for one in found:
             if error := one.get("Error"):
                 since = str(one.get("FailingSince", ""))[:16].replace("T", " ")
-                dropped = f", {one['Dropped']} notices dropped" if one["Dropped"] else ""
+                dropped = f", {counted(one['Dropped'], 'notice')} dropped" if one["Dropped"] else ""
                 due = str(one.get("NextAttemptAt", ""))[11:19]
                 again = f", next attempt at {due} UTC" if due else ""
                 yield printable(f"{one['Name']} fails since {since} UTC: {error}{again}{dropped}")

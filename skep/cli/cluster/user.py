@@ -131,6 +131,8 @@ async def _add(
     for role in roles:
         parse_binding(role)
     has_certificate = bool(wanted.context or wanted.out)
+    if not has_certificate and (wanted.address or wanted.ca is not None):
+        raise InvalidArgument("--address and --ca are about a certificate. Add --context or --out DIRECTORY.")
     authority = _authority(options, wanted) if has_certificate else b""
     if wanted.context:
         async with RawClient(_address(options, wanted)):

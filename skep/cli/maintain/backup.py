@@ -2,7 +2,10 @@
 
 import asyncio
 import base64
+import getpass
 import os
+import sys
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +26,7 @@ from skep.api.backups import (
 from skep.cli import options
 from skep.cli.endpoint import HostOptions
 from skep.cli.running import errors_shown
-from skep.errors import InvalidArgument
+from skep.errors import InvalidArgument, Unavailable, reason_of
 from skep.linux.files import sync_directory, sync_file
 from skep.model.values.counts import counted
 
@@ -106,6 +109,7 @@ def restore(
       skep restore --advertise-addr 10.0.0.7 swarm.backup
     """
     with errors_shown():
+        _check_kind(file, passphrase_file, key_file)
         secret = _secret(passphrase_file, key_file, confirm=False)
         plan = asyncio.run(_restore(host, file, secret, advertise_addr, is_dry=True))
         for title, text in _about(plan):
@@ -135,40 +139,59 @@ async def _check(host: HostOptions, file: Path) -> None:
 
 
 async def _backup(host: HostOptions, file: Path, secret: Secret) -> BackupManifest:
-    """Write a backup and return its manifest.  Raises: SkepError; OSError."""
+    """Write a backup and return its manifest.  Raises: SkepError."""
     header = new_header(secret[0])
     key = await asyncio.to_thread(key_of, secret[1], header)
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     opener = Opener(key)
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _unwritable(file, error) from error
     try:
         with os.fdopen(descriptor, "wb") as out:
-            async with (
-                host.client() as client,
-                client.stream(
-                    "/skep/backup", method="POST", body=BackupRequest(header=header, key=key)
-                ) as stream,
-            ):
-                async for piece in stream.pieces():
-                    opener.feed(piece)
-                    out.write(piece)
+            async for piece in _pieces(host, BackupRequest(header=header, key=key)):
+                opener.feed(piece)
+                out.write(piece)
         manifest = opener.check_whole()
         sync_file(beside)
         beside.replace(file)
         sync_directory(file.parent)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _unwritable(file, error) from error
         raise
     return manifest
+
+
+def _unwritable(file: Path, error: OSError) -> InvalidArgument:
+    return InvalidArgument(f"cannot write {file}: {reason_of(error)}. Choose another place.")
+
+
+async def _pieces(host: HostOptions, request: BackupRequest) -> AsyncIterator[bytes]:
+    """Yield a backup as it arrives.  Raises: Unavailable: its manager ended it early; SkepError."""
+    is_begun = False
+    try:
+        async with (
+            host.client() as client,
+            client.stream("/skep/backup", method="POST", body=request) as stream,
+        ):
+            async for piece in stream.pieces():
+                is_begun = True
+                yield piece
+    except Unavailable as error:
+        if not is_begun:
+            raise
+        raise Unavailable(
+            "the manager ended the backup before it was complete. Run skep status to see why, and try again."
+        ) from error
 
 
 async def _restore(
     host: HostOptions, file: Path, secret: Secret, advertise_addr: str, *, is_dry: bool
 ) -> RestorePlan:
     header = _header(file)
-    if header.kdf != secret[0]:
-        made = "a passphrase" if header.kdf == "scrypt" else "a key file (--key-file)"
-        raise InvalidArgument(f"{file} was made with {made}. Use the same.")
     key = await asyncio.to_thread(key_of, secret[1], header)
     query = {"dryRun": "1"} if is_dry else {}
     if advertise_addr:
@@ -182,6 +205,17 @@ async def _restore(
             timeout_s=_RESTORE_S,
             **query,
         )
+
+
+def _check_kind(file: Path, passphrase_file: Path | None, key_file: Path | None) -> None:
+    """Check, before the user types a passphrase, that the file is a backup with such a key.
+
+    Raises: InvalidArgument.
+    """
+    kdf = _header(file).kdf
+    if kdf != ("scrypt" if key_file is None else "hkdf"):
+        made = "a passphrase (--passphrase-file)" if kdf == "scrypt" else "a key file (--key-file)"
+        raise InvalidArgument(f"{file} was made with {made}. Use the same.")
 
 
 def _header(file: Path) -> BackupHeader:
@@ -205,10 +239,21 @@ def _secret(passphrase_file: Path | None, key_file: Path | None, *, confirm: boo
     if passphrase_file is not None:
         passphrase = passphrase_file.read_text().partition("\n")[0]
     else:
-        passphrase = click.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm)
+        passphrase = _prompted(confirm=confirm)
     if not passphrase:
         raise InvalidArgument("The passphrase is empty. Enter one, or use --key-file.")
     return "scrypt", passphrase.encode()
+
+
+def _prompted(*, confirm: bool) -> str:
+    """Ask for the passphrase.  Raises: InvalidArgument: the input has none, as that of a cron job."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=getpass.GetPassWarning):
+            return str(click.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm))
+    except click.Abort as error:
+        if sys.stdin.isatty():
+            raise
+        raise InvalidArgument("No passphrase was given. Use --passphrase-file or --key-file.") from error
 
 
 def _for_the_workers(addr: str) -> Iterator[str]:
@@ -222,7 +267,8 @@ def _for_the_workers(addr: str) -> Iterator[str]:
 
 def _about(plan: RestorePlan) -> Iterator[tuple[str, str]]:
     yield "swarm", f"{plan.cluster_id}, incarnation {plan.incarnation}"
-    yield "created", f"{plan.created_at} by {plan.hostname} ({plan.node_id}), skep {plan.skep_version}"
+    created = f"{plan.created_at[:19].replace('T', ' ')} UTC"
+    yield "created", f"{created} by {plan.hostname} ({plan.node_id}), skep {plan.skep_version}"
     yield "content", _described(plan.counts)
     outcome = (
         f"This node becomes {plan.node_id} at {plan.advertise_addr}, the only manager of the swarm. Other managers are "

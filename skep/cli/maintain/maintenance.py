@@ -80,7 +80,8 @@ def taken(
     others = [one for one in holders if not is_same(one, wanted)]
     held = [one for one in others if not one.is_overdue(now)]
     if len(held) >= at_once or (held and wanted.is_upgrade):
-        raise FailedPrecondition("; ".join(described(one, members, now) for one in held))
+        held_by = "; ".join(described(one, members, now) for one in held)
+        raise FailedPrecondition(f"{held_by}. Wait, or run {_release_of(held[0], members)}.")
     away = next((one for one in members if one.id == wanted.node), None)
     if away is not None:
         absent = [one for one in members if any(one.id == holder.node for holder in held)]
@@ -88,6 +89,13 @@ def taken(
         if reasons := list(refusals_of_quorum(nodes, away)):
             raise FailedPrecondition("; ".join(reasons))
     return (*held, wanted)
+
+
+def _release_of(holder: LockHolder, members: Sequence[UpgradableNode]) -> str:
+    """Return the command that releases the lock of ``holder``."""
+    if holder.is_upgrade:
+        return "skep upgrade --abort"
+    return f"skep reboot-lock release {next((one.name for one in members if one.id == holder.node), holder.node)}"
 
 
 def is_same(one: LockHolder, other: LockHolder) -> bool:

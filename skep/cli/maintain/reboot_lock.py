@@ -16,7 +16,7 @@ from skep.cli.maintain import maintenance
 from skep.cli.maintain.maintenance import LockHolder
 from skep.cli.maintain.upgrade_plan import UpgradableNode
 from skep.cli.output import OutputOptions, Shown, shows
-from skep.cli.running import run_requests
+from skep.cli.running import run_requests, say
 from skep.errors import InvalidArgument
 
 
@@ -83,7 +83,7 @@ def take(host: HostOptions, node: str, ttl: float, at_once: int, override_freeze
 def release(host: HostOptions, node: str, everything: bool) -> None:
     """Release the lock of a node.
 
-    Does nothing if NODE does not hold it.
+    Says so if NODE does not hold it.
 
     \b
     Examples:
@@ -154,10 +154,15 @@ async def _release(host: HostOptions, word: str, everything: bool) -> None:
 
 async def _release_one(client: ApiClient, word: str) -> None:
     members, _ = await maintenance.nodes_and_time(client)
-    node = named(members, word).id
+    node, is_held = named(members, word).id, False
 
     def decide(text: str) -> str:
-        kept = [one for one in maintenance.read(text) if one.is_upgrade or one.node != node]
+        nonlocal is_held
+        holders = maintenance.read(text)
+        kept = [one for one in holders if one.is_upgrade or one.node != node]
+        is_held = len(kept) < len(holders)
         return maintenance.written(kept)
 
     await maintenance.change(client, decide)
+    if not is_held:
+        say(f"{word} does not hold the lock. Run skep reboot-lock status to see which node does.")

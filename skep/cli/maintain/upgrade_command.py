@@ -98,6 +98,11 @@ def upgrade(
     """
     with errors_shown():
         if aborts:
+            if dry_run or continues:
+                raise InvalidArgument(
+                    "--abort cannot be combined with --dry-run and --continue. Run skep reboot-lock status to see the "
+                    "upgrade that it would end."
+                )
             asyncio.run(abort(host))
             return
         means = _system_means(keep_running, **chosen) if system else _means(**chosen)

@@ -61,6 +61,8 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Named contexts that are images, by the names that stand for them in the Dockerfile."""
     directories: Mapping[str, ClientDirectory] = {}
     """Named contexts that are directories of the client."""
+    remotes: Mapping[str, str] = {}
+    """Named contexts that are fetched: addresses of git repositories and of files."""
     target: str = ""
     arguments: Mapping[str, str] = {}
     labels: Mapping[str, str] = {}
@@ -138,7 +140,7 @@ def parse_options(
     arguments = _taken(left, "build-arg:")
     _refuse(left, arguments)
     sessions = _taken(left, "local-sessionid:")
-    images, directories = _contexts(_taken(left, "context:"), sessions, inputs or {})
+    images, directories, remotes = _contexts(_taken(left, "context:"), sessions, inputs or {})
     use_cache, stages = _use_cache(left)
     platforms = _platforms(left.pop("platform", ""))
     is_index = is_true(arguments.get("BUILDKIT_MULTI_PLATFORM", "") or left.pop("multi-platform", ""))
@@ -153,6 +155,7 @@ def parse_options(
         keeps_git_dir=is_true(arguments.pop("BUILDKIT_CONTEXT_KEEP_GIT_DIR", "")),
         images=images,
         directories=directories,
+        remotes=remotes,
         target=left.pop("target", ""),
         arguments=arguments,
         labels=_taken(left, "label:"),
@@ -230,9 +233,9 @@ def _use_cache(left: dict[str, str]) -> tuple[bool, tuple[str, ...]]:
 
 def _contexts(
     named: Mapping[str, str], sessions: Mapping[str, str], inputs: Mapping[str, str]
-) -> tuple[dict[str, str], dict[str, ClientDirectory]]:
-    """Return named contexts: images and directories.  Raises: Unimplemented: another kind of context."""
-    images, directories = {}, {}
+) -> tuple[dict[str, str], dict[str, ClientDirectory], dict[str, str]]:
+    """Return named contexts: images, directories and addresses.  Raises: Unimplemented: another kind of context."""
+    images, directories, remotes = {}, {}, {}
     for name, value in named.items():
         kind, separator, rest = value.partition(":")
         if kind == "docker-image" and separator:
@@ -241,9 +244,11 @@ def _contexts(
             images[context_name(name)] = inputs[rest]
         elif kind == "local" and separator:
             directories[context_name(name)] = ClientDirectory(rest, sessions.get(rest, ""))
+        elif kind in ("http", "https", "git") or kind.startswith("git@"):
+            remotes[context_name(name)] = value
         else:
-            raise Unimplemented(f"named context {name} is not supported: {value}")
-    return images, directories
+            raise Unimplemented(f"named context {name} is not supported: {redacted_address(value)}")
+    return images, directories, remotes
 
 
 def _hosts(text: str) -> tuple[str, ...]:

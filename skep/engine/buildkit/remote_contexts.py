@@ -1,9 +1,10 @@
 """Contexts outside the client's directories: an archive that it uploads, a web address, a git repository.
 
 An archive is unpacked.  Any other file is a Dockerfile, and the context has no other files.  A .dockerignore file has
-no effect, as in BuildKit.
+no effect, as in BuildKit.  A named context at a web address is the file itself.
 
-Source: moby/buildkit, frontend/dockerui/context.go (initContext, DetectHTTPContext, DetectGitContext), session/upload.
+Source: moby/buildkit, frontend/dockerui/context.go (initContext, DetectHTTPContext, DetectGitContext),
+frontend/dockerui/namedcontext.go, session/upload.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from yarl import URL
 
 from skep.engine.build.addresses import check_address, redacted_address
 from skep.engine.build.files.copies import is_archive
-from skep.engine.build.files.remotes import Download, KnownAnswers, repository_address
+from skep.engine.build.files.remotes import Download, KnownAnswers, is_git, repository_address
 from skep.engine.build.files.repositories import GitRepository, RepositoryAddress, address_of
 from skep.engine.build.files.sources import CopySource
 from skep.engine.build.interface import Provider
@@ -35,7 +36,7 @@ _HTTP = re.compile(r"https?://")
 _COMPRESSED = (b"BZh", b"\x1f\x8b\x08", b"\xfd7zXZ\x00")
 """Source: buildkit, frontend/dockerui/context.go (isArchive)."""
 _FILE = "context"
-"""File name of a Dockerfile that is alone in its context."""
+"""Name of the only file in a context: of a Dockerfile, and of what is at the address of a named context."""
 
 
 @asynccontextmanager
@@ -62,8 +63,7 @@ async def remote_context(
         place = await stack.enter_async_context(contexts.scratch())
         if repository := repository_address(address):
             found = _repository_at(repository, keeps_git_dir=keeps_git_dir)
-            source = await GitRepository(found, place, contexts.limits, provider).fetch()
-            yield source.root / source.resolved, ""
+            yield await _fetch_repository(contexts, found, place, provider), ""
             return
         if not _HTTP.match(address):
             raise Unimplemented(
@@ -74,11 +74,23 @@ async def remote_context(
             pieces = _count_bytes(_read_upload(session, URL(address)), progress)
             await spool(pieces, place / _FILE, contexts.accepted_on(place), "the build context")
         else:
-            file = await Download(
-                address, "", place, contexts.accepted_on(place), KnownAnswers(), provider
-            ).fetch()
-            (place / file.resolved).rename(place / _FILE)
+            await _download(contexts, address, place, provider)
         yield await _unpack_if_archive(contexts, place, stack)
+
+
+@asynccontextmanager
+async def named_context(contexts: ContextStore, address: str, provider: Provider) -> AsyncIterator[Path]:
+    """Fetch a named context while the block runs: a repository, or a file that gets the name ``context``.
+
+    Raises: SkepError: it cannot be fetched.
+    """
+    async with contexts.scratch() as place:
+        if is_git(address):
+            yield await _fetch_repository(contexts, address_of(address), place, provider)
+            return
+        check_address(address)
+        await _download(contexts, address, place, provider)
+        yield place
 
 
 @asynccontextmanager
@@ -96,6 +108,20 @@ async def uploaded_context(
                 "the build context",
             )
         yield await _unpack_if_archive(contexts, place, stack)
+
+
+async def _fetch_repository(
+    contexts: ContextStore, address: RepositoryAddress, place: Path, provider: Provider
+) -> Path:
+    """Clone a repository into ``place``, and return the directory that its address names."""
+    source = await GitRepository(address, place, contexts.limits, provider).fetch()
+    return source.root / source.resolved
+
+
+async def _download(contexts: ContextStore, address: str, place: Path, provider: Provider) -> None:
+    """Write the file at a web address to ``place``."""
+    file = await Download(address, "", place, contexts.accepted_on(place), KnownAnswers(), provider).fetch()
+    (place / file.resolved).rename(place / _FILE)
 
 
 async def _unpack_if_archive(contexts: ContextStore, place: Path, stack: AsyncExitStack) -> tuple[Path, str]:

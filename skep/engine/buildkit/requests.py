@@ -156,7 +156,7 @@ def _needed(stages: Stages, build: BuildOptions) -> Sequence[int]:
     last = _target(stages, build)
     chosen = msgspec.structs.replace(stages, stages=stages.stages[: last + 1])
     arguments = _global_arguments(stages, build).of_stages
-    contexts = {*build.images, *build.directories}
+    contexts = {*build.images, *build.directories, *build.remotes}
     return sorted(targets.needed(chosen, arguments, Budget(), contexts))
 
 

@@ -11,7 +11,7 @@ import asyncio
 import secrets
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +53,7 @@ from skep.engine.buildkit.protocol.filesend import OpenArchive, send_archive, se
 from skep.engine.buildkit.protocol.filesync import SyncSelection
 from skep.engine.buildkit.protocol.sessions import BuildSession, BuildSessions
 from skep.engine.buildkit.provider import ClientProvider
-from skep.engine.buildkit.remote_contexts import remote_context, uploaded_context
+from skep.engine.buildkit.remote_contexts import named_context, remote_context, uploaded_context
 from skep.engine.buildkit.results import BuildHistory, BuiltImages, image_of
 from skep.engine.buildkit.uploads import OpenUpload
 from skep.engine.images.digest import Digest
@@ -109,7 +109,9 @@ class BuildJob:
             ref=self.request.ref,
             frontend=self.request.frontend,
             frontend_attrs={
-                name: redacted_address(value) if name in ("context", "cache-from") else redacted(value)
+                name: redacted_address(value)
+                if name.startswith(("context", "cache-from"))
+                else redacted(value)
                 for name, value in self.request.frontend_attrs.items()
             },
             exporters=[
@@ -342,20 +344,18 @@ class Solver:
             client = await self._session_of(session, build.dockerfile)
             definition = await self._definition(job, client, build, remote)
 
-            def opening(
-                source: ClientDirectory, ignored: str | None, root: Path | None = None
-            ) -> OpenContext:
+            def opening(files: AbstractAsyncContextManager[Path], root: Path | None = None) -> OpenContext:
                 opened: list[Path] = [root] if root is not None else []
 
                 async def open_context() -> Path:
                     if not opened:  # the builds of all platforms use the same files
-                        client = await self._session_of(session, source)
-                        files = self._context(job, client, source, ignored)
                         opened.append(await received.enter_async_context(files))
                     return opened[0]
 
                 return open_context
 
+            further = {name: self._context(job, session, one) for name, one in build.directories.items()}
+            further |= {name: self._fetched(job, provider, name, at) for name, at in build.remotes.items()}
             request = msgspec.structs.replace(
                 build_request(
                     build,
@@ -363,10 +363,11 @@ class Solver:
                     definition.text,
                     has_host_network="network.host" in job.request.entitlements,
                 ),
-                directories={name: opening(source, None) for name, source in build.directories.items()},
+                directories={name: opening(files) for name, files in further.items()},
                 inline_cache=build.inline_cache or any(one.type == "inline" for one in job.cache_exports),
             )
-            open_context = opening(build.context, definition.ignored, remote[0] if remote else None)
+            files = self._context(job, session, build.context, definition.ignored)
+            open_context = opening(files, remote[0] if remote else None)
             images: dict[str, Digest] = {}
             for platform in build.platforms:
                 if build.is_index:
@@ -485,9 +486,10 @@ class Solver:
 
     @asynccontextmanager
     async def _context(
-        self, job: BuildJob, session: BuildSession, source: ClientDirectory, ignored: str | None
+        self, job: BuildJob, session: BuildSession, source: ClientDirectory, ignored: str | None = None
     ) -> AsyncIterator[Path]:
         """Provide the files of a context while the block runs.  Raises: SkepError."""
+        session = await self._session_of(session, source)
         which = "build context" if source.name == "context" else f"context {source.name}"
         if ignored is None:
             with job.vertices.doing(f"[internal] load .dockerignore of the {which}"):
@@ -502,6 +504,16 @@ class Solver:
                     progress=partial(job.vertices.figure, vertex, "transferring context:"),
                 )
                 root = await stack.enter_async_context(received)
+            yield root
+
+    @asynccontextmanager
+    async def _fetched(
+        self, job: BuildJob, provider: ClientProvider, name: str, address: str
+    ) -> AsyncIterator[Path]:
+        """Provide the files of a named context at an address while the block runs.  Raises: SkepError."""
+        async with AsyncExitStack() as stack:
+            with job.vertices.doing(f"[context {name}] {redacted_address(address)}"):
+                root = await stack.enter_async_context(named_context(self.contexts, address, provider))
             yield root
 
 

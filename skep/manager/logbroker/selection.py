@@ -138,11 +138,17 @@ def matches(query: LogQuery, task: Task) -> bool:
     return task.service_id in query.services or task.id in query.tasks or task.node_id in query.nodes
 
 
+def _unscheduled(view: View, id: TaskId) -> str:
+    task = view.lookup(Task, id)
+    why = f" ({task.status.err})" if task is not None and task.status.err else ""
+    return f"task {_task_name(view, id)} has not been scheduled{why}"
+
+
 def shortfall(view: View, selection: Selection, reasons: list[str]) -> str:
     """Return why a stream of logs is incomplete, in SwarmKit's words but with names, or an empty text."""
     missing = [
         *reasons,
-        *(f"task {_task_name(view, id)} has not been scheduled" for id in sorted(selection.unscheduled)),
+        *(_unscheduled(view, id) for id in sorted(selection.unscheduled)),
     ]
     if not missing:
         return ""

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from skep.manager.notify.records import Delivery, Notice
+from skep.model.values.counts import counted
 from skep.model.values.times import SECOND_NS, timestamp
 
 _WORDS = {"began": "Problem", "reminder": "Still a problem", "ended": "Resolved"}
@@ -51,7 +52,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
         if len(self.notices) > 1:
             yield from map(_line, self.notices)
         if self.missed:
-            yield f"{self.missed} earlier notices could not be delivered: see skep history"
+            yield f"{counted(self.missed, 'earlier notice')} could not be delivered: see skep history"
 
     @property
     def body(self) -> Mapping[str, Any]:

@@ -39,7 +39,9 @@ def add_target(tx: Transaction, target: Target) -> Target:
         )
     present = targets_in(tx)
     if any(one.name == target.name for one in present):
-        raise AlreadyExists(f"notification target {target.name} already exists: remove it first")
+        raise AlreadyExists(
+            f"notification target {target.name} already exists: remove it first (skep notify rm {target.name})"
+        )
     if len(present) >= TARGETS_MAX:
         raise InvalidArgument(f"a cluster can have at most {TARGETS_MAX} notification targets")
     _write_targets(tx, (*present, target))

@@ -10,7 +10,7 @@ from skep.manager.acme.showing import certificate_warnings
 from skep.manager.ca.expiry import expiring
 from skep.manager.control.tasks import damage_of
 from skep.manager.failover.editing import address_warnings
-from skep.manager.notify.showing import delivery_warnings
+from skep.manager.notify.showing import backup_warnings, delivery_warnings
 from skep.manager.routes.access import manager_of
 from skep.manager.verify.records import warning as violation_warning
 from skep.model.networks.data_planes import (
@@ -51,6 +51,7 @@ async def warnings_of(store: Store, now_ns: int) -> list[str]:
         *damage_warnings(view),
         *await _space_warnings(store),
         *delivery_warnings(view),
+        *backup_warnings(view),
         *certificate_warnings(view, now_ns),
         *address_warnings(view),
         *data_path_warnings(view.find(Node)),

@@ -36,7 +36,7 @@ class NodeRemoval(msgspec.Struct, frozen=True, kw_only=True):
     def summary(self) -> str:
         """Return a text for a user of the removed node, with the command that ends this state."""
         at = f" at {self.at.partition('.')[0].rstrip('Z')}Z" if self.at else ""
-        tasks = "its containers keep running" if self.keeps_containers else "its containers are stopped"
+        tasks = "its containers keep running" if self.keeps_containers else "its containers stop"
         return f"this node was removed from the cluster{at}: {_LEAVE} ({tasks})"
 
 

@@ -227,7 +227,7 @@ class Membership:
     ) -> RestorePlan:
         """Become the manager that made a backup, as the only manager of its cluster.
 
-        With ``is_dry``, only read the backup.
+        With ``is_dry``, only read the backup and check that this node can become that manager.
 
         Args:
             advertise_addr: The address of the manager.  If empty, the address in the backup if this machine has it,
@@ -244,6 +244,8 @@ class Membership:
             try:
                 manifest = await receive(pieces, key, snapshot)
                 endpoints = endpoints_for(manifest, advertise_addr, await read_interfaces())
+                self._dependencies.manager_files.check_ports(endpoints.listen_addr)
+                await asyncio.to_thread(check_space, self._paths.data)
                 if not is_dry:
                     await self._enter_restored(manifest, endpoints, snapshot)
             finally:
@@ -251,8 +253,6 @@ class Membership:
             return plan_of(manifest, endpoints.advertise_addr, is_done=not is_dry)
 
     async def _enter_restored(self, manifest: BackupManifest, endpoints: Endpoints, snapshot: Path) -> None:
-        self._dependencies.manager_files.check_ports(endpoints.listen_addr)
-        await asyncio.to_thread(check_space, self._paths.data)
         node, pair = await asyncio.to_thread(restored_node, manifest, endpoints)
         restored = RestoredData(
             node=node, wrapping_key=manifest.wrapping_key, snapshot=snapshot, hostname=manifest.hostname

@@ -118,6 +118,29 @@ async def test_cache_sources_and_places_never_fail_a_build(host: Host, lab: Buil
 
 
 @pytest.mark.usefixtures("only_here")
+@pytest.mark.parametrize(
+    ("text", "argument", "is_found"),
+    [
+        ("ARG V\nSTEP", "V", False),
+        ("STEP\nARG V\nRUN true\n", "V", True),
+        ("ARG V\nENV W=$V\nSTEP", "V", False),
+        ("ARG V\nENV V=constant\nSTEP", "V", True),
+        ("STEP", "HTTP_PROXY", True),
+        ("ARG HTTP_PROXY\nSTEP", "HTTP_PROXY", False),
+    ],
+    ids=["used", "declared-later", "in-env", "hidden-by-env", "proxy", "declared-proxy"],
+)
+async def test_another_argument_carries_out_the_steps_that_see_it(
+    host: Host, lab: BuildLab, text: str, argument: str, is_found: bool
+) -> None:
+    context = lab.context("FROM busybox:1\n" + text.replace("STEP", "RUN date +%s%N > /when"))
+    for value in ("http://a", "http://b"):
+        code, output = await host.build(context, "-t", f"{value[-1]}:1", "--build-arg", f"{argument}={value}")
+        assert code == 0, output
+    assert (lab.text("a:1", "when") == lab.text("b:1", "when")) == is_found
+
+
+@pytest.mark.usefixtures("only_here")
 async def test_a_step_without_changes_has_no_layer(host: Host, lab: BuildLab) -> None:
     code, output = await host.build(lab.context("FROM busybox:1\nRUN true\n"), "-t", "made:1")
     assert code == 0, output

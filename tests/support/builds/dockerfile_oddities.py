@@ -454,9 +454,9 @@ REFUSALS = (
         is_beyond=True,
     ),
     Case(
-        "a context of git is refused by name",
+        "a context of an OCI layout is refused by name",
         "FROM BASE\nCOPY --from=more a /a\n",
-        options=("--build-context", "more=https://127.0.0.1:1/repository.git"),
+        options=("--build-context", "more=oci-layout://CONTEXT/layout@sha256:" + 64 * "0"),
         fails="named context more is not supported",
         is_beyond=True,
     ),

@@ -414,6 +414,11 @@ TRIGGERS = (
         fails="FROM isn't allowed as an ONBUILD trigger",
     ),
     Case(
+        "a trigger that fails ends the build",
+        "FROM BASE AS a\nONBUILD RUN exit 4\nFROM a\n",
+        fails="did not complete successfully: exit code: 4",
+    ),
+    Case(
         "a trigger can have a here-document",
         "FROM BASE AS a\nONBUILD RUN <<EOF\necho here > /o\nEOF\nFROM a\nRUN true\n",
         gives={"o": "here\n"},

@@ -62,6 +62,8 @@ def test_what_is_not_found_is_listed_by_a_command() -> None:
         with_next_step("service web not found")
         == "service web not found. List services with skep service ls."
     )
+    missing = "notification target ops not found"
+    assert with_next_step(missing) == f"{missing}. List targets with skep notify ls."
     silent = "tcp://m1:2376 does not answer: connection refused"
     assert with_next_step(silent) == f"{silent}. Check that the node runs, or choose another one with --host."
     no_leader = "The swarm does not have a leader. It's possible that too few managers are online."

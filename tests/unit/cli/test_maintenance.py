@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 
+from skep.api.client.client import ApiClient
 from skep.api.client.requests import Requests
 from skep.cli.maintain.maintenance import (
     LockHolder,
@@ -16,6 +17,7 @@ from skep.cli.maintain.maintenance import (
     taken,
     written,
 )
+from skep.cli.maintain.reboot_lock import _release_one
 from skep.cli.maintain.upgrade_plan import UpgradableNode
 from skep.errors import FailedPrecondition, OutOfSequence
 from skep.model.options.labels import MAINTENANCE
@@ -41,7 +43,8 @@ def test_a_free_lock_is_given_and_survives_being_written() -> None:
 
 def test_a_second_node_is_refused_with_the_first_ones_name_and_the_same_one_renews_it() -> None:
     held = (a_holder("w1", minutes=5),)
-    with pytest.raises(FailedPrecondition, match="held by ops@desk for w1 for another 5 minutes"):
+    words = r"held by ops@desk for w1 for another 5 minutes\. Wait, or run skep reboot-lock release w1\.$"
+    with pytest.raises(FailedPrecondition, match=words):
         taken(held, a_holder("w2"), MEMBERS, NOW)
     assert taken(held, a_holder("w1"), MEMBERS, NOW) == (a_holder("w1"),)
 
@@ -57,7 +60,9 @@ def test_an_overdue_one_may_be_taken_over() -> None:
 
 def test_a_reboot_and_an_upgrade_exclude_each_other_both_ways() -> None:
     upgrade = a_holder("", is_upgrade=True)
-    with pytest.raises(FailedPrecondition, match="an upgrade is held"):
+    with pytest.raises(
+        FailedPrecondition, match=r"an upgrade is held by .* Wait, or run skep upgrade --abort\."
+    ):
         taken((upgrade,), a_holder("w1"), MEMBERS, NOW)
     with pytest.raises(FailedPrecondition, match="the reboot lock is held"):
         taken((a_holder("w1"),), upgrade, MEMBERS, NOW, at_once=5)
@@ -134,3 +139,34 @@ async def test_each_attempt_to_take_the_lock_decides_by_the_present_nodes_and_ti
     await change_by_nodes(cast("Requests", client), decide)
     assert seen == [(True, NOW + timedelta(hours=1)), (False, NOW + timedelta(hours=2))]
     assert client.written == ["held until 05"]
+
+
+class Holding:
+    """A manager where m1 holds the lock."""
+
+    def __init__(self) -> None:
+        self.lock = written((a_holder("m1"),))
+
+    async def get(self, path: str, **_: object) -> Any:
+        if path == "/swarm":
+            return {"Version": {"Index": 1}, "Spec": {"Labels": {MAINTENANCE: self.lock}}}
+        if path == "/info":
+            return {"SystemTime": NOW.isoformat()}
+        return [
+            {"ID": one.id, "Description": {"Hostname": one.name}, "Status": {"State": "ready"}, "Spec": {}}
+            for one in MEMBERS
+        ]
+
+    async def post(self, path: str, spec: Mapping[str, Any], **_: object) -> None:
+        self.lock = spec["Labels"].get(MAINTENANCE, "")
+
+
+async def test_a_release_for_a_node_that_does_not_hold_the_lock_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    client = Holding()
+    await _release_one(cast("ApiClient", client), "w1")
+    assert "w1 does not hold the lock. Run skep reboot-lock status" in capsys.readouterr().err
+    assert client.lock
+    await _release_one(cast("ApiClient", client), "m1")
+    assert (client.lock, capsys.readouterr().err) == ("", "")

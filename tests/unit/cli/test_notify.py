@@ -47,6 +47,6 @@ def test_a_target_that_fails_says_why_below_the_list() -> None:
     assert list(shown_targets([target]).lines(Screen())) == [
         "NAME  TO                             ON         STACKS  SENT  WAITING  STATE",
         "ops   https://hooks.example.org:443  node,disk  -       3     2        failing",
-        "ops fails since 2027-01-15 08:00 UTC: it responded 503, 1 notices dropped",
+        "ops fails since 2027-01-15 08:00 UTC: it responded 503, 1 notice dropped",
     ]
     assert "No targets" in "".join(shown_targets([]).lines(Screen()))

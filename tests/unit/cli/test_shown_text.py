@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import UTC, datetime
+from pathlib import Path
 
 import click
 import pytest
@@ -144,6 +145,12 @@ def test_an_error_is_cleaned_but_keeps_its_lines():
         raise Unavailable(f"{BAD}second")
     assert raised.value.message == f"{SAFE}\nsecond"
     assert failure_of(80, Unavailable(BAD)) == f"connection to port 80 failed: {SAFE}"
+
+
+def test_the_error_of_a_file_has_no_number() -> None:
+    with pytest.raises(click.ClickException) as raised, errors_shown():
+        Path("/nonexistent/file").read_bytes()
+    assert raised.value.message == "/nonexistent/file: no such file or directory"
 
 
 def test_the_error_of_a_task_group_is_one_line() -> None:

@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.cli.stack.stack_screens import line_of, lines_of, shortened
+from skep.cli.stack.stack_screens import ProgressPrinter, line_of, lines_of, shortened
 from skep.model.service import UpdateState, UpdateStatus
 from skep.stack.planning import Difference, plan_of
 from tests.unit.stack.test_planning import a_stack, deployed
@@ -99,3 +99,16 @@ def test_the_plan_of_the_old_file_during_a_staged_update_says_that_old_tasks_sta
     assert ("starting all new tasks" in shown) is not is_kept
     other = "\n".join(lines_of(plan_of(a_stack(text % "c"), updating, images={}, prune=False)))
     assert "starting all new tasks" in other
+
+
+def test_progress_is_printed_when_it_changes_and_not_again(capsys: pytest.CaptureFixture[str]) -> None:
+    printer = ProgressPrinter()
+    for text in ("0 of 2 tasks run", "0 of 2 tasks run", "1 of 2 tasks run", "1 of 2 tasks run"):
+        for name in ("web", "db"):
+            printer.show(name, text)
+    assert capsys.readouterr().err.splitlines() == [
+        "web: 0 of 2 tasks run",
+        "db: 0 of 2 tasks run",
+        "web: 1 of 2 tasks run",
+        "db: 1 of 2 tasks run",
+    ]

@@ -256,6 +256,8 @@ async def test_the_steps_are_shown_with_their_reasons(capsys: pytest.CaptureFixt
         (("--system", "--keep-running"), "--system cannot be combined"),
         (("--system", "--to", "2"), "--system cannot be combined"),
         (("--system", "--packages", "--command", "x"), "--packages needs SSH"),
+        (("--abort", "--dry-run"), "--abort cannot be combined"),
+        (("--abort", "--continue"), "--abort cannot be combined"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(words: tuple[str, ...], error: str) -> None:

@@ -35,6 +35,15 @@ def test_files_and_addresses_are_checked_before_a_token_is_made(
     assert not (tmp_path / "docker").exists()
 
 
+@pytest.mark.parametrize("option", ["--address", "--ca"])
+def test_options_of_a_certificate_are_refused_without_one(tmp_path: Path, option: str) -> None:
+    (tmp_path / "ca.pem").write_bytes(Authority.create().root_pem)
+    value = {"--address": "tcp://manager1:2376", "--ca": str(tmp_path / "ca.pem")}[option]
+    words = ["--host", f"unix://{tmp_path}/none.sock", "user", "add", "ann", "--role", "viewer"]
+    result = CliRunner().invoke(main, [*words, option, value])
+    assert (result.exit_code, "Add --context or --out DIRECTORY." in result.output) == (1, True)
+
+
 def test_an_inspected_user_is_shown_with_its_roles() -> None:
     tokens = [{"Kind": "token", "ID": "7k2m9x4q1w"}]
     shown = _table({}, tokens, "No tokens.", above="ann: viewer, operator:shop")

@@ -1,6 +1,7 @@
 """What a user's bridge network is to be, and which addresses are given on it."""
 
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -72,6 +73,21 @@ def test_subnets_are_from_the_pools_of_the_node() -> None:
     body = NetworkBody(name="front", ipam=IPAMBody(), enable_ipv6=True)
     made = bridge_of(body, id="f" * 64, created_at=ZERO_TIME, taken=TAKEN, pools=pools)
     assert [one.subnet for one in made.configs] == ["10.10.0.0/24", "fd00:2:0:1::/64"]
+
+
+def test_a_node_has_as_many_networks_as_its_pools_have_subnets() -> None:
+    found = list[IPv4Network]()
+
+    def fill() -> None:
+        body = NetworkBody(name="front", ipam=IPAMBody())
+        while True:
+            (config,) = bridge_of(body, id="f" * 64, created_at=ZERO_TIME, taken=found).configs
+            found.append(IPv4Network(config.subnet))
+
+    with pytest.raises(ResourceExhausted, match=r"name a subnet \(--subnet\), remove unused networks"):
+        fill()
+    assert len(found) == 542
+    assert not any(one.overlaps(other) for one, other in pairwise(sorted(found)))
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_no_other_refusal_is_a_removal(refusal: str) -> None:
 def test_the_sentence_has_the_time_and_the_next_command() -> None:
     assert NodeRemoval(at=AT).summary == (
         "this node was removed from the cluster at 2026-01-02T03:04:05Z: docker swarm leave --force "
-        "(its containers are stopped)"
+        "(its containers stop)"
     )
     kept = NodeRemoval(keeps_containers=True).summary
     assert kept == (

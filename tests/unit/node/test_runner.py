@@ -1,15 +1,18 @@
 """Agent and manager of a node: what happens until the first session, and with it."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
 
 from skep.agent.session.managers import KnownManager
 from skep.aio.clock import SystemClock
+from skep.api.backups import BackupManifest, Sealer, key_of, new_header
 from skep.api.client.client import ApiClient
+from skep.api.errors import Untranslated
 from skep.configuration.configuration import Configuration
 from skep.model.node import NodeRole
 from skep.model.values.ids import ClusterId, NodeId, new_id
@@ -195,3 +198,35 @@ async def test_the_machine_is_looked_at_before_its_first_description(paths: Path
         await membership.enter(node, pair, lambda: None, timeout_s=10)
         assert fakes.has_looked
         running.cancel()
+
+
+@pytest.mark.parametrize("is_dry", [True, False])
+async def test_a_dry_restore_is_refused_as_the_restore_would_be(paths: Paths, is_dry: bool) -> None:
+    with closing(socket.create_server(("0.0.0.0", 0))) as taken:
+        address = f"0.0.0.0:{taken.getsockname()[1]}"
+        header = new_header("hkdf")
+        sealer = Sealer(header, key := key_of(bytes(32), header))
+        manifest = BackupManifest(
+            cluster_id="c",
+            node_id="n",
+            hostname="m1",
+            listen_addr=address,
+            advertise_addr="192.0.2.7:2377",
+            created_at="",
+            incarnation=1,
+            skep_version="1",
+            counts={},
+            root_pem=b"",
+            root_key_pem=b"",
+            wrapping_key=b"",
+        )
+        content = sealer.manifest(manifest) + sealer.add(b"snapshot") + sealer.end()
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield content
+
+        fakes = Fakes(paths, NodeRole.MANAGER)
+        manager = ApiClient.local(paths.manager_socket, "m")
+        membership = Membership(fakes.dependencies, manager_api=manager, new_id=new_id)
+        with pytest.raises(Untranslated, match=f"listen tcp {address}: bind: address already in use"):
+            await membership.restore(pieces(), key, "127.0.0.1", is_dry=is_dry)

@@ -8,6 +8,7 @@ Source: buildkit, frontend/dockerfile/dfgitutil/git_ref.go, source/git/source.go
 import asyncio
 import base64
 import hashlib
+import os
 import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,8 @@ _SSH = (
 )
 _SSH_WITHOUT_AGENT = f"{_SSH} -o IdentityAgent=none"
 _SHA = re.compile(r"[0-9a-f]{40}")
+_TIME_S_MAX = (1 << 32) - 1
+"""A commit may claim any time.  File systems do not keep times that are much later."""
 
 
 class RepositoryAddress(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +49,8 @@ class RepositoryAddress(msgspec.Struct, frozen=True, kw_only=True):
     checksum: str = ""
     keep_git_dir: bool | None = None
     submodules: bool = True
+    has_commit_times: bool = False
+    """Whether the files have the time of the commit, and not of their checkout."""
 
 
 def address_of(source: str) -> RepositoryAddress:
@@ -67,7 +72,9 @@ def address_of(source: str) -> RepositoryAddress:
     refs = {value for value in named.values() if value}
     if len(refs) > 1:
         raise InvalidArgument(f"ref conflicts: {' vs '.join(sorted(refs))}")
-    address = msgspec.convert({**found, "ref": next(iter(refs), "")}, RepositoryAddress)
+    # A commit in the query is fetched, unless a reference has to lead to it.
+    wanted = next(iter(refs), found.get("checksum", ""))
+    address = msgspec.convert({**found, "ref": wanted}, RepositoryAddress)
     try:
         host = urlsplit(remote).hostname if _is_web(remote) else remote
     except ValueError:
@@ -96,7 +103,14 @@ def _add_option(found: dict[str, object], refs: dict[str, str], name: str, value
         case "branch":
             refs[name] = value if value.startswith("refs/heads/") else f"refs/heads/{value}"
         case "subdir":
-            found["subdir"] = posixpath.normpath(f"/{value}").strip("/")
+            wanted = posixpath.normpath(f"/{value}").strip("/")
+            if found["subdir"] not in ("", wanted):
+                raise InvalidArgument(f'subdir conflicts: "{found["subdir"]}" vs "{value}"')
+            found["subdir"] = wanted
+        case "mtime" if value in ("checkout", "commit"):
+            found["has_commit_times"] = value == "commit"
+        case "mtime":
+            raise InvalidArgument(f'invalid mtime value: "{value}"')
         case "checksum" | "commit":
             found["checksum"] = value
         case _:
@@ -122,6 +136,8 @@ class GitRepository(Remote):
         if not self._commit:
             await self._find_commit()
         kept = f"{self._commit}\0{address.subdir}\0{address.keep_git_dir}\0{address.submodules}"
+        if address.has_commit_times:
+            kept += "\0mtime"
         return f"git:{hashlib.sha256(kept.encode('utf-8', 'surrogateescape')).hexdigest()}"
 
     async def fetch(self) -> CopySource:
@@ -141,8 +157,11 @@ class GitRepository(Remote):
         await self._git("-c", "advice.detachedHead=false", "checkout", "--quiet", commit)
         if address.submodules and (self._directory / ".gitmodules").exists():
             await self._git("submodule", "update", "--init", "--recursive", "--depth=1")
+        time_s = await self._time_of(commit) if address.has_commit_times else None
         if not address.keep_git_dir:
             await asyncio.to_thread(remove_tree, self._directory / ".git")
+        if time_s is not None:
+            await asyncio.to_thread(_set_times, self._directory, time_s)
         with Tree(self._directory) as tree:
             resolved = tree.resolve(address.subdir)
             if not (self._directory / resolved).is_dir():
@@ -150,6 +169,11 @@ class GitRepository(Remote):
                     f"invalid subdir {address.subdir} of {redacted_address(address.remote)}"
                 )
         return CopySource(self._directory, address.subdir, resolved, True, digest)
+
+    async def _time_of(self, commit: str) -> int:
+        """Return the time of a commit in seconds."""
+        text = (await self._git("show", "--no-patch", "--format=%ct", commit)).strip()
+        return min(int(text), _TIME_S_MAX) if text.isascii() and text.isdigit() else 0
 
     async def _find_commit(self) -> None:
         address = self._address
@@ -222,6 +246,13 @@ class GitRepository(Remote):
             if (token := await self._provider.secret(f"GIT_AUTH_TOKEN{suffix}")) is not None:
                 return _basic(b"x-access-token:" + token.strip())
         return ""
+
+
+def _set_times(directory: Path, time_s: int) -> None:
+    """Give all files below ``directory`` one time, without following links."""
+    for place, directories, files in os.walk(directory):
+        for name in (*directories, *files, "."):
+            os.utime(os.path.join(place, name), (time_s, time_s), follow_symlinks=False)
 
 
 def _basic(user_and_password: bytes) -> str:

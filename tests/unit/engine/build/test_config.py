@@ -15,6 +15,8 @@ from skep.engine.build.dockerfile.config import (
 )
 from skep.engine.build.dockerfile.dockerfile import parse
 from skep.engine.build.dockerfile.instructions import instruction_of
+from skep.engine.containers.create import invocation
+from skep.engine.containers.request import CreateRequest
 from skep.engine.images.image import ContainerDefaults
 from skep.errors import InvalidArgument
 from skep.model.container import HealthConfig
@@ -195,6 +197,31 @@ def test_arguments_of_one_instruction_see_those_before_them_and_given_ones_their
     ready = expanded(arg, {"X": "x"}, "\\", None, {"C": "given"})
     assert ready.pairs == (("A", "1"), ("B", "1-x"), ("C", "${NO:?unset}"))  # type: ignore[attr-defined]
     assert expanded(arg, {"X": "x"}, "\\", None, {"A": "2", "C": ""}).pairs[1] == ("B", "2-x")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("entrypoint", "cmd", "executed"),
+    [
+        ("", "", ""),
+        ("", 'CMD ["cmd", "p"]', "cmd p"),
+        ("", "CMD cmd p", "/bin/sh -c cmd p"),
+        ("ENTRYPOINT entry e", "", "/bin/sh -c entry e"),
+        ('ENTRYPOINT ["entry", "e"]', "", "entry e"),
+        ('ENTRYPOINT ["entry", "e"]', 'CMD ["cmd", "p"]', "entry e cmd p"),
+        ('ENTRYPOINT ["entry", "e"]', "CMD cmd p", "entry e /bin/sh -c cmd p"),
+        # The shell gets the words of CMD as parameters, so its command ignores them.
+        ("ENTRYPOINT entry e", 'CMD ["cmd", "p"]', "/bin/sh -c entry e cmd p"),
+        ("ENTRYPOINT entry e", "CMD cmd p", "/bin/sh -c entry e /bin/sh -c cmd p"),
+    ],
+)
+def test_entrypoint_and_cmd_are_one_command(entrypoint: str, cmd: str, executed: str) -> None:
+    state, _ = after(*filter(None, ("USER root", entrypoint, cmd)))
+    if not executed:
+        with pytest.raises(InvalidArgument, match="No command specified"):
+            invocation(CreateRequest(), state.config)
+        return
+    first, rest = invocation(CreateRequest(), state.config)
+    assert " ".join((*first, *rest)) == executed
 
 
 def test_changes_of_a_commit_are_instructions() -> None:

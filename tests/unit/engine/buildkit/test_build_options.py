@@ -109,9 +109,10 @@ def test_platforms_that_are_not_are_refused() -> None:
         ({"attest:sbom": ""}, "attestations are not supported: sbom"),
         ({"attest:provenance": "mode=max"}, "attestations are not supported: provenance"),
         (
-            {"context:a": "https://example.org/x.git"},
-            "named context a is not supported: https://example.org/x.git",
+            {"context:a": "ssh://ann:pw@example.org/x.git"},
+            "named context a is not supported: ssh://xxxxx:xxxxx@example.org/x.git",
         ),
+        ({"context:a": "oci-layout://b"}, "named context a is not supported: oci-layout://b"),
         ({"context:a": "input:b"}, "named context a is not supported: input:b"),
         ({"build-arg:BUILDKIT_SYNTAX": "some/frontend"}, "front end some/frontend is not supported"),
         ({"cgroup-parent": "x"}, "build option cgroup-parent is not supported"),
@@ -265,6 +266,13 @@ def test_arguments_that_mean_something_to_the_builder_are_arguments_too() -> Non
     assert (build.epoch_s, build.hostname, build.cache_namespace) == (1700000000, "box", "mine")
     assert (build.checks, build.has_syntax) == ("skip=all", True)
     assert parse_options("dockerfile.v0", {"hostname": "other"}).hostname == "other"
+
+
+@pytest.mark.parametrize(
+    "address", ["https://example.org/x.git#v1:docs", "http://example.org/x.tar", "git://h/x", "git@h:x.git"]
+)
+def test_a_named_context_may_be_at_an_address(address: str) -> None:
+    assert parse_options("dockerfile.v0", {"context:Docs": address}).remotes == {"docs": address}
 
 
 @pytest.mark.parametrize(

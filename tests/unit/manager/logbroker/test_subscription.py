@@ -2,6 +2,8 @@
 
 import asyncio
 
+from msgspec.structs import replace
+
 from skep.aio.clock import SystemClock
 from skep.manager.logbroker.selection import Selection, matches, selected, shortfall
 from skep.manager.logbroker.subscription import LINES_MAX, LogSubscription
@@ -35,15 +37,16 @@ async def test_a_query_means_tasks_by_service_by_id_and_by_node():
 
 async def test_what_is_missing_is_said_in_swarmkits_words_with_names():
     web, store = a_service("web"), MemoryStore(SystemClock())
-    await store.update(
-        lambda tx: [tx.put(one) for one in (web, a_task("t1", service=web, slot=2), a_node("n1"))]
-    )
+    waits = a_task("t1", service=web, slot=2, state=TaskState.PENDING)
+    waits = replace(waits, status=replace(waits.status, err="no suitable node (disk full on 1 node)"))
+    await store.update(lambda tx: [tx.put(one) for one in (web, waits, a_node("n1"))])
     view = store.view()
     assert shortfall(view, Selection(), []) == ""
     waiting = Selection(unscheduled=frozenset({TaskId("t1"), TaskId("gone")}))
     assert shortfall(view, waiting, ["node n1 is not available"]) == (
         "warning: incomplete log stream. some logs could not be retrieved for the following reasons: "
-        "node n1 is not available, task gone has not been scheduled, task web.2 has not been scheduled"
+        "node n1 is not available, task gone has not been scheduled, "
+        "task web.2 has not been scheduled (no suitable node (disk full on 1 node))"
     )
 
 
