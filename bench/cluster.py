@@ -6,6 +6,7 @@
     python -m bench.cluster --pairs 5 --steps form      # only init and join
     python -m bench.cluster --pairs 3 --steps update    # rolling updates
     python -m bench.cluster --pairs 3 --steps drain     # a node with 100 tasks
+    python -m bench.cluster --pairs 5 --steps idle,alone --managers 1    # idle processor time and memory
 
 Each round creates fresh machines of one system, measures, and removes them.  The systems take turns, so only one is
 on the machine at a time.  To lose a leader, first its cable is cut and then its power, so that it cannot send a last
@@ -26,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
-from bench.cluster_lab import MANAGERS, RESPONSE_S, WORKERS, ClusterLab, System, answered, engine, until
+from bench.cluster_lab import MANAGERS, RESPONSE_S, ClusterLab, System, answered, engine, until
 from bench.docker_lab import put_engine_first
 from bench.engine import EngineError
 from bench.facts import fsync
@@ -42,7 +43,7 @@ SETTLE_S = 4.0
 NEW_S = 15.0
 """Seconds for which a cluster is new.  A manager of Skep waits longer for nodes that it adopts in its first 12 s."""
 
-REST_S, WATCHED_S = 8.0, 10.0
+REST_S, WATCHED_S = 10.0, 60.0
 """Seconds to wait before the idle cost of a new cluster is measured, and seconds over which processor time is
 measured.
 """
@@ -72,7 +73,7 @@ class Round:
         first = self.lab.nodes[0]
         self.facts = {
             "version": self.lab.version(),
-            "machines": f"{MANAGERS} managers, {WORKERS} workers",
+            "machines": f"{len(self.lab.managers)} managers, {len(self.lab.workers)} workers",
             "fsync": fsync(Path(first.netns), list(first.pids)),
         }
         steps: dict[str, Callable[[], None]] = {
@@ -110,11 +111,13 @@ class Round:
         before = {node.name: self.lab.processor_s(node) for node in self.lab.nodes}
         began = time.monotonic()
         time.sleep(WATCHED_S)
+        managers = len(self.lab.managers)
+        where = "" if managers == MANAGERS else f" in a cluster with {managers} manager"
         for node in self.lab.nodes:
             spent = (self.lab.processor_s(node) - before[node.name]) / (time.monotonic() - began)
-            self._note(f"idle {node.role}, % of a processor", spent * 100)
+            self._note(f"idle {node.role}{where}, % of a processor", spent * 100)
         for node in self.lab.nodes:
-            self._note(f"idle {node.role}, memory (PSS), MiB", self.lab.memory_mib(node))
+            self._note(f"idle {node.role}{where}, memory (PSS), MiB", self.lab.memory_mib(node))
 
     def _alone(self) -> None:
         """Measure a worker's memory while no other process maps the same files.  This ends the cluster."""
@@ -340,7 +343,7 @@ def main() -> None:
         for pair in range(1, options.pairs + 1):
             for system in options.systems if pair % 2 else reversed(options.systems):
                 say(f"--- pair {pair}/{options.pairs}: {system}, after {time.monotonic() - began:.0f} s")
-                lab = ClusterLab(system, Path(directory) / system)
+                lab = ClusterLab(system, Path(directory) / system, options.managers)
                 round = Round(lab, options.steps)
                 try:
                     round.run()
@@ -397,6 +400,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--engine", default="", help="Debian suite of the Docker Engine, default this machine's"
+    )
+    parser.add_argument(
+        "--managers", type=int, default=MANAGERS, help="number of managers, three or more to lose the leader"
     )
     parser.add_argument("--systems", type=lambda text: text.split(","), default=list(get_args(System)))
     parser.add_argument(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.engine import Engine, EngineError
-from bench.machine import daemons, memory_mib
+from bench.machine import daemons, memory_mib, thread_use
 from skep.playground.description import PlaygroundNode
 from skep.playground.playground import Playground
 
@@ -130,12 +130,13 @@ class ClusterLab:
 
     def processor_s(self, node: PlaygroundNode) -> float:
         """Return the processor time of the machine's daemons until now, including children that have ended."""
-        ticks = 0
+        own_s, ticks = 0.0, 0
         for pid in daemons(Path(node.netns), list(node.pids)):
             with suppress(OSError):  # it has just ended
+                own_s += thread_use(pid)[0]
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                ticks += sum(int(word) for word in fields[11:15])
-        return ticks / _TICKS_PER_S
+                ticks += sum(int(word) for word in fields[13:15])
+        return own_s + ticks / _TICKS_PER_S
 
 
 def engine(node: PlaygroundNode, timeout_s: float = 60.0) -> Engine:

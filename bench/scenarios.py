@@ -19,6 +19,10 @@ NOWHERE = "node.labels.bench==nowhere"
 POLL_S = 0.01
 POLL_MANY_S = 0.05
 """Seconds between two polls of many tasks.  A list of 50 costs both systems processor time, which is measured."""
+EXECS = 30
+"""Number of execs, one after the other."""
+EXEC_POLL_S = 0.001
+"""Seconds between two polls of an exec, which takes 20 to 40 ms."""
 CHURN_BATCHES = 20
 """Number of batches of 50 services."""
 LOG_REPLICAS, LOG_LINES, LOG_LINE_BYTES = 20, 50_000, 100
@@ -131,6 +135,25 @@ def crash(lab: Any) -> Metrics:
     took = wait_for(lambda: any(task["ID"] not in known for task in running(lab, id)))
     clear(lab)
     return {"crash to replacement, s": took}
+
+
+def execs(lab: Any) -> Metrics:
+    """Measure an exec of ``true`` in a task, from its creation until it has ended."""
+    id = service(lab, "execs", 1)
+    wait_for(lambda: len(running(lab, id)) >= 1)
+    container = running(lab, id)[0]["Status"]["ContainerStatus"]["ContainerID"]
+    values = []
+    busy = busy_s()
+    for _ in range(EXECS):
+        began = time.perf_counter()
+        made = lab.engine.post(f"/containers/{container}/exec", {"Cmd": ["true"]})["Id"]
+        lab.engine.post(f"/exec/{made}/start", {"Detach": True})
+        while lab.engine.get(f"/exec/{made}/json")["Running"]:
+            time.sleep(EXEC_POLL_S)
+        values.append((time.perf_counter() - began) * 1e3)
+    spent = busy_s() - busy
+    clear(lab)
+    return {"exec, ms p50": median(values), "exec, processor s": spent / EXECS}
 
 
 def churn(lab: Any) -> Metrics:
@@ -264,6 +287,7 @@ SCENARIOS: dict[str, Callable[[Any], Metrics]] = {
     "start50": start(50, weighs=True),
     "overlay20": start(20, overlay="bench"),
     "crash": crash,
+    "exec": execs,
     "latency": latency,
     "listing1000": listing(1000),
     "listing3000": listing(3000),

@@ -25,6 +25,22 @@ def test_every_figure_that_the_generator_knows_is_in_a_result_and_on_the_page() 
     assert [one.what for one in FIGURES if f"| {one.what} |" not in PAGE.read_text()] == []
 
 
+def test_a_result_that_a_newer_one_of_its_kind_replaces_is_named_or_leaves() -> None:
+    texts = "".join(
+        path.read_text()
+        for folder in ("docs", "bench", "tests", "setup", "skep")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".md", ".py", ".sh", ".txt"} and path.parent != RESULTS
+    )
+    kinds: dict[str, list[str]] = {}
+    for path in RESULTS.iterdir():
+        if (day := re.search(r"\d{4}-\d\d-\d\d(-\d{4})?", path.name)) and path.suffix != ".json":
+            words = re.sub(r"-?(\d{4}-\d\d-\d\d(-\d{4})?|(?<=-)[0-9a-f]{7,9}\b)", "", path.stem).strip("-")
+            kinds.setdefault(words, []).append(f"{day[0]} {path.stem}")
+    older = [name.partition(" ")[2] for names in kinds.values() for name in sorted(names)[:-1]]
+    assert [name for name in older if name not in texts] == []
+
+
 def test_each_row_names_a_kept_result() -> None:
     text = PAGE.read_text()
     named = re.findall(r"^\| \d+ \| .*\(\.\./\.\./bench/results/([^)]+)\)", text, re.MULTILINE)

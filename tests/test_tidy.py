@@ -32,6 +32,20 @@ WORDLESS_MAX = 50
 """Numbers in modules that have neither a reason nor a source.  The number only falls."""
 TUNING = re.compile(r"_(S|MS|NS|SECONDS|BYTES|MIB|MAX|MIN|SIZE|LENGTH|LINES|TRIES|SHARE|PERIOD|TIMEOUT)\b")
 """Names of constants that somebody chose, other than numbers of a protocol."""
+SURPRISING = re.compile(
+    r"\b(?:shield|run_to_end|thread_to_end|uncancel|cancel|cancelling|CancelledError)\b|\bsleep\(0\)"
+    r"|\b(?:AT|CLONE|MNT|MS|NLM_F|O|PR|SO|SOCK|UMOUNT)_[A-Z_]{3,}\b"
+)
+"""Cancellation, order of tasks, and flags of the kernel, which a reader takes for accidents without a reason."""
+REASON = re.compile(
+    r"\b(because|since|so that|otherwise|instead|unless|in order to|must|would|could|avoid\w*|prevent\w*|ensur\w*"
+    r"|guarantee\w*|why|reason|source)\b",
+    re.IGNORECASE,
+)
+REASONS_PER_100_LINES = 2.0
+"""Comments and docstrings with a reason, in 100 lines of functions and constants that may surprise."""
+CALLS_TO_THE_END_MAX = 10
+"""Calls in ``engine/`` that shield work from a cancellation.  The table of a life decides what it interrupts."""
 MODULES_MAX = 15
 """Modules in a folder, which a reader takes in at one look (decision 174)."""
 SMALL_LINES = 80
@@ -79,7 +93,12 @@ READS_THE_CLOCK = {
 """Folders or modules below skep/ that may read the machine's clock, and why.  Others take `now` or a Clock."""
 
 PRINTS = {"cli", "playground"}
-VAGUE_NAMES = {"utils", "util", "common", "misc", "helpers", "base"}
+VAGUE_NAMES = {
+    *("utils", "util", "common", "misc", "helpers", "base"),
+    *("passed", "shown", "offers", "parts", "texts", "writes", "unread", "grants", "repeats", "dirty"),
+    *("situation", "turns", "sharing", "planes", "readable", "roots", "moments"),
+}
+"""The second and third line are names from which no reader guessed the contents."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -229,6 +248,19 @@ def test_compositions_have_few_fields() -> None:
     }
     assert found.keys() == COMPOSITIONS
     assert {name for name, count in found.items() if count > FIELDS_MAX} == set(), found
+
+
+def test_a_node_is_composed_without_tests_for_missing_parts() -> None:
+    """What a node with containers and one of plain processes differ in is in ``layers/task_runtimes.py``."""
+    (tree,) = [tree for path, tree in modules() if path == PACKAGE / "node" / "node.py"]
+    missing = [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare)
+        and any(isinstance(one, ast.Constant) and one.value is None for one in node.comparators)
+    ]
+    later = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
+    assert missing + later == []
 
 
 def fields_of(node: ast.ClassDef) -> set[str]:
@@ -402,6 +434,48 @@ def wordless_constants(lines: Sequence[str], tree: ast.Module) -> Iterator[tuple
                 has_words = isinstance(following, ast.Expr) or "#" in lines[end - 1] or has_comment
                 if name.upper() == name and is_number(value) and not has_words:
                     yield node, name
+
+
+def test_what_surprises_has_a_reason() -> None:
+    lines = reasons = 0
+    for path, tree in modules():
+        text = path.read_text().splitlines()
+        for first, last in surprising(text, tree):
+            region = text[first - 1 : last]
+            lines += sum(bool(line.strip()) for line in region)
+            reasons += len(with_reasons(region))
+    assert 100 * reasons / lines >= REASONS_PER_100_LINES, f"{reasons} in {lines}"
+
+
+def surprising(lines: Sequence[str], tree: ast.Module) -> Iterator[tuple[int, int]]:
+    """Yield the first and last line of functions that may surprise, and of numbers of a module with their words."""
+    for node, _, _ in definitions(tree):
+        if isinstance(node, Function) and SURPRISING.search(
+            "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        ):
+            yield node.lineno, node.end_lineno or node.lineno
+    for node, following in zip_longest(tree.body, tree.body[1:]):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and is_number(node.value):
+            has_words = isinstance(following, ast.Expr) and following.end_lineno is not None
+            yield node.lineno, (following.end_lineno if has_words else node.end_lineno) or node.lineno
+
+
+def with_reasons(lines: Sequence[str]) -> Sequence[str]:
+    """Return the comments and docstrings with a word that introduces a reason."""
+    comments = [line.partition("# ")[2] for line in lines if "# " in line]
+    docstrings = re.findall(r'"""(.*?)"""', "\n".join(lines), re.DOTALL)
+    return [text for text in (*comments, *docstrings) if REASON.search(text)]
+
+
+def test_the_engine_shields_little_from_cancellations() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{call.lineno}"
+        for path, tree in modules()
+        if part(path) == "engine"
+        for call, _, name in calls(tree)
+        if name in {"shield", "run_to_end", "carry_out"}
+    ]
+    assert len(found) <= CALLS_TO_THE_END_MAX, found
 
 
 def is_number(value: ast.expr) -> bool:

@@ -35,7 +35,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.aio.race import run_to_end
 from skep.engine.confinement import machine, selinux
-from skep.engine.containers import create, image_mounts, sharing, updates
+from skep.engine.containers import create, image_mounts, shared_namespaces, updates
 from skep.engine.containers.attachment import Attachment, attach
 from skep.engine.containers.container import (
     Container,
@@ -288,7 +288,7 @@ class Engine:
         Raises: NotFound: no such image; AlreadyExists: the name or a port is taken; SkepError: anything else.
         """
         chosen = create.checked_name(name) if name else self.store.free_name(self._config.new_name)
-        request = sharing.joined(request, chosen, self.store.get)
+        request = shared_namespaces.joined(request, chosen, self.store.get)
         plain = create.plain_options(request, is_step=is_step) if task is None else None
         self.store.check_free(chosen)  # before any volume is created
         image = image or self.images.get(request.image)
@@ -301,7 +301,7 @@ class Engine:
         config = replace(create.container_config(request, defaults, task, node), is_process=not image.id)
         self._check_confinement(config, request.host_config.network_mode)  # before a volume is created
         runtime = self.runtime.name_of(request.host_config.runtime)
-        config = sharing.with_hostname(config, request.host_config.network_mode, self.store.get)
+        config = shared_namespaces.with_hostname(config, request.host_config.network_mode, self.store.get)
         config = await with_attributes(config, labels)
         await self.volumes.bind_sources.check(mounts, self.bundles.apis.others)
         stack = task.stack if task is not None else ""
@@ -338,7 +338,9 @@ class Engine:
         self, request: CreateRequest, mounts: Sequence[Mount], image_volumes: Collection[str], stack: str
     ) -> tuple[Sequence[MountPoint], Sequence[MountPoint]]:
         """Return its own mounts, and the mounts of ``--volumes-from``.  Raises: InvalidArgument; NotFound."""
-        inherited = sharing.inherited_mounts(request.host_config.volumes_from, mounts, self.store.get)
+        inherited = shared_namespaces.inherited_mounts(
+            request.host_config.volumes_from, mounts, self.store.get
+        )
         pictures = image_mounts.image_points(self.images, mounts)
         anonymous = set(image_volumes) - {point.destination for point in (*inherited, *pictures)}
         return pictures + self.volumes.mount_points(image_mounts.others(mounts), anonymous, stack), inherited

@@ -5,12 +5,10 @@ cluster, and the Engine API.  Each layer receives the layers below it when it is
 """
 
 import asyncio
-import secrets
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from functools import partial
 
-from skep.aio.clock import Clock
 from skep.aio.event_loop.gc_settings import freeze
 from skep.configuration.configuration import Configuration
 from skep.dataplane.tables.files import StoredTables
@@ -21,8 +19,6 @@ from skep.model.node_reports.conditions import ConditionName
 from skep.model.values.ids import new_id
 from skep.node.cluster.membership import Membership
 from skep.node.front.application import serving
-from skep.node.front.server import Front
-from skep.node.front.users import KnownUsers
 from skep.node.host.disk_check import DiskCheck
 from skep.node.host.disk_space import DiskSpace
 from skep.node.host.environment import NodeEnvironment
@@ -38,31 +34,6 @@ from skep.node.telemetry.metrics_server import serving_metrics
 
 _CONTAINERS_FOUND_S_MAX = 15.0
 """Seconds after which the API is served even before the containers of earlier processes are found."""
-
-
-@asynccontextmanager
-async def serving_dashboard(
-    configuration: Configuration, users: KnownUsers, front: Front, clock: Clock
-) -> AsyncIterator[None]:
-    """Serve the dashboard to browsers during the block, if the configuration enables it.
-
-    Raises: FailedPrecondition: cannot listen on its address, or its certificate is invalid.
-    """
-    if configuration.dashboard is None or configuration.tls_cert is None or configuration.tls_key is None:
-        yield
-        return
-    from skep.dashboard.server import DashboardServer, Tls  # imported here: few nodes serve it
-
-    server = DashboardServer(
-        Tls.of(configuration.tls_cert, configuration.tls_key),
-        users,
-        front.serve,
-        allows_public=configuration.dashboard_public,
-        clock=clock,
-        new_secret=lambda: secrets.token_hex(16),
-    )
-    async with server.listening(*configuration.dashboard):
-        yield
 
 
 class Node:
@@ -125,7 +96,7 @@ class Node:
             await wait_briefly(worker.wait_ready(), _CONTAINERS_FOUND_S_MAX, clock)
             configuration = foundation.configuration
             await stack.enter_async_context(serving_metrics(configuration, api.metrics))
-            dashboard = serving_dashboard(configuration, users, front, clock)
+            dashboard = api.serving_dashboard(users, front)
             async with front.listening(configuration.api_hosts), dashboard:
                 runtime.run_apis(run, front.serve)
                 freeze()
@@ -137,8 +108,7 @@ class Node:
 
         Failover addresses are given up first, so that another node has them before this process ends.
         """
-        if self._runtime.addresses is not None:
-            await self._runtime.addresses.give_up()
+        await self._runtime.give_up_addresses()
         await self._foundation.session.announce_stop()
 
     async def stop_containers(self) -> None:

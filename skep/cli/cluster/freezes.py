@@ -14,7 +14,7 @@ from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.maintain.maintenance import nodes_and_time
 from skep.cli.output import OutputOptions, Shown, shows
 from skep.cli.running import run_requests
-from skep.cli.see.moments import moment_of
+from skep.cli.see.points_in_time import moment_of
 from skep.errors import InvalidArgument, SkepError
 from skep.model.options.freezes import (
     CLUSTER,

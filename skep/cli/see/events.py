@@ -15,7 +15,7 @@ from skep.cli import options
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import OutputOptions, shows_as_it_happens
 from skep.cli.running import errors_shown, run_requests
-from skep.cli.see.moments import moment_of
+from skep.cli.see.points_in_time import moment_of
 from skep.cli.see.quorum import headers_for
 from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 from skep.model.options.labels import LABEL_NODE_ID

@@ -15,7 +15,7 @@ from skep.api.client.requests import Requests
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import errors_shown, say
-from skep.cli.see.moments import moment_of
+from skep.cli.see.points_in_time import moment_of
 from skep.model.values.counts import counted
 from skep.model.values.times import SECOND_NS, unix_ns
 

@@ -14,7 +14,7 @@ from skep.cli.cluster.door import route_notes, traffic_of
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
-from skep.cli.see.moments import moment_or_revision
+from skep.cli.see.points_in_time import moment_or_revision
 from skep.cli.see.quorum import STALE, UNREACHABLE, clock_time, no_leader, quorum_of, silence, way_out
 from skep.errors import PermissionDenied, SkepError
 from skep.model.node import plain_message

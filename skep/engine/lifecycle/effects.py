@@ -19,7 +19,7 @@ from skep.aio.race import LostRace
 from skep.engine.containers import health
 from skep.engine.containers.attachment import WaitingClients
 from skep.engine.containers.container import Container, ContainerState, NotRunning
-from skep.engine.containers.sharing import shared_by
+from skep.engine.containers.shared_namespaces import shared_by
 from skep.engine.containers.state import ContainerStore
 from skep.engine.events import NamedNetwork
 from skep.engine.lifecycle import life_events, network_rules

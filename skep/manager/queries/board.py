@@ -14,7 +14,7 @@ import msgspec
 
 from skep.aio.clock import Clock
 from skep.manager.control_loops.failures import isolated
-from skep.manager.queries.turns import QueryTurns, Turn
+from skep.manager.queries.fair_slots import QueryTurns, Turn
 from skep.model.measures.queries import MetricQuery, QueryFailed
 from skep.model.measures.readings import QueryAnswer
 from skep.model.values.ids import ServiceId

@@ -1,6 +1,9 @@
 """The layer that serves a node: the Engine API with the routes of this node, and its metrics."""
 
 import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 
 from aiohttp import web
@@ -179,6 +182,29 @@ class EngineApi:
             users=users,
             options=FrontOptions(divert=self._runtime.apis.divert),
         )
+
+    @asynccontextmanager
+    async def serving_dashboard(self, users: KnownUsers, front: Front) -> AsyncIterator[None]:
+        """Serve the dashboard to browsers during the block, if the configuration enables it.
+
+        Raises: FailedPrecondition: cannot listen on its address, or its certificate is invalid.
+        """
+        configuration = self._foundation.configuration
+        if configuration.dashboard is None or configuration.tls_cert is None or configuration.tls_key is None:
+            yield
+            return
+        from skep.dashboard.server import DashboardServer, Tls  # imported here: few nodes serve it
+
+        server = DashboardServer(
+            Tls.of(configuration.tls_cert, configuration.tls_key),
+            users,
+            front.serve,
+            allows_public=configuration.dashboard_public,
+            clock=self._foundation.clock,
+            new_secret=partial(secrets.token_hex, 16),
+        )
+        async with server.listening(*configuration.dashboard):
+            yield
 
     def _warnings(self) -> tuple[str, ...]:
         environment = self._foundation.environment

@@ -225,6 +225,10 @@ class Containers:
         """Serve the Engine API to containers with ``serve``."""
         run(partial(self.apis.run, serve), "API of containers")
 
+    async def give_up_addresses(self) -> None:
+        """Give up the failover addresses of this node."""
+        await self.addresses.give_up()
+
     def probes(self) -> NodeProbes | None:
         """Return the probes of other nodes, or None if this node cannot have overlay networks."""
         if not has_overlays(self._foundation.environment.features):
@@ -301,6 +305,9 @@ class PlainProcesses:
 
     def run_apis(self, run: Run, serve: Dispatch) -> None:
         """Serve nothing, because only containers have sockets of their own."""
+
+    async def give_up_addresses(self) -> None:
+        """Give up nothing, because only nodes with a proxy hold failover addresses."""
 
     def probes(self) -> None:
         """Return None, because plain processes cannot use overlay networks."""

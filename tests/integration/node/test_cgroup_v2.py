@@ -1,7 +1,7 @@
-"""The same containers on a machine whose cgroups are pure v2.
+"""The same containers on a machine whose cgroups are pure v2, with both runtimes.
 
-A mount namespace with cgroup2 over ``/sys/fs/cgroup`` is such a machine for runc and for us; only the controllers may
-be missing there (where v1 holds them), so limits are not asked for.
+A mount namespace with cgroup2 over ``/sys/fs/cgroup`` is such a machine for the runtimes and for us; only the
+controllers may be missing there (where v1 holds them), so limits are not asked for.
 """
 
 import os
@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from skep.engine.confinement import capabilities
 
 HERE = Path(__file__).parent
 TESTS = (
@@ -26,7 +28,10 @@ TESTS = (
 
 
 @pytest.mark.timeout(180)
-def test_containers_live_and_are_found_again_on_cgroup_v2(tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtime", ["runc", pytest.param("crun", marks=pytest.mark.slow)])
+def test_containers_live_and_are_found_again_on_cgroup_v2(tmp_path: Path, runtime: str) -> None:
+    if runtime == "crun" and "CAP_SYS_RESOURCE" not in capabilities.bounding_set():
+        pytest.skip("crun cannot raise its limit of locked memory on this machine")
     is_v2 = '[ "$(stat -f -c %T /sys/fs/cgroup)" = cgroup2fs ]'
     on_v2 = f'mount --make-rprivate / && {{ {is_v2} || mount -t cgroup2 none /sys/fs/cgroup; }} && exec "$@"'
     pytest_here = [
@@ -44,7 +49,7 @@ def test_containers_live_and_are_found_again_on_cgroup_v2(tmp_path: Path) -> Non
         text=True,
         timeout=170,
         check=False,
-        env={**os.environ, "PYTEST_ADDOPTS": ""},
+        env={**os.environ, "PYTEST_ADDOPTS": "", "SKEP_TEST_RUNTIME": runtime},
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert f"{len(TESTS)} passed" in done.stdout

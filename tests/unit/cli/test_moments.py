@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis.strategies import text
 
-from skep.cli.see.moments import moment_of, moment_or_revision
+from skep.cli.see.points_in_time import moment_of, moment_or_revision
 from skep.errors import InvalidArgument
 
 NOW = datetime(2026, 1, 31, 15, 30, 0, tzinfo=timezone(timedelta(hours=2)))

@@ -18,7 +18,7 @@ from skep.engine.containers.container import (
     PlainOptions,
     ProcessName,
 )
-from skep.engine.containers.sharing import shared_by
+from skep.engine.containers.shared_namespaces import shared_by
 from skep.engine.runtime.bind_flags import request_flags
 from skep.engine.runtime.mapped_mounts import has_own_owners, is_mapped, placed
 from skep.engine.runtime.runtime_spec import NOTHING_SHARED, Shared, build

@@ -29,7 +29,7 @@ from skep.engine.containers.container import (
     WaitCondition,
 )
 from skep.engine.containers.request import read_update
-from skep.engine.containers.sharing import shared_by
+from skep.engine.containers.shared_namespaces import shared_by
 from skep.engine.containers.updates import updated
 from skep.engine.runtime.conmon import StartError
 from skep.errors import AlreadyExists

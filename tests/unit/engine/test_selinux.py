@@ -13,7 +13,7 @@ from skep.engine.confinement.selinux import NO_LABELS, Labels, Policy, labels_of
 from skep.engine.confinement.users import ProcessUser
 from skep.engine.containers.container import ContainerConfig, ExecConfig, MountPoint
 from skep.engine.containers.request import CreateRequest, HostConfig
-from skep.engine.containers.sharing import with_label_options
+from skep.engine.containers.shared_namespaces import with_label_options
 from skep.engine.engine import EngineConfig
 from skep.engine.runtime.runtime_spec import exec_process
 from skep.engine.volumes.mounts import relabel_modes, relabel_sources

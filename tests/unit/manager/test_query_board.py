@@ -21,7 +21,7 @@ from skep.manager.queries.board import (
     QueryKey,
     pause_s,
 )
-from skep.manager.queries.turns import QueryTurns, Turn
+from skep.manager.queries.fair_slots import QueryTurns, Turn
 from skep.model.measures.queries import MetricQuery, QueryFailed
 from skep.model.measures.readings import VALID_S, QueryAnswer
 from skep.model.staging.updates import QueryBounds
