@@ -1,9 +1,7 @@
 """The front door's HAProxy: what it accepts, where requests go, and that no change loses any."""
 
 import asyncio
-import os
 import shutil
-import signal
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -23,10 +21,7 @@ from skep.model.door.traffic import quantile_ms
 from skep.model.measures.readings import ServiceRequests
 from skep.model.networks.tables import NetworkHead, NetworkTable, TableService, TableSplit
 from skep.model.values.ids import NetworkId, ServiceId, TaskId
-from tests.component.test_held_requests import directory, until
 from tests.support.networks.door_rig import DoorRig, a_door
-
-__all__ = ["directory"]
 
 pytestmark = pytest.mark.needs("haproxy", "root")
 
@@ -400,8 +395,8 @@ async def test_requests_of_services_with_a_target_are_counted_in_flight_and_by_r
         assert rig.door.service_requests().keys() == {"idle"}
 
 
-async def test_an_idle_connection_outlives_a_reload(directory: Path) -> None:
-    async with a_door(directory) as rig, rig.tasks(ONE):
+async def test_an_idle_connection_outlives_a_reload(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE):
         rig.service("web", {"skep.http": "a.example"})
         rig.task("t1", "web", ONE)
         await rig.apply()
@@ -420,64 +415,6 @@ async def test_an_idle_connection_outlives_a_reload(directory: Path) -> None:
                 assert b"connection: close" not in head
         assert b"connection: close" in head  # it leaves the former process
         writer.close()
-
-
-@pytest.mark.parametrize("reloaded_by", ["services", "an option", "more tasks"])
-async def test_a_client_that_is_idle_at_a_reload_reaches_the_tasks_that_come_afterwards(
-    directory: Path, reloaded_by: str
-) -> None:
-    async with a_door(directory) as rig, rig.tasks(TWO):
-        rig.service("web", {"skep.http": "a.example"})
-        rig.task("t1", "web", ONE)
-        await rig.apply()
-        reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
-
-        async def ask() -> str:
-            writer.write(b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n")
-            async with asyncio.timeout(5):
-                head = (await reader.readuntil(b"\r\n\r\n")).lower()
-                length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
-                return (head + await reader.readexactly(length)).decode()
-
-        async with rig.tasks(ONE):
-            assert ONE in await ask()
-        reloads = rig.reloads()
-        if reloaded_by == "services":
-            rig.service("more", {"skep.http": "more.example"})
-            await rig.apply()
-            rig.service("most", {"skep.http": "most.example"})
-        elif reloaded_by == "an option":
-            rig.service("web", {"skep.http": "a.example", "skep.http.timeout": "9s"})
-        else:
-            for number in range(4):
-                rig.task(f"x{number}", "web", ONE)
-        await rig.apply()
-        assert reloads < (reloaded := rig.reloads())
-        for id in [one for one in rig.endpoints if one != "proxy"]:
-            del rig.endpoints[id]
-        rig.task("t2", "web", TWO)
-        await rig.apply()
-        assert rig.reloads() == reloaded
-        found = await ask()
-        assert TWO in found
-        assert '"x-forwarded-for": "127.0.0.1"' in found
-        await until(lambda: rig.log().count('"method":"GET"') >= 2)
-        writer.close()
-        assert rig.log().count('"method":"GET"') == 2, "only the newest process logs the second request"
-
-
-async def test_a_proxy_that_is_stopped_serves_its_idle_connections_once_more(directory: Path) -> None:
-    async with a_door(directory) as rig, rig.tasks(ONE), rig.client() as session:
-        rig.service("web", {"skep.http": "a.example"})
-        rig.task("t1", "web", ONE)
-        await rig.apply()
-        for is_stopped in (False, True):
-            if is_stopped:
-                os.kill(rig.pid, signal.SIGUSR1)
-                await until(lambda: "Proxy http stopped" in rig.log())
-            async with session.get("/", headers={"Host": "a.example"}) as response:
-                assert response.status == 200, is_stopped
-                await response.read()
 
 
 async def test_a_drained_task_gets_no_new_request(tmp_path: Path) -> None:

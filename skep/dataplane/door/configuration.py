@@ -31,8 +31,6 @@ HOLD: Final = "hold.sock"
 """Name of the socket where the node holds requests."""
 RELEASED: Final = "released.sock"
 """Name of the socket where HAProxy gets them back."""
-FORMER: Final = "former.sock"
-"""Name of the socket where the newest process gets requests from former ones."""
 HELD_FOR: Final = "x-skep-held-for"
 """Header with the id of the service that a held request is for."""
 UNREACHED: Final = "x-skep-unreached"
@@ -42,7 +40,7 @@ SLOTS_MIN: Final = 2
 
 TRAFFIC_TABLE: Final = "skep-traffic"
 """Backend without servers, whose table counts responses by route and latency."""
-_FORM: Final = 5
+_FORM: Final = 4
 """Grows when the text changes for the same state, so that nodes reload HAProxy after an upgrade."""
 _TO_ROUTE: Final = "    use_backend %[var(txn.route)]"
 """Rule without a condition, because HAProxy uses the default backend if the name is empty."""
@@ -179,7 +177,6 @@ def files(state: DoorState, directory: str, keys: str = KEYS_DIRECTORY) -> dict[
         "holds.map": "".join(
             f"{name} hold-{name}\n" for name, one in sorted(state.backends.items()) if one.holds
         ),
-        "former.map": "",
         "challenges.map": "".join(f"{token} {key}\n" for token, key in sorted(state.challenges.items())),
     }
 
@@ -199,7 +196,6 @@ def _configuration(state: DoorState, directory: str, keys: str) -> Iterator[str]
     # Entries stay until the table is full.  Further routes are not counted then.
     yield f"backend {TRAFFIC_TABLE}"
     yield f"    stick-table type string len 64 size {ROUTES_MAX} nopurge store gpc({BUCKETS})"
-    yield from _from_former(state, directory)
     yield from _released(state, directory)
     yield "backend no-route"
     yield "    http-request return status 404 content-type text/plain string 'No route leads to this address.\\n'"
@@ -235,7 +231,7 @@ def _defaults(settings: DoorSettings) -> Iterator[str]:
     yield "    option idle-close-on-response"
     yield "    timeout client 60s"
     yield "    timeout http-request 10s"
-    # Each request to a former process takes a detour to the newest one.  Idle connections leave it within this time.
+    # A former process knows no tasks that came after its reload.  Idle connections leave it within this time.
     yield "    timeout http-keep-alive 10s"
     # Containers of the cluster accept a connection within milliseconds.  Without an answer another one is tried.
     yield "    timeout connect 2s"
@@ -282,18 +278,9 @@ def _frontend(name: str, bind: str, state: DoorState, directory: str) -> Iterato
     )
     yield from _routing(state, directory)
     yield from _forwarded_headers(scheme, settings.trusted)
-    yield from _to_backends(state, directory)
-
-
-def _to_backends(state: DoorState, directory: str) -> Iterator[str]:
-    """Yield the rules that count a request and lead it to its backend."""
     yield from latency_rules()
-    has_holds = any(one.holds for one in state.backends.values())
-    if has_holds:
+    if any(one.holds for one in state.backends.values()):
         yield f"    http-request set-var(txn.hold) var(txn.route),map_str({directory}/holds.map)"
-    # The first condition is true in former processes only.
-    yield f"    use_backend newest if {{ stopping }} {{ str(newest),map_str({directory}/former.map) -m found }}"
-    if has_holds:
         yield "    use_backend %[var(txn.hold)] if { var(txn.hold) -m found } { var(txn.route),nbsrv eq 0 }"
     yield _TO_ROUTE
     yield "    default_backend no-route"
@@ -338,23 +325,6 @@ def _routing(state: DoorState, directory: str) -> Iterator[str]:
     if any(key.startswith("*") for key in state.routes):
         found = "!{ var(txn.route) -m found }"
         yield f"    http-request set-var(txn.route) var(txn.host),regsub(^[^.]*,*),{find} if {found}"
-
-
-def _from_former(state: DoorState, directory: str) -> Iterator[str]:
-    """Yield the frontend for requests of former processes, which have set their headers, and the way to it."""
-    yield "frontend former"
-    yield f"    bind unix@{directory}/{FORMER} accept-proxy user haproxy mode 600"
-    yield from _routing(state, directory)
-    yield from _to_backends(state, directory)
-    yield "backend newest"
-    yield "    http-request set-log-level silent"
-    yield "    timeout server 24h"  # the newest process has the limits
-    yield f"    server newest unix@{directory}/{FORMER} send-proxy-v2 pool-max-conn 0"
-
-
-def replaced_command(directory: str) -> str:
-    """Return the command after which a former process passes requests on."""
-    return f"add map {directory}/former.map newest yes"
 
 
 def _released(state: DoorState, directory: str) -> Iterator[str]:

@@ -5,8 +5,8 @@ elsewhere (``Keys``), where no other container can mount them.  Files are writte
 a HAProxy that starts in between reads the current ones.
 
 Tasks and challenges are added and removed by commands, which also replace renewed certificates.  All other changes are
-a reload, after which the former process serves its open connections on.  It no longer gets any change, so it passes
-further requests on to the newest process.  The description in the configuration tells which one HAProxy runs.
+a reload, after which the former process serves its open connections on.  The description in the configuration tells
+which one HAProxy runs.
 """
 
 import asyncio
@@ -26,7 +26,6 @@ from skep.dataplane.door.configuration import (
     description_of,
     every_command,
     files,
-    replaced_command,
     version_of,
 )
 from skep.dataplane.door.derivation import counted_services, proxies_on, state_of
@@ -267,7 +266,6 @@ class FrontDoor:
         while self._clock.monotonic() < until:
             with suppress(Unavailable):
                 if await self._description(directory) == wanted and await self._is_alone(directory):
-                    await self._replace_former(directory)
                     return
             await self._clock.sleep(LOOK_S)
         raise Unavailable("the front door's HAProxy does not run the new configuration: see its log")
@@ -278,14 +276,6 @@ class FrontDoor:
             if _STOPPING.search(await self._ask(directory / _MASTER, f"@!{pid} show info\n")) is None:
                 return False
         return True
-
-    async def _replace_former(self, directory: Path) -> None:
-        """Let former processes pass requests of idle connections on, which their own tasks may not outlive.
-
-        A process that is stopped for another reason has no newer one, and is not told.
-        """
-        for pid in await self._former(directory):
-            await self._ask(directory / _MASTER, f"@!{pid} {replaced_command(self._seen_at[0])}\n")
 
     async def _former(self, directory: Path) -> Sequence[str]:
         """Return the ids of former processes."""
