@@ -30,6 +30,7 @@ from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
 from skep.manager.failover.records import ADDRESSES_ID, FailoverAddress, holder_changes
 from skep.manager.services.freezes import FreezeAction, freeze_changes
 from skep.manager.verify.records import VIOLATIONS_ID, ShownViolation, violation_changes
+from skep.model.history import masked_text
 from skep.model.network import Network
 from skep.model.node import CutOff, FailingPath, Node, NodeState
 from skep.model.node_reports.conditions import condition_messages
@@ -491,17 +492,23 @@ def _service_changes(old: Service, new: Service) -> dict[str, str]:
     changes = _changed("image", _image(old), _image(new))
     if old.spec.mode.name == new.spec.mode.name == "replicated":
         changes |= _changed("replicas", str(old.spec.replicas), str(new.spec.replicas))
-    state = new.update_status.state if new.update_status is not None else None
-    if state is not None:
+    status = new.update_status
+    if status is not None and (state := status.state) is not None:
         before = old.update_status.state if old.update_status is not None else None
         if before is None:
             changes["updatestate.new"] = _update_word(state)
         else:
             changes |= _changed("updatestate", _update_word(before), _update_word(state))
+        if state is not before and state in _ENDED_EARLY and status.message:
+            changes["updatestate.reason"] = masked_text(status.message)
     before_run, run = old.job_status or JobStatus(), new.job_status or JobStatus()
     if run.present_outcome != before_run.present_outcome and run.present_outcome:
         changes["run.outcome"] = run.present_outcome
     return changes
+
+
+_ENDED_EARLY = (UpdateState.PAUSED, UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_PAUSED)
+"""States of an update whose message is a reason."""
 
 
 def _update_word(state: UpdateState) -> str:

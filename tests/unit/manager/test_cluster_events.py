@@ -170,6 +170,10 @@ def test_service_events_have_the_update_state():
     done = replace(old, update_status=UpdateStatus(state=UpdateState.COMPLETED))
     assert reported(Updated(old, new))[0][2]["updatestate.new"] == "updating"
     assert reported(Updated(new, done))[0][2]["updatestate.old"] == "updating"
+    why = "update rolled back because 24 of 200 requests to new tasks failed (12 %), more than 5 %"
+    taken_back = replace(old, update_status=UpdateStatus(state=UpdateState.ROLLBACK_STARTED, message=why))
+    assert reported(Updated(new, taken_back))[0][2]["updatestate.reason"] == why
+    assert "updatestate.reason" not in reported(Updated(new, done))[0][2]
 
 
 def test_a_service_is_removed_once_when_the_user_removes_it():
