@@ -643,6 +643,12 @@ LABELS = (
             (f"{_HTTP}.compress", "`true`, `false`", "`false`", "Compresses text with gzip."),
             (f"{_HTTP}.share", "`true`, `false`", "`false`", "Lets other stacks add paths to the host."),
             (f"{_HTTP}.max-body", "a size (`10MiB`)", "none", "Refuses larger requests (413)."),
+            (
+                f"{_HTTP}.max-failures",
+                "1 to 999",
+                "none",
+                "After so many failures in a row, a task gets no requests for ten seconds.",
+            ),
             (f"{_HTTP}.timeout", "a duration", "`60s`", "Time limit for a response (504)."),
             (
                 f"{_HTTP}.rate",

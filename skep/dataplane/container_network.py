@@ -308,6 +308,7 @@ class ContainerNetwork:
             is_open=config.mode is NetworkMode.BRIDGE,
             mac_address=config.mac_address,
             wants_ipv6=has_ipv6_egress([one.config for one in sandbox.endpoints]),
+            serves_ipv6=config.serves_ipv6,
         )
         return msgspec.structs.replace(
             found, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls, userns=sandbox.userns

@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from itertools import chain
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -144,6 +145,7 @@ class Gateway:
         *,
         is_open: bool = False,
         wants_ipv6: bool = False,
+        serves_ipv6: bool = False,
         mac_address: str = "",
     ) -> Sandbox:
         """Create a container's interface and publish its host-mode ``ports``.
@@ -153,6 +155,7 @@ class Gateway:
         Args:
             is_open: Whether the container reaches other open containers through the bridge.
             wants_ipv6: Whether it gets IPv6 egress if the machine has it.
+            serves_ipv6: See ``Sandbox.serves_ipv6``.
             mac_address: The MAC address that the user has chosen, or empty.
 
         Raises: AlreadyExists: a port is in use; SkepError.
@@ -164,7 +167,7 @@ class Gateway:
             for port in ports:
                 if port.publish_mode is PublishMode.HOST:
                     reserved += await self._reserve(container_id, port, str(address))
-            subnet6 = self._subnet6 if wants_ipv6 else None
+            subnet6 = self._subnet6 if wants_ipv6 or serves_ipv6 else None
             sandbox = Sandbox(
                 netns=str(netns),
                 address=str(address),
@@ -178,6 +181,7 @@ class Gateway:
                 ports=tuple(reserved),
                 address6=str(derived_ipv6(address, subnet6)) if subnet6 is not None else "",
                 gateway6=str(subnet6[1]) if subnet6 is not None else "",
+                serves_ipv6=serves_ipv6 and subnet6 is not None,
             )
             self._sandboxes[container_id] = sandbox
             await self._apply()
@@ -343,17 +347,13 @@ class Gateway:
             for one in sandboxes
             if one.port
         ]
-        host_ports = [
-            port
-            for one in sandboxes
-            for port in _host_ports(
-                one.address, [it for it in one.ports if _reserved(it) not in self._unheld]
-            )
-        ]
+        held = [(one, [it for it in one.ports if _reserved(it) not in self._unheld]) for one in sandboxes]
+        host_ports = chain.from_iterable(_host_ports(one.address, ports) for one, ports in held)
         between = between_table((one.port, one.is_open) for one in sandboxes if one.port)
         rules = [gateway_table(BRIDGE, subnet, host_ports), spoofing_filter(owners), between]
         if subnet6 is not None:
-            rules.append(gateway_table_ipv6(BRIDGE, subnet6))
+            served = (_host_ports(one.address6, ports) for one, ports in held if one.serves_ipv6)
+            rules.append(gateway_table_ipv6(BRIDGE, subnet6, chain.from_iterable(served)))
         self.home.set_part(_PART, state, *rules)
 
     def _used_subnet6(self) -> IPv6Network | None:
@@ -537,11 +537,13 @@ def _reserved(port: PublishedPort) -> _Port:
 
 
 def _host_ports(address: str, ports: Sequence[PublishedPort]) -> list[HostPort]:
-    """Return the IPv4 ones among ``ports`` for the kernel's rules.  The net process relays IPv6 ports."""
+    """Return the kernel's ports: those on IPv4, or for an IPv6 ``address`` TCP on all of IPv6.  Others are relayed."""
+    is_6 = ":" in address
     return [
-        HostPort(port.protocol, port.published_port, address, port.target_port, port.host_ip)
+        HostPort(port.protocol, port.published_port, address, port.target_port, "" if is_6 else port.host_ip)
         for port in ports
-        if port.publish_mode is PublishMode.HOST and ":" not in port.host_ip
+        if port.publish_mode is PublishMode.HOST
+        and ((port.host_ip, port.protocol) == ("::", "tcp") if is_6 else ":" not in port.host_ip)
     ]
 
 

@@ -21,7 +21,10 @@ from skep.model.door.traffic import quantile_ms
 from skep.model.measures.readings import ServiceRequests
 from skep.model.networks.tables import NetworkHead, NetworkTable, TableService, TableSplit
 from skep.model.values.ids import NetworkId, ServiceId, TaskId
+from tests.component.test_held_requests import directory
 from tests.support.networks.door_rig import DoorRig, a_door
+
+__all__ = ["directory"]
 
 pytestmark = pytest.mark.needs("haproxy", "root")
 
@@ -59,6 +62,7 @@ def test_haproxy_accepts_every_option(tmp_path: Path) -> None:
         "skep.http.sticky": "true",
         "skep.http.compress": "true",
         "skep.http.max-body": "10MiB",
+        "skep.http.max-failures": "3",
         "skep.http.timeout": "1ms",
         "skep.http.rate": "999999/h",
         "skep.http.protocol": "h2c",
@@ -79,10 +83,22 @@ def test_haproxy_accepts_every_option(tmp_path: Path) -> None:
     check(state, tmp_path)
 
 
-def test_haproxy_accepts_ten_thousand_routes(tmp_path: Path) -> None:
-    state = state_with(*({"skep.http": f"h{n}.example,h{n}.example/path"} for n in range(5000)))
-    assert len(state.routes) == 10_000
-    check(state, tmp_path)
+async def test_ten_thousand_routes_are_served_and_tasks_come_and_go_without_a_reload(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE, TWO):
+        for number in range(5000):
+            host = f"h{number}.example"
+            rig.service(f"s{number}", {"skep.http": f"{host},{host}/path"})
+        rig.task("t1", "s4999", ONE)
+        await rig.apply()
+        reloads = rig.reloads()
+        assert len((tmp_path / "routes.map").read_text().splitlines()) == 10_000
+        assert (await rig.ask_task("h4999.example/path/x"))["task"] == ONE
+        assert (await rig.ask("h5000.example/"))[0] == 404
+        rig.task("t2", "s4999", TWO)
+        del rig.endpoints["t1"]
+        await rig.apply()
+        assert (await rig.ask_task("h4999.example/"))["task"] == TWO
+        assert rig.reloads() == reloads
 
 
 async def test_ten_thousand_routes_are_served_and_changed(directory: Path) -> None:
@@ -243,6 +259,8 @@ async def test_limits_answer_with_their_status(tmp_path: Path) -> None:
         assert [(await rig.ask("rate.example/"))[0] for _ in range(4)] == [200, 200, 429, 429]
         assert (await rig.ask("body.example/", method="POST", data=b"x" * 10))[0] == 200
         assert (await rig.ask("body.example/", method="POST", data=b"x" * 11))[0] == 413
+        chunked = b"POST / HTTP/1.1\r\nHost: body.example\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+        assert b" 411 " in (await rig.exchange(chunked + b"1\r\nx\r\n0\r\n\r\n")).partition(b"\r\n")[0]
         assert (await rig.ask("time.example/?wait=1"))[0] == 504
         assert (await rig.ask("allow.example/"))[0] == 403
         status, _, headers = await rig.ask("redirect.example/y?z")
@@ -251,15 +269,15 @@ async def test_limits_answer_with_their_status(tmp_path: Path) -> None:
         assert (await rig.ask("compress.example/"))[2]["Content-Encoding"] == "gzip"
 
 
-async def test_no_change_loses_a_request(tmp_path: Path) -> None:
-    async with a_door(tmp_path) as rig, rig.tasks(ONE, TWO, THREE):
+async def test_two_hundred_changes_within_a_minute_lose_no_request(directory: Path) -> None:
+    async with a_door(directory) as rig, rig.tasks(ONE, TWO, THREE):
         rig.service("web", {"skep.http": "a.example"})
         rig.task("t1", "web", ONE)
         rig.task("t2", "web", TWO)
         await rig.apply()
         reloads = rig.reloads()
-        async with requests(rig, "a.example/?wait=0.01") as failed:
-            for _ in range(5):  # a rolling update: the new task comes first, the old one is drained and ends
+        async with requests(rig, "a.example/?wait=0.01") as failed, asyncio.timeout(60):
+            for _ in range(20):  # rolling updates: the new task comes first, the old one is drained and ends
                 for number, address in ((1, ONE), (2, TWO)):
                     rig.task("t3", "web", THREE)
                     await rig.apply()
@@ -395,8 +413,8 @@ async def test_requests_of_services_with_a_target_are_counted_in_flight_and_by_r
         assert rig.door.service_requests().keys() == {"idle"}
 
 
-async def test_an_idle_connection_outlives_a_reload(tmp_path: Path) -> None:
-    async with a_door(tmp_path) as rig, rig.tasks(ONE):
+async def test_an_idle_connection_outlives_a_reload(directory: Path) -> None:
+    async with a_door(directory) as rig, rig.tasks(ONE):
         rig.service("web", {"skep.http": "a.example"})
         rig.task("t1", "web", ONE)
         await rig.apply()

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,11 +68,11 @@ def run(cluster: TestCluster, commands: str) -> str:
     return done.stdout
 
 
-def clients(cluster: TestCluster, *words: str) -> list[tuple[Path, list[str]]]:
+def clients(nodes: Sequence[TestNode], *words: str) -> list[tuple[Path, list[str]]]:
     """Return a client at each node, with a pause so that the machine has time for the changes."""
     return [
         (
-            outside(cluster),
+            outside(nodes[0].cluster),
             [
                 "strict_client.py",
                 "--pause",
@@ -83,7 +83,7 @@ def clients(cluster: TestCluster, *words: str) -> list[tuple[Path, list[str]]]:
                 f"http://{one.description['addr']}:80/",
             ],
         )
-        for one in cluster.nodes()
+        for one in nodes
     ]
 
 
@@ -95,7 +95,7 @@ def answers(cluster: TestCluster, node: TestNode, url: str) -> str:
     return run(cluster, f"curl -s -m 5 {resolved} -w ' %{{http_code}}' {url} || true")
 
 
-UP, HELLO, EXPOSE, ACME, SLEEP, _ = shell_blocks("docs/guide/front-door.md")
+UP, HELLO, EXPOSE, ACME, SLEEP, _, TRAEFIK = shell_blocks("docs/guide/front-door.md")
 
 
 def test_the_front_door() -> None:
@@ -116,15 +116,17 @@ def test_the_front_door() -> None:
         wait_until(lambda: "not available" in answers(cluster, m1, "hello.example.com"), "a page says so")
 
         check_sleep(cluster)
+        assert "skep.http: shop.example.com" in run(cluster, TRAEFIK)
+        m1.docker("service", "rm", "shop")
 
         serve(m1, "web", 3, "--label", f"skep.http={NAME}", "--update-order", "start-first")
         wait_until(
             lambda: all(answers(cluster, one, NAME).endswith(" 200") for one in cluster.nodes()), "web"
         )
-        client = answers(cluster, m1, NAME).split()[1]
-        assert client != "127.0.0.1"
+        check_addresses(cluster)
 
-        with asking(*clients(cluster), *clients(cluster, "--fresh")) as seen:
+        nodes = cluster.nodes()
+        with asking(*clients(nodes), *clients(nodes, "--fresh")) as seen:
             m1.docker("service", "update", "--env-add", "VERSION=2", "web")
             m1.docker("service", "scale", "web=5")
             m1.docker("service", "scale", "web=2")
@@ -136,11 +138,42 @@ def test_the_front_door() -> None:
         assert traffic(cluster)["LatencyP99"] is not None
         assert "requests/s" in run(cluster, "skep explain web")
 
-        with asking(*clients(cluster)) as seen:
+        with asking(*clients(nodes)) as seen:
             kill_one(cluster, "web")
             wait_until(lambda: len(running(m1, "web")) == 2, "its replacement runs", within_s=60)
         assert seen.failed == []
+        check_drain(cluster)
         check_certificates(cluster)
+
+
+def check_addresses(cluster: TestCluster) -> None:
+    """The service sees the addresses of clients, by IPv4 and by IPv6."""
+    m1 = cluster.node("m1")
+    address = m1.description["addr"]
+    switch = f"{address.rpartition('.')[0]}.1"
+    for netns, device, own in (
+        (m1.description["netns"], "eth0", "fd0c::11"),
+        (outside(cluster), "br0", "fd0c::1"),
+    ):
+        command = ["nsenter", f"--net={netns}", "ip", "address", "add", f"{own}/64", "dev", device, "nodad"]
+        subprocess.run(command, check=True, capture_output=True, timeout=20)
+    for own, client in ((address, switch), ("[fd0c::11]", "fd0c::1")):
+        asked = f"curl -s -m 5 --resolve '{NAME}:80:{own}' http://{NAME}/"
+        assert run(cluster, asked).split()[1] == client
+
+
+def check_drain(cluster: TestCluster) -> None:
+    """The tasks of a drained node move without a failed request at the other nodes.  Its own proxy ends."""
+    m1 = cluster.node("m1")
+    drained = next(one for one in cluster.nodes()[1:] if container_pids(one, "web"))
+    others = [one for one in cluster.nodes() if one.name != drained.name]
+    with asking(*clients(others), *clients(others, "--fresh")) as seen:
+        m1.docker("node", "update", "--availability", "drain", drained.name)
+        wait_until(lambda: not container_pids(drained, "web"), "its tasks have moved", within_s=60)
+        wait_until(lambda: len(running(m1, "web")) == 2, "they run elsewhere", within_s=60)
+    assert seen.failed == []
+    m1.docker("node", "update", "--availability", "active", drained.name)
+    wait_running(m1, "skep-door", 3, within_s=90)
 
 
 def traffic(cluster: TestCluster) -> dict[str, object]:

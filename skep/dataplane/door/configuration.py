@@ -7,6 +7,9 @@ HAProxy passes a request for a service that is scaled to zero to the node's sock
 route.  The node sends it to the socket ``RELEASED`` of the newest process once a task serves
 (``dataplane.door.holding``).
 
+After a reload, a former process sends requests on connections that were idle to the newest process, because it does not
+know tasks that have come since.
+
 Each backend has more server lines than tasks.  ``commands`` writes the addresses of new tasks into unused lines
 while HAProxy runs, so scaling and updates need no reload.
 
@@ -23,7 +26,7 @@ import msgspec
 from skep.dataplane.door.certificates import LIST, certificate_file
 from skep.model.door.routes import HeaderRule, HttpRoute, RouteOptions
 from skep.model.door.settings import KEYS_DIRECTORY, DoorSettings
-from skep.model.door.traffic import BOUNDS_MS, BUCKETS, ROUTES_MAX
+from skep.model.door.traffic import BOUNDS_MS, ROUTES_MAX
 
 UNUSED: Final = "0.0.0.0"
 """Address of a server line without a task."""
@@ -35,16 +38,25 @@ HELD_FOR: Final = "x-skep-held-for"
 """Header with the id of the service that a held request is for."""
 UNREACHED: Final = "x-skep-unreached"
 """Header of HAProxy's response to a held request if it has reached no task."""
+NEWEST: Final = "newest"
+"""Backend whose server is the newest process, its socket, and a map that is empty until a former process may use it."""
 SLOTS_MIN: Final = 2
 """Fewest server lines of a backend.  An update of a single task with start-first needs two."""
 
+HEAD_S: Final = 10
+"""Seconds for the head of a request.  Slower clients would keep connections, of which HAProxy has a limited number."""
+LEFT_OUT_S: Final = 10
+"""Seconds for which a task with too many failures in a row gets no requests, as in nginx."""
+
 TRAFFIC_TABLE: Final = "skep-traffic"
-"""Backend without servers, whose table counts responses by route and latency."""
-_FORM: Final = 4
+"""Backend without servers, whose table counts slow responses by route and latency."""
+_FORM: Final = 5
 """Grows when the text changes for the same state, so that nodes reload HAProxy after an upgrade."""
+_REPEATED: Final = "    http-request disable-l7-retry unless { method GET HEAD OPTIONS PUT DELETE }"
+"""Rule that sends no other request again once a task may have got it (RFC 9110, 9.2.2: idempotent methods)."""
 _TO_ROUTE: Final = "    use_backend %[var(txn.route)]"
 """Rule without a condition, because HAProxy uses the default backend if the name is empty."""
-_CHALLENGES: Final = "/.well-known/acme-challenge/"
+CHALLENGES: Final = "/.well-known/acme-challenge/"
 _COMPRESSED: Final = (
     "text/html text/plain text/css text/javascript application/javascript application/json application/xml "
     "image/svg+xml"
@@ -177,6 +189,7 @@ def files(state: DoorState, directory: str, keys: str = KEYS_DIRECTORY) -> dict[
         "holds.map": "".join(
             f"{name} hold-{name}\n" for name, one in sorted(state.backends.items()) if one.holds
         ),
+        f"{NEWEST}.map": "",
         "challenges.map": "".join(f"{token} {key}\n" for token, key in sorted(state.challenges.items())),
     }
 
@@ -195,8 +208,9 @@ def _configuration(state: DoorState, directory: str, keys: str) -> Iterator[str]
         yield from _frontend("https", tls, state, directory)
     # Entries stay until the table is full.  Further routes are not counted then.
     yield f"backend {TRAFFIC_TABLE}"
-    yield f"    stick-table type string len 64 size {ROUTES_MAX} nopurge store gpc({BUCKETS})"
+    yield f"    stick-table type string len 64 size {ROUTES_MAX} nopurge store gpc({len(BOUNDS_MS)})"
     yield from _released(state, directory)
+    yield from _newest(directory)
     yield "backend no-route"
     yield "    http-request return status 404 content-type text/plain string 'No route leads to this address.\\n'"
     for name in sorted(state.backends):
@@ -230,7 +244,7 @@ def _defaults(settings: DoorSettings) -> Iterator[str]:
     # A reload must not close an idle connection at the moment when its client sends the next request.
     yield "    option idle-close-on-response"
     yield "    timeout client 60s"
-    yield "    timeout http-request 10s"
+    yield f"    timeout http-request {HEAD_S}s"
     # A former process knows no tasks that came after its reload.  Idle connections leave it within this time.
     yield "    timeout http-keep-alive 10s"
     # Containers of the cluster accept a connection within milliseconds.  Without an answer another one is tried.
@@ -270,18 +284,23 @@ def page(text: str) -> str:
 def _frontend(name: str, bind: str, state: DoorState, directory: str) -> Iterator[str]:
     settings, scheme = state.settings, name
     yield f"frontend {name}"
-    yield f"    bind :{bind}{' accept-proxy' if settings.accepts_proxy else ''}"
+    accepts = " accept-proxy" if settings.accepts_proxy else ""
+    yield f"    bind :{bind}{accepts}"
+    if settings.has_ipv6:
+        yield f"    bind :::{bind} v6only{accepts}"
     yield (
         f"    http-request return status 200 content-type text/plain lf-string "
-        f"%[path,field(-1,/),map_str({directory}/challenges.map)] if {{ path_beg {_CHALLENGES} }} "
+        f"%[path,field(-1,/),map_str({directory}/challenges.map)] if {{ path_beg {CHALLENGES} }} "
         f"{{ path,field(-1,/),map_str({directory}/challenges.map) -m found }}"
     )
     yield from _routing(state, directory)
     yield from _forwarded_headers(scheme, settings.trusted)
     yield from latency_rules()
+    yield _REPEATED
     if any(one.holds for one in state.backends.values()):
         yield f"    http-request set-var(txn.hold) var(txn.route),map_str({directory}/holds.map)"
         yield "    use_backend %[var(txn.hold)] if { var(txn.hold) -m found } { var(txn.route),nbsrv eq 0 }"
+    yield f"    use_backend {NEWEST} if {{ stopping }} {{ str(on),map_str({directory}/{NEWEST}.map) -m found }}"
     yield _TO_ROUTE
     yield "    default_backend no-route"
 
@@ -299,21 +318,21 @@ def _forwarded_headers(scheme: str, trusted: Sequence[str]) -> Iterator[str]:
 
 
 def latency_rules() -> Iterator[str]:
-    """Yield the rules of a frontend that count each response of a task by its latency.
+    """Yield the rules of a frontend that count each slow response of a task by its latency.
 
-    Counter ``n`` has the responses that are slower than ``n`` bounds, so a fast one, as most are, needs one condition.
+    Counter ``n`` has the responses that are slower than ``n + 1`` bounds.  A fast one, as most are, needs one condition
+    and no look into the table.  HAProxy's own counters have the number of all responses.
     """
     yield "    http-request set-var(txn.began) date(0,ms)"
-    yield f"    http-request track-sc1 var(txn.route) table {TRAFFIC_TABLE}"
     elapsed = "date(0,ms),sub(txn.began)"
     for number, bound in enumerate(BOUNDS_MS):
-        yield f"    http-response sc-inc-gpc({number},1)"
         # No rule of the frontend follows these.
         yield f"    http-response allow if {{ {elapsed} -m int le {bound} }}"
         if not number:
             yield f"    http-response set-var(txn.ms) {elapsed}"
+            yield f"    http-response track-sc1 var(txn.route) table {TRAFFIC_TABLE}"
             elapsed = "var(txn.ms)"
-    yield f"    http-response sc-inc-gpc({len(BOUNDS_MS)},1)"
+        yield f"    http-response sc-inc-gpc({number},1)"
 
 
 def _routing(state: DoorState, directory: str) -> Iterator[str]:
@@ -328,9 +347,13 @@ def _routing(state: DoorState, directory: str) -> Iterator[str]:
 
 
 def _released(state: DoorState, directory: str) -> Iterator[str]:
-    """Yield the frontend for requests that the node has held.  The other frontends have set their headers."""
+    """Yield the frontend for requests that the node has held, or a former process.  Other frontends have set their
+    headers.
+    """
     yield "frontend released"
     yield f"    bind unix@{directory}/{RELEASED} accept-proxy mode 600"
+    # A former process connects as HAProxy's own user.
+    yield f"    bind unix@{directory}/{NEWEST}.sock accept-proxy mode 600 user haproxy"
     yield from _routing(state, directory)
     yield f"    http-request del-header {HELD_FOR}"
     # The node sends a request again if HAProxy itself responds with this variable, which no task can set.
@@ -338,8 +361,18 @@ def _released(state: DoorState, directory: str) -> Iterator[str]:
     yield f"    http-response del-header {UNREACHED}"
     # The frontend that got the request from its client logs it.
     yield "    http-request set-log-level silent"
+    yield _REPEATED
     yield _TO_ROUTE
     yield "    default_backend no-route"
+
+
+def _newest(directory: str) -> Iterator[str]:
+    """Yield the backend that passes requests to the newest process."""
+    yield f"backend {NEWEST}"
+    yield f"    http-response del-header {UNREACHED}"
+    yield "    timeout server 24h"
+    yield "    http-reuse never"
+    yield f"    server {NEWEST} unix@{directory}/{NEWEST}.sock send-proxy-v2 pool-max-conn 0"
 
 
 def _holding(backend: RouteBackend, directory: str) -> Iterator[str]:
@@ -406,7 +439,15 @@ def server_line(number: int, server: ServerLine, options: RouteOptions) -> str:
     address = f"[{server.address}]" if ":" in server.address else server.address
     protocol = " proto h2" if options.h2c else ""
     weight = f" weight {server.weight}" if server.weight != 1 else ""
-    return f"s{number} {address}:{options.port}{protocol}{weight}{'' if server.is_ready else ' disabled'}"
+    # Checks bring a server back: the first one by ``fastinter``, later ones by ``downinter``.
+    left_out = (
+        f" check inter 24h fastinter {LEFT_OUT_S}s downinter {LEFT_OUT_S}s rise 1 fall 1"
+        f" observe layer7 error-limit {options.max_failures} on-error mark-down"
+        if options.max_failures
+        else ""
+    )
+    ready = "" if server.is_ready else " disabled"
+    return f"s{number} {address}:{options.port}{protocol}{weight}{left_out}{ready}"
 
 
 def _limits(backend: RouteBackend, *, is_held: bool) -> Iterator[str]:
@@ -462,7 +503,7 @@ def commands(
         lines = zip(before.backends[name].servers, one.servers, strict=True)
         for number, (old, new) in enumerate(lines, start=1):
             if old != new:
-                found += _changed(f"{name}/s{number}", old, new, one.options.port)
+                found += _changed(f"{name}/s{number}", old, new, one.options)
     answers = f"{directory}/challenges.map"
     found += [
         f"del map {answers} {token}" for token in sorted(before.challenges.keys() - after.challenges.keys())
@@ -479,6 +520,14 @@ def commands(
     return found if max(map(len, found), default=0) < _COMMAND_MAX else None
 
 
+def use_newest(directory: str) -> str:
+    """Return the command that lets a former process send requests to the newest one.
+
+    A stopping HAProxy accepts no changes of servers.
+    """
+    return f"add map {directory}/{NEWEST}.map on yes"
+
+
 def every_command(state: DoorState, directory: str) -> list[str]:
     """Return the commands that set server lines and challenges to their state, from any other state."""
     other = ServerLine(task="unknown", address="unknown", is_ready=True, weight=0)
@@ -486,7 +535,7 @@ def every_command(state: DoorState, directory: str) -> list[str]:
         command
         for name, one in sorted(state.backends.items())
         for number, server in enumerate(one.servers, start=1)
-        for command in _changed(f"{name}/s{number}", other, server, one.options.port)
+        for command in _changed(f"{name}/s{number}", other, server, one.options)
     ]
     answers = f"{directory}/challenges.map"
     added = [f"add map {answers} {token} {text}" for token, text in sorted(state.challenges.items())]
@@ -498,13 +547,15 @@ def _without_blank_lines(pem: str) -> str:
     return "\n".join(line for line in pem.splitlines() if line.strip())
 
 
-def _changed(line: str, old: ServerLine, new: ServerLine, port: int) -> Iterator[str]:
+def _changed(line: str, old: ServerLine, new: ServerLine, options: RouteOptions) -> Iterator[str]:
     moves = new.address not in (old.address, UNUSED)
     if old.is_ready and (moves or not new.is_ready):
         yield f"set server {line} state maint"
     if moves:
-        yield f"set server {line} addr {new.address} port {port}"
+        yield f"set server {line} addr {new.address} port {options.port}"
     if new.weight != old.weight:
         yield f"set server {line} weight {new.weight}"
     if new.is_ready and (moves or not old.is_ready):
+        if options.max_failures:  # otherwise HAProxy would wait for a check
+            yield f"set server {line} health up"
         yield f"set server {line} state ready"

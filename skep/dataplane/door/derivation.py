@@ -50,10 +50,13 @@ def state_of(
     before: DoorState,
     settings: DoorSettings | None = None,
     payload: DoorPayload = NOTHING,
+    *,
+    has_ipv6: bool = False,
 ) -> DoorState:
     """Return what HAProxy serves.  Tasks of ``before`` keep their server lines.
 
     Args:
+        has_ipv6: Whether the kernel of this node has IPv6.
         payload: Certificates and challenges.
         settings: Used instead of the labels of the door's service.
     """
@@ -74,7 +77,7 @@ def state_of(
         door = min(filter(lambda one: is_door(one.labels), table.services.values()), key=_age, default=None)
         settings = settings_of(door.labels) if door is not None else DoorSettings()
     return DoorState(
-        settings=settings,
+        settings=replace(settings, has_ipv6=has_ipv6),
         backends=backends,
         routes=routes,
         certificates=payload.certificates,

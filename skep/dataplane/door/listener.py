@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -26,6 +27,7 @@ from skep.dataplane.door.configuration import (
     description_of,
     every_command,
     files,
+    use_newest,
     version_of,
 )
 from skep.dataplane.door.derivation import counted_services, proxies_on, state_of
@@ -69,6 +71,8 @@ _STOPPING = re.compile(r"^Stopping: 1$|Can't find the target", re.MULTILINE)
 _DONE = ("changed from", "no need to change", "Transaction created", "Committing", "Success!")
 _ADMIN, _MASTER = "admin.sock", "master.sock"
 _UNREAD = "statistics of the front door not read"
+_IPV6 = Path("/proc/sys/net/ipv6")
+"""Exists if the kernel has IPv6."""
 
 
 Keys = Callable[[], DoorPayload]
@@ -140,7 +144,8 @@ class FrontDoor:
             return
         # In a thread, because ten thousand routes take a second.
         payload = await asyncio.to_thread(self._keys)
-        state = self._state = await asyncio.to_thread(state_of, door, self._state, self._settings, payload)
+        derive = partial(state_of, door, self._state, self._settings, payload, has_ipv6=_IPV6.exists())
+        state = self._state = await asyncio.to_thread(derive)
         self.held.apply(state, is_reached=False)
         self.held.listen(directory)
         if state == self._applied:
@@ -266,6 +271,7 @@ class FrontDoor:
         while self._clock.monotonic() < until:
             with suppress(Unavailable):
                 if await self._description(directory) == wanted and await self._is_alone(directory):
+                    await self._connect_former(directory)
                     return
             await self._clock.sleep(LOOK_S)
         raise Unavailable("the front door's HAProxy does not run the new configuration: see its log")
@@ -276,6 +282,11 @@ class FrontDoor:
             if _STOPPING.search(await self._ask(directory / _MASTER, f"@!{pid} show info\n")) is None:
                 return False
         return True
+
+    async def _connect_former(self, directory: Path) -> None:
+        """Let former processes send requests of idle connections to the newest one, which knows later tasks."""
+        for pid in await self._former(directory):
+            await self._ask(directory / _MASTER, f"@!{pid} {use_newest(self._seen_at[0])}\n")
 
     async def _former(self, directory: Path) -> Sequence[str]:
         """Return the ids of former processes."""

@@ -1,12 +1,12 @@
 """Counts the requests to each route, from HAProxy's counters.  Pure.
 
-HAProxy counts responses by status for each backend.  Its latencies are means only, so the configuration counts each
-response in a table (``latency_rules``).  Both start at 0 after a reload.
+HAProxy counts responses by status for each backend.  Its latencies are means only, so the configuration counts slow
+responses in a table (``latency_rules``).  Both start at 0 after a reload.
 """
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import lt
 from typing import Final
 
@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from skep.api.telemetry.exposition import MetricFamily, Sample, label_text
 from skep.dataplane.door.configuration import DoorState
 from skep.dataplane.door.statistics import SERVER_ERRORS, STATUSES, StatRow, number
-from skep.model.door.traffic import BOUNDS_MS, BUCKETS, REPORTED_MAX, ROUTES_MAX, RouteTraffic
+from skep.model.door.traffic import BOUNDS_MS, REPORTED_MAX, ROUTES_MAX, RouteTraffic
 from skep.model.values.ids import ServiceId
 
 WINDOW_S: Final = 60.0
@@ -39,18 +39,22 @@ def route_counters(
 
     Args:
         rows: Rows of backends.
-        slower: By backend, the number of responses that are slower than so many bounds.
+        slower: By backend, the number of responses that are slower than so many bounds, and one more.
     """
     found = dict(routes)
     for _, row in rows:
         if (one := found.get(name := row.get("pxname") or "")) is not None:
             statuses = [number(row.get(f"hrsp_{kind}")) for kind in STATUSES]
             counts = slower.get(name, {})
+            failed = number(row.get("econ")) + number(row.get("eresp"))
+            # HAProxy may have counted a slow response after this row was read.
+            responses = max(sum(statuses) - failed, counts.get(0, 0))
+            slower_than = (responses, *(counts.get(at, 0) for at in range(len(BOUNDS_MS))), 0)
             found[name] = replace(
                 one,
                 requests=sum(statuses),
                 errors=statuses[SERVER_ERRORS],
-                buckets=tuple(counts.get(at, 0) - counts.get(at + 1, 0) for at in range(BUCKETS)),
+                buckets=tuple(one - other for one, other in pairwise(slower_than)),
             )
     return found
 
@@ -129,7 +133,7 @@ class RouteCounters:
             MetricFamily(
                 "skep_door_response_seconds",
                 "histogram",
-                "Time from a request to the header of a task's response.",
+                "Time from a request to the header of its response, without requests that no task answered.",
                 latencies,
             ),
         ]

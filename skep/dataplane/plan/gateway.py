@@ -2,9 +2,10 @@
 
 In the table ``ip skep``, the map ``host_ports`` leads from a published port of the node to a container.  The map
 ``bound_ports`` does the same for ports that are published on one address only.  The other rules are fixed.  ``ip6
-skep`` has only the rules for egress.  ``bridge skep_gateway`` decides which containers reach each other through the
-gateway bridge.  Containers without another network reach each other, as on Docker's ``bridge``.  All others use it only
-for egress, because otherwise it would connect their networks with each other.
+skep`` has the rules for egress, and ports of containers that listen for IPv6.  ``bridge skep_gateway`` decides which
+containers reach each other through the gateway bridge.  Containers without another network reach each other, as on
+Docker's ``bridge``.  All others use it only for egress, because otherwise it would connect their networks with each
+other.
 """
 
 from collections.abc import Iterable
@@ -66,18 +67,28 @@ def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPor
     )
 
 
-def gateway_table_ipv6(bridge: str, subnet: IPv6Network) -> NftTable:
-    """Return the IPv6 table for egress under the node's address.  It forwards only responses to containers."""
+def gateway_table_ipv6(bridge: str, subnet: IPv6Network, host_ports: Iterable[HostPort] = ()) -> NftTable:
+    """Return the IPv6 table for egress under the node's address, and with ``host_ports`` of containers that listen for
+    IPv6.
+
+    Connections of the node itself are not led to them, because ``::1`` cannot be the source of a packet to a container.
+    The net process relays those.
+    """
     return NftTable(
         name=TABLE_IPV6,
+        sets=(("host_ports", "type inet_proto . inet_service : ipv6_addr . inet_service"),),
         chains=(
+            ("pre", "{ type nat hook prerouting priority -100; }"),
             ("post", "{ type nat hook postrouting priority 100; }"),
             ("forward", "{ type filter hook forward priority 0; }"),
         ),
         rules=(
+            ("pre", "fib daddr type local dnat ip6 to meta l4proto . th dport map @host_ports"),
             ("post", f'ip6 saddr {subnet} oifname != "{bridge}" masquerade'),
-            *_forward(bridge, "ct state established,related accept"),
+            ("post", f'oifname "{bridge}" ip6 saddr {subnet} ct status dnat masquerade'),
+            *_forward(bridge, "ct state established,related accept", "ct status dnat accept"),
         ),
+        elements=frozenset(_element(port) for port in host_ports),
     )
 
 

@@ -1,4 +1,4 @@
-"""Relays IPv6 traffic of the node's ports to containers, because these have only IPv4 addresses on the gateway bridge.
+"""Relays IPv6 traffic of the node's ports to containers, because most have only IPv4 addresses on the gateway bridge.
 
 As with docker-proxy, the container sees the node's address on the bridge as the address of its client.  The relays use
 the sockets that hold the ports (``ports.Reservations``), so that a port is either served or free.

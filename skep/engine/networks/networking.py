@@ -13,6 +13,7 @@ from skep.engine.containers.state import ContainerStore
 from skep.engine.events import Events, NamedNetwork
 from skep.engine.lifecycle.life_events import Connect, Disconnect, Rename
 from skep.errors import FailedPrecondition, NotFound, Unimplemented
+from skep.model.door.settings import KEYS_DIRECTORY
 from skep.model.networks.sandbox import Endpoint, EndpointRequest, NetworkMode, Sandbox, SandboxConfig
 from skep.model.options.labels import LABEL_TASK_ID
 from skep.model.values.ids import ContainerId, TaskId
@@ -72,7 +73,10 @@ class Networking(Protocol):
 
 
 def sandbox_config(container: Container) -> SandboxConfig:
-    """Return the container's configuration for its networks."""
+    """Return the container's configuration for its networks.
+
+    Proxies of the front door have the mount of certificates, and listen for IPv6.
+    """
     config = container.config
     return SandboxConfig(
         id=container.id,
@@ -87,6 +91,7 @@ def sandbox_config(container: Container) -> SandboxConfig:
         sysctls=config.sysctls,
         nameservers=config.nameservers,
         dns_options=config.dns_options,
+        serves_ipv6=any(one.internal and one.destination == KEYS_DIRECTORY for one in config.mounts),
         users=container.users,
     )
 

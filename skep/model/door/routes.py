@@ -38,6 +38,7 @@ _PATH: Final = re.compile(r"(/([A-Za-z0-9._~!$&'()*+;=:@-]|%[0-9A-Fa-f]{2})+)*/?
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _HEADER: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
 _RATE: Final = re.compile(r"([1-9][0-9]{0,5})/([smh])")
+_FAILURES: Final = re.compile(r"[1-9][0-9]{0,2}", re.ASCII)
 _SIZE: Final = re.compile(r"([1-9][0-9]{0,11})(KiB|MiB|GiB)?")
 _TARGET: Final = re.compile(r"https?://[A-Za-z0-9._~:/@!$&()*+;=%-]{1,500}")
 _UNITS: Final = {None: 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -82,6 +83,8 @@ class RouteOptions(msgspec.Struct, frozen=True, kw_only=True):
     is_shared: bool = False
     """Whether services of other stacks may have routes with this host."""
     max_body_bytes: int = 0
+    max_failures: int = 0
+    """Failures in a row after which a task gets no requests for some seconds.  Zero means unlimited."""
     timeout_s: float = 0.0
     rate: tuple[int, int] = (0, 0)
     """Requests, and the period in seconds.  Zero means unlimited."""
@@ -297,6 +300,12 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _failures(text: str) -> int:
+    if _FAILURES.fullmatch(text) is None:
+        raise ValueError("a number of failures in a row, from 1 to 999")
+    return int(text)
+
+
 def _switch(text: str) -> bool:
     if text.lower() not in {"true", "false"}:
         raise ValueError("true or false")
@@ -359,6 +368,7 @@ _PARSERS: Final[Mapping[str, tuple[str, Callable[[str], Any]]]] = {
     "allow": ("allow", networks),
     "compress": ("compress", _switch),
     "max-body": ("max_body_bytes", _bytes),
+    "max-failures": ("max_failures", _failures),
     "port": ("port", _port),
     "protocol": ("h2c", _protocol),
     "rate": ("rate", _rate),

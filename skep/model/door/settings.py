@@ -38,12 +38,14 @@ class DoorSettings(msgspec.Struct, frozen=True, kw_only=True):
         accepts_proxy: Whether clients speak the PROXY protocol.
         logs: Whether each request becomes a line of the log, in JSON.
         ports: Ports of HTTP and HTTPS in the container.
+        has_ipv6: Whether the proxy also listens on IPv6 addresses.
     """
 
     trusted: tuple[str, ...] = ()
     accepts_proxy: bool = False
     logs: bool = True
     ports: tuple[int, int] = (80, 443)
+    has_ipv6: bool = False
 
 
 def is_door(labels: Mapping[str, str]) -> bool:

@@ -34,7 +34,8 @@ class RouteTraffic(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         seconds: Time in which they were counted.
         errors: Responses with a status of 500 or more, of tasks or of the door.
-        buckets: Number of responses of tasks by latency, from the request to the response's header.
+        buckets: Number of responses by latency, from the request to the response's header.  Requests that no task
+            answered are left out.
     """
 
     service_id: ServiceId
@@ -122,7 +123,7 @@ class RouteShown(ApiObject):
         new_percent: Share of new connections for new tasks during a staged update, or None.
         requests_per_second: None if nothing was counted in the last minute.  Routes with the same options count under
             the first one.
-        latency_p50: Milliseconds until the header of a task's response, as all latencies.
+        latency_p50: Milliseconds until the header of the response, as all latencies.
         certificate_expires: Set for administrators only.
     """
 

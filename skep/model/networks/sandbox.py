@@ -141,6 +141,8 @@ class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sysctls set by the user."""
     nameservers: tuple[str, ...] = ()
     dns_options: tuple[str, ...] = ()
+    serves_ipv6: bool = False
+    """See ``Sandbox.serves_ipv6``."""
     users: UserMap | None = None
     """The users to whom the namespace belongs, or None for the machine's."""
     userns: str = ""
@@ -168,6 +170,9 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     address6: str = ""
     """IPv6 address on the gateway bridge, in a /64.  Empty without a default IPv6 route."""
     gateway6: str = ""
+    serves_ipv6: bool = False
+    """Whether it listens for IPv6 at its TCP ports.  The kernel then leads IPv6 clients to ``address6``, and the
+    container sees their addresses.  Otherwise the net process relays them to ``address``."""
     is_open: bool = False
     """Whether the gateway bridge is its only network.  It then reaches other such sandboxes on that bridge."""
     ports: tuple[PublishedPort, ...] = ()

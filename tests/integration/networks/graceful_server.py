@@ -1,7 +1,7 @@
 """A web server that stops as one should: on SIGTERM it finishes what it has, and says ``Connection: close``.
 
-``graceful_server.py PORT``.  Answers with its host's name, the client's address, and ``serving``, or ``stopping`` once
-it has been signalled to stop; ``/slow/SECONDS`` takes that long.
+``graceful_server.py PORT``.  Answers with its host's name, the client's address (as a proxy tells it, if there is one),
+and ``serving``, or ``stopping`` once it has been signalled to stop; ``/slow/SECONDS`` takes that long.
 It ends when its last client has gone.
 """
 
@@ -39,7 +39,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/slow/"):
             time.sleep(float(self.path.rpartition("/")[2]))
         state = "stopping" if stopping.is_set() else "serving"
-        body = f"{NAME} {self.client_address[0]} {state}".encode()
+        client = self.headers.get("X-Forwarded-For", self.client_address[0])
+        body = f"{NAME} {client} {state}".encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         if stopping.is_set():

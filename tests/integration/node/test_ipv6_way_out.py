@@ -13,10 +13,13 @@ import pytest
 from skep.agent.executor.oci import OciExecutor
 from skep.dataplane.gateway import BRIDGE
 from skep.dataplane.netns.kernel.namespaces import Namespaces
+from skep.engine.containers.container import MountPoint
+from skep.model.door.settings import KEYS_DIRECTORY
 from skep.model.networks.sandbox import EndpointConfig, Sandbox
 from skep.model.networks.tables import NetworkHead, Segment
 from skep.model.values.ids import NetworkId
 from tests.integration.node.conftest import Runner
+from tests.integration.node.test_container_network import host_port
 from tests.support.engine.runc_lab import Lab
 
 DUAL = NetworkHead(
@@ -102,6 +105,40 @@ async def test_a_container_gets_out_by_ipv6_under_the_nodes_address(lab: Lab, ou
         for container in executor.engine.list():
             await executor.engine.remove(container.id, force=True)
         await wait_tables(lab, "")
+
+
+async def test_the_front_doors_proxies_see_the_addresses_of_ipv6_clients(
+    lab: Lab, outside: Path, tmp_path: Path
+) -> None:
+    script = "printf '#!/bin/sh\\necho; echo $REMOTE_ADDR\\n' > whoami; chmod +x whoami"
+    serve = f"mkdir -p /www/cgi-bin; cd /www/cgi-bin; {script}; exec httpd -f -p [::]:80 -h /www"
+    keys = MountPoint(type="bind", source=str(tmp_path), destination=KEYS_DIRECTORY, internal=True)
+
+    def ask(port: int) -> str:
+        with socket.create_connection((NODE, port), timeout=3) as connection:
+            connection.sendall(b"GET /cgi-bin/whoami HTTP/1.0\r\n\r\n")
+            return b"".join(iter(lambda: connection.recv(4096), b"")).decode().split()[-1]
+
+    executor = lab.executor()
+    async with executor.running():
+        run = Runner(lab, executor.engine)
+        await run.start("sh", "-c", serve, ports=(host_port(8080),), mounts=(keys,))
+        await run.start("sh", "-c", serve, ports=(host_port(8081),))
+        listed = await lab.in_home("nft", "list", "map", "ip6", "skep", "host_ports")
+        assert "8080" in listed
+        assert "8081" not in listed, "other containers may listen for IPv4 alone"
+        spaces = Namespaces(lab.paths.run / "spaces", outside)
+        deadline = time.monotonic() + WAIT_S
+        try:
+            while True:
+                try:
+                    assert await spaces.run(outside, ask, 8080) == f"[{OUTSIDE}]"
+                    break
+                except OSError:
+                    assert time.monotonic() < deadline
+                    await asyncio.sleep(0.05)
+        finally:
+            spaces.close()
 
 
 async def test_the_node_alone_reaches_a_container_by_its_unique_local_address(

@@ -40,7 +40,12 @@ class DoorRig:
     """HAProxy in a directory, the listener that changes it, and the table that the listener gets."""
 
     def __init__(
-        self, directory: Path, limits: HoldLimits | None = None, trusted: tuple[str, ...] = ()
+        self,
+        directory: Path,
+        limits: HoldLimits | None = None,
+        trusted: tuple[str, ...] = (),
+        *,
+        accepts_proxy: bool = False,
     ) -> None:
         self.directory = directory
         self._limits = limits or HoldLimits()
@@ -48,7 +53,9 @@ class DoorRig:
         self.payloads = Payloads(directory.parent / "secrets", mount_ramfs=lambda _: None)
         self.payloads.open()
         self.payloads.materialize_door("proxy")
-        self._settings = DoorSettings(ports=(self.port, self.tls_port), trusted=trusted)
+        self._settings = DoorSettings(
+            ports=(self.port, self.tls_port), trusted=trusted, accepts_proxy=accepts_proxy
+        )
         self.door = self._listener()
         self._holding: asyncio.Task[None] | None = None
         self.services = {
@@ -219,6 +226,20 @@ class DoorRig:
         found: dict[str, object] = json.loads(body)
         return found
 
+    async def exchange(self, *sent: bytes, address: str = "127.0.0.1", within_s: float = 10.0) -> bytes:
+        """Send bytes, and return all that HAProxy sends until it closes the connection."""
+        reader, writer = await asyncio.open_connection(address, self.port)
+        try:
+            async with asyncio.timeout(within_s):
+                for part in sent:
+                    writer.write(part)
+                    await writer.drain()
+                return await reader.read()
+        except (ConnectionError, TimeoutError):  # it closes without reading the rest, or waits for more
+            return b""
+        finally:
+            writer.close()
+
     @asynccontextmanager
     async def tasks(self, *addresses: str) -> AsyncIterator[None]:
         """Serve HTTP at these loopback addresses.  Each response has the address and the request."""
@@ -235,7 +256,8 @@ class DoorRig:
             headers = {name.lower(): value for name, value in request.headers.items()}
             length = len(await request.read())
             body = {"task": local, "path": request.path_qs, "headers": headers, "length": length}
-            return web.json_response(body, status=int(request.query.get("status", "200")))
+            fails = request.query.get("fails") == local
+            return web.json_response(body, status=500 if fails else int(request.query.get("status", "200")))
 
         app = web.Application(client_max_size=1 << 22)
         app.router.add_route("*", "/{path:.*}", respond)
@@ -251,10 +273,14 @@ class DoorRig:
 
 @asynccontextmanager
 async def a_door(
-    directory: Path, limits: HoldLimits | None = None, trusted: tuple[str, ...] = ()
+    directory: Path,
+    limits: HoldLimits | None = None,
+    trusted: tuple[str, ...] = (),
+    *,
+    accepts_proxy: bool = False,
 ) -> AsyncIterator[DoorRig]:
     """Run HAProxy in ``directory`` during the block."""
-    rig = DoorRig(directory, limits, trusted)
+    rig = DoorRig(directory, limits, trusted, accepts_proxy=accepts_proxy)
     try:
         await rig.start()
         yield rig

@@ -60,14 +60,22 @@ def test_a_reading_between_two_counters_of_a_response_is_no_reload() -> None:
 
 
 def test_counters_of_slower_responses_become_buckets() -> None:
-    slower = " ".join(f"gpc{at}={count}" for at, count in enumerate((9, 4, 4, 1, *[0] * (BUCKETS - 4))))
+    slower = " ".join(f"gpc{at}={count}" for at, count in enumerate((4, 4, 1, *[0] * (BUCKETS - 4))))
     texts = (
-        "Pid: 7\n# pxname,svname,hrsp_2xx,hrsp_5xx,\nweb-1,BACKEND,9,1,\n",
+        "Pid: 7\n# pxname,svname,hrsp_2xx,hrsp_5xx,econ,eresp,\nweb-1,BACKEND,9,3,1,1,\n",
         f"# table: skep-traffic\n0x1: key=web-1 use=0 exp=0 shard=0 {slower}\n",
     )
     wanted = WantedCounters(routes={"web-1": a_route(0)}, services={}, idle={}, lines={})
     seen = counters_in(wanted, texts, ()).routes["web-1"]
-    assert (seen.requests, seen.errors, seen.buckets) == (10, 1, buckets(b0=5, b2=3, b3=1))
+    assert (seen.requests, seen.errors, seen.buckets) == (12, 3, buckets(b0=6, b2=3, b3=1))
+    early = replace_row(texts[0], "web-1,BACKEND,2,0,0,0,")
+    seen = counters_in(wanted, (early, texts[1]), ()).routes["web-1"]
+    assert (seen.requests, seen.buckets) == (2, buckets(b2=3, b3=1)), "the table was read later"
+
+
+def replace_row(text: str, row: str) -> str:
+    *head, _, end = text.split("\n")
+    return "\n".join((*head, row, end))
 
 
 def test_a_backend_is_read_once_whoever_needs_it() -> None:

@@ -167,6 +167,7 @@ def test_the_way_out_by_ipv6_translates_what_leaves_and_lets_answers_in() -> Non
     assert forwarded == [
         'oifname != "skep-gw" accept',
         "ct state established,related accept",
+        "ct status dnat accept",
         "drop",
     ]
 
