@@ -1,8 +1,8 @@
 """Writes the performance page and every figure that other pages repeat from the kept results: ``make bench-page``.
 
 Each figure comes from the newest result of a quiet machine that has both systems, however few values it has.  No other
-rule selects a result, so a newer and worse figure replaces an older and better one.  Results beside a newer Docker
-Engine (``--engine``) and beside Podman (``bench.single``) have tables of their own.
+rule selects a result, so a newer and worse figure replaces an older and better one.  Results with a newer Docker
+Engine (``--engine``) and with Podman (``bench.single``) have tables of their own.
 
 Pages mark a figure with its key and side, ``<!--task-memory.skep-->0.37 MiB<!---->``, or a whole table with a pair of
 comments. The text between the marks is written here.
@@ -29,9 +29,9 @@ WIDTH: Final = 120
 """Columns of a page's prose."""
 UNKNOWN: Final = "not recorded"
 NEWER_ENGINE: Final = 23
-"""First major version of Docker Engine after 20.10.  Figures beside it are no newer results of those beside 20.10."""
+"""First major version of Docker Engine after 20.10.  Its figures do not replace the older ones."""
 ALONE: Final = ("start", "exec", "removal")
-"""What ``bench.single`` measures of one container."""
+"""Figures of one container, by ``bench.single``."""
 _MACHINE = re.compile(r"^(\d+ processors), Linux (\S+?)\.(?:\s|$)", re.MULTILINE)
 _INLINE = re.compile(r"<!--([a-z0-9-]+)\.(docker|skep|ratio)-->.*?<!---->")
 _BLOCK = re.compile(r"(<!-- ([a-z-]+): written by make bench-page -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -203,7 +203,7 @@ def page(found: Sequence[Figure], fault_run: str, newer: Sequence[Figure] = (), 
     """Return the performance page.
 
     Args:
-        newer: figures beside a newer Docker Engine.
+        newer: figures with a newer Docker Engine.
         alone: the section on one container, with Podman.
     """
     few = sum(one.n < WANTED for one in found)

@@ -7,8 +7,8 @@ squares of a service's tasks per node, the squares of its tasks per domain (plac
 them better, so the plan ends.
 Nor does it make the target fuller or busier than the source was.
 
-Tasks of jobs, and tasks that a service starts again and again because they fail, do not count as lasting.  They come
-and go on other nodes each time, and each time tasks of healthy services would move after them.
+Tasks of jobs, and tasks that a service starts again and again because they fail, do not count as lasting.  They start
+on other nodes each time, and each time tasks of healthy services would move after them.
 
 Tasks stay if something depends on where they are: data that they write or keep, a port of the machine, a cluster
 volume, or an affinity of any service.  So do tasks of services that are not settled, or that a freeze holds.
@@ -138,14 +138,14 @@ class _Targets:
         self._fitting: dict[tuple[int, ServiceId], list[Account]] = {}
 
     def since(self, tried: int) -> list[Account]:
-        """Return the targets without those that had been opened when so many were.  All targets for 0."""
+        """Return the targets that were opened after the first ``tried`` ones.  All targets for 0."""
         if tried not in self._since:
             ids = set(self._opened[tried:])
             self._since[tried] = [one for one in self.all if one.node.id in ids]
         return self._since[tried]
 
     def fitting(self, group: _Group, tried: int) -> list[Account]:
-        """Return those of ``since`` that accept a task of a group."""
+        """Return the targets of ``since`` that accept a task of a group."""
         key = tried, group.service.id
         if key not in self._fitting:
             copies = self._accounting.copies(group.service.id)

@@ -109,8 +109,11 @@ class Machine:
         say(f"{self.name}: the cable is plugged in")
         call("ip", "link", "set", self.cable, "up")
 
+    def start(self) -> None:
+        raise NotImplementedError
+
     def end(self) -> None:
-        """End what this process started."""
+        """End the machine's processes."""
         if self._tunnel is not None:
             self._tunnel.kill()
             self._tunnel.wait()
@@ -253,7 +256,7 @@ def up(kind: str, place: Path) -> Iterator[list[Machine]]:
 
 
 class Frames:
-    """What passes between the machines."""
+    """Frames that pass between the machines."""
 
     def __init__(self) -> None:
         self.seen: list[bytes] = []
