@@ -7,6 +7,7 @@ from typing import Any
 from skep import __version__
 from skep.aio.clock import Clock
 from skep.api.backups import BackupManifest, BackupRequest, Sealer
+from skep.api.formats.networks import PREDEFINED_LABEL
 from skep.bootstrap import ManagerConfig
 from skep.errors import FailedPrecondition, Unavailable
 from skep.manager.cluster import cluster_of
@@ -19,7 +20,7 @@ from skep.model.values.times import timestamp
 from skep.store.etcd.client import EtcdClient
 from skep.store.etcd.encryption.cipher import split_keys
 from skep.store.etcd.snapshots import Verified
-from skep.store.interface import Store
+from skep.store.interface import Store, View
 from skep.store.kinds import ROOT_KEY_ID, Payload
 
 _COUNTED: Mapping[str, type[Any]] = {
@@ -30,6 +31,13 @@ _COUNTED: Mapping[str, type[Any]] = {
     "secrets": Secret,
     "configs": Config,
 }
+
+
+def _counts(view: View) -> Mapping[str, int]:
+    """Return the number of objects by kind, without the networks that every cluster has for its nodes' own."""
+    own = sum(PREDEFINED_LABEL in network.spec.labels for network in view.find(Network))
+    counts = {name: len(view.find(kind)) for name, kind in _COUNTED.items()}
+    return {**counts, "networks": counts["networks"] - own}
 
 
 class Backups:
@@ -99,7 +107,7 @@ class Backups:
             created_at=str(timestamp(self._clock.now_ns())),
             incarnation=self._store.incarnation,
             skep_version=__version__,
-            counts={name: len(view.find(kind)) for name, kind in _COUNTED.items()},
+            counts=_counts(view),
             root_pem=cluster_of(view).tls_info.trust_root.encode(),
             root_key_pem=view.get(Payload, ROOT_KEY_ID).data,
             wrapping_key=self._wrapping_key(),

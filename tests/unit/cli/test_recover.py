@@ -1,10 +1,11 @@
 """What `skep cluster recover` shows before it does anything, and what it refuses."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from skep.cli.cluster.recover import StoredCluster, afterwards, check, lost, plan
+from skep.api.client.client import ApiClient
+from skep.cli.cluster.recover import StoredCluster, _read_kept, afterwards, check, lost, plan
 from skep.errors import FailedPrecondition
 
 
@@ -91,3 +92,16 @@ def test_a_manager_that_does_not_serve_is_recovered_from_its_disk() -> None:
     assert lines[0] == "here m1 is not serving: the store's log is damaged"
     assert "192.0.2.2:2377" in lines[1]
     assert lost(info, None) == []
+
+
+class Store:
+    """A manager without a leader, which answers from its store."""
+
+    async def get(self, path: str, **_: object) -> Any:
+        drivers = ("bridge", "host", "null", "overlay", "overlay")
+        return [{"Driver": driver} for driver in drivers] if path == "/networks" else [{}]
+
+
+async def test_networks_that_every_node_has_are_not_among_those_of_the_store() -> None:
+    kept = await _read_kept(cast("ApiClient", Store()), {"Revision": 7})
+    assert kept.counts == {"services": 1, "tasks": 1, "nodes": 1, "networks": 2, "secrets": 1, "configs": 1}

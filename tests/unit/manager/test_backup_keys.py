@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.api.backups import BackupRequest, Opener, key_of, new_header
+from skep.api.backups import BackupManifest, BackupRequest, Opener, key_of, new_header
+from skep.api.formats.networks import PREDEFINED_LABEL
 from skep.bootstrap import ManagerConfig
 from skep.errors import Unavailable
 from skep.manager.storage.backup import Backups
-from skep.model.values.ids import NodeId
+from skep.model.network import Network, NetworkSpec
+from skep.model.values.ids import NetworkId, NodeId
 from skep.store.etcd.encryption.cipher import KEY_BYTES
 from tests.support.managers.wire_rig import Cluster
 
@@ -38,11 +40,17 @@ class Snapshots:
 
 
 async def a_backup(before: bytes, during: bytes) -> bytes:
-    """The wrapping keys in a backup that is whole; ``during``: those on the disk from the snapshot on."""
+    """The wrapping keys in a backup that is whole."""
+    return (await a_manifest(before, during)).wrapping_key
+
+
+async def a_manifest(before: bytes, during: bytes, *networks: Network) -> BackupManifest:
+    """The manifest of a backup that is whole; ``during``: those on the disk from the snapshot on."""
     kept = [before]
     etcd: Any = Snapshots(lambda: kept.append(during))
     cluster = Cluster()
     await cluster.store.update(cluster._found)
+    await cluster.store.update(lambda tx: [tx.put(network) for network in networks])
     config = ManagerConfig(
         data_dir=str(Path("/nowhere")),
         run_dir=str(Path("/nowhere")),
@@ -59,7 +67,7 @@ async def a_backup(before: bytes, during: bytes) -> bytes:
     opener = Opener(request.key)
     async for piece in backups.pieces(sealer):
         opener.feed(piece)
-    return opener.check_whole().wrapping_key
+    return opener.check_whole()
 
 
 async def test_a_backup_during_which_the_store_may_have_come_under_another_key_is_not_whole():
@@ -74,3 +82,9 @@ async def test_a_backup_during_which_the_store_may_have_come_under_another_key_i
 )
 async def test_a_backup_has_every_key_that_the_store_may_be_under(before, during):
     assert await a_backup(before, during) == before
+
+
+async def test_networks_that_every_cluster_has_are_not_counted():
+    specs = NetworkSpec(name="host", labels={PREDEFINED_LABEL: "true"}), NetworkSpec(name="front")
+    networks = [Network(id=NetworkId(spec.name), spec=spec) for spec in specs]
+    assert (await a_manifest(PRESENT, PRESENT, *networks)).counts["networks"] == 1
