@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextvars import ContextVar
 from enum import Enum
 from random import Random
 from typing import TypeVar
 
 from skep.aio.clock import Clock
+from skep.engine.lifecycle.machine import Effect
 from skep.engine.runtime.conmon import RuntimeFailed
 from skep.errors import Unavailable
 
@@ -15,6 +17,10 @@ T = TypeVar("T")
 HANGS_S = (5.0, 30.0, 60.0)
 """Durations of calls that hang.  The longest is the deadline of a runc command."""
 LATENCY_S = 0.02
+
+
+EFFECT: ContextVar[Effect | None] = ContextVar("effect", default=None)
+"""The effect of a container's life that makes a call."""
 
 
 class Crash(BaseException):
@@ -57,6 +63,8 @@ class Faults:
         self.focus = focus
         self.seen = Counter[tuple[str, Fate]]()
         """Faults by call."""
+        self.in_effects = Counter[tuple[Effect | None, Fate | None]]()
+        """Calls by the effect that makes them, and by their fate."""
         self.on_crash: Callable[[], None] = lambda: None
 
     async def call(self, alive: Callable[[], bool], name: str, do: Callable[[], T]) -> T:
@@ -97,10 +105,11 @@ class Faults:
 
     def _fate(self, name: str, fates: tuple[Fate, ...]) -> Fate | None:
         is_focused = self.rate > 0 and name == self.focus
-        if self._random.random() >= (FOCUSED_RATE if is_focused else self.rate):
-            return None
-        fate = self._random.choice(fates)
-        self.seen[name, fate] += 1
+        fate = None
+        if self._random.random() < (FOCUSED_RATE if is_focused else self.rate):
+            fate = self._random.choice(fates)
+            self.seen[name, fate] += 1
+        self.in_effects[EFFECT.get(), fate] += 1
         return fate
 
     def _crash_if(self, crashes: bool) -> None:

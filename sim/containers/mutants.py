@@ -37,8 +37,16 @@ _WAITS = (
     "lifecycle_table.py::test_what_reaches_the_networks_waits_until_those_of_earlier_processes_are_restored"
 )
 _UNFINISHED = "unfinished_lives.py"
+_TABLE = "lifecycle_table.py"
 _ADOPTED = "Adopted in created, a task's, not retired"
 SHOWN_ELSEWHERE: Mapping[str, str] = {
+    "Start in created or exited, by the policy, which no longer applies: missing": _TABLE,
+    "Signal in any state: missing": _TABLE,
+    "PauseFailed in any state: missing": _TABLE,
+    "Exec in running: missing": _TABLE,
+    "Probed in any state: missing": _TABLE,
+    "Retire in any state: missing": _TABLE,
+    "RemovalFailed in removing, the caller was cancelled: missing": _TABLE,
     "Start in removing: nothing": "starts.py::test_a_start_that_has_waited_for_a_removal_that_failed_is_refused",
     f"{_TASK}, without secret variables: without take a start slot": _PLACES,
     f"{_TASK}: without take a start slot": _PLACES,
@@ -71,14 +79,16 @@ containers, and a container that does not run is not a user.
 
 
 def mutants() -> Iterator[Mutant]:
-    """Yield a mutant for each rule without its consequences, without its change of the record, and without each of
-    its effects.
+    """Yield mutants for each rule: without its consequences, or without the rule if it has none, without its change of
+    the record, and without each of its effects.
     """
     for number, rule in enumerate(TABLE):
         name = described(rule)
         if rule.effects or rule.record or rule.to or rule.then or rule.refusal:
             nothing = LifeRule(states=rule.states, event=rule.event, when=rule.when)
             yield _mutant(f"{name}: nothing", number, nothing)
+        else:
+            yield _mutant(f"{name}: missing", number, None)
         if rule.effects and (rule.record or rule.to):
             yield _mutant(f"{name}: without its record", number, replace(rule, record=None, to=None))
         for effect in dict.fromkeys(rule.effects):
@@ -94,12 +104,12 @@ def described(rule: LifeRule) -> str:
     return f"{rule.event.__name__} in {states}{condition}"
 
 
-def _mutant(name: str, number: int, broken: LifeRule) -> Mutant:
+def _mutant(name: str, number: int, broken: LifeRule | None) -> Mutant:
     return Mutant(name, name, partial(_patches, number, broken), simulate, SEEDS)
 
 
-def _patches(number: int, broken: LifeRule) -> list[Patch]:
-    table = [broken if index == number else rule for index, rule in enumerate(TABLE)]
+def _patches(number: int, broken: LifeRule | None) -> list[Patch]:
+    table = [*TABLE[:number], *(() if broken is None else (broken,)), *TABLE[number + 1 :]]
     by_event = {rule.event: tuple(one for one in table if one.event is rule.event) for rule in table}
     return [Patch(machine, "TABLE", tuple(table)), Patch(machine, "_BY_EVENT", by_event)]
 

@@ -11,15 +11,25 @@ from typing import Any, TypeVar, cast
 
 from msgspec.structs import replace
 
-from sim.containers.faults import Crash, Faults
+from sim.containers.faults import EFFECT, Crash, Faults
 from sim.containers.world import ExecProcess, World
 from skep.aio.clock import Clock
 from skep.engine.containers.attachment import Attachment
-from skep.engine.containers.container import Container, ContainerState, ExecConfig, MountPoint, ProcessName
+from skep.engine.containers.container import (
+    Container,
+    ContainerState,
+    ExecConfig,
+    Interruption,
+    MountPoint,
+    ProcessName,
+)
 from skep.engine.engine import Engine, EngineConfig
 from skep.engine.events import Events
 from skep.engine.images.store import ImageStore
 from skep.engine.lifecycle.background import Background
+from skep.engine.lifecycle.effects import Action, Program
+from skep.engine.lifecycle.life_events import LifeEvent
+from skep.engine.lifecycle.machine import Effect
 from skep.engine.networks.networking import Networking
 from skep.engine.runtime.bundle import FoundContainers
 from skep.engine.runtime.conmon import RuntimeFailed, StartError
@@ -110,7 +120,11 @@ class SimulatedRuntime(Part):
                 await process.ended.wait()
         self._now("wait", lambda: None)
         code = self._world.exits.get(container.process) if container.process is not None else None
-        return Ended(255) if code is None else Ended(code)
+        ended = Ended(255, error="no monitor", interruption=Interruption.MONITOR_LOST)
+        if code is not None:
+            ended = Ended(code)
+        self._world.reported[container.id] = ended
+        return ended
 
     def signal(self, process: ProcessName, number: int) -> None:
         self._now("signal", lambda: self._world.signal(process, number))
@@ -528,6 +542,8 @@ class NodeProcess:
                 new_name=cast("Any", lambda: f"name{random.getrandbits(64):x}"),
             ),
         )
+        lifecycle = self.engine.lifecycle
+        lifecycle.actions = {one: partial(_in_effect, one, act) for one, act in lifecycle.actions.items()}
         # It reads the log files of every container once a second.
         self.engine.log_rotation.run = asyncio.Event().wait  # type: ignore[method-assign,assignment]
 
@@ -546,6 +562,15 @@ class NodeProcess:
         with suppress(Crash):
             async with self.engine.running():
                 await self.engine.run_restart_policies()
+
+
+async def _in_effect(effect: Effect, act: Action, container: Container, program: Program) -> LifeEvent | None:
+    """Carry out an effect, and name it to the calls that it makes."""
+    token = EFFECT.set(effect)
+    try:
+        return await act(container, program)
+    finally:
+        EFFECT.reset(token)
 
 
 def port_of(number: int) -> tuple[PublishedPort, ...]:

@@ -131,6 +131,19 @@ def untold(containers: Sequence[Container], events: Sequence[ContainerEvent]) ->
             yield f"{one.id[:4]} is {one.health.status.value}, and its events do not show that"
 
 
+def misreported(world: World, containers: Sequence[Container]) -> Iterator[str]:
+    """Yield ended containers whose record has another end than the runtime reported, as for a killed monitor."""
+    for one in containers:
+        ended = world.reported.get(one.id)
+        if ended is None or one.state is not ContainerState.EXITED or one.id in world.lost:
+            continue
+        is_same_code = (
+            one.exit_code == ended.exit_code or one.error != ended.error
+        )  # of a later start that failed
+        if one.interruption is not ended.interruption or not is_same_code:
+            yield f"{one.id[:4]} has ended otherwise than its record shows"
+
+
 def unadopted(world: World, one: Container, *, is_watched: bool) -> Iterator[str]:
     """Yield how an adopted container differs from its record.  No request for it has been sent since the crash."""
     id, process = one.id, world.processes.get(one.id)

@@ -22,6 +22,7 @@ from sim.containers.rules import (
     DECISIVE,
     Request,
     leftovers,
+    misreported,
     unadopted,
     unchanged,
     unprobed,
@@ -165,6 +166,7 @@ class Run:
         self.violations += leftovers(self.world, engine.list())
         self.violations += unprobed(engine.list(), self.clock.now_ns())
         self.violations += untold(engine.list(), engine.events.recent(0))
+        self.violations += misreported(self.world, engine.list())
         self.violations += unchanged(engine.list(), self.requests)
         for name in {str(one.wanted) for one in self.requests if one.kind == "rename"}:
             if engine.has(name) and engine.get(name).name != name:
@@ -297,6 +299,8 @@ class Run:
         if isinstance(created, Container):
             if node.is_alive and created.id not in self.world.roots:
                 self.violations.append(f"{created.id[:4]} was created without its root")
+            if node.is_alive and created.id not in self.world.records:
+                self.violations.append(f"{created.id[:4]} was created without its record")
             if node.is_alive and is_task and created.id not in self.world.namespaces:
                 self.violations.append(f"{created.id[:4]} was created without its namespace")
             self._ids.append(created.id)

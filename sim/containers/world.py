@@ -7,12 +7,15 @@ from random import Random
 
 from sim.world.time import VirtualLoop
 from skep.engine.containers.container import Container, ContainerState, ProcessName
+from skep.engine.runtime.runtime import Ended
 from skep.model.values.ids import ContainerId
 
 LIVES_S = (0.5, 3.0, 12.0, 40.0)
 """Lengths of runs that end by themselves."""
 EXECS_S = (0.01, 0.5, 2.0, 90.0)
 """Lengths of execs that end by themselves.  The longest ones exceed the deadline of a probe."""
+UNMONITORED = 0.1
+"""Share of the runs whose monitor is killed, so that nobody reads their exit code."""
 TERM_S = 3.0
 """Longest time in seconds from SIGTERM to the end of a process that handles it."""
 
@@ -23,6 +26,7 @@ class Process:
     def __init__(self, name: ProcessName) -> None:
         self.name = name
         self.is_started = self.is_frozen = False
+        self.is_monitored = True
         self.pending: int | None = None
         """Exit code of a signal that waits for the thaw."""
         self.exit_code: int | None = None
@@ -55,6 +59,9 @@ class World:
         self.processes: dict[ContainerId, Process] = {}
         """Containers that runc knows.  A container whose process has ended stays until it is deleted."""
         self.exits: dict[ProcessName, int] = {}
+        """Exit codes that a monitor has written."""
+        self.reported: dict[ContainerId, Ended] = {}
+        """The end of each container's last run, as the runtime has reported it."""
         self.cgroups: set[ContainerId] = set()
         self.execs: dict[str, ExecProcess] = {}
         self.namespaces: dict[ContainerId, str] = {}
@@ -115,6 +122,7 @@ class World:
         self._require_kept(id, "started")
         process = self.processes[id]
         process.is_started = True
+        process.is_monitored = self._random.random() >= UNMONITORED
         self.environments[id] = self.prepared.get(id, ())
         self.starts[id] += 1
         if self._random.random() < self.behaviors[id]:
@@ -133,7 +141,9 @@ class World:
         if process.is_frozen:
             process.pending = code
         elif process.exit_code is None:
-            process.exit_code = self.exits[process.name] = code
+            process.exit_code = code
+            if process.is_monitored:
+                self.exits[process.name] = code
             process.ended.set()
             for id in [id for id, one in self.processes.items() if one is process]:
                 self.end_execs(id)

@@ -8,6 +8,7 @@ import click
 
 from skep.configuration.settings import SETTINGS, Setting
 from skep.configuration.sources import DEFAULT_DAEMON_JSON, DEFAULT_TOML
+from skep.patches.docstrings import WITHOUT_DOCSTRINGS
 
 _WORDS = "words as they were typed"
 
@@ -106,6 +107,6 @@ def daemon(ctx: click.Context, /, **_: Any) -> None:
       skep daemon --engine-socket /var/run/docker.sock --label zone=inner
     """
     # Use a new interpreter, because all forked node processes would otherwise hold click and these modules in memory.
-    # Positions of columns, which tracebacks would underline, take 1 MB of code objects.
-    interpreter = (sys.executable, "-P", "-X", "no_debug_ranges")
+    # Positions of columns, which tracebacks would underline, take 1 MB of code objects, and docstrings 3 MB.
+    interpreter = (sys.executable, "-P", "-X", "no_debug_ranges", "-X", WITHOUT_DOCSTRINGS)
     os.execv(sys.executable, (*interpreter, "-m", "skep.daemon", *ctx.meta[_WORDS]))

@@ -18,7 +18,6 @@ import msgspec
 from skep.dataplane.net_process.protocol import Reservation
 from skep.dataplane.ports import AddressNotHere
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
-from skep.linux.own_user_namespace import rootlesskit_state
 from skep.model.networks.addresses import joined
 
 _TIMEOUT_S = 2.0
@@ -143,12 +142,6 @@ class _Connection(HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self.sock.settimeout(_TIMEOUT_S)
         self.sock.connect(str(self._path))
-
-
-def machine_ports() -> MachinePorts | None:
-    """Return the machine's ports, or None on a node that is not rootless."""
-    state = rootlesskit_state()
-    return MachinePorts(state / "api.sock") if state is not None else None
 
 
 def refusal(address: str, port: int, text: str) -> SkepError:

@@ -12,9 +12,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from skep.engine.containers.container import StandardStream
-from skep.engine.log_drivers.drivers import SINKS
 from skep.engine.log_drivers.facts import LogFacts
 from skep.engine.log_drivers.message import LogMessage, LogSink
+from skep.engine.log_drivers.sender import SINKS
 from skep.engine.log_drivers.transport import ANYWHERE, RemoteAddress, connect
 from skep.linux.network.guard import Guard
 

@@ -3,15 +3,17 @@
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 
-from sim.containers.faults import CALLS, Fate
+from sim.containers.faults import CALLS, SHORT, Fate
 from sim.containers.mutants import MUTANTS, SHOWN_ELSEWHERE
 from sim.containers.run import RATES, STEPS, Run, simulate
 from sim.mutants import judge
 from sim.seeds import chunked, quiet, report, results
+from skep.engine.lifecycle.machine import Effect
 from tests.support.harness import broken_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # of a crashed process
@@ -21,6 +23,35 @@ QUICK = 200
 CHUNK = 200
 FOCUSED_RUNS = 300
 """Runs that focus on one call, of which a tenth suffices for most calls: a pause needs 67."""
+ACTS = {
+    Effect.MAKE_DIRECTORIES: ("make", SHORT),
+    Effect.ATTACH_NETWORKS: ("attach", Fate),
+    Effect.WRITE_BUNDLE: ("prepare", SHORT),
+    Effect.MOUNT_VOLUMES: ("mount", Fate),
+    Effect.CREATE_PROCESS: ("create", Fate),
+    Effect.START_COMMAND: ("start", Fate),
+    Effect.WATCH: ("wait", SHORT),
+    Effect.SEND_SIGNAL: ("signal", SHORT),
+    Effect.FREEZE: ("pause", Fate),
+    Effect.THAW: ("resume", Fate),
+    Effect.THAW_FOR_SIGNAL: ("resume", Fate),
+    Effect.APPLY_LIMITS: ("update", Fate),
+    Effect.CHANGE_NETWORKS: ("connect", Fate),
+    Effect.WRITE_NAME_FILES: ("name files", SHORT),
+    Effect.RENAME_ON_NETWORKS: ("rename", Fate),
+    Effect.RENAME_BACK: ("rename", Fate),
+    Effect.DELETE_PROCESS: ("delete", Fate),
+    Effect.ENSURE_DELETED: ("delete", Fate),
+    Effect.DETACH_NETWORKS: ("detach", Fate),
+    Effect.CLEAR_CGROUPS: ("clear", Fate),
+    Effect.RELEASE_ROOT: ("release", SHORT),
+    Effect.UNMOUNT_VOLUMES: ("unmount", Fate),
+    Effect.REMOVE_DIRECTORIES: ("discard", Fate),
+}
+"""Effects that change something outside of the process, each with a call that it makes, and the fates of that call.
+
+All others wait or change only memory, so a crash in them is a crash between the calls before and after them.
+"""
 
 
 @pytest.mark.timeout(600)
@@ -37,39 +68,34 @@ def test_nothing_is_left_without_an_owner_and_the_last_request_counts(first: int
 
 
 @pytest.mark.timeout(300)
-def test_each_call_crashes_fails_and_hangs_in_some_run() -> None:
-    waiting = {
-        "attach",
-        "clear",
-        "create",
-        "delete",
-        "detach",
-        "discard",
-        "mount",
-        "pause",
-        "start",
-        "unmount",
-    }
-    assert waiting <= set(CALLS), "a run may focus on each of them"
+@pytest.mark.parametrize("effect", ACTS, ids=lambda effect: effect.value)
+def test_each_effect_crashes_fails_and_hangs_in_some_run(effect: Effect) -> None:
+    call, fates = ACTS[effect]
+    assert call in CALLS, "a run may focus on it"
+    seen: set[Fate | None] = set()
     with quiet():
-        for name in waiting:
-            assert _fates_of(name) == set(Fate)
+        for seed in range(FOCUSED_RUNS):
+            seen |= {fate for one, fate in _calls_of(seed, call) if one is effect}
+            if seen >= set(fates):
+                return
+    raise AssertionError(f"it never has {set(fates) - seen}")
 
 
-def _fates_of(name: str) -> set[Fate]:
-    """Return what happens to calls of one name in runs that focus on them, as far as is needed to see every fate."""
-    seen: set[Fate] = set()
-    for seed in range(FOCUSED_RUNS):
-        run = Run(seed, STEPS)
-        run.faults.focus, run.faults.rate = name, min(filter(None, RATES))
-        try:
-            run.result()
-        finally:
-            run.close()
-        seen |= {fate for call, fate in run.faults.seen if call == name}
-        if seen == set(Fate):
-            break
-    return seen
+def test_an_effect_that_reaches_the_world_is_one_of_those_above() -> None:
+    with quiet():
+        seen = {one for seed in range(FOCUSED_RUNS // 4) for one, _ in _calls_of(seed, "")}
+    assert seen - {None} <= ACTS.keys(), "each of those is seen above"
+
+
+def _calls_of(seed: int, focus: str) -> Collection[tuple[Effect | None, Fate | None]]:
+    """Return the calls of a run that focuses on calls of one name: the effect that makes each, and its fate."""
+    run = Run(seed, STEPS)
+    run.faults.focus, run.faults.rate = focus, min(filter(None, RATES))
+    try:
+        run.result()
+    finally:
+        run.close()
+    return run.faults.in_effects
 
 
 def test_a_run_is_reproduced_by_its_seed() -> None:

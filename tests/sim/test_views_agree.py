@@ -1,9 +1,8 @@
 """Every view shows the same health of a service, in situations of simulated clusters."""
 
-from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import pytest
@@ -15,12 +14,14 @@ from sim.world.storage import SimulatedStorage
 from skep.aio.clock import SystemClock
 from skep.cli.see.status import service_rows
 from skep.cli.stack.stack_lists import NAMESPACE, stacks
+from skep.manager.control.tasks import known_status
 from skep.manager.diagnosis.service_health import explanation_of, service_status, status_with_health
 from skep.manager.routes.representations import problems_of, shown_service
 from skep.manager.telemetry.metrics import service_families
 from skep.manager.view.building import RowBuilder
 from skep.manager.view.rows import ServiceRow
 from skep.model.service import PAUSED, HealthState, Service
+from skep.model.task import Task, TaskState
 from skep.store.interface import View
 from skep.top.snapshot import Snapshot, health_of, states_of
 
@@ -91,9 +92,19 @@ def metric(family: Any) -> str:
     return " ".join(one.labels for one in family.samples if one.value == 1)
 
 
+class Compared(NamedTuple):
+    """A service in one situation, and what the views show."""
+
+    service: Service
+    running: int
+    desired: int
+    has_unknown: bool
+    """Whether a task is on a node whose state is not known."""
+    states: Mapping[str, str]
+
+
 @pytest.fixture(scope="module")
-def compared() -> list[tuple[Service, int, int, Mapping[str, str]]]:
-    """Services with their running and desired tasks, and what the views show."""
+def compared() -> list[Compared]:
     found = []
     for seed in (*range(CLUSTERS), *SURPLUS):
         for view, now_ns in situations(seed):
@@ -101,22 +112,26 @@ def compared() -> list[tuple[Service, int, int, Mapping[str, str]]]:
                 if service.removed_at is None:
                     status = run(service_status(view, service))
                     states = run(shown(view, service, now_ns))
-                    found.append((service, status.running_tasks, status.desired_tasks, states))
+                    tasks = view.find(Task, service_id=service.id)
+                    has_unknown = any(known_status(view, one).state is TaskState.UNKNOWN for one in tasks)
+                    found.append(
+                        Compared(service, status.running_tasks, status.desired_tasks, has_unknown, states)
+                    )
     return found
 
 
-def test_all_views_show_the_same_state(compared: list[tuple[Service, int, int, Mapping[str, str]]]) -> None:
-    assert len(compared) > 200
-    differ = [(one.spec.name, states) for one, _, _, states in compared if len(set(states.values())) > 1]
+def test_all_views_show_the_same_state(compared: list[Compared]) -> None:
+    assert CLUSTERS * SITUATIONS > 200
+    assert len(compared) > CLUSTERS * SITUATIONS
+    differ = [(one.service.spec.name, one.states) for one in compared if len(set(one.states.values())) > 1]
     assert differ == []
 
 
-def test_the_situations_have_every_state_and_kind_of_service(
-    compared: list[tuple[Service, int, int, Mapping[str, str]]],
-) -> None:
-    states = Counter(states["explain"] for *_, states in compared)
-    assert set(states) == {state.value for state in HealthState}
-    assert {one.spec.mode.name for one, *_ in compared} >= {"replicated", "global", "replicated-job"}
-    updates = {one.update_status.state for one, *_ in compared if one.update_status is not None}
+def test_the_situations_have_every_state_and_kind_of_service(compared: list[Compared]) -> None:
+    assert {one.states["explain"] for one in compared} == {state.value for state in HealthState}
+    modes = {"replicated", "global", "replicated-job", "global-job"}
+    assert {one.service.spec.mode.name for one in compared} >= modes
+    updates = {one.service.update_status.state for one in compared if one.service.update_status is not None}
     assert updates & set(PAUSED)
-    assert any(running > desired for _, running, desired, _ in compared), "surplus tasks"
+    assert any(one.running > one.desired for one in compared), "surplus tasks"
+    assert any(one.has_unknown for one in compared), "tasks on nodes whose state is not known"

@@ -277,7 +277,7 @@ class ApiClient(Requests):
         headers: Mapping[str, str] | None,
         *,
         buffer_bytes: int = _LINE_BYTES_MAX,
-    ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
+    ) -> AsyncGenerator["aiohttp.ClientResponse", None]:
         session = self._open_session
         version = await self._agreed_version()
         parameters = {**(query or {}), **parameters_of(filters)}
@@ -314,7 +314,7 @@ class ApiClient(Requests):
         return str(min(theirs, NEWEST))
 
     @property
-    def _open_session(self) -> aiohttp.ClientSession:
+    def _open_session(self) -> "aiohttp.ClientSession":
         assert self._session is not None, "used outside of its async with"
         return self._session
 
@@ -330,7 +330,7 @@ class ApiClient(Requests):
 class ResponseStream:
     """A response that is read while it arrives."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: "aiohttp.ClientResponse") -> None:
         self._response = response
 
     async def objects(self) -> AsyncGenerator[Any, None]:

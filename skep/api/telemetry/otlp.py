@@ -95,7 +95,7 @@ class TraceExporter:
             ),
         ]
 
-    async def _send_batch(self, session: aiohttp.ClientSession) -> None:
+    async def _send_batch(self, session: "aiohttp.ClientSession") -> None:
         batch = list(islice(self._waiting, _BATCH))
         problem, is_final = await self._post(session, batch)
         if problem and not self._is_failing:
@@ -112,7 +112,7 @@ class TraceExporter:
         else:
             self._sent += len(batch)
 
-    async def _post(self, session: aiohttp.ClientSession, batch: Sequence[Span]) -> tuple[str, bool]:
+    async def _post(self, session: "aiohttp.ClientSession", batch: Sequence[Span]) -> tuple[str, bool]:
         """Send a batch.  Returns the reason of the failure, or an empty text, and whether a retry is useless."""
         headers = {"Content-Type": "application/json"}
         try:

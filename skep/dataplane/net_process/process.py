@@ -40,12 +40,12 @@ from skep.dataplane.net_process.protocol import (
 )
 from skep.dataplane.net_process.served_containers import ServedContainers
 from skep.dataplane.netns.kernel.namespaces import Namespaces
-from skep.dataplane.ports import AddressNotHere, Reservations, reopened
+from skep.dataplane.ports import AddressNotHere, Outside, Reservations, reopened
 from skep.dataplane.proxy.host_ports import HostRelays
 from skep.dataplane.proxy.relay import ConnectionRelays
-from skep.dataplane.rootless_ports import machine_ports
 from skep.errors import AlreadyExists, SkepError
 from skep.linux.detached import detached
+from skep.linux.own_user_namespace import rootlesskit_state
 from skep.paths import Paths
 
 log = structlog.get_logger()
@@ -79,8 +79,17 @@ def run(paths: Paths, other_work: Sequence[Callable[[], Awaitable[None]]] = ()) 
     ):
         if taken is None:
             taken = Taken(reopened(paths.net_ports))
-        reservations = Reservations(paths.net_ports, dict(taken.held), machine_ports())
+        reservations = Reservations(paths.net_ports, dict(taken.held), _machine_ports())
         asyncio.run(_run(paths, reservations, taken, other_work))
+
+
+def _machine_ports() -> Outside | None:
+    """Return the ports of the machine, or None on a node that is not rootless."""
+    if (state := rootlesskit_state()) is None:
+        return None
+    from skep.dataplane.rootless_ports import MachinePorts  # imported here: few nodes are rootless
+
+    return MachinePorts(state / "api.sock")
 
 
 async def _run(

@@ -14,8 +14,7 @@ from skep.api.http.server import Routes, flag, json_response, read_body
 from skep.engine.api.responses.container_responses import config_of
 from skep.engine.api.streams.progress import respond_with_progress
 from skep.engine.api.streams.uploads import drain, pieces_of
-from skep.engine.build.dockerfile.config import apply_changes
-from skep.engine.containers.commits import CommitRequest, commit
+from skep.engine.containers.commits import CommitRequest, commit, with_changes
 from skep.engine.engine import Engine
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.images.platforms import parse_platform, this_platform
@@ -69,7 +68,7 @@ async def import_image(images: ImageStore, clock: Clock, request: web.Request) -
     options = ImportRequest(
         reference=_reference(query.get("repo", ""), query.get("tag", "")),
         comment=query.get("message", "") or f"Imported from {source}",
-        config=apply_changes(ContainerDefaults(), _changes(request)),
+        config=with_changes(ContainerDefaults(), _changes(request)),
         platform=platform,
     )
 

@@ -102,13 +102,15 @@ _PLAIN_CHARACTERS_MAX = 4096
 class Builder(Builds):
     """All builds of one node."""
 
-    def __init__(self, engine: Engine, directory: Path, clock: Clock) -> None:
-        """``directory``: Has the data that is kept between builds."""
+    def __init__(
+        self, engine: Engine, directory: Path, clock: Clock, mounts: CacheMounts | None = None
+    ) -> None:
+        """``directory``: Has the data that is kept between builds.  ``mounts``: Its cache mounts, by default new."""
         self.engine = engine
         self.images = engine.images
         self.containers = runs.StepContainers(engine)
         self.steps = StepCache(directory / "steps.json", engine.images)
-        self.mounts = CacheMounts(directory / "mounts")
+        self.mounts = mounts if mounts is not None else CacheMounts(directory / "mounts")
         self.contexts = KnownContexts()
         self.answers = KnownAnswers()
         self.clock = clock

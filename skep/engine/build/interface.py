@@ -15,6 +15,7 @@ from skep.engine.containers.container import StandardStream
 from skep.engine.images.digest import Digest
 from skep.engine.images.progress import ProgressMessage
 from skep.engine.images.reference import Reference
+from skep.errors import InvalidArgument
 from skep.model.container import Ulimit
 
 OpenContext = Callable[[], Awaitable[Path]]
@@ -24,6 +25,19 @@ The directory belongs to the caller, and a build does not change it.  A build ca
 step needs a file.  The content is not trusted, so links in it are not followed out of the directory.  Raises:
 SkepError: there is no context.
 """
+
+
+class StepFailed(InvalidArgument):
+    """A command ended with a code other than 0."""
+
+    def __init__(self, command: Sequence[str], code: int, reason: str, *, is_buildkit: bool = False) -> None:
+        """``is_buildkit``: Whether to use BuildKit's words."""
+        words = " ".join(command)
+        text = f"The command '{words}' returned a non-zero code: {code}"
+        if is_buildkit:
+            text = f'process "{words}" did not complete successfully: exit code: {code}'
+        super().__init__(f"{text}: {reason}" if reason else text)
+        self.code = code
 
 
 class StepLimits(msgspec.Struct, frozen=True, kw_only=True):

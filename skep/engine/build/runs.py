@@ -26,7 +26,7 @@ from skep.engine.build.files import copies
 from skep.engine.build.files.sources import find
 from skep.engine.build.files.trees import Tree
 from skep.engine.build.inputs import Inputs
-from skep.engine.build.interface import BuildRequest
+from skep.engine.build.interface import BuildRequest, StepFailed
 from skep.engine.build.stage import Changes, MountedTree, in_thread, mounted_image, new_work
 from skep.engine.containers.container import Container, StandardStream
 from skep.engine.containers.request import CreateRequest, HostConfig, LogOptions
@@ -45,19 +45,6 @@ _SECRETS_BYTES_MAX = 16 << 20
 _PIPES = "/dev/pipes/"
 
 Output = Callable[[StandardStream, bytes], None]
-
-
-class StepFailed(InvalidArgument):
-    """A command ended with a code other than 0."""
-
-    def __init__(self, command: Sequence[str], code: int, reason: str, *, is_buildkit: bool = False) -> None:
-        """``is_buildkit``: Whether to use BuildKit's words."""
-        words = " ".join(command)
-        text = f"The command '{words}' returned a non-zero code: {code}"
-        if is_buildkit:
-            text = f'process "{words}" did not complete successfully: exit code: {code}'
-        super().__init__(f"{text}: {reason}" if reason else text)
-        self.code = code
 
 
 class PreparedRun(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 Source: moby 20.10, daemon/commit.go (CreateImageFromContainer, merge), daemon/images/image_commit.go.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
@@ -12,7 +12,6 @@ import msgspec
 
 from skep import __version__
 from skep.aio.race import afterwards, run_to_end
-from skep.engine.build.dockerfile.config import apply_changes
 from skep.engine.containers.container import BeingRemoved, Container, ContainerState
 from skep.engine.engine import Engine
 from skep.engine.images.child import HistoryStep, child_config
@@ -37,6 +36,15 @@ class CommitRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Dockerfile instructions that change ``config``."""
 
 
+def with_changes(config: ContainerDefaults, lines: Sequence[str]) -> ContainerDefaults:
+    """Return ``config`` after Dockerfile instructions.  Raises: InvalidArgument: a line does not change it."""
+    if not lines:
+        return config
+    from skep.engine.build.dockerfile.config import apply_changes  # imported here: few commits have changes
+
+    return apply_changes(config, lines)
+
+
 async def commit(
     engine: Engine, word: str, request: CommitRequest, own: ContainerDefaults, now: Timestamp
 ) -> Image:
@@ -52,7 +60,7 @@ async def commit(
         raise FailedPrecondition(
             f"container {container.name} runs a program of its machine, without an image: build one with docker build"
         )
-    config = merged(apply_changes(request.config or own, request.changes), own)
+    config = merged(with_changes(request.config or own, request.changes), own)
     parent = engine.images.get(container.image_id)
     upper = engine.bundles.path(container.id) / "upper"
     async with keep_paused(engine, container, pauses=request.pauses):

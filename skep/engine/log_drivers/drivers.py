@@ -1,35 +1,22 @@
 """The log drivers of a node."""
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from skep.engine.log_drivers import fluentd, gelf, journald, splunk, syslog
-from skep.engine.log_drivers.facts import LogFacts
-from skep.engine.log_drivers.message import LogSink
-from skep.engine.log_drivers.options import FILE_DRIVERS, Check, Options
-from skep.linux.network.guard import Guard
+from skep.engine.log_drivers.options import FILE_DRIVERS, JOURNAL, Check, Options
 
-JOURNAL = journald.SOCKET
+_NAMES = ("fluentd", "gelf", "journald", "splunk", "syslog")
 
-SINKS: Mapping[str, Callable[[Options, LogFacts, Guard], LogSink]] = MappingProxyType(
-    {
-        "fluentd": fluentd.Fluentd,
-        "gelf": gelf.Gelf,
-        "journald": journald.Journald,
-        "splunk": splunk.Splunk,
-        "syslog": syslog.Syslog,
-    }
-)
-_CHECKS: Mapping[str, Check] = MappingProxyType(
-    {
-        "fluentd": fluentd.check,
-        "gelf": gelf.check,
-        "journald": journald.check,
-        "splunk": splunk.check,
-        "syslog": syslog.check,
-    }
-)
+
+def _check(name: str, options: Options) -> None:
+    """Check the options of the driver ``name``.  Its module is imported now, because few containers use it."""
+    importlib.import_module(f"skep.engine.log_drivers.{name}").check(options)
+
+
+_CHECKS: Mapping[str, Check] = MappingProxyType({name: partial(_check, name) for name in _NAMES})
 
 
 def sending_drivers(journal: Path = JOURNAL) -> Mapping[str, Check]:

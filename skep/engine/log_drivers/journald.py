@@ -10,12 +10,10 @@ from pathlib import Path
 from skep.engine.containers.container import StandardStream
 from skep.engine.log_drivers.facts import LogFacts, tag_of
 from skep.engine.log_drivers.message import LogMessage
-from skep.engine.log_drivers.options import Options, refuse_unknown
+from skep.engine.log_drivers.options import JOURNAL, Options, refuse_unknown
 from skep.engine.log_drivers.transport import ANYWHERE, LogConnection, RemoteAddress, connect
 from skep.linux.network.guard import Guard
 from skep.model.values.times import timestamp
-
-SOCKET = Path("/run/systemd/journal/socket")
 
 _OWN = frozenset(
     {
@@ -42,7 +40,7 @@ class Journald:
     """A connection to this machine's journal, which listens at ``socket``."""
 
     def __init__(
-        self, options: Options, facts: LogFacts, guard: Guard = ANYWHERE, socket: Path = SOCKET
+        self, options: Options, facts: LogFacts, guard: Guard = ANYWHERE, socket: Path = JOURNAL
     ) -> None:
         self._guard = guard
         tag = tag_of(options, facts)

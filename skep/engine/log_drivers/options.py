@@ -8,12 +8,15 @@ Source: moby 20.10, daemon/logger/factory.go (ValidateLogOpts), daemon/logger/*/
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from skep.api.formats.gosyntax import BOOLEANS, parse_size
 from skep.engine.containers.container import LogConfig
 from skep.errors import InvalidArgument
 from skep.model.values.meta import Driver
 
+JOURNAL = Path("/run/systemd/journal/socket")
+"""Socket of the journal.  Source: systemd-journald.service(8)."""
 COMMON = frozenset({"labels", "labels-regex", "env", "env-regex", "tag"})
 FILES = frozenset({"max-size", "max-file", "compress"})
 CACHE_PREFIX = "cache-"

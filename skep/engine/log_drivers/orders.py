@@ -6,6 +6,9 @@ import msgspec
 
 from skep.engine.log_drivers.facts import LogFacts
 
+LINE_BYTES_MAX = 4 << 20
+"""Limit in bytes for an order, which contains a container's labels and variables."""
+
 
 class Forward(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Send a container's output.  ``current`` is its newest log file."""

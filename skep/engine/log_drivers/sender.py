@@ -7,23 +7,44 @@ input, and ends when the input ends.  The position in each log is on disk, so th
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
 from skep.aio.clock import SystemClock
 from skep.aio.failures import describe_error
-from skep.engine.log_drivers.drivers import SINKS
+from skep.engine.log_drivers import fluentd, gelf, journald, splunk, syslog
+from skep.engine.log_drivers.facts import LogFacts
 from skep.engine.log_drivers.forwarder import Forwarder
-from skep.engine.log_drivers.options import buffer_bytes
-from skep.engine.log_drivers.orders import Done, End, Forward, Held, Hold, Order, Peers, Report, Response
+from skep.engine.log_drivers.message import LogSink
+from skep.engine.log_drivers.options import Options, buffer_bytes
+from skep.engine.log_drivers.orders import (
+    LINE_BYTES_MAX,
+    Done,
+    End,
+    Forward,
+    Held,
+    Hold,
+    Order,
+    Peers,
+    Report,
+    Response,
+)
 from skep.engine.log_drivers.spool import Spool
 from skep.linux.filewatch import FileWatch
 from skep.linux.network.guard import Guard
 
-LINE_BYTES_MAX = 4 << 20
-"""Limit in bytes for an order, which contains a container's labels and variables."""
+SINKS: Mapping[str, Callable[[Options, LogFacts, Guard], LogSink]] = MappingProxyType(
+    {
+        "fluentd": fluentd.Fluentd,
+        "gelf": gelf.Gelf,
+        "journald": journald.Journald,
+        "splunk": splunk.Splunk,
+        "syslog": syslog.Syslog,
+    }
+)
 _HELD_S = 60.0
 """Seconds for sending the rest of a removed container's output."""
 _END_S = 5.0

@@ -17,10 +17,20 @@ from skep.aio.groups import errors_as_they_are
 from skep.aio.race import afterwards
 from skep.engine.containers.container import Container, ContainerEvent
 from skep.engine.events import Events
-from skep.engine.log_drivers import sender
 from skep.engine.log_drivers.facts import facts_of
 from skep.engine.log_drivers.options import FILE_DRIVERS
-from skep.engine.log_drivers.orders import Done, End, Forward, Held, Hold, Order, Peers, Report, Response
+from skep.engine.log_drivers.orders import (
+    LINE_BYTES_MAX,
+    Done,
+    End,
+    Forward,
+    Held,
+    Hold,
+    Order,
+    Peers,
+    Report,
+    Response,
+)
 from skep.engine.runtime.bundle import Bundles
 from skep.errors import Unavailable
 from skep.model.values.ids import ContainerId
@@ -31,6 +41,8 @@ HOLD_DEADLINE_S = 10.0
 """Seconds to wait until the process has opened the files of a container that is about to be removed."""
 _END_S = 7.0
 """Seconds to wait for the end of the process.  Longer than the process's own limit (``sender._END_S``)."""
+_SENDER = "skep.engine.log_drivers.sender"
+"""The module of the process, which is not imported here, because few nodes have such drivers."""
 _ACTIONS = frozenset({"start", "die", "destroy"})
 
 
@@ -42,7 +54,7 @@ def is_sent(container: Container) -> bool:
 def encoded(order: Order) -> bytes | None:
     """Encode an order as a line for the process, or return None if it exceeds the process's line limit."""
     line = msgspec.json.encode(order) + b"\n"
-    return line if len(line) <= sender.LINE_BYTES_MAX else None
+    return line if len(line) <= LINE_BYTES_MAX else None
 
 
 class LogForwarding:
@@ -191,10 +203,10 @@ class LogForwarding:
 @asynccontextmanager
 async def _run_sender() -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", "-m", sender.__name__),
+        *(sys.executable, "-I", "-m", _SENDER),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        limit=sender.LINE_BYTES_MAX,
+        limit=LINE_BYTES_MAX,
         start_new_session=True,
         cwd="/",
         env={"LANG": "C.UTF-8"},

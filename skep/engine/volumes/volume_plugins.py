@@ -314,7 +314,7 @@ def _check_certificate(path: Path) -> None:
         raise OSError(f"{path} is not a regular file of at most {RESPONSE_BYTES_MAX} bytes")
 
 
-def _connector(endpoint: PluginEndpoint, context: ssl.SSLContext | None) -> aiohttp.BaseConnector:
+def _connector(endpoint: PluginEndpoint, context: ssl.SSLContext | None) -> "aiohttp.BaseConnector":
     url = urlsplit(endpoint.addr)
     if url.scheme == "unix":
         return aiohttp.UnixConnector(url.path, force_close=True)

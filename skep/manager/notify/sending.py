@@ -104,7 +104,7 @@ class MessageSender:
                 raise SendFailed(f"it responded {response.status} {said}".rstrip(": "))
 
 
-def guarded_connector(guard: Guard, resolver: AbstractResolver | None = None) -> aiohttp.TCPConnector:
+def guarded_connector(guard: Guard, resolver: AbstractResolver | None = None) -> "aiohttp.TCPConnector":
     """Return a connector for one request, which connects only to addresses that ``guard`` allows.
 
     ``resolver`` is None to look up names in the process's default threads.

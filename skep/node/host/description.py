@@ -10,7 +10,8 @@ from skep.agent.tasks.cluster_volumes import ClusterVolumes
 from skep.configuration.configuration import Configuration
 from skep.engine.containers.container import Container
 from skep.engine.engine import Engine
-from skep.engine.log_drivers.drivers import JOURNAL, log_drivers
+from skep.engine.log_drivers.drivers import log_drivers
+from skep.engine.log_drivers.options import JOURNAL
 from skep.model.networks.data_planes import (
     DATA_PATH_LABEL,
     IMAGES_LABEL,

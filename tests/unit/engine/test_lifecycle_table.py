@@ -114,6 +114,27 @@ def test_a_request_has_a_rule_in_every_state(
     machine.rule_for(a_container(state=state, plain=plain), event_of(request_))
 
 
+@pytest.mark.parametrize("state", State)
+def test_a_pause_that_failed_has_a_rule_in_every_state(state: ContainerState) -> None:
+    """The container may have ended meanwhile."""
+    machine.rule_for(a_container(state=state), life_events.PauseFailed(reason="no", exit_code=1))
+
+
+def test_an_exec_is_refused_unless_the_container_runs() -> None:
+    refusals = {
+        state: machine.rule_for(a_container(state=state), life_events.Exec(word="c")).refusal
+        for state in State
+    }
+    assert {state for state, refusal in refusals.items() if refusal is None} == {State.RUNNING}
+
+
+def test_a_removal_that_its_caller_gave_up_is_no_error_of_the_container() -> None:
+    failed = life_events.RemovalFailed(reason="no", exit_code=1)
+    removing = a_container(state=State.REMOVING, process=None)
+    assert machine.step(removing, failed).container.error == "no"
+    assert machine.step(removing, replace(failed, is_cancelled=True)).container.error == ""
+
+
 def test_every_event_has_a_rule_and_every_rule_an_event_that_comes() -> None:
     kinds = {
         one

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.configuration.configuration import Configuration
-from skep.engine.log_drivers.drivers import JOURNAL
+from skep.engine.log_drivers.options import JOURNAL
 from skep.model.node import EngineDescription, NodeDescription
 from skep.model.node_reports.conditions import BOOT_LABEL, condition_messages
 from skep.model.options.constraints import is_satisfied

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from skep.aio.failures import describe_error, log_error
 from skep.api.http.server import JsonLines
-from skep.engine.build.runs import StepFailed
+from skep.engine.build.interface import StepFailed
 from skep.engine.images.progress import ProgressMessage, Report, failure
 from skep.errors import SkepError, Unavailable
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from urllib.parse import urlsplit
 
-from aiohttp import WSMsgType, web
+from aiohttp import web
 
 from skep.api.http.server import ApiVersion, OutputStream, api_version
 from skep.engine.api.streams.hijack import DRAIN_S
@@ -30,7 +30,7 @@ _CLOSE_S = 1.0
 class WebSocketDuplex:
     """Input and output of an open WebSocket (``terminal.Client``)."""
 
-    def __init__(self, connection: web.WebSocketResponse, kind: WSMsgType) -> None:
+    def __init__(self, connection: web.WebSocketResponse, kind: web.WSMsgType) -> None:
         self._connection = connection
         self._kind = kind
 
@@ -38,7 +38,7 @@ class WebSocketDuplex:
         """Return the client's next message with content, or b"" once it has closed the connection."""
         while True:
             message = await self._connection.receive()
-            if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
+            if message.type not in (web.WSMsgType.TEXT, web.WSMsgType.BINARY):
                 return b""
             if message.data:
                 return bytes(message.data)
@@ -96,7 +96,10 @@ async def open_websocket(
     await connection.prepare(request)
     is_binary = api_version(request) >= _BINARY
     try:
-        yield WebSocketDuplex(connection, WSMsgType.BINARY if is_binary else WSMsgType.TEXT), connection
+        yield (
+            WebSocketDuplex(connection, web.WSMsgType.BINARY if is_binary else web.WSMsgType.TEXT),
+            connection,
+        )
     finally:
         with suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(_CLOSE_S):

@@ -44,17 +44,17 @@ class TransferLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds before a failed request is first repeated."""
 
     @property
-    def response_timeout(self) -> aiohttp.ClientTimeout:
+    def response_timeout(self) -> "aiohttp.ClientTimeout":
         """Timeout of a request with a small response."""
         return aiohttp.ClientTimeout(total=self.response_s, sock_connect=_CONNECT_S)
 
     @property
-    def blob_timeout(self) -> aiohttp.ClientTimeout:
+    def blob_timeout(self) -> "aiohttp.ClientTimeout":
         """Timeout of a request for a blob."""
         return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=self.stalled_s)
 
     @property
-    def commit_timeout(self) -> aiohttp.ClientTimeout:
+    def commit_timeout(self) -> "aiohttp.ClientTimeout":
         """Timeout of the last request of an upload."""
         return aiohttp.ClientTimeout(total=self.commit_s, sock_connect=_CONNECT_S)
 
@@ -151,7 +151,7 @@ class RegistryEndpoint(msgspec.Struct, frozen=True):
 
 
 @asynccontextmanager
-async def session_for(endpoint: RegistryEndpoint) -> AsyncIterator[aiohttp.ClientSession]:
+async def session_for(endpoint: RegistryEndpoint) -> AsyncIterator["aiohttp.ClientSession"]:
     """Open a session for ``endpoint`` and the hosts to which it refers, with the endpoint's TLS rules."""
     context = client_context()
     if not endpoint.verify:

@@ -25,7 +25,7 @@ def status_text(status: int) -> str:
     return f"{status} {HTTPStatus(status).phrase}" if status in set(HTTPStatus) else str(status)
 
 
-async def read_bounded(response: aiohttp.ClientResponse, bytes_max: int) -> bytes:
+async def read_bounded(response: "aiohttp.ClientResponse", bytes_max: int) -> bytes:
     """Return the whole response.  Raises: InvalidArgument: it is larger than ``bytes_max``."""
     content = bytearray()
     async for piece in response.content.iter_any():
@@ -44,7 +44,7 @@ _UNEXPLAINED = {
 """Codes and messages for responses without an error document, like those to HEAD."""
 
 
-async def refusal_of(response: aiohttp.ClientResponse) -> tuple[str, str]:
+async def refusal_of(response: "aiohttp.ClientResponse") -> tuple[str, str]:
     """Return code and text of the registry's error, with the words of Docker's client.
 
     Source: distribution 2.8, registry/client/errors.go (HandleErrorResponse), registry/api/errcode/errors.go.
@@ -69,7 +69,7 @@ def _first_error(content: bytes, status: int) -> tuple[str, str]:
         return _UNEXPLAINED.get(status, ("UNKNOWN", f"unexpected status {status}"))
 
 
-def retry_after(response: aiohttp.ClientResponse) -> float:
+def retry_after(response: "aiohttp.ClientResponse") -> float:
     """Return the seconds of ``Retry-After``.  Limited, because the registry is not trusted.
 
     A date is relative to the response's own date, since the registry's clock may differ.

@@ -123,7 +123,7 @@ class RegistryConnection:
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
+        session: "aiohttp.ClientSession",
         endpoint: RegistryEndpoint,
         credentials: RegistryCredentials,
         scopes: Sequence[str] = (),
@@ -179,9 +179,9 @@ class RegistryConnection:
         *,
         headers: Mapping[str, str] | None = None,
         content: Content | bytes | None = None,
-        timeout: aiohttp.ClientTimeout,
+        timeout: "aiohttp.ClientTimeout",
         also: str = "",
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AsyncIterator["aiohttp.ClientResponse"]:
         """Send a request to ``place`` (a path or URL), log in, follow redirects, and yield the response.
 
         ``also``: Additional scope of the token.
@@ -206,7 +206,7 @@ class RegistryConnection:
                     yield response
                     return
 
-    def location(self, response: aiohttp.ClientResponse) -> URL:
+    def location(self, response: "aiohttp.ClientResponse") -> URL:
         """Return the URL at which ``response`` says to continue.  Raises: RegistryError: it has none, or leaves TLS."""
         location = response.headers.get("Location", "")
         if not location:
@@ -220,8 +220,8 @@ class RegistryConnection:
         target: URL,
         headers: Mapping[str, str],
         content: Content | bytes | None,
-        timeout: aiohttp.ClientTimeout,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        timeout: "aiohttp.ClientTimeout",
+    ) -> AsyncIterator["aiohttp.ClientResponse"]:
         """Follow redirects from ``target`` and yield the response.
 
         Raises: RegistryError: one leaves TLS, or is invalid.
@@ -302,7 +302,7 @@ class RegistryConnection:
 
     def _token_request(
         self, realm: str, fields: list[tuple[str, str]], scopes: Sequence[str]
-    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+    ) -> AbstractAsyncContextManager["aiohttp.ClientResponse"]:
         """Send a request to the token server at ``realm``, without redirects, which would also get the password."""
         known = self._credentials
         proxy = proxy_for(URL(realm))
@@ -347,7 +347,7 @@ class RegistryRepository(RegistryConnection):
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
+        session: "aiohttp.ClientSession",
         endpoint: RegistryEndpoint,
         reference: Reference,
         credentials: RegistryCredentials,
@@ -447,7 +447,7 @@ class RegistryRepository(RegistryConnection):
         """Return False, because a registry is the only source of its blobs."""
         return False
 
-    async def _check(self, response: aiohttp.ClientResponse) -> None:
+    async def _check(self, response: "aiohttp.ClientResponse") -> None:
         """Raise the error of a failed response, in Docker's words."""
         if response.status in (200, 206):
             return
@@ -560,7 +560,7 @@ class _network_errors:  # noqa: N801 - reads as a verb phrase where it is used
             ) from None
 
 
-def _offset(response: aiohttp.ClientResponse, wanted: int) -> int:
+def _offset(response: "aiohttp.ClientResponse", wanted: int) -> int:
     """Return the offset in the blob at which the response starts.  Raises: RegistryError: it is after ``wanted``."""
     if response.status != 206:
         return 0
@@ -573,6 +573,6 @@ def _offset(response: aiohttp.ClientResponse, wanted: int) -> int:
     return offset
 
 
-async def _pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+async def _pieces(response: "aiohttp.ClientResponse") -> AsyncIterator[bytes]:
     async for piece in response.content.iter_chunked(1 << 18):
         yield piece

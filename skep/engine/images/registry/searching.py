@@ -105,7 +105,7 @@ async def _search(connection: RegistryConnection, query: str) -> Sequence[FoundR
         raise SearchRefusal(f"error decoding registry search results: {error}") from error
 
 
-async def _content(response: aiohttp.ClientResponse) -> bytes:
+async def _content(response: "aiohttp.ClientResponse") -> bytes:
     try:
         return await read_bounded(response, _RESPONSE_BYTES_MAX)
     except InvalidArgument as error:

@@ -37,8 +37,8 @@ _CANCEL_S = 5.0
 
 Short, because registries also delete old uploads themselves.
 """
-_SENDING = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
-"""A blob may take any time as long as bytes keep flowing."""
+_CONNECT_S = 10.0
+"""Time limit in seconds for a connection, as of other requests to registries."""
 
 
 class ContentRefused(SkepError):
@@ -179,6 +179,9 @@ class _Session:
             "Content-Range": f"{start}-{size - 1}",
         }
         loop, stalled_s = asyncio.get_running_loop(), self._repository.transfers.stalled_s
+        sending = aiohttp.ClientTimeout(
+            total=None, sock_connect=_CONNECT_S
+        )  # it may take long while bytes flow
         try:
             async with asyncio.timeout(stalled_s) as deadline:
 
@@ -189,7 +192,7 @@ class _Session:
                         self._report(sent)
 
                 async with self._repository.request(
-                    "PATCH", self._place, headers=headers, content=pieces, timeout=_SENDING
+                    "PATCH", self._place, headers=headers, content=pieces, timeout=sending
                 ) as response:
                     await check(response)
                     self._place = self._repository.location(response)
@@ -242,7 +245,7 @@ async def _pieces(upload: BlobUpload, start: int) -> AsyncIterator[tuple[bytes, 
             yield piece, sent
 
 
-async def check(response: aiohttp.ClientResponse) -> None:
+async def check(response: "aiohttp.ClientResponse") -> None:
     """Raise the error of a failed response, in Docker's words.  Raises: RegistryError, ContentRefused."""
     if response.status < 300:
         return
@@ -258,7 +261,7 @@ async def check(response: aiohttp.ClientResponse) -> None:
     raise ContentRefused(cause)
 
 
-def require_digest(response: aiohttp.ClientResponse, digest: str) -> None:
+def require_digest(response: "aiohttp.ClientResponse", digest: str) -> None:
     """Check the stored digest.  Raises: InvalidArgument: the registry stored something else."""
     stored = response.headers.get("Docker-Content-Digest", digest)
     if stored != digest:
