@@ -1,8 +1,8 @@
 """Writes the performance page and every figure that other pages repeat from the kept results: ``make bench-page``.
 
 Each figure comes from the newest result of a quiet machine that has both systems, however few values it has.  No other
-rule selects a result, so a newer and worse figure replaces an older and better one.  Results beside a newer Docker
-Engine (``--engine``) and beside Podman (``bench.single``) have tables of their own.
+rule selects a result, so a newer and worse figure replaces an older and better one.  Results with a newer Docker
+Engine (``--engine``) and with Podman (``bench.single``) have tables of their own.
 
 Pages mark a figure with its key and side, ``<!--task-memory.skep-->0.37 MiB<!---->``, or a whole table with a pair of
 comments. The text between the marks is written here.
@@ -29,7 +29,7 @@ WIDTH: Final = 120
 """Columns of a page's prose."""
 UNKNOWN: Final = "not recorded"
 NEWER_ENGINE: Final = 23
-"""First major version of Docker Engine after 20.10.  Figures beside it are no newer results of those beside 20.10."""
+"""First major version of Docker Engine after 20.10.  Its results do not replace older results of 20.10."""
 ALONE: Final = ("start", "exec", "removal")
 """What ``bench.single`` measures of one container."""
 _MACHINE = re.compile(r"^(\d+ processors), Linux (\S+?)\.(?:\s|$)", re.MULTILINE)
@@ -203,7 +203,7 @@ def page(found: Sequence[Figure], fault_run: str, newer: Sequence[Figure] = (), 
     """Return the performance page.
 
     Args:
-        newer: figures beside a newer Docker Engine.
+        newer: figures with a newer Docker Engine.
         alone: the section on one container, with Podman.
     """
     few = sum(one.n < WANTED for one in found)
@@ -265,10 +265,10 @@ def _paragraph(*parts: str) -> str:
 def _newer_section(newer: Sequence[Figure], used: Sequence[Result]) -> Iterator[str]:
     if newer:
         versions = " and ".join(sorted({one.result.version("docker") for one in newer}))
-        yield "## Beside a newer Docker Engine"
+        yield "## With a newer Docker Engine"
         yield ""
         yield _paragraph(
-            f"The same measurements beside Docker Engine {versions}, in a root file system of its own:"
+            f"The same measurements with Docker Engine {versions}, in a root file system of its own:"
         )
         yield from table(newer, used)
         yield ""

@@ -110,7 +110,7 @@ class Machine:
         call("ip", "link", "set", self.cable, "up")
 
     def end(self) -> None:
-        """End what this process started."""
+        """End the tunnel, and the machine if this process started it."""
         if self._tunnel is not None:
             self._tunnel.kill()
             self._tunnel.wait()
@@ -253,7 +253,7 @@ def up(kind: str, place: Path) -> Iterator[list[Machine]]:
 
 
 class Frames:
-    """What passes between the machines."""
+    """Frames that passed between the machines."""
 
     def __init__(self) -> None:
         self.seen: list[bytes] = []
