@@ -114,7 +114,7 @@ class DockerLab:
 
 
 def found_dockerd() -> str | None:
-    """Return the path of dockerd, which ``put_engine_first`` may have chosen, or this machine's."""
+    """Return the path of dockerd, which ``put_engine_first`` may have chosen, or None."""
     return shutil.which("dockerd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/bin:/sbin:/bin")
 
 

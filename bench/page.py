@@ -29,7 +29,7 @@ WIDTH: Final = 120
 """Columns of a page's prose."""
 UNKNOWN: Final = "not recorded"
 NEWER_ENGINE: Final = 23
-"""First major version of Docker Engine after 20.10.  Its figures do not replace the older ones."""
+"""First major version of Docker Engine after 20.10.  Its results do not replace older results of 20.10."""
 ALONE: Final = ("start", "exec", "removal")
 """Figures of one container, by ``bench.single``."""
 _MACHINE = re.compile(r"^(\d+ processors), Linux (\S+?)\.(?:\s|$)", re.MULTILINE)
@@ -265,10 +265,10 @@ def _paragraph(*parts: str) -> str:
 def _newer_section(newer: Sequence[Figure], used: Sequence[Result]) -> Iterator[str]:
     if newer:
         versions = " and ".join(sorted({one.result.version("docker") for one in newer}))
-        yield "## Beside a newer Docker Engine"
+        yield "## With a newer Docker Engine"
         yield ""
         yield _paragraph(
-            f"The same measurements beside Docker Engine {versions}, in a root file system of its own:"
+            f"The same measurements with Docker Engine {versions}, in a root file system of its own:"
         )
         yield from table(newer, used)
         yield ""

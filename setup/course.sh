@@ -40,7 +40,7 @@ say "$suite: three $kind machines, commit $(git rev-parse --short HEAD)"
 ssh-keygen -q -t ed25519 -N '' -f "$place/user"
 say "the command of the release, for the machine that operates the cluster"
 python3 -m venv "$place/operator"
-"$place/operator/bin/pip" --disable-pip-version-check --quiet install "$release"/skep_orchestrator-*.whl </dev/null
+"$place/operator/bin/pip" --disable-pip-version-check -qq install "$release"/skep_orchestrator-*.whl </dev/null
 first=$place/first
 # shellcheck disable=SC2086  # several packages
 setup/bootable.sh --fetch-only "$suite" "$first" "$release"/skep_*_"$(dpkg --print-architecture)".deb $packages >"$place/log" 2>&1 || {

@@ -113,7 +113,7 @@ class Machine:
         raise NotImplementedError
 
     def end(self) -> None:
-        """End the machine's processes."""
+        """End the tunnel, and the machine if this process started it."""
         if self._tunnel is not None:
             self._tunnel.kill()
             self._tunnel.wait()
@@ -256,7 +256,7 @@ def up(kind: str, place: Path) -> Iterator[list[Machine]]:
 
 
 class Frames:
-    """Frames that pass between the machines."""
+    """Frames that passed between the machines."""
 
     def __init__(self) -> None:
         self.seen: list[bytes] = []

@@ -139,7 +139,7 @@ def test_a_newer_engine_has_a_table_of_its_own() -> None:
     machines = Result("2026-11-20", "d", "c", "2", "6", {"docker": "dockerd 20.10.24+dfsg1"}, {}, {})
     assert [one.is_of_newer_engine for one in (machines, result("2026-11-27", [], []))] == [False, True]
     text = page([Figure(STREAM, [1.0], [2.0], machines)], "No request failed.", [measured(WANTED, 2.0, 0.5)])
-    (section,) = re.findall(r"^## Beside a newer Docker Engine\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    (section,) = re.findall(r"^## With a newer Docker Engine\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
     assert "Docker Engine 26.1," in section
     assert "| memory for each task | 2 MiB | **0.5 MiB** | 0.25 | 1 | [2](#results) |" in section
     assert "newer Docker Engine" not in page([measured(WANTED, 2.0, 0.5)], "No request failed.")
