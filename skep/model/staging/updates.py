@@ -113,7 +113,7 @@ _NUMBER: Final = re.compile(r"-?[0-9]{1,12}(?:\.[0-9]{1,9})?", re.ASCII)
 SHOWN_MAX: Final = 100
 """Most characters of a query in a sentence."""
 REQUESTS_MIN: Final = 20
-"""Fewest requests that are judged.  One failed request of a few is not a rate yet."""
+"""Fewest requests of which a rate is judged.  Fewer ones exceed a bound if this many would, however the others end."""
 
 
 class TaskRequests(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,15 +144,17 @@ class RequestBounds(msgspec.Struct, frozen=True):
 
     def exceeded(self, seen: TaskRequests) -> str:
         """Return which limit the requests exceed, or an empty text."""
-        if seen.requests < REQUESTS_MIN:
+        if not seen.requests:
             return ""
         percent, mean_s = 100 * seen.errors / seen.requests, seen.milliseconds / seen.requests / 1000
-        if self.errors_percent is not None and percent > self.errors_percent:
+        # With fewer requests, the others count as well: if the rest of the fewest succeeded, would it still fail?
+        least_percent = 100 * seen.errors / max(seen.requests, REQUESTS_MIN)
+        if self.errors_percent is not None and least_percent > self.errors_percent:
             return (
                 f"because {seen.errors} of {seen.requests} requests to new tasks failed ({percent:.3g} %), more than "
                 f"{self.errors_percent:g} %"
             )
-        if self.latency_s is not None and mean_s > self.latency_s:
+        if seen.requests >= REQUESTS_MIN and self.latency_s is not None and mean_s > self.latency_s:
             return (
                 f"because responses of new tasks took {mean_s:.3g} s on average "
                 f"({counted(seen.requests, 'request')}), more than {self.latency_s:g} s"

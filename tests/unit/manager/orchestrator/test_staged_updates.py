@@ -508,7 +508,12 @@ BOUNDED = {
             "because responses of new tasks took 0.8 s on average (100 requests), more than 0.5 s",
         ),
         (TaskRequests(requests=200, errors=10, milliseconds=100_000), ""),
-        (TaskRequests(requests=19, errors=19, milliseconds=100_000), ""),
+        (TaskRequests(requests=19, errors=1, milliseconds=100_000), ""),
+        (
+            TaskRequests(requests=2, errors=2),
+            "because 2 of 2 requests to new tasks failed (100 %), more than 5 %",
+        ),
+        (TaskRequests(), ""),
     ],
 )
 def test_requests_beyond_a_bound_end_the_update(requests: TaskRequests, reason: str) -> None:
