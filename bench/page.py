@@ -31,7 +31,7 @@ UNKNOWN: Final = "not recorded"
 NEWER_ENGINE: Final = 23
 """First major version of Docker Engine after 20.10.  Its results do not replace older results of 20.10."""
 ALONE: Final = ("start", "exec", "removal")
-"""Figures of one container, by ``bench.single``."""
+"""Measurements of ``bench.single``, in the order of the page."""
 _MACHINE = re.compile(r"^(\d+ processors), Linux (\S+?)\.(?:\s|$)", re.MULTILINE)
 _INLINE = re.compile(r"<!--([a-z0-9-]+)\.(docker|skep|ratio)-->.*?<!---->")
 _BLOCK = re.compile(r"(<!-- ([a-z-]+): written by make bench-page -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -28,7 +28,7 @@ IMAGE = "docker.io/library/busybox:1"
 
 
 class Command:
-    """One system's command, with its environment."""
+    """The command of one system, with the words that lead to its containers."""
 
     def __init__(self, system: str, *words: str, environment: Mapping[str, str] | None = None) -> None:
         self.system = system

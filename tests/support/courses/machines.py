@@ -73,6 +73,10 @@ class Machine:
         self.cable = f"cable{number}"
         self._tunnel: subprocess.Popen[bytes] | None = None
 
+    def start(self) -> None:
+        """Switch it on, and connect its cable to the bridge."""
+        raise NotImplementedError
+
     def ssh(self, command: str, *, within_s: float = 600, shows: bool = True) -> str:
         """Run a shell command there, and return its output.  Raises: AssertionError: it failed."""
         if shows:
