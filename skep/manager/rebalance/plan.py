@@ -131,14 +131,14 @@ class _Targets:
         self._fitting: dict[tuple[int, ServiceId], list[Account]] = {}
 
     def since(self, tried: int) -> list[Account]:
-        """Return the targets without those that had been opened when so many were.  All targets for 0."""
+        """Return the targets that were opened after the first ``tried`` openings, or all targets for 0."""
         if tried not in self._since:
             ids = set(self._opened[tried:])
             self._since[tried] = [one for one in self.all if one.node.id in ids]
         return self._since[tried]
 
     def fitting(self, group: _Group, tried: int) -> list[Account]:
-        """Return those of ``since`` that accept a task of a group."""
+        """Return the targets of ``since`` that accept a task of a group."""
         key = tried, group.service.id
         if key not in self._fitting:
             copies = self._accounting.copies(group.service.id)
