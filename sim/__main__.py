@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sim import run
+from sim import run, what_if
 from sim.containers import run as containers
 from sim.record import Record
 from sim.seeds import Simulate, chunked, failures, report, results
@@ -28,12 +28,17 @@ def main() -> int:
         "--containers", action="store_true", help="simulate the containers of one node, which is cheaper"
     )
     parser.add_argument(
+        "--what-if", action="store_true", help="compare the answers of skep what-if with what happens"
+    )
+    parser.add_argument(
         "--record", type=Path, help="append the result to this file, and continue after its last seed"
     )
     args = parser.parse_args()
     simulate: Simulate = run.simulate
     if args.store or args.containers:
         simulate = store_only.simulate if args.store else containers.simulate
+    elif args.what_if:
+        simulate = what_if.simulate
     if args.seed is not None:
         return _run_one(args.seed, simulate)
     if args.record is not None:
@@ -64,7 +69,8 @@ def _run_recorded(args: argparse.Namespace, simulate: Simulate) -> int:
 
 def _kind(args: argparse.Namespace) -> str:
     """Return the name of the simulation that the runs of a record belong to."""
-    return "containers" if args.containers else "store" if args.store else "whole"
+    kinds = {"containers": args.containers, "store": args.store, "what-if": args.what_if}
+    return next((name for name, is_asked in kinds.items() if is_asked), "whole")
 
 
 def _run_one(seed: int, simulate: Simulate) -> int:

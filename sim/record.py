@@ -13,14 +13,14 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-LINE = re.compile(r"(\w+) (\S+) (\d+)\.\.(\d+) failed: (none|[\d ]+) \((\d+) s\)")
+LINE = re.compile(r"([\w-]+) (\S+) (\d+)\.\.(\d+) failed: (none|[\d ]+) \((\d+) s\)")
 
 
 class Record:
     """The lines of one file about one kind of run."""
 
     def __init__(self, path: Path, kind: str) -> None:
-        """``kind``: ``whole`` or ``store``."""
+        """``kind``: ``whole``, ``store``, ``containers`` or ``what-if``."""
         self._path = path
         self._kind = kind
 

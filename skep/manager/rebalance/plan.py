@@ -138,7 +138,7 @@ class _Targets:
         self._fitting: dict[tuple[int, ServiceId], list[Account]] = {}
 
     def since(self, tried: int) -> list[Account]:
-        """Return the targets that were opened after the first ``tried`` ones.  All targets for 0."""
+        """Return the targets that were opened after the first ``tried`` openings, or all targets for 0."""
         if tried not in self._since:
             ids = set(self._opened[tried:])
             self._since[tried] = [one for one in self.all if one.node.id in ids]

@@ -1,0 +1,162 @@
+"""Runs that ask ``skep what-if`` what a change does, make the change, and compare.
+
+A cluster gets services at random.  A node is lost or drained, or a service gets another number of tasks.  Nothing else
+changes afterwards.  As soon as the cluster is at rest, every service must be as predicted: the available tasks, and the
+number and kind of reasons of the missing ones.
+
+``simulate(seed)`` returns all differences.  The same seed produces the same run.
+"""
+
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from random import Random
+from typing import TypeAlias
+
+from msgspec.structs import replace
+
+from sim.cluster import SimulatedCluster
+from sim.run import RunResult
+from sim.users.questions import ask
+from sim.users.random_specs import ZONE, ZONES, Dependencies, a_spec
+from skep.api.formats.service_form import settled
+from skep.errors import SkepError
+from skep.manager.control.nodes import update_node
+from skep.manager.control.services import update_service
+from skep.manager.control.tasks import known_status
+from skep.manager.diagnosis.reasons import problems_of
+from skep.manager.services.disruption_budget import is_available
+from skep.manager.what_if.answer import SupposedOutcome
+from skep.manager.what_if.rehearsal import Rehearsal
+from skep.manager.what_if.suppositions import deploy, drain, lose
+from skep.model.node import Availability, Node
+from skep.model.options.autoscaling import AUTOSCALE
+from skep.model.service import ReplicatedService, Resources, Service, ServiceMode, ServiceSpec
+from skep.model.task import Task
+from skep.model.values.ids import NodeId
+from skep.model.values.times import timestamp
+from skep.store.interface import Transaction, View
+
+NAMES = ("web", "api", "db", "mail", "queue", "cache")
+REST_S = 100.0
+"""Seconds after the supposed end, because nodes and managers take longer here for some steps."""
+
+Outcome: TypeAlias = tuple[int, Mapping[str, int]]
+"""Available tasks of a service, and the number of its other slots by the kind of their reason."""
+
+
+def outcome(view: View, service: Service) -> Outcome:
+    """Return how the service really is."""
+    tasks = view.find(Task, service_id=service.id)
+    nodes = {node.id: node for node in view.find(Node)}
+    available = sum(is_available(task, nodes.get(task.node_id)) for task in tasks)
+    known = [replace(task, status=known_status(view, task)) if task.is_active else task for task in tasks]
+    problems = problems_of(service, known, nodes, wanted=0, now_ns=0)
+    return available, Counter(one.kind for one in problems)
+
+
+def outcomes(view: View) -> dict[str, Outcome]:
+    return {one.id: outcome(view, one) for one in view.find(Service)}
+
+
+def predicted(answer: SupposedOutcome) -> dict[str, Outcome]:
+    """Return how the services are that differ, according to ``answer``."""
+    found: dict[str, Outcome] = {}
+    for one in answer.services:
+        kinds = Counter[str]()
+        for each in one.missing:
+            kinds[each.kind] += each.tasks
+        found[one.id] = one.after, kinds
+    return found
+
+
+def some_specs(random: Random) -> Iterator[ServiceSpec]:
+    """Yield specs of services that run until they are stopped."""
+    names = random.sample(NAMES, random.randint(2, len(NAMES)))
+    while names:
+        spec = a_spec(names[0], random, Dependencies(services=tuple(names)), random)
+        if spec.mode.name in ("replicated", "global") and AUTOSCALE not in spec.labels:
+            names.pop(0)
+            yield spec
+
+
+def drain_really(tx: Transaction, id: NodeId) -> None:
+    node = tx.get(Node, id)
+    update_node(tx, id, replace(node.spec, availability=Availability.DRAIN), node.version.index)
+
+
+def scale_really(tx: Transaction, spec: ServiceSpec) -> None:
+    service = tx.get(Service, spec.name)
+    update_service(tx, service.id, settled(spec), service.version.index, now=timestamp(0))
+
+
+class Change:
+    """A random change: nodes that are lost or drained, or a service with another number of tasks."""
+
+    def __init__(self, cluster: SimulatedCluster, random: Random) -> None:
+        self._cluster = cluster
+        self._nodes = random.sample(cluster.workers, random.choice((1, 1, 2)))
+        replicated = [one.spec for one in cluster.view.find(Service) if one.spec.mode.name == "replicated"]
+        kinds = ("lose", "lose", "drain", "scale") if replicated else ("lose", "drain")
+        self._kind = random.choice(kinds)
+        if replicated:
+            mode = ServiceMode(replicated=ReplicatedService(replicas=random.randint(0, 9)))
+            self._spec = replace(random.choice(replicated), mode=mode)
+
+    def __str__(self) -> str:
+        return f"{self._kind} {' '.join(self._nodes) if self._kind != 'scale' else self._spec.name}"
+
+    def suppose(self, rehearsal: Rehearsal) -> None:
+        match self._kind:
+            case "lose":
+                lose(rehearsal, self._nodes)
+            case "drain":
+                drain(rehearsal, self._nodes)
+            case "scale":
+                deploy(rehearsal, self._spec)
+
+    def make(self) -> None:
+        match self._kind:
+            case "lose":
+                for id in self._nodes:
+                    self._cluster.kill_node(id)
+            case "drain":
+                for id in self._nodes:
+                    self._cluster.write(partial(drain_really, id=id))
+            case "scale":
+                self._cluster.write(partial(scale_really, spec=self._spec))
+
+
+def simulate(seed: int) -> RunResult:
+    """Run the simulation of ``seed``."""
+    random = Random(seed)
+    workers = random.randint(2, 6)
+    capacity = Resources(nano_cpus=4_000_000_000, memory_bytes=random.choice((1, 2, 8)) << 30)
+    cluster = SimulatedCluster(managers=3, workers=workers, seed=seed, capacity=capacity)
+    differences: list[str] = []
+    try:
+        with cluster:
+            differences += _differences(cluster, random)
+    except Exception as error:
+        differences += [f"{type(error).__name__}: {error}", traceback.format_exc()]
+    return RunResult(seed, differences, cluster.trace.lines())
+
+
+def _differences(cluster: SimulatedCluster, random: Random) -> Iterator[str]:
+    for id in cluster.workers:
+        cluster.label(id, **{ZONE: random.choice(ZONES)})
+    for spec in some_specs(random):
+        with suppress(SkepError):  # its port or its rules conflict with an earlier service
+            cluster.create(spec)
+    cluster.run_for(random.choice((0.3, 2.0, 40.0)))
+    change = Change(cluster, random)
+    before = outcomes(cluster.view)
+    answer, settled_s = ask(cluster.view, change.suppose)
+    change.make()
+    cluster.run_for(settled_s + REST_S)
+    expected, found = {**before, **predicted(answer)}, outcomes(cluster.view)
+    for service in sorted(expected.keys() | found.keys()):
+        if expected.get(service) != found.get(service):
+            yield f"{change}: {service} is {found.get(service)}, predicted {expected.get(service)}"
