@@ -3,7 +3,8 @@
 Both are processes of the machine's HAProxy on loopback, before a third process as the task.  The door has the
 configuration that a node writes: the map of routes, counters of latencies by route, lines in reserve for further tasks.
 By hand, HAProxy has one host and one backend, with what its user sees in common: the log in JSON, headers for the
-service that clients cannot forge, and attempts at another task.  The client is ``ab``, with kept connections.
+service that clients cannot forge, attempts at another task that repeat no ``POST``, and responses to the challenges of
+an authority, as users of HAProxy write them.  The client is ``ab``, with kept connections.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from statistics import median
 from typing import NamedTuple
 
 from bench.figures import Figure, alternate, ratio, run_alone, run_undisturbed
-from skep.dataplane.door.configuration import LOG_LINE, quoted
+from skep.dataplane.door.configuration import CHALLENGES, LOG_LINE, quoted
 from tests.support.networks.door_rig import DoorRig, a_door, free_port
 
 HOST = "app.example.com"
@@ -50,6 +51,8 @@ defaults
     retry-on conn-failure empty-response
 frontend http
     bind 127.0.0.1:{port}
+    http-request return status 200 content-type text/plain lf-string "%[path,field(-1,/)].me" if {{ path_beg {acme} }}
+    http-request disable-l7-retry unless {{ method GET HEAD OPTIONS PUT DELETE }}
     http-request set-var(txn.host) req.hdr(host)
     http-request set-var(txn.path) path
     http-request del-header Forwarded
@@ -85,7 +88,7 @@ async def _measure(directory: Path, pairs: int) -> list[Figure]:
         rig.service("web", {"skep.http": HOST})
         rig.task("t1", "web", "127.0.0.2")
         await rig.apply()
-        by_hand = _BY_HAND.format(port=port, host=HOST, task=task, log=quoted(LOG_LINE))
+        by_hand = _BY_HAND.format(port=port, host=HOST, task=task, log=quoted(LOG_LINE), acme=CHALLENGES)
         async with (
             _haproxy(directory / "task", _TASK.format(task=task), ("127.0.0.2", rig.task_port)),
             _haproxy(directory / "hand", by_hand, ("127.0.0.1", port)) as master,
