@@ -58,6 +58,7 @@ class ConsulView:
         get("/v1/catalog/datacenters", self._datacenters)
         get("/v1/health/service/{name}", self._health)
         get("/v1/health/checks/{name}", self._checks)
+        get("/v1/health/state/{state}", self._state)
         get("/v1/agent/self", self._self)
         get("/v1/status/leader", self._leader)
         get("/v1/kv/{key:.*}", self._key)
@@ -81,6 +82,12 @@ class ConsulView:
     async def _checks(self, request: web.Request) -> web.Response:
         await self._wait(request)
         return self._answer([_service_check(*pair) for pair in self._instances(request)])
+
+    async def _state(self, request: web.Request) -> web.Response:
+        """Answer the query by which Traefik notices instances: the names and tags of services may stay the same."""
+        await self._wait(request)
+        services = self._known.services.values() if request.match_info["state"] in ("any", "passing") else ()
+        return self._answer([_service_check(one, each) for one in services for each in one.instances])
 
     async def _nodes(self, request: web.Request) -> web.Response:
         await self._wait(request)

@@ -105,6 +105,21 @@ async def test_traefiks_provider_finds_addresses_ports_tags_and_states(known: Kn
         assert [one["ServiceID"] for one in tagged] == ["t1"]
 
 
+async def test_traefik_3_notices_instances_by_the_state_of_all_checks(known: KnownCatalog) -> None:
+    """Its watch ignores a response without other names or tags, so the list of services does not suffice."""
+    view = ConsulView(known)
+    async with consul(known, view) as get:
+        status, checks, index = await get("/v1/health/state/any")
+        assert (status, [one["ServiceID"] for one in checks], index) == (200, ["t1", "t2"], 101)
+        assert {one["Status"] for one in checks} == {"passing"}
+        waiting = asyncio.create_task(get(f"/v1/health/state/any?index={index}"))
+        await eventually(lambda: view.queries.held)
+        known.replace("b", a_catalog(ONE))
+        assert [one["ServiceID"] for one in (await waiting)[1]] == ["t1"]
+        assert len((await get("/v1/health/state/passing"))[1]) == 1
+        assert (await get("/v1/health/state/critical"))[1] == []
+
+
 async def test_every_view_has_the_weights_of_a_staged_update(known: KnownCatalog) -> None:
     known.replace("b", a_catalog(replace(ONE, weight=19), replace(TWO, weight=99_999)))
     async with consul(known) as get:
