@@ -19,13 +19,14 @@ from skep.api.http.server import runner
 from skep.catalog.balancing import Balancer, HaproxyFiles
 from skep.catalog.following import CatalogReader, KnownCatalog
 from skep.catalog.haproxy import BalancedPort
-from skep.catalog.registering import CheckRules, ServiceRegistrar, http_check, tcp_check
+from skep.catalog.registering import CheckRules, ServiceRegistrar, command_check, http_check, tcp_check
 from skep.errors import FailedPrecondition
 from skep.manager.catalog.registrations import register
 from skep.manager.routes import application
 from skep.manager.routes.access import ManagerApi
 from skep.model.catalog import CatalogInstance, CatalogService, ServiceRegistration
 from tests.conformance.manager import a_manager_api
+from tests.support.machines.playground_rig import SKEP
 from tests.support.networks.names_lab import wait_until
 from tests.support.store.store_transactions import raise_level
 
@@ -290,6 +291,42 @@ async def test_a_listener_without_servers_says_why(machine: Machine) -> None:
         f"{place}, which is not in the catalog (see skep catalog ls)",
         f"{place}, which publishes no port",
     ]
+
+
+async def test_a_command_is_a_check_that_ends_in_time(tmp_path: Path) -> None:
+    healthy, pid = tmp_path / "healthy", tmp_path / "pid"
+    check = command_check(("test", "-e", str(healthy)), 5)
+    assert await check() == "test exited with 1"
+    healthy.touch()
+    assert await check() == ""
+    assert "no such file" in await command_check((str(tmp_path / "missing"),), 5)()
+    hanging = command_check(("sh", "-c", f"echo $$ >{pid}; exec sleep 600"), 0.5)
+    assert await hanging()
+    assert not Path("/proc", pid.read_text().strip()).exists()
+
+
+async def test_a_service_is_registered_while_a_command_passes(tmp_path: Path) -> None:
+    healthy, socket = tmp_path / "healthy", tmp_path / "m.sock"
+    command = ("register", SERVICE, "--address", "192.0.2.7", "--port", "5432", "--interval", "100ms")
+    async with (
+        a_manager_api() as api,
+        served(api, socket),
+        PlainRequests(RawClient(f"unix://{socket}", None)) as client,
+    ):
+        await api.store.update(raise_level)
+        reader = CatalogReader(client, SystemClock(), [].append, 0.05)
+        words = (*command, "--rise", "1", "--fall", "1", "--", "test", "-e", str(healthy))
+        process = await asyncio.create_subprocess_exec(SKEP, "--host", f"unix://{socket}", *words)
+        async with reader.following() as known:
+            for count in range(2):
+                healthy.touch()
+                await known_when(known, {"192-0-2-7-5432"})
+                if count == 0:
+                    healthy.unlink()
+                    await known_when(known, set())
+            process.terminate()
+            await known_when(known, set())
+        assert await process.wait() == 0
 
 
 async def test_a_check_of_a_port_fails_without_a_listener() -> None:
