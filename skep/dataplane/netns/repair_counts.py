@@ -18,10 +18,11 @@ _ENTRIES = {
 }
 
 
-class Repairs:
-    """Repairs since the process started, by kind.
+KINDS = ("link", "address", "route", "rule", *sorted({*_ENTRIES.values()}), "sysctl", "rules")
 
-    The kinds are link, address, route, rule, forwarding, bridge entry, neighbor, sysctl, rules and namespace."""
+
+class Repairs:
+    """Repairs since the process started, by kind."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()

@@ -20,6 +20,7 @@ from skep.api.telemetry.otlp import TraceExporter
 from skep.api.telemetry.process_metrics import process_families
 from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.net_process.protocol import ServedListing
+from skep.dataplane.netns.repair_counts import KINDS
 from skep.engine.containers.container import EngineCounts
 from skep.engine.engine import Engine
 from skep.engine.metrics.usage import UsagePage
@@ -300,7 +301,8 @@ def network_families(repairs: Mapping[str, int], reports: Mapping[NodeId, PathRe
             "counter",
             "Repairs of what other programs had changed.",
             "kind",
-            repairs,
+            # Prometheus takes the first value that it sees of a counter for an old one, and does not count it.
+            dict.fromkeys(KINDS, 0) | {**repairs},
         ),
         by_label(
             "skep_peer_reachable", "gauge", "Whether probes of another node succeed.", "peer", reachable

@@ -58,6 +58,9 @@ def test_a_peer_is_unreachable_when_enough_rounds_agree() -> None:
     }
     text = render(network_families({"route": 3}, reports)).decode()
     assert 'skep_network_repairs_total{kind="route"} 3' in text
+    assert 'skep_network_repairs_total{kind="link"} 0' in text, (
+        "a counter that begins at 1 hides its first repair"
+    )
     assert 'skep_peer_reachable{peer="a"} 1' in text
     assert 'skep_peer_reachable{peer="b"} 0' in text
     assert 'skep_peer_reachable{peer="c"} 1' in text
