@@ -104,6 +104,18 @@ def test_speed_is_shown_where_it_was_measured() -> None:
     assert "1,000 Mbit/s" in lines[-1]
 
 
+def test_the_way_between_nodes_is_shown_if_any_pair_has_a_tunnel() -> None:
+    paths = [a_path("w1", Way="direct"), a_path("w2", Way="tunnel", MTU=1440), a_path("w3", Way="relay w1")]
+    lines = list(shown([a_result("m1", *paths)], Screen()))
+    assert lines[2:] == [
+        "FROM  TO  CHECK    LOSS  RTT     MTU   WAY       STATE",
+        "m1    w1  1 check  0 %   0.4 ms        direct    ok",
+        "m1    w2  1 check  0 %   0.4 ms  1440  tunnel    ok",
+        "m1    w3  1 check  0 %   0.4 ms        relay w1  ok",
+    ]
+    assert "WAY" not in list(shown([a_result("m1", paths[0])], Screen()))[2]
+
+
 def test_the_help_has_examples() -> None:
     result = CliRunner().invoke(cli.main, ["doctor", "network", "--help"])
     assert result.exit_code == 0
