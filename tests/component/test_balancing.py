@@ -317,16 +317,20 @@ async def test_a_service_is_registered_while_a_command_passes(tmp_path: Path) ->
         reader = CatalogReader(client, SystemClock(), [].append, 0.05)
         words = (*command, "--rise", "1", "--fall", "1", "--", "test", "-e", str(healthy))
         process = await asyncio.create_subprocess_exec(SKEP, "--host", f"unix://{socket}", *words)
-        async with reader.following() as known:
-            for count in range(2):
-                healthy.touch()
-                await known_when(known, {"192-0-2-7-5432"})
-                if count == 0:
-                    healthy.unlink()
-                    await known_when(known, set())
-            process.terminate()
-            await known_when(known, set())
-        assert await process.wait() == 0
+        try:
+            async with reader.following() as known:
+                for count in range(2):
+                    healthy.touch()
+                    await known_when(known, {"192-0-2-7-5432"})
+                    if count == 0:
+                        healthy.unlink()
+                        await known_when(known, set())
+                process.terminate()
+                await known_when(known, set())
+            assert await process.wait() == 0
+        finally:
+            if process.returncode is None:
+                process.kill()
 
 
 async def test_a_check_of_a_port_fails_without_a_listener() -> None:

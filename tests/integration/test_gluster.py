@@ -169,6 +169,7 @@ def test_a_service_moves_with_its_data_and_a_lost_brick_is_healed(
             lambda name=name: numbers(gluster[name].mounted) >= {*range(1, last + 1)},
             f"{name} reads all numbers",
         )
+    cluster.skep("start", second)  # its tasks can be removed only there
 
 
 def lose_its_node(cluster: TestCluster, m1: TestNode, gluster: dict[str, GlusterNode]) -> str:
