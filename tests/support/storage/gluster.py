@@ -15,7 +15,7 @@ from tests.support.machines.playground_rig import TestNode, wait_until
 PACKAGES = ("glusterfs-server", "glusterfs-client", "glusterfs-common", "glusterfs-cli")
 VOLUME = "shared"
 MOUNTED = "/srv/shared"
-"""Where each node has the volume."""
+"""Mount point of the volume on each node."""
 _WITHIN_S = 60.0
 """Seconds until a server responds, or the volume is mounted, on a busy machine."""
 _SERVER = f"""\
