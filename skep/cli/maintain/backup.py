@@ -246,7 +246,7 @@ def _secret(passphrase_file: Path | None, key_file: Path | None, *, confirm: boo
 
 
 def _prompted(*, confirm: bool) -> str:
-    """Ask for the passphrase.  Raises: InvalidArgument: the input has none, as in a cron job."""
+    """Ask for the passphrase.  Raises: InvalidArgument: the input ends, as in a cron job."""
     try:
         with warnings.catch_warnings(action="ignore", category=getpass.GetPassWarning):
             return str(click.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm))

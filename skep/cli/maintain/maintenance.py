@@ -81,7 +81,10 @@ def taken(
     held = [one for one in others if not one.is_overdue(now)]
     if len(held) >= at_once or (held and wanted.is_upgrade):
         held_by = "; ".join(described(one, members, now) for one in held)
-        raise FailedPrecondition(f"{held_by}. Wait, or run {_release_of(held[0], members)}.")
+        if held[0].is_upgrade:
+            raise FailedPrecondition(f"{held_by}. Wait, or run skep upgrade --abort.")
+        name = next((one.name for one in members if one.id == held[0].node), held[0].node)
+        raise FailedPrecondition(f"{held_by}. Wait, or run skep reboot-lock release {name}.")
     away = next((one for one in members if one.id == wanted.node), None)
     if away is not None:
         absent = [one for one in members if any(one.id == holder.node for holder in held)]
@@ -89,13 +92,6 @@ def taken(
         if reasons := list(refusals_of_quorum(nodes, away)):
             raise FailedPrecondition("; ".join(reasons))
     return (*held, wanted)
-
-
-def _release_of(holder: LockHolder, members: Sequence[UpgradableNode]) -> str:
-    """Return the command that releases the lock of ``holder``."""
-    if holder.is_upgrade:
-        return "skep upgrade --abort"
-    return f"skep reboot-lock release {next((one.name for one in members if one.id == holder.node), holder.node)}"
 
 
 def is_same(one: LockHolder, other: LockHolder) -> bool:

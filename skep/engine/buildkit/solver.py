@@ -355,7 +355,9 @@ class Solver:
                 return open_context
 
             further = {name: self._context(job, session, one) for name, one in build.directories.items()}
-            further |= {name: self._remote(job, provider, name, at) for name, at in build.remotes.items()}
+            further |= {
+                name: self._remote_directory(job, provider, name, at) for name, at in build.remotes.items()
+            }
             request = msgspec.structs.replace(
                 build_request(
                     build,
@@ -507,7 +509,7 @@ class Solver:
             yield root
 
     @asynccontextmanager
-    async def _remote(
+    async def _remote_directory(
         self, job: BuildJob, provider: ClientProvider, name: str, address: str
     ) -> AsyncIterator[Path]:
         """Provide the files of a named context at an address while the block runs.  Raises: SkepError."""
