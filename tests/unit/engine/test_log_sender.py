@@ -20,8 +20,18 @@ from skep.engine.containers.container import LogConfig
 from skep.engine.log_drivers.facts import LogFacts
 from skep.engine.log_drivers.forwarder import Forwarder
 from skep.engine.log_drivers.message import LogMessage
-from skep.engine.log_drivers.orders import Done, End, Forward, Held, Hold, Peers, Report, Response
-from skep.engine.log_drivers.sender import LINE_BYTES_MAX, Sender
+from skep.engine.log_drivers.orders import (
+    LINE_BYTES_MAX,
+    Done,
+    End,
+    Forward,
+    Held,
+    Hold,
+    Peers,
+    Report,
+    Response,
+)
+from skep.engine.log_drivers.sender import Sender
 from skep.engine.log_drivers.spool import Spool
 from skep.engine.log_drivers.transport import (
     ANYWHERE,
