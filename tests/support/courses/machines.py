@@ -113,9 +113,6 @@ class Machine:
         say(f"{self.name}: the cable is plugged in")
         call("ip", "link", "set", self.cable, "up")
 
-    def start(self) -> None:
-        raise NotImplementedError
-
     def end(self) -> None:
         """End the tunnel, and the machine if this process started it."""
         if self._tunnel is not None:
