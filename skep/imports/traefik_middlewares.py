@@ -61,7 +61,7 @@ _TARGET: Final = re.compile(r"(https?://[A-Za-z0-9.-]+(?::[0-9]+)?)/(?:\$1|\$\{1
 
 
 class MiddlewareEffects(msgspec.Struct, kw_only=True):
-    """What middlewares do to a route.
+    """The effects of middlewares on a route.
 
     Args:
         redirect: Value of the option ``redirect``, or empty.
