@@ -31,7 +31,6 @@ USED_BY_OTHERS = {
     "max_allowed_table_size": "read by hpack",
     "num_tickets": "read by ssl",
     "type_url": "a field of a protobuf message",
-    "__path__": "read by the import system",
     "__spec__": "read by the import system",
 }
 OBSERVED_BY_TESTS = {
