@@ -51,8 +51,8 @@ RETRY_S = 0.02
 DRAINED = 100
 """Tasks of the drained node."""
 DRAIN_POLL_S = 1.0
-"""Seconds between two polls during a drain.  A list of 200 tasks costs a manager 10 ms, and one of 100 half of that, so
-frequent polls would make a drain longer than a start.  The measured ends are the times that the nodes have reported.
+"""Seconds between two polls during a drain.  The list has twice as many tasks as during the start, so frequent polls
+would slow down the drain more than the start.  The measured ends are the times that the nodes have reported.
 """
 Values = dict[str, list[float]]
 
