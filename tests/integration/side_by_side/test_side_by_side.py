@@ -15,7 +15,10 @@ from tests.support.machines.playground_rig import CLIS, TestCluster, TestNode, d
 
 RECORDED = records.load()
 KNOWN_CLIS = [cli for cli in CLIS if docker_version(cli) in RECORDED]
-SLOW = ("build_files", "builds", "containers", "portainer", "service_create", "services", "stacks")
+SLOW = (
+    *("build_files", "builds", "containers", "portainer", "service_create", "services", "stacks"),
+    "traefik_and_visualizer",
+)
 """Groups that take more than a few seconds."""
 
 
