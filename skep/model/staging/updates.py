@@ -147,7 +147,7 @@ class RequestBounds(msgspec.Struct, frozen=True):
         if not seen.requests:
             return ""
         percent, mean_s = 100 * seen.errors / seen.requests, seen.milliseconds / seen.requests / 1000
-        # Of few requests, those that are missing count as successes.
+        # Missing requests count as successes.
         least_percent = 100 * seen.errors / max(seen.requests, REQUESTS_MIN)
         if self.errors_percent is not None and least_percent > self.errors_percent:
             return (

@@ -20,8 +20,9 @@ ZERO_TIME = Timestamp("0001-01-01T00:00:00Z")
 """Go's zero time, Docker's value for "never"."""
 
 SECOND_NS = 1_000_000_000
-MILLISECOND_NS = SECOND_NS // 1000
 """Nanoseconds in a second, as in Go's ``time.Second``."""
+MILLISECOND_NS = SECOND_NS // 1000
+"""Nanoseconds in a millisecond."""
 
 _DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
 _UNITS_NS = {
