@@ -182,8 +182,8 @@ async def test_several_names_are_done_or_named_each(cluster: Cluster) -> None:
     code, out, err = await cluster.run("notify", "rm", "none", "a", "void", "b")
     assert (code, out.splitlines()) == (1, ["a", "b"])
     assert err.splitlines() == [
-        "Error: notification target void not found",
-        "Error: notification target none not found",
+        "Error: notification target void not found. List targets with skep notify ls.",
+        "Error: notification target none not found. List targets with skep notify ls.",
     ]
 
 

@@ -101,7 +101,7 @@ def test_a_build_that_fails_says_why_and_tags_nothing(m1: TestNode, tmp_path: Pa
             ("--output", "type=docker,dest=/dev/null"),
             'exporter "docker" could not be found',
         ),
-        (("--build-context", "a=https://localhost:1/x.git"), "named context a is not supported"),
+        (("--build-context", "a=ssh://git@localhost:1/x.git"), "named context a is not supported"),
         (("--allow", "security.insecure"), "granting entitlement security.insecure is not allowed"),
     ],
 )

@@ -97,7 +97,7 @@ def only_here() -> None:
 @pytest.mark.usefixtures("only_here")
 async def test_cache_sources_and_places_never_fail_a_build(host: Host, lab: BuildLab) -> None:
     """A source that is missing is a warning.  buildx itself leaves out caches of services."""
-    context = lab.context("FROM busybox:1\nRUN date +%s%N > /when\n")
+    context = lab.context("FROM busybox:1\nRUN cat /proc/sys/kernel/random/uuid > /when\n")
     code, output = await host.build(context, "-t", "first:1", "--build-arg", "BUILDKIT_INLINE_CACHE=1")
     assert code == 0, output
     assert "not exported" not in output
@@ -133,7 +133,9 @@ async def test_cache_sources_and_places_never_fail_a_build(host: Host, lab: Buil
 async def test_another_argument_carries_out_the_steps_that_see_it(
     host: Host, lab: BuildLab, text: str, argument: str, is_found: bool
 ) -> None:
-    context = lab.context("FROM busybox:1\n" + text.replace("STEP", "RUN date +%s%N > /when"))
+    context = lab.context(
+        "FROM busybox:1\n" + text.replace("STEP", "RUN cat /proc/sys/kernel/random/uuid > /when")
+    )
     for value in ("http://a", "http://b"):
         code, output = await host.build(context, "-t", f"{value[-1]}:1", "--build-arg", f"{argument}={value}")
         assert code == 0, output
@@ -149,7 +151,7 @@ async def test_a_step_without_changes_has_no_layer(host: Host, lab: BuildLab) ->
 
 @pytest.mark.usefixtures("only_here")
 async def test_a_classic_build_passes_over_cache_sources_that_are_not_here(host: Host, lab: BuildLab) -> None:
-    context = lab.context("FROM busybox:1\nRUN date +%s%N > /when\n")
+    context = lab.context("FROM busybox:1\nRUN cat /proc/sys/kernel/random/uuid > /when\n")
     first = await lab.build(context, "-t", "first:1", "--cache-from", "127.0.0.1:1/gone:latest")
     assert first.exit == 0, first.output
     again = await lab.build(
