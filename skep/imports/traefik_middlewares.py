@@ -132,14 +132,10 @@ def _redirect_scheme(
     kind: str, own: dict[str, str], _: Sequence[RuleAddress], made: MiddlewareEffects
 ) -> None:
     scheme, port = own.pop("scheme", ""), own.pop("port", "443")
-    permanent = own.pop("permanent", "false")
     if scheme.lower() != "https" or port not in ("", "443"):
         made.block(_joined(kind, "scheme"), "the front door redirects to https at port 443 only")
         return
-    made.redirect = "https"
-    if not _is_true(permanent):
-        made.differences[_joined(kind, "scheme")] = "the redirect is permanent (308) and not temporary"
-    _refuse_rest(kind, own, made)
+    _redirect("https", kind, "scheme", own, made)
 
 
 def _redirect_site(
@@ -147,7 +143,6 @@ def _redirect_site(
 ) -> None:
     """Convert the redirect of a whole site, as from ``www``."""
     site, target = _SITE.fullmatch(own.pop("regex", "")), _TARGET.fullmatch(own.pop("replacement", ""))
-    permanent = own.pop("permanent", "false")
     if site is None or target is None:
         example = "^https?://a.example/(.*) to https://b.example/$1"
         reason = f"only a redirect of a whole site can be converted, as from {example}"
@@ -159,9 +154,14 @@ def _redirect_site(
             _joined(kind, "regex"), f"all requests of a route are redirected. Write a router for {host} alone"
         )
         return
-    made.redirect = target[1]
-    if not _is_true(permanent):
-        made.differences[_joined(kind, "regex")] = "the redirect is permanent (308) and not temporary"
+    _redirect(target[1], kind, "regex", own, made)
+
+
+def _redirect(target: str, kind: str, option: str, own: dict[str, str], made: MiddlewareEffects) -> None:
+    """Redirect to ``target``, and name the difference if Traefik's redirect is temporary."""
+    made.redirect = target
+    if not _is_true(own.pop("permanent", "false")):
+        made.differences[_joined(kind, option)] = "the redirect is permanent (308) and not temporary"
     _refuse_rest(kind, own, made)
 
 

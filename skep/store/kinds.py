@@ -1,5 +1,6 @@
 """Kinds of objects that are internal to managers.  No API shows them."""
 
+from collections.abc import Iterable
 from typing import TypeVar
 from zlib import crc32
 
@@ -230,12 +231,23 @@ def with_readable_specs(view: View, service: Service, tasks: tuple[Task, ...]) -
     return tuple([replace(task, spec=present) if has_unreadable_spec(view, task) else task for task in tasks])
 
 
+def run_version(service: Service) -> Version | None:
+    """Return the version of the spec of a job's current run, or None if that is the present spec."""
+    return service.job_status.spec_version if service.job_status is not None else None
+
+
+def kept_versions(service: Service) -> frozenset[int]:
+    """Return the indexes of the spec versions from which a service may still create tasks."""
+    found = {one.index for one in (service.spec_version, run_version(service)) if one is not None}
+    return frozenset(found if service.old_version is None else {*found, service.old_version})
+
+
 def as_run(view: View, service: Service) -> Service:
     """Return the job ``service`` with the spec of its current run, if an update applies from the next run on only.
 
     It keeps its current disconnect labels, which the nodes of its tasks receive.
     """
-    pinned = service.job_status.spec_version if service.job_status is not None else None
+    pinned = run_version(service)
     if pinned is None or pinned == service.spec_version:
         return service
     kept = view.lookup(SpecVersion, spec_version_id(service.id, pinned))
@@ -253,6 +265,16 @@ def as_before_update(view: View, service: Service) -> Service:
     version = Version(index=service.old_version)
     kept = view.lookup(SpecVersion, spec_version_id(service.id, version))
     return service if kept is None else replace(service, spec=kept.spec, spec_version=version)
+
+
+def unused_versions(
+    service: Service, versions: Iterable[SpecVersion], tasks: Iterable[Task]
+) -> list[SpecVersion]:
+    """Return the versions of the service's spec that no task refers to, and that it does not keep itself."""
+    used = {task.spec_version.index for task in tasks if task.spec_version is not None} | kept_versions(
+        service
+    )
+    return [version for version in versions if version.index not in used]
 
 
 def specs_in_use(view: View, service: Service) -> tuple[ServiceSpec, ...]:
@@ -277,7 +299,5 @@ def has_unreadable_run(view: View, service_id: str) -> bool:
     if "job" in view.damaged(Service).get(service_id, ()):
         return True
     service = view.lookup(Service, service_id)
-    pinned = (
-        service.job_status.spec_version if service is not None and service.job_status is not None else None
-    )
+    pinned = run_version(service) if service is not None else None
     return pinned is not None and spec_version_id(service_id, pinned) in view.unreadable(SpecVersion)

@@ -13,6 +13,7 @@ from skep.cli.running import delete_each, run_requests, say
 from skep.model.options.notifications import Topic
 from skep.model.task_end import printable
 from skep.model.values.counts import counted
+from skep.model.values.times import minute
 from skep.stack.project import NAMESPACE
 
 _TEST_S = 30.0
@@ -163,11 +164,11 @@ def shown_targets(found: list[Mapping[str, Any]]) -> Shown:
         yield from table(names, cells, screen, empty="No targets. Add one with skep notify add NAME URL.")
         for one in found:
             if error := one.get("Error"):
-                since = str(one.get("FailingSince", ""))[:16].replace("T", " ")
+                since = minute(str(one.get("FailingSince", "")))
                 dropped = f", {counted(one['Dropped'], 'notice')} dropped" if one["Dropped"] else ""
                 due = str(one.get("NextAttemptAt", ""))[11:19]
                 again = f", next attempt at {due} UTC" if due else ""
-                yield printable(f"{one['Name']} fails since {since} UTC: {error}{again}{dropped}")
+                yield printable(f"{one['Name']} fails since {since}: {error}{again}{dropped}")
 
     return Shown(data=found, rows=rows, lines=lines)
 

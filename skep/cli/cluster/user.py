@@ -22,6 +22,7 @@ from skep.errors import InvalidArgument, SkepError, Unauthenticated, Unavailable
 from skep.linux.files import replace_file
 from skep.model.permissions.access import parse_binding
 from skep.model.task_end import printable
+from skep.model.values.times import minute
 
 if TYPE_CHECKING:
     from skep.api.client.requests import PlainRequests
@@ -268,8 +269,8 @@ def inspect(options: HostOptions, name: str, output: OutputOptions) -> None:
             {
                 "Kind": _kind(kind, one),
                 "ID": one[key],
-                "Created": _minute(one["CreatedAt"]),
-                "Expires": _minute(one["NotAfter"]),
+                "Created": minute(one["CreatedAt"]),
+                "Expires": minute(one["NotAfter"]),
             }
             for kind, key, items in (
                 ("certificate", "Serial", found["Certificates"]),
@@ -283,11 +284,6 @@ def inspect(options: HostOptions, name: str, output: OutputOptions) -> None:
         )
 
     output.show(fetch)
-
-
-def _minute(stamp: str) -> str:
-    """Return ``2026-01-31 12:00 UTC`` of an RFC 3339 timestamp."""
-    return f"{stamp[:16].replace('T', ' ')} UTC"
 
 
 def _kind(kind: str, credential: Mapping[str, Any]) -> str:

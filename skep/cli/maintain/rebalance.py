@@ -12,6 +12,7 @@ from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests
 from skep.errors import InvalidArgument
 from skep.model.values.counts import counted
+from skep.model.values.times import minute
 
 PLAN_TIMEOUT_S = 90.0
 """Seconds to wait for the plan.  A manager ends after 60 seconds, and may first answer others."""
@@ -116,7 +117,7 @@ def _lines(found: Mapping[str, Any], screen: Screen) -> Iterator[str]:
     yield screen.styled(title, bold=True)
     if run := record.get("Run"):
         by = f" by {run['By']}" if run["By"] else " after the return of nodes"
-        since = f"{run['StartedAt'][:16].replace('T', ' ')} UTC"
+        since = minute(run["StartedAt"])
         yield f"  in progress since {since}{by}: {counted(run['Moved'], 'move')} begun"
         if run["Waiting"]:
             yield f"  waiting: {run['Waiting']}"

@@ -24,6 +24,7 @@ from skep.model.options.labels import system_reserve
 from skep.model.swarm import FROZEN
 from skep.model.task_end import printable
 from skep.model.values.counts import counted
+from skep.model.values.times import minute
 
 _PAUSED = ("paused", "rollback_paused")
 _WAITS_FOR = re.compile(r"it waits for (?:service )?([A-Za-z0-9][\w.-]*)")
@@ -294,7 +295,7 @@ def _route_line(one: Mapping[str, Any]) -> str:
     if (percent := one.get("NewPercent")) is not None:
         parts.append(f"new tasks get {percent}% of new connections")
     if expires := one.get("CertificateExpires"):
-        parts.append(f"certificate until {expires[:16].replace('T', ' ')} UTC")
+        parts.append(f"certificate until {minute(expires)}")
     return f"  route {one['Route']}: {'; '.join(parts)}"
 
 

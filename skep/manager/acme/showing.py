@@ -29,7 +29,7 @@ from skep.model.options.certificates import (
     CertificateShown,
     CertificatesShown,
 )
-from skep.model.values.times import SECOND_NS, Timestamp, timestamp
+from skep.model.values.times import SECOND_NS, Timestamp, minute, timestamp
 from skep.store.interface import View
 
 _OVERDUE_SHARE = 2 * LEFT_SHARE
@@ -173,8 +173,8 @@ def _is_left(share: int, not_before_ns: int, not_after_ns: int, now_ns: int) -> 
 
 def _expiry(name: str, not_after_ns: int, now_ns: int) -> str:
     verb = "expired" if not_after_ns <= now_ns else "expires"
-    day = timestamp(not_after_ns)[:16].replace("T", " ")
-    return f"the certificate of {name} {verb} on {day} UTC"
+    day = minute(timestamp(not_after_ns))
+    return f"the certificate of {name} {verb} on {day}"
 
 
 def certificate_warnings(view: View, now_ns: int) -> Iterator[str]:

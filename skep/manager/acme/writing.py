@@ -24,7 +24,7 @@ from skep.manager.acme.steps import (
     dropped,
     present_record,
 )
-from skep.model.values.times import timestamp
+from skep.model.values.times import minute, timestamp
 from skep.store.interface import Transaction
 from skep.store.kinds import Payload, write_record
 from skep.store.level import CERTIFICATES
@@ -53,9 +53,9 @@ def ask_for_renewal(tx: Transaction, name: str, now_ns: int) -> None:
         raise NotFound(f"no certificate of the authority for {name}: see skep certificate ls")
     record = present_record(account, records_in(tx), name)
     if record.blocked_until_ns > now_ns:
-        until = timestamp(record.blocked_until_ns)[:16].replace("T", " ")
+        until = minute(timestamp(record.blocked_until_ns))
         raise FailedPrecondition(
-            f"the authority refuses orders for {name} until {until} UTC: {record.error}. Wait until then."
+            f"the authority refuses orders for {name} until {until}: {record.error}. Wait until then."
         )
     write_record(tx, record_id(name), asked(record))
 

@@ -7,7 +7,7 @@ from skep.api.telemetry.exposition import MetricFamily, Sample, label_text
 from skep.manager.notify.addresses import parsed_address
 from skep.manager.notify.records import Delivery, Target, backup_in, delivery_in, targets_in
 from skep.model.options.notifications import TargetState, Topic
-from skep.model.values.times import Timestamp, timestamp
+from skep.model.values.times import Timestamp, minute, timestamp
 from skep.store.interface import View
 
 
@@ -42,7 +42,7 @@ def delivery_warnings(view: View) -> Iterator[str]:
     for target in targets_in(view):
         delivery = delivery_in(view, target)
         if delivery is not None and delivery.error:
-            since = _minute(delivery.failing_since_ns)
+            since = minute(timestamp(delivery.failing_since_ns))
             yield f"WARNING: notifications to {target.name} fail since {since}: {delivery.error} (skep notify ls)"
 
 
@@ -50,11 +50,7 @@ def backup_warnings(view: View) -> Iterator[str]:
     """Yield a warning if the last backup failed."""
     last = backup_in(view)
     if last.failed_ns > last.complete_ns:
-        yield f"WARNING: the backup at {_minute(last.failed_ns)} failed: {last.error} (skep backup)"
-
-
-def _minute(at_ns: int) -> str:
-    return f"{timestamp(at_ns)[:16].replace('T', ' ')} UTC"
+        yield f"WARNING: the backup at {minute(timestamp(last.failed_ns))} failed: {last.error} (skep backup)"
 
 
 def delivery_families(view: View) -> list[MetricFamily]:

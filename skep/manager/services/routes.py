@@ -124,7 +124,8 @@ def door_network(view: View) -> Network | None:
 
 def _network_of(view: View, proxies: Collection[ServiceId]) -> Network | None:
     """Return the front door's network, with ``proxies`` from ``doors_in``."""
-    if all(view.get(Service, id).removed_at is not None for id in proxies):
+    services = (view.lookup(Service, id) for id in proxies)
+    if not any(one is not None and one.removed_at is None for one in services):
         return None
     doors = (one for one in view.find(Network) if is_door(one.spec.labels))
     return min(doors, key=lambda one: (one.created_at, one.id), default=None)

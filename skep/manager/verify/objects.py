@@ -17,7 +17,7 @@ from skep.model.values.counts import counted
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.volume import Volume
 from skep.store.interface import View
-from skep.store.kinds import Payload, SpecVersion
+from skep.store.kinds import Payload, SpecVersion, unused_versions
 
 EXTRA = 8
 """Tasks of one slot in addition to its history limit: the desired task, a stopping task, and a task that decides on the
@@ -93,10 +93,7 @@ def unused_version(version: SpecVersion, view: View) -> Iterator[InvariantViolat
     if service is None:
         yield InvariantViolation("leftover", f"spec {version.id} is of a service that is gone", (version,))
         return
-    pinned = service.job_status.spec_version if service.job_status is not None else None
-    used = {task.spec_version for task in view.find(Task, service_id=service.id)}
-    indexes = {one.index for one in (*used, service.spec_version, pinned) if one is not None}
-    if version.index not in indexes and version.index != service.old_version:
+    if unused_versions(service, (version,), view.find(Task, service_id=service.id)):
         yield InvariantViolation("leftover", f"spec {version.id} is used by no task", (version,))
 
 

@@ -52,6 +52,11 @@ def _second(unix_s: int) -> str:
     return datetime.fromtimestamp(unix_s, UTC).replace(tzinfo=None).isoformat(timespec="seconds")
 
 
+def minute(stamp: str) -> str:
+    """Return the minute of a timestamp in words: ``2026-01-31 12:00 UTC``."""
+    return f"{stamp[:16].replace('T', ' ')} UTC"
+
+
 def moment(unix_ns: int) -> datetime:
     """Return the same time as a ``datetime`` in UTC; exact to the microsecond."""
     return datetime.fromtimestamp(unix_ns / SECOND_NS, UTC)

@@ -10,7 +10,7 @@ Source: swarmkit, manager/orchestrator/taskreaper/task_reaper.go; manager/orches
 removed node).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from skep.manager.orchestrator.slots import Slot, age, has_reported_end, is_assigned
 from skep.model.node import Node
@@ -18,7 +18,6 @@ from skep.model.options.schedules import max_attempts_of
 from skep.model.service import RestartPolicy, Service
 from skep.model.task import Task, TaskState
 from skep.model.values.meta import Version
-from skep.store.kinds import SpecVersion
 
 DEFAULT_LIMIT = 5
 """Ended tasks that a slot keeps if the cluster sets no limit, as in Docker."""
@@ -132,20 +131,6 @@ def attempts_kept(service: Service) -> int:
     policy = service.spec.task_template.restart_policy or RestartPolicy()
     limit = policy.attempts_limit or max_attempts_of(service.spec.labels)
     return limit + 1 if limit else 0
-
-
-def unused_versions(
-    service: Service, versions: Iterable[SpecVersion], tasks: Iterable[Task]
-) -> list[SpecVersion]:
-    """Return the versions of the service's spec that no task refers to.  The current version is always kept."""
-    used = {task.spec_version.index for task in tasks if task.spec_version is not None}
-    if service.spec_version is not None:
-        used.add(service.spec_version.index)
-    if service.job_status is not None and service.job_status.spec_version is not None:
-        used.add(service.job_status.spec_version.index)
-    if service.old_version is not None:
-        used.add(service.old_version)
-    return [version for version in versions if version.index not in used]
 
 
 def _is_past(task: Task) -> bool:

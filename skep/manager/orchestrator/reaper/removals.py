@@ -5,7 +5,7 @@ from typing import TypeAlias
 import msgspec
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.reaper.history import is_orphaned, unused_versions
+from skep.manager.orchestrator.reaper.history import is_orphaned
 from skep.manager.services.spec_history import forget_specs
 from skep.model.node import Node
 from skep.model.service import Service
@@ -13,7 +13,7 @@ from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, TaskEnd
 from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction
-from skep.store.kinds import SpecVersion, has_unreadable_status
+from skep.store.kinds import SpecVersion, has_unreadable_status, unused_versions
 
 
 class Orphan(msgspec.Struct, frozen=True):

@@ -19,7 +19,6 @@ from skep.manager.orchestrator.reaper.history import (
     is_orphaned,
     is_past_attachment,
     surplus_history,
-    unused_versions,
 )
 from skep.manager.orchestrator.reaper.kept_nodes import has_cut_report
 from skep.manager.orchestrator.reaper.removals import (
@@ -47,7 +46,7 @@ from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.values.meta import Version
 from skep.store.interface import Commit, Created, Deleted, Updated, View
-from skep.store.kinds import SpecVersion, as_run, has_unreadable_run
+from skep.store.kinds import SpecVersion, as_run, has_unreadable_run, kept_versions, unused_versions
 
 Key = NewType("Key", str)
 """A slot (``<service>/<slot or node>``) or a service (its id)."""
@@ -157,7 +156,7 @@ class ReaperState:
                 case Deleted(Task() as task) if task.service_id:
                     self.queue.add((Key(task.service_id),))
                 case Updated(Service() as before, Service() as after):
-                    if before.removed_at != after.removed_at or _versions(before) != _versions(after):
+                    if before.removed_at != after.removed_at or kept_versions(before) != kept_versions(after):
                         self.queue.add((Key(after.id),))
                     if keeps_data(before) and not keeps_data(after):
                         tasks = self._view().find(Task, service_id=after.id)
@@ -224,12 +223,6 @@ class ReaperState:
             yield Recheck(self._clock.monotonic() + RETRY_S)
         if len(versions) > 1:
             yield from map(DeleteVersion, unused_versions(service, versions, tasks))
-
-
-def _versions(service: Service) -> tuple[object, ...]:
-    """Return the versions of the spec that the service itself keeps (``unused_versions``)."""
-    run = service.job_status.spec_version if service.job_status is not None else None
-    return service.spec_version, service.old_version, run
 
 
 def _slot_key(task: Task) -> Key:

@@ -13,13 +13,12 @@ from skep.manager.orchestrator.reaper.history import (
     is_of_gone_slot,
     is_orphaned,
     surplus_history,
-    unused_versions,
 )
 from skep.manager.orchestrator.replacement.restart import should_restart
 from skep.model.service import MAX_ATTEMPTS_MAX, RestartPolicy, UpdateSplit, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.model.values.meta import Version
-from skep.store.kinds import SpecVersion
+from skep.store.kinds import SpecVersion, unused_versions
 from tests.support.builders import a_node, a_service, a_task
 
 FAILED, REMOVE, SHUTDOWN = TaskState.FAILED, TaskState.REMOVE, TaskState.SHUTDOWN

@@ -11,7 +11,6 @@ from skep.api.telemetry.exposition import render
 from skep.manager.diagnosis.explanations import explain_service
 from skep.manager.journal.changes import entries_of
 from skep.manager.orchestrator.changes import FillSlot, RetireTask, SettleRun
-from skep.manager.orchestrator.reaper.history import unused_versions
 from skep.manager.schedules.due import decided, next_due_ns
 from skep.manager.services.job_listing import failure, next_run, note, schedule_words, shown_job
 from skep.manager.services.job_runs import COMPLETED, FAILED, next_job
@@ -35,7 +34,7 @@ from skep.model.values.ids import TaskId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Updated
-from skep.store.kinds import SpecVersion
+from skep.store.kinds import SpecVersion, unused_versions
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service, a_task
 from tests.support.managers.worlds import World
