@@ -1,16 +1,13 @@
 """The documents as a site: whole, in the order of the index, and nothing in it comes from elsewhere."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path, PurePosixPath
 
 import pytest
 
 from docs.site.diagrams import DRAWN, placed, shown, sources
 from docs.site.hooks import OUTSIDE, landing, linked, navigation
-from tests.support.harness.documents import PAGES, ROOT
+from tests.support.harness.documents import PAGES, ROOT, build_site
 
 _LOADED = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=["']?((?:https?:)?//[^"' >]+)""")
 _STYLED = re.compile(r"(?:url\(|@import )[\"']?((?:https?:)?//[^\"')]+)")
@@ -20,16 +17,7 @@ _STYLED = re.compile(r"(?:url\(|@import )[\"']?((?:https?:)?//[^\"')]+)")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built with warnings as errors: links, headings, pages that nothing leads to."""
     directory = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(directory)],
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    build_site(directory, "--strict")
     return directory
 
 

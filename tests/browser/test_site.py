@@ -1,27 +1,18 @@
 """The built site in a browser, from the disk: search finds pages, and diagrams are drawn."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from playwright.async_api import expect
 
 from tests.support.clients.browser import a_browser, a_page
-from tests.support.harness.documents import ROOT
+from tests.support.harness.documents import build_site
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("site")
-    subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(directory)],
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        check=True,
-        timeout=120,
-    )
+    build_site(directory)
     return directory
 
 

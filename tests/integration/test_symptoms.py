@@ -5,16 +5,14 @@ these words, as the site's search index knows it.
 """
 
 import json
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from html import unescape
 
 import pytest
 
-from tests.support.harness.documents import ROOT
+from tests.support.harness.documents import build_site
 from tests.support.machines.playground_rig import (
     IMAGE,
     SKEP,
@@ -34,13 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 def sections(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The text of each section of the built site, by its address."""
     directory = tmp_path_factory.mktemp("site")
-    subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(directory)],
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        check=True,
-        timeout=200,
-    )
+    build_site(directory, within_s=200)
     index = json.loads((directory / "search/search_index.json").read_text())
     return {
         one["location"]: unescape(re.sub(r"<[^>]+>", "", f"{one['title']} {one['text']}"))

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from skep.agent.executor.adapter import NodeFacts
 from skep.agent.executor.interface import Rejected
-from skep.agent.executor.oci import OciExecutor
+from skep.agent.executor.oci import OciController, OciExecutor
 from skep.engine.containers.commits import CommitRequest, commit
 from skep.engine.containers.container import ExecConfig
 from skep.engine.images.image import ContainerDefaults
@@ -44,16 +44,21 @@ def a_script(text: str, **spec: object) -> AssignedTask:
     return a_process("/bin/sh", "-c", text, **spec)
 
 
+async def a_running_process(executor: OciExecutor) -> tuple[AssignedTask, OciController]:
+    task = a_process("sleep", "600")
+    controller = executor.controller(task)
+    await controller.prepare()
+    await controller.start()
+    return task, controller
+
+
 async def test_a_program_of_the_machine_runs_as_nobody(executor: OciExecutor) -> None:
     script = "import os; print(os.getuid(), os.getgid(), os.getgroups(), os.getpid(), os.getcwd())"
     assert await output(executor, a_process("python3", "-c", script)) == "65534 65534 [65534] 1 /\n"
 
 
 async def test_a_process_is_a_container_without_an_image(lab: Lab, executor: OciExecutor) -> None:
-    task = a_process("sleep", "600")
-    controller = executor.controller(task)
-    await controller.prepare()
-    await controller.start()
+    task, controller = await a_running_process(executor)
     container = executor.engine.get(task.name)
     assert (container.image, container.image_id, lab.images.pulls) == ("scratch:latest", "", 0)
     assert executor.engine.changes(container.id) == [], "mount points are no changes of the user"
@@ -159,10 +164,7 @@ async def test_a_target_that_the_machine_lacks_is_refused_by_name(
 
 
 async def test_a_command_in_a_process_is_unprivileged(executor: OciExecutor) -> None:
-    task = a_process("sleep", "600")
-    controller = executor.controller(task)
-    await controller.prepare()
-    await controller.start()
+    task, controller = await a_running_process(executor)
     execs = executor.engine.execs
     for config in (ExecConfig(command=("id",), user="root"), ExecConfig(command=("id",), privileged=True)):
         id = execs.create(task.name, config)
@@ -172,10 +174,7 @@ async def test_a_command_in_a_process_is_unprivileged(executor: OciExecutor) -> 
 
 
 async def test_copies_do_not_reach_the_machines_files(executor: OciExecutor) -> None:
-    task = a_process("sleep", "600")
-    controller = executor.controller(task)
-    await controller.prepare()
-    await controller.start()
+    task, controller = await a_running_process(executor)
     files = executor.engine.files
     for path in ("/etc/shadow", "/etc/passwd", "/usr/bin/id", "/bin/id"):
         with pytest.raises(NotFound):
@@ -236,10 +235,7 @@ async def test_secrets_and_configs_reach_a_process(executor: OciExecutor) -> Non
 
 
 async def test_docker_shows_a_process_like_a_container(api: Api, executor: OciExecutor) -> None:
-    task = a_process("sleep", "600")
-    controller = executor.controller(task)
-    await controller.prepare()
-    await controller.start()
+    task, controller = await a_running_process(executor)
     _, [line] = await api.ask("GET", "/containers/json?size=1")
     assert (line["Image"], line["ImageID"], line["Command"]) == ("scratch:latest", "", "sleep 600")
     _, shown = await api.ask("GET", f"/containers/{task.name}/json?size=1")

@@ -10,17 +10,19 @@ from pathlib import Path
 from tests.support.machines.playground_rig import wait_until
 
 
-def write_client(folder: Path, server: str, host_key: str) -> dict[str, str]:
-    """Write an ``ssh`` command that knows one server and logs in with the key ``folder/user``.
+def write_client(folder: Path, server: str, host_key: str, *options: str) -> dict[str, str]:
+    """Write an ``ssh`` command that knows servers with one key and logs in with the key ``folder/user``.
 
     Return the environment in which a client finds this command.
 
     Args:
-        server: its name in ``known_hosts``: ``192.0.2.1``, or ``[192.0.2.1]:2222``.
+        server: its name in ``known_hosts``: ``192.0.2.1``, or ``[192.0.2.1]:2222``.  Commas separate several.
+        options: further lines of the client's configuration.
     """
     (folder / "known").write_text(f"{server} {host_key.strip()}\n")
     (folder / "client").write_text(
         f"UserKnownHostsFile {folder}/known\nIdentityFile {folder}/user\nIdentitiesOnly yes\n"
+        + "".join(f"{line}\n" for line in options)
     )
     binaries = folder / "bin"
     binaries.mkdir()

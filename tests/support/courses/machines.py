@@ -4,7 +4,6 @@ This process is at the other end of their cables, in a network namespace with a 
 """
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +17,8 @@ from threading import Event, Thread
 from typing import TypeVar
 
 import docker
+
+from tests.support.clients.ssh_client import write_client
 
 T = TypeVar("T")
 
@@ -201,16 +202,9 @@ class VirtualMachine(Machine):
 
 def write_ssh(place: Path, machines: list[Machine]) -> None:
     """Put an ``ssh`` on the path that knows the machines and the user's key, and nothing else of this machine."""
-    key = (place / "host.pub").read_text().strip()
-    (place / "known").write_text("".join(f"{one.address} {key}\n" for one in machines))
-    (place / "client").write_text(
-        f"UserKnownHostsFile {place}/known\nIdentityFile {place}/user\nIdentitiesOnly yes\nBatchMode yes\n"
-    )
-    commands = place / "bin"
-    commands.mkdir()
-    (commands / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {place}/client "$@"\n')
-    (commands / "ssh").chmod(0o755)
-    os.environ["PATH"] = f"{commands}:{place}/operator/bin:{os.environ['PATH']}:{ROOT}/.venv/bin"
+    addresses = ",".join(one.address for one in machines)
+    write_client(place, addresses, (place / "host.pub").read_text(), "BatchMode yes")
+    os.environ["PATH"] = f"{place}/bin:{place}/operator/bin:{os.environ['PATH']}:{ROOT}/.venv/bin"
     os.environ["HOME"] = str(place)
 
 

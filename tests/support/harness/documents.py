@@ -1,6 +1,9 @@
 """Parses the documents: their links, their shell blocks, the paths that they name."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
@@ -14,6 +17,20 @@ _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 _QUOTED = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+
+
+def build_site(directory: Path, *options: str, within_s: float = 120) -> None:
+    """Build the documents' site in ``directory``."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", *options, "--site-dir", str(directory)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=within_s,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def shell_blocks(page: str) -> list[str]:
