@@ -40,13 +40,10 @@ RUN_ELSEWHERE = {
     ("docs/guide/quotas.md", 0): "tests/integration/daemon/test_users.py",
     ("docs/guide/security.md", 0): "tests/integration/test_mapped_users.py",
     ("bench/README.md", 0): "`make bench`; its results are kept",
-    ("bench/README.md", 1): "run by hand before a release; its results are kept",
-    ("bench/README.md", 2): "run by hand before a release; its results are kept",
-    ("bench/README.md", 3): "run by hand before a release; its results are kept",
-    ("bench/README.md", 4): "run by hand before a release; its results are kept",
-    ("bench/README.md", 5): "run by hand before a release; its results are kept",
-    ("bench/README.md", 6): "run by hand before a release; its results are kept",
-    ("bench/README.md", 7): "run by hand before a release; its results are kept",
+    **{
+        ("bench/README.md", block): "run by hand before a release; its results are kept"
+        for block in range(1, 9)
+    },
 }
 """Blocks of documents (page, number on the page) that other tests run, and which."""
 
