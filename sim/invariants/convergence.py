@@ -90,7 +90,9 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
     is_held_up = is_under_way and bool(waiting)
     for key, slot in slots.items():
         if is_held_up and (
-            (len(slot) == 1 and _runs(slot[0])) or _waits_for_its_turn(slot, slots, waiting, service)
+            (len(slot) == 1 and _runs(slot[0]))
+            or _waits_for_its_turn(slot, slots, waiting, service)
+            or _runs_both_versions(slot, service)
         ):
             # not updated yet, because the update waits for as many unplaceable tasks as its parallelism allows
             continue
@@ -124,6 +126,12 @@ def _waits_for_its_turn(
         one for one in slots.values() if any(task in waiting for task in one) and not any(map(_runs, one))
     ]
     return len(others) < len(slot) and are_prepared and 0 < config_of(service).parallelism <= len(idle)
+
+
+def _runs_both_versions(slot: Slot, service: Service) -> bool:
+    """Return whether a slot has its old and its new task, as in each slot of a blue-green update until it switches."""
+    status = service.update_status
+    return status is not None and status.split is not None and len(slot) == 2 and all(map(_runs, slot))
 
 
 def _is_prepared_beside(slot: Slot, task: Task) -> bool:

@@ -320,6 +320,21 @@ def test_a_prepared_task_waits_for_its_turn_only_while_the_update_may_stop_no_fu
     assert all(one.startswith("slot 1 of web does not run app:1") for one in reported)
 
 
+@pytest.mark.parametrize("split", [UpdateSplit(old=1, versions=(2,)), None])
+def test_slots_of_a_blue_green_update_keep_both_tasks_while_another_new_task_finds_no_node(
+    split: UpdateSplit | None,
+) -> None:
+    """No node has a port left for slot 2.  Without a split, the update has to stop the old task of slot 1."""
+    spec = replace(a_service_spec("web", replicas=2, image="app:1"), endpoint_spec=HOST_PORT)
+    old = a_task("t1", node=W1, state=RUNNING, image="app:0")
+    new = of(a_task("t2", node=W2, state=RUNNING), spec)
+    kept = a_task("t3", slot=2, node=W1, state=RUNNING, image="app:0")
+    refused = of(a_task("t4", slot=2, state=PENDING), spec)
+    updating = UpdateStatus(state=UpdateState.UPDATING, split=split)
+    reported = lacking(spec, old, new, kept, refused, update_status=updating)
+    assert bool(reported) is (split is None)
+
+
 @pytest.mark.parametrize(("parallelism", "is_settled"), [(1, True), (2, False)])
 def test_a_pending_successor_waits_for_its_turn_while_the_update_may_stop_no_further_slot(
     parallelism: int, is_settled: bool
