@@ -101,6 +101,15 @@ class Payloads:
                         path.unlink(missing_ok=True)
                         self._note_door(path.stem)
 
+    def has(self, container: ContainerSpec) -> bool:
+        """Return whether the data of all secrets and configs of a container are kept.  Reads the directory."""
+        wanted: list[tuple[Path, str]] = [(self._secrets, secret.secret_id) for secret in container.secrets]
+        wanted += [(self._configs, config.config_id) for config in container.configs]
+        return all(
+            id.isalnum() and any((directory / _file_name(id, driver)).exists() for driver in _DRIVERS)
+            for directory, id in wanted
+        )
+
     def text_of_secret(self, id: str) -> str:
         """Return the data of a secret for a volume driver.  Raises: SkepError."""
         return to_text(_read(self._secrets, "secret", id)[0])

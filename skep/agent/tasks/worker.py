@@ -24,6 +24,7 @@ from skep.agent.tasks.task_files import RememberedTask, TaskFiles
 from skep.aio.clock import Clock, tick
 from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
+from skep.model.container import ContainerSpec
 from skep.model.node_reports.node_removal import NodeRemoval
 from skep.model.options.labels import ON_DISCONNECT, OnDisconnect, disconnect_policy
 from skep.model.task import AssignedTask, TaskState, TaskStatus
@@ -79,6 +80,9 @@ class PayloadSink(Protocol):
 
     def keep_only(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None:
         """Forget the data of all others."""
+
+    def has(self, container: ContainerSpec) -> bool:
+        """Return whether the data of all secrets and configs of a container are kept."""
 
 
 class _Unkept:
@@ -143,6 +147,8 @@ class Worker:
         self.removals: dict[TaskId, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup | None = None
         self._ready = asyncio.Event()
+        self._assigned = asyncio.Event()
+        """Set by the first assignment, which brings the secrets and configs of all tasks."""
 
     async def run(self) -> None:
         """Load the recorded tasks, then run them until cancelled.  Containers keep running after that."""
@@ -167,6 +173,7 @@ class Worker:
         await self._ready.wait()
         if self._payloads is not None:
             self._put_payloads(self._payloads, change)
+        self._assigned.set()
         if self.volumes is not None:
             await self.volumes.wait_ready()
             self.volumes.assign(change)
@@ -244,6 +251,10 @@ class Worker:
         removal = self.removals.get(driver.task.task.id)
         if removal is not None:  # assigned again while its earlier containers are being removed
             await asyncio.wait([removal])
+        container = driver.task.task.spec.container_spec
+        if self._payloads is not None and container is not None and not self._payloads.has(container):
+            # Secrets are kept in memory only.  After a power loss, a start fails until a manager has sent them again.
+            await self._assigned.wait()
         await retry(driver.run, "task not driven", clock=self._clock, task=driver.task.task.id)
 
     async def _update(self, driver: TaskDriver) -> None:

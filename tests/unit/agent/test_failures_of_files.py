@@ -71,6 +71,7 @@ async def test_what_a_container_sees_of_its_secrets_is_whole_or_it_does_not_star
         faults.end()
         again = on_a_disk(place / "secrets")  # what the next process finds
         again.open()
+        assert again.has(CONTAINER)
         whole = {"0": (b"new", 7, 0o440), "1": (b"config", 0, 0o444)}
         assert not is_made or files_of(place / "secrets", "one") == whole
         again.materialize("one", CONTAINER, SEEN)
@@ -97,6 +98,7 @@ async def test_a_secret_that_is_taken_back_is_gone_or_said_to_be_there(tmp_path:
         faults.end()
         left = list((place / "secrets/known").rglob("*1")) + list((place / "secrets/known").rglob("*2"))
         assert not (is_gone and left)
+        assert not (is_gone and kept.has(CONTAINER))
         kept.drop((SecretId("s1"),), ())
         kept.keep_only((), ())
         assert not [path for path in (place / "secrets/known").rglob("*") if path.is_file()]

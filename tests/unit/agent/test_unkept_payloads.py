@@ -6,14 +6,20 @@ from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+from msgspec.structs import replace
+
 from skep.agent.executor.simulated import SimulatedExecutor, SimulatedMachine
-from skep.agent.tasks.task_files import TaskFiles
+from skep.agent.tasks.task_files import RememberedTask, TaskFiles
 from skep.agent.tasks.worker import Worker
 from skep.aio.clock import SystemClock
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
-from skep.model.values.ids import ConfigId, SecretId
+from skep.model.container import ContainerSpec, SecretReference
+from skep.model.service import TaskSpec
+from skep.model.task import AssignedTask, TaskState
+from skep.model.values.ids import ConfigId, SecretId, TaskId
 from tests.support.managers.fake_worker import a_session
-from tests.unit.agent.test_worker import QUICK, Reports
+from tests.unit.agent.test_worker import QUICK, Reports, assigned
 
 
 class Payloads:
@@ -35,6 +41,10 @@ class Payloads:
 
     def keep_only(self, secrets: Collection[SecretId], configs: Collection[ConfigId]) -> None:
         self.kept = {id: data for id, data in self.kept.items() if id in (*secrets, *configs)}
+
+    def has(self, container: ContainerSpec) -> bool:
+        needed = [secret.secret_id for secret in container.secrets]
+        return self.kept.keys() >= {*needed, *(config.config_id for config in container.configs)}
 
 
 class HeldClock(SystemClock):
@@ -76,6 +86,10 @@ def brings(
 
 async def tried_again(payloads: Payloads, clock: HeldClock) -> None:
     payloads.has_room = True
+    await some_turns(clock)
+
+
+async def some_turns(clock: HeldClock) -> None:
     clock.enough.set()
     for _ in range(100):
         await asyncio.sleep(0)
@@ -125,3 +139,27 @@ async def test_newer_data_is_not_overwritten(tmp_path: Path) -> None:
         assert payloads.kept == {"a": b"2"}
         await tried_again(payloads, clock)
         assert payloads.kept == {"a": b"2", "b": b"1"}
+
+
+def with_secret(id: str) -> AssignedTask:
+    task = assigned("t").task
+    container = ContainerSpec(image="i", secrets=(SecretReference(secret_id=SecretId(id)),))
+    return AssignedTask(task=replace(task, spec=TaskSpec(container_spec=container)), service_name="web")
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+async def test_a_task_starts_after_a_power_loss_once_its_secret_has_been_sent_again(
+    tmp_path: Path, is_kept: bool
+) -> None:
+    """If the process of the node alone has ended, the secret is still there, and the task starts without a manager."""
+    task, payloads, clock = with_secret("a"), Payloads(), HeldClock()
+    TaskFiles(tmp_path).write({TaskId("t"): RememberedTask(task, task.task.status)})
+    payloads.kept = {"a": b"1"} if is_kept else {}
+    async with working(tmp_path, payloads, clock) as worker:
+        await worker.wait_ready()
+        await some_turns(clock)
+        expected = TaskState.RUNNING if is_kept else TaskState.ASSIGNED
+        assert worker.statuses()[TaskId("t")].state is expected
+        await worker.assign(replace(brings("a", complete=True), tasks=(task,)))
+        await some_turns(clock)
+        assert worker.statuses()[TaskId("t")].state is TaskState.RUNNING
