@@ -375,9 +375,8 @@ class SimulatedNetwork(Part):
         before = dict(self._held(config.id))
 
         def change() -> None:
-            if (
-                config.id not in self._world.namespaces
-            ):  # an earlier process has freed it at the end of the run
+            if config.id not in self._world.namespaces:
+                # An earlier process has freed it at the end of the run.
                 raise Unavailable("its namespace does not exist")
             self._world.networks[config.id] = held
 

@@ -69,9 +69,8 @@ class Acknowledgements:
         """Record that this spec of a service is requested."""
         record = self.services.setdefault(id, ServiceRecord(id, []))
         record.specs.append(spec)
-        if is_stopped(
-            spec.labels
-        ):  # a rollback after an update that starts the service writes it without the stop
+        if is_stopped(spec.labels):
+            # A rollback after an update that starts the service writes it without the stop.
             record.specs.append(comparable(spec))
         return record
 

@@ -175,9 +175,8 @@ class Agent:
         """Keep a session and a valid certificate until cancelled."""
         self._session_state.join(self.node_id)
         async with asyncio.TaskGroup() as group:
-            if (
-                self._services.serve_images is not None
-            ):  # started first, so that the first session reports the port
+            if self._services.serve_images is not None:
+                # The server starts first, so that the first session reports the port.
                 group.create_task(self._services.serve_images(), name="serve images")
             if self._services.tunnels is not None:
                 group.create_task(self._services.tunnels.run(), name="tunnels")

@@ -47,9 +47,8 @@ class Drivers:
     async def get(self, name: str) -> CsiDriver:
         """Return a driver by name.  Raises: NotFound."""
         driver = self._named(await self._sockets()).get(name)
-        if (
-            driver is None
-        ):  # not waited for otherwise: another socket that is asked for its name may be silent
+        if driver is None:
+            # A known driver is not waited for, because another socket that is asked for its name may be silent.
             driver = (await self.all()).get(name)
         if driver is None:
             raise NotFound(f'driver "{name}" not found: no socket in {self._folder} belongs to it')

@@ -41,9 +41,8 @@ async def test_the_response_to_a_heartbeat_names_the_tasks_and_the_next_one_is_b
     unscaled = a_task("unscaled", service=plain, node=node, state=TaskState.RUNNING)
     await put(cluster, scaled, plain, mine, others, unscaled)
     async with a_session(cluster, pair) as (channel, session_id), channel.stream(methods.HEARTBEATS) as call:
-        async with asyncio.timeout(
-            20
-        ):  # the list is renewed every few seconds; a silent node would be down by then
+        async with asyncio.timeout(20):
+            # The list is renewed every few seconds; a silent node would be down by then.
             measured: list[str] = []
             while not measured:
                 await call.send(skep.Heartbeat(session_id=session_id))

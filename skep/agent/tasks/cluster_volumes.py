@@ -287,9 +287,8 @@ class ClusterVolumes:
                 if is_wanted:
                     if not held.is_mounted:
                         await self._mount(held)
-                elif (
-                    await self._give_up(held) and not held.is_wanted
-                ):  # unless it is wanted again in the meantime
+                elif await self._give_up(held) and not held.is_wanted:
+                    # It may be wanted again in the meantime.
                     del self._held[id]
                     self._report_given_up()
                     return

@@ -72,9 +72,8 @@ class TaskLogs:
                 reading.cancel()
 
     async def _read_all(self, query: LogQuery, lines: _Lines) -> None:
-        with (
-            self._engine.events.subscribed() as events
-        ):  # subscribed before the first look, so that no start is missed
+        with self._engine.events.subscribed() as events:
+            # The subscription begins before the first look, so that no start is missed.
             async with asyncio.TaskGroup() as group:
                 seen = set()
                 for container in self._engine.list():

@@ -383,9 +383,8 @@ class _Connection(asyncio.BufferedProtocol):
             self._taken.connection_lost(error)
         if self._phase is _Phase.PASSED_BACK or self._owner.is_stopping:
             return  # The node process has the connection again, or continues with it when this process has ended.
-        with suppress(
-            OSError
-        ):  # the node process has a duplicate, so closing ours would not end the connection
+        with suppress(OSError):
+            # The node process has a duplicate, so closing ours would not end the connection.
             self._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         self._peer.closed(self._slot)
 

@@ -76,9 +76,8 @@ async def _socket(client: RawClient, tasks: Mapping[str, CommandTarget]) -> Asyn
             assert task is not None
             serving.add(task)
             task.add_done_callback(serving.discard)
-            with suppress(
-                asyncio.CancelledError, SkepError
-            ):  # docker has ended, or will notice the closed connection
+            with suppress(asyncio.CancelledError, SkepError):
+                # Docker has ended, or will notice the closed connection.
                 await _pass_on(client, tasks, reader, writer)
             writer.close()
 

@@ -75,9 +75,8 @@ def shown(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[s
     yield next(lines)
     for run, line in zip(response["Runs"], lines, strict=True):
         yield line
-        if run.get("Err") and not run["Err"].startswith(
-            "task: non-zero exit"
-        ):  # which the column EXIT already shows
+        if run.get("Err") and not run["Err"].startswith("task: non-zero exit"):
+            # The column EXIT already shows it.
             yield f"    {printable(run['Err'])}"
         yield from (f"    | {printable(line)}" for line in run["Lines"])
     yield from _schedule(response, screen, now)

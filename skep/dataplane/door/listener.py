@@ -255,9 +255,8 @@ class FrontDoor:
             found = commands(before, state, *self._seen_at) if before is not None else None
             if found is None and running == wanted:
                 found = every_command(state, self._seen_at[0])
-            with suppress(
-                _Refused
-            ):  # for example a certificate that this HAProxy does not accept while it runs
+            with suppress(_Refused):
+                # This HAProxy may refuse a certificate while it runs.
                 if found is not None:
                     await self._run(directory, found)
                     return

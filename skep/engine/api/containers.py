@@ -359,9 +359,8 @@ async def remove(served: ContainerRoutes, request: web.Request) -> web.StreamRes
     """Handle ``docker rm``."""
     word = request.match_info["id"]
     container = served.engine.get(word)
-    if flag(
-        request, "link"
-    ):  # links have paths of two containers, but only the container itself can be named
+    if flag(request, "link"):
+        # A link has paths of two containers, but only the container itself can be named.
         raise Conflicting("Conflict, cannot remove the default link name of the container")
     try:
         await served.engine.remove(

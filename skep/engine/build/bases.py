@@ -42,9 +42,8 @@ class Bases:
 
     async def pin(self, chain: Sequence[Digest]) -> None:
         """Keep layers for the rest of the build, whether they exist already or not."""
-        if (
-            self._pin is None
-        ):  # one pin for all layers, because the store searches for unneeded layers after each release
+        if self._pin is None:
+            # One pin for all layers, because the store searches for unneeded layers after each release.
             self._pin = await self._stack.enter_async_context(self.images.pinning())
         for chain_id in chain:
             if chain_id not in self._pinned:

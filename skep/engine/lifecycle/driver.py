@@ -182,9 +182,8 @@ class LifecycleDriver:
 
     async def pause(self, container: Container) -> None:
         """Freeze the run that ``container`` shows.  Raises: NotFound; NotRunning; RuntimeFailed."""
-        async with self.locks.operation(
-            container.id
-        ):  # otherwise runc would freeze a run that starts meanwhile
+        async with self.locks.operation(container.id):
+            # Otherwise runc would freeze a run that starts meanwhile.
             await self.run(container.id, life_events.Pause(container.process))
 
     async def unpause(self, container: Container) -> None:

@@ -60,9 +60,8 @@ class _Buffer:
         size = sum(_size(message) for message in messages)
         if self._drops:
             messages, size = self._fitting(messages)
-            if (
-                not messages and self.chunks
-            ):  # keep only the position, because a chunk for each read would be without a limit
+            if not messages and self.chunks:
+                # Keep only the position, because a chunk for each read would be without a limit.
                 last = self.chunks[-1]
                 self.chunks[-1] = last._replace(position=position or last.position)
                 return
@@ -265,9 +264,8 @@ class Forwarder:
         self._saved_at = self._clock.monotonic()
         if self._is_held:
             return
-        with suppress(
-            OSError
-        ):  # the container was removed, or the disk is full, and then lines may be sent twice
+        with suppress(OSError):
+            # The container was removed, or the disk is full, and then lines may be sent twice.
             self._spool.save(position)
 
 

@@ -89,9 +89,8 @@ class Assembler:
         self._open.clear()
 
     def _moment(self, stamp: bytes) -> int | None:
-        if (
-            len(stamp) == 35 and stamp[19] == 0x2E and stamp.endswith(_UTC)
-        ):  # the format that conmon writes most of the time
+        if len(stamp) == 35 and stamp[19] == 0x2E and stamp.endswith(_UTC):
+            # Conmon writes this format most of the time.
             second, fraction = stamp[:19], stamp[20:29]
             if second != self._second:
                 try:

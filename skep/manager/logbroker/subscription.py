@@ -247,9 +247,8 @@ class LogSubscription:
         seen = self._seen_ns.get(line.node_id)
         if seen is None:
             seen = self._seen_ns[line.node_id] = {}
-        if (
-            line.task_id not in seen
-        ):  # a long-running reader sees many tasks, so drop those without recent lines
+        if line.task_id not in seen:
+            # A long-running reader sees many tasks, so drop those without recent lines.
             old_ns = line.timestamp_ns - BEHIND_NS_MAX
             for task_id in [id for id, stamp_ns in seen.items() if stamp_ns < old_ns]:
                 del seen[task_id]

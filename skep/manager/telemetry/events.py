@@ -336,9 +336,8 @@ def _dockers(event: Event, now_ns: int) -> Iterator[EventMessage]:
         case Created(Swarm()) | Deleted(Swarm()) | Created(Task()) | Deleted(Task()):
             return
         case Updated(Task() as old, Task() as new):
-            if begins_to_drain(
-                old, new
-            ):  # a Skep extension for proxies, which remove the task before it stops
+            if begins_to_drain(old, new):
+                # A Skep extension for proxies, which remove the task before it stops.
                 yield _drain(new, now_ns)
         case Created(object):
             yield _message("create", object, {}, unix_ns(object.created_at))  # type: ignore[attr-defined]

@@ -229,9 +229,8 @@ async def snapshot_of(view: View, incarnation: int, at_s: float, clock: Clock) -
     table, builder, slices = RowTableState(incarnation), RowBuilder(clock), TimeSlices(clock)
     keys = [key for key in all_keys(view) if key not in (CLUSTER_KEY, GLOBALS)]
     stacks: set[Key] = set()
-    for key in sorted(
-        keys, key=lambda key: key.kind != "services"
-    ):  # Services come first, because other rows name them.
+    for key in sorted(keys, key=lambda key: key.kind != "services"):
+        # Services come first, because other rows name them.
         if key.kind == "services":
             row, touched = await builder.service(view, key.id, now_ns)
             stacks |= {one for one in touched if one.kind == "stacks"}

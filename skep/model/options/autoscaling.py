@@ -196,9 +196,8 @@ class TaskUsage(msgspec.Struct, frozen=True, kw_only=True):
 
 def autoscaling_of(labels: Mapping[str, str]) -> Autoscaling | None:
     """Return the settings in a service's labels, or None if they are missing or invalid."""
-    if (
-        AUTOSCALE not in labels
-    ):  # Most services have no such label, and every loop over services calls this function.
+    if AUTOSCALE not in labels:
+        # Most services have no such label, and every loop over services calls this function.
         return None
     try:
         return parsed_autoscaling(labels)

@@ -160,9 +160,8 @@ def resolved(text: str) -> Scalar:
         return None
     if text in _BOOLEANS:
         return _BOOLEANS[text]
-    if (
-        text[0] not in "-+.0123456789" or len(text) > 40
-    ):  # More digits stay text, because the conversion takes quadratic time.
+    if text[0] not in "-+.0123456789" or len(text) > 40:
+        # More digits stay text, because the conversion takes quadratic time.
         return text
     if _DECIMAL.fullmatch(text):
         return int(text.replace("_", ""))

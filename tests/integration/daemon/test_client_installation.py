@@ -21,9 +21,8 @@ def required_by(name: str, extra: str = "") -> set[str]:
     for requirement in distribution(name).requires or ():
         other, marker = requirement.partition(";")[::2]
         is_wanted = f'extra == "{extra}"' in marker.replace("'", '"') or "extra" not in marker
-        if is_wanted and _is_installed(
-            _name(other)
-        ):  # markers without an extra name a platform or an older Python
+        if is_wanted and _is_installed(_name(other)):
+            # Markers without an extra name a platform or an older Python.
             found |= {_name(other)} | required_by(_name(other))
     return found
 

@@ -128,7 +128,8 @@ class Results:
         if self.position.image is None and self.platform not in (
             None,
             this_platform(),
-        ):  # a base image tells the platform
+        ):
+            # A base image tells the platform.
             kind += (f"platform={self.platform}",)
         options = {**container, "": [*kind, *more]} if kind or any(more) else container
         image = self.position.image

@@ -137,9 +137,8 @@ async def read_check(request: web.Request) -> StackCheck:
     wanted = await read_json(request, StackCheck, unrecognized=UNRECOGNIZED)
     if len(wanted.bodies) + len(wanted.removed) > _OBJECTS_MAX:
         raise InvalidArgument(f"too much at once: at most {_OBJECTS_MAX} objects")
-    if (
-        sum(STACK_REVISION in one.labels for one in wanted.configs) > 1
-    ):  # each revision marks earlier ones as replaced
+    if sum(STACK_REVISION in one.labels for one in wanted.configs) > 1:
+        # Each revision marks earlier ones as replaced.
         raise InvalidArgument("a deploy can have only one stack revision")
     files: tuple[SizedSecret | SizedConfig, ...] = (*wanted.secrets, *wanted.configs)
     sizes = [one.data_bytes for one in files]
