@@ -7,6 +7,7 @@ import structlog
 from skep.csi.drivers import Drivers
 from skep.manager.acme.calls import AuthorityCalls
 from skep.manager.acme.dns_hook import DnsHook
+from skep.manager.control.validation.new_objects import known_task
 from skep.manager.control_loops.loops import loops
 from skep.manager.dispatcher.node_sessions.adoption import SessionAdoption
 from skep.manager.environment import ManagerEnvironment
@@ -66,7 +67,9 @@ class Leader:
         """Run the control loops for one term.  Returns early if a write showed that the term is over."""
         config, store, clock, new_id, random = self._environment
         member, channel_to = self._member, self._link.channel
-        questions = NodeQuestions(self._tunnels, store.view, random)
+        questions = NodeQuestions(
+            self._tunnels, store.view, random, lambda view, task: known_task(view, task).machine_rights
+        )
         try:
             async with asyncio.TaskGroup() as group:
                 managers = ManagerReconciler(

@@ -15,8 +15,10 @@ from skep.agent.session.managers import KnownManager
 from skep.aio.clock import SystemClock
 from skep.api.access.permissions import STACK_LABEL
 from skep.engine.containers.container import Exec, ExecConfig, StandardStream
+from skep.manager.control.validation.new_objects import known_task
 from skep.manager.queries.board import AskedQuery
 from skep.manager.queries.node_questions import NodeQuestions
+from skep.model.container import ContainerSpec, Mount
 from skep.model.measures.queries import MetricQuery, QueryFailed
 from skep.model.node import Node, NodeState
 from skep.model.options.labels import LABEL_TASK_ID
@@ -26,6 +28,7 @@ from skep.model.values.ids import ContainerId, NodeId, ServiceId
 from skep.node import container_access
 from skep.node.container_access import TaskContainers
 from skep.node.events import NodeEvents
+from skep.store.interface import Transaction, View
 from tests.support.builders import a_service, a_service_spec, a_task
 from tests.support.managers.fake_worker import FakeWorker
 from tests.support.managers.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent_of, put, until
@@ -130,7 +133,11 @@ async def questions(
                 a_member("queue", ""),
             )
             await put(cluster, running(queue, agent.node_id))
-            yield NodeQuestions(tunnels, cluster.store.view, Random(1)), cluster
+            yield NodeQuestions(tunnels, cluster.store.view, Random(1), rights), cluster
+
+
+def rights(view: View, task: Task) -> str:
+    return known_task(view, task).machine_rights
 
 
 def asked(by: str = "shop_worker", query: MetricQuery = QUEUE) -> AskedQuery:
@@ -213,3 +220,34 @@ async def test_a_command_runs_in_the_own_stack_alone(
         with pytest.raises(QueryFailed, match=reason):
             await made.run_command(asked(by, query))
     assert execs.commands == []
+
+
+PRIVILEGED = {"skep.privileged": "true"}
+BIND = Mount(type="bind", source="/", target="/host")
+
+
+@pytest.mark.parametrize(
+    "container", [ContainerSpec(labels=PRIVILEGED), ContainerSpec(mounts=(BIND,))], ids=["label", "mount"]
+)
+async def test_an_operators_command_runs_in_no_container_with_rights_over_its_machine(
+    tmp_path: Path, container: ContainerSpec
+) -> None:
+    """An administrator's service in the operator's stack, in which an operator's ``docker exec`` is refused."""
+    execs = Execs([(StandardStream.STDOUT, b"42")])
+    async with questions(tmp_path, execs) as (made, cluster):
+
+        def give(tx: Transaction) -> None:
+            spec = tx.get(Service, "shop_queue").spec
+            template = replace(spec.task_template, container_spec=container)
+            service = tx.put(
+                replace(tx.get(Service, "shop_queue"), spec=replace(spec, task_template=template))
+            )
+            tx.put(replace(tx.get(Task, "t1"), spec=template, spec_version=service.spec_version))
+
+        await cluster.store.update(give)
+        own = asked("shop_queue", replace(QUEUE, service=""))
+        for one in (asked(), own):
+            with pytest.raises(QueryFailed, match=r"shop_queue has .*: only an administrator may set "):
+                await made.run_command(one)
+        assert execs.commands == []
+        assert await made.run_command(replace(asked(), is_trusted=True)) == 42.0, "an administrator's label"

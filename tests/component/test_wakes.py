@@ -250,7 +250,7 @@ async def test_the_leader_asks_the_doors_of_nodes_for_what_they_read_now(
 ) -> None:
     door, pair = Door(), await a_worker(cluster, tmp_path)
     access = TaskContainers(cast("Any", OneContainer()), NodeEvents(SystemClock()), cast("Any", door))
-    questions = NodeQuestions(cast("Any", cluster).tunnels, cluster.store.view, Random(1))
+    questions = NodeQuestions(cast("Any", cluster).tunnels, cluster.store.view, Random(1), no_right)
     peers = [KnownManager(MANAGER_ID, cluster.address)]
     async with an_agent_of(peers, pair, tmp_path, FakeWorker(), Random(1), containers=access) as agent:
         await until(lambda: agent.node_id in cast("Any", cluster).tunnels.streams)
@@ -258,6 +258,10 @@ async def test_the_leader_asks_the_doors_of_nodes_for_what_they_read_now(
         assert await questions.ask_doors(asked) == {agent.node_id: {"web": 60.0}}
         assert door.readings == 1
     assert await questions.ask_doors(asked) == {}, "a node that does not answer is no idle one"
+
+
+def no_right(*_: object) -> str:
+    return ""
 
 
 def no_link(manager: NodeId) -> ManagerChannel:

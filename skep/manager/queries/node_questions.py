@@ -16,7 +16,13 @@ from skep.errors import SkepError, Unavailable
 from skep.manager.nodes.tunnels import NodeTunnels
 from skep.manager.queries.board import AskedQuery
 from skep.model.history import cut, stack_of
-from skep.model.measures.queries import AUTOSCALE_QUEUE_EXEC_IN, COMMAND_S, QueryFailed, length_in
+from skep.model.measures.queries import (
+    AUTOSCALE_QUEUE_EXEC,
+    AUTOSCALE_QUEUE_EXEC_IN,
+    COMMAND_S,
+    QueryFailed,
+    length_in,
+)
 from skep.model.measures.readings import DOOR_IDLE, IDLE_BYTES_MAX, IdleReports, IdleTimes, QueueLine
 from skep.model.node import Node, NodeState
 from skep.model.service import Service
@@ -53,17 +59,33 @@ async def ask_no_doors(nodes: Collection[NodeId]) -> IdleReports:
 class NodeQuestions:
     """Asks nodes."""
 
-    def __init__(self, tunnels: NodeTunnels, view: Callable[[], View], random: Random) -> None:
+    def __init__(
+        self,
+        tunnels: NodeTunnels,
+        view: Callable[[], View],
+        random: Random,
+        rights_of: Callable[[View, Task], str],
+    ) -> None:
+        """``rights_of`` returns a right of a task that only administrators may grant, or an empty text."""
         self._tunnels = tunnels
         self._view = view
         self._random = random
+        self._rights_of = rights_of
         self._locks: WeakValueDictionary[ServiceId, asyncio.Lock] = WeakValueDictionary()
         """Held while a command runs in a container of the service."""
 
     async def run_command(self, asked: AskedQuery) -> float:
         """Return the length of a queue by a command in a container of a service.  Raises: QueryFailed."""
-        service = commanded_service(self._view(), asked)
-        tasks = commanded_tasks(self._view(), service)
+        view = self._view()
+        service = commanded_service(view, asked)
+        tasks = commanded_tasks(view, service)
+        rights = (self._rights_of(view, task) for task in tasks)
+        if not asked.is_trusted and (right := next(filter(None, rights), "")):
+            # Users below administrator may run no command there, and one of them may have written the label.
+            raise QueryFailed(
+                f"service {service.spec.name} has {right}: only an administrator may set {AUTOSCALE_QUEUE_EXEC} "
+                "for its containers"
+            )
         lock = self._locks.setdefault(service.id, asyncio.Lock())
         try:
             async with asyncio.timeout(_COMMAND_S_MAX), lock:

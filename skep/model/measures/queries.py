@@ -6,6 +6,7 @@ A URL is in a label, which every inspect shows, so it has no password.
 import re
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from math import isfinite
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
@@ -96,7 +97,7 @@ class QueryFailed(Exception):
 
 
 def queries_in(labels: Mapping[str, str]) -> list[MetricQuery]:
-    """Return all queries over HTTP in a service's labels, which may be invalid."""
+    """Return all queries in a service's labels, which may be invalid.  An invalid command is left out."""
     found = []
     for url, expression in ((AUTOSCALE_PROMETHEUS, AUTOSCALE_QUERY), (UPDATE_PROMETHEUS, UPDATE_QUERY)):
         if url in labels:
@@ -104,7 +105,19 @@ def queries_in(labels: Mapping[str, str]) -> list[MetricQuery]:
     if AUTOSCALE_QUEUE in labels:
         field = labels.get(AUTOSCALE_QUEUE_FIELD, "")
         found.append(MetricQuery(url=labels[AUTOSCALE_QUEUE], field=field))
+    if AUTOSCALE_QUEUE_EXEC in labels:
+        with suppress(InvalidArgument):
+            found.append(command_in(labels))
     return found
+
+
+def command_in(labels: Mapping[str, str]) -> MetricQuery:
+    """Return the command in a service's labels.  Raises: InvalidArgument."""
+    service = labels.get(AUTOSCALE_QUEUE_EXEC_IN)
+    return MetricQuery(
+        command=checked_command(AUTOSCALE_QUEUE_EXEC, labels[AUTOSCALE_QUEUE_EXEC]),
+        service=checked_service(AUTOSCALE_QUEUE_EXEC_IN, service) if service is not None else "",
+    )
 
 
 def checked_url(name: str, url: str) -> str:

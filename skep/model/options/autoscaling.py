@@ -24,11 +24,10 @@ from skep.model.measures.queries import (
     AUTOSCALE_QUEUE_FIELD,
     COMMAND_LABELS,
     MetricQuery,
-    checked_command,
     checked_expression,
     checked_field,
-    checked_service,
     checked_url,
+    command_in,
 )
 from skep.model.options.labels import is_stopped
 from skep.model.options.schedules import CRON, CRON_TIME_ZONE, Schedule, check_times, parsed_schedule
@@ -414,11 +413,7 @@ def _command(labels: Mapping[str, str]) -> MetricQuery:
         raise InvalidArgument(
             f"the labels {AUTOSCALE_QUEUE} and {AUTOSCALE_QUEUE_EXEC} are two ways to the length: remove one"
         )
-    service = labels.get(AUTOSCALE_QUEUE_EXEC_IN)
-    return MetricQuery(
-        command=checked_command(AUTOSCALE_QUEUE_EXEC, labels[AUTOSCALE_QUEUE_EXEC]),
-        service=checked_service(AUTOSCALE_QUEUE_EXEC_IN, service) if service is not None else "",
-    )
+    return command_in(labels)
 
 
 def _schedule(labels: Mapping[str, str], least: int, most: int) -> tuple[RangeEntry, ...]:

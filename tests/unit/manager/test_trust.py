@@ -294,6 +294,34 @@ async def test_rights_of_an_invalid_url_are_no_error(url):
     machine_rights(Cluster("operator:shop").store.view(), queried(url))
 
 
+async def test_commands_of_queries_are_trusted_by_value():
+    """Only a trusted one runs in a container with rights over its machine."""
+    cluster, spec = Cluster("operator:shop"), a_spec()
+    labels = {
+        "skep.autoscale": "1..2",
+        "skep.autoscale.queue-target": "1",
+        "skep.autoscale.queue.exec-in": "db",
+    }
+    admins = replace(spec, labels={**spec.labels, **labels, "skep.autoscale.queue.exec": "llen jobs"})
+    operators = replace(spec, labels={**admins.labels, "skep.autoscale.queue.exec": "sh -c 'mount /dev/sda'"})
+    service = await cluster.create(admins, by_admin=True)
+    assert machine_rights(cluster.store.view(), operators) == "", (
+        "it is refused where the container has rights"
+    )
+    asked = autoscaling_of(admins.labels).queries.values()
+    assert [one.query for one in asked] == list(service.trusted.queries)
+    service = await cluster.update(service, operators, by_admin=False)
+    (written,) = autoscaling_of(operators.labels).queries.values()
+    assert written.query not in service.trusted.queries
+    elsewhere = replace(admins, labels={**admins.labels, "skep.autoscale.queue.exec-in": "agent"})
+    service = await cluster.update(service, elsewhere, by_admin=False)
+    assert service.trusted.queries == (), "the same command in another service"
+
+
+async def test_an_invalid_command_is_no_trusted_query():
+    assert queries_in({"skep.autoscale.queue.exec": "'"}) == []
+
+
 async def test_the_queries_that_loops_ask_are_those_that_are_trusted():
     for label in ("skep.autoscale.prometheus", "skep.autoscale.queue", "skep.update.prometheus"):
         labels = queried(OWN_URL, label).labels
