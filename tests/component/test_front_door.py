@@ -84,24 +84,6 @@ def test_haproxy_accepts_every_option(tmp_path: Path) -> None:
     check(state, tmp_path)
 
 
-async def test_ten_thousand_routes_are_served_and_tasks_come_and_go_without_a_reload(tmp_path: Path) -> None:
-    async with a_door(tmp_path) as rig, rig.tasks(ONE, TWO):
-        for number in range(5000):
-            host = f"h{number}.example"
-            rig.service(f"s{number}", {"skep.http": f"{host},{host}/path"})
-        rig.task("t1", "s4999", ONE)
-        await rig.apply()
-        reloads = rig.reloads()
-        assert len((tmp_path / "routes.map").read_text().splitlines()) == 10_000
-        assert (await rig.ask_task("h4999.example/path/x"))["task"] == ONE
-        assert (await rig.ask("h5000.example/"))[0] == 404
-        rig.task("t2", "s4999", TWO)
-        del rig.endpoints["t1"]
-        await rig.apply()
-        assert (await rig.ask_task("h4999.example/"))["task"] == TWO
-        assert rig.reloads() == reloads
-
-
 async def test_ten_thousand_routes_are_served_and_changed(directory: Path) -> None:
     async with a_door(directory) as rig, rig.tasks(ONE, TWO):
         for number in range(5000):

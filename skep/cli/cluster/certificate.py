@@ -49,7 +49,7 @@ def authority_options(command: Command) -> Command:
 
 
 def taken_authority(values: dict[str, Any]) -> AuthorityOptions:
-    """Remove the values of ``authority_options`` from those of a command, and return them."""
+    """Remove the values of ``authority_options`` from ``values``, and return them."""
     return AuthorityOptions(
         directory=values.pop("directory"), roots=values.pop("roots"), agree_tos=values.pop("agree_tos")
     )
