@@ -36,8 +36,6 @@ SERVES_S_MAX, COLD_S_MAX = 0.3, 0.7
 QUANTILE = 0.95
 ROUNDS = 3
 """Values of a pair, because a round takes a few seconds."""
-FORGOTTEN_S = 5.0
-"""Seconds after which a node wakes a service as if for the first time (``skep.agent.session.wakes``)."""
 ASK_S = 0.003
 """Seconds between two requests, far less than the limit."""
 HTTPD = ("httpd", "-f", "-p", "80", "-h", "/etc")
@@ -123,7 +121,6 @@ def _serves_s(cluster: TestCluster, address: str) -> float:
 def _cold_s(cluster: TestCluster, address: str) -> float:
     cluster.node("m1").docker("service", "scale", "--detach", "night=0")
     wait_until(lambda: _container_count(cluster, "night") == 0, "no task is left")
-    time.sleep(FORGOTTEN_S)
     began = time.monotonic()
     assert _name(cluster, address, "night.example"), "the request failed"
     return time.monotonic() - began

@@ -252,6 +252,13 @@ class SimulatedHeld:
         """Set when a service gets its first held request."""
         self.waiting: dict[ServiceId, None] = {}
         """Services for which the node holds a request."""
+        self.served: set[ServiceId] = set()
+        """Services whose held requests a task has got."""
+
+    def take_served(self) -> set[ServiceId]:
+        """Return the services that have been served since the last call."""
+        found, self.served = self.served, set()
+        return found
 
     def held(self) -> list[ServiceId]:
         """Return the services with held requests."""
@@ -279,6 +286,7 @@ class SimulatedDoor:
     def release(self, id: ServiceId) -> None:
         """Note that a task serves the held requests."""
         if self.held.waiting.pop(id, self) is None:
+            self.held.served.add(id)
             self.requested_at[id] = self._clock.monotonic()
 
     def requests(self) -> Mapping[TaskId, TaskRequests]:

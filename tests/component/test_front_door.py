@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 from aiohttp import ClientError
@@ -17,7 +18,7 @@ from skep.dataplane.door.configuration import DoorState, RouteBackend, ServerLin
 from skep.dataplane.door.derivation import state_of
 from skep.errors import Unavailable
 from skep.model.door.settings import DoorSettings
-from skep.model.door.traffic import quantile_ms
+from skep.model.door.traffic import BOUNDS_MS, quantile_ms
 from skep.model.measures.readings import ServiceRequests
 from skep.model.networks.tables import NetworkHead, NetworkTable, TableService, TableSplit
 from skep.model.values.ids import NetworkId, ServiceId, TaskId
@@ -81,24 +82,6 @@ def test_haproxy_accepts_every_option(tmp_path: Path) -> None:
     state = state_with(every, redirects, settings=settings)
     assert len(state.routes) == 4
     check(state, tmp_path)
-
-
-async def test_ten_thousand_routes_are_served_and_tasks_come_and_go_without_a_reload(tmp_path: Path) -> None:
-    async with a_door(tmp_path) as rig, rig.tasks(ONE, TWO):
-        for number in range(5000):
-            host = f"h{number}.example"
-            rig.service(f"s{number}", {"skep.http": f"{host},{host}/path"})
-        rig.task("t1", "s4999", ONE)
-        await rig.apply()
-        reloads = rig.reloads()
-        assert len((tmp_path / "routes.map").read_text().splitlines()) == 10_000
-        assert (await rig.ask_task("h4999.example/path/x"))["task"] == ONE
-        assert (await rig.ask("h5000.example/"))[0] == 404
-        rig.task("t2", "s4999", TWO)
-        del rig.endpoints["t1"]
-        await rig.apply()
-        assert (await rig.ask_task("h4999.example/"))["task"] == TWO
-        assert rig.reloads() == reloads
 
 
 async def test_ten_thousand_routes_are_served_and_changed(directory: Path) -> None:
@@ -329,6 +312,7 @@ async def test_requests_of_new_tasks_are_counted_with_their_errors_and_times(tmp
         await rig.door.read_statistics()
         for number in range(40):
             await rig.ask(f"a.example/?wait=0.02{'&status=500' if number < 20 else ''}")
+        await rig.wait_counted(40)
         await rig.door.read_statistics()
         assert rig.door.requests().keys() == {"t2"}
         (seen,) = rig.door.requests().values()
@@ -338,6 +322,7 @@ async def test_requests_of_new_tasks_are_counted_with_their_errors_and_times(tmp
         await rig.apply()
         await rig.ask("a.example/")
         await rig.ask("a.example/")
+        await rig.wait_counted(42)
         await rig.door.read_statistics()
         assert rig.door.requests()[TaskId("t2")].requests == 21
 
@@ -351,24 +336,33 @@ async def test_requests_are_counted_by_route_with_their_errors_and_latencies(tmp
         rig.task("t2", "idle", ONE)
         await rig.apply()
         await rig.ask("a.example/shop")
+        await rig.wait_counted(1)
         await rig.door.read_statistics()
         assert rig.door.recent_routes() == (), "the first reading tells where the counters start"
+        seen_ms = []
         for number in range(20):
+            began = perf_counter()
             await rig.ask(
                 f"a.example/shop?wait={0.3 if number < 4 else 0}{'&status=500' if number == 5 else ''}"
             )
+            seen_ms.append(1000 * (perf_counter() - began))
         await rig.ask("b.example/")
         await rig.ask("empty.example/")
+        await rig.wait_counted(23)
         await rig.door.read_statistics()
         web, empty = rig.door.recent_routes()
         assert (web.service_id, web.route, web.requests, web.errors) == ("web", "a.example/shop", 21, 1)
         assert (empty.route, empty.requests, empty.errors, sum(empty.buckets)) == ("empty.example", 1, 1, 0)
         assert sum(web.buckets) == 21
-        median, slow = quantile_ms(web.buckets, 0.5), quantile_ms(web.buckets, 0.95)
-        assert (median or 0) < 250 <= (slow or 0) <= 500, web.buckets
+        # A client waits for longer than HAProxy, and for much longer on a busy machine.
+        bounds = [next(bound for bound in BOUNDS_MS if bound >= ms) for ms in sorted(seen_ms)]
+        fast, slow = quantile_ms(web.buckets, 0.5), quantile_ms(web.buckets, 0.95)
+        assert (fast or 0) <= bounds[12], web.buckets
+        assert 250 <= (slow or 0) <= bounds[-1], web.buckets
         rig.service("more", {"skep.http": "more.example"})  # HAProxy is reloaded, and counts from 0
         await rig.apply()
         await rig.ask("b.example/")
+        await rig.wait_counted(24)
         await rig.door.read_statistics()
         assert rig.door.recent_routes()[0].requests == 22
         page = render(rig.door.routes.families()).decode()

@@ -6,9 +6,11 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from aiohttp import ClientSession
 
 from skep.dataplane.door import listener
 from skep.dataplane.door.configuration import HOLD
@@ -87,6 +89,8 @@ async def test_a_service_returns_to_zero_and_its_next_request_waits_again(direct
                 rig.task(f"t{number}", "web", ONE)
                 await rig.apply()
             assert asked.result()["task"] == ONE
+            assert rig.door.held.take_served() == {"web"}, "its next wake waits for nothing"
+            assert rig.door.held.take_served() == set()
             del rig.endpoints[f"t{number}"]
 
 
@@ -496,3 +500,39 @@ async def test_a_held_request_has_one_line_in_the_log(directory: Path) -> None:
         await until(lambda: "two" in rig.log())
         lines = [json.loads(line) for line in rig.log().splitlines() if '"path"' in line]
         assert [(one["path"], one["status"]) for one in lines] == [("/one", 200), ("/two", 200)]
+
+
+async def test_a_request_of_a_connection_that_was_idle_during_a_reload_is_held(directory: Path) -> None:
+    """Its connection belongs to the former process, which knows neither later routes nor which tasks have ended."""
+    late = {"skep.http": "late.example", "skep.autoscale": "0..3", "skep.http.rate": "2/h"}
+    async with AsyncExitStack() as stack:
+        rig = await stack.enter_async_context(a_door(directory))
+        await stack.enter_async_context(rig.tasks(ONE))
+        rig.service("web", WEB)
+        rig.task("t1", "web", ONE)
+        await rig.apply()
+
+        async def ask(session: ClientSession, host: str) -> int:
+            async with session.get("/", headers={"Host": host}) as response:
+                await response.read()
+                return response.status
+
+        idle = [await stack.enter_async_context(rig.client()) for _ in range(3)]
+        assert [await ask(one, "a.example") for one in idle] == [200] * 3
+        rig.service("late", late)
+        await rig.apply()
+        assert rig.reloads() == 2
+        assert await ask(idle[0], "a.example") == 200
+        assert not rig.door.held.opened, "a request to a task does not pass through the node"
+        del rig.endpoints["t1"]
+        await rig.apply()
+        for client, service, host in ((idle[1], "web", "a.example"), (idle[2], "late", "late.example")):
+            async with asyncio.TaskGroup() as group:
+                asked = group.create_task(ask(client, host))
+                await until_held(rig, service)
+                rig.task(f"of-{service}", service, ONE)
+                await rig.apply()
+            assert asked.result() == 200
+            assert rig.door.held.opened[ServiceId(service)] == 1
+        statuses = [(await rig.ask("late.example/"))[0] for _ in range(2)]
+        assert statuses == [200, 429], "a held request counts once for the rate"

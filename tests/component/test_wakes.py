@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.agent.session.managers import KnownManager
-from skep.agent.session.wakes import Turns, WakeCalls
+from skep.agent.session.wakes import REPEAT_S, Turns, WakeCalls
 from skep.aio.clock import SystemClock
 from skep.aio.event import Event
 from skep.api.access.permissions import STACK_LABEL
@@ -119,6 +119,11 @@ class Held:
     def __init__(self, *names: str) -> None:
         self.changed = Event()
         self.names = [*names]
+        self.served = list[ServiceId]()
+
+    def take_served(self) -> list[ServiceId]:
+        found, self.served = self.served, []
+        return found
 
     def held(self) -> list[ServiceId]:
         return [ServiceId(name) for name in self.names]
@@ -201,6 +206,25 @@ async def test_a_node_asks_again_only_after_growing_times() -> None:
     assert turns.due([], 34.9) == []
     assert turns.due([WEB], 60.0) == [WEB], "a later request wakes at once"
     assert turns.next_due([WEB], 60.0) == 62.0
+
+
+async def test_a_service_that_was_served_since_its_last_wake_is_woken_at_once() -> None:
+    turns = Turns(lambda: 0.5)
+    assert turns.due([WEB, ServiceId("other")], 0.0)
+    assert turns.due([WEB], 1.0) == []
+    turns.forget([WEB])
+    assert turns.due([WEB, ServiceId("other")], 1.0) == [WEB], "the other one has not been served"
+    assert turns.next_due([WEB], 1.0) == 3.0, "its interval does not grow"
+
+    channel, held = CountingChannel(), Held("web")
+    calls = WakeCalls(cast("ManagerChannel", channel), held, channel.clock, Random(1).random)
+    running = asyncio.create_task(calls.run("s"))
+    await until(lambda: len(channel.times) == 1)
+    held.served = [WEB]
+    held.hold("web")
+    await until(lambda: len(channel.times) == 2)
+    running.cancel()
+    assert channel.times[1] - channel.times[0] < REPEAT_S / 2
 
 
 class LaterClock(SystemClock):

@@ -31,8 +31,12 @@ RUN_ELSEWHERE = {
     ("README.md", 0): "tests/integration/test_demo.py; `make test` is what runs this test",
     ("docs/guide/access.md", 0): "tests/integration/daemon/test_users.py",
     ("docs/guide/access.md", 1): "tests/integration/daemon/test_users.py",
-    **{("docs/guide/front-door.md", block): "tests/integration/test_front_door.py" for block in range(5)},
-    ("docs/guide/front-door.md", 5): "tests/integration/networks/test_failover_addresses.py",
+    **{
+        ("docs/guide/front-door.md", block): "tests/integration/test_front_door.py"
+        for block in (0, 1, 2, 4, 5)
+    },
+    ("docs/guide/front-door.md", 3): "tests/integration/test_front_door_under_load.py",
+    ("docs/guide/front-door.md", 6): "tests/integration/networks/test_failover_addresses.py",
     ("docs/guide/catalog.md", 0): "tests/integration/networks/test_catalog.py",
     ("docs/guide/nat.md", 0): "tests/integration/networks/test_nat.py",
     ("docs/guide/nat.md", 2): "tests/integration/networks/test_nat.py",
@@ -42,7 +46,7 @@ RUN_ELSEWHERE = {
     ("bench/README.md", 0): "`make bench`; its results are kept",
     **{
         ("bench/README.md", block): "run by hand before a release; its results are kept"
-        for block in range(1, 9)
+        for block in range(1, 10)
     },
 }
 """Blocks of documents (page, number on the page) that other tests run, and which."""

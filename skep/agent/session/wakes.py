@@ -1,6 +1,6 @@
 """Tells the manager which services need a task, because this node holds requests for them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from math import inf
 from typing import Protocol
 
@@ -43,6 +43,9 @@ class HeldSource(Protocol):
     def held(self) -> Sequence[ServiceId]:
         """Return the services with held requests."""
 
+    def take_served(self) -> Collection[ServiceId]:
+        """Return the services that have got a serving task since the last call."""
+
 
 class _Repetition(msgspec.Struct, frozen=True):
     """When the next wake of a service is due, and the seconds from the last one to it."""
@@ -54,7 +57,7 @@ class _Repetition(msgspec.Struct, frozen=True):
 class Turns:
     """Decides which services are in a call.  Pure.
 
-    A service has its wakes at growing intervals, also if clients come and go.
+    A service has its wakes at growing intervals, also if clients come and go, until it is served.
     """
 
     def __init__(self, rng: Callable[[], float]) -> None:
@@ -72,6 +75,11 @@ class Turns:
             delay_s = min(2 * before.delay_s, REPEAT_S_MAX) if before is not None else REPEAT_S
             self._called[id] = _Repetition(now + delay_s * (0.75 + self._rng() / 2), delay_s)
         return turn
+
+    def forget(self, served: Iterable[ServiceId]) -> None:
+        """Let the next wake of these services be due at once, because a former one had its effect."""
+        for id in served:
+            self._called.pop(id, None)
 
     def next_due(self, held: Sequence[ServiceId], now: float) -> float:
         """Return when the next wake of one of the services is due."""
@@ -99,6 +107,7 @@ class WakeCalls:
         while True:
             self._source.changed.clear()
             held, now = self._source.held(), self._clock.monotonic()
+            self._turns.forget(self._source.take_served())
             if turn := self._turns.due(held, now):
                 pause_s = min(2 * pause_s, PAUSE_S_MAX) if now - called_at < 2 * PAUSE_S_MAX else PAUSE_S
                 request = skep.WakeRequest(session_id=session_id, service_ids=turn)

@@ -1,8 +1,8 @@
 """``skep certificate`` and ``skep door acme``: certificates of the host names of services."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 import click
@@ -13,27 +13,53 @@ from skep.cli.running import run_requests
 from skep.model.options.certificates import LETS_ENCRYPT
 from skep.model.task_end import printable
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+
 _AUTHORITY_S = 90.0
 """Time limit in seconds for reading the authority's terms, which the manager itself limits to 75."""
 
 
+class AuthorityOptions(TypedDict):
+    """The values of ``authority_options``."""
+
+    directory: str
+    roots: Path | None
+    agree_tos: bool
+
+
+def authority_options(command: Command) -> Command:
+    """Give a command the options of an authority."""
+    for option in (
+        click.option("--agree-tos", is_flag=True, help="Agree to the authority's terms of service."),
+        click.option(
+            "--roots",
+            type=click.Path(path_type=Path, exists=True, dir_okay=False),
+            metavar="FILE",
+            help="Trusted roots (PEM) of a private authority.",
+        ),
+        click.option(
+            "--directory",
+            default=LETS_ENCRYPT,
+            metavar="URL",
+            help="Directory of the authority. Default: Let's Encrypt.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def taken_authority(values: dict[str, Any]) -> AuthorityOptions:
+    """Remove the values of ``authority_options`` from ``values``, and return them."""
+    return AuthorityOptions(
+        directory=values.pop("directory"), roots=values.pop("roots"), agree_tos=values.pop("agree_tos")
+    )
+
+
 @click.command()
-@click.option(
-    "--directory",
-    default=LETS_ENCRYPT,
-    metavar="URL",
-    help="Directory of the authority. Default: Let's Encrypt.",
-)
-@click.option(
-    "--roots",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    metavar="FILE",
-    help="Trusted roots (PEM) of a private authority.",
-)
-@click.option("--agree-tos", is_flag=True, help="Agree to the authority's terms of service.")
+@authority_options
 @click.argument("email", metavar="EMAIL")
 @click.pass_obj
-def acme(options: HostOptions, /, email: str, directory: str, roots: Path | None, agree_tos: bool) -> None:
+def acme(options: HostOptions, /, email: str, **wanted: Unpack[AuthorityOptions]) -> None:
     """Set the authority for certificates (ACME).
 
     The leader orders a certificate for each host name of a service, and renews it.
@@ -43,18 +69,21 @@ def acme(options: HostOptions, /, email: str, directory: str, roots: Path | None
       skep door acme ops@example.com --agree-tos
       skep door acme ops@example.com --directory https://ca.internal/acme/acme/directory --roots ca.pem
     """
+    run_requests(set_authority(options, email, **wanted))
+
+
+async def set_authority(
+    options: HostOptions, email: str, *, directory: str, roots: Path | None, agree_tos: bool
+) -> None:
+    """Set the authority, and print which one it is."""
     body = {
         "Email": email,
         "Directory": directory,
         "Roots": roots.read_text() if roots is not None else "",
         "AgreeTos": agree_tos,
     }
-
-    async def configure() -> None:
-        async with options.requests() as client:
-            await client.post("/skep/certificates/authority", body, timeout_s=_AUTHORITY_S)
-
-    run_requests(configure())
+    async with options.requests() as client:
+        await client.post("/skep/certificates/authority", body, timeout_s=_AUTHORITY_S)
     click.echo(f"Certificates are ordered from {directory}")
 
 

@@ -12,7 +12,14 @@ import click
 
 from skep.api.client.requests import Requests
 from skep.cli import passthrough
-from skep.cli.cluster.certificate import acme, authority_problem, certificate_rows
+from skep.cli.cluster.certificate import (
+    acme,
+    authority_options,
+    authority_problem,
+    certificate_rows,
+    set_authority,
+    taken_authority,
+)
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests
@@ -32,6 +39,7 @@ from skep.model.door.settings import (
     is_door,
 )
 from skep.model.door.traffic import BOUNDS_MS, UNREADABLE
+from skep.model.options.certificates import LETS_ENCRYPT
 from skep.model.task_end import printable
 from skep.model.values.counts import counted
 
@@ -97,8 +105,20 @@ door.add_command(acme)
 )
 @click.option("--proxy-protocol", is_flag=True, help="Expect the PROXY protocol from clients.")
 @click.option("--no-access-log", is_flag=True, help="Do not log requests.")
+@click.option(
+    "--email", default="", metavar="EMAIL", help="Order certificates with this account (skep door acme)."
+)
+@authority_options
 @click.pass_obj
-def up(options: HostOptions, /, image: str, base: str, subnet: str, **wanted: Any) -> None:
+def up(
+    options: HostOptions,
+    /,
+    image: str,
+    base: str,
+    subnet: str,
+    email: str,
+    **wanted: Any,
+) -> None:
     """Create or update the front door.
 
     Builds an image with HAProxy, and runs it on each node at port 80. Run the command again to change options or to
@@ -107,13 +127,19 @@ def up(options: HostOptions, /, image: str, base: str, subnet: str, **wanted: An
     \b
     Examples:
       skep door up
+      skep door up --email ops@example.com --agree-tos
       skep door up --constraint node.labels.edge==true --trusted-proxies 10.0.0.0/8
     """
     try:
         ip_network(subnet)
     except ValueError as error:
         raise click.UsageError(f"--subnet: {error}") from None
+    authority = taken_authority(wanted)
+    if not email and (authority["agree_tos"] or authority["roots"] or authority["directory"] != LETS_ENCRYPT):
+        raise click.UsageError("The account of an authority needs --email EMAIL.")
     run_requests(require_administrator(options))
+    if email:  # before the image is built, because the authority may refuse
+        run_requests(set_authority(options, email, **authority))
     image = image or _built(_docker(options), base)
     run_requests(_bring_up(options, subnet, image, wanted))
 

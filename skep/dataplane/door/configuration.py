@@ -50,7 +50,7 @@ LEFT_OUT_S: Final = 10
 
 TRAFFIC_TABLE: Final = "skep-traffic"
 """Backend without servers, whose table counts slow responses by route and latency."""
-_FORM: Final = 5
+_FORM: Final = 6
 """Grows when the text changes for the same state, so that nodes reload HAProxy after an upgrade."""
 _REPEATED: Final = "    http-request disable-l7-retry unless { method GET HEAD OPTIONS PUT DELETE }"
 """Rule that sends no other request again once a task may have got it (RFC 9110, 9.2.2: idempotent methods)."""
@@ -210,7 +210,7 @@ def _configuration(state: DoorState, directory: str, keys: str) -> Iterator[str]
     yield f"backend {TRAFFIC_TABLE}"
     yield f"    stick-table type string len 64 size {ROUTES_MAX} nopurge store gpc({len(BOUNDS_MS)})"
     yield from _released(state, directory)
-    yield from _newest(directory)
+    yield from _newest(state, directory)
     yield "backend no-route"
     yield "    http-request return status 404 content-type text/plain string 'No route leads to this address.\\n'"
     for name in sorted(state.backends):
@@ -297,10 +297,16 @@ def _frontend(name: str, bind: str, state: DoorState, directory: str) -> Iterato
     yield from _forwarded_headers(scheme, settings.trusted)
     yield from latency_rules()
     yield _REPEATED
+    # First, because a former process counts no server as usable, and does not know later routes.
+    yield f"    use_backend {NEWEST} if {{ stopping }} {{ str(on),map_str({directory}/{NEWEST}.map) -m found }}"
+    yield from _to_tasks(state, directory)
+
+
+def _to_tasks(state: DoorState, directory: str) -> Iterator[str]:
+    """Yield the rules that use a route's backend, or the node if the service has no task."""
     if any(one.holds for one in state.backends.values()):
         yield f"    http-request set-var(txn.hold) var(txn.route),map_str({directory}/holds.map)"
         yield "    use_backend %[var(txn.hold)] if { var(txn.hold) -m found } { var(txn.route),nbsrv eq 0 }"
-    yield f"    use_backend {NEWEST} if {{ stopping }} {{ str(on),map_str({directory}/{NEWEST}.map) -m found }}"
     yield _TO_ROUTE
     yield "    default_backend no-route"
 
@@ -347,13 +353,9 @@ def _routing(state: DoorState, directory: str) -> Iterator[str]:
 
 
 def _released(state: DoorState, directory: str) -> Iterator[str]:
-    """Yield the frontend for requests that the node has held, or a former process.  Other frontends have set their
-    headers.
-    """
+    """Yield the frontend for requests that the node has held.  Other frontends have set their headers."""
     yield "frontend released"
     yield f"    bind unix@{directory}/{RELEASED} accept-proxy mode 600"
-    # A former process connects as HAProxy's own user.
-    yield f"    bind unix@{directory}/{NEWEST}.sock accept-proxy mode 600 user haproxy"
     yield from _routing(state, directory)
     yield f"    http-request del-header {HELD_FOR}"
     # The node sends a request again if HAProxy itself responds with this variable, which no task can set.
@@ -366,8 +368,17 @@ def _released(state: DoorState, directory: str) -> Iterator[str]:
     yield "    default_backend no-route"
 
 
-def _newest(directory: str) -> Iterator[str]:
-    """Yield the backend that passes requests to the newest process."""
+def _newest(state: DoorState, directory: str) -> Iterator[str]:
+    """Yield the backend that passes requests to the newest process, and the frontend that gets them there."""
+    yield "frontend from-former"
+    # A former process connects as HAProxy's own user.
+    yield f"    bind unix@{directory}/{NEWEST}.sock accept-proxy mode 600 user haproxy"
+    yield from _routing(state, directory)
+    yield f"    http-response del-header {UNREACHED}"
+    # The former process logs it.
+    yield "    http-request set-log-level silent"
+    yield _REPEATED
+    yield from _to_tasks(state, directory)
     yield f"backend {NEWEST}"
     yield f"    http-response del-header {UNREACHED}"
     yield "    timeout server 24h"

@@ -15,7 +15,7 @@ import os
 import select
 import socket
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
@@ -119,8 +119,10 @@ class HeldRequests:
         self._places: dict[ServiceId, list[_Place]] = {}
         self._refused: dict[ServiceId, float] = {}
         """Services that are woken although their request found no place, with the time when that ends."""
-        self._serving: Collection[str] = frozenset()
-        self._known: Collection[str] = frozenset()
+        self._serving: Set[ServiceId] = frozenset()
+        self._served: Set[ServiceId] = frozenset()
+        """Services that have got a serving task since the last call of ``take_served``."""
+        self._known: Set[ServiceId] = frozenset()
         self._group: asyncio.TaskGroup | None = None
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
@@ -176,10 +178,14 @@ class HeldRequests:
                 count.
         """
         serving = {
-            one.service for one in state.backends.values() if any(server.is_ready for server in one.servers)
+            ServiceId(one.service)
+            for one in state.backends.values()
+            if any(server.is_ready for server in one.servers)
         }
-        self._known = {one.service for one in state.backends.values()}
-        self._serving = serving if is_reached else serving.intersection(self._serving)
+        self._known = {ServiceId(one.service) for one in state.backends.values()}
+        before = self._serving
+        self._serving = serving if is_reached else serving & before
+        self._served = (self._served & self._known) | (self._serving - before)
         for id, places in self._places.items():
             for place in places if id in self._serving else ():
                 place.changed.set()
@@ -189,6 +195,11 @@ class HeldRequests:
         now = asyncio.get_running_loop().time()
         self._refused = {id: until for id, until in self._refused.items() if until > now}
         return list(self._places | self._refused)
+
+    def take_served(self) -> Set[ServiceId]:
+        """Return the services that have got a serving task since the last call."""
+        found, self._served = self._served, frozenset()
+        return found
 
     def open(self) -> Mapping[ServiceId, int]:
         """Return the number of held and released connections of each service."""

@@ -1,10 +1,12 @@
 """A web server that stops as one should: on SIGTERM it finishes what it has, and says ``Connection: close``.
 
 ``graceful_server.py PORT``.  Answers with its host's name, the client's address (as a proxy tells it, if there is one),
-and ``serving``, or ``stopping`` once it has been signalled to stop; ``/slow/SECONDS`` takes that long.
+and ``serving``, or ``stopping`` once it has been signalled to stop; ``/slow/SECONDS`` takes that long.  The status is
+that of the environment's ``STATUS``.
 It ends when its last client has gone.
 """
 
+import os
 import signal
 import socket
 import sys
@@ -13,6 +15,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 NAME = socket.gethostname()
+STATUS = int(os.environ.get("STATUS", "200"))
 stopping = threading.Event()
 clients = threading.Semaphore(0)
 open_now = 0
@@ -41,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
         state = "stopping" if stopping.is_set() else "serving"
         client = self.headers.get("X-Forwarded-For", self.client_address[0])
         body = f"{NAME} {client} {state}".encode()
-        self.send_response(200)
+        self.send_response(STATUS)
         self.send_header("Content-Length", str(len(body)))
         if stopping.is_set():
             self.send_header("Connection", "close")

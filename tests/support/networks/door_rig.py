@@ -189,6 +189,12 @@ class DoorRig:
         """Return the output of HAProxy."""
         return (self.directory / "log").read_text()
 
+    async def wait_counted(self, responses: int) -> None:
+        """Wait until HAProxy has counted so many responses, which it does shortly after it has sent them."""
+        async with asyncio.timeout(WITHIN_S):
+            while self.log().count('"status":') < responses:  # noqa: ASYNC110  # the log is a file of another process
+                await asyncio.sleep(0.01)
+
     def reloads(self) -> int:
         """Return how often HAProxy was reloaded."""
         return self.log().count("Reloading HAProxy")

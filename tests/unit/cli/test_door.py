@@ -249,3 +249,10 @@ async def test_only_administrators_build_the_image_of_the_front_door() -> None:
     host = _Api("operator", "viewer:shop")
     with pytest.raises(PermissionDenied, match="ann may not create the front door: only administrators"):
         await require_administrator(host)
+
+
+@pytest.mark.parametrize("words", [["--agree-tos"], ["--directory", "https://ca.internal/dir"]])
+def test_options_of_an_authority_need_an_account(words: list[str]) -> None:
+    done = CliRunner().invoke(main, ["door", "up", *words])
+    assert done.exit_code == 2
+    assert "needs --email EMAIL" in done.output
