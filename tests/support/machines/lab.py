@@ -12,7 +12,7 @@ from skep.cli.cluster.door import FIRST_CONFIGURATION
 from skep.model.door.settings import DIRECTORY
 from skep.model.door.settings import NAME as DOOR
 from skep.playground.images.archive import Archive, ArchivedDirectory, File
-from tests.support.machines.stand_ins import image, script
+from tests.support.machines.stand_ins import image, local_program, script
 
 STORE = """\
 (exec httpd -f -p 9200 -h /usr/share/elasticsearch/data) &
@@ -116,21 +116,21 @@ def efk_images() -> Sequence[Archive]:
     )
 
 
-def door_image() -> Archive:
-    """Return the image that the Dockerfile of the front door makes."""
+def door_image(local: str = "") -> Archive:
+    """Return the image that the Dockerfile of the front door makes.
+
+    ``local``: path of an HAProxy of this machine that takes the place of the package.
+    """
     accounts = {
         "etc/passwd": File(b"root:x:0:0:root:/:/bin/sh\nhaproxy:x:100:100:haproxy:/:/bin/false\n"),
         "etc/group": File(b"root:x:0:\nhaproxy:x:100:\n"),
     }
     configuration = File("".join(f"{line}\n" for line in FIRST_CONFIGURATION).encode())
     command = ["haproxy", "-W", "-S", f"{DIRECTORY}/master.sock", "-f", f"{DIRECTORY}/haproxy.cfg"]
-    return image(
-        [f"{DOOR}:latest"],
-        {**accounts, f"{DIRECTORY.removeprefix('/')}/haproxy.cfg": configuration},
-        command,
-        ["haproxy"],
-        ["usr/sbin/haproxy"],
-    )
+    entries = {**accounts, f"{DIRECTORY.removeprefix('/')}/haproxy.cfg": configuration}
+    if local:
+        return image([f"{DOOR}:latest"], {**entries, **local_program("bin/haproxy", local)}, command)
+    return image([f"{DOOR}:latest"], entries, command, ["haproxy"], ["usr/sbin/haproxy"])
 
 
 def shop_images() -> Sequence[Archive]:
