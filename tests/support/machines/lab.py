@@ -37,6 +37,16 @@ printf 'Content-Type: text/plain\\r\\n\\r\\n'
 wget -q -O - "$ELASTICSEARCH_HOSTS/index" | grep "$QUERY_STRING"
 """
 KIBANA = "exec httpd -f -p 5601 -h /w\n"
+DATABASE = """\
+bin=$(echo /usr/lib/postgresql/*/bin)
+if [ ! -e /data/db ]; then
+    mkdir -p /data/new && chown postgres /data/new
+    su postgres -c "$bin/initdb -D /data/new -A scram-sha-256 --pwfile /run/secrets/password -E UTF8 --no-locale -N" &&
+        su postgres -c "$bin/postgres --single -D /data/new postgres" </tables.sql &&
+        echo "host all all all scram-sha-256" >>/data/new/pg_hba.conf && mv /data/new /data/db
+fi
+exec su postgres -c "exec $bin/postgres -D /data/db -k /tmp -c listen_addresses='*'"
+"""
 RABBIT = """\
 export HOME=/var/lib/rabbitmq PATH=/usr/lib/erlang/bin:$PATH RABBITMQ_LOGS=-
 export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS="+S 1:1 +sbwt none"
@@ -113,6 +123,36 @@ def efk_images() -> Sequence[Archive]:
         image(["fluent/fluentd:v1.14"], {"bin/f": script(SHIPPER)}, ["/bin/f"], *rsyslog),
         image(["elastic/filebeat:7.17.0"], {"bin/b": script(BEAT)}, ["/bin/b"], ["curl"], ["usr/bin/curl"]),
         image(["kibana:7.17.0"], search | {"bin/k": script(KIBANA)}, ["/bin/k"]),
+    )
+
+
+def database_images(tables: str) -> Sequence[Archive]:
+    """Return images of PostgreSQL and of an rsyslog that writes into it.
+
+    ``tables``: SQL that a new database begins with, a statement a line.
+    """
+    programs = [f"usr/lib/postgresql/*/bin/{name}" for name in ("initdb", "postgres", "psql")]
+    libraries = [f"usr/lib/postgresql/*/lib/{name}.so" for name in ("plpgsql", "dict_snowball")]
+    entries = {
+        "etc/passwd": File(b"root:x:0:0:root:/:/bin/sh\npostgres:x:70:70:postgres:/:/bin/sh\n"),
+        "tables.sql": File(tables.encode()),
+        "bin/d": script(DATABASE),
+    }
+    shown = subprocess.run(
+        ["apt-cache", "depends", "postgresql"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    server = re.findall(r"postgresql-[0-9]+", shown)[0]
+    packages = [server, server.replace("-", "-client-")]
+    folders = ["usr/share/postgresql", "usr/share/zoneinfo"]
+    return (
+        image(["postgres:15"], entries, ["/bin/d"], [*packages, "tzdata"], [*programs, *libraries, *folders]),
+        image(
+            ["rsyslog:8"],
+            {"bin/f": script(SHIPPER)},
+            ["/bin/f"],
+            ["rsyslog", "rsyslog-pgsql"],
+            ["usr/sbin/rsyslogd", "usr/lib/*/rsyslog"],
+        ),
     )
 
 
