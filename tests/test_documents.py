@@ -4,6 +4,8 @@ import re
 import subprocess
 import tomllib
 from functools import cache
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -312,13 +314,21 @@ def test_every_item_of_the_talks_has_one_line_and_tests_that_exist() -> None:
         assert states[state] in (bool(what), None), f"{cells[1]}: a difference is said, and no other"
         assert "`tests/" in cells[4] or not state.startswith("works"), f"{cells[1]}: no test shows it"
     named = [name for cells in lines for name in re.findall(r"`([^`]+)`", cells[4])]
-    scripts = ROOT / "tests" / "integration" / "side_by_side" / "script"
     for test, _, parameter in (name.removesuffix("]").partition("[") for name in named):
         assert re.fullmatch(r"tests/(\w+/)*test_\w+\.py::test_\w+", test), test
         assert exists(test), test
-        assert not parameter or (ROOT / parameter).is_file() or (scripts / f"{parameter}.txt").is_file(), (
-            parameter
-        )
+        assert not parameter or parameter in parameters(test), f"{test} does not run with {parameter}"
+
+
+@cache
+def parameters(test: str) -> frozenset[str]:
+    """Return the texts with which a test is parametrized."""
+    file, _, name = test.partition("::")
+    module = import_module(file.removesuffix(".py").replace("/", "."))
+    marks = getattr(getattr(module, name), "pytestmark", ())
+    sets = [one for mark in marks if mark.name == "parametrize" for one in mark.args[1]]
+    values = chain.from_iterable(getattr(one, "values", (one,)) for one in sets)
+    return frozenset(value for value in values if isinstance(value, str))
 
 
 def test_every_scenario_has_a_test_or_a_reason() -> None:

@@ -1,12 +1,12 @@
 """The talks' larger stacks, by the docker command: logs of every node collected, RabbitMQ behind HAProxy under load."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from tests.support.machines.lab import efk_images, shop_images
+from tests.support.machines.lab import database_images, efk_images, shop_images
 from tests.support.machines.playground_rig import (
     SKEP,
     TestCluster,
@@ -14,6 +14,7 @@ from tests.support.machines.playground_rig import (
     a_playground,
     container_pids,
     containers,
+    nodes_by_name,
     remove_stacks,
     running,
     wait_running,
@@ -109,6 +110,49 @@ action(type="omfwd" target="elasticsearch" port="9300" protocol="tcp" template="
 SHIPPED = ("fluentd", "filebeat", "app", "batch")
 """One on each node."""
 
+DATABASE = """\
+version: "3.8"
+services:
+  store:
+    image: postgres:15
+    secrets: [password]
+    volumes: ["rows:/data"]
+    networks: [rows]
+    stop_signal: SIGINT
+    deploy: {placement: {constraints: [node.role == manager]}}
+  shipper:
+    image: rsyslog:8
+    secrets: [password]
+    configs: [{source: shipper, target: /etc/rsyslog.conf}]
+    ports: [{target: 514, published: 5514, mode: host}]
+    networks: [rows]
+    deploy: {mode: global}
+  app:
+    image: busybox:1
+    command: sh -c 'i=0; while sleep 0.2; do echo "it is request $$i"; i=$$((i+1)); done'
+    stop_grace_period: 1s
+    logging:
+      driver: syslog
+      options: {syslog-address: "tcp://127.0.0.1:5514", syslog-format: rfc5424, tag: "{{.Name}}"}
+    deploy: {replicas: 4, placement: {max_replicas_per_node: 2}}
+networks: {rows: {}}
+volumes: {rows: {}}
+secrets:
+  password: {file: ./password}
+configs:
+  shipper: {file: ./shipper.conf, template_driver: golang}
+"""
+TABLES = "create table lines (node text, task text, text text);\n"
+SHIPPER = """\
+module(load="imtcp")
+module(load="ompgsql")
+input(type="imtcp" port="514")
+template(name="row" type="string" option.stdsql="on"
+         string="insert into lines values ('{{.Node.Hostname}}', '%app-name%', '%msg%')")
+action(type="ompgsql" server="store" db="postgres" user="postgres" pass="{{secret "password"}}" template="row"
+       queue.type="LinkedList" action.resumeRetryCount="-1" action.resumeInterval="1")
+"""
+
 RABBITS = """\
 version: "3.8"
 x-rabbit: &rabbit
@@ -194,14 +238,14 @@ HOME=/var/lib/rabbitmq /usr/lib/erlang/bin/erl -noinput -hidden -sname look$$ -e
 
 
 @pytest.fixture(scope="module")
-def three() -> Iterator[TestCluster]:
-    with a_playground("larger", managers=1, workers=2) as playground:
+def four() -> Iterator[TestCluster]:
+    with a_playground("larger", managers=1, workers=3) as playground:
         yield playground
 
 
 @pytest.fixture
-def m1(three: TestCluster) -> Iterator[TestNode]:
-    node = three.node("m1")
+def m1(four: TestCluster) -> Iterator[TestNode]:
+    node = four.node("m1")
     yield node
     remove_stacks(node)
 
@@ -222,16 +266,16 @@ def node_of(cluster: TestCluster, service: str) -> TestNode:
     return next(node for node in cluster.nodes() if container_pids(node, service))
 
 
-def test_logs_of_every_node_are_collected(three: TestCluster, m1: TestNode, tmp_path: Path) -> None:
+def test_logs_of_every_node_are_collected(four: TestCluster, m1: TestNode, tmp_path: Path) -> None:
     """By a log driver that sends to a shipper, and by a shipper that reads the API's socket."""
     load(m1, tmp_path, *efk_images())
     (tmp_path / "elasticsearch.conf").write_text(ELASTICSEARCH)
     (tmp_path / "fluentd.conf").write_text(FLUENTD)
     subprocess.run([SKEP, "--host", m1.socket, "cluster", "allow", "api-inspect"], check=True, timeout=60)
     deploy(m1, tmp_path, "efk", EFK)
-    for name, count in {"elasticsearch": 1, "kibana": 1, **dict.fromkeys(SHIPPED, 3)}.items():
+    for name, count in {"elasticsearch": 1, "kibana": 1, **dict.fromkeys(SHIPPED, 4)}.items():
         wait_running(m1, f"efk_{name}", count, 120)
-    kibana = node_of(three, "efk_kibana")
+    kibana = node_of(four, "efk_kibana")
 
     def found(word: str) -> list[list[str]]:
         lines = fetched(kibana, "efk_kibana", f"http://127.0.0.1:5601/cgi-bin/search?{word}").splitlines()
@@ -240,9 +284,9 @@ def test_logs_of_every_node_are_collected(three: TestCluster, m1: TestNode, tmp_
     def numbers(word: str, origin: str) -> set[int]:
         return {int(line[-1]) for line in found(word) if line[1] == origin}
 
-    names = {node.name for node in three.nodes()}
+    names = {node.name for node in four.nodes()}
     tags = {}
-    for node in three.nodes():
+    for node in four.nodes():
         ((app,), (batch,)) = (containers(node, f"efk_{name}") for name in ("app", "batch"))
         tags[node.name] = app["Names"][0].removeprefix("/")
         for word, origin in (("request", tags[node.name]), ("report", batch["Id"])):
@@ -254,17 +298,17 @@ def test_logs_of_every_node_are_collected(three: TestCluster, m1: TestNode, tmp_
         "which shippers they came by: the port is the mesh's"
     )
     shown = m1.docker("service", "ls", "--format", "{{.Name}} {{.Replicas}} {{.Ports}}").stdout.splitlines()
-    assert "efk_fluentd 3/3 *:24224->24224/tcp" in shown
-    assert "efk_filebeat 3/3 " in shown
+    assert "efk_fluentd 4/4 *:24224->24224/tcp" in shown
+    assert "efk_filebeat 4/4 " in shown
 
     tag = tags["w1"]
     before = max(numbers("request", tag))
     killed = {task["ID"] for task in running(m1, "efk_fluentd")}
-    for node in three.nodes():  # the driver finds none, on whatever node
+    for node in four.nodes():  # the driver finds none, on whatever node
         for id in container_pids(node, "efk_fluentd"):
             node.docker("kill", id)
     wait_until(
-        lambda: len(new := running(m1, "efk_fluentd")) == 3 and not killed & {task["ID"] for task in new},
+        lambda: len(new := running(m1, "efk_fluentd")) == 4 and not killed & {task["ID"] for task in new},
         "other shippers run",
         60,
     )
@@ -273,8 +317,86 @@ def test_logs_of_every_node_are_collected(three: TestCluster, m1: TestNode, tmp_
     assert len(lost) < 20, f"what was written while no shipper ran is sent afterwards: {sorted(lost)}"
 
 
+def test_logs_of_every_node_are_rows_of_a_database(four: TestCluster, m1: TestNode, tmp_path: Path) -> None:
+    """Each node has a shipper for its own tasks.  Tasks come and go, and the database is killed meanwhile."""
+    load(m1, tmp_path, *database_images(TABLES))
+    (tmp_path / "shipper.conf").write_text(SHIPPER)
+    (tmp_path / "password").write_text("secret")
+    deploy(m1, tmp_path, "logs", DATABASE)
+    wait_running(m1, "logs_store", 1, 120)
+    wait_running(m1, "logs_shipper", 4, 120)
+    host_names = {node["ID"]: name for name, node in nodes_by_name(m1).items()}
+
+    def tasks() -> dict[str, str]:
+        """Name of each running task -> its node."""
+        return {
+            f"logs_app.{task['Slot']}.{task['ID']}": host_names[task["NodeID"]]
+            for task in running(m1, "logs_app")
+        }
+
+    def rows() -> dict[str, list[tuple[str, int]]]:
+        """Name of each task that has rows -> node and number of each."""
+        query = ("psql", "-h", "/tmp", "-U", "postgres", "-Atc", "select task, node, text from lines")
+        found: dict[str, list[tuple[str, int]]] = {}
+        for line in psql(m1, *query).splitlines():
+            task, node, text = line.split("|")
+            found.setdefault(task, []).append((node, int(text.removeprefix("it is request"))))
+        return found
+
+    def arrive(names: Mapping[str, str], further: int) -> bool:
+        """Return whether each task has ``further`` rows by the shipper of its node."""
+        found = rows()
+        return all(found.get(name, []).count((node, further)) == 1 for name, node in names.items())
+
+    wait_running(m1, "logs_app", 4, 60)
+    first = tasks()
+    assert sorted(first.values()) == ["m1", "w1", "w2", "w3"]
+    wait_until(lambda: arrive(first, 20), "rows of every node's task are in the database", 120)
+
+    m1.docker("service", "scale", "--detach", "logs_app=8")
+    wait_running(m1, "logs_app", 8, 60)
+    more = tasks()
+    assert sorted(more.values()) == sorted(2 * [*first.values()])
+    wait_until(lambda: arrive(more, 20), "rows of the new tasks are there", 120)
+
+    reached = max(number for _, number in rows()[next(iter(first))])
+    (killed,) = container_pids(m1, "logs_store")
+    m1.docker("kill", killed)
+    wait_until(lambda: killed not in container_pids(m1, "logs_store"), "the database is replaced", 60)
+    wait_running(m1, "logs_store", 1, 120)
+    wait_until(lambda: arrive(first, reached + 100), "what follows is in the database, with what it had", 180)
+
+    m1.docker("service", "scale", "--detach", "logs_app=2")
+    wait_running(m1, "logs_app", 2, 60)
+    kept = tasks()
+    assert kept.items() < more.items()
+    reached = max(number for name in kept for _, number in rows()[name])
+    wait_until(lambda: arrive(kept, reached + 50), "rows of those that remain go on", 120)
+    found = rows()
+    assert found.keys() == more.keys()
+    for name, node in more.items():
+        numbers = [number for _, number in found[name]]
+        assert {one for one, _ in found[name]} == {node}
+        assert sorted(numbers) == [*range(len(numbers))], f"{name}: each line is one row"
+
+
+def psql(m1: TestNode, *command: str) -> str:
+    """Run a query in the database, or return nothing while it does not answer."""
+    (id,) = container_pids(m1, "logs_store")
+    words = (
+        "exec",
+        "-e",
+        "PGPASSWORD=secret",
+        id,
+        "sh",
+        "-c",
+        'exec /usr/lib/postgresql/*/bin/"$0" "$@"',
+    )
+    return m1.docker(*words, *command, check=False).stdout
+
+
 def test_orders_go_through_haproxy_to_rabbitmq_under_load(
-    three: TestCluster, m1: TestNode, tmp_path: Path
+    four: TestCluster, m1: TestNode, tmp_path: Path
 ) -> None:
     """A broker on each node, the applications scaled out and in, then a broker killed."""
     load(m1, tmp_path, *shop_images())
@@ -282,18 +404,18 @@ def test_orders_go_through_haproxy_to_rabbitmq_under_load(
     (tmp_path / "haproxy.cfg").write_text(HAPROXY)
     (tmp_path / "cookie").write_text("erlang")
     file = RABBITS
-    for number, node in enumerate(three.nodes(), 1):
+    for number, node in enumerate(four.nodes(), 1):
         file = file.replace(f"NODE{number}", node.name)
     deploy(m1, tmp_path, "shop", file)
     brokers = ("shop_rabbit1", "shop_rabbit2", "shop_rabbit3")
     for name, count in {**dict.fromkeys(brokers, 1), "shop_haproxy": 1, "shop_orders": 2}.items():
         wait_running(m1, name, count, 120)
-    invoices = node_of(three, "shop_invoices")
+    invoices = node_of(four, "shop_invoices")
 
     def logged(name: str) -> set[str]:
         return {
             line
-            for node in three.nodes()
+            for node in four.nodes()
             for id in container_pids(node, "shop_clients")
             for line in node.docker("exec", id, "cat", f"/tmp/{name}").stdout.splitlines()
         }
@@ -304,7 +426,7 @@ def test_orders_go_through_haproxy_to_rabbitmq_under_load(
     wait_until(lambda: len(arrived()) > 20, "orders are accepted, and arrive", 180)
     members = ["rabbit@rabbit1", "rabbit@rabbit2", "rabbit@rabbit3"]
     for broker in brokers:  # a cluster of three, not three brokers
-        where = node_of(three, broker)
+        where = node_of(four, broker)
         wait_until(
             lambda where=where, broker=broker: (
                 sorted(inside(where, broker, "sh", "-c", CLUSTER_MEMBERS).split()) == members
@@ -319,12 +441,12 @@ def test_orders_go_through_haproxy_to_rabbitmq_under_load(
         wanted = len(logged("accepted")) + 50
         wait_until(lambda wanted=wanted: len(logged("accepted")) > wanted, "orders go on", 60)
     assert logged("refused") == refused, "no order is refused while applications come and go"
-    for node in three.nodes():
+    for node in four.nodes():
         assert published(node, "5000/cgi-bin/order?by-the-mesh") == "accepted\n"
         assert published(node, "8080/orders")
 
     accepted = logged("accepted")
-    third = node_of(three, "shop_rabbit3")
+    third = node_of(four, "shop_rabbit3")
     (killed,) = container_pids(third, "shop_rabbit3")
     third.docker("kill", killed)
     wait_until(lambda: killed not in container_pids(third, "shop_rabbit3"), "the broker is replaced", 60)

@@ -13,9 +13,16 @@ from skep.engine.confinement import selinux
 from skep.engine.containers.container import Container, ExecConfig, LogFilter
 from skep.engine.containers.request import read_create
 from skep.engine.engine import Engine
-from skep.model.assignment import SecretFile
-from skep.model.container import FileTarget, SecretReference
-from skep.model.values.ids import SecretId
+from skep.model.assignment import ConfigFile, SecretFile
+from skep.model.container import (
+    ConfigReference,
+    FileTarget,
+    Mount,
+    Privileges,
+    SecretReference,
+    SELinuxContext,
+)
+from skep.model.values.ids import ConfigId, SecretId
 from tests.integration.node.test_oci_tasks import a_task, output
 from tests.support.engine.runc_lab import IMAGE
 
@@ -161,6 +168,57 @@ async def test_a_task_reads_its_secrets_which_have_its_label(executor: OciExecut
     (path,) = [point.source for point in container.config.mounts if point.internal]
     assert label_of(Path(path)) == container.config.mount_label
     await executor.engine.remove(container.id, force=True)
+
+
+@enforcing
+async def test_a_task_reads_its_configs(executor: OciExecutor) -> None:
+    executor.payloads.put([], [ConfigFile(id=ConfigId("c1"), name="c", data=b"shown\n")])
+    reference = ConfigReference(config_id=ConfigId("c1"), config_name="c", file=FileTarget(name="/c"))
+    assert await output(executor, a_task("cat", "/c", configs=(reference,))) == "shown\n"
+
+
+@enforcing
+async def test_labels_of_a_service_choose_who_reads_what_its_tasks_mount(
+    executor: OciExecutor, source: Path
+) -> None:
+    """A stack's ``z`` and ``Z`` become the label ``skep.relabel``, because SwarmKit's messages have no such field."""
+    directory = Mount(type="bind", source=str(source), target="/x")
+    volume = Mount(type="volume", source="numbers", target="/v")
+
+    async def read(relabel: str = "") -> str:
+        labels = {"skep.relabel": relabel} if relabel else {}
+        task = a_task("cat", "/x/file", "/v/file", mounts=(directory, volume), labels=labels)
+        return await output(executor, task)
+
+    await output(executor, a_task("sh", "-c", "echo kept >/v/file", mounts=(volume,)))
+    assert DENIED in await read(), "the directory has the machine's labels"
+    assert await read("/x=z") == "found\nkept\n"
+    assert await read() == "found\nkept\n", "every task may read it from now on"
+    assert await read("/x=Z,/v=Z") == "found\nkept\n"
+    assert (await read()).count(DENIED) == 1, "the volume is shared again, the directory stays another task's"
+
+
+@enforcing
+async def test_options_of_a_service_change_the_labels_of_its_tasks(
+    executor: OciExecutor, source: Path
+) -> None:
+    directory = Mount(type="bind", source=str(source), target="/x")
+
+    async def run(*command: str, relabel: str = "", **options: Any) -> str:
+        labels = {"skep.relabel": f"/x={relabel}"} if relabel else {}
+        privileges = Privileges(selinux_context=SELinuxContext(**options)) if options else None
+        task = a_task(*command, mounts=(directory,), labels=labels, privileges=privileges)
+        return await output(executor, task)
+
+    assert await run("cat", "/x/file", disable=True) == "found\n"
+    assert "container_t" not in await run("cat", "/proc/self/attr/current", disable=True)
+    level = {"level": "s0:c7,c8"}
+    shown = await run("cat", "/proc/self/attr/current", **level)
+    assert shown.rstrip("\0\n") == "system_u:system_r:container_t:s0:c7,c8"
+    assert await run("cat", "/x/file", relabel="Z", **level) == "found\n"
+    assert await run("cat", "/x/file", **level) == "found\n", "tasks of one level share their files"
+    assert DENIED in await run("cat", "/x/file", level="s0:c7,c9")
+    assert DENIED in await run("cat", "/x/file")
 
 
 @pytest.mark.skipif(selinux.is_active(), reason="this kernel has SELinux")

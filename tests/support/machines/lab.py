@@ -12,7 +12,7 @@ from skep.cli.cluster.door import FIRST_CONFIGURATION
 from skep.model.door.settings import DIRECTORY
 from skep.model.door.settings import NAME as DOOR
 from skep.playground.images.archive import Archive, ArchivedDirectory, File
-from tests.support.machines.stand_ins import image, script
+from tests.support.machines.stand_ins import image, local_program, script
 
 STORE = """\
 (exec httpd -f -p 9200 -h /usr/share/elasticsearch/data) &
@@ -37,6 +37,16 @@ printf 'Content-Type: text/plain\\r\\n\\r\\n'
 wget -q -O - "$ELASTICSEARCH_HOSTS/index" | grep "$QUERY_STRING"
 """
 KIBANA = "exec httpd -f -p 5601 -h /w\n"
+DATABASE = """\
+bin=$(echo /usr/lib/postgresql/*/bin)
+if [ ! -e /data/db ]; then
+    mkdir -p /data/new && chown postgres /data/new
+    su postgres -c "$bin/initdb -D /data/new -A scram-sha-256 --pwfile /run/secrets/password -E UTF8 --no-locale -N" &&
+        su postgres -c "$bin/postgres --single -D /data/new postgres" </tables.sql &&
+        echo "host all all all scram-sha-256" >>/data/new/pg_hba.conf && mv /data/new /data/db
+fi
+exec su postgres -c "exec $bin/postgres -D /data/db -k /tmp -c listen_addresses='*'"
+"""
 RABBIT = """\
 export HOME=/var/lib/rabbitmq PATH=/usr/lib/erlang/bin:$PATH RABBITMQ_LOGS=-
 export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS="+S 1:1 +sbwt none"
@@ -116,21 +126,51 @@ def efk_images() -> Sequence[Archive]:
     )
 
 
-def door_image() -> Archive:
-    """Return the image that the Dockerfile of the front door makes."""
+def database_images(tables: str) -> Sequence[Archive]:
+    """Return images of PostgreSQL and of an rsyslog that writes into it.
+
+    ``tables``: SQL that a new database begins with, a statement a line.
+    """
+    programs = [f"usr/lib/postgresql/*/bin/{name}" for name in ("initdb", "postgres", "psql")]
+    libraries = [f"usr/lib/postgresql/*/lib/{name}.so" for name in ("plpgsql", "dict_snowball")]
+    entries = {
+        "etc/passwd": File(b"root:x:0:0:root:/:/bin/sh\npostgres:x:70:70:postgres:/:/bin/sh\n"),
+        "tables.sql": File(tables.encode()),
+        "bin/d": script(DATABASE),
+    }
+    shown = subprocess.run(
+        ["apt-cache", "depends", "postgresql"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    server = re.findall(r"postgresql-[0-9]+", shown)[0]
+    packages = [server, server.replace("-", "-client-")]
+    folders = ["usr/share/postgresql", "usr/share/zoneinfo"]
+    return (
+        image(["postgres:15"], entries, ["/bin/d"], [*packages, "tzdata"], [*programs, *libraries, *folders]),
+        image(
+            ["rsyslog:8"],
+            {"bin/f": script(SHIPPER)},
+            ["/bin/f"],
+            ["rsyslog", "rsyslog-pgsql"],
+            ["usr/sbin/rsyslogd", "usr/lib/*/rsyslog"],
+        ),
+    )
+
+
+def door_image(local: str = "") -> Archive:
+    """Return the image that the Dockerfile of the front door makes.
+
+    ``local``: path of an HAProxy of this machine that takes the place of the package.
+    """
     accounts = {
         "etc/passwd": File(b"root:x:0:0:root:/:/bin/sh\nhaproxy:x:100:100:haproxy:/:/bin/false\n"),
         "etc/group": File(b"root:x:0:\nhaproxy:x:100:\n"),
     }
     configuration = File("".join(f"{line}\n" for line in FIRST_CONFIGURATION).encode())
     command = ["haproxy", "-W", "-S", f"{DIRECTORY}/master.sock", "-f", f"{DIRECTORY}/haproxy.cfg"]
-    return image(
-        [f"{DOOR}:latest"],
-        {**accounts, f"{DIRECTORY.removeprefix('/')}/haproxy.cfg": configuration},
-        command,
-        ["haproxy"],
-        ["usr/sbin/haproxy"],
-    )
+    entries = {**accounts, f"{DIRECTORY.removeprefix('/')}/haproxy.cfg": configuration}
+    if local:
+        return image([f"{DOOR}:latest"], {**entries, **local_program("bin/haproxy", local)}, command)
+    return image([f"{DOOR}:latest"], entries, command, ["haproxy"], ["usr/sbin/haproxy"])
 
 
 def shop_images() -> Sequence[Archive]:

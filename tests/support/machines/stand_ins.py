@@ -1,6 +1,7 @@
 """Small images of the distribution's programs, with the names that stack files use."""
 
 import asyncio
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -85,6 +86,15 @@ def _unpacked(pattern: str, directory: Path) -> dict[str, Entry]:
             else:
                 found[name] = File(content, file.stat().st_mode & 0o777)
     return found
+
+
+def local_program(name: str, path: str) -> Mapping[str, Entry]:
+    """Return a program of this machine as ``name`` of an image, with its libraries.  Needs no network."""
+    own = os.path.realpath(path).lstrip("/")
+    with tempfile.TemporaryDirectory(prefix="skep-image-") as directory:
+        (Path(directory) / "root").symlink_to("/")
+        found = program(own, Path(directory))
+    return {**found, name: found.pop(own)}
 
 
 def load(node: TestNode, directory: Path, *archives: Archive) -> None:
