@@ -26,6 +26,7 @@ from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import JOB_TTL, PRIORITY, VOLUME_AFFINITY
 from skep.model.options.schedules import CRON, CRON_CONCURRENCY
+from skep.model.permissions.field_rights import SERVICE_LABELS
 from skep.model.quota import QuotaSpec
 from skep.model.service import (
     GlobalJob,
@@ -436,6 +437,41 @@ def test_specs_combine_all_labels_and_each_is_often_absent() -> None:
         any(isinstance(spec.mode.replicated, ReplicatedService) and CRON in spec.labels for spec in specs)
         is False
     )
+
+
+NOT_DRAWN = {
+    "simulated containers use processors only, and other measures are queries over HTTP": {
+        *("skep.autoscale.cpu", "skep.autoscale.memory", "skep.autoscale.requests", "skep.autoscale.rps"),
+        *("skep.autoscale.queue-field", "skep.autoscale.queue.exec", "skep.autoscale.queue.exec-in"),
+        *("skep.update.max-errors", "skep.update.max-latency"),
+    },
+    "times of virtual runs have no zone": {"skep.autoscale.time-zone", "skep.cron.time-zone"},
+    "requests set it, and no new service has it": {"skep.cron.suspend", "skep.stopped"},
+    "a canary of the simulation has an upper bound, and its last step promotes it": {
+        *("skep.update.query-min", "skep.update.query-wait", "skep.update.promote"),
+    },
+    "simulated nodes have no names, connections or logs": {
+        *("skep.drain", "skep.last-lines", "skep.near", "skep.publish-not-ready"),
+    },
+    "a former name": {"skep.volumes"},
+    "the front door of the simulation has services and no options": {
+        label for label in SERVICE_LABELS if label.startswith(("skep.http.", "skep.http[", "skep.door"))
+    },
+    "no port of the simulation has options": {
+        label for label in SERVICE_LABELS if label.startswith("skep.publish[")
+    },
+}
+"""Labels that random specs lack, by the reason."""
+
+
+def test_every_label_of_a_service_is_drawn_or_has_a_reason_why_not() -> None:
+    random, extensions = Random(1), Random(2)
+    known = Dependencies(services=("web", "api", "db", "cache"), volumes=("v1",))
+    specs = [a_spec("web", random, known, extensions) for _ in range(2000)]
+    drawn = {label for spec in specs for label in spec.labels if label.startswith("skep.")}
+    excused = {label for labels in NOT_DRAWN.values() for label in labels}
+    assert drawn & excused == set()
+    assert drawn | excused == set(SERVICE_LABELS)
 
 
 def test_without_extensions_specs_have_nothing_that_docker_lacks_but_disconnect_policies() -> None:

@@ -8,6 +8,7 @@ import pytest
 from skep.api.client.client import ApiClient
 from skep.api.errors import Untranslated
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, PermissionDenied, SkepError, Unavailable
+from skep.model.values.encoding import to_json
 from skep.stack.cluster_state import check, with_placements
 from skep.stack.compose.document import FileProblems
 from skep.stack.deploying import Deployment
@@ -30,6 +31,8 @@ class Cluster(ApiClient):
         self.services: dict[str, Any] = {}
         self.logins: dict[str, str] = {}
         self.placement: SkepError = NotFound("page not found")
+        self.written: list[Any] = []
+        """The bodies of other requests."""
         self.updated: dict[str, Any] = {}
         """The bodies of updates of secrets and configs."""
         self.refusal = ""
@@ -75,6 +78,7 @@ class Cluster(ApiClient):
                     raise self.refuses(self.refusal)
                 self.updated[path] = body
             case "POST", _:
+                self.written.append(body)
                 self.asked.append(f"{path} {body.get('TaskTemplate', {}).get('ForceUpdate', '')}".strip())
         return []
 
@@ -99,6 +103,19 @@ async def test_what_fails_together_is_asked_for_alone() -> None:
     shown = await deploy(cluster, Existing())
     assert cluster.asked == ["/networks/create", "shop_b+shop_c", "shop_c", "/services/i/update 3", "shop_a"]
     assert "shop_c updated" in shown
+
+
+async def test_a_service_that_appeared_since_the_plan_keeps_the_autoscalers_number() -> None:
+    stack = a_stack("services: {a: {image: a, deploy: {replicas: 2, labels: {skep.autoscale: 2..20}}}}")
+    wanted = json.loads(to_json(stack.services["a"].spec))
+    cluster = Cluster(None)
+    image = {"TaskTemplate": {"ContainerSpec": {"Image": "former"}}}
+    cluster.services = {"shop_a": wanted | image | {"Mode": {"Replicated": {"Replicas": 10}}}}
+    plan = plan_of(stack, Existing(), images={}, prune=False)
+    await Deployment(cluster, stack, plan, lambda *_: None).apply(None)
+    assert cluster.asked[-1].startswith("/services/i/update")
+    assert cluster.written[-1]["TaskTemplate"]["ContainerSpec"]["Image"] == "a:latest"
+    assert cluster.written[-1]["Mode"]["Replicated"]["Replicas"] == 10
 
 
 async def test_what_was_done_without_a_response_is_not_done_again() -> None:

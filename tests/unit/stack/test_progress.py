@@ -215,6 +215,14 @@ def test_an_update_of_ports_alone_has_to_reach_the_tasks() -> None:
     assert progress_of(service, tasks, current={one.id for one in tasks}).is_done
 
 
+def test_where_the_cluster_names_no_tasks_their_versions_tell_what_the_update_has_reached() -> None:
+    service = replace(SERVICE, spec_version=Version(index=2))
+    tasks = [a_task(TaskState.RUNNING), a_task(TaskState.RUNNING)]
+    old, new = ([replace(one, spec_version=Version(index=index)) for one in tasks] for index in (1, 2))
+    assert progress_of(service, old).text == "0 of 2 tasks updated, 2 running"
+    assert progress_of(service, new).is_done
+
+
 def in_slots(*states: tuple[int, TaskState, bool]) -> tuple[list[Task], set[str]]:
     """Tasks, each of a slot, in a state, and of the present spec or the one before; and the ids of the present ones."""
     tasks = [replace(a_task(state), slot=slot) for slot, state, _ in states]
