@@ -12,6 +12,8 @@ from skep.linux.commands import communicate
 
 _POLL_S = 0.02
 """Seconds between two checks of a condition."""
+RERUN = "rerun the command"
+"""The usual step after a condition has not come true."""
 
 
 def find(command: str, *others: str) -> str:
@@ -61,11 +63,14 @@ async def ip(*words: str, batch: Sequence[str] = ()) -> bytes:
     return await run("ip", *words)
 
 
-async def wait_until(condition: Callable[[], Awaitable[bool]], what: str, within_s: float) -> None:
+async def wait_until(
+    condition: Callable[[], Awaitable[bool]], what: str, within_s: float, then: str = RERUN
+) -> None:
     """Poll until ``condition`` returns True.
 
     Args:
         what: The condition as a sentence without a full stop, for the error.
+        then: The step after a look at the nodes, in the imperative, for the error.
 
     Raises: Unavailable: it did not return True within ``within_s`` seconds.
     """
@@ -76,7 +81,7 @@ async def wait_until(condition: Callable[[], Awaitable[bool]], what: str, within
     except TimeoutError as error:
         raise Unavailable(
             f"This did not happen in time ({within_s:g} s): {what}. "
-            "Run skep playground ps to see which nodes respond, then rerun the command."
+            f"Run skep playground ps to see which nodes respond, then {then}."
         ) from error
 
 

@@ -64,10 +64,10 @@ class Holder:
     def __init__(self, node: PlaygroundNode, home: Path, process: "subprocess.Popen[bytes]") -> None:
         self.node, self._home, self._process = node, home, process
 
-    async def wait_for_api(self) -> None:
-        """Wait until the API responds.  Raises: Unavailable, with the end of the node's log."""
+    async def wait_for_api(self, then: str) -> None:
+        """Wait until the API responds.  Raises: Unavailable, with the end of the node's log and the next step."""
         try:
-            await wait_until(self._answers, f"{self.node.name} serves its API", _API_WITHIN_S)
+            await wait_until(self._answers, f"{self.node.name} serves its API", _API_WITHIN_S, then)
         except Unavailable as error:
             raise Unavailable(f"{error}\n{_tail(self._home)}") from error
 

@@ -13,7 +13,7 @@ from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotF
 from skep.paths import SOCKET_PATH_BYTES_MAX
 from skep.playground import cgroups, docker, engine, names, node, processes, relay, underlay
 from skep.playground import tls as certificates
-from skep.playground.commands import find, run, together, wait_until
+from skep.playground.commands import RERUN, find, run, together, wait_until
 from skep.playground.description import DescriptionFile, PlaygroundDescription, PlaygroundNode
 from skep.playground.images.busybox import busybox_archive
 
@@ -123,7 +123,7 @@ class Playground:
         self._busybox.write_bytes(archive.data)
         with self._file.locked():
             self._file.write(cluster)
-        await together(*(self._make(new) for new in cluster.nodes))
+        await together(*(self._make(new, self._then_up()) for new in cluster.nodes))
         return self.cluster()
 
     async def down(self) -> bool:
@@ -287,20 +287,26 @@ class Playground:
         address = names.free_address((known.addr for known in cluster.nodes), cluster.subnets)
         return node.described(self._directory, cluster.name, name, role, address.ip, kind)
 
-    async def _make(self, new: PlaygroundNode) -> PlaygroundNode:
+    def _then_up(self) -> str:
+        """Return the step after ``up`` has failed, which leaves a description that a second ``up`` refuses."""
+        return f"run skep playground down --dir {self._directory} and {RERUN}"
+
+    async def _make(self, new: PlaygroundNode, then: str = RERUN) -> PlaygroundNode:
         """Create a node: attach its cable, start its daemon and load its image."""
         cluster = self.cluster()
         await underlay.attach(cluster.name, new.name, names.address_of(new.addr))
-        started = await self._switch_on(cluster, new)
+        started = await self._switch_on(cluster, new, then)
         await engine.load(started.endpoint, await asyncio.to_thread(self._busybox.read_bytes))
         self._progress(f"{new.name} is up ({new.addr})")
         return started
 
-    async def _switch_on(self, cluster: PlaygroundDescription, off: PlaygroundNode) -> PlaygroundNode:
+    async def _switch_on(
+        self, cluster: PlaygroundDescription, off: PlaygroundNode, then: str = RERUN
+    ) -> PlaygroundNode:
         """Start the node, record it, and wait for its API."""
         holder = node.switch_on(self._directory, cluster.name, off)
         self._file.put(holder.node)
-        await holder.wait_for_api()
+        await holder.wait_for_api(then)
         return holder.node
 
     async def _form_swarm(self, cluster: PlaygroundDescription) -> None:
@@ -317,7 +323,7 @@ class Playground:
                 ready = [known for known in nodes if known["Status"]["State"] == "ready"]
                 return len(ready) == len(cluster.nodes)
 
-            await wait_until(all_ready, "every node is ready", _READY_WITHIN_S)
+            await wait_until(all_ready, "every node is ready", _READY_WITHIN_S, self._then_up())
         self._progress(f"all {len(cluster.nodes)} nodes are ready" if others else f"{first.name} is ready")
 
     async def _destroy(self, playground: str, name: str, cluster: PlaygroundDescription | None) -> None:

@@ -133,6 +133,32 @@ async def test_a_refused_connection_is_named_with_its_cause() -> None:
     assert await send(f"http://{address}/") == f"cannot connect to {address}: Connection refused"
 
 
+async def test_a_refused_connection_to_a_mail_server_is_named_with_its_cause() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    reason = await send(f"smtp://127.0.0.1:{port}?from=a@b.c&to=d@e.f", secret="")
+    assert reason == f"cannot connect to 127.0.0.1:{port}: Connection refused"
+
+
+@pytest.mark.parametrize("form", ["https://{}/", "smtps://{}?from=a@b.c&to=d@e.f"], ids=["https", "smtps"])
+async def test_a_server_without_tls_is_named_as_such(form: str) -> None:
+    async with a_mail_server() as server:
+        address = f"127.0.0.1:{server.port}"
+        reason = await send(form.format(address), secret="")
+    assert reason == f"cannot connect to {address}: it does not speak TLS at this port"
+
+
+async def test_a_mail_server_that_closes_the_connection_is_named_as_such() -> None:
+    async def close(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(close, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        reason = await send(f"smtp://127.0.0.1:{port}?from=a@b.c&to=d@e.f", secret="")
+    assert reason == "it closed the connection before it responded"
+
+
 @pytest.mark.parametrize("url", ["http://{}/", "slack+http://{}/", "smtp://{}?from=a@b.c&to=d@e.f"])
 async def test_a_server_that_hangs_is_given_up(url: str) -> None:
     async with asyncio.timeout(10):
@@ -182,7 +208,9 @@ async def test_internal_addresses_need_permission(form: str, host: str, rule: st
 
 async def test_a_name_that_cannot_be_resolved_is_shown() -> None:
     assert (await send("http://none.invalid/")).startswith("cannot connect to none.invalid:80: ")
-    assert await send("smtp://none.invalid?from=a@b.c&to=d@e.f", secret="")
+    mail = await send("smtp://none.invalid?from=a@b.c&to=d@e.f", secret="")
+    assert mail.startswith("cannot connect to none.invalid:")
+    assert "Errno" not in mail
 
 
 @pytest.fixture
@@ -220,7 +248,7 @@ async def test_a_mail_goes_over_tls_with_a_password(scheme: str, authority: Auth
 async def test_a_mail_server_without_tls_gets_mail_but_no_password() -> None:
     async with a_mail_server() as server:
         reason = await send(mail_url("smtp", server.port))
-        assert "offers no STARTTLS, so it does not get the password" in reason
+        assert reason == "the mail server offers no STARTTLS, so it does not get the password"
         assert "AUTH" not in server.commands
         assert await send(mail_url("smtp", server.port, user=""), secret="") == ""
     assert len(server.mails) == 1
@@ -231,14 +259,15 @@ async def test_a_mail_server_with_a_certificate_of_another_authority_gets_nothin
 ) -> None:
     other = served(an_authority(tmp_path / "other"))
     async with a_mail_server(other, credentials=f"\0skep\0{SECRET}") as server:
-        assert "certificate verify failed" in await send(mail_url("smtp", server.port))
+        reason = await send(mail_url("smtp", server.port))
+        assert reason.startswith("its certificate is not trusted: ")
     assert "MAIL" not in " ".join(server.commands)
 
 
 async def test_what_a_mail_server_refuses_is_shown(authority: Authority) -> None:
     async with a_mail_server(served(authority), credentials="\0skep\0other") as server:
         reason = await send(mail_url("smtp", server.port))
-        assert reason.endswith("the mail server responded 535 wrong password to AUTH")
+        assert reason == "the mail server responded 535 wrong password to AUTH"
         server.credentials, server.refusals = f"\0skep\0{SECRET}", {"RCPT": "550 no such user"}
         reason = await send(mail_url("smtp", server.port))
         assert "550 no such user to RCPT TO:<ops@example.org>" in reason

@@ -146,6 +146,7 @@ async def test_a_failed_deploy_undoes_the_killed_one_that_it_took_over(
     assert "its new objects were removed, so shop has no services again" in err
     assert "previous revision cannot be deployed" not in err
     assert "stack history" not in err, "it has no revisions"
+    assert "skep explain" not in err, "nothing of it is left to explain"
     assert (cluster.names(), networks(cluster)) == ([], [])
     assert (await cluster.run("stack", "history", "--format", "{{.State}}", "shop"))[1] == ""
 

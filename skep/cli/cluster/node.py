@@ -144,18 +144,25 @@ async def _consequences(client: Requests, name: str, *, now: bool) -> Sequence[s
     """Return the effects of a drain: services whose tasks stop first, and services with local volumes on the node."""
     node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
     services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
-    tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=RESPONSE_TIMEOUT_S)
+    # A task that waits on the node for its restart is desired to be ready.  Its data is there as well.
+    filters = {"desired-state": ["ready", "running"]}
+    tasks = await client.get("/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S)
+    here: set[str] = set()
     homes: dict[str, set[str]] = {}
     for task in tasks:
-        homes.setdefault(task.get("ServiceID", ""), set()).add(task.get("NodeID", ""))
+        service, home = task.get("ServiceID", ""), task.get("NodeID", "")
+        if home == node["ID"]:
+            here.add(service)
+        if task.get("DesiredState") == "running":
+            homes.setdefault(service, set()).add(home)
     there = [
         one
         for one in sorted(services, key=lambda one: str(one["Spec"]["Name"]))
-        if "Replicated" in one["Spec"]["Mode"] and node["ID"] in homes.get(one["ID"], set())
+        if "Replicated" in one["Spec"]["Mode"] and one["ID"] in here
     ]
     lines: list[str] = []
     for one in there:
-        is_away = homes[one["ID"]] == {node["ID"]}
+        is_away = homes.get(one["ID"]) == {node["ID"]}
         lines.append(stops_first(one["Spec"], name, is_away=is_away, now=now))
         lines.append(left_behind(one["Spec"], name))
     return [line for line in lines if line]

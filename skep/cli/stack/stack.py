@@ -122,11 +122,12 @@ async def _all_or_nothing(
     except (Replaced, FileProblems):
         raise  # this deploy changed nothing, or another deploy has taken over
     except SkepError as error:
-        click.echo(f"The deploy failed: {error}", err=True)
+        # The undo removes what a next step would name.
+        cause = _HINT.sub("", str(error)).rstrip(".")
+        click.echo(f"The deploy failed: {cause}", err=True)
         done = await _undone(client, plan, error, timeout, created)
         # Services of the failed deploy can no longer be explained.  A stack that is back keeps the failed revision.
         hint = "" if plan.is_new or created.is_whole else f" Run skep stack history {plan.stack}."
-        cause = _HINT.sub("", str(error)).rstrip(".")
         raise Unavailable(f"the deploy failed, and {done}. Reason: {cause}.{hint}") from error
 
 

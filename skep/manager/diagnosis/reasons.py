@@ -467,7 +467,7 @@ def _full(task: Task, nodes: Collection[Node]) -> str:
     if not names:
         return ""
     more = f" and {len(names) - _NODES_MAX} more" if len(names) > _NODES_MAX else ""
-    return f"free disk space on {', '.join(names[:_NODES_MAX])}{more}"
+    return f"free disk space or inodes on {', '.join(names[:_NODES_MAX])}{more}"
 
 
 def _state(node: Node) -> str:

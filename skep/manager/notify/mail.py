@@ -28,15 +28,25 @@ _CLOSE_S = 5.0
 """Seconds for a server to read the end of the connection.  It has the mail by then."""
 
 
-class MailRefused(OSError):
+class MailRefused(Exception):
     """The mail server refused a command."""
+
+
+class MailServerUnreachable(Exception):
+    """No connection to the mail server came about, because of ``os_error``."""
+
+    def __init__(self, host: str, port: int, os_error: OSError) -> None:
+        super().__init__(f"cannot connect to {host}:{port}: {os_error}")
+        self.host, self.port, self.os_error = host, port, os_error
 
 
 async def send_mail(address: TargetAddress, password: str, message: Message, guard: Guard) -> None:
     """Send ``message`` to all recipients.  The caller sets a deadline.
 
     Raises:
-        OSError: The server cannot be reached, refuses the mail, or offers no TLS although there is a password.
+        MailServerUnreachable: No address of the server responds.
+        MailRefused: It refuses the mail, or offers no TLS although there is a password.
+        OSError, EOFError: The connection fails later.
     """
     context = await asyncio.to_thread(ssl.create_default_context)
     async with _connect(address, guard, context if address.is_tls else None) as connection:
@@ -47,9 +57,7 @@ async def send_mail(address: TargetAddress, password: str, message: Message, gua
             await connection.start_tls(context, address.host)
             extensions = await connection.greet()
         elif not address.is_tls and password:
-            raise MailRefused(
-                errno.EPROTO, "the mail server offers no STARTTLS, so it does not get the password"
-            )
+            raise MailRefused("the mail server offers no STARTTLS, so it does not get the password")
         if password:
             plain = base64.b64encode(f"\0{address.user}\0{password}".encode()).decode()
             await connection.command(f"AUTH PLAIN {plain}", 235, shown="AUTH")
@@ -61,7 +69,7 @@ async def send_mail(address: TargetAddress, password: str, message: Message, gua
         content = mail_of(address, message).as_bytes(policy=SMTP)
         lines = content.replace(b"\r\n.", b"\r\n..")
         connection.writer.write(lines + (b"" if lines.endswith(b"\r\n") else b"\r\n"))
-        await connection.command(".", 250)
+        await connection.command(".", 250, shown="the message")
         connection.writer.write(b"QUIT\r\n")  # the server has the mail, whatever it responds
 
 
@@ -103,19 +111,19 @@ class _Connection:
         return await self.expect(*codes, after=shown or line)
 
     async def expect(self, *codes: int, after: str = "the connection") -> Sequence[str]:
-        """Return the lines of a response with one of ``codes``.  Raises: OSError."""
+        """Return the lines of a response with one of ``codes``.  Raises: MailRefused, OSError, EOFError."""
         lines: list[str] = []
         while len(lines) < _LINES_MAX:
             try:
                 line = (await self._reader.readuntil(b"\n")).decode(errors="replace").rstrip()
             except asyncio.LimitOverrunError as error:
-                raise MailRefused(errno.EPROTO, "the mail server sends a line without end") from error
+                raise MailRefused("the mail server sends a line without end") from error
             lines.append(line[4:])
             if line[3:4] != "-":
                 if line[:3] not in map(str, codes):
-                    raise MailRefused(errno.EPROTO, f"the mail server responded {line} to {after}")
+                    raise MailRefused(f"the mail server responded {line} to {after}")
                 return lines
-        raise MailRefused(errno.EPROTO, "the mail server sends a response without end")
+        raise MailRefused("the mail server sends a response without end")
 
 
 @asynccontextmanager
@@ -124,7 +132,10 @@ async def _connect(
 ) -> AsyncIterator[_Connection]:
     """Connect to the first address that ``guard`` allows and that responds.  The name is not resolved again."""
     loop = asyncio.get_running_loop()
-    infos = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    try:
+        infos = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise MailServerUnreachable(address.host, address.port, error) from error
     last: OSError = OSError(errno.EADDRNOTAVAIL, f"{address.host} has no address")
     for family, _, _, _, found in infos:
         try:
@@ -141,7 +152,7 @@ async def _connect(
             # Abort later, because closing waits for a server that does not read.
             loop.call_later(_CLOSE_S, connection.writer.transport.abort)
         return
-    raise last
+    raise MailServerUnreachable(address.host, address.port, last)
 
 
 async def _open(

@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import os
 import socket
+import ssl
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -19,10 +20,10 @@ from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from skep.aio.clock import Clock
-from skep.errors import InvalidArgument
+from skep.errors import InvalidArgument, reason_of
 from skep.linux.network.guard import Guard
 from skep.manager.notify.addresses import TargetAddress, TargetKind, parsed_address
-from skep.manager.notify.mail import send_mail
+from skep.manager.notify.mail import MailRefused, MailServerUnreachable, send_mail
 from skep.manager.notify.messages import Message
 from skep.manager.notify.records import Target
 from skep.model.history import cut
@@ -40,6 +41,9 @@ _REASON_CHARACTERS_MAX = 200
 """Longest reason of a failure.  A web server may respond with a page."""
 _NOT_CONNECTED = "Connect call failed"
 """Words of asyncio's error of a connection."""
+_NO_TLS = "it does not speak TLS at this port"
+_NO_TLS_REASONS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")
+"""OpenSSL's reasons if the first bytes of the other side are no TLS record.  The last one is OpenSSL 3.2's."""
 _RULE = "needs --allow-internal"
 ID_HEADER, SIGNATURE_HEADER = "Skep-Notification-Id", "Skep-Signature"
 
@@ -69,6 +73,8 @@ class MessageSender:
             aiohttp.ClientError,
             EOFError,
             InvalidArgument,
+            MailRefused,
+            MailServerUnreachable,
             OSError,
             UnicodeError,
             ValueError,
@@ -136,15 +142,26 @@ def _guard(view: Callable[[], View], target: Target) -> Guard:
 
 
 def words_of(error: Exception) -> str:
-    """Return the error of an attempt.  asyncio's error of a refused connection has the address in place of the cause,
-    and aiohttp adds its TLS settings.
+    """Return why an attempt failed, in words that a user of the target understands.
+
+    asyncio's error of a refused connection has the address in place of the cause, aiohttp adds its TLS settings, and
+    errors of TLS have codes of their library.
     """
-    if not isinstance(error, aiohttp.ClientConnectorError) or isinstance(error, aiohttp.ClientSSLError):
-        return str(error)
-    cause, where = error.os_error, f"cannot connect to {error.host}:{error.port}"
-    if cause.errno and _NOT_CONNECTED in str(cause):
-        return f"{where}: {os.strerror(cause.errno)}"
-    return f"{where}: {cause.strerror or cause}"
+    if isinstance(error, aiohttp.ClientConnectorError | MailServerUnreachable):
+        cause = getattr(error, "certificate_error", None) or error.os_error
+        return f"cannot connect to {error.host}:{error.port}: {words_of(cause)}"
+    match error:
+        case ssl.SSLCertVerificationError():
+            return f"its certificate is not trusted: {error.verify_message}"
+        case ssl.SSLError():
+            return _NO_TLS if error.reason in _NO_TLS_REASONS else reason_of(error)
+        case asyncio.IncompleteReadError():
+            return "it closed the connection before it responded"
+        case OSError() if error.errno and _NOT_CONNECTED in str(error):
+            return os.strerror(error.errno)
+        case OSError():
+            return error.strerror or str(error)
+    return str(error)
 
 
 def node_addresses(view: View) -> Collection[str]:

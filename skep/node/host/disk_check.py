@@ -6,6 +6,7 @@ Operations then fail with errors of their own, and this condition names their co
 
 import asyncio
 import errno
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,19 @@ _ADVICE = {
 }
 
 
+_NO_INODES = "the disk has space, but each file needs an inode: remove files, the node then resumes by itself"
+"""The kernel names a missing inode like a full disk, but freeing space does not help then."""
+
+
+def inodes_left(directory: Path) -> int | None:
+    """Return the inodes left on the disk of ``directory``, or None if unknown or created on demand."""
+    try:
+        found = os.statvfs(directory)
+    except OSError:
+        return None
+    return found.f_favail if found.f_files else None
+
+
 class DiskCheck:
     """Writes a block to each directory and keeps the condition ``disk`` current.
 
@@ -47,9 +61,11 @@ class DiskCheck:
         clock: Clock,
         store_full: Path | None = None,
         changed: Callable[[], None] = lambda: None,
+        inodes: Callable[[Path], int | None] = inodes_left,
     ) -> None:
-        """``changed`` is called when a condition has begun, ended or changed."""
+        """``changed`` is called when a condition has begun, ended or changed.  ``inodes`` may block."""
         self._changed = changed
+        self._inodes_left = inodes
         self._store_full = store_full
         self._directories = directories
         self._conditions = conditions
@@ -93,5 +109,7 @@ class DiskCheck:
                     error.strerror if isinstance(error, OSError) and error.strerror else describe_error(error)
                 )
                 advice = _ADVICE.get(number, "") if number is not None else ""
+                if number == errno.ENOSPC and self._inodes_left(directory) == 0:
+                    reason, advice = "no inodes left", _NO_INODES
                 return f"cannot write to {directory}: {reason}" + (f" ({advice})" if advice else "")
         return ""

@@ -93,8 +93,9 @@ async def test_a_drain_names_the_services_that_have_no_task_elsewhere(
     assert manager.store.view().get(Node, "w1").spec.labels == {}, "the last command counts"
 
 
+@pytest.mark.parametrize("desired", [TaskState.RUNNING, TaskState.READY], ids=["runs", "waits-for-restart"])
 async def test_a_drain_names_the_local_volumes_that_stay_behind_before_it_begins(
-    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str]
+    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str], desired: TaskState
 ) -> None:
     manager, host = cluster
     spec = a_service("db").spec
@@ -105,7 +106,7 @@ async def test_a_drain_names_the_local_volumes_that_stay_behind_before_it_begins
         a_node("w1"),
         a_node("w2"),
         db,
-        a_task(node="w1", service=db, slot=1),
+        a_task(node="w1", service=db, slot=1, state=min(desired, TaskState.RUNNING), desired=desired),
         a_task(node="w2", service=db, slot=2),
     ]
     await manager.store.update(lambda tx: [tx.put(one) for one in objects])

@@ -390,7 +390,7 @@ def test_nodes_with_a_full_disk_are_named(full: tuple[str, ...], words: str) -> 
         a_full_node("w9"), spec=replace(a_full_node("w9").spec, availability=Availability.DRAIN)
     )
     reason = explained(task, nodes=(M1, *nodes, drained)).reason
-    assert reason == f"{refused}; free disk space on {words}"
+    assert reason == f"{refused}; free disk space or inodes on {words}"
 
 
 def a_full_node(name: str) -> Node:

@@ -1,6 +1,7 @@
 """What a node says of a disk that it cannot write to."""
 
 import asyncio
+import errno
 import threading
 from pathlib import Path
 
@@ -33,6 +34,19 @@ async def test_the_condition_comes_and_goes_with_the_fault(tmp_path: Path, numbe
             while conditions.warnings():  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
             running.cancel()
+
+
+@pytest.mark.parametrize(("left", "is_named"), [(0, True), (1, False), (None, False)])
+async def test_a_disk_without_inodes_is_not_called_full(
+    tmp_path: Path, left: int | None, is_named: bool
+) -> None:
+    """The kernel's error is the same for both, and freed space would not help."""
+    check = DiskCheck((tmp_path,), Conditions(SystemClock()), SystemClock(), inodes=lambda _: left)
+    with file_faults(tmp_path) as faults:
+        faults.plan(0, errno.ENOSPC, 1 << 30)
+        found = await check.look()
+    assert ("no inodes left (the disk has space" in found) is is_named
+    assert ("free some space" in found) is not is_named
 
 
 async def test_what_a_managers_store_lacks_is_a_condition_until_there_is_room(tmp_path: Path) -> None:
