@@ -27,7 +27,16 @@ from skep.manager.what_if.answer import Question
 from skep.manager.what_if.rehearsal import Rehearsal
 from skep.manager.what_if.suppositions import lose
 from skep.model.network import Network, NetworkSpec
-from skep.model.node import Node, NodeDescription, NodeSpec, NodeState, NodeStatus, SessionOwner
+from skep.model.node import (
+    EngineDescription,
+    EnginePlugin,
+    Node,
+    NodeDescription,
+    NodeSpec,
+    NodeState,
+    NodeStatus,
+    SessionOwner,
+)
 from skep.model.service import (
     NetworkAttachmentConfig,
     ReplicatedService,
@@ -48,6 +57,8 @@ from skep.store.transactions.transaction import LocalTransaction
 SERVICE_TASKS = 100
 TABLE = ((500, 10_000), (5000, 100_000))
 REPEAT = 5
+ENGINE = EngineDescription(plugins=(EnginePlugin(type="Network", name="overlay"),))
+"""Description of each node's engine.  Without the driver, no node could have the tasks."""
 LIMIT_S, HELD_MS = 2.0, 20.0
 """Promised limits at 5,000 nodes and 100,000 tasks."""
 
@@ -125,7 +136,9 @@ def _node(number: int) -> Node:
         status=NodeStatus(state=NodeState.READY),
         session=SessionOwner(session_id=SessionId(f"session{number}")),
         description=NodeDescription(
-            hostname=f"name{number}", resources=Resources(nano_cpus=16_000_000_000, memory_bytes=64 << 30)
+            hostname=f"name{number}",
+            resources=Resources(nano_cpus=16_000_000_000, memory_bytes=64 << 30),
+            engine=ENGINE,
         ),
     )
 
