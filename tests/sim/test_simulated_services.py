@@ -48,7 +48,9 @@ def test_a_task_says_why_it_got_its_node_while_it_runs_and_after_its_end() -> No
         cluster.run_until(lambda: cluster.running("web") == 1, within_s=5)
         (first,) = cluster.tasks("web")
         placement = explain_task(first, None).placement
-        assert placement.startswith("2 of 3 nodes suitable; 1 node not available for new tasks (m1); the chosen")
+        assert placement.startswith(
+            "2 of 3 nodes suitable; 1 node not available for new tasks (m1); the chosen"
+        )
         cluster.kill_container(first)
         cluster.run_until(lambda: len(cluster.tasks("web")) == 2 and cluster.running("web") == 1, within_s=30)
         (ended,) = (one for one in cluster.tasks("web") if one.status.state.is_terminal)
