@@ -23,11 +23,21 @@ from bench.run import commit, result_name, write_result
 from skep.aio.clock import SystemClock
 from skep.aio.event_loop import gc_settings
 from skep.aio.time_slices import run_in_slices
+from skep.manager.allocator.subnets import NetworkAllocations, allocated
 from skep.manager.what_if.answer import Question
 from skep.manager.what_if.rehearsal import Rehearsal
 from skep.manager.what_if.suppositions import lose
 from skep.model.network import Network, NetworkSpec
-from skep.model.node import Node, NodeDescription, NodeSpec, NodeState, NodeStatus, SessionOwner
+from skep.model.node import (
+    EngineDescription,
+    EnginePlugin,
+    Node,
+    NodeDescription,
+    NodeSpec,
+    NodeState,
+    NodeStatus,
+    SessionOwner,
+)
 from skep.model.service import (
     NetworkAttachmentConfig,
     ReplicatedService,
@@ -48,6 +58,10 @@ from skep.store.transactions.transaction import LocalTransaction
 SERVICE_TASKS = 100
 TABLE = ((500, 10_000), (5000, 100_000))
 REPEAT = 5
+POOL = "10.0.0.0/8"
+"""Subnet of the network, which is large enough for an address of each task."""
+ENGINE = EngineDescription(plugins=(EnginePlugin(type="Network", name="overlay"),))
+"""Description of each node's engine.  Without the driver, no node could have the tasks."""
 LIMIT_S, HELD_MS = 2.0, 20.0
 """Promised limits at 5,000 nodes and 100,000 tasks."""
 
@@ -78,11 +92,8 @@ def a_state(nodes: int, tasks: int, returned: float = 0.0) -> State:
 
     used = nodes - round(nodes * returned)
     overlay = Driver(name="overlay")
-    network = Network(
-        id=NetworkId("net"),
-        spec=NetworkSpec(name="net", driver_configuration=overlay),
-        driver_state=overlay,
-    )
+    spec = NetworkSpec(name="net", driver_configuration=overlay)
+    network = allocated(Network(id=NetworkId("net"), spec=spec), NetworkAllocations(), (POOL,), 8)
     put([network, *(_node(number) for number in range(nodes))])
     for first in range(0, tasks, SERVICE_TASKS):
         spec = ServiceSpec(
@@ -115,6 +126,7 @@ def a_state(nodes: int, tasks: int, returned: float = 0.0) -> State:
 
 
 def _address(number: int) -> str:
+    number += 256  # the first addresses are the subnet's own and its gateway's
     return f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}/8"
 
 
@@ -125,7 +137,9 @@ def _node(number: int) -> Node:
         status=NodeStatus(state=NodeState.READY),
         session=SessionOwner(session_id=SessionId(f"session{number}")),
         description=NodeDescription(
-            hostname=f"name{number}", resources=Resources(nano_cpus=16_000_000_000, memory_bytes=64 << 30)
+            hostname=f"name{number}",
+            resources=Resources(nano_cpus=16_000_000_000, memory_bytes=64 << 30),
+            engine=ENGINE,
         ),
     )
 
@@ -138,7 +152,7 @@ async def ask(state: State) -> int:
     await run_in_slices(question.begin(), clock)
     lose(question.rehearsal, [NodeId("node00001")])
     await run_in_slices(question.settle(), clock)
-    return sum(move.tasks for one in question.answer.services for move in one.moves)
+    return sum(move.tasks for one in question.answer.services for move in one.moves if move.target)
 
 
 async def time_work(work: Callable[[State], Awaitable[int]], state: State) -> Timing:

@@ -343,6 +343,16 @@ class SimulatedCluster:
         self.nodes.pop(id).lose_power()
         self.disturb()
 
+    async def cut_power(self, id: NodeId) -> None:
+        """Cut the power of a worker, like ``kill_node``, while the simulation runs."""
+        self.disturb()
+        process = self._processes.pop(id, None)
+        if process is not None:
+            process.cancel()
+            await asyncio.wait([process])
+        self._uptime.stop(id)
+        self.nodes[id].lose_power()
+
     async def end_manager(self, id: NodeId) -> None:
         """End a manager process and its etcd member permanently, whether or not the member is still a voter."""
         self.disturb()

@@ -5,6 +5,7 @@
 * ``reports``: tasks end while nothing can be written, for less time than their sessions last.
 * ``volumes``: tasks with local volumes end, and their nodes fail and return.
 * ``disks``: disks of nodes fill and empty.
+* ``maintenance``: nodes are drained and rebooted, services are stopped, started and returned to revisions.
 * ``stack_commands``: commands on one stack meet, and are killed and suspended.
 * ``autoscaling``: the load of an autoscaled service changes, during updates and changes of leader.
 
@@ -20,9 +21,10 @@ from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.invariants.committed import Change
-from sim.run import RunResult
+from sim.run import RunResult, capacity_of
 from sim.users.random_specs import BROKEN, ENDING_IMAGES, with_image
 from sim.users.stack_commands import StackCommands
+from sim.users.users import Users
 from skep.agent.executor.simulated import Behavior
 from skep.agent.session.session import DESCRIPTION_CHECK_S
 from skep.errors import SkepError
@@ -57,6 +59,9 @@ NAMES = ("web", "api", "app")
 WELL_S = 30.0
 LAGS_S = (2.5, 4.0)
 """Longer than the leader's timeout for a manager, and longer than a node needs to reconnect."""
+MAINTENANCE_STEPS = 14
+MAINTENANCE_PAUSES_S = (0.5, 3.0, 12.0)
+"""Shorter and longer than a reboot."""
 GONE_S = 8.0
 HANGS_S = (5.5, 9.0)
 """Longer than a writer waits for a write."""
@@ -115,6 +120,23 @@ def stack_commands(seed: int) -> RunResult:
             commands.act()
             cluster.run_for(random.choice(COMMAND_PAUSES_S))
         cluster.do(commands.end())
+        return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
+
+
+def maintenance(seed: int) -> RunResult:
+    """Let users maintain nodes and services whose specs have all features that Docker does not have."""
+    random = Random(seed)
+    with SimulatedCluster(managers=3, workers=4, seed=seed, capacity=capacity_of(random)) as cluster:
+        users = Users(cluster, random)
+        users.begin()
+        cluster.run_for(MAINTENANCE_PAUSES_S[-1])
+        for _ in range(MAINTENANCE_STEPS):
+            users.maintain()
+            cluster.run_for(random.choice(MAINTENANCE_PAUSES_S))
+            if cluster.observer.violations:
+                break
+        cluster.do(users.wait_until_finished())
+        cluster.do(users.settle())
         return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
 
 

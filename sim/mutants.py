@@ -30,7 +30,10 @@ from skep.agent.tasks.worker import Worker
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork
 from skep.api.access.permissions import STACK_LABEL
+from skep.api.client.requests import Requests
+from skep.cli.cluster import node as node_commands
 from skep.cli.maintain import maintenance, upgrade, upgrade_plan
+from skep.cli.stack import stack_stops
 from skep.errors import PermissionDenied, SkepError
 from skep.manager.allocator.allocations import Allocations
 from skep.manager.autoscaling import decision
@@ -41,6 +44,8 @@ from skep.manager.control import files, quotas, services, tasks
 from skep.manager.dispatcher import statuses
 from skep.manager.dispatcher.node_sessions import adoption, heartbeat_deadlines
 from skep.manager.dispatcher.node_sessions.registration import SessionInvalid
+from skep.manager.notify import messages, outbox
+from skep.manager.notify.records import Delivery
 from skep.manager.orchestrator import (
     changes,
     convergence,
@@ -71,11 +76,14 @@ from skep.manager.scheduler.preemption.preemptor import Preemptor
 from skep.manager.scheduler.preemption.priorities import Priorities
 from skep.manager.scheduler.returning import Returning
 from skep.manager.schedules import due
+from skep.manager.services import spec_history
 from skep.manager.services.job_runs import of_present_run
 from skep.manager.services.quotas import quota_of
+from skep.manager.services.resources import GenericStock
 from skep.model.assignment import AssignmentSet
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
+from skep.model.options import constraints
 from skep.model.options.autoscaling import Autoscaling
 from skep.model.options.labels import DisconnectPolicy, job_ttl_s
 from skep.model.service import ReplicatedJob, Service, ServiceSpec
@@ -359,6 +367,52 @@ def _forgets_removed_networks() -> list[Patch]:
         self.networks.leave(network.id)
 
     return [Patch(Allocations, "leave_network", leave_network)]
+
+
+def _shared_devices() -> list[Patch]:
+    return [Patch(GenericStock, "take", lambda *_: None)]
+
+
+def _compares_texts() -> list[Patch]:
+    def first(text: str) -> tuple[int, ...] | None:
+        found = real(text)
+        return found and found[:1]
+
+    real = constraints._number
+    return [Patch(constraints, "_number", first)]
+
+
+def _keeps_no_specs() -> list[Patch]:
+    return [Patch(services, "keep_spec", lambda tx, service, spec, author: author)]
+
+
+def _numbers_again() -> list[Patch]:
+    real = spec_history._encoded
+    return [Patch(spec_history, "_encoded", lambda last, found: real(len(found) - 1, found))]
+
+
+def _reboots_at_once() -> list[Patch]:
+    async def drain(client: Requests, name: str, within_s: float, *, now: bool = False) -> None:
+        await node_commands._set_draining(client, name, now=now)
+
+    return [Patch(upgrade, "drain_and_wait", drain)]
+
+
+def _stops_nothing() -> list[Patch]:
+    async def skip(*_: object, **__: object) -> None:
+        return None
+
+    return [Patch(stack_stops, "turn", skip)]
+
+
+def _another_message() -> list[Patch]:
+    real = messages.message_of
+
+    def message_of(delivery: Delivery, cluster: str, cluster_id: str) -> messages.Message:
+        found = real(delivery, cluster, cluster_id)
+        return replace(found, id=f"{found.id}-{delivery.attempts}")
+
+    return [Patch(outbox, "message_of", message_of)]
 
 
 # -- rules of features that Docker does not have --------------------------------------------------------------------
@@ -1091,6 +1145,20 @@ MUTANTS: tuple[Mutant, ...] = (
             ("scaling updates", "autoscaling does not scale during an update", _scales_during_updates),
         )
     ),
+    *(
+        Mutant(name, rule, patches, focused.maintenance)
+        for name, rule, patches in (
+            ("devices", "an exclusive device is given to one task at a time", _shared_devices),
+            ("reboots", "a machine reboots when its tasks run elsewhere", _reboots_at_once),
+            ("former specs", "a replaced spec becomes a revision", _keeps_no_specs),
+            ("spec numbers", "the number of a revision is not used again", _numbers_again),
+        )
+    ),
+    Mutant("versions", "constraints compare versions number by number", _compares_texts, run.extended),
+    Mutant(
+        "stack stop", "a stack's services are stopped and started", _stops_nothing, focused.stack_commands
+    ),
+    Mutant("one notice", "a repeated notification has the same id", _another_message, run.extended),
     Mutant(
         "dependencies",
         "a task waits for the services that its own depends on",

@@ -32,15 +32,25 @@ from sim.invariants.nodes.preemption import held_by_lower
 from sim.invariants.quiescence import is_leftover, live_violations, replica_violations
 from sim.invariants.services.schedules import DECIDED_S, undecided
 from sim.users.operators import Operators
-from sim.users.random_specs import BROKEN, ENDING_IMAGES, HANGING, MEMORY_BYTES
+from sim.users.random_specs import (
+    BROKEN,
+    DEVICE,
+    DEVICES,
+    ENDING_IMAGES,
+    FACT,
+    HANGING,
+    KERNELS,
+    MEMORY_BYTES,
+)
 from sim.users.users import Users
 from sim.world.storage import SimulatedStorage
 from skep.agent.executor.simulated import Behavior
 from skep.errors import SkepError
 from skep.manager.control_loops.failures import LONGEST_DELAY_S
 from skep.manager.rebalance.records import rebalancing_in, start_run
+from skep.model.options.constraints import FACT_LABEL
 from skep.model.options.labels import allows_preemption
-from skep.model.service import Resources, Service
+from skep.model.service import GenericResource, NamedResource, Resources, Service
 from skep.model.swarm import Swarm
 from skep.model.values.ids import NodeId
 from skep.model.values.times import SECOND_NS, timestamp
@@ -103,11 +113,14 @@ def simulate(
         turns_max=TURNS_MAX,
         history_limit=shape.choice((None, 0, 1, 3)),
         storage=SimulatedStorage() if extends else None,
-        capacity=_capacity(shape) if extends else None,
+        capacity=capacity_of(shape) if extends else None,
     )
     for id in cluster.workers:
         if Random(f"NAT of {id} with seed {seed}").random() < BEHIND_NAT:
             cluster.put_behind_nat(id)
+        if extends:
+            facts = Random(f"facts of {id} with seed {seed}")
+            cluster.nodes[id].add_labels({f"{FACT_LABEL}{FACT}": facts.choice(KERNELS)})
     try:
         with cluster:
             (live or _simulate)(
@@ -127,9 +140,14 @@ def extended(seed: int) -> RunResult:
     return simulate(seed, extends=True)
 
 
-def _capacity(shape: Random) -> Resources:
+def capacity_of(shape: Random) -> Resources:
     """Return the resources of each worker, which are often too small for all services, so that priorities matter."""
-    return Resources(nano_cpus=4_000_000_000, memory_bytes=shape.choice((3, 6, 16)) * MEMORY_BYTES)
+    devices = (NamedResource(kind=DEVICE, value=one) for one in DEVICES)
+    return Resources(
+        nano_cpus=4_000_000_000,
+        memory_bytes=shape.choice((3, 6, 16)) * MEMORY_BYTES,
+        generic_resources=tuple(GenericResource(named_resource_spec=one) for one in devices),
+    )
 
 
 def _simulate(

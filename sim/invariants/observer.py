@@ -16,7 +16,7 @@ from sim.invariants.nodes.allocations import UniqueAllocations, networks_are_apa
 from sim.invariants.nodes.containers import Containers
 from sim.invariants.nodes.disconnection import DisconnectPolicies
 from sim.invariants.nodes.disks import FullNodesGetNoNewTasks
-from sim.invariants.nodes.placement import global_jobs_run_once
+from sim.invariants.nodes.placement import devices_are_exclusive, global_jobs_run_once
 from sim.invariants.nodes.preemption import PreemptionsAreJust
 from sim.invariants.nodes.volumes import LocalVolumesStay
 from sim.invariants.objects import FewWrites, used_secrets_stay
@@ -26,6 +26,7 @@ from sim.invariants.services.damping import DecisionsAreStable
 from sim.invariants.services.dependencies import DependenciesComeFirst
 from sim.invariants.services.removals import TimesToLive
 from sim.invariants.services.restarts import RestartPolicies
+from sim.invariants.services.revisions import RevisionsAreKept
 from sim.invariants.services.schedules import DueTimesAreDecidedOnce, RetriesAreBounded, RunsKeepTheirNodes
 from sim.invariants.services.serving import UpdateParallelism
 from sim.invariants.services.tasks import (
@@ -104,6 +105,7 @@ class Observer:
             jobs_keep_within_bounds,
             names_are_unique,
             nodes_are_not_overcommitted,
+            devices_are_exclusive,
             used_secrets_stay,
             FewWrites(),
             one_leader_writes,
@@ -130,6 +132,7 @@ class Observer:
             LocalVolumesStay(unreadable),
             FullNodesGetNoNewTasks(),
             AutoscalingIsCalm(),
+            RevisionsAreKept(),
             self.due_times,
             RunsKeepTheirNodes(),
             RetriesAreBounded(),

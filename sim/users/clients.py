@@ -4,7 +4,8 @@ A client can be killed or suspended between any two requests, and a response can
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from contextlib import asynccontextmanager
 from random import Random
 from types import SimpleNamespace
 from typing import Any, cast
@@ -207,6 +208,17 @@ class ApiClient(Requests):
         assert isinstance(response, web.Response), target
         content = response.body
         return response.status, bytes(content) if isinstance(content, bytes | bytearray) else b""
+
+
+class Host:
+    """Provides a command with its client, as ``HostOptions`` does."""
+
+    def __init__(self, client: ApiClient) -> None:
+        self._client = client
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[ApiClient]:
+        yield self._client
 
 
 def _protocol_of(connection: "_Connection") -> SimpleNamespace:

@@ -50,7 +50,9 @@ from skep.model.options.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, 
 from skep.model.permissions.processes import NO_IMAGE, is_process
 from skep.model.permissions.rights import EXECUTOR_LABEL, PROCESS
 from skep.model.service import (
+    DiscreteResource,
     EndpointSpec,
+    GenericResource,
     GlobalJob,
     GlobalService,
     NetworkAttachmentConfig,
@@ -103,12 +105,23 @@ MORE_NAMES = ("mail", "queue", "cache")
 ZONE, ZONES = "zone", ("north", "south")
 HOST_PORTS = (8080, 8081)
 INGRESS_PORTS = (90, 91, 8081)
+FACT = "kernel"
+"""The fact that machines report in runs with extensions, with one of ``KERNELS``."""
+KERNELS = ("5.10.0-28-amd64", "6.1.0-18-amd64", "6.12.3")
+"""Versions.  As texts they would have another order."""
+DEVICE, DEVICES = "gpu", ("GPU-0", "GPU-1")
+"""Kind and names of the exclusive devices of each machine in runs with extensions."""
 MORE_CONSTRAINTS = (
     "node.labels.zone in (north, south)",
     "node.labels.zone not in (north)",
     "node.labels.zone exists",
     "node.labels.zone not exists",
     "node.hostname like w*",
+    "node.labels.zone not like n*",
+    f"node.facts.{FACT} >= 6.1",
+    f"node.facts.{FACT} > 5.10",
+    f"node.facts.{FACT} <= 5.10",
+    f"node.facts.{FACT} < 6.1.0",
 )
 """Constraints that Docker does not have."""
 CONSTRAINTS = (
@@ -128,6 +141,8 @@ STAGED = 0.4
 """Probability of a staged update of a replicated service.  Many specs cannot have one."""
 MEASURED = 0.5
 """Probability of measures other than CPU for an autoscaled service, and of a query for a canary."""
+CONTRARY = 0.3
+"""Probability that an affinity may name any service, so that two services' rules may contradict each other."""
 PRIORITIES = (-10, 5, 10)
 STACKS = ("shop", "blog")
 MEMORY_BYTES = 512 << 20
@@ -301,7 +316,7 @@ def extended(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
             spec = addition(spec, random, known)
     # Drawn by the spec, so that the other draws of a seed stay the same.
     by_spec = Random(str(spec))
-    for addition in (_a_constraint, _an_affinity):
+    for addition in (_a_constraint, _an_affinity, _some_devices):
         if by_spec.random() < RARE:
             spec = addition(spec, by_spec, known)
     if spec.mode.name == "replicated" and by_spec.random() < STAGED:
@@ -338,6 +353,16 @@ def _a_constraint(spec: ServiceSpec, random: Random, known: Dependencies) -> Ser
     return replace(spec, task_template=replace(spec.task_template, placement=placement))
 
 
+def _some_devices(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    """Reserve one of the devices of a node, or both."""
+    wanted = DiscreteResource(kind=DEVICE, value=random.randint(1, len(DEVICES)))
+    resources = spec.task_template.resources or ResourceRequirements()
+    reserved = resources.reservations or Resources()
+    reserved = replace(reserved, generic_resources=(GenericResource(discrete_resource_spec=wanted),))
+    resources = replace(resources, reservations=reserved)
+    return replace(spec, task_template=replace(spec.task_template, resources=resources))
+
+
 def _a_staged_update(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
     """Add a staged update to a spec that may have one."""
     steps = random.choice(({}, {UPDATE_STEPS: "10%,50%"}, {UPDATE_STEPS: "100%"}))
@@ -354,9 +379,11 @@ def _a_staged_update(spec: ServiceSpec, random: Random, known: Dependencies) -> 
 
 
 def _an_affinity(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
-    """Add one rule about a service whose name comes later, so that no rules contradict each other."""
+    """Add one rule about a service whose name comes later, or sometimes any, which may have a contrary rule."""
     order = list(dict.fromkeys(name.lower() for name in (*NAMES, *MORE_NAMES)))
     later = order[order.index(spec.name.lower()) + 1 :] if spec.name.lower() in order else []
+    if random.random() < CONTRARY:
+        later = [name for name in order if name != spec.name.lower()]
     topology = random.choice(("", f"@node.labels.{ZONE}"))
     if not later or random.random() < 0.3:
         is_global = spec.mode.name in ("global", "global-job")

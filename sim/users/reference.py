@@ -28,7 +28,7 @@ BAD, FORBIDDEN, MISSING, TAKEN, UNKNOWN, NOT_OFFERED = 400, 403, 404, 409, 500, 
 
 _NAME = re.compile(r"[a-zA-Z0-9]+(?:[a-zA-Z0-9-_]*[a-zA-Z0-9]+)?")
 _CONSTRAINT = re.compile(
-    r"\s*[a-z_][\w.]*\s*((==|!=)\s*\w[\w.-]*| (not )?(in \([\w, ]+\)|exists|like [\w*]+))\s*"
+    r"\s*[a-z_][\w.]*\s*((==|!=)\s*\w[\w.-]*| (not )?(in \([\w, ]+\)|exists|like [\w*]+)| [<>]=? [\d.]+)\s*"
 )
 """Only the part of the syntax that simulated users write."""
 _MEMORY_MIN = 4 << 20
@@ -250,7 +250,11 @@ def _rolled_back(state: State, id: ServiceId, version: int) -> Accepted | Refuse
 
 
 def _may_wait_forever(state: State, spec: ServiceSpec) -> bool:
-    """Return whether a service, ``spec`` or another, needs a service that may be scaled to zero."""
+    """Return whether a service, ``spec`` or another, needs a service that may be scaled to zero, or whether ``spec``
+    cannot start because of its affinities and those of other services.
+    """
+    if _contradicts(state, spec):
+        return True
     specs = [held.spec for held in state.services.values() if held.spec.name != spec.name]
     sleepy = {one.name.casefold() for one in (*specs, spec) if may_be_at_zero(one.labels)}
     changed = spec.name.casefold()
@@ -259,6 +263,40 @@ def _may_wait_forever(state: State, spec: ServiceSpec) -> bool:
         for one in (*specs, spec)
         for needed in dependencies_of(one.labels)
     )
+
+
+def _rules(spec: ServiceSpec, label: str) -> dict[str, str]:
+    """Return the label of nodes that each named service's rule is about, or an empty text for single nodes."""
+    parts = [part.partition("@") for part in spec.labels.get(label, "").casefold().split(",") if part]
+    return {name: topology for name, _, topology in parts}
+
+
+def _contradicts(state: State, spec: ServiceSpec) -> bool:
+    """Return whether ``spec`` has to be near a service that keeps apart from it, or waits for itself through others."""
+    own = spec.name.casefold()
+    specs = {held.spec.name.casefold(): held.spec for held in state.services.values()}
+    specs[own] = spec
+    for name, other in specs.items():
+        pairs = ((own, spec, name, other), (name, other, own, spec))
+        for one, with_near, another, with_apart in pairs if name != own else ():
+            near = _rules(with_near, "skep.affinity").get(another)
+            apart = _rules(with_apart, "skep.anti-affinity").get(one)
+            if near is not None and apart is not None and near in ("", apart):
+                return True
+    seen, pending = set[str](), [own]
+    while pending:
+        name = pending.pop()
+        if name not in specs:
+            continue
+        waits = {
+            *_rules(specs[name], "skep.affinity"),
+            *(one.key for one in dependencies_of(specs[name].labels)),
+        }
+        if own in waits and name != own:
+            return True
+        pending += waits - seen
+        seen |= waits
+    return False
 
 
 def _conflict(state: State, id: ServiceId | None, spec: ServiceSpec) -> Refused | None:

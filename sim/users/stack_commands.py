@@ -1,4 +1,4 @@
-"""Commands on one stack, concurrent with all other requests of users: deploy, rollback, rotate and remove.
+"""Commands on one stack, concurrent with all other requests of users: deploy, rollback, rotate, stop, start, remove.
 
 Each command is the production coroutine.  It may be killed or suspended between any two requests, or lose responses.
 Two commands may run at once.
@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from math import inf
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -23,11 +23,14 @@ from sim.cluster import SimulatedCluster
 from sim.invariants.objects import secrets_of
 from sim.trace import COMMAND
 from sim.users.client_runs import deploy, label_of, rotate
-from sim.users.clients import ApiClient, Commands
+from sim.users.clients import ApiClient, Commands, Host
 from sim.users.random_specs import BROKEN, COMMANDED_STACK, ENDING_IMAGES
 from skep.cli.apps.rotation import SECRET
+from skep.cli.endpoint import HostOptions
+from skep.cli.stack.stack_stops import turn_stack
 from skep.errors import AlreadyExists, SkepError
 from skep.model.network import Network
+from skep.model.options.labels import is_stopped
 from skep.model.secret import Config, Secret
 from skep.model.service import Service
 from skep.stack.cluster_state import known_revisions
@@ -52,7 +55,7 @@ ATTEMPTS_MAX = 25
 """Number of attempts after which a stack counts as damaged."""
 IMAGES = ("app:1", "app:2", "app:2", BROKEN, *ENDING_IMAGES)
 """Images that deploys request.  Equal deploys meet often, and some updates are rolled back."""
-KINDS = (*("deploy",) * 5, "rotate", "rotate", "rollback", "rm")
+KINDS = (*("deploy",) * 5, "rotate", "rotate", "rollback", "rm", "stop", "start")
 KEY = f"{COMMANDED_STACK}-key"
 """The secret that rotations replace.  It is external, so that a deploy requests its first version."""
 SERVICE = f"{COMMANDED_STACK}_web"
@@ -69,6 +72,8 @@ class _Command(msgspec.Struct, eq=False):
     may_undo: bool = False
     """Whether the command may restore an earlier image."""
     removes: bool = False
+    stops: bool | None = None
+    """Whether the command stops the services, or starts them.  None if it does neither."""
     ended: float = inf
 
 
@@ -139,6 +144,9 @@ class StackCommands(Commands):
             case "rollback":
                 command.may_undo = True
                 run = self._roll_back
+            case "stop" | "start":
+                command.stops = kind == "stop"
+                run = self._turn
             case _:
                 run = self._remove
         self._cluster.trace.add(f"user: {command.name} {command.image}")
@@ -187,6 +195,10 @@ class StackCommands(Commands):
         command.removes = True
         await remove(command.client, COMMANDED_STACK, _say, WAIT_S)
 
+    async def _turn(self, command: _Command) -> None:
+        host = cast("HostOptions", Host(command.client))
+        await turn_stack(host, COMMANDED_STACK, "stop" if command.stops else "start", WAIT_S, waits=False)
+
     async def _create_key(self, client: ApiClient) -> None:
         with suppress(AlreadyExists):
             await client.post(
@@ -202,6 +214,11 @@ class StackCommands(Commands):
             if not concurrent:
                 yield from (f"{command.name} has left {one}" for one in self._objects())
             return
+        if command.stops is not None:
+            service = self._service()
+            if not concurrent and (service is None or is_stopped(service.spec.labels) is not command.stops):
+                yield f"{command.name} has succeeded, and the service is as it was before"
+            return
         if not command.image or any(one.may_undo for one in concurrent):
             return
         service = self._service()
@@ -212,6 +229,8 @@ class StackCommands(Commands):
         allowed = {command.image, *(one.image for one in concurrent if one.image)}
         if (image := _image(service.spec)) not in allowed:
             yield f"{command.name} has succeeded with {command.image}, and the service has {image}"
+        if not concurrent and is_stopped(service.spec.labels):
+            yield f"{command.name} has succeeded, and the service is still stopped"
 
     def _concurrent(self, command: _Command) -> list[_Command]:
         """Return the commands that ran at some time during ``command``."""

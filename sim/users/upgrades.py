@@ -3,13 +3,15 @@
 Each upgrade is the production command.  It may be killed or suspended between any two requests, lose responses, wait
 for a node that does not return, and be continued by another command.
 
+Some of them are system upgrades, which reboot machines (``reboots``).
+
 Rules: one upgrade has the lock, only one node is upgraded at a time, and an upgrade that has succeeded leaves no ready
 worker on another version.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from random import Random
 from typing import Any, cast
 
@@ -20,7 +22,8 @@ from sim.invariants.acknowledgements import Acknowledgements
 from sim.invariants.committed import Change
 from sim.trace import COMMAND
 from sim.users.client_runs import SimulatedMeans, run_upgrade, show_version
-from sim.users.clients import ApiClient, Apis
+from sim.users.clients import ApiClient, Apis, Host
+from sim.users.reboots import Boots, SimulatedReboots
 from sim.users.reference import SetNode, Update
 from sim.users.responses import ResponseCheck
 from skep.api.formats.service_form import settled
@@ -47,6 +50,10 @@ KILLED_BY = 60
 requests.
 """
 PAUSE_S = 20.0
+SYSTEM = 0.4
+"""Share of the upgrades that reboot machines."""
+LOST = 0.1
+"""Probability that a machine does not return from its reboot in time."""
 RETRY_S = 1.0
 
 
@@ -74,8 +81,10 @@ class Upgrades:
         """Nodes that are being upgraded."""
         self._contested: set[str] = set()
         """Nodes that an upgrade took over while another one still installed there: either may end last."""
+        self._boots = Boots(cluster)
         for id in cluster.nodes:
             show_version(cluster, id, "1")
+            self._boots.start(id)
 
     def act(self) -> None:
         """Begin an upgrade, or continue an interrupted one.  Half of the time, begin two."""
@@ -104,7 +113,7 @@ class Upgrades:
         if self._running:
             await asyncio.wait(self._running)
         COMMAND.set("abort")
-        host = cast("HostOptions", _Host(self._client("abort")))
+        host = cast("HostOptions", Host(self._client("abort")))
         while any(MAINTENANCE in one.spec.labels for one in self._cluster.view.find(Swarm)):
             with suppress(SkepError):
                 await abort(host)
@@ -113,13 +122,19 @@ class Upgrades:
     async def _carry_out(self, client: ApiClient, name: str, version: str, broken: Iterable[NodeId]) -> None:
         COMMAND.set(name)
         began = self._cluster.loop.time()
+        random = Random(f"{name} at {began}")
+        is_system = random.random() < SYSTEM
         try:
-            await self._run(client, name, version, broken)
+            if is_system:
+                await self._run_reboots(client, name, random)
+            else:
+                await self._run(client, name, version, broken)
         except (SkepError, TimeoutError) as error:
             self._cluster.trace.add(f"user: {name}: {error}")
         else:
             self._cluster.trace.add(f"user: {name} is done")
-            self._note(self._left_behind(version, began))
+            if not is_system:
+                self._note(self._left_behind(version, began))
 
     async def _run(self, client: ApiClient, name: str, version: str, broken: Iterable[NodeId]) -> None:
         """Run ``skep upgrade --continue``."""
@@ -131,6 +146,19 @@ class Upgrades:
             broken=frozenset(broken),
             installing=self._installing,
             contested=self._contested,
+            note=self._note,
+        )
+        await run_upgrade(client, name, means, within_s=WITHIN_S, continues=True)
+
+    async def _run_reboots(self, client: ApiClient, name: str, random: Random) -> None:
+        """Run ``skep upgrade --system --continue`` after some machines need a reboot."""
+        workers = [id for id in self._cluster.workers if id in self._cluster.nodes]
+        self._boots.require(random.sample(workers, random.randint(0, len(workers))))
+        means = _CheckedReboots(
+            command="true",
+            boots=self._boots,
+            lost=frozenset(id for id in workers if random.random() < LOST),
+            installing=self._installing,
             note=self._note,
         )
         await run_upgrade(client, name, means, within_s=WITHIN_S, continues=True)
@@ -151,6 +179,11 @@ class Upgrades:
 
     def _watch(self, change: Change, _: View) -> None:
         for event in change.events:
+            match event:
+                case Updated(Node() as old, Node() as node) if (
+                    old.spec.availability is not node.spec.availability
+                ):
+                    self._boots.changes[node.id] += 1
             match event:
                 case Created(Node() as node) | Updated(_, Node() as node):
                     if node.status.state is NodeState.READY and NODE_LABEL in node.description.engine.labels:
@@ -228,12 +261,17 @@ class _CheckedMeans(SimulatedMeans, frozen=True, kw_only=True):
             self.installing.discard(node.id)
 
 
-class _Host:
-    """Provides a command with its client, as ``HostOptions`` does."""
+class _CheckedReboots(SimulatedReboots, frozen=True, kw_only=True):
+    """Checks on each reboot that no other node is being upgraded."""
 
-    def __init__(self, client: ApiClient) -> None:
-        self._client = client
+    installing: set[str]
 
-    @asynccontextmanager
-    async def client(self) -> AsyncIterator[ApiClient]:
-        yield self._client
+    async def upgrade(self, node: UpgradableNode) -> None:
+        """See ``Means``."""
+        if others := self.installing - {node.id}:
+            self.note([f"{node.id} reboots while {sorted(others)} is upgraded"])
+        self.installing.add(node.id)
+        try:
+            await super().upgrade(node)
+        finally:
+            self.installing.discard(node.id)

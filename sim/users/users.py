@@ -12,6 +12,7 @@ from itertools import count
 from random import Random
 from typing import TypeVar
 
+import msgspec
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
@@ -31,6 +32,7 @@ from sim.users.random_specs import (
     with_image,
     with_labels,
 )
+from sim.users.receivers import TARGET, Receiver
 from sim.users.reference import Create, Remove, Request, Rollback, SetNode, Update
 from sim.users.responses import ResponseCheck
 from sim.users.role_users import RoleUsers
@@ -39,6 +41,7 @@ from sim.users.upgrades import Upgrades
 from sim.world.certificates import root
 from sim.world.storage import DRIVER
 from skep.api.errors import status_of
+from skep.cli.apps.service import returned_to
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.manager.control.files import create_secret, remove_secret
 from skep.manager.control.jobs import retry_job, run_job
@@ -52,6 +55,8 @@ from skep.manager.control.volumes import create_volume, remove_volume
 from skep.manager.failover.editing import add_address, remove_address
 from skep.manager.failover.records import addresses_in
 from skep.manager.membership.service import resign
+from skep.manager.notify.records import targets_in
+from skep.manager.notify.writing import add_target
 from skep.manager.rebalance.records import (
     AFTER_RETURN_S_MIN,
     rebalancing_in,
@@ -61,6 +66,7 @@ from skep.manager.rebalance.records import (
 )
 from skep.manager.services.freezes import end_freeze, has_freezes, set_freeze, set_window
 from skep.manager.services.quotas import quota_of
+from skep.manager.services.spec_history import comparable, revisions
 from skep.model.network import Network, NetworkSpec
 from skep.model.networks.failover import AddressRequest
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
@@ -113,6 +119,8 @@ ACCESS_MODES = (
     AccessMode(sharing=VolumeSharing.ONE_WRITER, mount_volume=TypeMount()),
     AccessMode(scope=VolumeScope.MULTI, sharing=VolumeSharing.ALL, mount_volume=TypeMount()),
 )
+WITH_TARGET = 0.4
+"""Share of the runs with extensions that begin with a target of notifications."""
 WITH_ADDRESSES = 0.4
 """Share of the runs with extensions that begin with failover addresses."""
 DRAWS_MAX = 100
@@ -169,6 +177,8 @@ class Users:
         self._stack_commands = None
         if commands is not None and commands.random() < COMMANDED:
             self._stack_commands = StackCommands(cluster, commands, self._note)
+        self.receiver = Receiver(Random(f"receiver {cluster.loop.time()}"), self._note)
+        """The target of notifications, if users add one."""
         self._role_users = RoleUsers(cluster, extensions, self._note) if extensions is not None else None
         if extensions is not None:
             self._actions += (
@@ -177,6 +187,7 @@ class Users:
                 *(self._reprioritize, self._stop_or_start, self._rotate, self._quota, self._quota),
                 *(self._volume, self._set_cluster, self._user, self._load, self._rotate_root),
                 *(self._upgrade, self._upgrade),
+                self._return_to_revision,
                 *(self._act_in_role,) * 4,
             )
         if self._stack_commands is not None:
@@ -186,6 +197,11 @@ class Users:
         """Begin one random request, sometimes two at once."""
         for _ in range(self._random.choice((1, 1, 1, 2))):
             self._begin(self._random.choice(self._actions))
+
+    def maintain(self) -> None:
+        """Begin one random request that maintains nodes or services."""
+        changes = (self._create, self._scale, self._update, self._return_to_revision, self._stop_or_start)
+        self._begin(self._random.choice((*changes, self._availability, self._upgrade, self._upgrade)))
 
     def update(self, id: ServiceId, image: str) -> None:
         """Begin an update of a service to ``image``."""
@@ -200,7 +216,7 @@ class Users:
         actions = [self._create]
         if self._extensions is not None:
             first = (self._volume, self._volume, self._set_cluster, self._quota, self._user)
-            actions = [*first, *[self._create] * FIRST_SERVICES, self._first_addresses]
+            actions = [*first, *[self._create] * FIRST_SERVICES, self._first_addresses, self._first_target]
         for action in actions:
             self._begin(action)
 
@@ -595,6 +611,25 @@ class Users:
 
         await self._change(turned)
 
+    async def _return_to_revision(self) -> None:
+        """Run ``skep service rollback --to`` with a random revision.  Each one has to be a spec that was requested."""
+        if not (active := self._active()):
+            return
+        store = await self._store(creates=False)
+        random = Random(self._now_ns())
+        service = store.view().get(Service, random.choice(active))
+        revision = random.choice(revisions(store.view(), service))
+        requested = [comparable(one) for one in self._acknowledgements.services[service.id].specs]
+        if comparable(revision.spec) not in requested:
+            self._note([f"revision {revision.number} of {service.id} is not a spec that was requested"])
+
+        def returned(spec: ServiceSpec) -> ServiceSpec:
+            built = returned_to(msgspec.to_builtins(revision.spec), msgspec.to_builtins(spec))
+            return msgspec.convert(built, ServiceSpec)
+
+        self._cluster.trace.add(f"user: return {service.id} to revision {revision.number}")
+        await self._change(returned, service.id)
+
     async def _reprioritize(self) -> None:
         priority = str(self._random.choice((0, *PRIORITIES)))
         await self._change(lambda spec: with_labels(spec, {PRIORITY: priority}))
@@ -708,6 +743,15 @@ class Users:
             for text in ADDRESSES:
                 store = await self._store(creates=False)
                 await store.update(add_address, AddressRequest(address=text))
+
+    async def _first_target(self) -> None:
+        """Begin some runs with a target of notifications, once all managers know them."""
+        if Random(self._now_ns()).random() < WITH_TARGET:
+            self._cluster.network.receive_notification = self.receiver.notify
+            while not targets_in(self._cluster.view):
+                with suppress(SkepError):
+                    await (await self._store(creates=True)).update(add_target, TARGET)
+                await asyncio.sleep(0.5)
 
     async def _address(self, store: EtcdStore, random: Random) -> None:
         """Add or remove a failover address.  Mostly do nothing, because each one causes writes all the time."""

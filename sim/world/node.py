@@ -221,6 +221,12 @@ class SimulatedNode:
         labelled = replace(engine, labels={**engine.labels, **labels})
         self._description = replace(self._description, engine=labelled)
 
+    def remove_label(self, name: str) -> None:
+        """Remove an engine label from the node's description."""
+        engine = self._description.engine
+        kept = {label: value for label, value in engine.labels.items() if label != name}
+        self._description = replace(self._description, engine=replace(engine, labels=kept))
+
     def _describe(self) -> NodeDescription:
         if not self.slot_volumes and not self.has_full_disk:
             return self._description

@@ -14,6 +14,7 @@ QUICK, SEEDS = 5, 100
     [
         *(focused.allocations, focused.sessions, focused.reports),
         *(focused.volumes, focused.disks, focused.autoscaling, focused.stack_commands),
+        focused.maintenance,
     ],
 )
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Rules on where tasks are and for how long, and what has to be there in the end: each rejects what is wrong."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 from msgspec.structs import replace
@@ -9,19 +9,31 @@ from sim.invariants.convergence import unmet
 from sim.invariants.nodes.affinity import AffinitiesHold
 from sim.invariants.nodes.containers import Containers
 from sim.invariants.nodes.disconnection import DisconnectPolicies
-from sim.invariants.nodes.placement import global_jobs_run_once, homes_of, meets, port_violations
+from sim.invariants.nodes.placement import (
+    device_violations,
+    devices_are_exclusive,
+    global_jobs_run_once,
+    homes_of,
+    meets,
+    port_violations,
+)
 from sim.invariants.nodes.volumes import LocalVolumesStay
 from sim.world.storage import DRIVER
 from skep.model.container import ContainerSpec, Mount
-from skep.model.node import Availability, Node, NodeSpec, NodeState
+from skep.model.node import Availability, EngineDescription, Node, NodeSpec, NodeState
 from skep.model.options.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY, VOLUME_AFFINITY
 from skep.model.service import (
+    DiscreteResource,
     EndpointSpec,
+    GenericResource,
     GlobalJob,
     JobStatus,
+    NamedResource,
     Placement,
     PortConfig,
     PublishMode,
+    ResourceRequirements,
+    Resources,
     Service,
     ServiceMode,
     ServiceSpec,
@@ -91,11 +103,66 @@ def test_two_containers_with_one_port_on_a_node_are_rejected() -> None:
         ("node.hostname!=w1", False),
         ("node.role==worker", True),
         ("what.is.this==x", False),
+        ("node.labels.zone not like n*", False),
+        ("node.labels.zone not in (south)", True),
+        ("node.facts.kernel >= 6.12.0", True),
+        ("node.facts.kernel > 6.12", False),
+        ("node.facts.kernel > 6.9", True),
+        ("node.facts.kernel < 6.9", False),
+        ("node.facts.kernel <= 6.12", True),
+        ("node.facts.memory >= 1", False),
     ],
 )
 def test_constraints_are_met_or_not(constraint: str, is_met: bool) -> None:
-    node = replace(a_node(W1), spec=NodeSpec(labels={"zone": "north"}))
+    found = a_node(W1)
+    facts = EngineDescription(labels={"skep.fact.kernel": "6.12.0-18-amd64"})
+    description = replace(found.description, engine=facts)
+    node = replace(found, spec=NodeSpec(labels={"zone": "north"}), description=description)
     assert meets((constraint,), node) is is_met
+
+
+def with_devices(task: Task, wanted: int, *given: str) -> Task:
+    """Let a task reserve devices, and have some."""
+    reserved = Resources(generic_resources=(a_resource(wanted),))
+    template = replace(task.spec, resources=ResourceRequirements(reservations=reserved))
+    return replace(task, spec=template, generic_resources=tuple(map(a_resource, given)))
+
+
+def a_resource(what: int | str) -> GenericResource:
+    if isinstance(what, int):
+        return GenericResource(discrete_resource_spec=DiscreteResource(kind="gpu", value=what))
+    return GenericResource(named_resource_spec=NamedResource(kind="gpu", value=what))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "violations"),
+    [
+        (1, ("b",), []),
+        (1, ("a",), ["gpu a of w1 is given to 2 tasks, among them t2"]),
+        (1, ("c",), ["gpu c of w1 is given to 1 tasks, among them t2"]),
+        (2, ("b",), ["task t2 gets 1 devices on w1 instead of 2"]),
+    ],
+)
+def test_a_device_that_another_task_has_is_rejected(
+    wanted: int, given: Sequence[str], violations: Sequence[str]
+) -> None:
+    history, node = History(devices_are_exclusive), a_node(W1)
+    resources = Resources(generic_resources=(a_resource("a"), a_resource("b")))
+    history.put(replace(node, description=replace(node.description, resources=resources)))
+    history.put(with_devices(a_task("t1", node=W1, state=TaskState.RUNNING), 1, "a"))
+    history.put(a_task("t2", slot=2))
+    history.put(with_devices(a_task("t2", slot=2, node=W1, state=TaskState.ASSIGNED), wanted, *given))
+    assert history.violations == violations
+
+
+def test_two_containers_with_one_device_on_a_node_are_rejected() -> None:
+    first, second, other = (
+        with_devices(a_task(id, node=W1), 1, name) for id, name in (("t1", "a"), ("t2", "a"), ("t3", "b"))
+    )
+    assert list(device_violations(W1, second, [second, other])) == []
+    assert list(device_violations(W1, second, [first, second])) == [
+        "tasks t1 and t2 both use ['gpu a'] on w1"
+    ]
 
 
 def test_a_second_completed_run_of_a_global_job_on_a_node_is_rejected() -> None:

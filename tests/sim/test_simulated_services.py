@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
+from skep.manager.diagnosis.explanations import explain_task
 from skep.model.node import Availability
 from skep.model.service import (
     Resources,
@@ -39,6 +40,21 @@ def test_scaling_up_and_down_ends_with_what_was_asked_for(seed: int) -> None:
         assert len(cluster.tasks("web")) == 4
         assert cluster.created("web") == 20
         cluster.check_invariants()
+
+
+def test_a_task_says_why_it_got_its_node_while_it_runs_and_after_its_end() -> None:
+    with SimulatedCluster(workers=2, seed=1) as cluster:
+        cluster.create(a_service_spec("web", replicas=1))
+        cluster.run_until(lambda: cluster.running("web") == 1, within_s=5)
+        (first,) = cluster.tasks("web")
+        placement = explain_task(first, None).placement
+        assert placement.startswith(
+            "2 of 3 nodes suitable; 1 node not available for new tasks (m1); the chosen"
+        )
+        cluster.kill_container(first)
+        cluster.run_until(lambda: len(cluster.tasks("web")) == 2 and cluster.running("web") == 1, within_s=30)
+        (ended,) = (one for one in cluster.tasks("web") if one.status.state.is_terminal)
+        assert (ended.id, explain_task(ended, None).placement) == (first.id, placement)
 
 
 @pytest.mark.parametrize("at_once", [0, 1, 2])

@@ -7,7 +7,7 @@ from math import inf
 import msgspec
 
 from sim.invariants.committed import Change
-from sim.invariants.nodes.placement import port_violations
+from sim.invariants.nodes.placement import device_violations, port_violations
 from skep.manager.orchestrator.replacement.restart import stop_seconds_max
 from skep.manager.verify.tasks import is_on_drained_node, may_start_first
 from skep.model.node import Node, NodeState
@@ -112,6 +112,7 @@ class Containers:
             self._records[id].task for id, at in self.live.items() if at == node_id and id in self._records
         ]
         yield from port_violations(node_id, task, others, view)
+        yield from device_violations(node_id, task, others)
         yield from self._beside(task, now, view)
         yield from self._early(task, now)
 

@@ -40,6 +40,8 @@ def _is_met(constraint: str, node: Node) -> bool:
             actual = node.description.hostname
         case ["node", "role"]:
             actual = node.spec.role.value
+        case ["node", "facts", fact]:
+            actual = node.description.engine.labels.get(f"skep.fact.{fact}")
         case _:
             return False
     is_negated, text = rest.startswith("not "), (actual or "").lower()
@@ -52,9 +54,25 @@ def _is_met(constraint: str, node: Node) -> bool:
             is_met = text in value.strip("()").split(", ")
         case "like":
             is_met = text.startswith(value.rstrip("*"))
+        case ">=" | ">" | "<=" | "<":
+            is_met = actual is not None and _compares(_numbers(text), operator, _numbers(value))
         case _:
             is_met = text == value
     return is_met is not is_negated
+
+
+def _numbers(version: str) -> list[int]:
+    """Return the numbers of a version, without zeros at its end, because 6.1 is the same version as 6.1.0."""
+    numbers = [int(part) for part in version.partition("-")[0].split(".")]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return numbers
+
+
+def _compares(actual: list[int], operator: str, wanted: list[int]) -> bool:
+    if actual == wanted:
+        return operator.endswith("=")
+    return (actual > wanted) is operator.startswith(">")
 
 
 def may_have_tasks(node: Node, spec: ServiceSpec) -> bool:
@@ -83,6 +101,46 @@ def port_violations(node_id: NodeId, task: Task, running: Iterable[Task], view: 
         owner = view.lookup(Service, other.service_id)
         if other.id != task.id and owner is not None and (shared := ports & host_ports(owner.spec)):
             yield f"tasks {other.id} and {task.id} both hold {sorted(shared)} on {node_id}"
+
+
+def devices_of(task: Task) -> Counter[str]:
+    """Return the named devices that a task was given."""
+    named = (one.named_resource_spec for one in task.generic_resources)
+    return Counter(f"{one.kind} {one.value}" for one in named if one is not None)
+
+
+def _number_of_devices(task: Task) -> int:
+    """Return the number of devices that a task reserves."""
+    resources = task.spec.resources.reservations if task.spec.resources is not None else None
+    wanted = (one.discrete_resource_spec for one in (resources.generic_resources if resources else ()))
+    return sum(one.value for one in wanted if one is not None)
+
+
+def device_violations(node_id: NodeId, task: Task, running: Iterable[Task]) -> Iterable[str]:
+    """Yield the devices of a starting container that another ``running`` container uses on its node."""
+    for other in running:
+        if other.id != task.id and (shared := devices_of(task) & devices_of(other)):
+            yield f"tasks {other.id} and {task.id} both use {sorted(shared)} on {node_id}"
+
+
+def devices_are_exclusive(change: Change, view: View) -> Iterable[str]:
+    """Check that an assigned task gets as many devices as it reserves, and none that another task holds."""
+    for event in change.events:
+        match event:
+            case Updated(Task() as old, Task() as task) if task.node_id != old.node_id:
+                if (node := view.lookup(Node, task.node_id)) is None:
+                    continue
+                given, wanted = devices_of(task), _number_of_devices(task)
+                if given.total() != wanted:
+                    yield f"task {task.id} gets {given.total()} devices on {node.id} instead of {wanted}"
+                held = Counter[str]()
+                for one in view.find(Task, node_id=node.id):
+                    if TaskState.ASSIGNED <= one.status.state <= TaskState.RUNNING:
+                        held += devices_of(one)
+                named = (one.named_resource_spec for one in node.description.resources.generic_resources)
+                there = Counter(f"{one.kind} {one.value}" for one in named if one is not None)
+                for name in sorted((held - there) & given):
+                    yield f"{name} of {node.id} is given to {held[name]} tasks, among them {task.id}"
 
 
 def global_jobs_run_once(change: Change, view: View) -> Iterable[str]:
@@ -153,9 +211,13 @@ def is_local(mount: Mount) -> bool:
     return mount.type == "volume"
 
 
-def _has_room(node: Node, task: Task, held: Iterable[Task]) -> bool:
-    used = sum(map(_memory_bytes, held))
-    return used + _memory_bytes(task) <= node.description.resources.memory_bytes
+def has_room(node: Node, task: Task, held: Iterable[Task]) -> bool:
+    present, resources = list(held), node.description.resources
+    used = sum(map(_memory_bytes, present))
+    devices = sum(devices_of(one).total() for one in present)
+    return used + _memory_bytes(task) <= resources.memory_bytes and devices + _number_of_devices(task) <= len(
+        resources.generic_resources
+    )
 
 
 def _memory_bytes(task: Task) -> int:
@@ -204,7 +266,7 @@ def could_take(node: Node, task: Task, service: Service, view: View) -> bool:
         for other in view.find(Task, node_id=node.id)
         if other.id != task.id and TaskState.ASSIGNED <= other.status.state <= TaskState.RUNNING
     ]
-    if not _has_room(node, task, held) or any(forbidden(task, node, service, view)):
+    if not has_room(node, task, held) or any(forbidden(task, node, service, view)):
         return False
     open_nodes = [one for one in view.find(Node) if may_have_tasks(one, service.spec)]
     if exceeds_skew(task, node, service, open_nodes, view):

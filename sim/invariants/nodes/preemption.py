@@ -5,9 +5,8 @@ from collections.abc import Iterable
 
 from sim.invariants.committed import Change
 from sim.invariants.nodes.affinity import exceeds_skew, forbidden
-from sim.invariants.nodes.placement import homes_of, host_ports, is_local, may_have_tasks
+from sim.invariants.nodes.placement import has_room, homes_of, host_ports, is_local, may_have_tasks
 from sim.invariants.services.dependencies import missing_dependencies
-from sim.invariants.services.tasks import reservations
 from skep.manager.scheduler.preemption.preemption import AT_ONCE
 from skep.model.node import Node, NodeState
 from skep.model.options.labels import (
@@ -151,8 +150,7 @@ def _would_fit(task: Task, service: Service, node: Node, view: View) -> bool:
     owners = [view.lookup(Service, one.service_id) for one in staying]
     if any(owner is not None and host_ports(owner.spec) & host_ports(service.spec) for owner in owners):
         return False
-    held = sum(reservations(one).memory_bytes for one in staying)
-    return held + reservations(task).memory_bytes <= node.description.resources.memory_bytes
+    return has_room(node, task, staying)
 
 
 def _is_spared(task: Task, view: View) -> bool:

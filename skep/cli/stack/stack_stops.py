@@ -29,7 +29,7 @@ def stop(host: HostOptions, name: str, timeout: float, detach: bool) -> None:
     Example:
       skep stack stop shop
     """
-    run_requests(_turn(host, name, "stop", timeout, waits=not detach))
+    run_requests(turn_stack(host, name, "stop", timeout, waits=not detach))
 
 
 @click.command()
@@ -46,12 +46,18 @@ def start(host: HostOptions, name: str, timeout: float, detach: bool) -> None:
     Example:
       skep stack start shop
     """
-    run_requests(_turn(host, name, "start", timeout, waits=not detach))
+    run_requests(turn_stack(host, name, "start", timeout, waits=not detach))
 
 
-async def _turn(
+async def turn_stack(
     host: HostOptions, stack: str, verb: Literal["stop", "start"], timeout_s: float, *, waits: bool
 ) -> None:
+    """Stop or start the services of a stack.  Jobs without a schedule are left to end by themselves.
+
+    Raises:
+        NotFound: The stack has no services.
+        SkepError: A request was refused, or not all were done in ``timeout_s`` seconds.
+    """
     async with host.client() as client:
         found = await client.get(
             "/services", filters={"label": [f"{NAMESPACE}={stack}"]}, timeout_s=RESPONSE_TIMEOUT_S

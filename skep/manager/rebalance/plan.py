@@ -185,12 +185,18 @@ class Balance:
             skipped: Services that stay where they are.
         """
         yield from self._load(skipped)
-        accounts = self._accounting.accounts.values()
-        self._ranks = _Ranks(self._rank(one) for one in accounts if self._takes_part(one))
+        ranks: list[tuple[int, float, NodeId]] = []
+        for number, account in enumerate(self._accounting.accounts.values()):
+            if self._takes_part(account):
+                ranks.append(self._rank(account))
+            if number % STEP == 0:
+                yield
+        self._ranks = _Ranks(ranks)
         while len(self.moves) < MOVES_MAX:
             found = yield from self._next()
             if found is None:
                 break
+            yield  # the search since its last pause and the move both take milliseconds
             self._move(*found)
         return self.moves
 
@@ -207,10 +213,12 @@ class Balance:
             accounting.set_node(node)
             if number % STEP == 0:
                 yield
-        for number, task in enumerate(view.find(Task)):
-            with isolated("task in a rebalance plan", task.id):
-                reserve_for(accounting, task, view)
-                self._lasting[task.node_id] += holds_resources(task) and is_lasting(task, self._now_ns)
+        for number, id in enumerate(view.ids(Task)):  # a list of all tasks takes longer than a slice
+            task = view.lookup(Task, id)
+            if task is not None:
+                with isolated("task in a rebalance plan", id):
+                    reserve_for(accounting, task, view)
+                    self._lasting[task.node_id] += holds_resources(task) and is_lasting(task, self._now_ns)
             if number % STEP == 0:
                 yield
         named = _named_services(view)

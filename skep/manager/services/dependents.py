@@ -53,6 +53,11 @@ def check_dependencies(view: View, spec: ServiceSpec) -> None:
     _check_zero(view, spec, dependencies)
     if has_affinities(spec.labels):
         _check_affinities(view, spec)
+    waits = [one for one in _waits_of(spec) if one.key != spec.name.lower()]
+    if waits and (path := circle(view, spec.name, waits, _waits_of)):
+        raise InvalidArgument(
+            f"no task of these services could start first: {' -> '.join(path)} (labels {AFFINITY} and {DEPENDS_ON})"
+        )
 
 
 def _check_zero(view: View, spec: ServiceSpec, dependencies: Iterable[Dependency]) -> None:
@@ -90,11 +95,6 @@ def _check_affinities(view: View, spec: ServiceSpec) -> None:
                         f"the affinities of {spec.name} and {service.spec.name} contradict each other: "
                         f"{AFFINITY}={near.text} and {ANTI_AFFINITY}={apart.text}"
                     )
-    waits = [Dependency(one.service) for one in own.near if one.key != spec.name.lower()]
-    if waits and (path := circle(view, spec.name, waits, _waits_of)):
-        raise InvalidArgument(
-            f"no task of these services could start first: {' -> '.join(path)} (labels {AFFINITY} and {DEPENDS_ON})"
-        )
 
 
 def _waits_of(spec: ServiceSpec) -> tuple[Dependency, ...]:

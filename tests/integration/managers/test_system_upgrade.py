@@ -1,6 +1,7 @@
 """`skep upgrade --system` on a playground, where a reboot ends a node with its containers and begins another boot."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,38 +10,21 @@ import pytest
 
 from tests.integration.managers.test_upgrade_command import skep
 from tests.integration.networks.lab import serve
+from tests.support.machines.boots import boots, count_boots
 from tests.support.machines.playground_rig import TestCluster, a_playground, nodes_by_name, wait_running
 from tests.support.machines.versions import ROOT, environment
 from tests.support.managers.managers_rig import wait_managers
-
-BOOT = """#!/bin/sh
-# Each boot of a node has its own id, and the first one ends with a mark as a new kernel leaves it.
-name=$(cat /proc/sys/kernel/hostname)
-if [ "$1" = daemon ] && [ ! -e /run/boot-id ]; then
-    cat /proc/sys/kernel/random/uuid >/run/boot-id
-    mount --bind /run/boot-id /proc/sys/kernel/random/boot_id
-    echo boot >>"{folder}/boots.$name"
-    case $name in
-    w1 | m2) [ "$(wc -l <"{folder}/boots.$name")" -gt 1 ] || echo linux >/run/reboot-required ;;
-    esac
-fi
-exec "{command}" "$@"
-"""
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[TestCluster]:
     command = environment(tmp_path / "playground", ROOT) / "bin/skep"
-    real = command.rename(command.with_name("skep-playground"))
-    command.write_text(BOOT.format(folder=tmp_path, command=real))
-    command.chmod(0o755)
-    with a_playground("reboot", command=str(real), managers=3, workers=2) as made:
+    playground = command.with_name("skep-playground")
+    shutil.copy(command, playground)
+    count_boots(command, tmp_path, "w1", "m2")
+    with a_playground("reboot", command=str(playground), managers=3, workers=2) as made:
         wait_managers(made.node("m1"), "m1", "m2", "m3")
         yield made
-
-
-def boots(folder: Path) -> dict[str, int]:
-    return {path.suffix[1:]: len(path.read_text().splitlines()) for path in folder.glob("boots.*")}
 
 
 @pytest.mark.slow

@@ -100,20 +100,21 @@ class Seen:
 
 
 @contextmanager
-def asking(*clients: tuple[Path, Sequence[str]]) -> Iterator[Seen]:
+def asking(*clients: tuple[Path, Sequence[str]], within_s: float = 60) -> Iterator[Seen]:
     """Clients run for as long as the block does; then what they saw.
 
-    Each is a place and a script of this folder with its words: ``("strict_client.py", URL)``.
+    Each is a place and a script of this folder with its words: ``("strict_client.py", URL)``.  Within ``within_s``
+    after the block they have their last answer.
     """
     seen = Seen()
     with ExitStack() as stack:
         for place, (script, *words) in clients:
-            stack.enter_context(_client(seen, place, [sys.executable, str(HERE / script), *words]))
+            stack.enter_context(_client(seen, place, [sys.executable, str(HERE / script), *words], within_s))
         yield seen
 
 
 @contextmanager
-def _client(seen: Seen, place: Path, command: Sequence[str]) -> Iterator[None]:
+def _client(seen: Seen, place: Path, command: Sequence[str], within_s: float) -> Iterator[None]:
     client = subprocess.Popen(["nsenter", f"--net={place}", *command], stdout=subprocess.PIPE, text=True)
     try:
         assert client.stdout is not None
@@ -121,7 +122,7 @@ def _client(seen: Seen, place: Path, command: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         client.send_signal(signal.SIGTERM)
-        said = json.loads(client.communicate(timeout=60)[0] or "{}")
+        said = json.loads(client.communicate(timeout=within_s)[0] or "{}")
         seen.failed += said.get("failed", ["the client ended"])
         seen.answered.update(said.get("answered", {}))
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from compileall import compile_dir
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def package_of(commit: str, folder: Path) -> Path:
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
         files.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later
         files.extractall(folder)
+    compile_dir(folder, quiet=2)  # or all nodes of a playground would do so at their start, at the same time
     return folder
 
 

@@ -55,6 +55,15 @@ async def test_services_cannot_be_near_each_other_before_one_runs(store):
         await update(store, database, labeled("db", near="web"))
 
 
+async def test_a_service_cannot_wait_for_one_that_has_to_be_near_it(store):
+    """The dependency comes last, and its spec has no affinity."""
+    await create(store, labeled("web", near="api"))
+    await create(store, labeled("api", after="queue=service_healthy"))
+    with pytest.raises(InvalidArgument, match="could start first: queue -> web -> api -> queue"):
+        await create(store, labeled("queue", after="web=service_started"))
+    await create(store, labeled("queue", prefer="web"))
+
+
 async def test_a_service_cannot_be_near_one_that_keeps_apart_from_it(store):
     await create(store, labeled("batch", apart=f"web@{ZONE}"))
     for near in ("batch", f"batch@{ZONE}"):
