@@ -549,6 +549,13 @@ async def test_ten_thousand_networks_of_one_operator_are_refused_before_the_pool
     ] == 403
 
 
+async def test_nobody_measures_throughput_with_the_request_of_viewers(rig: Rig) -> None:
+    for role in ("viewer", "admin"):
+        status, text, _ = await rig.exchange(role, "GET /skep/doctor/network?throughput=1")
+        assert status == 400
+        assert "measure throughput with POST" in text
+
+
 async def test_the_data_of_an_operator_leaves_the_store_to_others(rig: Rig) -> None:
     data = base64.b64encode(b"x" * 900_000).decode()
     statuses = [
