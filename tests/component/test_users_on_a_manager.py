@@ -27,11 +27,12 @@ from skep.model.container import ContainerSpec, Mount
 from skep.model.history import JournalEntry
 from skep.model.network import IPAMOptions, Network, NetworkSpec
 from skep.model.permissions.access import Identity, Origin, parse_binding
+from skep.model.secret import Secret, SecretSpec
 from skep.model.service import NetworkAttachmentConfig, Resources, Service
 from skep.model.swarm import Swarm
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd
-from skep.model.values.ids import NetworkId, NodeId, ServiceId
+from skep.model.values.ids import NetworkId, NodeId, SecretId, ServiceId
 from skep.model.values.times import Timestamp
 from skep.store.level import USERS
 from tests.conformance.manager import a_manager_api
@@ -507,6 +508,31 @@ async def test_a_dependency_is_a_service_of_the_stack(rig: Rig) -> None:
     for name in ("payments_api", "payments_none", "none"):  # the refusal does not say whether it exists
         status, text = await created(name)
         assert (status, f"the service {name} does not belong to the stack shop" in text) == (403, True), text
+
+
+@pytest.mark.parametrize("label", ["skep.http.tls", "skep.http.more.tls"])
+async def test_a_certificate_of_the_front_door_is_a_secret_of_the_stack(rig: Rig, label: str) -> None:
+    """The door would serve the site of another stack with its private key."""
+    for name, labels in (("payments_tls", {STACK_LABEL: "payments"}), ("shop_tls", SHOP), ("tls", {})):
+        secret = Secret(id=SecretId(name), spec=SecretSpec(name=name, labels=labels))
+        await rig.api.store.update(put, secret)
+
+    async def exchange(path: str, secret: str) -> tuple[int, str]:
+        spec = a_spec()
+        spec["Name"] = "shop_web"
+        spec["Labels"] = SHOP | {"skep.http": "a.example", "skep.http.more": "b.example", label: secret}
+        plan = {"Services": [{"Spec": spec}]}
+        status, text, _ = await rig.exchange("operator:shop", path, plan if "check" in path else spec)
+        return status, text
+
+    for path in ("POST /services/create", "POST /skep/stacks/check"):
+        for name in ("payments_tls", "payments_none", "tls", "none"):
+            status, text = await exchange(path, name)
+            assert (status, f"the secret {name} does not belong to the stack shop" in text) == (403, True), (
+                text
+            )
+    assert (await exchange("POST /skep/stacks/check", "shop_later"))[0] == 200, "the deploy creates it first"
+    assert (await exchange("POST /services/create", "shop_tls"))[0] == 201
 
 
 async def test_no_operator_has_a_node_look_up_an_image_on_the_machine_itself() -> None:
