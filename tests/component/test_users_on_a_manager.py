@@ -34,7 +34,7 @@ from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatu
 from skep.model.task_end import KeptLine, TaskEnd
 from skep.model.values.ids import NetworkId, NodeId, SecretId, ServiceId
 from skep.model.values.times import Timestamp
-from skep.store.level import USERS
+from skep.store.level import LEVEL, USERS
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.store.store_transactions import put
@@ -492,19 +492,30 @@ async def test_a_plan_needs_the_rights_of_its_deploy(rig: Rig) -> None:
     assert not [one for one in rig.api.store.view().find(Service) if one.spec.name == "shop_web"]
 
 
-async def test_a_dependency_is_a_service_of_the_stack(rig: Rig) -> None:
+@pytest.mark.parametrize(
+    ("label", "form"),
+    [
+        ("skep.depends-on", "{}=service_started+restart"),
+        ("skep.affinity", "{}"),
+        ("skep.anti-affinity", "{}"),
+        ("skep.affinity.preferred", "{}"),
+        ("skep.anti-affinity.preferred", "{}"),
+    ],
+)
+async def test_a_service_that_a_label_names_is_one_of_the_stack(rig: Rig, label: str, form: str) -> None:
+    await rig.api.store.update(lambda tx: tx.raise_level(LEVEL))
     for name, labels in (("payments_api", {STACK_LABEL: "payments"}), ("database", SHOP)):
         await rig.api.store.update(put, labeled(a_service(name), labels))
 
     async def created(name: str) -> tuple[int, str]:
         spec = a_spec()
         spec["Name"] = f"shop_{len(rig.api.store.view().find(Service))}"
-        spec["Labels"] = SHOP | {"skep.depends-on": f"{name}=service_started+restart"}
+        spec["Labels"] = SHOP | {label: form.format(name)}
         status, text, _ = await rig.exchange("operator:shop", "POST /services/create", spec)
         return status, text
 
-    assert (await created("database"))[0] == 201
-    assert (await created("shop_later"))[0] == 201
+    for name in ("database", "shop_later"):
+        assert (await created(name))[0] == 201, (await created(name))[1]
     for name in ("payments_api", "payments_none", "none"):  # the refusal does not say whether it exists
         status, text = await created(name)
         assert (status, f"the service {name} does not belong to the stack shop" in text) == (403, True), text
