@@ -27,14 +27,13 @@ from skep.model.container import ContainerSpec, Mount
 from skep.model.history import JournalEntry
 from skep.model.network import IPAMOptions, Network, NetworkSpec
 from skep.model.permissions.access import Identity, Origin, parse_binding
-from skep.model.secret import Secret, SecretSpec
 from skep.model.service import NetworkAttachmentConfig, Resources, Service
 from skep.model.swarm import Swarm
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd
-from skep.model.values.ids import NetworkId, NodeId, SecretId, ServiceId
+from skep.model.values.ids import NetworkId, NodeId, ServiceId
 from skep.model.values.times import Timestamp
-from skep.store.level import LEVEL, USERS
+from skep.store.level import USERS
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.store.store_transactions import put
@@ -492,60 +491,6 @@ async def test_a_plan_needs_the_rights_of_its_deploy(rig: Rig) -> None:
     assert not [one for one in rig.api.store.view().find(Service) if one.spec.name == "shop_web"]
 
 
-@pytest.mark.parametrize(
-    ("label", "form"),
-    [
-        ("skep.depends-on", "{}=service_started+restart"),
-        ("skep.affinity", "{}"),
-        ("skep.anti-affinity", "{}"),
-        ("skep.affinity.preferred", "{}"),
-        ("skep.anti-affinity.preferred", "{}"),
-    ],
-)
-async def test_a_service_that_a_label_names_is_one_of_the_stack(rig: Rig, label: str, form: str) -> None:
-    await rig.api.store.update(lambda tx: tx.raise_level(LEVEL))
-    for name, labels in (("payments_api", {STACK_LABEL: "payments"}), ("database", SHOP)):
-        await rig.api.store.update(put, labeled(a_service(name), labels))
-
-    async def created(name: str) -> tuple[int, str]:
-        spec = a_spec()
-        spec["Name"] = f"shop_{len(rig.api.store.view().find(Service))}"
-        spec["Labels"] = SHOP | {label: form.format(name)}
-        status, text, _ = await rig.exchange("operator:shop", "POST /services/create", spec)
-        return status, text
-
-    for name in ("database", "shop_later"):
-        assert (await created(name))[0] == 201, (await created(name))[1]
-    for name in ("payments_api", "payments_none", "none"):  # the refusal does not say whether it exists
-        status, text = await created(name)
-        assert (status, f"the service {name} does not belong to the stack shop" in text) == (403, True), text
-
-
-@pytest.mark.parametrize("label", ["skep.http.tls", "skep.http.more.tls"])
-async def test_a_certificate_of_the_front_door_is_a_secret_of_the_stack(rig: Rig, label: str) -> None:
-    """The door would serve the site of another stack with its private key."""
-    for name, labels in (("payments_tls", {STACK_LABEL: "payments"}), ("shop_tls", SHOP), ("tls", {})):
-        secret = Secret(id=SecretId(name), spec=SecretSpec(name=name, labels=labels))
-        await rig.api.store.update(put, secret)
-
-    async def exchange(path: str, secret: str) -> tuple[int, str]:
-        spec = a_spec()
-        spec["Name"] = "shop_web"
-        spec["Labels"] = SHOP | {"skep.http": "a.example", "skep.http.more": "b.example", label: secret}
-        plan = {"Services": [{"Spec": spec}]}
-        status, text, _ = await rig.exchange("operator:shop", path, plan if "check" in path else spec)
-        return status, text
-
-    for path in ("POST /services/create", "POST /skep/stacks/check"):
-        for name in ("payments_tls", "payments_none", "tls", "none"):
-            status, text = await exchange(path, name)
-            assert (status, f"the secret {name} does not belong to the stack shop" in text) == (403, True), (
-                text
-            )
-    assert (await exchange("POST /skep/stacks/check", "shop_later"))[0] == 200, "the deploy creates it first"
-    assert (await exchange("POST /services/create", "shop_tls"))[0] == 201
-
-
 async def test_no_operator_has_a_node_look_up_an_image_on_the_machine_itself() -> None:
     async def look_up(_request: web.Request) -> web.StreamResponse:
         return web.Response(text="{}")
@@ -584,13 +529,6 @@ async def test_ten_thousand_networks_of_one_operator_are_refused_before_the_pool
     assert (await rig.exchange("operator:shop", "POST /networks/create", body | {"Name": "shop_last"}))[
         0
     ] == 403
-
-
-async def test_nobody_measures_throughput_with_the_request_of_viewers(rig: Rig) -> None:
-    for role in ("viewer", "admin"):
-        status, text, _ = await rig.exchange(role, "GET /skep/doctor/network?throughput=1")
-        assert status == 400
-        assert "measure throughput with POST" in text
 
 
 async def test_the_data_of_an_operator_leaves_the_store_to_others(rig: Rig) -> None:
