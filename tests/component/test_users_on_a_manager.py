@@ -491,24 +491,6 @@ async def test_a_plan_needs_the_rights_of_its_deploy(rig: Rig) -> None:
     assert not [one for one in rig.api.store.view().find(Service) if one.spec.name == "shop_web"]
 
 
-async def test_a_dependency_is_a_service_of_the_stack(rig: Rig) -> None:
-    for name, labels in (("payments_api", {STACK_LABEL: "payments"}), ("database", SHOP)):
-        await rig.api.store.update(put, labeled(a_service(name), labels))
-
-    async def created(name: str) -> tuple[int, str]:
-        spec = a_spec()
-        spec["Name"] = f"shop_{len(rig.api.store.view().find(Service))}"
-        spec["Labels"] = SHOP | {"skep.depends-on": f"{name}=service_started+restart"}
-        status, text, _ = await rig.exchange("operator:shop", "POST /services/create", spec)
-        return status, text
-
-    assert (await created("database"))[0] == 201
-    assert (await created("shop_later"))[0] == 201
-    for name in ("payments_api", "payments_none", "none"):  # the refusal does not say whether it exists
-        status, text = await created(name)
-        assert (status, f"the service {name} does not belong to the stack shop" in text) == (403, True), text
-
-
 async def test_no_operator_has_a_node_look_up_an_image_on_the_machine_itself() -> None:
     async def look_up(_request: web.Request) -> web.StreamResponse:
         return web.Response(text="{}")

@@ -173,3 +173,10 @@ async def test_a_refused_port_names_the_service_that_has_it_to_users_who_see_it(
             assert "port '8080' is already in use by" in text, text
             assert ("blog_web" in text) is may_see, text
             assert ("a service of another stack" in text) is not may_see, text
+
+
+async def test_nobody_measures_throughput_with_the_request_of_viewers(rig: Rig) -> None:
+    for role in ("viewer", "admin"):
+        status, text, _ = await rig.exchange(role, "GET /skep/doctor/network?throughput=1")
+        assert status == 400
+        assert "measure throughput with POST" in text

@@ -78,9 +78,9 @@ class NodeQuestions:
         """Return the length of a queue by a command in a container of a service.  Raises: QueryFailed."""
         view = self._view()
         service = commanded_service(view, asked)
-        tasks = commanded_tasks(view, service)
-        rights = (self._rights_of(view, task) for task in tasks)
-        if not asked.is_trusted and (right := next(filter(None, rights), "")):
+        # Any of them, so that an unreachable one does not fail every attempt.
+        task = self._random.choice(commanded_tasks(view, service))
+        if not asked.is_trusted and (right := self._rights_of(view, task)):
             # Users below administrator may run no command there, and one of them may have written the label.
             raise QueryFailed(
                 f"service {service.spec.name} has {right}: only an administrator may set {AUTOSCALE_QUEUE_EXEC} "
@@ -89,8 +89,7 @@ class NodeQuestions:
         lock = self._locks.setdefault(service.id, asyncio.Lock())
         try:
             async with asyncio.timeout(_COMMAND_S_MAX), lock:
-                # Any of them, so that an unreachable one does not fail every attempt.
-                found = await self._line_of(self._random.choice(tasks), asked.query.command)
+                found = await self._line_of(task, asked.query.command)
         except TimeoutError:
             raise QueryFailed(f"its command did not end within {_COMMAND_S_MAX:g} s") from None
         except (SkepError, msgspec.DecodeError) as error:

@@ -107,6 +107,17 @@ def test_an_operator_gets_no_rights_over_the_cluster_or_a_machine(method: str, p
 
 
 @pytest.mark.parametrize(
+    ("role", "is_allowed"), [("viewer", False), ("operator:shop", False), ("operator", True), ("admin", True)]
+)
+def test_the_throughput_of_the_clusters_links_is_tested_by_its_operators_alone(
+    role: str, *, is_allowed: bool
+) -> None:
+    rule = rule_for("POST", "/skep/doctor/network")
+    assert (may(a_user(role), rule) is None) == is_allowed
+    assert may(a_user("viewer"), rule_for("GET", "/skep/doctor/network")) is None, "without throughput"
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         *("", "-ef", "-e", "-f", "-eF", "-efL", "-el", "-efww", "aux", "auxww", "-aux", "axl", "axj"),

@@ -9,6 +9,7 @@ import pytest
 from docs.reference.label_table import LABELS, LabelTarget
 from skep.engine.log_drivers import fluentd, gelf, splunk, syslog
 from skep.engine.log_drivers.options import COMMON, EVERYWHERE, FILES
+from skep.model.door.settings import DOOR_LABELS
 from skep.model.network import NetworkSpec
 from skep.model.options.labels import FORMER_VOLUMES
 from skep.model.permissions.field_rights import (
@@ -80,6 +81,11 @@ def test_a_field_and_a_label_without_a_class_are_an_administrators(monkeypatch):
     fields = {name: field for name, field in FIELDS[ServiceSpec].items() if name not in ("name", "labels")}
     monkeypatch.setitem(FIELDS, ServiceSpec, fields)
     assert list(admin_rights(spec)) == ["the field Name", "the field Labels"]
+
+
+@pytest.mark.parametrize("label", DOOR_LABELS)
+def test_only_an_administrator_runs_the_front_door(label: str) -> None:
+    assert list(admin_rights(ServiceSpec(name="web", labels={label: "true"}))) == [f"the label {label}"]
 
 
 def a_service(**container: Any) -> dict[str, Any]:
