@@ -39,6 +39,8 @@ from skep.model.node import (
     SessionOwner,
 )
 from skep.model.service import (
+    Endpoint,
+    EndpointVirtualIP,
     NetworkAttachmentConfig,
     ReplicatedService,
     ResourceRequirements,
@@ -107,7 +109,8 @@ def a_state(nodes: int, tasks: int, returned: float = 0.0) -> State:
             ),
         )
         id = ServiceId(f"service{first:06}")
-        put([Service(id=id, spec=spec)])
+        virtual_ip = EndpointVirtualIP(network_id=network.id, addr=_address(tasks + first))
+        put([Service(id=id, spec=spec, endpoint=Endpoint(virtual_ips=(virtual_ip,)))])
         version = state.get(Service, id).spec_version
         put(
             Task(

@@ -250,9 +250,7 @@ def _rolled_back(state: State, id: ServiceId, version: int) -> Accepted | Refuse
 
 
 def _may_wait_forever(state: State, spec: ServiceSpec) -> bool:
-    """Return whether a service, ``spec`` or another, needs a service that may be scaled to zero, or whether ``spec``
-    cannot start because of its affinities and those of other services.
-    """
+    """Return whether a service needs another service that may have no task, or whether affinities forbid ``spec``."""
     if _contradicts(state, spec):
         return True
     specs = [held.spec for held in state.services.values() if held.spec.name != spec.name]

@@ -94,14 +94,20 @@ class StackCommands(Commands):
             self._begin(kind, image)
 
     async def end(self) -> None:
-        """Kill all commands.  Then deploy the stack and remove it, with retries."""
+        """Kill all commands.  Then deploy the stack, stop, start and remove it, with retries."""
         await self._end_all()
         if not self._commands:
             return
         for one in self._commands:
             one.ended = min(one.ended, self._now())
-        for name, run in (("last deploy", self._deploy_at_last), ("last removal", self._remove)):
+        for name, run, stops in (
+            ("last deploy", self._deploy_at_last, None),
+            ("last stop", self._turn, True),
+            ("last start", self._turn, False),
+            ("last removal", self._remove, None),
+        ):
             command = self._command(name)
+            command.stops = stops
             COMMAND.set(name)
             problem = await self._persist(partial(run, command))
             command.ended = self._now()

@@ -45,6 +45,9 @@ def by_name(name: str) -> Mutant:
         ("victims", 1),
         ("upgrade lock", 20),
         ("stack removal", 1),
+        ("stack stop", 1),
+        ("former specs", 1),
+        ("spec numbers", 1),
         *(
             pytest.param(name, seeds, marks=pytest.mark.slow)
             for name, seeds in (
@@ -59,6 +62,8 @@ def by_name(name: str) -> Mutant:
                 *((name, 40) for name in ("scaling range", "scaling window", "scaling updates")),
                 *((name, 60) for name in ("causes", "adopt", "address held", "subnet released")),
                 ("subnet held", 100),
+                ("devices", 20),
+                ("reboots", 40),
             )
         ),
     ],
