@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.agent.session import address_stream
 from skep.agent.session.address_stream import HeldAddresses
 from skep.aio.clock import SystemClock
 from skep.dataplane.failover import interfaces, machine
@@ -201,7 +202,8 @@ class CutOff:
     """A node with one confirmed renewal, and without a manager from then on."""
 
     def __init__(self, lab: Lab) -> None:
-        self.held = HeldAddresses(lab.addresses, SystemClock().since_boot)
+        self.serves = True
+        self.held = HeldAddresses(lab.addresses, SystemClock().since_boot, lambda: self.serves)
         self.leaving = [skep.AddressOrders.Order(address=FOUR.address, prefix=24, epoch=1, leaving=True)]
         self.orders = [skep.AddressOrders.Order(address=FOUR.address, prefix=24, epoch=1)]
         self.epochs = [skep.AddressEpoch(address=FOUR.address, epoch=1)]
@@ -221,6 +223,29 @@ class CutOff:
             self.held.next_report()
             await self.held.extend()
             await asyncio.sleep(0.1)
+
+
+async def test_a_new_address_waits_for_the_proxy_and_a_held_one_stays(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = CutOff(lab)
+    node.serves = False
+    await node.confirm()
+    assert not lab.has(FOUR)
+    node.serves = True
+    await node.held.extend()
+    assert lab.has(FOUR)
+    node.serves = False  # a reload
+    await node.confirm()
+    assert lab.has(FOUR)
+    await node.held.take(skep.AddressOrders())
+    assert not lab.has(FOUR)
+    monkeypatch.setattr(address_stream, "SERVES_S_MAX", 0.3)
+    await node.confirm()
+    assert not lab.has(FOUR)
+    await asyncio.sleep(0.3)
+    await node.confirm()
+    assert lab.has(FOUR), "a proxy that never tells may serve as well"
 
 
 async def test_announcements_and_hooks_end_with_the_lease(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -476,9 +476,11 @@ async def test_a_restarted_haproxy_and_a_restarted_node_continue(tmp_path: Path)
         rig.task("t2", "web", TWO)
         with pytest.raises(Unavailable):
             await rig.apply(retries=False)
+        assert not rig.door.serves()
         await rig.start()  # with the files of the failed attempt
         assert (await rig.ask_task("a.example/"))["task"] == TWO
         await rig.apply()
+        assert rig.door.serves()
         again = DoorRig(tmp_path)
         again.port, again.task_port, again.door = rig.port, rig.task_port, rig.door
         rig.door._applied = None  # a new process does not know what HAProxy has

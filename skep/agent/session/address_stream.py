@@ -39,6 +39,12 @@ The third renewal then still reaches another manager before the kernel drops the
 """
 SENT_KEPT = 64
 """Renewals whose time of sending is kept.  A confirmation of an earlier one would be too late anyway."""
+SERVES_S_MAX = 5.0
+"""Longest wait in seconds of a new address for this node's proxy, whose container runs before it has its routes.
+
+Clients repeat their packets meanwhile, and would be refused otherwise.  Afterwards, the address is held all the same,
+because an image of HAProxy without its sockets may serve as well.
+"""
 GIVEN_UP_S_MAX = 0.5
 """Longest wait in seconds of a planned stop for the managers to record that the addresses are free."""
 
@@ -70,10 +76,21 @@ class AddressKernel(Protocol):
 class HeldAddresses:
     """The failover addresses of this node.  Lives as long as the node process."""
 
-    def __init__(self, kernel: AddressKernel, since_boot: Callable[[], float]) -> None:
-        """``since_boot`` returns the seconds since boot, including the time while the machine is suspended."""
+    def __init__(
+        self,
+        kernel: AddressKernel,
+        since_boot: Callable[[], float],
+        serves: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Make the addresses, none at first.
+
+        Args:
+            since_boot: Returns the seconds since boot, including the time while the machine is suspended.
+            serves: Returns whether this node's proxy has its routes and certificates.
+        """
         self._kernel = kernel
         self._since_boot = since_boot
+        self._serves = serves
         self.changed = Event()
         """Set when a report is due at once."""
         self._is_wanted = asyncio.Event()
@@ -81,6 +98,8 @@ class HeldAddresses:
         self._orders: dict[str, AddressOrder] = {}
         self._confirmed_at: dict[tuple[str, int], float] = {}
         """When the last confirmed renewal was sent, by address and epoch."""
+        self._waits_since: dict[tuple[str, int], float] = {}
+        """When each address could first be held, by address and epoch."""
         self._held_at: dict[tuple[str, int], float] = {}
         """Since when the kernel counts the present lifetime, by address and epoch."""
         self._gone: dict[tuple[str, int], str] = {}
@@ -170,6 +189,8 @@ class HeldAddresses:
             key = order.address, order.epoch
             if order.is_leaving or key in self._gone or key in self._leaving or not self._is_fresh(key):
                 continue
+            if key not in self._held_at and self._must_wait(key):
+                continue
             left_s, now = partial(self._held_s, key), self._since_boot()
             is_over = left_s() <= 0  # the kernel may be late and still have it, but nothing announces it
             try:
@@ -182,6 +203,11 @@ class HeldAddresses:
             except SkepError as error:
                 log.warning("failover address refused", address=order.address, reason=str(error))
                 await self._leave(order, str(error))
+
+    def _must_wait(self, key: tuple[str, int]) -> bool:
+        """Return whether a new address waits for the proxy."""
+        waited_s = self._since_boot() - self._waits_since.setdefault(key, self._since_boot())
+        return not self._serves() and waited_s < SERVES_S_MAX
 
     def _is_fresh(self, key: tuple[str, int]) -> bool:
         """Return whether an address may get a further lifetime in the kernel."""
@@ -231,6 +257,7 @@ class HeldAddresses:
         self._gone = {key: reason for key, reason in self._gone.items() if key in present}
         self._confirmed_at = {key: at for key, at in self._confirmed_at.items() if key in present}
         self._held_at = {key: at for key, at in self._held_at.items() if key in present}
+        self._waits_since = {key: at for key, at in self._waits_since.items() if key in present}
 
 
 class AddressStream:

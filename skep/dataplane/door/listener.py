@@ -164,6 +164,10 @@ class FrontDoor:
             self.held.apply(state, is_reached=True)
         self._applied = state
 
+    def serves(self) -> bool:
+        """Return whether HAProxy has the routes and certificates of the last table."""
+        return self._applied is not None
+
     def requests(self) -> Mapping[TaskId, TaskRequests]:
         """Return the recent requests of new tasks in staged updates."""
         return self._window.present(self._clock.monotonic())

@@ -126,7 +126,7 @@ class Containers:
         self.logs = TaskLogs(self.engine)
         self.door = FrontDoor(self._door_directory, foundation.clock, self.payloads.write_door)
         self._machine_addresses = _machine_addresses(foundation)
-        self.addresses = HeldAddresses(self._machine_addresses, foundation.clock.since_boot)
+        self.addresses = HeldAddresses(self._machine_addresses, foundation.clock.since_boot, self.door.serves)
         self.usage_page = UsagePage(self.engine.list, foundation.cgroups, foundation.clock)
 
     def _present_engine(self) -> Engine | None:

@@ -3,7 +3,7 @@
 A request that waits delays no other one.  Most requests use a connection that is idle, and every 25th one a new
 connection.  Nothing is repeated.  Ends on SIGTERM once each request has its response or its error, and prints JSON: the
 requests by the tenth of a second in which they began, responses by body, and each failure with the times at which its
-request began, its connection was opened, and it failed.
+request began, its connection began to open, and it failed.
 """
 
 import argparse
@@ -66,7 +66,7 @@ async def exchange(connection: Connection) -> bool:
 
 
 async def ask(*, is_fresh: bool) -> None:
-    at = time.time()
+    at = opening = time.time()
     began[int(at * 10)] += 1
     connection = None
     while idle and not is_fresh and connection is None:
@@ -79,7 +79,7 @@ async def ask(*, is_fresh: bool) -> None:
             connection = connection or await opened()
             is_kept = await exchange(connection)
     except (OSError, EOFError, TimeoutError, ValueError) as error:
-        opened_at = connection.opened if connection is not None else None
+        opened_at = connection.opened if connection is not None else opening
         failed.append(
             {
                 "began": at,
