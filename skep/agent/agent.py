@@ -219,7 +219,7 @@ class Agent:
         if peer is None:
             log.error("no manager is known")
             return Attempt.NONE
-        had_session = is_connected = False
+        had_session, is_connected, reason = False, False, ""
         self._peer = peer
         try:
             timeout_s = self._managers.connect_timeout(peer)
@@ -232,14 +232,15 @@ class Agent:
         except SkepError as error:
             had_session = self.registered.is_set()
             event = "session lost" if had_session else "no session"
-            log.warning(event, manager=peer.addr, error=str(error))
-            self._distrust = str(error) if NOT_TRUSTED in str(error) else ""
+            reason = str(error)
+            log.warning(event, manager=peer.addr, error=reason)
+            self._distrust = reason if NOT_TRUSTED in reason else ""
             if isinstance(error, PermissionDenied) and is_connected:
                 self._note_removal(str(error))
         except Exception as error:
             had_session = self.registered.is_set()
             log_error(error, "session failed", manager=peer.addr)
-        self._managers.failed(peer, was_connected=is_connected)
+        self._managers.failed(peer, was_connected=is_connected, reason=reason)
         if had_session:
             return Attempt.SESSION
         return Attempt.NONE if is_connected or self._managers.is_last_of_round(peer) else Attempt.NEXT

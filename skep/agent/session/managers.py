@@ -7,7 +7,7 @@ import msgspec
 
 from skep.errors import Unavailable
 from skep.model.node import RESPONSE_SECONDS_MAX
-from skep.model.node_reports.conditions import NO_MANAGER_ANSWERS
+from skep.model.node_reports.conditions import NO_MANAGER_ANSWERS, NO_QUORUM
 from skep.model.values.ids import NodeId
 
 RESPONSE_SECONDS_MIN = 1.0
@@ -98,6 +98,7 @@ class ManagerList:
         self._show_unreached = show_unreached
         self._failures: dict[str, int] = {}
         self._absent: set[str] = set()
+        self._alone: set[str] = set()
         self._weights: dict[str, int] = {}
 
     def failures(self, peer: KnownManager) -> int:
@@ -118,6 +119,12 @@ class ManagerList:
             self._show_unreached(
                 f"no manager is trusted: {distrust}. Containers keep running. "
                 "If this node was evicted, run docker swarm leave --force."
+            )
+            return
+        if alone := ", ".join(peer.addr for peer in self.peers if peer.addr in self._alone):
+            self._show_unreached(
+                f"{NO_MANAGER_ANSWERS} with a leader: {alone} has lost contact with the others. Containers keep "
+                "running. Run skep status on that manager to see how to recover"
             )
             return
         tried = ", ".join(peer.addr for peer in self.peers) or "no address, because none is known"
@@ -155,15 +162,17 @@ class ManagerList:
                 f"{peer.node_id}"
             )
 
-    def failed(self, peer: KnownManager, *, was_connected: bool = True) -> None:
-        """Record a failed or lost session with ``peer``.  ``was_connected`` tells whether it accepted the
-        connection.
-        """
+    def failed(self, peer: KnownManager, *, was_connected: bool = True, reason: str = "") -> None:
+        """Record a failed or lost session with ``peer``, which may have accepted the connection, and the reason."""
         self._failures[peer.addr] = self._failures.get(peer.addr, 0) + 1
         if was_connected:
             self._absent.discard(peer.addr)
         else:
             self._absent.add(peer.addr)
+        if NO_QUORUM in reason:
+            self._alone.add(peer.addr)
+        else:
+            self._alone.discard(peer.addr)
 
     def is_last_of_round(self, peer: KnownManager) -> bool:
         """Return whether every other manager has failed as often as ``peer``.
@@ -177,6 +186,7 @@ class ManagerList:
         """Forget all failures after ``peer`` accepted a session."""
         self._failures.clear()
         self._absent.clear()
+        self._alone.clear()
         self._show_unreached("")
 
     def replace(self, peers: Sequence[KnownManager], weights: Mapping[str, int] | None = None) -> None:

@@ -84,6 +84,7 @@ async def _ask(host: HostOptions, name: str) -> Shown:
                 **node,
                 "TaskStates": dict(states),
                 "Silence": silence(quorum, node["ID"]) if quorum else "",
+                "HasLeader": not headers,
             }
             return _report(name, found, about_node, now, await _violations(client))
         try:
@@ -191,7 +192,10 @@ def _node_lines(name: str, node: Mapping[str, Any], now: float) -> Iterator[str]
     words = (UNREACHABLE if silent else status["State"], silent, message)
     yield ": ".join(filter(None, (description.get("Hostname") or node["ID"], *words)))
     if status["State"] == "down":
-        yield _fate(name, message, is_manager=spec["Role"] == "manager")
+        if node.get("HasLeader", True):
+            yield _fate(name, message, is_manager=spec["Role"] == "manager")
+        else:
+            yield "  nothing replaces its tasks while there is no leader."
     if spec["Availability"] != "active":
         word = spec["Availability"]
         yield (

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -38,6 +39,9 @@ _TASKS_COUNTED_MAX = 5_000
 requests.
 """
 _NO_SERVICES = "No services. Create one with skep service create, or deploy a stack with skep stack deploy."
+_NO_SERVICES_OF_STACKS = (
+    "No services of your stacks, and you do not see others. Run skep user whoami to see your roles."
+)
 _DONE = ("completed", "rollback_completed")
 UNAVAILABLE = {"drain": "drained", "pause": "paused"}
 """Words for the availability of nodes that accept no tasks."""
@@ -132,6 +136,8 @@ class StatusScreen(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     cluster: ClusterStatus | None = None
     next: str = ""
     """The command to run next without a leader."""
+    sees_all: bool = True
+    """Whether the user sees the services of every stack."""
 
     @property
     def exit_code(self) -> int:
@@ -194,11 +200,25 @@ async def _status(host: HostOptions) -> StatusScreen:
             cluster = as_of(cluster, quorum)
         if cluster is not None and is_led:
             notes += route_notes(await traffic_of(client))
+        sees_all = cluster is None or bool(cluster.services) or await sees_all_services(client)
         health = cluster_health(cluster).value if is_led else "no leader"
         further = "" if is_led else way_out(quorum)
         return StatusScreen(
-            health=health, node=tuple(node), notes=tuple(notes), cluster=cluster, next=further
+            health=health,
+            node=tuple(node),
+            notes=tuple(notes),
+            cluster=cluster,
+            next=further,
+            sees_all=sees_all,
         )
+
+
+async def sees_all_services(client: Requests) -> bool:
+    """Return whether the user sees more than the services of some stacks.  Without an answer, True."""
+    with suppress(SkepError):
+        roles = (await client.get("/skep/access", timeout_s=RESPONSE_TIMEOUT_S))["Roles"]
+        return not roles or not all(":" in role for role in roles)
+    return True
 
 
 async def _status_at(host: HostOptions, when: str) -> StatusScreen:
@@ -467,7 +487,7 @@ def lines_of(status: StatusScreen, screen: Screen) -> Iterator[str]:
     if status.cluster.services:
         yield from _services(status.cluster.services, screen, at, shows_images=is_past or screen.is_wide)
     else:
-        yield "No services." if is_past else _NO_SERVICES
+        yield "No services." if is_past else _NO_SERVICES if status.sees_all else _NO_SERVICES_OF_STACKS
     yield from _next(status)
 
 

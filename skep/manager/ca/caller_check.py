@@ -15,6 +15,7 @@ import structlog
 from skep.errors import PermissionDenied, Unavailable
 from skep.manager.nodes.revocation import is_foreign, is_revoked, removal_of
 from skep.model.node import Node, NodeRole
+from skep.model.node_reports.conditions import NO_QUORUM
 from skep.model.values.ids import NodeId
 from skep.security.identity import NodeIdentity
 from skep.store.interface import View
@@ -59,7 +60,7 @@ class CallerCheck:
         """
         if not self._is_current():
             self.unknown.clear()
-            raise Unavailable("this manager has lost contact with the others")
+            raise Unavailable(NO_QUORUM)
         if not check_caller(self._view(), identity, access):
             self._check_unknown(identity, access)
 

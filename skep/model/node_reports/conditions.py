@@ -52,6 +52,8 @@ class ConditionName(StrEnum):
 
 NO_MANAGER_ANSWERS: Final = "no manager answers"
 """Beginning of the condition ``manager-unreachable`` of a worker that runs on without managers."""
+NO_QUORUM: Final = "this manager has lost contact with the others"
+"""How a manager without a quorum refuses nodes, which then name it in the condition ``manager-unreachable``."""
 CHARACTERS_MAX: Final = 300
 """Longest text of one condition, in characters."""
 CONDITIONS_MAX: Final = 16

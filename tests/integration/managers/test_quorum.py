@@ -58,6 +58,10 @@ def test_without_a_quorum_reads_and_writes_say_so_and_work_goes_on() -> None:
         assert NO_LEADER in swarm["Error"]
         assert swarm["ControlAvailable"]
         says_so_at_once(m1)
+        alone = f"{m1.description['addr']}:2377 has lost contact with the others"
+        wait_until(
+            lambda: any(alone in text for text in w1.client().info()["Warnings"] or ()), "w1 names m1", 60
+        )
         assert [c["Labels"]["com.docker.swarm.task.id"] for c in w1.client().api.containers()] == [task["ID"]]
         _restart(cluster, "m1")
         assert NO_LEADER in refusal(m1, "node", "ls")

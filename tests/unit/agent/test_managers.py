@@ -7,6 +7,7 @@ import pytest
 from skep.agent.session.managers import KnownManager, ManagerList, next_manager
 from skep.errors import Unavailable
 from skep.model.node import RESPONSE_SECONDS_MAX
+from skep.model.node_reports.conditions import NO_QUORUM
 from skep.model.values.ids import NodeId
 
 OWN, M2, M3 = (KnownManager(NodeId(f"m{number}"), f"10.0.0.{number}:2377") for number in (1, 2, 3))
@@ -108,3 +109,16 @@ def test_managers_that_swapped_addresses_and_unnamed_ones_are_accepted():
     managers.require_manager(M2, OWN.node_id)
     managers.require_manager(managers.peers[2], NodeId("m9"))
     managers.require_manager(M2, NodeId(""))
+
+
+def test_managers_without_a_quorum_are_named_instead_of_new_addresses() -> None:
+    shown: list[str] = []
+    managers = ManagerList([OWN, M2, M3], show_unreached=shown.append)
+    managers.failed(M2, was_connected=False, reason="cannot reach 10.0.0.2:2377: timed out")
+    managers.failed(M3, reason=NO_QUORUM)
+    managers.note_unreached()
+    assert "with a leader: 10.0.0.3:2377 has lost contact with the others" in shown[-1]
+    assert "skep status" in shown[-1]
+    managers.failed(M3, was_connected=False, reason="cannot reach 10.0.0.3:2377: timed out")
+    managers.note_unreached()
+    assert "this node tries 10.0.0.1:2377, 10.0.0.2:2377, 10.0.0.3:2377" in shown[-1]

@@ -165,6 +165,9 @@ def test_a_lost_manager_is_demoted_before_it_is_forgotten() -> None:
     }
     lines = list(about_node("m1", node, NOW))
     assert lines[1].endswith("run docker node demote m1 and then skep node forget m1.")
+    lines = list(about_node("m1", {**node, "HasLeader": False}, NOW))
+    assert lines[1] == "  nothing replaces its tasks while there is no leader."
+    assert "forget" not in "".join(lines), "no manager accepts changes"
 
 
 def test_a_node_and_a_network_are_explained_as_well() -> None:

@@ -3,6 +3,9 @@
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+import msgspec
+import pytest
+
 from skep.cli.output import Screen, width_of
 from skep.cli.see.quorum import no_leader, silence, way_out
 from skep.cli.see.status import (
@@ -16,9 +19,11 @@ from skep.cli.see.status import (
     lines_of,
     node_health,
     node_rows,
+    sees_all_services,
     service_rows,
     status_of_state,
 )
+from skep.errors import NotFound
 from skep.model.node import UNKNOWN_STATE
 from skep.model.service import HealthState
 from skep.node.cluster.swarm_info import NO_LEADER, lost_quorum
@@ -323,3 +328,38 @@ def test_a_warning_that_docker_breaks_into_lines_is_one_sentence() -> None:
         "Warnings": ["WARNING: It provides\n         no fault tolerance."],
     }
     assert dict(about_node(info | counts))["warning"] == "It provides no fault tolerance."
+
+
+class _Access:
+    """An API that knows the roles of its user."""
+
+    def __init__(self, *roles: str) -> None:
+        self._roles = roles
+
+    async def get(self, path: str, **_: Any) -> Any:
+        assert path == "/skep/access"
+        if not self._roles:
+            raise NotFound("page not found")
+        return {"Roles": list(self._roles)}
+
+
+@pytest.mark.parametrize(
+    ("roles", "sees_all"),
+    [
+        (("admin",), True),
+        (("viewer:plain", "operator:shop"), False),
+        (("viewer", "operator:shop"), True),
+        ((), True),
+    ],
+)
+async def test_who_sees_the_services_of_stacks_alone(roles: tuple[str, ...], sees_all: bool) -> None:
+    client: Any = _Access(*roles)
+    assert await sees_all_services(client) is sees_all
+
+
+def test_a_user_of_a_stack_reads_nothing_about_the_services_of_others() -> None:
+    none = a_status([a_node("m1", leader=True)], [])
+    assert "No services. Create one with skep service create" in "\n".join(lines_of(none, Screen()))
+    shown = "\n".join(lines_of(msgspec.structs.replace(none, sees_all=False), Screen()))
+    assert "No services of your stacks, and you do not see others. Run skep user whoami" in shown
+    assert "Create one" not in shown

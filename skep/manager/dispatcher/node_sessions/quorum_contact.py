@@ -8,6 +8,7 @@ import structlog
 from skep.aio.clock import Clock, tick
 from skep.errors import Unavailable
 from skep.manager.dispatcher.node_sessions.heartbeat_deadlines import HeartbeatDeadlines
+from skep.model.node_reports.conditions import NO_QUORUM
 from skep.store.interface import Store
 
 log = structlog.get_logger(__name__)
@@ -16,7 +17,6 @@ CHECK_S = 0.5
 """Seconds between checks for a quorum."""
 LOST_AFTER_S = 2.0
 """A manager that cannot reach a quorum for so many seconds ends its sessions, so that its nodes reconnect elsewhere."""
-NO_QUORUM = "this manager has lost contact with the others"
 
 
 class Contact(msgspec.Struct, frozen=True):
