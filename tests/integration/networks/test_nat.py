@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from skep.model.networks.data_planes import tunnel_address
+from skep.model.networks.paths import MTU_MIN
 from skep.model.values.ids import NodeId
 from tests.support.machines.playground_rig import (
     IMAGE,
@@ -19,17 +20,30 @@ from tests.support.machines.playground_rig import (
     container_pids,
     containers,
     nodes_by_name,
+    ready,
     remove_services,
     running,
     wait_running,
     wait_until,
 )
-from tests.support.networks.nat_rig import OUTSIDE, in_network_of, nodes_behind_nat
+from tests.support.networks.nat_rig import (
+    OUTSIDE,
+    change_address,
+    far_apart,
+    in_network_of,
+    narrow_ways,
+    nodes_behind_nat,
+)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TAKEN_OVER_WITHIN_S = 10.0
 """A lost node is down after about three seconds, and its pairs get another relay within a second after that."""
+
+ANOTHER = "192.168.100.203"
+"""Another public address."""
+NARROW_BYTES = 1300
+"""Largest packet of a narrow way.  A tunnel's own is 60 bytes smaller."""
 
 SERVE = ("sh", "-c", "echo begun; mkdir /w; hostname >/w/index.html; exec httpd -f -p 80 -h /w")
 
@@ -59,6 +73,12 @@ def doctor(m1: TestNode) -> Mapping[tuple[str, str], Mapping[str, Any]]:
     }
 
 
+def round_trip_ms(m1: TestNode, *pair: str) -> float:
+    """Return the shortest round trip between two nodes, or 0 if nothing was answered yet."""
+    findings = doctor(m1).get((pair[0], pair[1]), {}).get("Findings", ())
+    return min((one["RoundTripMs"] for one in findings if one.get("RoundTripMs")), default=0.0)
+
+
 def wait_connected(m1: TestNode) -> None:
     def are_well() -> bool:
         found = doctor(m1)
@@ -68,12 +88,14 @@ def wait_connected(m1: TestNode) -> None:
     wait_until(are_well, "every node reaches every other", within_s=60)
 
 
-def serve(m1: TestNode, name: str, host: str, *networks: str) -> None:
-    """Run a web server on one node."""
+def serve(m1: TestNode, name: str, host: str, *networks: str, page_kb: int = 0) -> None:
+    """Run a web server on one node, with a page that has the name of its container, or zeros."""
+    large = f"echo begun; mkdir /w; head -c {page_kb}k /dev/zero >/w/index.html; exec httpd -f -p 80 -h /w"
+    command = ("sh", "-c", large) if page_kb else SERVE
     words = [word for network in networks for word in ("--network", network)]
     constraint = f"node.hostname=={host}"
     m1.docker(
-        "service", "create", "--detach", "--name", name, *words, "--constraint", constraint, IMAGE, *SERVE
+        "service", "create", "--detach", "--name", name, *words, "--constraint", constraint, IMAGE, *command
     )
     wait_running(m1, name, 1)
 
@@ -86,13 +108,14 @@ def in_task(cluster: TestCluster, host: str, service: str, *command: str) -> str
     return done.stdout if done.returncode == 0 else ""
 
 
-def fetches(cluster: TestCluster, host: str, service: str, name: str) -> bool:
-    """Return whether a task gets a page of a service by its name, which leads to the virtual address."""
+def fetches(cluster: TestCluster, host: str, service: str, name: str, *, page_kb: int = 0) -> bool:
+    """Return whether a task gets the whole page of a service by its name, which leads to the virtual address."""
     listed = in_task(cluster, host, service, "busybox", "nslookup", name, "127.0.0.11")
     addresses = [line.split()[-1] for line in listed.splitlines() if line.startswith("Address")][1:]
-    return bool(addresses) and bool(
-        in_task(cluster, host, service, "curl", "-s", "-m", "3", f"http://{addresses[0]}/")
-    )
+    if not addresses:
+        return False
+    page = in_task(cluster, host, service, "curl", "-s", "-m", "10", f"http://{addresses[0]}/")
+    return len(page) == page_kb << 10 if page_kb else bool(page)
 
 
 def test_managers_find_out_which_nodes_are_behind_nat(cluster: TestCluster, m1: TestNode) -> None:
@@ -187,6 +210,91 @@ def test_a_lost_relay_is_replaced(cluster: TestCluster, m1: TestNode) -> None:
     finally:
         cluster.skep("reconnect", "w3")
         m1.docker("node", "update", "--label-rm", "skep.relay", "w3")
+
+
+def test_a_nat_gets_another_public_address(cluster: TestCluster, m1: TestNode) -> None:
+    """Its nodes keep their tasks.  The others learn from the next packets where their tunnels lead."""
+    wait_connected(m1)
+    m1.docker("network", "create", "-d", "overlay", "moved")
+    hosts = ("m1", "w1", "w2", "w4")
+    for host in hosts:
+        serve(m1, f"on-{host}", host, "moved")
+    before = {host: running(m1, f"on-{host}")[0]["ID"] for host in hosts}
+    pairs = [(source, target) for source in hosts for target in hosts]
+
+    def wait_reached() -> None:
+        for source, target in pairs:
+            wait_until(
+                lambda source=source, target=target: fetches(cluster, source, f"on-{source}", f"on-{target}"),
+                f"{source} gets a page of {target}",
+            )
+
+    wait_reached()
+    change_address(cluster, OUTSIDE["101"], ANOTHER)
+    try:
+        wait_until(
+            lambda: {nodes_by_name(m1)[name]["Status"]["Addr"] for name in ("w1", "w4")} == {ANOTHER},
+            "managers see the new address",
+            60,
+        )
+        wait_reached()
+        wait_until(lambda: doctor(m1)["w1", "w4"]["Way"] == "tunnel", "they are behind one NAT again")
+        wait_connected(m1)
+        assert {host: running(m1, f"on-{host}")[0]["ID"] for host in hosts} == before
+    finally:
+        change_address(cluster, ANOTHER, OUTSIDE["101"])
+    wait_reached()
+
+
+def test_overlays_fit_through_a_narrow_way(cluster: TestCluster, m1: TestNode) -> None:
+    """Packets that are too large are dropped without an answer, so only probes find the size."""
+    wait_connected(m1)
+    m1.docker("network", "create", "-d", "overlay", "narrow")
+    hosts = ("m1", "w1", "w2")
+    for host in hosts:
+        serve(m1, f"on-{host}", host, "narrow", page_kb=500)
+    wide = doctor(m1)["m1", "w1"]["MTU"]
+    with narrow_ways(cluster, NARROW_BYTES):
+        for pair in (("m1", "w1"), ("w1", "m1"), ("w1", "w2")):
+            wait_until(
+                lambda pair=pair: MTU_MIN < doctor(m1)[pair]["MTU"] < NARROW_BYTES, f"the MTU of {pair}", 90
+            )
+        for source in hosts:
+            for target in hosts:
+                wait_until(
+                    lambda source=source, target=target: fetches(
+                        cluster, source, f"on-{source}", f"on-{target}", page_kb=500
+                    ),
+                    f"{source} gets a large page of {target}",
+                    60,
+                )
+    wait_until(lambda: doctor(m1)["m1", "w1"]["MTU"] == wide, "the MTU is the old one again", 120)
+
+
+def test_overlays_work_over_a_distance_with_lost_packets(cluster: TestCluster, m1: TestNode) -> None:
+    """Between the nodes behind NAT and all others: 100 ms round trip, 1 % of the packets lost in each direction."""
+    wait_connected(m1)
+    m1.docker("network", "create", "-d", "overlay", "lossy")
+    hosts = ("m1", "w1", "w2")
+    for host in hosts:
+        serve(m1, f"on-{host}", host, "lossy", page_kb=100)
+    with far_apart(cluster, delay_ms=50, loss_percent=1):
+        for pair in (("m1", "w1"), ("w2", "m1")):
+            wait_until(lambda pair=pair: round_trip_ms(m1, *pair) > 90, f"{pair} are far from each other", 90)
+        until = time.monotonic() + 20
+        count = 0
+        while time.monotonic() < until:
+            for source in hosts:
+                for target in hosts:
+                    wait_until(
+                        lambda source=source, target=target: fetches(
+                            cluster, source, f"on-{source}", f"on-{target}", page_kb=100
+                        ),
+                        f"{source} gets a page of {target}",
+                    )
+                    count += 1
+            assert ready(m1) == {"m1", "w1", "w2", "w3", "w4"}
+        print(f"{count} pages")
 
 
 def test_a_restarted_node_process_interrupts_nothing(cluster: TestCluster, m1: TestNode) -> None:

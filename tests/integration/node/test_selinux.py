@@ -173,7 +173,9 @@ async def test_a_task_reads_its_secrets_which_have_its_label(executor: OciExecut
 @enforcing
 async def test_a_task_reads_its_configs(executor: OciExecutor) -> None:
     executor.payloads.put([], [ConfigFile(id=ConfigId("c1"), name="c", data=b"shown\n")])
-    reference = ConfigReference(config_id=ConfigId("c1"), config_name="c", file=FileTarget(name="/c"))
+    reference = ConfigReference(
+        config_id=ConfigId("c1"), config_name="c", file=FileTarget(name="/c", mode=0o444)
+    )
     assert await output(executor, a_task("cat", "/c", configs=(reference,))) == "shown\n"
 
 
