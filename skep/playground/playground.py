@@ -185,6 +185,7 @@ class Playground:
             return known
         # A measuring tool may have killed the node without this verb, and left processes.
         dead = await node.kill(cluster.name, known)
+        await underlay.restart_network(cluster.name, name, dead.addr)
         if dead.unplugged:
             await underlay.set_cable(cluster.name, name, connected=True)
         return await self._switch_on(cluster, msgspec.structs.replace(dead, unplugged=False))

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+import msgspec
+
 from skep.errors import AlreadyExists
 from skep.playground import names
 from skep.playground.commands import ip, run
@@ -17,6 +19,21 @@ Way: TypeAlias = Literal["in", "out"]
 
 NETNS_ROOT = Path("/run/netns")
 """Directory where ``ip netns`` pins namespaces.  ``ip -n NAME`` only finds them there."""
+
+
+class _Address(msgspec.Struct):
+    """An address in the output of ``ip -j addr``."""
+
+    family: str
+    local: str = ""
+    prefixlen: int = 0
+
+
+class _Link(msgspec.Struct):
+    """An interface in the output of ``ip -j addr``."""
+
+    ifname: str
+    addr_info: list[_Address] = []
 
 
 def namespaces(playground: str) -> list[str]:
@@ -73,6 +90,26 @@ async def attach(playground: str, node: str, address: names.UnderlayAddress) -> 
             f"route add {names.UNDERLAY} via {address.gateway}",
         ],
     )
+
+
+async def restart_network(playground: str, node: str, address: str) -> None:
+    """Remove all interfaces and IPv4 addresses that a machine has not got when it boots.
+
+    The kernel keeps the namespaces of killed containers for minutes, until their connections have timed out.  Their
+    interfaces would still receive packets for their addresses, which new containers get as well.
+    """
+    own = names.namespace(playground, node)
+    links = msgspec.json.decode(await ip("-n", own, "-j", "addr"), type=list[_Link])
+    words = [f"link del {one.ifname}" for one in links if one.ifname not in ("lo", "eth0")]
+    words += [
+        f"addr del {found.local}/{found.prefixlen} dev eth0"
+        for one in links
+        if one.ifname == "eth0"
+        for found in one.addr_info
+        if found.family == "inet" and found.local != address
+    ]
+    # One failure must not keep the others: the end of a pair disappears with the other one.
+    await asyncio.gather(*(ip("-n", own, *one.split()) for one in words), return_exceptions=True)
 
 
 async def set_cable(playground: str, node: str, *, connected: bool) -> None:

@@ -150,8 +150,15 @@ def test_a_killed_node_is_dead_and_starts_again_with_its_disk(trio: TestCluster)
     assert states(trio)["w2"] == "down"
     assert list(trio.node("w2").processes()) == []
     assert not reaches(trio, "m1", "w2"), "the kernel of a node without power sends no answer"
+    # As after a container whose namespace outlives it, and of an address that moved.
+    ip = ("ip", "-n", Path(before["netns"]).name)
+    subprocess.run((*ip, "link", "add", "former", "type", "bridge"), check=True)
+    subprocess.run((*ip, "addr", "add", "192.168.100.99/24", "dev", "eth0"), check=True)
     subprocess.run(before["start"], check=True, capture_output=True, timeout=60)
     assert trio.node("w2").description["pids"] != before["pids"]
+    interfaces = subprocess.run((*ip, "-br", "addr"), check=True, capture_output=True, text=True).stdout
+    assert "former" not in interfaces
+    assert "192.168.100.99" not in interfaces
     trio.node("w2").docker("image", "inspect", IMAGE)
     assert reaches(trio, "m1", "w2")
 
