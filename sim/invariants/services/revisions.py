@@ -15,7 +15,7 @@ KEPT_MAX = 10
 class RevisionsAreKept:
     """A service has its last specs, at most ten.  The last but one is the spec that was in force before.
 
-    The number of a former spec means this spec forever, and numbers increase.  Autoscaling writes no revision.
+    The number of a former spec means this spec forever, and numbers increase.
     """
 
     def __init__(self) -> None:
@@ -24,10 +24,11 @@ class RevisionsAreKept:
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
             match event:
+                # A user's request writes its author with the spec.  Autoscaling does not.
                 case Updated(Service() as old, Service() as new) if old.spec != new.spec:
                     found = revisions(view, new)
                     yield from self._changed(new.id, found)
-                    if old.autoscaled == new.autoscaled:
+                    if old.author != new.author:
                         yield from _lost(old, new, found)
                 case Deleted(Service() as service):
                     self._known.pop(service.id, None)
