@@ -35,7 +35,7 @@ def change(history: History, replicas: int, *, keeps: bool = True) -> None:
         spec = replace(service.spec, mode=mode)
         if keeps:
             keep_spec(tx, service, spec, SpecAuthor())
-        tx.put(replace(service, spec=spec))
+        tx.put(replace(service, spec=spec, author=SpecAuthor(by=f"root@{replicas}")))
 
     history.commit(body)
 
