@@ -335,12 +335,8 @@ class SimulatedCluster:
 
     async def end_node(self, id: NodeId) -> None:
         """Remove a worker's machine and its containers permanently."""
-        self.disturb()
-        process = self._processes.pop(id)
-        process.cancel()
-        await asyncio.wait([process])
-        self._uptime.stop(id)
-        self.nodes.pop(id).lose_power()
+        await self.cut_power(id)
+        del self.nodes[id]
         self.disturb()
 
     async def cut_power(self, id: NodeId) -> None:

@@ -9,7 +9,7 @@ from skep.model.container import Mount
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import VolumeAffinity, is_stopped, volume_affinity
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
-from skep.model.service import PublishMode, Service, ServiceSpec, UpdateOrder
+from skep.model.service import GenericResource, PublishMode, Resources, Service, ServiceSpec, UpdateOrder
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 from skep.model.values.meta import Version
@@ -103,23 +103,24 @@ def port_violations(node_id: NodeId, task: Task, running: Iterable[Task], view: 
             yield f"tasks {other.id} and {task.id} both hold {sorted(shared)} on {node_id}"
 
 
-def devices_of(task: Task) -> Counter[str]:
-    """Return the named devices that a task was given."""
-    named = (one.named_resource_spec for one in task.generic_resources)
+def devices_in(resources: Iterable[GenericResource]) -> Counter[str]:
+    """Return the named devices of a node, or those that a task was given."""
+    named = (one.named_resource_spec for one in resources)
     return Counter(f"{one.kind} {one.value}" for one in named if one is not None)
 
 
 def _number_of_devices(task: Task) -> int:
     """Return the number of devices that a task reserves."""
-    resources = task.spec.resources.reservations if task.spec.resources is not None else None
-    wanted = (one.discrete_resource_spec for one in (resources.generic_resources if resources else ()))
+    wanted = (one.discrete_resource_spec for one in reservations(task).generic_resources)
     return sum(one.value for one in wanted if one is not None)
 
 
 def device_violations(node_id: NodeId, task: Task, running: Iterable[Task]) -> Iterable[str]:
     """Yield the devices of a starting container that another ``running`` container uses on its node."""
     for other in running:
-        if other.id != task.id and (shared := devices_of(task) & devices_of(other)):
+        if other.id != task.id and (
+            shared := devices_in(task.generic_resources) & devices_in(other.generic_resources)
+        ):
             yield f"tasks {other.id} and {task.id} both use {sorted(shared)} on {node_id}"
 
 
@@ -130,15 +131,14 @@ def devices_are_exclusive(change: Change, view: View) -> Iterable[str]:
             case Updated(Task() as old, Task() as task) if task.node_id != old.node_id:
                 if (node := view.lookup(Node, task.node_id)) is None:
                     continue
-                given, wanted = devices_of(task), _number_of_devices(task)
+                given, wanted = devices_in(task.generic_resources), _number_of_devices(task)
                 if given.total() != wanted:
                     yield f"task {task.id} gets {given.total()} devices on {node.id} instead of {wanted}"
                 held = Counter[str]()
                 for one in view.find(Task, node_id=node.id):
                     if TaskState.ASSIGNED <= one.status.state <= TaskState.RUNNING:
-                        held += devices_of(one)
-                named = (one.named_resource_spec for one in node.description.resources.generic_resources)
-                there = Counter(f"{one.kind} {one.value}" for one in named if one is not None)
+                        held += devices_in(one.generic_resources)
+                there = devices_in(node.description.resources.generic_resources)
                 for name in sorted((held - there) & given):
                     yield f"{name} of {node.id} is given to {held[name]} tasks, among them {task.id}"
 
@@ -213,16 +213,15 @@ def is_local(mount: Mount) -> bool:
 
 def has_room(node: Node, task: Task, held: Iterable[Task]) -> bool:
     present, resources = list(held), node.description.resources
-    used = sum(map(_memory_bytes, present))
-    devices = sum(devices_of(one).total() for one in present)
-    return used + _memory_bytes(task) <= resources.memory_bytes and devices + _number_of_devices(task) <= len(
-        resources.generic_resources
-    )
+    used = sum(reservations(one).memory_bytes for one in (*present, task))
+    devices = sum(devices_in(one.generic_resources).total() for one in present) + _number_of_devices(task)
+    return used <= resources.memory_bytes and devices <= len(resources.generic_resources)
 
 
-def _memory_bytes(task: Task) -> int:
-    reserved = task.spec.resources.reservations if task.spec.resources is not None else None
-    return reserved.memory_bytes if reserved is not None else 0
+def reservations(task: Task) -> Resources:
+    """Return what the task reserves on its node."""
+    resources = task.spec.resources
+    return (resources.reservations if resources else None) or Resources()
 
 
 def _could_have_volumes(node: Node, task: Task, service: Service, view: View) -> bool:

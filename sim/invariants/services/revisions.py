@@ -43,8 +43,7 @@ class RevisionsAreKept:
                 yield f"revision {one.number} of {id} is another spec than before"
 
 
-def _lost(old: Service, new: Service, found: Iterable[ServiceRevision]) -> Iterable[str]:
+def _lost(old: Service, new: Service, found: Sequence[ServiceRevision]) -> Iterable[str]:
     """Yield that the former spec is missing, unless it is among ``found``."""
-    numbers = [one.number for one in found if comparable(one.spec) == comparable(old.spec)]
-    if not numbers:
+    if all(comparable(one.spec) != comparable(old.spec) for one in found):
         yield f"the former spec of {new.id} is not among its revisions {[one.number for one in found]}"

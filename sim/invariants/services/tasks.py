@@ -7,7 +7,7 @@ from math import inf
 from sim.invariants.committed import Change
 from sim.invariants.nodes.affinity import forbidden
 from sim.invariants.nodes.disks import has_full_disk
-from sim.invariants.nodes.placement import constraints_of, host_ports, meets
+from sim.invariants.nodes.placement import constraints_of, host_ports, meets, reservations
 from skep.manager.orchestrator.slots import age
 from skep.manager.verify.rules import InvariantViolation
 from skep.manager.verify.tasks import (
@@ -273,8 +273,3 @@ def has_placement(task: Task) -> bool:
     return placement is not None and bool(
         placement.constraints or placement.preferences or placement.max_replicas
     )
-
-
-def reservations(task: Task) -> Resources:
-    resources = task.spec.resources
-    return (resources.reservations if resources else None) or Resources()
