@@ -206,8 +206,8 @@ class HeldAddresses:
 
     def _must_wait(self, key: tuple[str, int]) -> bool:
         """Return whether a new address waits for the proxy."""
-        waited_s = self._since_boot() - self._waits_since.setdefault(key, self._since_boot())
-        return not self._serves() and waited_s < SERVES_S_MAX
+        now = self._since_boot()
+        return not self._serves() and now - self._waits_since.setdefault(key, now) < SERVES_S_MAX
 
     def _is_fresh(self, key: tuple[str, int]) -> bool:
         """Return whether an address may get a further lifetime in the kernel."""

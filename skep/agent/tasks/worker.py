@@ -251,8 +251,7 @@ class Worker:
         removal = self.removals.get(driver.task.task.id)
         if removal is not None:  # assigned again while its earlier containers are being removed
             await asyncio.wait([removal])
-        container = driver.task.task.spec.container_spec
-        if self._payloads is not None and container is not None and not self._payloads.has(container):
+        if not self._assigned.is_set() and self._lacks_payloads(driver.task):
             # Secrets are kept in memory only.  After a power loss, a start fails until a manager has sent them again.
             await self._assigned.wait()
         await retry(driver.run, "task not driven", clock=self._clock, task=driver.task.task.id)
@@ -372,6 +371,10 @@ class Worker:
                 self._spawn(retry(put, "secrets and configs not kept", clock=self._clock), "payloads")
         else:
             unkept.drop([secret.id for secret in change.secrets], [config.id for config in change.configs])
+
+    def _lacks_payloads(self, assigned: AssignedTask) -> bool:
+        container = assigned.task.spec.container_spec
+        return self._payloads is not None and container is not None and not self._payloads.has(container)
 
     async def _drop_payloads(self, change: AssignmentSet) -> None:
         if self._payloads is None:
