@@ -5,12 +5,13 @@ The machine's own network namespace stays unchanged: no interface, no address, n
 
 import asyncio
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import msgspec
 
-from skep.errors import AlreadyExists
+from skep.errors import AlreadyExists, FailedPrecondition
 from skep.playground import names
 from skep.playground.commands import ip, run
 
@@ -108,8 +109,9 @@ async def restart_network(playground: str, node: str, address: str) -> None:
         for found in one.addr_info
         if found.family == "inet" and found.local != address
     ]
-    # One failure must not keep the others: the end of a pair disappears with the other one.
-    await asyncio.gather(*(ip("-n", own, *one.split()) for one in words), return_exceptions=True)
+    if words:
+        with suppress(FailedPrecondition):  # the end of a pair disappears with the other one
+            await ip("-n", own, "-force", batch=words)
 
 
 async def set_cable(playground: str, node: str, *, connected: bool) -> None:
