@@ -353,37 +353,40 @@ def _routing(state: DoorState, directory: str) -> Iterator[str]:
 
 
 def _released(state: DoorState, directory: str) -> Iterator[str]:
-    """Yield the frontend for requests that the node has held.  Other frontends have set their headers."""
-    yield "frontend released"
-    yield f"    bind unix@{directory}/{RELEASED} accept-proxy mode 600"
-    yield from _routing(state, directory)
-    yield f"    http-request del-header {HELD_FOR}"
+    """Yield the frontend for requests that the node has held."""
     # The node sends a request again if HAProxy itself responds with this variable, which no task can set.
-    yield "    http-request set-var(txn.released) str(yes)"
-    yield f"    http-response del-header {UNREACHED}"
-    # The frontend that got the request from its client logs it.
-    yield "    http-request set-log-level silent"
-    yield _REPEATED
+    rules = (f"http-request del-header {HELD_FOR}", "http-request set-var(txn.released) str(yes)")
+    yield from _inner_frontend(
+        "released", f"{directory}/{RELEASED} accept-proxy mode 600", state, directory, rules
+    )
     yield _TO_ROUTE
     yield "    default_backend no-route"
 
 
 def _newest(state: DoorState, directory: str) -> Iterator[str]:
     """Yield the backend that passes requests to the newest process, and the frontend that gets them there."""
-    yield "frontend from-former"
     # A former process connects as HAProxy's own user.
-    yield f"    bind unix@{directory}/{NEWEST}.sock accept-proxy mode 600 user haproxy"
-    yield from _routing(state, directory)
-    yield f"    http-response del-header {UNREACHED}"
-    # The former process logs it.
-    yield "    http-request set-log-level silent"
-    yield _REPEATED
+    socket = f"{directory}/{NEWEST}.sock accept-proxy mode 600 user haproxy"
+    yield from _inner_frontend("from-former", socket, state, directory)
     yield from _to_tasks(state, directory)
     yield f"backend {NEWEST}"
     yield f"    http-response del-header {UNREACHED}"
     yield "    timeout server 24h"
     yield "    http-reuse never"
     yield f"    server {NEWEST} unix@{directory}/{NEWEST}.sock send-proxy-v2 pool-max-conn 0"
+
+
+def _inner_frontend(
+    name: str, socket: str, state: DoorState, directory: str, rules: Sequence[str] = ()
+) -> Iterator[str]:
+    """Yield the beginning of a frontend behind another one, which has set the headers and logs the requests."""
+    yield f"frontend {name}"
+    yield f"    bind unix@{socket}"
+    yield from _routing(state, directory)
+    yield from (f"    {rule}" for rule in rules)
+    yield f"    http-response del-header {UNREACHED}"
+    yield "    http-request set-log-level silent"
+    yield _REPEATED
 
 
 def _holding(backend: RouteBackend, directory: str) -> Iterator[str]:
