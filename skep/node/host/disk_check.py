@@ -6,7 +6,6 @@ Operations then fail with errors of their own, and this condition names their co
 
 import asyncio
 import errno
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from skep.aio.failures import describe_error
 from skep.linux.files import replace_file
 from skep.model.node_reports.conditions import ConditionName
 from skep.node.host.conditions import Conditions
+from skep.node.host.disk_space import space_of
 
 PERIOD_S = 5.0
 """Seconds between two test writes."""
@@ -38,13 +38,13 @@ _NO_INODES = "the disk has space, but each file needs an inode: remove files, th
 """The kernel names a missing inode like a full disk, but freeing space does not help then."""
 
 
-def inodes_left(directory: Path) -> int | None:
-    """Return the inodes left on the disk of ``directory``, or None if unknown or created on demand."""
+def inodes_percent(directory: Path) -> float:
+    """Return the used percentage of the inodes of ``directory``'s disk, or 0 if unknown or created on demand."""
     try:
-        found = os.statvfs(directory)
+        found = space_of(str(directory))
     except OSError:
-        return None
-    return found.f_favail if found.f_files else None
+        return 0.0
+    return found.inodes_percent if found is not None else 0.0
 
 
 class DiskCheck:
@@ -61,11 +61,11 @@ class DiskCheck:
         clock: Clock,
         store_full: Path | None = None,
         changed: Callable[[], None] = lambda: None,
-        inodes: Callable[[Path], int | None] = inodes_left,
+        inodes: Callable[[Path], float] = inodes_percent,
     ) -> None:
         """``changed`` is called when a condition has begun, ended or changed.  ``inodes`` may block."""
         self._changed = changed
-        self._inodes_left = inodes
+        self._inodes_percent = inodes
         self._store_full = store_full
         self._directories = directories
         self._conditions = conditions
@@ -109,7 +109,7 @@ class DiskCheck:
                     error.strerror if isinstance(error, OSError) and error.strerror else describe_error(error)
                 )
                 advice = _ADVICE.get(number, "") if number is not None else ""
-                if number == errno.ENOSPC and self._inodes_left(directory) == 0:
+                if number == errno.ENOSPC and self._inodes_percent(directory) == 100:
                     reason, advice = "no inodes left", _NO_INODES
                 return f"cannot write to {directory}: {reason}" + (f" ({advice})" if advice else "")
         return ""

@@ -36,12 +36,12 @@ async def test_the_condition_comes_and_goes_with_the_fault(tmp_path: Path, numbe
             running.cancel()
 
 
-@pytest.mark.parametrize(("left", "is_named"), [(0, True), (1, False), (None, False)])
+@pytest.mark.parametrize(("percent", "is_named"), [(100.0, True), (99.9, False), (0.0, False)])
 async def test_a_disk_without_inodes_is_not_called_full(
-    tmp_path: Path, left: int | None, is_named: bool
+    tmp_path: Path, percent: float, is_named: bool
 ) -> None:
     """The kernel's error is the same for both, and freed space would not help."""
-    check = DiskCheck((tmp_path,), Conditions(SystemClock()), SystemClock(), inodes=lambda _: left)
+    check = DiskCheck((tmp_path,), Conditions(SystemClock()), SystemClock(), inodes=lambda _: percent)
     with file_faults(tmp_path) as faults:
         faults.plan(0, errno.ENOSPC, 1 << 30)
         found = await check.look()
