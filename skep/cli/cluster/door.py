@@ -40,6 +40,7 @@ from skep.model.door.settings import (
 )
 from skep.model.door.traffic import BOUNDS_MS, UNREADABLE
 from skep.model.options.certificates import LETS_ENCRYPT
+from skep.model.permissions.access import are_of_stacks
 from skep.model.task_end import printable
 from skep.model.values.counts import counted
 
@@ -433,7 +434,7 @@ async def proxies_sentence(client: Requests) -> str:
             return f"No proxy runs. Run skep explain {min(str(one['Spec']['Name']) for one in proxies)}."
         return f"{counted(count, 'proxy runs', 'proxies run')}."
     with suppress(Unavailable):  # workers answer as to a viewer of all stacks, and know no users
-        if all(":" in role for role in (await client.get("/skep/access"))["Roles"]):
+        if are_of_stacks((await client.get("/skep/access"))["Roles"]):
             return "The front door belongs to no stack, so you see only the routes of your stacks."
     return "There is no front door. Create it with skep door up."
 

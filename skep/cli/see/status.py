@@ -20,6 +20,7 @@ from skep.cli.see.quorum import STALE, UNREACHABLE, clock_time, no_leader, quoru
 from skep.errors import PermissionDenied, SkepError
 from skep.model.node import plain_message
 from skep.model.node_reports.conditions import NO_MANAGER_ANSWERS
+from skep.model.permissions.access import are_of_stacks
 from skep.model.service import HealthState, ServiceHealth
 from skep.model.task_end import printable
 from skep.model.values.counts import counted
@@ -217,7 +218,7 @@ async def sees_all_services(client: Requests) -> bool:
     """Return whether the user sees more than the services of some stacks.  Without an answer, True."""
     with suppress(SkepError):
         roles = (await client.get("/skep/access", timeout_s=RESPONSE_TIMEOUT_S))["Roles"]
-        return not roles or not all(":" in role for role in roles)
+        return not roles or not are_of_stacks(roles)
     return True
 
 

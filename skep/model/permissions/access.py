@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Iterable
 from enum import Enum, IntEnum
 from typing import Final, Self
 
@@ -151,6 +152,11 @@ def _shared(one: Binding, limit: Binding) -> Binding | None:
 
 ALL: Final = (Binding(Role.ADMIN),)
 """The bindings of an administrator of the cluster."""
+
+
+def are_of_stacks(roles: Iterable[str]) -> bool:
+    """Return whether each of these bindings, as texts, is limited to a stack."""
+    return all(":" in role for role in roles)
 
 
 def parse_binding(text: str) -> Binding:
