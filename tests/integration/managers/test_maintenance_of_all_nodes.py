@@ -148,9 +148,8 @@ def start_services(m1: TestNode) -> None:
 
 
 def runs(node: TestNode, service: str, count: int) -> bool:
-    with suppress(
-        DockerException, RequestException
-    ):  # eight nodes start on one machine, and a leader may change
+    with suppress(DockerException, RequestException):
+        # Eight nodes start on one machine, and a leader may change.
         return len(running(node, service)) == count
     return False
 
