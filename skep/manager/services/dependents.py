@@ -53,7 +53,7 @@ def check_dependencies(view: View, spec: ServiceSpec) -> None:
     _check_zero(view, spec, dependencies)
     if has_affinities(spec.labels):
         _check_affinities(view, spec)
-    waits = [one for one in _waits_of(spec) if one.key != spec.name.lower()]
+    waits = [one for one in (*dependencies, *_affinity_waits(spec)) if one.key != spec.name.lower()]
     if waits and (path := circle(view, spec.name, waits, _waits_of)):
         raise InvalidArgument(
             f"no task of these services could start first: {' -> '.join(path)} (labels {AFFINITY} and {DEPENDS_ON})"
@@ -99,10 +99,13 @@ def _check_affinities(view: View, spec: ServiceSpec) -> None:
 
 def _waits_of(spec: ServiceSpec) -> tuple[Dependency, ...]:
     """Return the services without whose tasks no task of ``spec`` can start."""
-    near = (
-        Dependency(one.service) for one in affinities_of(spec.labels).near if one.key != spec.name.lower()
-    )
-    return (*dependencies_of(spec.labels), *near)
+    return (*dependencies_of(spec.labels), *_affinity_waits(spec))
+
+
+def _affinity_waits(spec: ServiceSpec) -> list[Dependency]:
+    """Return the other services near whose tasks the tasks of ``spec`` have to start."""
+    near = affinities_of(spec.labels).near
+    return [Dependency(one.service) for one in near if one.key != spec.name.lower()]
 
 
 def requiring(view: View, name: str) -> list[str]:

@@ -28,7 +28,7 @@ most 1.5 MiB, and a command that shows them reads all.
 
 
 class ServiceRevision(ApiObject):
-    """One spec of a service.  ``number`` counts from 1 and is never used again."""
+    """One spec of a service.  ``number`` counts from 1 and is never used again, even after the history was damaged."""
 
     number: int
     spec: ServiceSpec = always(ServiceSpec())
@@ -79,8 +79,7 @@ def _without_one(found: Sequence[ServiceRevision]) -> Sequence[ServiceRevision]:
 
 def revisions(view: View, service: Service) -> Sequence[ServiceRevision]:
     """Return the kept specs of ``service``, the present one last."""
-    payload = view.lookup(Payload, spec_history_id(service.id))
-    past = _decoded(payload.data) if payload is not None else _Past()
+    past = _past_of(view, service)
     author = service.author or SpecAuthor()
     return (*past.revisions, ServiceRevision(number=past.last + 1, spec=service.spec, author=author))
 
@@ -96,11 +95,22 @@ def comparable(spec: ServiceSpec) -> ServiceSpec:
     return replace(spec, labels=without_stop(spec.labels))
 
 
-def _decoded(data: bytes) -> _Past:
+def _past_of(view: View, service: Service) -> _Past:
+    """Return the past specs of ``service``.  A damaged history must not prevent the next update, so it reads as empty.
+
+    The spec's version takes the place of a lost number: it is larger than all earlier numbers, since each of them was
+    one write of the store.
+    """
+    id = spec_history_id(service.id)
+    payload = view.lookup(Payload, id)
+    if payload is None and id not in view.unreadable(Payload):
+        return _Past()
     try:
-        return leniently(zlib.decompress(data), _Past)
+        if payload is not None:
+            return leniently(zlib.decompress(payload.data), _Past)
     except (zlib.error, SkepError, msgspec.MsgspecError):
-        return _Past()  # A damaged history must not prevent the next update.
+        pass
+    return _Past(last=(service.spec_version or service.version).index)
 
 
 def _encoded(last: int, found: Sequence[ServiceRevision]) -> bytes:
