@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from skep.aio.clock import Clock
 from skep.aio.event_loop.hang_detection import RunningTime
-from skep.aio.race import wait_first
+from skep.aio.race import is_set_within
 from skep.errors import PermissionDenied, Unavailable
 from skep.manager.ca.caller_check import check_caller
 from skep.manager.link.channels import LinkChannels
@@ -165,7 +165,7 @@ class Pings:
                     self._last_seen.note_answer(manager, self._running_s(now), asked_at)
                     self._reports.record(manager, report_in(reply), now)
                     self._answered.set()
-                    await wait_first(wanted_now.wait(), self._clock.sleep(PING_S))
+                    await is_set_within(wanted_now, PING_S)
         finally:
             if self._channels.remove(manager, addr):
                 self._answered.set()
