@@ -17,6 +17,7 @@ from skep.model.volume import Volume, VolumeSpec
 from skep.store.kinds import Payload
 from tests.component.test_users_on_a_manager import OPERATOR, SHOP, Rig, a_spec, labeled, rig
 from tests.support.builders import a_service
+from tests.support.managers.wire_rig import until
 from tests.support.store.store_transactions import put
 
 __all__ = ("rig",)
@@ -53,6 +54,24 @@ async def test_a_plan_waits_for_a_slot_before_its_rights_are_computed(rig: Rig) 
             # It has no right to this: but for the slot, the refusal would come at once.
             await asyncio.wait_for(rig.exchange("operator:blog", "POST /skep/stacks/check", body), 0.2)
     assert (await rig.exchange("operator:blog", "POST /skep/stacks/check", body))[0] == 403
+
+
+async def test_one_user_has_one_of_the_places_and_administrators_have_all(rig: Rig) -> None:
+    plans = rig.api.plans
+
+    def asked(role: str) -> asyncio.Task[tuple[int, str, object]]:
+        return asyncio.ensure_future(rig.exchange(role, "GET /skep/verify"))
+
+    async with plans.hold(), plans.hold():
+        one_users = [asked("viewer") for _ in range(4)]
+        administrators = [asked("admin") for _ in range(4)]
+        await until(lambda: plans.waiting == 5)
+        (refused,), _ = await asyncio.wait(one_users, return_when=asyncio.FIRST_COMPLETED)
+        status, text, _ = refused.result()
+        assert (status, "3 of your requests wait" in text) == (500, True), (status, text)
+        assert plans.waiting == 5, "one of the user and four of administrators"
+    statuses = [(await one)[0] for one in (*one_users, *administrators)]
+    assert sorted(statuses) == [200] * 7 + [500]
 
 
 def using(kind: str, word: str) -> dict[str, Any]:

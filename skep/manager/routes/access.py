@@ -11,6 +11,7 @@ from aiohttp import web
 from skep.aio.clock import Clock
 from skep.aio.event_loop.loop_lag import LoopLag
 from skep.aio.slots import Slots
+from skep.api.access.identity import identity_of
 from skep.api.backups import BackupRequest, Sealer
 from skep.api.errors import rpc_errors
 from skep.api.formats.gosyntax import BOOLEANS
@@ -218,6 +219,15 @@ WORKER_HEADER = "X-Skep-Worker"
 def manager_of(request: web.Request) -> ManagerApi:
     """Return the manager that serves ``request``."""
     return request.app[MANAGER]
+
+
+def plan_slot(request: web.Request) -> AbstractAsyncContextManager[None]:
+    """Return a slot for planning.  One user below administrator has only a share of them.
+
+    Raises, when entered: ResourceExhausted: too many requests are waiting.
+    """
+    identity, plans = identity_of(request), manager_of(request).plans
+    return plans.hold() if identity.is_admin else plans.hold_share(str(identity))
 
 
 def past_of(request: web.Request) -> PastStates:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from skep.aio.slots import Slots
+from skep.aio.slots import OWN_MAX, Slots
 from skep.errors import ResourceExhausted
 from tests.support.managers.wire_rig import until
 
@@ -51,3 +51,30 @@ async def test_a_build_that_is_cancelled_while_it_waits_leaves_its_place_to_anot
         next_one = asyncio.create_task(build())
         await asyncio.sleep(0)
     assert await next_one == "built"
+
+
+async def test_one_owner_has_one_slot_or_place_and_others_get_theirs() -> None:
+    slots, begun, end = Slots(2, 1, "plans are made"), list[str](), asyncio.Event()
+
+    async def plan(owner: str) -> None:
+        async with slots.hold_share(owner):
+            begun.append(owner)
+            await end.wait()
+
+    async with asyncio.TaskGroup() as group:
+        first = [group.create_task(plan("ann")) for _ in range(OWN_MAX)]
+        await asyncio.sleep(0)
+        with pytest.raises(
+            ResourceExhausted, match="3 of your requests wait: try again when they have ended"
+        ):
+            await plan("ann")
+        assert (begun, slots.waiting) == (["ann"], 0)
+        group.create_task(plan("bob"))
+        await until(lambda: begun == ["ann", "bob"])
+        first[1].cancel()
+        await asyncio.wait([first[1]])
+        group.create_task(plan("ann"))
+        end.set()
+    assert sorted(begun) == ["ann", "ann", "ann", "bob"]
+    async with slots.hold_share("ann"):
+        pass

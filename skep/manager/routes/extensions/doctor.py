@@ -11,7 +11,7 @@ from aiohttp import web
 from skep.api.http.server import JsonLines, Routes, flag, json_response
 from skep.errors import InvalidArgument, ResourceExhausted
 from skep.manager.probes.nat import NatPlan, members_of
-from skep.manager.routes.access import current_view, manager_of
+from skep.manager.routes.access import current_view, manager_of, plan_slot
 from skep.manager.verify.loop import InvariantCheck
 from skep.manager.verify.records import recorded, shown
 from skep.model.networks.data_planes import is_docker_node
@@ -175,7 +175,7 @@ async def verify(request: web.Request) -> web.StreamResponse:
     if flag(request, "last"):
         return json_response(recorded(view))
     manager = manager_of(request)
-    async with manager.plans.hold():
+    async with plan_slot(request):
         began = manager.clock.monotonic()
         try:
             async with asyncio.timeout(_VERIFIED_WITHIN_S):

@@ -37,7 +37,7 @@ from skep.manager.rebalance.records import (
     start_run,
     stop_run,
 )
-from skep.manager.routes.access import ManagerApi, current_view, manager_of
+from skep.manager.routes.access import ManagerApi, current_view, manager_of, plan_slot
 from skep.manager.routes.guard.audit import author_of
 from skep.manager.services.freezes import end_freeze, held_by, set_freeze, set_window
 from skep.model.networks.failover import AddressRequest
@@ -279,7 +279,7 @@ async def remove_stack_window(request: web.Request) -> web.StreamResponse:
 @routes.get("/skep/rebalance")
 async def plan_rebalance(request: web.Request) -> web.StreamResponse:
     """Show the moves.  Raises: ResourceExhausted: too many plans are made, or this one takes too long."""
-    async with manager_of(request).plans.hold():
+    async with plan_slot(request):
         view = await current_view(request)
         try:
             async with asyncio.timeout(_PLANNED_WITHIN_S):

@@ -15,7 +15,7 @@ from skep.api.http.server import Routes, json_list_response, read_json
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError
 from skep.manager.control.validation.new_objects import stack_of
 from skep.manager.control.validation.service_rules import check_service_spec
-from skep.manager.routes.access import current_view, manager_of
+from skep.manager.routes.access import current_view, plan_slot
 from skep.manager.scheduler.explaining.dry_run import DryRun, PlannedPlacement
 from skep.manager.scheduler.explaining.explain import reserve_for
 from skep.manager.scheduler.nodes.accounting import Accounting
@@ -51,7 +51,7 @@ async def plan_placement(request: web.Request) -> web.StreamResponse:
     refusal.
     """
     specs = await read_checked(request)
-    async with manager_of(request).plans.hold():
+    async with plan_slot(request):
         try:
             async with asyncio.timeout(_WITHIN_S):
                 view = await current_view(request)

@@ -23,7 +23,7 @@ from skep.api.access.permissions import sees
 from skep.api.http.server import Routes, json_response
 from skep.errors import InvalidArgument, NotFound, ResourceExhausted
 from skep.manager.control.validation.new_objects import stack_of
-from skep.manager.routes.access import current_view, manager_of
+from skep.manager.routes.access import current_view, plan_slot
 from skep.manager.routes.extensions.placement import read_checked
 from skep.manager.what_if.answer import FreeCapacity, Question, SupposedOutcome
 from skep.manager.what_if.rehearsal import Rehearsal
@@ -127,7 +127,7 @@ async def _question(request: web.Request) -> AsyncIterator[Question]:
         ResourceExhausted: Too many questions wait, or this one takes too long.
     """
     identity = identity_of(request)
-    async with manager_of(request).plans.hold():
+    async with plan_slot(request):
         view = await current_view(request)
         question = Question(
             Rehearsal(view, SystemClock().now_ns()),
