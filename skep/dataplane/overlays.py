@@ -17,6 +17,7 @@ import structlog
 
 from skep.aio.failures import isolate
 from skep.dataplane.addresses import mac_for
+from skep.dataplane.door.derivation import proxies_on
 from skep.dataplane.gateway import BRIDGE, new_port_name
 from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.healer import Healer
@@ -38,7 +39,7 @@ from skep.dataplane.plan.overlay import (
     network_state,
     remote_entries,
 )
-from skep.dataplane.plan.packet_filter import owner, spoofing_filter, vxlan_filter
+from skep.dataplane.plan.packet_filter import door_filter, owner, spoofing_filter, vxlan_filter
 from skep.dataplane.underlays import UnderlayMeasurements, Underlays, find
 from skep.dataplane.wireguard.tunnels import WireGuardTunnels
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
@@ -398,7 +399,13 @@ class Overlays:
                 remote=self._remote_entries(table, underlay) if table is not None else frozenset(),
             )
             reconciler = await self.ready_reconciler(id, head)
-            reconciler.set_part(id, state, spoofing_filter(owner(one.endpoint) for one in endpoints))
+            owners = [owner(one.endpoint) for one in endpoints]
+            filters = [spoofing_filter(owners)]
+            # Before the first tables, the proxies are unknown, and the filter of an earlier process stays.
+            if table is not None and head.is_door:
+                proxies = proxies_on(table, self._node_id)
+                filters.append(door_filter(owners, {address for one in proxies for address in one.addresses}))
+            reconciler.set_part(id, state, *filters)
             # A container may start before its network's table was applied, or when the network's last container has
             # just ended.
             async with self._tunnels.kept_open() if is_tunnelled else nullcontext():

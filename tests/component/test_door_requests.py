@@ -12,12 +12,14 @@ import grpc
 import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
+from msgspec.structs import replace
 
 from skep.dataplane.door import configuration
 from skep.model.door.payloads import DoorPayload
+from skep.model.values.ids import NodeId
 from skep.security.authority import Authority
 from tests.component.test_held_requests import directory
-from tests.support.networks.door_rig import DoorRig, a_door
+from tests.support.networks.door_rig import NODE, DoorRig, a_door
 from tests.support.security.external_ca import server_certificate
 
 __all__ = ["directory"]
@@ -173,6 +175,80 @@ async def test_only_repeatable_requests_are_sent_again_once_a_task_has_got_them(
         rig.task("t3", "web", "127.0.0.4")  # nothing listens there, so no task got the request
         await rig.apply()
         assert [(await rig.ask("a.example/", method="POST"))[0] for _ in range(4)] == [200] * 4
+
+
+@asynccontextmanager
+async def a_silent_task(rig: DoorRig, address: str) -> AsyncIterator[tuple[Counter[str], asyncio.Event]]:
+    """Serve a task that responds once the event is set.  Yields the number of requests by method, and the event."""
+    got: Counter[str] = Counter()
+    responds = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        got[(await reader.readuntil(b"\r\n\r\n")).split()[0].decode()] += 1
+        await responds.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nlate")
+        writer.close()
+
+    async with await asyncio.start_server(serve, address, rig.task_port):
+        yield got, responds
+        responds.set()
+
+
+@pytest.mark.parametrize("is_left_out", [False, True])
+async def test_requests_at_a_node_that_no_longer_responds_are_sent_again(
+    tmp_path: Path, is_left_out: bool
+) -> None:
+    """``is_left_out``: no manager is reachable, and the node has noticed it by its own probes."""
+    other = NodeId("node2")
+    async with a_door(tmp_path) as rig, rig.tasks(TWO), a_silent_task(rig, ONE) as (got, _):
+        rig.nodes = (NODE, other)
+        rig.service("web", WEB)
+        rig.task("t1", "web", ONE, node=other)
+        rig.task("t2", "web", TWO)
+        await rig.apply()
+        methods = ("GET", "PUT", "DELETE", "POST") * 2
+        sent = [asyncio.create_task(rig.ask("a.example/", method=one, data=b"12")) for one in methods]
+        await until(lambda: sum(got.values()) >= 4)
+        reached = dict(got)
+        if is_left_out:
+            lost = replace(rig.endpoints["t1"], is_serving=False, is_left_out=True)
+            rig.endpoints["t1"] = lost
+        else:
+            rig.nodes = (NODE,)
+            del rig.endpoints["t1"]
+        await rig.apply()
+        async with asyncio.timeout(5):
+            statuses = Counter(
+                (method, status)
+                for method, (status, *_) in zip(methods, await asyncio.gather(*sent), strict=True)
+            )
+        posts = reached.get("POST", 0)
+        assert {key: count for key, count in statuses.items() if key[1] != 200} == (
+            {("POST", 502): posts} if posts else {}
+        )
+        assert got == reached, "no request went there again"
+        assert {(await rig.ask_task("a.example/"))["task"] for _ in range(4)} == {TWO}
+
+
+async def test_a_task_that_was_stopped_responds_until_it_has_ended(tmp_path: Path) -> None:
+    """Its node has no other task, so it leaves the table, as a node that is down does."""
+    other = NodeId("node2")
+    async with a_door(tmp_path) as rig, rig.tasks(TWO), a_silent_task(rig, ONE) as (got, responds):
+        rig.nodes = (NODE, other)
+        rig.service("web", WEB)
+        rig.task("t1", "web", ONE, node=other)
+        await rig.apply()
+        sent = asyncio.create_task(rig.ask("a.example/"))
+        await until(lambda: got["GET"] == 1)
+        rig.task("t2", "web", TWO)
+        rig.task("t1", "web", ONE, node=other, is_serving=False)
+        await rig.apply()
+        rig.nodes = (NODE,)
+        del rig.endpoints["t1"]
+        await rig.apply()
+        responds.set()
+        status, text, _ = await sent
+        assert (status, text) == (200, "late")
 
 
 async def test_a_task_that_fails_several_times_in_a_row_is_left_out_for_a_time(

@@ -33,13 +33,15 @@ class NameRecord(msgspec.Struct, frozen=True):
 class Index:
     """The names in one version of ``table``.  They are as in queries, without the network's own name as a suffix.
 
-    The ingress network has no names.  Source: moby, libnetwork/network.go (addSvcRecords).
+    The ingress network has no names, and neither has the front door's, where only the proxies open connections.
+    Source: moby, libnetwork/network.go (addSvcRecords).
     """
 
     def __init__(self, table: NetworkTable) -> None:
         self.id = table.head.id
         self.name = key(table.head.name)
-        self._table = table if not table.head.is_ingress else NetworkTable(head=table.head)
+        has_names = not (table.head.is_ingress or table.head.is_door)
+        self._table = table if has_names else NetworkTable(head=table.head)
         self._found: dict[str, NameRecord] = {}
         self._tasks: dict[ServiceId, list[TableEndpoint]] = defaultdict(list)
         self._containers: dict[str, list[TableEndpoint]] = defaultdict(list)

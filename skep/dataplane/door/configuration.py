@@ -16,7 +16,7 @@ while HAProxy runs, so scaling and updates need no reload.
 Only values that ``model.door.routes`` has checked reach this text.  Values with free text are quoted (``quoted``).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from typing import Final
@@ -532,6 +532,23 @@ def commands(
             file = f"{keys}/{certificate_file(host)}"
             found += [f"set ssl cert {file} <<\n{_without_blank_lines(pem)}\n", f"commit ssl cert {file}"]
     return found if max(map(len, found), default=0) < _COMMAND_MAX else None
+
+
+def endings(state: DoorState, lost: Collection[str]) -> list[str]:
+    """Return the commands that end the connections to lost tasks, which HAProxy has as in ``state``.
+
+    HAProxy sends their repeatable requests again, so all of these servers are taken out first.
+    """
+    lines = [
+        f"{name}/s{number}"
+        for name, one in sorted(state.backends.items())
+        for number, server in enumerate(one.servers, start=1)
+        if server.task in lost
+    ]
+    return [
+        *(f"set server {line} state maint" for line in lines),
+        *(f"shutdown sessions server {line}" for line in lines),
+    ]
 
 
 def use_newest(directory: str) -> str:

@@ -19,13 +19,34 @@ from skep.model.door.settings import DOOR_MEASURES, STACK, DoorSettings, is_door
 from skep.model.networks.tables import NetworkTable, TableEndpoint, TableService
 from skep.model.options.autoscaling import wakes_on_request
 from skep.model.staging.shares import shares_of
-from skep.model.values.ids import NodeId, ServiceId
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 
 
 def proxies_on(table: NetworkTable, node_id: NodeId) -> list[TableEndpoint]:
     """Return the door's own tasks on a node."""
     proxies = {id for id, one in table.services.items() if is_door(one.labels)}
     return [one for one in table.endpoints.values() if one.node_id == node_id and one.service_id in proxies]
+
+
+def lost_tasks(before: NetworkTable, after: NetworkTable) -> frozenset[TaskId]:
+    """Return the tasks of ``before`` whose node no longer responds, so that their connections stay silent.
+
+    A node that is down leaves the table at once, with tasks that still served.  A node whose last task was stopped
+    leaves it after that task has stopped serving, and a task that ends on another node has closed its connections.
+    """
+    silent = {
+        one.node_id
+        for id, one in before.endpoints.items()
+        if one.is_serving
+        and one.node_id in before.nodes
+        and one.node_id not in after.nodes
+        and id not in after.endpoints
+    }
+    lost = {id for id, one in before.endpoints.items() if one.node_id in silent}
+    left_out = {id for id, one in after.endpoints.items() if one.is_left_out}
+    return frozenset(
+        lost | {id for id in left_out & before.endpoints.keys() if not before.endpoints[id].is_left_out}
+    )
 
 
 def counted_services(table: NetworkTable) -> frozenset[ServiceId]:

@@ -25,12 +25,13 @@ from skep.dataplane.door.configuration import (
     DoorState,
     commands,
     description_of,
+    endings,
     every_command,
     files,
     use_newest,
     version_of,
 )
-from skep.dataplane.door.derivation import counted_services, proxies_on, state_of
+from skep.dataplane.door.derivation import counted_services, lost_tasks, proxies_on, state_of
 from skep.dataplane.door.holding import HeldRequests, connect
 from skep.dataplane.door.idleness import BackendCounters, IdleWatch
 from skep.dataplane.door.reading import counters_in, questions, wanted_of
@@ -108,6 +109,7 @@ class FrontDoor:
         self._seen_at = seen_at
         self._settings = settings
         self._state = DoorState()
+        self._table: NetworkTable | None = None
         self._applied: DoorState | None = None
         """The state that HAProxy has for certain."""
         self._window = RequestWindow()
@@ -131,7 +133,7 @@ class FrontDoor:
         door = min((one for one in tables.values() if one.head.is_door), key=_network, default=None)
         proxies = proxies_on(door, node_id) if door is not None else []
         if door is None or not proxies:
-            self._applied, self._counted = None, frozenset()
+            self._applied, self._counted, self._table = None, frozenset(), None
             return
         self._counted = counted_services(door)
         if door.head.id not in changed and self._applied is not None:
@@ -142,6 +144,8 @@ class FrontDoor:
             if any(one.is_running for one in proxies):
                 raise Unavailable("the front door's task has no volume skep-door on this node")
             return
+        former, self._table = self._table, door
+        lost = endings(self._state, lost_tasks(former, door)) if former is not None else []
         # In a thread, because ten thousand routes take a second.
         payload = await asyncio.to_thread(self._keys)
         derive = partial(state_of, door, self._state, self._settings, payload, has_ipv6=_IPV6.exists())
@@ -154,6 +158,7 @@ class FrontDoor:
         await asyncio.to_thread(write_files, directory, files(state, *self._seen_at))
         before, self._applied = self._applied, None
         try:
+            await self._end(directory, lost)
             await self._bring(directory, before, state)
         except Unavailable:
             if any(one.is_running for one in proxies):
@@ -250,6 +255,11 @@ class FrontDoor:
     def recent_routes(self) -> Sequence[RouteTraffic]:
         """Return the requests of the last minute by route."""
         return self.routes.recent(self._clock.monotonic())
+
+    async def _end(self, directory: Path, lost: Sequence[str]) -> None:
+        """End connections by commands.  A HAProxy that has other servers refuses them.  Raises: Unavailable."""
+        for batch in _batches(lost):
+            await self._ask(directory / _ADMIN, ";".join(batch) + "\n")
 
     async def _bring(self, directory: Path, before: DoorState | None, state: DoorState) -> None:
         """Bring the running HAProxy to ``state``, whose files are written.  Raises: Unavailable."""

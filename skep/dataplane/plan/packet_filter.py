@@ -1,4 +1,5 @@
-"""Builds packet filters against spoofed source addresses, from containers and from other machines.  Pure.
+"""Builds packet filters against spoofed source addresses, from containers and from other machines, and the one of the
+front door's network.  Pure.
 
 A container may send from its own MAC address and IP addresses only.  The filter on its port enforces that, including
 ARP and IPv6 neighbor responses.  Packets that arrive over VXLAN were filtered on their own node, and are accepted from
@@ -6,7 +7,7 @@ nodes of the network only.  Containers may not send VXLAN to the nodes' ports, b
 through the gateway under the node's own address.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from ipaddress import IPv6Address
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from skep.model.networks.tables import NetworkTable
 from skep.model.values.ids import NetworkId, NodeId
 
 SPOOFING = "bridge skep"
+DOOR_FILTER = "bridge skep_door"
 VXLAN_FILTER = "inet skep_overlay"
 
 _VNI = "@th,96,24"
@@ -84,6 +86,41 @@ def spoofing_filter(owners: Iterable[Owner]) -> NftTable:
                 "ether type ip6 iifname . ip6 saddr != @addresses6 drop",
                 "icmpv6 type { nd-router-advert, nd-redirect } drop",
                 f"icmpv6 type nd-neighbor-advert iifname . {_TARGET} != @targets6 drop",
+            )
+        ),
+        elements=frozenset(elements),
+    )
+
+
+def door_filter(owners: Iterable[Owner], proxies: Set[str]) -> NftTable:
+    """Return the filter of the front door's network, where only its proxies open connections.
+
+    Other containers respond to them.  They send TCP alone, and no packet that opens a connection.  A fragment without
+    TCP's flags matches no rule that accepts it.  ICMP reports sizes and errors of connections.
+
+    Args:
+        owners: The containers of this node.  Frames of other nodes were filtered there.
+        proxies: Addresses of the front door's own tasks.
+    """
+    elements: set[Element] = set()
+    for port, _, addresses in owners:
+        elements.add(("ports", f'"{port}"'))
+        if not proxies.isdisjoint(addresses):
+            elements.add(("proxies", f'"{port}"'))
+    return NftTable(
+        name=DOOR_FILTER,
+        sets=(("ports", "type ifname"), ("proxies", "type ifname")),
+        # After the filter of spoofed addresses.
+        chains=(("from_tasks", "{ type filter hook prerouting priority -290; }"),),
+        rules=tuple(
+            ("from_tasks", rule)
+            for rule in (
+                "iifname != @ports accept",
+                "iifname @proxies accept",
+                "ether type arp accept",
+                "tcp flags & (syn | ack) != syn accept",
+                "meta l4proto { icmp, ipv6-icmp } accept",
+                "drop",
             )
         ),
         elements=frozenset(elements),

@@ -62,9 +62,10 @@ VipBackends: TypeAlias = Mapping[str, Backends]
 def vip_backends(table: NetworkTable) -> Mapping[ServiceId, VipBackends]:
     """Return the backends of each service's virtual addresses, in the order of their tasks' ids.
 
-    The ingress network has no virtual addresses, because its ports are published by nodes.
+    The ingress network has no virtual addresses, because its ports are published by nodes.  On the front door's
+    network, only the proxies open connections, to the tasks' own addresses.
     """
-    if table.head.is_ingress:
+    if table.head.is_ingress or table.head.is_door:
         return {}
     serving: dict[ServiceId, list[TableEndpoint]] = defaultdict(list)
     for _, endpoint in sorted(table.endpoints.items()):

@@ -84,19 +84,23 @@ class OrchestratorState:
         """Time at which the throttling of each large service ends."""
 
     def start(self, snapshot: View) -> Iterator[None]:
-        """Queue every service."""
+        """Queue every service, with pauses.  Commits in between are loaded with their newest state too."""
         self.seen = ObservedTimes(self._clock.monotonic())
         self._due.clear()
         self.unwritten.clear()
         self._overcommitted.clear()
         self._sound_nodes.clear()
         self.disruption.start(snapshot)
-        services = snapshot.find(Service)
-        self.global_services = {service.id for service in services if _is_global(service)}
-        self.measured.start(services)
-        self.queries.start(services)
-        self.queue.add(service.id for service in services)
+        self.global_services.clear()
+        self.measured.start(())
+        self.queries.start(())
         yield
+        for services in batches_of(self._view, Service):
+            self.global_services.update(service.id for service in services if _is_global(service))
+            self.measured.add(services)
+            self.queries.add(services)
+            self.queue.add(service.id for service in services)
+            yield
 
     def queue_left_over(self) -> Iterator[None]:
         """Queue the services of tasks whose service no longer exists."""

@@ -1,8 +1,10 @@
 """Overlay networks between nodes: containers' namespaces that reach each other over VXLAN."""
 
 import asyncio
+import select
+import socket
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -10,15 +12,16 @@ import msgspec
 import pytest
 
 from skep.dataplane.addresses import mac_of
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.netns.state import NamespaceState
 from skep.dataplane.overlays import node_reconciler
 from skep.dataplane.plan.overlay import INGRESS_BRIDGE
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError
-from skep.model.networks.sandbox import PublishedPort
-from skep.model.networks.tables import TableEndpoint
+from skep.model.networks.sandbox import PublishedPort, Sandbox
+from skep.model.networks.tables import TableEndpoint, TableService
 from skep.model.service import PublishMode
-from skep.model.values.ids import NetworkId, TaskId, new_container_id
+from skep.model.values.ids import NetworkId, ServiceId, TaskId, new_container_id
 from tests.support.networks.overlay_lab import (
     DUAL,
     INGRESS,
@@ -265,6 +268,59 @@ async def test_a_container_cannot_pretend_to_be_another(lab: OverlayLab) -> None
         await shell(bad.netns, f"ip addr del 10.0.1.77/24 dev eth0; ip link set eth0 address {mac}")
         assert (await try_shell(bad.netns, "busybox ping -c 1 -W 1 10.0.1.7"))[0] != 0
         assert await reaches(near, "10.0.1.7"), "who has that address is not disturbed"
+
+
+async def test_on_the_front_doors_network_only_its_tasks_open_connections(lab: OverlayLab) -> None:
+    """A request of another task would pass the options of a route, such as the allowed clients."""
+    head = msgspec.structs.replace(WEB, is_door=True)
+    door = ServiceId("door")
+    async with lab.networks() as networks:
+        proxy = await lab.nodes[0].attach(networks[0], place(head, "10.0.1.5/24"))
+        bad = await lab.nodes[0].attach(networks[0], place(head, "10.0.1.6/24"))
+        far = await lab.nodes[1].attach(networks[1], place(head, "10.0.1.7/24"))
+        table = lab.tell(head)
+        endpoints = {
+            id: msgspec.structs.replace(one, service_id=door) if "10.0.1.5" in one.addresses else one
+            for id, one in table.endpoints.items()
+        }
+        services = {door: TableService(id=door, name="skep-door", labels={"skep.door": "true"})}
+        lab.tables[head.id] = msgspec.structs.replace(table, endpoints=endpoints, services=services)
+        await lab.apply(networks)
+        namespaces = lab.nodes[0].namespaces
+        for task, address in ((bad, "10.0.1.6"), (far, "10.0.1.7")):
+            assert await carry(namespaces, task, proxy, address, TEN_MEGABYTES) == TEN_MEGABYTES
+        for source, target, address in (
+            (bad, far, "10.0.1.7"),
+            (far, bad, "10.0.1.6"),
+            (bad, proxy, "10.0.1.5"),
+            (far, proxy, "10.0.1.5"),
+        ):
+            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                assert not await opens(namespaces, source, target, address, kind), f"a task reached {address}"
+        assert await opens(namespaces, proxy, far, "10.0.1.7", socket.SOCK_STREAM), "the proxy still does"
+
+
+async def opens(
+    namespaces: Namespaces, source: Sandbox, target: Sandbox, address: str, kind: socket.SocketKind
+) -> bool:
+    """Return whether a connection or a datagram of ``source`` arrives at ``address`` of ``target``."""
+
+    def listen() -> socket.socket:
+        found = socket.socket(socket.AF_INET, kind)
+        found.bind((address, 7001))
+        if kind is socket.SOCK_STREAM:
+            found.listen()
+        return found
+
+    def send() -> None:
+        with socket.socket(socket.AF_INET, kind) as client, suppress(TimeoutError):
+            client.settimeout(1.5)
+            client.connect((address, 7001))
+            client.send(b"x")
+
+    with await namespaces.run(Path(target.netns), listen) as listener:
+        await namespaces.run(Path(source.netns), send)
+        return bool(select.select([listener], [], [], 0.5)[0])
 
 
 async def test_strangers_and_containers_send_no_vxlan(lab: OverlayLab) -> None:

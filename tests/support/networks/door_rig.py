@@ -21,7 +21,7 @@ from skep.errors import Unavailable
 from skep.model.assignment import SecretFile
 from skep.model.door.payloads import DoorPayload, door_file
 from skep.model.door.settings import DoorSettings
-from skep.model.networks.tables import NetworkHead, NetworkTable, TableEndpoint, TableService
+from skep.model.networks.tables import NetworkHead, NetworkTable, TableEndpoint, TableNode, TableService
 from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 
 NODE = NodeId("node1")
@@ -62,6 +62,7 @@ class DoorRig:
             "door": TableService(id=ServiceId("door"), name="door", labels={"skep.door": "true"})
         }
         self.endpoints = {"proxy": self._endpoint("proxy", "door", "127.0.0.1", is_serving=True)}
+        self.nodes = (NODE,)
         self._first = files(DoorState(settings=self._settings), str(directory))
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -104,14 +105,18 @@ class DoorRig:
         self.payloads.keep_only([one.id for one in files], ())
         await self.apply()
 
-    def task(self, id: str, service: str, address: str, *, is_serving: bool = True) -> None:
+    def task(
+        self, id: str, service: str, address: str, *, is_serving: bool = True, node: NodeId = NODE
+    ) -> None:
         """Add or change a task."""
-        self.endpoints[id] = self._endpoint(id, service, address, is_serving=is_serving)
+        self.endpoints[id] = self._endpoint(id, service, address, is_serving=is_serving, node=node)
 
-    def _endpoint(self, id: str, service: str, address: str, *, is_serving: bool) -> TableEndpoint:
+    def _endpoint(
+        self, id: str, service: str, address: str, *, is_serving: bool, node: NodeId = NODE
+    ) -> TableEndpoint:
         return TableEndpoint(
             task_id=TaskId(id),
-            node_id=NODE,
+            node_id=node,
             service_id=ServiceId(service),
             addresses=(address,),
             is_running=True,
@@ -132,6 +137,7 @@ class DoorRig:
     async def _apply(self) -> None:
         table = NetworkTable(
             head=NetworkHead(id=DOOR_NETWORK, name="skep-door", is_door=True),
+            nodes={id: TableNode(id=id, underlay="127.0.0.1") for id in self.nodes},
             endpoints={one.task_id: one for one in self.endpoints.values()},
             services={one.id: one for one in self.services.values()},
         )

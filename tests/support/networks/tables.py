@@ -15,6 +15,7 @@ def a_network(
     name: str = "front",
     subnets: Sequence[str] = ("10.0.1.0/24",),
     is_ingress: bool = False,
+    is_door: bool = False,
     containers: Iterable[TableEndpoint] = (),
 ) -> NetworkTable:
     """Return the table of network ``id-<name>``."""
@@ -28,6 +29,7 @@ def a_network(
                 for number, subnet in enumerate(subnets)
             ),
             is_ingress=is_ingress,
+            is_door=is_door,
         ),
         revision=1,
         endpoints={one.task_id: one for one in endpoints},

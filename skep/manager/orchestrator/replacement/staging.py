@@ -203,7 +203,12 @@ class RequestCounts:
     def start(self, services: Iterable[Service]) -> None:
         """Start with all services of a snapshot."""
         self.requests = {}
-        self._set({service.id for service in services if _has_bounds(service)})
+        self._set(set())
+        self.add(services)
+
+    def add(self, services: Iterable[Service]) -> None:
+        """Load more services of a snapshot."""
+        self._set(self.services | {service.id for service in services if _has_bounds(service)})
 
     def note(self, commit: Commit) -> None:
         """Follow changes of services."""

@@ -48,8 +48,13 @@ class StepQueries:
 
     def start(self, services: Iterable[Service]) -> None:
         """Start with all services of a snapshot."""
-        self._services = {service.id for service in services if _has_query(service)}
+        self._services.clear()
         self._verdicts.clear()
+        self.add(services)
+
+    def add(self, services: Iterable[Service]) -> None:
+        """Load more services of a snapshot."""
+        self._services.update(service.id for service in services if _has_query(service))
         self._want()
 
     def note(self, commit: Commit) -> None:

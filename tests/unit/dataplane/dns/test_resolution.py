@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from skep.dataplane.dns.index import Index
 from skep.dataplane.dns.resolution import Decision, Foreign, FoundName, Missing, decide, links_of, rotated
+from skep.dataplane.plan.vip import vip_backends
 from skep.model.networks.dns_messages import AAAA, MX, PTR, SRV, A, Query, encoded
 from skep.model.networks.tables import NetworkTable
 from skep.model.values.ids import NetworkId, ServiceId
@@ -220,10 +221,13 @@ def test_the_rest_is_foreign(name: str, single: bool) -> None:
     assert decided(name) == Foreign(is_single_label=single)
 
 
-def test_the_ingress_network_has_no_names() -> None:
-    ingress = a_network(a_served("web", "10.0.0.2", ["10.0.0.3"]), name="ingress", is_ingress=True)
-    assert decided("web", tables=(ingress,)) == Foreign(is_single_label=True)
-    assert addresses("web", tables=(ingress, FRONT)) == ["10.0.1.2"]
+@pytest.mark.parametrize("is_door", [False, True])
+def test_networks_whose_tasks_open_no_connections_have_no_names(is_door: bool) -> None:
+    web = a_served("web", "10.0.0.2", ["10.0.0.3"])
+    network = a_network(web, name="shared", is_ingress=not is_door, is_door=is_door)
+    assert decided("web", tables=(network,)) == Foreign(is_single_label=True)
+    assert addresses("web", tables=(network, FRONT)) == ["10.0.1.2"]
+    assert vip_backends(network) == {}
 
 
 def test_an_answer_with_a_virtual_address_names_its_service() -> None:

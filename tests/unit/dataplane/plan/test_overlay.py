@@ -17,7 +17,7 @@ from skep.dataplane.plan.overlay import (
     network_state,
     remote_entries,
 )
-from skep.dataplane.plan.packet_filter import link_local, owner, spoofing_filter, vxlan_filter
+from skep.dataplane.plan.packet_filter import door_filter, link_local, owner, spoofing_filter, vxlan_filter
 from skep.dataplane.plan.wireguard import tunnelled
 from skep.model.networks.sandbox import Endpoint, EndpointConfig, Sandbox
 from skep.model.networks.tables import NetworkHead, NetworkTable, Segment, TableEndpoint, TableNode
@@ -203,6 +203,23 @@ def test_a_container_may_send_as_itself_only() -> None:
         ("addresses6", '"vs1" . fe80::42:aff:fe00:105'),
     } <= table.elements
     assert link_local("02:42:0a:00:01:05") == "fe80::42:aff:fe00:105"
+
+
+def test_on_the_front_doors_network_other_tasks_than_its_own_open_no_connection() -> None:
+    owners = [
+        owner(a_place("10.254.0.5/16", port="vs1").endpoint),
+        owner(a_place("10.254.0.6/16", port="vs2").endpoint),
+    ]
+    table = door_filter(owners, {"10.254.0.6", "10.254.0.9"})
+    assert table.elements == {("ports", '"vs1"'), ("ports", '"vs2"'), ("proxies", '"vs2"')}
+    assert [rule for _, rule in table.rules] == [
+        "iifname != @ports accept",
+        "iifname @proxies accept",
+        "ether type arp accept",
+        "tcp flags & (syn | ack) != syn accept",
+        "meta l4proto { icmp, ipv6-icmp } accept",
+        "drop",
+    ]
 
 
 def test_vxlan_is_taken_from_the_other_nodes_of_the_same_network_only() -> None:

@@ -8,7 +8,9 @@ import pytest
 from msgspec.structs import replace
 
 from sim.world.time import VirtualClock, VirtualLoop
+from skep.manager.control_loops.informer import BATCH
 from skep.manager.orchestrator.loop import Orchestrator
+from skep.manager.orchestrator.state import OrchestratorState
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.autoscaling import with_replicas
 from skep.model.options.labels import DRAIN_NOW
@@ -16,7 +18,7 @@ from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.service import GlobalJob, JobStatus, Service, ServiceMode
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
-from skep.store.interface import Transaction
+from skep.store.interface import Commit, Created, Deleted, Transaction
 from skep.store.memory import MemoryStore
 from skep.store.transactions.updates import batched
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
@@ -181,3 +183,37 @@ def test_a_change_of_the_service_has_all_its_slots_decided(large: Large) -> None
     tasks = large.store.view().find(Task, service_id="web0")
     assert len([task for task in tasks if task.is_wanted]) == NODES + 5
     assert {task.node_id for task in tasks if task.slot > NODES} == {NodeId("")}
+
+
+def test_a_snapshot_of_many_services_is_loaded_in_slices() -> None:
+    """A service that is created or removed meanwhile is known as it is then."""
+    loop = VirtualLoop()
+    clock = VirtualClock(loop)
+    store = MemoryStore(clock)
+
+    def write(body: Callable[[Transaction], object]) -> int:
+        loop.run_until_complete(store.update(body))
+        return store.view().revision
+
+    services = [a_service(f"s{number:04}", is_global=number % 2 == 0) for number in range(4 * BATCH)]
+    for some in batched(services, 100):
+        write(lambda tx, some=some: [tx.put(one) for one in some])
+    counts = CountingStore(store)
+    state = OrchestratorState(counts, clock, Random(1))
+    first, last, added = services[0], services[-2], a_service("s9999", is_global=True)
+    visited = []
+    for number, _ in enumerate(state.start(counts.view())):
+        visited.append(counts.visited)
+        counts.visited = 0
+        if number == 1:
+            state.on_commit(Commit(write(lambda tx: tx.delete(Service, first.id)), (Deleted(first),)))
+            state.on_commit(Commit(write(lambda tx: tx.delete(Service, last.id)), (Deleted(last),)))
+            state.on_commit(Commit(write(lambda tx: tx.put(added)), (Created(added),)))
+    assert len(visited) >= 5
+    assert max(visited) <= 3 * BATCH, "each slice reads some services, and the priority of each"
+    expected = {one.id for one in (*services, added) if one.spec.mode.global_ is not None}
+    assert state.global_services == expected - {first.id, last.id}
+    due = state.queue.take_due(10 * BATCH)
+    assert {one.id for one in (*services, added)} == set(due)
+    assert len(due) == len(set(due))
+    loop.close()
