@@ -1,5 +1,9 @@
 """Becoming a node, over real mutual TLS on loopback."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import pytest
 
 from skep.agent.certificates import join, renew
@@ -14,7 +18,7 @@ from skep.model.node import Availability, Node, NodeRole
 from skep.model.values.ids import NodeId
 from skep.security.authority import Authority
 from skep.security.keys import new_private_key, signing_request
-from skep.security.tls import client_context, joining_context
+from skep.security.tls import client_context, joining_context, unverified_context
 from skep.security.tokens import join_token
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
@@ -47,11 +51,40 @@ async def test_a_wrong_token_is_refused_with_dockers_words(cluster):
     assert len(cluster.view.find(Node)) == 1
 
 
+@asynccontextmanager
+async def listening(cluster: Cluster) -> AsyncIterator[tuple[str, bytearray]]:
+    """Yield the address of a machine that passes on to the cluster what it decrypts, and what it has seen."""
+    seen = bytearray()
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, keeps: bool) -> None:
+        while received := await reader.read(65536):
+            if keeps:
+                seen.extend(received)
+            writer.write(received)
+        writer.close()
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        context = unverified_context()
+        context.set_alpn_protocols(["h2"])
+        there, to_there = await asyncio.open_connection(cluster.host, cluster.port, ssl=context)
+        await asyncio.gather(copy(reader, to_there, True), copy(there, writer, False))
+
+    server = await asyncio.start_server(pass_on, "127.0.0.1", 0, ssl=cluster.tls.front)
+    async with server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}", seen
+
+
 async def test_a_token_of_another_cluster_is_noticed_before_the_secret_is_sent(cluster):
     foreign = join_token(Authority.create().root_pem, "0" * 25)
     said = "remote CA does not match fingerprint.*before the certificate authority was rotated: see `docker swarm"
-    with pytest.raises(FailedPrecondition, match=said):
-        await join(cluster.address, foreign, CLOCK)
+    async with listening(cluster) as (address, seen):
+        with pytest.raises(FailedPrecondition, match=said):
+            await join(address, foreign, CLOCK)
+        assert seen, "it has passed on the request for the root certificate"
+        assert b"0" * 25 not in seen
+        own = cluster.swarm.join_tokens.worker
+        await join(address, own, CLOCK)
+        assert own.encode() in seen, "a token whose root matches is sent"
 
 
 async def test_no_token_at_all_is_an_invalid_argument(cluster):

@@ -11,6 +11,7 @@ Source: moby, contrib/dockerd-rootless.sh; the documentation of rootlesskit 1.1.
 import os
 import platform
 import pwd
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -43,15 +44,15 @@ _KERNEL_SETTINGS = {
 }
 """Settings that forbid user namespaces, with the forbidding value and a better one.  Some kernels lack the first."""
 _APPARMOR_SETTING = "kernel.apparmor_restrict_unprivileged_userns"
-_APPARMOR_PROFILE = Path("/etc/apparmor.d/rootlesskit")
-"""Profile that allows RootlessKit a user namespace, on distributions that restrict them (Ubuntu)."""
+"""Whether AppArmor takes all capabilities in user namespaces from users' programs without a profile (Ubuntu)."""
+_APPARMOR_PROFILES = Path("/etc/apparmor.d")
 _MTU = "65520"
 """Largest packet of slirp4netns in bytes, which saves system calls.  Source: dockerd-rootless.sh."""
 _OWN_GROUP = "skep-daemon"
 """Control group of the node's own processes, so that the delegated group may have limits (no internal processes)."""
 _OWN_DIRECTORIES = ("skep", "docker")
 _COMMAND_TIMEOUT_S = 5.0
-"""Time limit in seconds for ``getsubids``, which may read a directory service."""
+"""Time limit in seconds for ``getsubids``, which may read a directory service, and for a trial of RootlessKit."""
 
 
 class RootlessFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,7 +69,10 @@ class RootlessFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The first number above all ranges of this machine."""
     settings: Mapping[str, str] = {}
     """Values of kernel settings.  Settings that this kernel lacks are left out."""
-    has_apparmor_profile: bool = True
+    rootlesskit: Path = Path("/usr/bin/rootlesskit")
+    is_refused_by_apparmor: bool = False
+    apparmor_profile: Path | None = None
+    """The file with a profile for ``rootlesskit``, which the kernel may have or not."""
     has_tun: bool = True
     may_open_tun: bool = True
     runtime_dir: str = ""
@@ -99,6 +103,12 @@ def problems(facts: RootlessFacts) -> tuple[str, ...]:
             f"as root, usermod {options} {facts.user}"
         )
     found += _kernel_problems(facts)
+    # The trial of RootlessKit fails for each reason above as well.
+    if facts.is_refused_by_apparmor and not found:
+        found.append(
+            f"AppArmor restricts users' namespaces, and no loaded profile allows {facts.rootlesskit} one: "
+            f"as root, {_profile_command(facts)}, or for all programs, sysctl -w {_APPARMOR_SETTING}=0"
+        )
     if not facts.runtime_dir or not facts.owns_runtime_dir:
         reason = f"{facts.runtime_dir} is not writable" if facts.runtime_dir else "XDG_RUNTIME_DIR is not set"
         found.append(
@@ -121,16 +131,25 @@ def _kernel_problems(facts: RootlessFacts) -> list[str]:
             found.append(
                 f"{name} is {forbidding}, so users cannot make user namespaces: as root, sysctl -w {name}={better}"
             )
-    if facts.settings.get(_APPARMOR_SETTING) == "1" and not facts.has_apparmor_profile:
-        found.append(
-            f"AppArmor allows users no user namespaces, and {_APPARMOR_PROFILE} does not exist: "
-            f"as root, apt-get install --reinstall apparmor, or sysctl -w {_APPARMOR_SETTING}=0"
-        )
     if not facts.has_tun:
         found.append(f"{_TUN} does not exist, so there is no network: as root, modprobe tun")
     elif not facts.may_open_tun:
         found.append(f"{facts.user} may not open {_TUN}, so there is no network: as root, chmod 666 {_TUN}")
     return found
+
+
+def _profile_command(facts: RootlessFacts) -> str:
+    """Return the command that loads a profile for RootlessKit, and writes it first if there is none.
+
+    Source: moby, contrib/dockerd-rootless-setuptool.sh.
+    """
+    program = facts.rootlesskit
+    file = facts.apparmor_profile or _APPARMOR_PROFILES / str(program).lstrip("/").replace("/", ".")
+    load = f"apparmor_parser -r {file}"
+    if facts.apparmor_profile is not None:
+        return load
+    text = rf'abi <abi/4.0>,\nprofile "{program}" flags=(unconfined) {{\n  userns,\n}}\n'
+    return f"printf '{text}' > {file} && {load}"
 
 
 def command(state: Path, daemon: Sequence[str], *, is_delegated: bool) -> tuple[str, ...]:
@@ -190,8 +209,8 @@ def _facts(environment: Mapping[str, str]) -> RootlessFacts:
         user = pwd.getpwuid(uid).pw_name
     except KeyError:
         user = str(uid)
-    names = (*_KERNEL_SETTINGS, _APPARMOR_SETTING)
     runtime_dir = environment.get("XDG_RUNTIME_DIR", "")
+    rootlesskit = Path(shutil.which("rootlesskit") or "rootlesskit").resolve()
     return RootlessFacts(
         user=user,
         uid=uid,
@@ -200,13 +219,39 @@ def _facts(environment: Mapping[str, str]) -> RootlessFacts:
         subuids=_ids_of(user, uid, Path("/etc/subuid"), ()),
         subgids=_ids_of(user, uid, Path("/etc/subgid"), ("-g",)),
         free_id=max(free_range(_text(Path("/etc", name))) for name in ("subuid", "subgid")),
-        settings={name: value for name in names if (value := _setting(name))},
-        has_apparmor_profile=_APPARMOR_PROFILE.exists(),
+        settings={name: value for name in _KERNEL_SETTINGS if (value := _setting(name))},
+        rootlesskit=rootlesskit,
+        is_refused_by_apparmor=_setting(_APPARMOR_SETTING) == "1" and not may_make_namespaces(rootlesskit),
+        apparmor_profile=profile_of(rootlesskit),
         has_tun=_TUN.exists(),
         may_open_tun=os.access(_TUN, os.R_OK | os.W_OK),
         runtime_dir=runtime_dir,
         owns_runtime_dir=os.access(runtime_dir, os.W_OK | os.X_OK),
     )
+
+
+def may_make_namespaces(rootlesskit: Path) -> bool:
+    """Return whether RootlessKit can make its namespaces, or is missing.
+
+    Users cannot read which profiles the kernel has, so this tries it.
+    """
+    try:
+        done = subprocess.run(
+            (rootlesskit, "true"), capture_output=True, check=False, timeout=_COMMAND_TIMEOUT_S
+        )
+    except OSError:
+        return True
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def profile_of(program: Path, profiles: Path = _APPARMOR_PROFILES) -> Path | None:
+    """Return the file of ``profiles`` that has a profile for ``program``, or None."""
+    # The path is a word of the profile's head, with or without quotes.
+    head = re.compile(rf'^[^#\n]*(?<![^\s"]){re.escape(str(program))}(?![^\s"]).*\{{', re.MULTILINE)
+    files = sorted(profiles.iterdir()) if profiles.is_dir() else []
+    return next((file for file in files if file.is_file() and head.search(_text(file))), None)
 
 
 def _ids_of(user: str, uid: int, file: Path, options: Sequence[str]) -> int:

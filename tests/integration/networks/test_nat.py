@@ -200,12 +200,18 @@ def test_a_lost_relay_is_replaced(cluster: TestCluster, m1: TestNode) -> None:
     def arrives() -> bool:
         return bool(in_task(cluster, "w1", "here", "busybox", "ping", "-c", "1", "-W", "1", address))
 
+    def is_replaced() -> bool:
+        return doctor(m1)["w1", "w2"]["Way"] != "relay w3"
+
     wait_until(arrives, "packets pass the relay")
     cluster.skep("cut", "w3")
     try:
-        wait_until(lambda: not arrives(), "the relay is lost")
+        # On a busy machine, the next relay has taken over before a lost packet is seen.
+        wait_until(lambda: not arrives() or is_replaced(), "the relay is lost")
         began = time.monotonic()
-        wait_until(arrives, "another relay has taken over", within_s=TAKEN_OVER_WITHIN_S)
+        wait_until(
+            lambda: arrives() and is_replaced(), "another relay has taken over", within_s=TAKEN_OVER_WITHIN_S
+        )
         print(f"taken over after {time.monotonic() - began:.1f} s")
     finally:
         cluster.skep("reconnect", "w3")

@@ -152,13 +152,18 @@ async def test_secrets_and_configs_are_files_with_their_owner_and_mode(
         *(
             "sh",
             "-c",
-            "cat /run/secrets/password /etc/site; stat -c '%u:%g %a' /run/secrets/password /etc/site",
+            "cat /run/secrets/pass /etc/key /etc/site; stat -c '%u:%g %a' /run/secrets/pass /etc/key /etc/site",
         ),
         secrets=(
             SecretReference(
                 secret_id=SecretId("s1"),
                 secret_name="password",
-                file=FileTarget(name="password", uid="1000", gid="50", mode=0o400),
+                file=FileTarget(name="pass", uid="1000", gid="50", mode=0o400),
+            ),
+            SecretReference(
+                secret_id=SecretId("s1"),
+                secret_name="password",
+                file=FileTarget(name="/etc/key", uid="7", gid="8", mode=0o440),
             ),
         ),
         configs=(
@@ -169,7 +174,7 @@ async def test_secrets_and_configs_are_files_with_their_owner_and_mode(
             ),
         ),
     )
-    assert await output(executor, task) == "hushconf1000:50 400\n0:0 444\n"
+    assert await output(executor, task) == "hushhushconf1000:50 400\n7:8 440\n0:0 444\n"
     on_disk = [path for path in lab.paths.data.rglob("*") if path.is_file() and b"hush" in path.read_bytes()]
     assert on_disk == []
     assert list((lab.paths.secrets / "files").iterdir()) == []

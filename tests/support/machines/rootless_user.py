@@ -57,10 +57,10 @@ class RootlessNode:
             lines += _entering(self._group, self._home / "aside/cgroup")
         return "\n".join([*lines, 'exec "$@"'])
 
-    def start(self) -> None:
+    def start(self, **environment: str) -> None:
         """Start the daemon, and wait until its API is served."""
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(self.daemon(), stdout=log, stderr=log)
+            self._process = subprocess.Popen(self.daemon(**environment), stdout=log, stderr=log)
         wait_until(lambda: self.is_serving() or not self.is_running(), "the rootless node serves", 60)
         assert self.is_running(), self.log.read_text()
 

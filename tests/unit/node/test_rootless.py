@@ -10,10 +10,16 @@ from skep.node.host.rootless import (
     RootlessFacts,
     command,
     hide_machines_directories,
+    may_make_namespaces,
     problems,
+    profile_of,
     subordinate_ids,
 )
 
+WRITTEN = (
+    r"""printf 'abi <abi/4.0>,\nprofile "/home/ada/bin/rootlesskit" flags=(unconfined) {\n  userns,\n}\n'"""
+    " > /etc/apparmor.d/home.ada.bin.rootlesskit"
+)
 FIT: dict[str, Any] = {"user": "ada", "uid": 1000, "runtime_dir": "/run/user/1000"}
 
 
@@ -45,10 +51,14 @@ def test_a_user_with_everything_starts() -> None:
         ({"settings": {"user.max_user_namespaces": "0"}}, "sysctl -w user.max_user_namespaces=28633"),
         (
             {
-                "settings": {"kernel.apparmor_restrict_unprivileged_userns": "1"},
-                "has_apparmor_profile": False,
+                "is_refused_by_apparmor": True,
+                "apparmor_profile": Path("/etc/apparmor.d/rootlesskit"),
             },
-            "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0",
+            "apparmor_parser -r /etc/apparmor.d/rootlesskit, or for all programs, sysctl -w kernel.apparmor_restrict",
+        ),
+        (
+            {"is_refused_by_apparmor": True, "rootlesskit": Path("/home/ada/bin/rootlesskit")},
+            WRITTEN + " && apparmor_parser -r /etc/apparmor.d/home.ada.bin.rootlesskit",
         ),
         ({"kernel": (5, 10)}, "boot 5.11 or newer"),
         ({"has_tun": False}, "modprobe tun"),
@@ -66,9 +76,33 @@ def test_all_problems_are_named_at_once() -> None:
     assert len(problems(RootlessFacts(**FIT | {"subuids": 0, "has_tun": False, "runtime_dir": ""}))) == 3
 
 
-def test_a_restricting_apparmor_with_a_profile_of_rootlesskit_is_no_problem() -> None:
-    settings = {"kernel.apparmor_restrict_unprivileged_userns": "1", "user.max_user_namespaces": "28633"}
-    assert problems(RootlessFacts(**FIT | {"settings": settings})) == ()
+def test_a_trial_that_fails_for_another_reason_is_not_put_down_to_apparmor() -> None:
+    assert "AppArmor" not in said(is_refused_by_apparmor=True, subuids=0)
+
+
+def test_a_profile_is_found_by_the_whole_path_of_its_program(tmp_path: Path) -> None:
+    (tmp_path / "abi").mkdir()
+    (tmp_path / "kit").write_text(
+        "# /opt/rootlesskit {\nprofile kit /usr/bin/rootlesskit flags=(unconfined) {\n  userns,\n}\n"
+    )
+    (tmp_path / "own").write_text('profile "/home/ada/bin/rootlesskit" flags=(unconfined) {\n}\n')
+    (tmp_path / "runc").write_text("profile runc /usr/sbin/runc { /usr/bin/slirp4netns ix, }\n")
+    assert profile_of(Path("/usr/bin/rootlesskit"), tmp_path) == tmp_path / "kit"
+    assert profile_of(Path("/home/ada/bin/rootlesskit"), tmp_path) == tmp_path / "own"
+    for other in ("/opt/rootlesskit", "/bin/rootlesskit", "/usr/bin/rootless", "/usr/bin/slirp4netns"):
+        assert profile_of(Path(other), tmp_path) is None
+    assert profile_of(Path("/usr/bin/rootlesskit"), tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(("text", "may"), [("exit 0", True), ("exit 1", False), (None, True)])
+def test_a_program_that_is_refused_its_namespaces_is_noticed(
+    tmp_path: Path, text: str | None, may: bool
+) -> None:
+    program = tmp_path / "rootlesskit"
+    if text is not None:
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        program.chmod(0o755)
+    assert may_make_namespaces(program) is may
 
 
 def test_ranges_are_counted_by_name_and_by_number() -> None:
