@@ -301,6 +301,8 @@ class Daemon:
                 for problem in error.problems:
                     log.error("configuration not reloaded", problem=problem)
                 continue
+            for sentence in written.warnings:
+                log.warning("configuration", warning=sentence)
             taken = reload(self._configuration, written.configuration)
             self._configuration = taken.configuration
             try:

@@ -74,7 +74,7 @@ class Holder:
     async def _answers(self) -> bool:
         if self._process.poll() is not None:
             raise Unavailable(f"{self.node.name} stopped right after its start")
-        if _ends(self._home) >= _ENDS_MAX:
+        if keeps_stopping(self.node):
             raise Unavailable(f"the daemon of {self.node.name} keeps stopping")
         return await engine.is_up(self.node.endpoint)
 
@@ -179,9 +179,9 @@ def daemon_pid(node: PlaygroundNode) -> int | None:
 
 
 async def state(playground: str, node: PlaygroundNode) -> str:
-    """Return the node's state for users: up, cut, half-cut, starting or down.
+    """Return the node's state for users: up, cut, half-cut, starting, failing or down.
 
-    A paused node also counts as starting.
+    A paused node also counts as starting.  The daemon of a failing node keeps stopping.
     """
     if not is_up(node):
         return "down"
@@ -192,15 +192,18 @@ async def state(playground: str, node: PlaygroundNode) -> str:
             return "half-cut"
     except SkepError:
         return "down"
-    return "up" if await engine.is_up(node.endpoint) else "starting"
+    if await engine.is_up(node.endpoint):
+        return "up"
+    return "failing" if keeps_stopping(node) else "starting"
 
 
-def _ends(home: Path) -> int:
-    """Return how often the daemon has ended since the node was switched on."""
+def keeps_stopping(node: PlaygroundNode) -> bool:
+    """Return whether the daemon has ended too often since the node was switched on."""
     try:
-        return len((home / "ends").read_text().splitlines())
+        ends = (Path(node.state_dir).parent / "ends").read_text().splitlines()
     except FileNotFoundError:
-        return 0
+        return False
+    return len(ends) >= _ENDS_MAX
 
 
 def _tail(home: Path) -> str:

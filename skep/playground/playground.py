@@ -178,10 +178,13 @@ class Playground:
         self._file.put(await node.kill(cluster.name, known))
 
     async def start(self, name: str) -> PlaygroundNode:
-        """Start a killed node again with its old disk.  Does nothing if it is up."""
+        """Start a killed node again with its old disk.  Does nothing if its daemon runs.
+
+        A node whose daemon keeps stopping is killed first, so that it starts with its present configuration.
+        """
         cluster = self.cluster()
         known = cluster.node(name)
-        if node.is_up(known):
+        if node.is_up(known) and (not node.keeps_stopping(known) or await engine.is_up(known.endpoint)):
             return known
         # A measuring tool may have killed the node without this verb, and left processes.
         dead = await node.kill(cluster.name, known)

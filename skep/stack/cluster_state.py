@@ -35,6 +35,8 @@ AT_ONCE: Final = 8
 NO_LOGINS: Final[Mapping[str, str]] = MappingProxyType({})
 _UNKNOWN_PATH: Final = ": only administrators may do this"
 """Managers end the refusal of an unknown path with these words if the user is not an administrator."""
+_WHOLE: Final = "stack"
+"""Kind of a refusal that is about all objects together, because the store is full."""
 _TOO_MUCH: Final = "too much at once"
 _NAMED_MAX: Final = 5
 """Largest number of images that one warning names."""
@@ -208,6 +210,8 @@ async def check(client: Requests, stack: Stack, plan: StackPlan, warn: Callable[
     places |= {("config", one.name): (one.place, f"configs.{name}") for name, one in stack.configs.items()}
     problems: list[FileProblem] = []
     for one in found:
+        if one["Kind"] == _WHOLE:
+            raise ResourceExhausted(one["Error"])
         place, path = places.get((one["Kind"], one["Name"]), (FilePosition(stack.name, 1, 1), one["Name"]))
         text = one["Error"]
         if one["Kind"] == "service" and text.endswith("already exists"):

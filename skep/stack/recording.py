@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from skep.aio.backoff import Backoff
 from skep.api.client.requests import LimitedRequests, Requests
 from skep.api.client.updates import update
+from skep.api.errors import Untranslated
 from skep.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -62,6 +63,8 @@ from skep.stack.waiting import look_at, wait_for
 
 _ENDED: Final = (DEPLOYED, REPLACED, *UNDOINGS)
 """States of revisions that a failure of another deploy does not change."""
+_FULL: Final = "the cluster's store is"
+"""Part of the managers' refusal to create an object while their store is full."""
 _RECORDED_WITHIN_S: Final = 60.0
 """Timeout in seconds for getting the number of a revision.  A hundred deploys that start together get theirs one by
 one.
@@ -275,7 +278,9 @@ async def _end(
 async def _record(
     client: Requests, stack: Stack, plan: StackPlan, warn: Callable[[str], None], *, after: int | None = None
 ) -> str:
-    """Record a new revision and return its id, or an empty string if it is too large or refused by a quota.
+    """Record a new revision and return its id.
+
+    Returns an empty string if it is too large, or refused because of a quota or a full store.
 
     Args:
         after: required number of the newest revision, 0 if there must be none, or None for any.
@@ -302,6 +307,12 @@ async def _record(
         ) as error:  # a quota refused it, because a user without the right is refused at the first change
             if ADMIN_OVERRIDES in str(error):
                 raise  # each change would be refused as well
+            warn(f"{error}. You cannot roll back to this deploy.")
+            return ""
+        except Untranslated as error:
+            # A deploy that creates objects was refused before. Others may be what makes room.
+            if _FULL not in str(error):
+                raise
             warn(f"{error}. You cannot roll back to this deploy.")
             return ""
         return str(response["ID"])

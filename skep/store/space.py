@@ -112,13 +112,21 @@ def next_step(own: NodeId, members: Mapping[NodeId, MemberSpace], *, can_compact
     return None
 
 
-def refusal(space: MemberSpace, *, creates: bool) -> str:
-    """Return the error for a refused write of a user, or an empty string.  ``creates``: whether it adds an object."""
-    if space.share < (REFUSE_AT if creates else REFUSE_ALL_AT):
+def refusal(space: MemberSpace, *, creates: bool, adds: int = 0) -> str:
+    """Return the error for a refused write of a user, or an empty string.
+
+    Args:
+        creates: whether it adds an object.
+        adds: bytes that several writes add together.  Each but the last has to leave the store below the limit.
+    """
+    limit = REFUSE_AT if creates else REFUSE_ALL_AT
+    if (space.in_use + adds) / space.quota < limit:
         return ""
+    more = "" if space.share >= limit else f", too full for {max(adds / 1024**2, 0.1):.1f} MiB more"
     return (
-        f"the cluster's store is {space.summary}: remove configs, secrets or services that are not needed, or raise "
-        "store-quota in skep.toml on every manager; it makes room by itself within a minute (skep status shows it)"
+        f"the cluster's store is {space.summary}{more}: remove configs, secrets or services that are not needed, or "
+        "raise store-quota in skep.toml on every manager; it makes room by itself within a minute "
+        "(skep status shows it)"
     )
 
 

@@ -24,8 +24,10 @@ from skep.stack.planning import plan_of
 from skep.stack.recording import carry_out
 from skep.stack.revisions import KEPT
 from skep.store.level import SCHEDULES
+from skep.store.space import MemberSpace
 from tests.support.clients.command_rig import FAILS, HANGS, Cluster, a_cluster
 
+MIB = 2**20
 SOON = "deploy: {update_config: {monitor: 1ms}, restart_policy: {delay: 10ms}}"
 """Keeps deploys from waiting for what these tests are not about."""
 FILE = f"name: shop\nservices: {{web: {{image: busybox, {SOON}}}, db: {{image: %s, {SOON}}}}}\n"
@@ -263,6 +265,47 @@ async def test_nothing_is_created_if_the_managers_would_refuse_a_part(cluster: C
     kinds: tuple[type[Any], ...] = (Service, Network, Config)
     names = [one.spec.name for kind in kinds for one in view.find(kind)]
     assert [name for name in names if name.startswith("shop")] == []
+
+
+async def test_a_deploy_that_the_store_has_no_room_for_creates_nothing(cluster: Cluster) -> None:
+    in_use = 76 * MIB
+
+    async def space() -> MemberSpace:
+        return MemberSpace(size=in_use, in_use=in_use, quota=100 * MIB)
+
+    cluster.store.space = space  # type: ignore[method-assign]
+    small = f"name: shop\nservices: {{web: {{image: busybox, {SOON}}}}}\n"
+    cluster.write(small)
+    code, _, err = await cluster.deploy()
+    assert code == 0, err
+    contents = "".join(f"  c{number}: {{file: large}}\n" for number in range(8))
+    (cluster.folder / "large").write_bytes(b"x" * 500_000)
+    cluster.write(small.replace("web:", "api:") + "networks: {new: {}}\nconfigs:\n" + contents)
+    said = "Error: the cluster's store is 76 % full (76.0 of 100.0 MiB), too full for 5.1 MiB more: remove configs"
+    for words in (("plan",), ("deploy",)):
+        code, _, err = await cluster.run("stack", *words, "--resolve-image", "never")
+        assert (code, said in err) == (1, True), err
+    view = cluster.store.view()
+    assert [one.spec.name for one in view.find(Config)] == ["shop_revision-1"]
+    assert [one.spec.name for one in view.find(Network) if "new" in one.spec.name] == []
+    assert cluster.names() == ["shop_web"]
+
+
+async def test_a_deploy_that_creates_nothing_needs_no_room_for_its_revision(cluster: Cluster) -> None:
+    """It may be what makes room."""
+    cluster.write(FILE % "busybox")
+    code, _, err = await cluster.deploy()
+    assert code == 0, err
+
+    async def space() -> MemberSpace:
+        return MemberSpace(size=85 * MIB, in_use=85 * MIB, quota=100 * MIB)
+
+    cluster.store.space = space  # type: ignore[method-assign]
+    cluster.write(f"name: shop\nservices: {{web: {{image: other, {SOON}}}}}\n")
+    code, _, err = await cluster.deploy("--prune")
+    assert (code, cluster.names()) == (0, ["shop_web"]), err
+    assert "the cluster's store is 85 % full (85.0 of 100.0 MiB): remove configs" in err
+    assert "You cannot roll back to this deploy." in err
 
 
 async def test_a_service_with_a_new_name_takes_over_the_port_of_the_one_that_is_pruned(

@@ -210,6 +210,26 @@ def test_a_service_is_spread_over_all_ready_nodes(trio: TestCluster) -> None:
     manager.docker("service", "rm", "spread")
 
 
+def test_a_node_that_its_file_keeps_from_starting_is_failing_until_the_file_is_right(
+    trio: TestCluster,
+) -> None:
+    file = trio.directory / "w2" / "skep.toml"
+    right = file.read_text()
+    file.write_text(right + 'nothing-like-this = "x"\n')
+    trio.skep("kill", "w2")
+    try:
+        failed = trio.skep("start", "w2", check=False)
+        assert (failed.returncode, "keeps stopping" in failed.stderr) == (1, True), failed.stderr
+        assert "there is no setting 'nothing-like-this'" in failed.stderr
+        assert states(trio)["w2"] == "failing"
+        again = trio.skep("start", "w2", check=False)
+        assert (again.returncode, "keeps stopping" in again.stderr) == (1, True), again.stderr
+    finally:
+        file.write_text(right)
+    trio.skep("start", "w2")
+    assert states(trio)["w2"] == "up"
+
+
 ECHO = """
 import socket
 served = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

@@ -162,6 +162,21 @@ def _references(kind: FileKind, spec: Mapping[str, Any] | None) -> Sequence[dict
     return container.get(kind.field) or ()
 
 
+def stack_hint(kind: FileKind, service: Mapping[str, Any], old: Collection[str], new: str) -> str:
+    """Return the change that the file of the service's stack needs, or an empty string for a service without a stack.
+
+    Args:
+        service: the service before the rotation.
+        old: the ids of the previous versions.
+        new: the name of the new version.
+    """
+    stack = _labels(service).get(NAMESPACE)
+    names = [one[kind.name_key] for one in _references(kind, service["Spec"]) if one[kind.id_key] in old]
+    if not stack or not names:
+        return ""
+    return f"name {new} in the file of stack {stack}, whose next deploy otherwise returns to {names[0]}"
+
+
 class VersionProgress(msgspec.Struct, frozen=True):
     """A service's progress: the number of its tasks with the new version, the number of all its tasks, and the reason
     why it is ``stuck``, or empty.
@@ -278,7 +293,11 @@ class _Rotation:
         Without ``data``, the latest version is the target.
         """
         objects = await self._client.get(self._kind.path, timeout_s=RESPONSE_TIMEOUT_S)
-        known = versions(objects, name)
+        try:
+            known = versions(objects, name)
+        except NotFound:
+            await self._refuse_other_kind(name)
+            raise
         if data is None:
             return known[-1], {one["ID"]: one["Spec"]["Name"] for one in known[:-1]}
         first = known[0]["Spec"]
@@ -290,6 +309,13 @@ class _Rotation:
         made = await self._client.post(f"{self._kind.path}/create", spec, timeout_s=RESPONSE_TIMEOUT_S)
         click.echo(f"{spec['Name']} created", err=True)
         return {"ID": made["ID"], "Spec": spec}, {one["ID"]: one["Spec"]["Name"] for one in known}
+
+    async def _refuse_other_kind(self, name: str) -> None:
+        """Raise NotFound with the right command if ``name`` is a config instead of a secret, or the reverse."""
+        other = CONFIG if self._kind is SECRET else SECRET
+        found = await self._client.get(other.path, filters={"name": [name]}, timeout_s=RESPONSE_TIMEOUT_S)
+        if any(one["Spec"]["Name"] == name for one in found):  # the filter compares prefixes
+            raise NotFound(f"{name} is a {other.noun}. Run skep {other.noun} rotate {name}.")
 
     async def move(self, old: Mapping[str, str], new: Mapping[str, Any]) -> list[str]:
         """Update the services that use an older version, and return the ids of the services to wait for.
@@ -316,6 +342,8 @@ class _Rotation:
                 using.append(service["ID"])
             if _uses(self._kind, current, [new["ID"]]):
                 self._is_kept = True
+                if hint := stack_hint(self._kind, service, old, new["Spec"]["Name"]):
+                    click.echo(f"{name}: {hint}", err=True)
         return using
 
     async def drop_refused(self, new: Mapping[str, Any]) -> None:

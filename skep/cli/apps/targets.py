@@ -16,6 +16,11 @@ from skep.cli import passthrough
 from skep.cli.endpoint import HostOptions
 from skep.errors import NotFound, Unavailable
 
+_NO_MANAGER = "not a swarm manager"
+"""Part of the error of a node that has no manager, in Docker's words."""
+_NO_SWARM = 'Use "docker swarm init"'
+"""Part of that error outside of a swarm, where services cannot exist."""
+
 T = TypeVar("T")
 
 
@@ -46,8 +51,28 @@ async def find_target(client: RawClient, word: str) -> CommandTarget:
 
 
 async def find_target_or_docker(client: RawClient, word: str) -> CommandTarget | None:
-    """Find the running task for ``word``, or return None if it may be one of docker's containers."""
-    return await or_docker(find_target(client, word))
+    """Find the running task for ``word``, or return None if it may be one of docker's containers.
+
+    Raises: Unavailable: this node has no such container, and only managers know services.
+    """
+    try:
+        return await find_target(client, word)
+    except NotFound:
+        return None
+    except Unavailable as error:
+        if _NO_MANAGER not in str(error):
+            raise
+        if _NO_SWARM not in str(error) and not await _is_container(client, word):
+            raise
+        return None
+
+
+async def _is_container(client: RawClient, word: str) -> bool:
+    try:
+        await client.get(f"/containers/{quote(word, safe='')}/json")
+    except NotFound:
+        return False
+    return True
 
 
 async def or_docker(looking: Awaitable[T]) -> T | None:
@@ -59,7 +84,7 @@ async def or_docker(looking: Awaitable[T]) -> T | None:
     except NotFound:
         return None
     except Unavailable as error:
-        if "not a swarm manager" in str(error):
+        if _NO_MANAGER in str(error):
             return None
         raise
 

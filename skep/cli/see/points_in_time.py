@@ -21,11 +21,16 @@ _CLOCK = re.compile(
     r"(?:(?P<day>today|yesterday|\d{4}-\d\d-\d\d)(?:[ t]|$)\s*)?(?P<time>\d{1,2}:\d\d(?::\d\d)?)?"
 )
 _REVISION = re.compile(r"revision:\d{1,18}")
-EXAMPLES = "'10 min ago', 'yesterday 14:00', '14:00', 2026-01-31T12:00:00Z or revision:N"
+_EXAMPLES = "'10 min ago', 'yesterday 14:00', '14:00'"
 
 
 def moment_of(text: str, now: datetime) -> Timestamp:
     """Return the time that ``text`` means.  ``now``: in the user's time zone.  Raises: InvalidArgument."""
+    return _moment_of(text, now, "2026-01-31T12:00:00Z")
+
+
+def _moment_of(text: str, now: datetime, last: str) -> Timestamp:
+    """See ``moment_of``.  ``last``: the last example in the error."""
     words = " ".join(text.lower().split())
     if words == "now":
         return timestamp(_ns(now))
@@ -43,12 +48,12 @@ def moment_of(text: str, now: datetime) -> Timestamp:
             return timestamp(_ns(_at(found["day"] or "today", found["time"] or "00:00", now)))
     except (ValueError, OverflowError):  # no such day or hour, or before the year 1
         pass
-    raise InvalidArgument(f"invalid time {text!r}. Use {EXAMPLES}.")
+    raise InvalidArgument(f"invalid time {text!r}. Use {_EXAMPLES} or {last}.")
 
 
 def moment_or_revision(text: str, now: datetime) -> str:
     """Return the time that ``text`` means, or ``revision:N`` unchanged.  Raises: InvalidArgument."""
-    return text if _REVISION.fullmatch(text) else moment_of(text, now)
+    return text if _REVISION.fullmatch(text) else _moment_of(text, now, "revision:N")
 
 
 def _at(day: str, clock: str, now: datetime) -> datetime:

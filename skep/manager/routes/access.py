@@ -193,11 +193,17 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
             with rpc_errors(), self.with_own_error():
                 raise
 
-    async def require_room(self, *, creates: bool) -> None:
-        """Refuse a request that makes the store grow if it is nearly full.  Raises: ResourceExhausted; Unavailable."""
+    async def require_room(self, *, creates: bool, adds: int = 0) -> None:
+        """Refuse a request that makes the store grow if it is nearly full.
+
+        Args:
+            adds: bytes that the request and those after it add together.
+
+        Raises: ResourceExhausted; Unavailable.
+        """
         with rpc_errors(), self.with_own_error():
             space = await self.store.space()
-            if space is not None and (why := refusal(space, creates=creates)):
+            if space is not None and (why := refusal(space, creates=creates, adds=adds)):
                 raise ResourceExhausted(why)
 
     @contextmanager

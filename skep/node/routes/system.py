@@ -348,6 +348,7 @@ async def stream_events(system: NodeSystem, request: web.Request) -> web.StreamR
 @_table.get("/tasks/{id}")
 @_table.get("/nodes")
 @_table.get("/nodes/{id}")
+@_table.get("/skep/events")
 @_table.get("/skep/history")
 async def read_cluster(system: NodeSystem, request: web.Request) -> web.StreamResponse:
     """Answer a worker's client with a manager's response.

@@ -117,7 +117,7 @@ def _check_affinities(stack: Stack, report: ProblemReport) -> None:
             if name.lower().startswith(prefix.lower()) and name.lower() not in names:
                 short = name[len(prefix) :]
                 text = f"its affinity names {short}, which is not there{meant_by(short, stack.services)}"
-                report.problems.append(FileProblem(service.place, f"services.{key}.x-skep", text))
+                report.problems.append(FileProblem(service.place, f"services.{key}", text))
 
 
 def _check_names(stack: Stack, report: ProblemReport) -> None:

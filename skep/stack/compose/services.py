@@ -137,7 +137,7 @@ def service_of(name: str, node: YamlNode, objects: StackObjects, report: Problem
         endpoint_spec=_endpoint(deploy, ports),
     )
     depends_on = _dependencies(service)
-    for problem, key in _refused_by_labels(spec, declared):
+    for problem, key in _refused_by_labels(spec, declared, "x-skep" if service.node("x-skep") else "deploy"):
         service.problem(key, problem)
     made = StackService(
         place=node.place,
@@ -162,18 +162,18 @@ _HINTS: Final = {
 }
 
 
-def _refused_by_labels(spec: ServiceSpec, declared: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return errors about labels, each with the key at which it is reported.
+def _refused_by_labels(spec: ServiceSpec, declared: Mapping[str, str], own: str) -> list[tuple[str, str]]:
+    """Return errors about labels, each with the key at which it is reported.  ``own``: the key of ``skep.*`` labels.
 
     ``declared``: the labels below ``deploy``.  A schedule below ``x-skep`` is checked where it is read.
     """
     found: list[tuple[str, str]] = []
     for check, key in (
-        (lambda: known_labels.check_service_labels(spec.labels), "x-skep"),
-        (lambda: check_autoscaling(spec), "x-skep"),
+        (lambda: known_labels.check_service_labels(spec.labels), own),
+        (lambda: check_autoscaling(spec), own),
         (
             lambda: check_affinities(spec.labels, spec.name, is_global=spec.mode.name.startswith("global")),
-            "x-skep",
+            own,
         ),
         (lambda: check_schedule(declared, spec.mode.name), "deploy"),
         (lambda: rights_of(spec.task_template.container_spec), "labels"),

@@ -136,13 +136,18 @@ def test_a_bad_setting_is_refused_with_its_place(rig: DaemonRig) -> None:
 
 def test_sighup_reloads_what_can_be_reloaded_and_says_so(rig: DaemonRig) -> None:
     rig.toml.write_text('labels = ["zone=a"]\n')
-    rig.start()
+    rig.start("--host", f"unix://{rig.run}/skep.sock")
     assert rig.process is not None
     rig.toml.write_text('labels = ["zone=b"]\ndebug = true\ndata-path-port = 5000\n')
     rig.process.send_signal(signal.SIGHUP)
     wait_until(lambda: rig.get("/info")[1]["Debug"], "debug is reloaded")
     assert "zone=b" in rig.get("/info")[1]["Labels"]
     assert "reloaded='debug, labels' needs_restart=data-path-port" in rig.log.read_text()
+
+    rig.toml.write_text('debug = true\nhosts = ["unix:///elsewhere.sock"]\n')
+    rig.process.send_signal(signal.SIGHUP)
+    unused = "hosts is not used, because --host is given: unix:///elsewhere.sock"
+    wait_until(lambda: unused in rig.log.read_text(), "unused hosts are named")
 
     rig.toml.write_text("debug = maybe\n")
     rig.process.send_signal(signal.SIGHUP)

@@ -53,6 +53,14 @@ def test_a_revision_is_no_time_but_is_taken_where_one_is_meant() -> None:
     assert moment_or_revision("10m", NOW) == "2026-01-31T13:20:00Z"
 
 
+def test_a_revision_is_named_only_where_one_is_taken() -> None:
+    with pytest.raises(InvalidArgument, match="or revision:N"):
+        moment_or_revision("soon", NOW)
+    with pytest.raises(InvalidArgument) as refused:
+        moment_of("revision:3", NOW)
+    assert "revision:N" not in str(refused.value)
+
+
 @given(text())
 def test_any_text_is_a_time_or_refused(words: str) -> None:
     try:

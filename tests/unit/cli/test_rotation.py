@@ -485,6 +485,37 @@ async def test_a_job_with_a_schedule_is_moved_and_its_present_run_goes_on(
     assert "nightly: its next run has key-v2" in capsys.readouterr().err
 
 
+async def test_a_config_is_not_rotated_as_a_secret_and_leads_to_the_command_for_configs(
+    cluster: tuple[ManagerApi, Any],
+) -> None:
+    _, host = cluster
+    await make(host, "key")
+    async with host.client() as client:
+        body = {"Name": "site.conf", "Data": "b25l"}
+        await client.post("/configs/create", body, timeout_s=10)
+        with pytest.raises(NotFound, match=r"site\.conf is a config\. Run skep config rotate site\.conf"):
+            await _Rotation(SECRET, client).next_version("site.conf", b"two")
+        with pytest.raises(NotFound, match=r"key is a secret\. Run skep secret rotate key"):
+            await _Rotation(CONFIG, client).next_version("key", b"two")
+        with pytest.raises(NotFound, match="site does not exist"):
+            await _Rotation(SECRET, client).next_version("site", b"two")
+
+
+async def test_a_rotation_names_the_file_of_a_stack_that_would_undo_it(
+    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, host = cluster
+    key, mode = await make(host, "key"), {"Global": {}}
+    await serve(host, "shop_web", key, "key", mode, **{STACK_LABEL: "shop"})
+    await serve(host, "plain", key, "key", mode)
+    async with host.client() as client:
+        rotation = _Rotation(SECRET, client)
+        new, old = await rotation.next_version("key", b"two")
+        await rotation.move(old, new)
+    said = "shop_web: name key-v2 in the file of stack shop, whose next deploy otherwise returns to key"
+    assert capsys.readouterr().err.splitlines() == ["key-v2 created", said]
+
+
 async def test_a_completed_job_keeps_its_version_without_a_problem(
     cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,11 +5,13 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from skep.aio.clock import SystemClock
 from skep.api.http.server import application
 from skep.api.http.versions import ApiVersion
+from skep.errors import Unavailable
 from skep.node.events import NodeEvents, message_of
 from skep.node.routes.system import content_type_for, is_known_to, known_to, system_routes
 
@@ -78,3 +80,17 @@ async def test_1_52_a_sequence_has_a_separator_before_each_event() -> None:
     shown = [msgspec.json.decode(one) for one in (first, second)]
     assert [one["Action"] for one in shown] == ["start", "die"]
     assert all("status" not in one for one in shown)
+
+
+async def test_skeps_own_events_of_a_worker_are_a_managers_or_refused_as_such() -> None:
+    async def read_cluster(_: web.Request) -> web.StreamResponse:
+        raise Unavailable("This node is not a swarm manager.")
+
+    app = application(system_routes(cast("Any", SimpleNamespace(read_cluster=read_cluster))))
+    async with TestClient(TestServer(app)) as client:
+        for path in ("/skep/events", "/skep/history", "/services"):
+            async with client.get(path) as response:
+                assert (response.status, await response.json()) == (
+                    503,
+                    {"message": "This node is not a swarm manager."},
+                ), path

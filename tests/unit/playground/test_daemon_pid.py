@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from skep.linux.processes import start_ticks_of
-from skep.playground.node import daemon_pid, described
+from skep.playground.node import daemon_pid, described, keeps_stopping
 
 
 def test_the_pid_of_a_node_is_its_daemons_and_not_its_holders(tmp_path: Path) -> None:
@@ -31,3 +31,14 @@ def test_the_pid_of_a_node_is_its_daemons_and_not_its_holders(tmp_path: Path) ->
         holder.stdin.close()
         holder.wait()
         holder.stdout.close()
+
+
+def test_a_daemon_that_ended_three_times_keeps_stopping(tmp_path: Path) -> None:
+    node = described(tmp_path, "demo", "w1", "worker", "192.168.100.13")
+    assert not keeps_stopping(node)
+    ends = tmp_path / "w1" / "ends"
+    ends.parent.mkdir()
+    ends.write_text("1\n1\n")
+    assert not keeps_stopping(node)
+    ends.write_text("1\n1\n1\n")
+    assert keeps_stopping(node)

@@ -67,7 +67,7 @@ def test_affinities_name_services_of_the_file() -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("affinity: wep", "services.web.x-skep: its affinity names wep, which is not there"),
+        ("affinity: wep", "services.web: its affinity names wep, which is not there"),
         ("affinity: db@zone", "invalid label skep.affinity=shop_db@zone: expected SERVICE[@TOPOLOGY]"),
         ("affinity: db, anti-affinity: db", "contradict each other"),
         ("anti-affinity-preferred: web", "cannot name the service itself"),
@@ -231,3 +231,12 @@ def test_routes_are_a_host_a_list_or_a_mapping(text: str, labels: dict[str, str]
 def test_routes_that_cannot_work_are_refused_at_their_place(text: str, problem: str) -> None:
     _, report = read(f"services: {{web: {{image: w, x-skep: {{{text}}}}}}}")
     assert problem in "\n".join(map(str, report.problems))
+
+
+def test_the_error_of_a_label_is_at_the_place_where_the_file_has_it() -> None:
+    for settings, place in (
+        ("deploy: {labels: {skep.drain: never}}", "f:1:36: services.web.deploy: "),
+        ("x-skep: {drain: never}", "f:1:36: services.web.x-skep: "),
+    ):
+        _, report = read(f"services: {{web: {{image: w, {settings}}}}}")
+        assert str(report.problems[0]).startswith(f"{place}invalid label skep.drain=never: "), report.problems

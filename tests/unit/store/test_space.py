@@ -93,3 +93,16 @@ def test_users_are_warned_and_then_refused_what_makes_it_grow() -> None:
     assert (warning(SMALL), warning(space(990, 650))) == ("", "")
     assert "75 % full" in warning(space(800, 750))
     assert "quota" in warning(space(100, 90, has_alarm=True))
+
+
+def test_writes_that_together_reach_the_limit_are_refused_before_the_first() -> None:
+    mib = 2**20
+    found = MemberSpace(size=1600 * mib, in_use=1520 * mib, quota=2000 * mib)
+    assert refusal(found, creates=True) == ""
+    assert refusal(found, creates=True, adds=79 * mib) == ""
+    assert "76 % full (1.5 of 2.0 GiB), too full for 80.0 MiB more: remove" in refusal(
+        found, creates=True, adds=80 * mib
+    )
+    assert refusal(found, creates=False, adds=80 * mib) == ""
+    full = MemberSpace(size=1700 * mib, in_use=1700 * mib, quota=2000 * mib)
+    assert "85 % full (1.7 of 2.0 GiB): remove" in refusal(full, creates=True, adds=mib)

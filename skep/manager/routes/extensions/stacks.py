@@ -17,7 +17,14 @@ from skep.api.access.permissions import shown_error
 from skep.api.formats.networks import NetworkBody, check_form, check_name
 from skep.api.formats.service_form import UNRECOGNIZED, settled
 from skep.api.http.server import Routes, json_list_response, json_response, read_json
-from skep.errors import AlreadyExists, InvalidArgument, NotFound, OutOfSequence, SkepError
+from skep.errors import (
+    AlreadyExists,
+    InvalidArgument,
+    NotFound,
+    OutOfSequence,
+    ResourceExhausted,
+    SkepError,
+)
 from skep.manager.control import files as file_control
 from skep.manager.control import networks, services
 from skep.manager.control import quotas as control
@@ -32,7 +39,7 @@ from skep.model.permissions.access import Identity
 from skep.model.quota import QuotaSpec
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
-from skep.model.values.encoding import ApiObject, always
+from skep.model.values.encoding import ApiObject, always, to_json
 from skep.model.values.ids import ServiceId
 from skep.store.interface import Transaction
 
@@ -44,6 +51,8 @@ _DATA_BYTES_MAX = 64 << 20
 """Largest size of all secrets and configs together in bytes.  Zeros of the same size replace their content during the
 check.
 """
+STACK = "stack"
+"""Kind of a refusal of all objects together."""
 _ATTEMPTS = 3
 """Largest number of attempts to check a plan while the cluster changes."""
 
@@ -87,9 +96,14 @@ class StackCheck(ApiObject):
         """The objects for which permissions are checked."""
         return (*self.networks, *self.secrets, *self.configs, *(one.spec for one in self.services))
 
+    @property
+    def creates(self) -> bool:
+        """Whether an object is created."""
+        return bool(self.networks or self.secrets or self.configs or any(not one.id for one in self.services))
+
 
 class StackRefusal(ApiObject):
-    """An object that would be refused.  ``kind`` is network, secret, config or service."""
+    """An object that would be refused.  ``kind`` is network, secret, config or service, or stack for all together."""
 
     kind: str = always("")
     name: str = always("")
@@ -110,7 +124,20 @@ async def check_stack(request: web.Request) -> web.StreamResponse:
             refusals = await _refusals(wanted, manager, identity)
             if not refusals or manager.store.view().revision == revision:
                 break
+    if not refusals and wanted.bodies:
+        try:
+            await manager.require_room(creates=wanted.creates, adds=_added_bytes(wanted))
+        except ResourceExhausted as error:
+            first = wanted.bodies[0]
+            refusals = [StackRefusal(kind=STACK, name=stack_of(first.labels), error=str(error))]
     return json_list_response(refusals)
+
+
+def _added_bytes(wanted: StackCheck) -> int:
+    """Return about how many bytes the deploy adds to the store, with the revision that records its services."""
+    files: tuple[SizedSecret | SizedConfig, ...] = (*wanted.secrets, *wanted.configs)
+    data = sum(one.data_bytes for one in files)
+    return data * 4 // 3 + sum(len(to_json(one)) for one in wanted.bodies) * 2  # content is stored as base64
 
 
 async def _refusals(wanted: StackCheck, manager: ManagerApi, identity: Identity) -> list[StackRefusal]:
