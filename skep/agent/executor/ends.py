@@ -13,7 +13,7 @@ from skep.engine.containers.signals import signal_number
 from skep.engine.engine import Engine
 from skep.model.task_end import SIGNALED, EndCause, KeptLine, TaskEnd, bounded_end, signal_of
 from skep.model.values.ids import ContainerId
-from skep.model.values.times import timestamp
+from skep.model.values.times import SECOND_NS, timestamp
 
 LOG_SECONDS_MAX = 2.0
 """Seconds to read the last lines of an ended container.  After that, its end is reported without them."""
@@ -24,10 +24,11 @@ _INTERRUPTIONS = {
 }
 
 
-def end_of(container: Container, *, was_stopped: bool) -> TaskEnd | None:
+def end_of(container: Container, stopping_s: float | None) -> TaskEnd | None:
     """Return why ``container`` ended, without its last lines, or None if it was stopped and ended in time.
 
-    ``was_stopped`` tells whether the node stopped the running container because its task was no longer wanted.
+    ``stopping_s``: seconds since the node sent the stop signal because the task was no longer wanted, or None if it
+    did not.
     """
     code = container.exit_code
     if container.interruption is not None:
@@ -36,10 +37,12 @@ def end_of(container: Container, *, was_stopped: bool) -> TaskEnd | None:
         return TaskEnd(cause=EndCause.OUT_OF_MEMORY.value, signal=signal_of(code))
     if not container.was_started:
         return TaskEnd(cause=EndCause.START_FAILED.value) if container.error else None
-    if was_stopped:
+    if stopping_s is not None:
         own = signal_number(container.config.stop_signal or "SIGTERM")
         grace = container.config.stop_grace_ns
         if code != SIGNALED + signal.SIGKILL or own == signal.SIGKILL or not grace:  # a requested kill
+            return None
+        if stopping_s < grace / SECOND_NS:  # somebody else killed it meanwhile
             return None
         return TaskEnd(cause=EndCause.STOP_TIMEOUT.value, signal=signal_of(code), grace=grace)
     if container.health is not None and is_failing(container.config.healthcheck, container.health):

@@ -254,7 +254,8 @@ class OciController:
         self._engine = executor.engine
         self._task = task
         self._registry_auth = registry_auth
-        self._was_stopped = False
+        self._stopping_since: float | None = None
+        """Time of the clock when the running container was told to stop."""
 
     def observed(self) -> Running | None:
         """Return the state in the container's record."""
@@ -373,7 +374,9 @@ class OciController:
     async def fetch_end(self) -> TaskEnd | None:
         """Return the end from the container's record and its log."""
         container = self._container()
-        end = end_of(container, was_stopped=self._was_stopped) if container is not None else None
+        since = self._stopping_since
+        stopping_s = self._executor.clock.monotonic() - since if since is not None else None
+        end = end_of(container, stopping_s) if container is not None else None
         if container is None or end is None:
             return None
         return await with_last_lines(self._engine, container.id, end, last_lines(self._task.service_labels))
@@ -383,7 +386,8 @@ class OciController:
         container = self._container()
         if container is not None:
             await self._drain(container, drain_s)
-            self._was_stopped = self._was_stopped or self._engine.get(container.id).is_running
+            if self._stopping_since is None and self._engine.get(container.id).is_running:
+                self._stopping_since = self._executor.clock.monotonic()
             await self._stop(container.id)
             await self._engine.retire(container.id)
 
@@ -484,7 +488,7 @@ def _exit_of(container: Container, reason: str = "") -> TaskExit:
 
 
 def _with_words(reason: str, container: Container) -> str:
-    end = end_of(container, was_stopped=False)
+    end = end_of(container, stopping_s=None)
     return ": ".join(filter(None, (reason, words_of(end) if end is not None else "")))
 
 

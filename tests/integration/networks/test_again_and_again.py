@@ -131,9 +131,14 @@ def test_tasks_that_are_replaced_before_they_start_leave_no_namespace_and_hold_n
         # Prepared, and not started as long as their predecessors run.
         prepared = wait_until(partial(six_prepared, m1, "ready", replaced), "six tasks are prepared", 60)
         replaced |= prepared
-    for name in NODES:
-        for container in container_pids(cluster.node(name), "ready"):
-            cluster.node(name).client().api.kill(container)
+    # Listed before the first is killed: its successor starts at once, perhaps on another node.
+    running = [
+        (cluster.node(name), container)
+        for name in NODES
+        for container in container_pids(cluster.node(name), "ready")
+    ]
+    for node, container in running:
+        node.client().api.kill(container)
     tasks = wait_running(m1, "ready", 6, 120)
     assert {task["ID"] for task in tasks} == prepared
     assert len(addresses(m1, "ready", "net1")) == 6

@@ -45,29 +45,30 @@ SICK = replace(
 
 
 @pytest.mark.parametrize(
-    ("container", "was_stopped", "end"),
+    ("container", "stopping_s", "end"),
     [
-        (ENDED, False, TaskEnd(cause="exit")),
-        (replace(ENDED, exit_code=3), False, TaskEnd(cause="exit")),
-        (replace(ENDED, exit_code=139), False, TaskEnd(cause="signal", signal="SIGSEGV")),
-        (replace(ENDED, exit_code=255), False, TaskEnd(cause="exit")),
+        (ENDED, None, TaskEnd(cause="exit")),
+        (replace(ENDED, exit_code=3), None, TaskEnd(cause="exit")),
+        (replace(ENDED, exit_code=139), None, TaskEnd(cause="signal", signal="SIGSEGV")),
+        (replace(ENDED, exit_code=255), None, TaskEnd(cause="exit")),
         (
             replace(ENDED, exit_code=137, oom_killed=True),
-            False,
+            None,
             TaskEnd(cause="out-of-memory", signal="SIGKILL"),
         ),
-        (replace(ENDED, exit_code=143), True, None),
-        (ENDED, True, None),
+        (replace(ENDED, exit_code=143), 2.1, None),
+        (ENDED, 2.1, None),
         (
             replace(ENDED, exit_code=137),
-            True,
+            2.1,
             TaskEnd(cause="stop-timeout", signal="SIGKILL", grace=2 * SECOND_NS),
         ),
-        (replace(ENDED, exit_code=137, config=replace(CONFIG, stop_signal="9")), True, None),
-        (replace(ENDED, exit_code=137, config=replace(CONFIG, stop_grace_ns=0)), True, None),
+        (replace(ENDED, exit_code=137), 1.9, None),  # killed by hand within its grace period
+        (replace(ENDED, exit_code=137, config=replace(CONFIG, stop_signal="9")), 2.1, None),
+        (replace(ENDED, exit_code=137, config=replace(CONFIG, stop_grace_ns=0)), 2.1, None),
         (
             SICK,
-            False,
+            None,
             TaskEnd(
                 cause="unhealthy",
                 health_output="b",
@@ -78,7 +79,7 @@ SICK = replace(
         ),
         (
             replace(SICK, health=replace(SICK.health, log=(probe(-1, "took too long"),))),
-            False,
+            None,
             TaskEnd(
                 cause="unhealthy",
                 health_output="took too long",
@@ -89,28 +90,30 @@ SICK = replace(
         # What does not run is called unhealthy, whatever its probes have said.
         (
             replace(SICK, exit_code=1, health=replace(SICK.health, failing_streak=1)),
-            False,
+            None,
             TaskEnd(cause="exit"),
         ),
         (
             replace(ENDED, started_at=ZERO_TIME, error="no"),
-            False,
+            None,
             TaskEnd(cause="start-failed"),
         ),
         (
             replace(ENDED, exit_code=143, interruption=Interruption.MACHINE_RESTARTED),
-            False,
+            None,
             TaskEnd(cause="node-restarted"),
         ),
         (
             replace(ENDED, exit_code=255, interruption=Interruption.MONITOR_LOST),
-            False,
+            None,
             TaskEnd(cause="monitor-lost"),
         ),
     ],
 )
-def test_each_cause_is_distinguished(container: Container, was_stopped: bool, end: TaskEnd | None) -> None:
-    assert end_of(container, was_stopped=was_stopped) == end
+def test_each_cause_is_distinguished(
+    container: Container, stopping_s: float | None, end: TaskEnd | None
+) -> None:
+    assert end_of(container, stopping_s) == end
 
 
 def test_checks_of_a_container_that_is_stopping_already_do_not_count() -> None:
@@ -119,7 +122,7 @@ def test_checks_of_a_container_that_is_stopping_already_do_not_count() -> None:
     for streak, log in ((4, (probe(7, "a"), probe(7, "b"), *broken[:2])), (9, (probe(7, "b"), *broken))):
         found = end_of(
             replace(SICK, health=Health(status=HealthStatus.UNHEALTHY, failing_streak=streak, log=log)),
-            was_stopped=False,
+            stopping_s=None,
         )
         assert found is not None
         assert (found.health_output, found.health_failures, found.health_exit_code) == ("b", 2, 7)
