@@ -1,13 +1,20 @@
 """The state of one member of a simulated etcd: disk, memory, leader, waiting requests."""
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from skep.model.values.ids import NodeId
 from skep.store.etcd import etcd_pb2 as pb
 
-if TYPE_CHECKING:
-    from sim.etcd.client import SimulatedWatchStream
+
+class Watcher(Protocol):
+    """A watch at a member."""
+
+    def show(self, revision: int, lag_s: float) -> None:
+        """Record that the member has applied ``revision``.  The watch sends it ``lag_s`` later, in order."""
+
+    def lose(self, reason: str) -> None:
+        """Break the stream."""
 
 
 class Entry:
@@ -69,7 +76,7 @@ class Member:
         """Time until which its status shows the previous leader."""
         self.corrupted: dict[bytes, int] = {}
         """Keys whose value of this revision has a flipped bit on this member's disk.  Every load reads that value."""
-        self.watchers: list[SimulatedWatchStream] = []
+        self.watchers: list[Watcher] = []
         self.waiting: list[tuple[int, asyncio.Future[None]]] = []
         self.entries: list[Entry] = []
         """Entries whose proposer waits for a response from this member."""

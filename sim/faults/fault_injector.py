@@ -9,7 +9,8 @@ import msgspec
 
 from sim.cluster import SimulatedCluster
 from sim.etcd.member import Member
-from sim.faults.software import hang_manager, is_before_rotation
+from sim.faults.software import is_before_rotation
+from sim.faults.targeted_faults import hang_manager
 from sim.invariants.committed import Change
 from sim.world.links import Port
 from skep.model.node import Node

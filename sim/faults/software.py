@@ -1,23 +1,15 @@
-"""Faults in software: decisions that raise, managers with stale state, hung managers."""
+"""Faults in software: decisions that raise, and managers with stale state."""
 
-import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from math import inf
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import msgspec
 
-from sim.world.time import VirtualClock
 from skep.errors import SkepError
 from skep.model.swarm import Swarm
-from skep.model.values.ids import NodeId
-from skep.node.supervision.responses import wait_hung
 from skep.store.interface import LoopStore, Object, Store, Transaction, View, Watch
 from skep.store.state import State
-
-if TYPE_CHECKING:
-    from sim.cluster import SimulatedCluster
 
 T = TypeVar("T", bound=msgspec.Struct)
 R = TypeVar("R")
@@ -137,45 +129,3 @@ class StaleStore:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
-
-
-def hang_manager(cluster: "SimulatedCluster", id: NodeId, *, for_s: float = inf) -> Callable[[], None]:
-    """Hang a manager process while its etcd member continues, until the supervisor replaces both.
-
-    After ``for_s`` the process continues by itself.  Return a function that ends the fault at once.
-    """
-    cluster.disturbances += 1
-    cluster.links.hang(id)
-
-    async def is_answered() -> bool:
-        return not cluster.links.is_frozen(id)
-
-    async def hand_over() -> None:
-        if cluster.raft.current is not None and cluster.leader == id:
-            cluster.depose()
-
-    def thaw() -> None:
-        if cluster.links.is_frozen(id):
-            cluster.links.thaw(id)
-            cluster.disturbances -= 1
-
-    async def supervise() -> None:
-        try:
-            async with asyncio.timeout(for_s if for_s < inf else None):
-                await wait_hung(is_answered, hand_over, VirtualClock(cluster.loop))
-        except TimeoutError:
-            thaw()
-            return
-        process = cluster.kill_manager(id)
-        thaw()  # a killed process ends even if it was stopped
-        await asyncio.wait([process], timeout=1.0)
-        cluster.start_manager(id)
-
-    def end() -> None:
-        if cluster.links.is_frozen(id):
-            supervising.cancel()
-            thaw()
-
-    supervising = cluster.loop.create_task(supervise(), name=f"supervisor of {id}")
-    cluster.supervise(supervising)
-    return end

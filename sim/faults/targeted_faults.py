@@ -1,6 +1,8 @@
 """Faults that are injected in situations that random faults rarely hit."""
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Callable, Iterable
+from math import inf
 
 from msgspec.structs import replace
 
@@ -10,6 +12,7 @@ from sim.faults.software import is_before_rotation
 from sim.users.random_specs import BROKEN
 from sim.users.users import Users
 from sim.world.node import program_of
+from sim.world.time import VirtualClock
 from skep.model.node import Node
 from skep.model.options.affinity import has_affinities
 from skep.model.options.labels import FORGET_NODES, OnDisconnect, disconnect_policy
@@ -17,6 +20,7 @@ from skep.model.service import RestartCondition, Service, ServiceSpec
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
+from skep.node.supervision.responses import wait_hung
 from skep.store.interface import Transaction
 
 CUT_OFF_S = 15.0
@@ -47,6 +51,48 @@ STARTED_S = 8.0
 """Time until the tasks of a new service run."""
 UNDECIDED_S = 3.0
 """Longer than any requested restart delay."""
+
+
+def hang_manager(cluster: SimulatedCluster, id: NodeId, *, for_s: float = inf) -> Callable[[], None]:
+    """Hang a manager process while its etcd member continues, until the supervisor replaces both.
+
+    After ``for_s`` the process continues by itself.  Return a function that ends the fault at once.
+    """
+    cluster.disturbances += 1
+    cluster.links.hang(id)
+
+    async def is_answered() -> bool:
+        return not cluster.links.is_frozen(id)
+
+    async def hand_over() -> None:
+        if cluster.raft.current is not None and cluster.leader == id:
+            cluster.depose()
+
+    def thaw() -> None:
+        if cluster.links.is_frozen(id):
+            cluster.links.thaw(id)
+            cluster.disturbances -= 1
+
+    async def supervise() -> None:
+        try:
+            async with asyncio.timeout(for_s if for_s < inf else None):
+                await wait_hung(is_answered, hand_over, VirtualClock(cluster.loop))
+        except TimeoutError:
+            thaw()
+            return
+        process = cluster.kill_manager(id)
+        thaw()  # a killed process ends even if it was stopped
+        await asyncio.wait([process], timeout=1.0)
+        cluster.start_manager(id)
+
+    def end() -> None:
+        if cluster.links.is_frozen(id):
+            supervising.cancel()
+            thaw()
+
+    supervising = cluster.loop.create_task(supervise(), name=f"supervisor of {id}")
+    cluster.supervise(supervising)
+    return end
 
 
 def cut_off_for_long(cluster: SimulatedCluster) -> None:

@@ -3,12 +3,9 @@
 from collections.abc import Callable
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING
 
+from sim.store_only.world import StoreWorld
 from skep.model.values.ids import NodeId
-
-if TYPE_CHECKING:
-    from sim.store_only.run import StoreRun
 
 LASTS_S = (0.3, 1.5, 7.0)
 OVERDUE_S = 6.0
@@ -18,11 +15,11 @@ OVERDUE_S = 6.0
 class Faults:
     """Injects random faults."""
 
-    def __init__(self, run: "StoreRun") -> None:
-        self._run = run
-        self._random = run.random
-        self._raft = run.raft
-        self._links = run.links
+    def __init__(self, world: StoreWorld) -> None:
+        self._world = world
+        self._random = world.random
+        self._raft = world.raft
+        self._links = world.links
         self._lasting: list[tuple[float, str, Callable[[], None]]] = []
         self._hit: set[NodeId] = set()
         self._faults: tuple[Callable[[], None], ...] = (
@@ -38,49 +35,49 @@ class Faults:
 
     def end_due(self) -> None:
         """End the faults whose time is over."""
-        self._end(self._run.loop.time())
+        self._end(self._world.loop.time())
 
     def heal(self) -> None:
         """End all faults.  A hanging disk recovers when its time is over."""
-        now = self._run.loop.time()
+        now = self._world.loop.time()
         hanging = [until for until, name, _ in self._lasting if name.startswith("hang")]
-        self._run.run_for(max(hanging, default=now) - now)
+        self._world.run_for(max(hanging, default=now) - now)
         self._end(inf)
 
     def _end(self, now: float) -> None:
         for one in [one for one in self._lasting if one[0] <= now]:
             self._lasting.remove(one)
-            self._run.log(f"fault: end of {one[1]}")
+            self._world.log(f"fault: end of {one[1]}")
             one[2]()
 
     def _begin(self, name: str, undo: Callable[[], None], hits: NodeId | None = None) -> None:
         lasts_s = self._random.choice(LASTS_S) * self._random.uniform(0.5, 1.5)
         if hits is not None:
             self._hit.add(hits)
-        self._run.log(f"fault: {name} for {lasts_s:.2f} s")
+        self._world.log(f"fault: {name} for {lasts_s:.2f} s")
 
         def ended() -> None:
             if hits is not None:
                 self._hit.discard(hits)
             undo()
 
-        self._lasting.append((self._run.loop.time() + lasts_s, name, ended))
+        self._lasting.append((self._world.loop.time() + lasts_s, name, ended))
 
     def _victim(self) -> NodeId | None:
-        healthy = [id for id in self._run.ids if id not in self._hit]
+        healthy = [id for id in self._world.ids if id not in self._hit]
         return self._random.choice(healthy) if healthy else None
 
     def _crash(self) -> None:
         if id := self._victim():
-            self._begin(f"crash of {id}", self._run.crash(id), id)
+            self._begin(f"crash of {id}", self._world.crash(id), id)
 
     def _restart_member(self) -> None:
         if id := self._victim():
-            self._begin(f"end of the member of {id}", self._run.restart_member(id), id)
+            self._begin(f"end of the member of {id}", self._world.restart_member(id), id)
 
     def _reset_connections(self) -> None:
         if id := self._victim():
-            self._run.log(f"fault: connections of {id} are reset")
+            self._world.log(f"fault: connections of {id} are reset")
             self._raft.reset_connections(id)
 
     def _hang(self) -> None:
@@ -92,11 +89,11 @@ class Faults:
         if self._random.random() < 0.5:
             self._raft.hang(id)
         else:
-            self._run.on_next_want = lambda: self._raft.hang(id)  # while its number is being written
+            self._world.on_next_want = lambda: self._raft.hang(id)  # while its number is being written
         self._begin(f"hang of the disk of {id}", partial(self._resume, id), id)
 
     def _resume(self, id: NodeId) -> None:
-        self._run.on_next_want = None
+        self._world.on_next_want = None
         self._raft.resume(id)
 
     def _slow_disk(self) -> None:
@@ -108,26 +105,26 @@ class Faults:
             self._begin(f"disk of {member.id} slow by {member.stall_s} s", undo)
 
     def _slow_member(self) -> None:
-        member = self._raft.members[self._random.choice(self._run.ids)]
+        member = self._raft.members[self._random.choice(self._world.ids)]
         member.lag_s = self._random.uniform(0.05, 1.5)
         self._begin(f"{member.id} lags", partial(setattr, member, "lag_s", 0.0))
 
     def _slow_watch(self) -> None:
-        member = self._raft.members[self._random.choice(self._run.ids)]
+        member = self._raft.members[self._random.choice(self._world.ids)]
         member.watch_lag_s = self._random.uniform(0.05, 3.0) if self._random.random() < 0.5 else OVERDUE_S
         self._begin(f"watch of {member.id} lags", partial(setattr, member, "watch_lag_s", 0.0))
 
     def _cut(self) -> None:
         if id := self._victim():
-            others = [other for other in self._run.ids if other != id]
+            others = [other for other in self._world.ids if other != id]
             word = self._random.choice(("both", "in", "out"))
             sources, targets = (others, [id]) if word == "in" else ([id], others)
             cut = self._links.cut(sources, targets, both_ways=word == "both")
             self._begin(f"cut off {id} {word}", partial(self._links.restore, cut), id)
 
     def _split(self) -> None:
-        side = [id for id in self._run.ids if self._random.random() < 0.5]
-        cut = self._links.cut(side, [id for id in self._run.ids if id not in side])
+        side = [id for id in self._world.ids if self._random.random() < 0.5]
+        cut = self._links.cut(side, [id for id in self._world.ids if id not in side])
         self._begin(f"split {side}", partial(self._links.restore, cut))
 
     def _freeze(self) -> None:
@@ -139,21 +136,21 @@ class Faults:
         if self._raft.current is None:
             return
         old = self._raft.current.member
-        others = [id for id in self._run.ids if id != old.id and self._raft.members[id].is_running]
+        others = [id for id in self._world.ids if id != old.id and self._raft.members[id].is_running]
         if others and self._raft.transfer(self._random.choice(others)):
-            self._run.log("fault: leadership moves")
+            self._world.log("fault: leadership moves")
             if self._random.random() < 0.7:
-                old.stale_until = self._run.loop.time() + self._random.uniform(0.2, 2.0)
+                old.stale_until = self._world.loop.time() + self._random.uniform(0.2, 2.0)
 
     def _compact(self) -> None:
         revision = self._raft.kv.revision - self._random.choice((0, 0, 5, 20))
-        self._run.log(f"fault: compaction at {revision}")
+        self._world.log(f"fault: compaction at {revision}")
         self._raft.kv.compact(revision)
 
     def _rotate(self) -> None:
         """Request a new data key, which is not a fault."""
-        for manager in self._run.managers.values():
+        for manager in self._world.managers.values():
             if manager.store is not None:
-                self._run.log("user: another data key")
-                self._run.request(manager.store.rotate_data_key())
+                self._world.log("user: another data key")
+                self._world.request(manager.store.rotate_data_key())
                 return

@@ -43,13 +43,52 @@ class KeyChange(msgspec.Struct, frozen=True, gc=False):
     damage: str = ""
 
 
-class ObjectTable:
-    """All objects of one kind.  ``objects`` are by id, ``ids`` are sorted, and ``indexes`` hold sorted ids by index
-    name and value.
+class Index(msgspec.Struct):
+    """The sorted ids of the objects with an index value.
 
-    If an index value has a single id, the id is stored without a list.  The lists of 100,000 slots would take most of
-    the time of a garbage collection.
+    Most values of the largest index have a single id, so these have a dictionary of their own.  The lists of 100,000
+    slots would take most of the time of a garbage collection and of a copy.
     """
+
+    single: dict[str, str] = {}
+    several: dict[str, list[str]] = {}
+
+    def ids(self, value: str) -> Sequence[str]:
+        """Return the ids with a value.  Do not change them."""
+        id = self.single.get(value)
+        return (id,) if id is not None else self.several.get(value, ())
+
+    def add(self, value: str, id: str) -> None:
+        """Add an id that does not have the value yet."""
+        if (ids := self.several.get(value)) is not None:
+            if ids[-1] < id:
+                ids.append(id)
+            else:
+                insort(ids, id)
+        elif (other := self.single.get(value)) is not None:
+            del self.single[value]
+            self.several[value] = sorted((other, id))
+        else:
+            self.single[value] = id
+
+    def remove(self, value: str, id: str) -> None:
+        """Remove an id that has the value."""
+        ids = self.several.get(value)
+        if ids is None:
+            del self.single[value]
+            return
+        del ids[bisect_left(ids, id)]
+        if len(ids) == 1:
+            self.single[value] = ids[0]
+            del self.several[value]
+
+    def copied(self) -> "Index":
+        """Return a copy that can be changed."""
+        return Index(self.single.copy(), {value: ids[:] for value, ids in self.several.items()})
+
+
+class ObjectTable:
+    """All objects of one kind.  ``objects`` are by id, ``ids`` are sorted, and ``indexes`` are by name."""
 
     def __init__(self, schema: KindSchema) -> None:
         self.schema = schema
@@ -82,8 +121,7 @@ class ObjectTable:
         """Fields that this version does not know, by part (or head) and id."""
         self._never_read: dict[str, set[str]] = {}
         """Damaged parts (or heads) that never had a readable value, by id."""
-        self.indexes: dict[str, dict[str, str | list[str]]] = {name: {} for name in schema.indexes}
-        self._index_entries = [(value_of, self.indexes[name]) for name, value_of in schema.indexes.items()]
+        self.indexes = {name: Index() for name in schema.indexes}
         self._decode_head = head_decoder(schema.type)
         self._elsewhere = tuple(field for part in schema.parts.values() for field in part)
         """The fields of all parts except the head."""
@@ -94,13 +132,7 @@ class ObjectTable:
         copy.objects, copy.ids = self.objects.copy(), self.ids.copy()
         copy.unreadable = self.unreadable.copy()
         copy.damaged = {id: dict(parts) for id, parts in self.damaged.items()}
-        for name, index in self.indexes.items():
-            # Only lists are changed in place.  Most values of the largest index are single ids.
-            copy.indexes[name] = copied = index.copy()
-            copied.update({key: ids[:] for key, ids in index.items() if isinstance(ids, list)})
-        copy._index_entries = [
-            (value_of, copy.indexes[name]) for name, value_of in self.schema.indexes.items()
-        ]
+        copy.indexes = {name: index.copied() for name, index in self.indexes.items()}
         return copy
 
     def find(self, by: Mapping[str, str]) -> list[Any]:
@@ -112,8 +144,7 @@ class ObjectTable:
         if not by:
             return self.ids
         ((index, value),) = by.items()
-        found = self.indexes[index].get(value.lower() if index == NAME else value, ())
-        return (found,) if isinstance(found, str) else found
+        return self.indexes[index].ids(value.lower() if index == NAME else value)
 
     def with_prefix(self, prefix: str) -> Sequence[str]:
         """Return the ids that begin with ``prefix``, in order."""
@@ -363,24 +394,24 @@ class ObjectTable:
                 del self._never_read[id]
 
     def _enter(self, id: str, new: Object) -> None:
-        for value_of, index in self._index_entries:
+        for name, value_of in self.schema.indexes.items():
             if value := value_of(new):
-                _index_add(index, value, id)
+                self.indexes[name].add(value, id)
 
     def _move(self, id: str, old: Object, new: Object) -> None:
-        for value_of, index in self._index_entries:
+        for name, value_of in self.schema.indexes.items():
             before, after = value_of(old), value_of(new)
             if before == after:
                 continue
             if before:
-                _index_remove(index, before, id)
+                self.indexes[name].remove(before, id)
             if after:
-                _index_add(index, after, id)
+                self.indexes[name].add(after, id)
 
     def _leave(self, id: str, old: Object) -> None:
-        for value_of, index in self._index_entries:
+        for name, value_of in self.schema.indexes.items():
             if value := value_of(old):
-                _index_remove(index, value, id)
+                self.indexes[name].remove(value, id)
 
 
 def _intact(change: KeyChange) -> bytes:
@@ -389,25 +420,3 @@ def _intact(change: KeyChange) -> bytes:
         raise msgspec.DecodeError(change.damage)
     assert change.value is not None, "a removal has no value to read"
     return change.value
-
-
-def _index_add(index: dict[str, str | list[str]], value: str, id: str) -> None:
-    found = index.get(value)
-    if found is None:
-        index[value] = id
-    elif isinstance(found, str):
-        index[value] = sorted((found, id))
-    elif found[-1] < id:
-        found.append(id)
-    else:
-        insort(found, id)
-
-
-def _index_remove(index: dict[str, str | list[str]], value: str, id: str) -> None:
-    found = index[value]
-    if isinstance(found, str):
-        del index[value]
-        return
-    del found[bisect_left(found, id)]
-    if len(found) == 1:
-        index[value] = found[0]

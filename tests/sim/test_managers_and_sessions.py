@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from sim.cluster import SimulatedCluster
-from sim.faults.software import hang_manager
+from sim.faults.targeted_faults import hang_manager
 from skep.manager.nodes.heartbeats import RECOVERY_GRACE_S
 from skep.model.node import Node, NodeState
 from skep.model.service import RestartPolicy

@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.faults.software import hang_manager
+from sim.faults.targeted_faults import hang_manager
 from sim.invariants.committed import Change
 from sim.world.links import Port
 from skep.errors import Unavailable

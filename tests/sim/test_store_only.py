@@ -8,7 +8,8 @@ import pytest
 
 from sim.seeds import chunked, report, results
 from sim.store_only.managers import WANT
-from sim.store_only.run import StoreRun, elections, simulate
+from sim.store_only.run import elections, simulate
+from sim.store_only.world import StoreWorld
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.reflector import Reflector
 from skep.store.kinds import Payload
@@ -44,9 +45,9 @@ def test_a_deletion_counts_as_applied_only_if_no_other_manager_made_it() -> None
 
 
 @pytest.fixture
-def calm() -> Iterator[StoreRun]:
+def calm() -> Iterator[StoreWorld]:
     """One manager that leads, and in which nothing breaks by itself."""
-    run = StoreRun(next(seed for seed in range(20) if len(StoreRun(seed).ids) == 1))
+    run = StoreWorld(next(seed for seed in range(20) if len(StoreWorld(seed).ids) == 1))
     asyncio.set_event_loop(run.loop)
     (id,) = run.ids
     run.raft.add(id)
@@ -62,7 +63,7 @@ def calm() -> Iterator[StoreRun]:
 
 @pytest.mark.parametrize("behind_s", [5.0, 21.0, 45.0])
 def test_an_acknowledged_write_that_does_not_show_yet_is_not_decided_again(
-    calm: StoreRun, behind_s: float
+    calm: StoreWorld, behind_s: float
 ) -> None:
     """The leader's watch is behind for longer than its update waits, while its writes are answered."""
     (member,) = calm.raft.members.values()

@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-BATCH = 250
+BATCH = 100
 """Objects or events handled before the loop yields to others; each takes a few microseconds."""
 
 CatchUp: TypeAlias = Callable[[], Awaitable[None]]

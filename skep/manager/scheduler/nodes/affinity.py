@@ -9,7 +9,7 @@ Tasks that are being stopped do not count, as for ``max_replicas``.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -19,14 +19,18 @@ from skep.model.options.constraints import Constraint, label_of, meets
 from skep.model.service import Service
 from skep.model.values.ids import NodeId, ServiceId
 
-if TYPE_CHECKING:
-    from skep.manager.scheduler.nodes.accounting import Account
-
 WATCHED_MAX: Final = 10_000
 """Most services and topologies whose counts are kept.  All are dropped and counted again when there are more."""
 MANY: Final = 256
 """Excluded nodes from which on a service has its own order of nodes, as with as many tasks of its own."""
 _NONE: Final[Counter[str]] = Counter()
+
+
+class OnNode(Protocol):
+    """The state of a node, as in ``accounting.Account``."""
+
+    @property
+    def node(self) -> Node: ...
 
 
 class AffinityRule(msgspec.Struct, frozen=True):
@@ -174,7 +178,7 @@ class Domains:
 
     def __init__(
         self,
-        accounts: "Mapping[NodeId, Account]",
+        accounts: Mapping[NodeId, OnNode],
         copies: Mapping[ServiceId, Counter[NodeId]],
         changes: Callable[[], int],
     ) -> None:
@@ -222,7 +226,7 @@ class Domains:
         self._eligible.clear()
         self._number = 0
 
-    def has_neighbor(self, rule: AffinityRule, account: "Account") -> bool:
+    def has_neighbor(self, rule: AffinityRule, account: OnNode) -> bool:
         """Return whether a task of the rule's services is in the node's domain."""
         if not rule.topology:
             return any(self.copies(id).get(account.node.id, 0) for id in rule.services)
@@ -238,14 +242,14 @@ class Domains:
         return service_id in rule.services and not any(self._copies.get(id) for id in rule.services)
 
     def is_within(
-        self, skew: Skew, service_id: ServiceId, constraints: tuple[Constraint, ...], account: "Account"
+        self, skew: Skew, service_id: ServiceId, constraints: tuple[Constraint, ...], account: OnNode
     ) -> bool:
         """Return whether the node's domain may have one more task of the service."""
         domain, eligible = domain_of(account.node, skew.topology), self.eligible(skew.topology, constraints)
         counts = self.counts(service_id, skew.topology)
         return domain in eligible and is_level(counts, _NONE, domain, eligible, skew.limit)
 
-    def is_met(self, rule: AffinityRule, service_id: ServiceId, account: "Account") -> bool:
+    def is_met(self, rule: AffinityRule, service_id: ServiceId, account: OnNode) -> bool:
         """Return whether a node meets ``rule`` for a task of the service."""
         if rule.is_apart:
             return not self.has_neighbor(rule, account)
@@ -326,7 +330,7 @@ class Neighborhood:
         self.excludes_many = False
         """Whether hard rules exclude so many nodes that skipping them for each task would be slow."""
 
-    def update(self, leaving: Mapping[NodeId, int], accounts: "Mapping[NodeId, Account]") -> set[NodeId]:
+    def update(self, leaving: Mapping[NodeId, int], accounts: Mapping[NodeId, OnNode]) -> set[NodeId]:
         """Look at the present tasks of the other services.  Returns the nodes that may be treated differently now.
 
         Args:
@@ -371,7 +375,7 @@ class Neighborhood:
         self.special, self.only = special, only
         return changed
 
-    def allows(self, account: "Account") -> bool:
+    def allows(self, account: OnNode) -> bool:
         """Return whether the rules by node allow a task on the node."""
         id = account.node.id
         if self.only is not None and id not in self.only:
