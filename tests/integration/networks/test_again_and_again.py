@@ -90,14 +90,39 @@ def test_requests_to_the_name_and_to_the_published_port_rotate_over_all_replicas
     for name in NODES:
         inside, published = place_of(cluster.node(name), "client"), cluster.node(name).description["addr"]
         for ask_who in (
-            partial(in_place, inside, by_name),
-            partial(in_place, outside(cluster), by_address, published),
+            partial(in_place, inside, by_name, "whoami"),
+            partial(in_place, outside(cluster), by_address, published, 8080),
         ):
             wait_until(partial(lead_to, ask_who, hosts), f"{name} leads to all")
             found = ask_who(150)
             assert found.keys() == hosts
             # Each is drawn at random: fewer than 21 of 150, where 50 are expected, is five deviations away.
             assert min(found.values()) > 20, found
+
+
+def test_a_canary_gets_its_share_of_the_connections_to_the_name_and_to_the_published_port(
+    cluster: TestCluster,
+) -> None:
+    m1 = cluster.node("m1")
+    labels = ("skep.update=canary", "skep.update.steps=5%", "skep.update.step-time=30m")
+    words = [word for label in labels for word in ("--label", label)]
+    create(m1, "staged", 3, "--network", "net1", "-p", "8081:80", *words, command=SERVE)
+    old = {task["ID"] for task in wait_running(m1, "staged", 3)}
+    m1.docker("service", "update", "--detach", "--quiet", "--env-add", "N=1", "staged")
+    tasks = wait_running(m1, "staged", 4)
+    (canary,) = (
+        one["Status"]["ContainerStatus"]["ContainerID"][:12] for one in tasks if one["ID"] not in old
+    )
+    for name in NODES:
+        inside, published = place_of(cluster.node(name), "client"), cluster.node(name).description["addr"]
+        for ask_who in (
+            partial(in_place, inside, by_name, "staged"),
+            partial(in_place, outside(cluster), by_address, published, 8081),
+        ):
+            wait_until(lambda ask=ask_who: ask(40)[canary] > 0, f"{name} leads to the canary", 60)
+            # 15 are expected of 300, and 75 without a share: each bound is five deviations away.
+            assert 0 < ask_who(300)[canary] < 35
+    m1.docker("service", "rm", "staged")
 
 
 def lead_to(ask_who: Callable[[int], Counter[str]], hosts: set[str]) -> bool:
@@ -108,14 +133,14 @@ def lead_to(ask_who: Callable[[int], Counter[str]], hosts: set[str]) -> bool:
         return False
 
 
-def by_name(count: int) -> Counter[str]:
+def by_name(name: str, count: int) -> Counter[str]:
     """Who answers at the name, which is asked for each time."""
-    return Counter(hostname_of(ask("whoami")[0]) for _ in range(count))
+    return Counter(hostname_of(ask(name)[0]) for _ in range(count))
 
 
-def by_address(address: str, count: int) -> Counter[str]:
+def by_address(address: str, port: int, count: int) -> Counter[str]:
     """Who answers at the published port."""
-    return Counter(hostname_of(address, 8080) for _ in range(count))
+    return Counter(hostname_of(address, port) for _ in range(count))
 
 
 def test_tasks_that_are_replaced_before_they_start_leave_no_namespace_and_hold_no_address(
