@@ -43,15 +43,23 @@ class KeyChange(msgspec.Struct, frozen=True, gc=False):
     damage: str = ""
 
 
-class Index(msgspec.Struct):
+class Index:
     """The sorted ids of the objects with an index value.
 
     Most values of the largest index have a single id, so these have a dictionary of their own.  The lists of 100,000
     slots would take most of the time of a garbage collection and of a copy.
     """
 
-    single: dict[str, str] = {}
-    several: dict[str, list[str]] = {}
+    def __init__(self) -> None:
+        self.single: dict[str, str] = {}
+        self.several: dict[str, list[str]] = {}
+        self._shared: set[str] = set()
+        """Values whose list a copy uses as well.  It is copied before its first change."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Index) and (self.single, self.several) == (other.single, other.several)
+
+    __hash__ = None  # type: ignore[assignment]  # it changes
 
     def ids(self, value: str) -> Sequence[str]:
         """Return the ids with a value.  Do not change them."""
@@ -60,20 +68,19 @@ class Index(msgspec.Struct):
 
     def add(self, value: str, id: str) -> None:
         """Add an id that does not have the value yet."""
-        if (ids := self.several.get(value)) is not None:
+        if (ids := self._own(value)) is not None:
             if ids[-1] < id:
                 ids.append(id)
             else:
                 insort(ids, id)
-        elif (other := self.single.get(value)) is not None:
-            del self.single[value]
+        elif (other := self.single.pop(value, None)) is not None:
             self.several[value] = sorted((other, id))
         else:
             self.single[value] = id
 
     def remove(self, value: str, id: str) -> None:
         """Remove an id that has the value."""
-        ids = self.several.get(value)
+        ids = self._own(value)
         if ids is None:
             del self.single[value]
             return
@@ -82,9 +89,20 @@ class Index(msgspec.Struct):
             self.single[value] = ids[0]
             del self.several[value]
 
+    def _own(self, value: str) -> list[str] | None:
+        """Return the list of a value, which may be changed, or None if there is none."""
+        ids = self.several.get(value)
+        if ids is not None and value in self._shared:
+            self._shared.remove(value)
+            ids = self.several[value] = ids[:]
+        return ids
+
     def copied(self) -> "Index":
-        """Return a copy that can be changed."""
-        return Index(self.single.copy(), {value: ids[:] for value, ids in self.several.items()})
+        """Return a copy.  Changes of one of both do not affect the other."""
+        copy = Index()
+        copy.single, copy.several = self.single.copy(), self.several.copy()
+        self._shared, copy._shared = set(self.several), set(self.several)
+        return copy
 
 
 class ObjectTable:

@@ -198,6 +198,11 @@ class Balance:
                 break
             yield  # the search since its last pause and the move both take milliseconds
             self._move(*found)
+        while self._groups:
+            # freed in slices: the groups of 5,000 nodes would hold the loop for 40 ms
+            self._groups.popitem()
+            if len(self._groups) % STEP == 0:
+                yield
         return self.moves
 
     def _load(self, skipped: Collection[ServiceId]) -> SlicedWork[None]:
