@@ -18,7 +18,7 @@ from tests.support.builders import a_service_spec
 CPU = 1_000_000_000
 MEASURED_S = PERIOD_S + 10.0
 """From a step of the load until the first decision that sees all of it: the average of a node, and a period."""
-SEEDS = range(3)
+SEEDS = (0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2)))
 
 
 def autoscaled(least: int, most: int, *, replicas: int, down_after: str = "5m", cpu: int = 50) -> ServiceSpec:
