@@ -30,6 +30,8 @@ class QuotaSpec(ApiObject):
     """Data of its secrets and configs."""
     services: int = 0
     """Services, including those without tasks."""
+    hosts: tuple[str, ...] = ()
+    """Hosts of the front door that only the services of this stack may have, and no others.  Empty means no limit."""
 
 
 class StackQuota(ApiObject):

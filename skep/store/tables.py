@@ -43,7 +43,7 @@ class KeyChange(msgspec.Struct, frozen=True, gc=False):
     damage: str = ""
 
 
-class Index:
+class FieldIndex:
     """The sorted ids of the objects with an index value.
 
     Most values of the largest index have a single id, so these have a dictionary of their own.  The lists of 100,000
@@ -57,7 +57,7 @@ class Index:
         """Values whose list a copy uses as well.  It is copied before its first change."""
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Index) and (self.single, self.several) == (other.single, other.several)
+        return isinstance(other, FieldIndex) and (self.single, self.several) == (other.single, other.several)
 
     __hash__ = None  # type: ignore[assignment]  # it changes
 
@@ -90,16 +90,16 @@ class Index:
             del self.several[value]
 
     def _own(self, value: str) -> list[str] | None:
-        """Return the list of a value, which may be changed, or None if there is none."""
+        """Return the list of a value, which may be changed, or None without a list."""
         ids = self.several.get(value)
         if ids is not None and value in self._shared:
             self._shared.remove(value)
             ids = self.several[value] = ids[:]
         return ids
 
-    def copied(self) -> "Index":
+    def copied(self) -> "FieldIndex":
         """Return a copy.  Changes of one of both do not affect the other."""
-        copy = Index()
+        copy = FieldIndex()
         copy.single, copy.several = self.single.copy(), self.several.copy()
         self._shared, copy._shared = set(self.several), set(self.several)
         return copy
@@ -139,7 +139,7 @@ class ObjectTable:
         """Fields that this version does not know, by part (or head) and id."""
         self._never_read: dict[str, set[str]] = {}
         """Damaged parts (or heads) that never had a readable value, by id."""
-        self.indexes = {name: Index() for name in schema.indexes}
+        self.indexes = {name: FieldIndex() for name in schema.indexes}
         self._decode_head = head_decoder(schema.type)
         self._elsewhere = tuple(field for part in schema.parts.values() for field in part)
         """The fields of all parts except the head."""

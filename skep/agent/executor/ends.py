@@ -27,7 +27,7 @@ _INTERRUPTIONS = {
 def end_of(container: Container, stopping_s: float | None) -> TaskEnd | None:
     """Return why ``container`` ended, without its last lines, or None if it was stopped and ended in time.
 
-    ``stopping_s``: seconds since the node sent the stop signal because the task was no longer wanted, or None if it
+    ``stopping_s``: seconds since the node sent the stop signal because the task was retired, or None if it
     did not.
     """
     code = container.exit_code

@@ -1,6 +1,6 @@
 """``skep stack quota``: limits for all objects of a stack together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -45,6 +45,13 @@ def quota() -> None:
 @_count("--configs", help="Maximum number of configs, including revisions.")
 @_count("--services", help="Maximum number of services.")
 @click.option("--data", default="0", metavar="SIZE", help="Maximum size of secrets and configs: 64m.")
+@click.option(
+    "--host",
+    "hosts",
+    multiple=True,
+    metavar="HOST",
+    help="Host of the front door for this stack alone: shop.example.com, *.shop.example.com. Repeatable.",
+)
 @click.argument("stack")
 @click.pass_obj
 def set_quota(options: HostOptions, /, stack: str, **bounds: Any) -> None:
@@ -56,6 +63,7 @@ def set_quota(options: HostOptions, /, stack: str, **bounds: Any) -> None:
     Examples:
       skep stack quota set shop --tasks 20 --cpus 4 --memory 8g --ports 3
       skep stack quota set shop --networks 10 --addresses 4096 --data 64m
+      skep stack quota set shop --host shop.example.com --host '*.shop.example.com'
     """
 
     async def put() -> None:
@@ -69,25 +77,26 @@ def set_quota(options: HostOptions, /, stack: str, **bounds: Any) -> None:
     click.echo(stack)
 
 
-def _body(cpus: float, memory: str, data: str, **numbers: int) -> dict[str, int]:
-    """Return the quota in the API's form.  Bounds that older managers do not know are left out if they are 0."""
+def _body(cpus: float, memory: str, data: str, hosts: Sequence[str] = (), **numbers: int) -> dict[str, Any]:
+    """Return the quota in the API's form.  Bounds that older managers do not know are left out if they are not set."""
     older = {
         "Tasks": numbers.pop("tasks"),
         "NanoCPUs": round(cpus * CPU_NANO),
         "MemoryBytes": _bytes(memory),
         "Ports": numbers.pop("ports"),
     }
-    newer = {name.capitalize(): number for name, number in numbers.items()} | {"DataBytes": _bytes(data)}
-    return older | {name: number for name, number in newer.items() if number}
+    newer: dict[str, Any] = {name.capitalize(): number for name, number in numbers.items()}
+    newer |= {"DataBytes": _bytes(data), "Hosts": [host.lower() for host in hosts]}
+    return older | {name: bound for name, bound in newer.items() if bound}
 
 
-def _check_is_set(body: dict[str, int], state: dict[str, Any]) -> None:
+def _check_is_set(body: dict[str, Any], state: dict[str, Any]) -> None:
     """Check that all bounds were set.
 
     Raises: FailedPrecondition: the manager runs an older version, which drops bounds that it does not know.
     """
     present = state.get("Quota", {})
-    if missing := [name for name, number in body.items() if number and present.get(name) != number]:
+    if missing := [name for name, bound in body.items() if bound and present.get(name) != bound]:
         raise FailedPrecondition(
             f"the manager's version does not support the limits {', '.join(missing)}. Run skep upgrade first."
         )
@@ -152,6 +161,10 @@ def _shown(found: dict[str, Any]) -> Shown:
             ("Services", "services", str),
         )
     ]
+
+    if hosts := found["Quota"].get("Hosts"):
+        used = ", ".join(found["Used"].get("Hosts", ())) or "-"
+        rows.append({"Resource": "hosts", "Used": used, "Limit": ", ".join(hosts)})
 
     def lines(screen: Screen) -> Iterator[str]:
         cells = [(row["Resource"], row["Used"], row["Limit"]) for row in rows]

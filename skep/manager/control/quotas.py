@@ -20,6 +20,8 @@ from skep.manager.services.quotas import (
     usage_of_network,
     usage_of_stack,
 )
+from skep.manager.services.routes import exposed, hosts_in
+from skep.model.door.routes import why_no_host
 from skep.model.network import Network, NetworkSpec
 from skep.model.quota import QuotaSpec, QuotaState, StackQuota
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
@@ -28,6 +30,9 @@ from skep.model.values.ids import IdSource, QuotaId
 from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction, View
 from skep.store.level import USERS
+
+HOSTS_MAX = 100
+"""Hosts of one quota.  Each new route is compared with the hosts of all quotas."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -101,14 +106,28 @@ def set_quota(tx: Transaction, spec: QuotaSpec, *, new_id: IdSource, now: Timest
     if tx.level < USERS:
         raise FailedPrecondition("quotas need managers of this version: upgrade the others first")
     bounds = [getattr(spec, name) for name, *_ in BOUNDS]
-    if any(not 0 <= bound < 2**53 for bound in bounds) or not any(bounds):
+    if any(not 0 <= bound < 2**53 for bound in bounds) or not (any(bounds) or spec.hosts):
         raise InvalidArgument(
-            "a quota needs a limit: tasks, cpus, memory, ports, networks, addresses, secrets, configs, data or services"
+            "a quota needs a limit: tasks, cpus, memory, ports, networks, addresses, secrets, configs, data, services "
+            "or hosts"
         )
     present = quota_of(tx, spec.name)
+    _check_hosts(tx, spec)
     if present is None:
         return tx.put(StackQuota(id=QuotaId(new_id()), created_at=now, updated_at=now, spec=spec))
     return tx.put(replace(present, updated_at=now, spec=spec))
+
+
+def _check_hosts(tx: Transaction, spec: QuotaSpec) -> None:
+    """Check the hosts of a quota.  Raises: InvalidArgument: one is invalid, or in the quota of another stack."""
+    if len(spec.hosts) > HOSTS_MAX:
+        raise InvalidArgument(f"a quota has at most {HOSTS_MAX} hosts")
+    owners = {host: one.spec.name for one in tx.find(StackQuota) for host in one.spec.hosts}
+    for host in spec.hosts:
+        if (reason := why_no_host(host)) or host != host.lower():
+            raise InvalidArgument(f"invalid host {host[:100]!r}: {reason or 'write it in lower case'}")
+        if owners.get(host, spec.name) != spec.name:
+            raise InvalidArgument(f"the host {host} is in the quota of the stack {owners[host]}")
 
 
 def remove_quota(tx: Transaction, stack: str) -> None:
@@ -121,5 +140,9 @@ def remove_quota(tx: Transaction, stack: str) -> None:
 
 def quota_state(view: View, quota: StackQuota) -> QuotaState:
     """Return a quota with its usage."""
-    used = usage_of_stack(view, quota.spec.name)
-    return QuotaState(quota=quota.spec, used=QuotaSpec(name=quota.spec.name, **msgspec.structs.asdict(used)))
+    name, used = quota.spec.name, usage_of_stack(view, quota.spec.name)
+    in_stack = (one for one in exposed(view) if stack_of(one.spec.labels) == name)
+    hosts = tuple(sorted({host for one in in_stack for host in hosts_in(one.spec)}))
+    return QuotaState(
+        quota=quota.spec, used=QuotaSpec(name=name, hosts=hosts, **msgspec.structs.asdict(used))
+    )

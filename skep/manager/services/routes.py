@@ -5,8 +5,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from msgspec.structs import replace
 
 from skep.aio.time_slices import SlicedWork
-from skep.errors import InvalidArgument, RouteTaken
-from skep.model.door.claims import Claimant, Refusal, may_conflict, refusals, settled
+from skep.errors import InvalidArgument, RouteTaken, Unavailable
+from skep.model.door.claims import Claimant, Refusal, may_conflict, refusals, reserved, settled
 from skep.model.door.routes import has_routes, http_labels, parsed_routes, routes_of
 from skep.model.door.settings import is_door
 from skep.model.door.traffic import UNREADABLE, RouteShown, RouteTraffic, with_traffic
@@ -14,6 +14,7 @@ from skep.model.history import stack_of
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
 from skep.model.options.autoscaling import is_at_zero
+from skep.model.quota import StackQuota
 from skep.model.service import Service, ServiceSpec, UpdateState
 from skep.model.staging.updates import stages_of
 from skep.model.task import Task, TaskState
@@ -23,7 +24,9 @@ from skep.store.interface import View
 
 
 def check_routes(view: View, spec: ServiceSpec, id: ServiceId | None = None) -> None:
-    """Refuse a spec with a route that another service has.  Raises: RouteTaken.
+    """Refuse a spec with a route that another service has, or with a host that the quotas of stacks refuse.
+
+    Raises: RouteTaken; Unavailable: the quotas cannot be read.
 
     Args:
         id: The service to update, or None for a new one.
@@ -31,6 +34,8 @@ def check_routes(view: View, spec: ServiceSpec, id: ServiceId | None = None) -> 
     wanted = routes_of(spec.labels)
     if not wanted:
         return
+    present = view.lookup(Service, id) if id is not None else None
+    _check_reserved(view, spec, present)
     # A second service with the same name is refused because of its name, with Docker's message, when it is stored.
     others = [
         claimant_of(service)
@@ -42,6 +47,28 @@ def check_routes(view: View, spec: ServiceSpec, id: ServiceId | None = None) -> 
     claimant = Claimant(id=id or ServiceId(""), name=spec.name, stack=stack_of(spec.labels), routes=wanted)
     for refusal in refusals(claimant, others).values():
         raise RouteTaken(refusal.reason, stack=refusal.stack, unnamed=refusal.unnamed)
+
+
+def _check_reserved(view: View, spec: ServiceSpec, present: Service | None) -> None:
+    """Check hosts that a service does not have yet against the quotas of stacks.  Raises: RouteTaken; Unavailable."""
+    stack = stack_of(spec.labels)
+    is_in_it = present is not None and stack_of(present.spec.labels) == stack
+    new = hosts_in(spec) - (hosts_in(present.spec) if present is not None and is_in_it else set())
+    if not new:
+        return
+    for why in view.unreadable(StackQuota).values():
+        raise Unavailable(
+            f"a quota cannot be read here, so its hosts are unknown: {why}. Try again, which may reach another manager."
+        )
+    hosts_of = {one.spec.name: one.spec.hosts for one in view.find(StackQuota) if one.spec.hosts}
+    for host in sorted(new):
+        if (refusal := reserved(host, stack, hosts_of)) is not None:
+            raise RouteTaken(refusal.reason, stack=refusal.stack, unnamed=refusal.unnamed)
+
+
+def hosts_in(spec: ServiceSpec) -> set[str]:
+    """Return the hosts of a service's routes."""
+    return {route.host for route in routes_of(spec.labels)}
 
 
 def route_problems(view: View, service: Service, sees: Callable[[str], bool]) -> Iterator[str]:

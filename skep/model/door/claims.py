@@ -7,7 +7,7 @@ A host belongs to the stack of its oldest claim, because a path below it sees th
 of other stacks can add paths only if the owner's route has the option ``share``.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
@@ -78,6 +78,35 @@ def refusals(claimant: Claimant, others: Iterable[Claimant]) -> Mapping[str, Ref
     """Return why a service cannot have some of its routes, because of others of any age."""
     newest = msgspec.structs.replace(claimant, created_at="~")  # sorts after every time
     return settled((*others, newest)).refused.get(claimant.id, {})
+
+
+def reserved(host: str, stack: str, hosts_of: Mapping[str, Collection[str]]) -> Refusal | None:
+    """Return why the quotas of stacks refuse a host to a service of ``stack``.
+
+    An exact host comes before the wildcard that includes it.  A wildcard is refused if it includes a host of another
+    stack.
+
+    Args:
+        hosts_of: Hosts by stack, with the stacks that have any.
+    """
+    owner_of = {one: name for name, hosts in hosts_of.items() for one in hosts}
+    owner, own = owner_of.get(host), hosts_of.get(stack, ())
+    if owner is None and own:
+        if _wildcard(host) in own:
+            return None
+        reason = f"the quota of the stack {stack} allows only the hosts {', '.join(own)}, and not {host}"
+        return Refusal(reason=reason, unnamed=reason, stack=stack)
+    if owner is None:
+        owner = owner_of.get(_wildcard(host))
+    if owner is None and host.startswith("*."):
+        owner = next((name for one, name in sorted(owner_of.items()) if _wildcard(one) == host), None)
+    if owner is None or owner == stack:
+        return None
+    return Refusal(
+        reason=f"the host {host} is reserved by the quota of the stack {owner}",
+        unnamed=f"the host {host} is reserved for another stack",
+        stack=owner,
+    )
 
 
 def may_conflict(wanted: Iterable[HttpRoute], labels: Iterable[str]) -> bool:

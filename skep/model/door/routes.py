@@ -202,14 +202,15 @@ def _address(label: str, text: str) -> tuple[str, str]:
         raise InvalidArgument(
             f"invalid label {_shown(label)}: the name of a route has lower-case letters, digits and hyphens"
         )
-    if (reason := _why_no_host(host)) or (reason := _why_no_path(path)):
+    if (reason := why_no_host(host)) or (reason := _why_no_path(path)):
         raise InvalidArgument(
             f"invalid label {label}={_shown(text)}: {reason}. Expected HOST[/PATH], for example app.example.com/api"
         )
     return host.lower(), path.rstrip("/")
 
 
-def _why_no_host(host: str) -> str:
+def why_no_host(host: str) -> str:
+    """Return why a route cannot have this host, or an empty string."""
     if not host:
         return "it has no host"
     if "://" in host or host.endswith(":"):

@@ -19,6 +19,19 @@ def test_bounds_that_are_not_given_are_not_sent_to_older_managers():
     assert (body["Networks"], body["Addresses"], body["DataBytes"]) == (2, 512, 64 << 20)
 
 
+def test_hosts_are_sent_and_shown() -> None:
+    body = _body(cpus=0, memory="0", data="0", hosts=("Shop.example",), **NONE)
+    assert body["Hosts"] == ["shop.example"]
+    with pytest.raises(FailedPrecondition, match="does not support the limits Hosts"):
+        _check_is_set(body, {"Quota": {}})
+    found = {"Used": {"Hosts": ["www.shop.example"]}, "Quota": {"Hosts": ["shop.example", "*.shop.example"]}}
+    assert (_shown(found).rows or ())[-1] == {
+        "Resource": "hosts",
+        "Used": "www.shop.example",
+        "Limit": "shop.example, *.shop.example",
+    }
+
+
 def test_sizes_have_units() -> None:
     found = {
         "Used": {"Tasks": 20, "NanoCPUs": 500_000_000, "DataBytes": 1159},

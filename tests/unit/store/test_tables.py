@@ -5,18 +5,18 @@ from collections.abc import Iterable, Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.store.tables import Index
+from skep.store.tables import FieldIndex
 
 CHANGES = st.lists(
     st.tuples(st.sampled_from(["m1", "m2"]), st.sampled_from(["a", "b", "c", "d"])), max_size=20
 )
 
 
-def shown(index: Index) -> Mapping[str, tuple[str, ...]]:
+def shown(index: FieldIndex) -> Mapping[str, tuple[str, ...]]:
     return {value: tuple(ids) for value in ("m1", "m2") if (ids := index.ids(value))}
 
 
-def toggle(index: Index, model: dict[str, set[str]], changes: Iterable[tuple[str, str]]) -> None:
+def toggle(index: FieldIndex, model: dict[str, set[str]], changes: Iterable[tuple[str, str]]) -> None:
     """Add each id that does not have the value, and remove each one that has it."""
     for value, id in changes:
         ids = model.setdefault(value, set())
@@ -35,7 +35,7 @@ def test_an_index_has_the_sorted_ids_and_its_copies_change_apart(
     in_copy: list[tuple[str, str]],
     at_last: list[tuple[str, str]],
 ) -> None:
-    index, model = Index(), dict[str, set[str]]()
+    index, model = FieldIndex(), dict[str, set[str]]()
     toggle(index, model, before)
     copy, copied = index.copied(), {value: set(ids) for value, ids in model.items()}
     assert copy == index

@@ -5,8 +5,11 @@ from msgspec.structs import replace
 
 from skep.aio.time_slices import run_at_once
 from skep.errors import AlreadyExists, InvalidArgument, RouteTaken
+from skep.manager.control.quotas import HOSTS_MAX, quota_state, set_quota
+from skep.manager.services.quotas import quota_of
 from skep.manager.services.routes import route_problem, route_problems, shown_routes
 from skep.model.network import Network, NetworkSpec
+from skep.model.quota import QuotaSpec
 from skep.model.service import (
     ReplicatedJob,
     ReplicatedService,
@@ -17,11 +20,14 @@ from skep.model.service import (
 )
 from skep.model.task import NetworkAttachment, TaskState
 from skep.model.values.ids import NetworkId
+from skep.model.values.times import Timestamp
+from skep.store.level import USERS
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.unit.manager.control.test_control_services import create, rollback, store, update
 
 __all__ = ["store"]
 
+NOW = Timestamp("2026-01-01T00:00:00Z")
 DOOR = Network(id=NetworkId("front"), spec=NetworkSpec(name="skep-door", labels={"skep.door": "true"}))
 
 
@@ -56,6 +62,61 @@ async def test_the_host_of_another_stack_is_refused_without_its_name_for_its_use
     assert caught.value.stack == "shop"
     assert "shop" not in str(caught.value.without_name())
     await create(store, routed("shop_api", "a.example/api", "shop"))
+
+
+async def reserve(store, stack: str, *hosts: str) -> None:
+    await store.update(set_quota, QuotaSpec(name=stack, hosts=hosts), new_id=lambda: stack, now=NOW)
+
+
+async def test_the_hosts_of_a_quota_are_for_its_stack_alone_and_it_has_no_others(store):
+    await store.update(lambda tx: tx.raise_level(USERS))
+    old = await create(store, routed("old_web", "shop.example", "old"))
+    await reserve(store, "shop", "shop.example", "*.shop.example")
+    await reserve(store, "bank", "pay.shop.example")
+    for host in ("a.shop.example", "*.shop.example"):
+        with pytest.raises(RouteTaken, match="reserved by the quota of the stack shop") as caught:
+            await create(store, routed("evil_web", host, "evil"))
+        assert "stack shop" not in str(caught.value.without_name())
+    with pytest.raises(
+        RouteTaken, match=r"stack shop allows only the hosts shop\.example, \*\.shop\.example, and not"
+    ):
+        await create(store, routed("shop_web", "b.example", "shop"))
+    with pytest.raises(RouteTaken, match="reserved by the quota of the stack bank"):
+        await create(
+            store, routed("shop_pay", "pay.shop.example", "shop")
+        )  # an exact host is before the wildcard
+    await create(store, routed("bank_web", "pay.shop.example", "bank"))
+    web = await create(store, routed("shop_web", "www.shop.example/a", "shop"))
+    await create(store, routed("blog_web", "b.example", "blog"))
+    # What is there stays, and is not given to another stack by a new label of the stack.
+    old = await update(store, old, routed("old_web", "shop.example/new", "old"))
+    with pytest.raises(RouteTaken, match="reserved by the quota of the stack shop"):
+        await update(store, old, routed("old_web", "shop.example/new", "evil"))
+    quota = quota_of(store.view(), "shop")
+    assert quota_state(store.view(), quota).used.hosts == ("www.shop.example",)
+    web = await update(store, web, routed("shop_web", "x.shop.example", "shop"))
+    await reserve(store, "evil", "www.shop.example")
+    with pytest.raises(RouteTaken, match="reserved by the quota of the stack evil"):
+        await rollback(store, web, web.spec)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "reason"),
+    [
+        (("shop.example",), "in the quota of the stack shop"),
+        (("http://a.example",), "has no scheme"),
+        (("10.0.0.1",), "is an address"),
+        (("A.example",), "write it in lower case"),
+        (tuple(f"h{number}.example" for number in range(HOSTS_MAX + 1)), "at most 100 hosts"),
+        ((), "needs a limit"),
+    ],
+)
+async def test_a_quota_has_valid_hosts_that_no_other_quota_has(store, hosts, reason):
+    await store.update(lambda tx: tx.raise_level(USERS))
+    await reserve(store, "shop", "shop.example")
+    await reserve(store, "shop", "shop.example", "b.example")
+    with pytest.raises(InvalidArgument, match=reason):
+        await reserve(store, "blog", *hosts)
 
 
 async def test_a_job_has_no_routes(store):
