@@ -298,6 +298,7 @@ QUESTIONS = (
 )
 
 
+@pytest.mark.needs("dockerd")
 def test_it_answers_as_a_real_docker_engine_with_the_same_option_does() -> None:
     with docker_node() as ask:
         expected = [(words, _shown(ask(*words))) for words in QUESTIONS]
