@@ -42,7 +42,8 @@ say "$suite: setting it up, with the kernel of $kernel"
 # Services that the packages start would run on this machine's kernel.
 printf '#!/bin/sh\nexit 101\n' >"$machine/usr/sbin/policy-rc.d"
 chmod +x "$machine/usr/sbin/policy-rc.d"
-packages="$kernel kmod udev apparmor docker.io nfs-kernel-server rpcbind samba smbclient"
+# Ubuntu's kernels only recommend what makes the initial RAM disk.
+packages="$kernel initramfs-tools kmod udev apparmor docker.io nfs-kernel-server rpcbind samba smbclient"
 confinement="apparmor=1 security=apparmor"
 if [ -n "${SELINUX:-}" ]; then
     packages="$packages selinux-basics selinux-policy-default"

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from skep.aio.groups import first_alone
@@ -54,13 +54,6 @@ async def run(*argv: str, stdin: bytes = b"", deadline_s: float = 30) -> bytes:
         message = errors.decode(errors="replace").strip()
         raise FailedPrecondition(f"{' '.join(argv)}: {message or f'exit code {process.returncode}'}")
     return output
-
-
-async def ip(*words: str, batch: Sequence[str] = ()) -> bytes:
-    """Run ``ip`` with ``words``, or with the lines of ``batch`` in one process, which stops at the first failure."""
-    if batch:
-        return await run("ip", *words, "-batch", "-", stdin=("\n".join(batch) + "\n").encode())
-    return await run("ip", *words)
 
 
 async def wait_until(

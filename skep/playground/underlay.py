@@ -5,6 +5,7 @@ The machine's own network namespace stays unchanged: no interface, no address, n
 
 import asyncio
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -13,13 +14,13 @@ import msgspec
 
 from skep.errors import AlreadyExists, FailedPrecondition
 from skep.playground import names
-from skep.playground.commands import ip, run
+from skep.playground.commands import find, run
 
 Way: TypeAlias = Literal["in", "out"]
 """Direction of packets: to the node, or from it."""
 
 NETNS_ROOT = Path("/run/netns")
-"""Directory where ``ip netns`` pins namespaces.  ``ip -n NAME`` only finds them there."""
+"""Directory where ``ip netns`` pins namespaces.  ``ip link`` looks up names of namespaces in it."""
 
 
 class _Address(msgspec.Struct):
@@ -54,7 +55,7 @@ async def make_switch(playground: str, subnets: int) -> None:
             "or run skep playground down"
         )
     switch = names.namespace(playground, names.SWITCH)
-    await ip("netns", "add", switch)
+    await run("ip", "netns", "add", switch)
     lines = ["link set lo up"]
     for subnet in range(subnets):
         gateway = names.UnderlayAddress(subnet=subnet, host=1).ip
@@ -63,7 +64,7 @@ async def make_switch(playground: str, subnets: int) -> None:
             f"addr add {gateway}/24 dev br{subnet}",
             f"link set br{subnet} up",
         ]
-    await ip("-n", switch, batch=lines)
+    await _batch(switch, lines)
     await _forward(switch)
 
 
@@ -71,19 +72,17 @@ async def attach(playground: str, node: str, address: names.UnderlayAddress) -> 
     """Create the node's namespace, with a cable (``eth0``) to its subnet's bridge."""
     switch, own = names.namespace(playground, names.SWITCH), names.namespace(playground, node)
     port = names.port(node)
-    await ip("netns", "add", own)
-    await ip(
-        "-n",
+    await run("ip", "netns", "add", own)
+    await _batch(
         switch,
-        batch=[
+        [
             f"link add {port} type veth peer name eth0 netns {own}",
             f"link set {port} master br{address.subnet} up",
         ],
     )
-    await ip(
-        "-n",
+    await _batch(
         own,
-        batch=[
+        [
             "link set lo up",
             f"addr add {address.ip}/24 dev eth0",
             "link set eth0 up",
@@ -100,7 +99,7 @@ async def restart_network(playground: str, node: str, address: str) -> None:
     interfaces would still receive packets for their addresses, which new containers get as well.
     """
     own = names.namespace(playground, node)
-    links = msgspec.json.decode(await ip("-n", own, "-j", "addr"), type=list[_Link])
+    links = msgspec.json.decode(await _inside(own, "ip", "-j", "addr"), type=list[_Link])
     words = [f"link del {one.ifname}" for one in links if one.ifname not in ("lo", "eth0")]
     words += [
         f"addr del {found.local}/{found.prefixlen} dev eth0"
@@ -111,13 +110,13 @@ async def restart_network(playground: str, node: str, address: str) -> None:
     ]
     if words:
         with suppress(FailedPrecondition):  # the end of a pair disappears with the other one
-            await ip("-n", own, "-force", batch=words)
+            await _batch(own, words, "-force")
 
 
 async def set_cable(playground: str, node: str, *, connected: bool) -> None:
     """Unplug the node's link at the switch, or plug it in again.  Its peers receive no TCP reset."""
     switch = names.namespace(playground, names.SWITCH)
-    await ip("-n", switch, "link", "set", names.port(node), "up" if connected else "down")
+    await _inside(switch, "ip", "link", "set", names.port(node), "up" if connected else "down")
 
 
 async def block(playground: str, node: str, way: Way) -> None:
@@ -133,24 +132,24 @@ async def block(playground: str, node: str, way: Way) -> None:
         f"table netdev {table} {{\n  chain lost {{\n"
         f'    type filter hook ingress device "{device}" priority 0; policy drop;\n  }}\n}}\n'
     )
-    await run("nsenter", f"--net={NETNS_ROOT / netns}", "nft", "-f", "-", stdin=rules.encode())
+    await _inside(netns, "nft", "-f", "-", stdin=rules.encode())
 
 
 async def unblock(playground: str, node: str) -> None:
     """Let packets pass in both directions again."""
     table = _table(names.port(node))
     for netns in (names.SWITCH, node):
-        namespace = NETNS_ROOT / names.namespace(playground, netns)
+        namespace = names.namespace(playground, netns)
         rules = f"table netdev {table} {{}}\ndelete table netdev {table}\n"
-        await run("nsenter", f"--net={namespace}", "nft", "-f", "-", stdin=rules.encode())
+        await _inside(namespace, "nft", "-f", "-", stdin=rules.encode())
 
 
 async def is_blocked(playground: str, node: str) -> bool:
     """Return whether packets are dropped in one direction."""
     table = f"table netdev {_table(names.port(node))}".encode()
     for netns in (names.SWITCH, node):
-        namespace = NETNS_ROOT / names.namespace(playground, netns)
-        if table in await run("nsenter", f"--net={namespace}", "nft", "list", "tables"):
+        namespace = names.namespace(playground, netns)
+        if table in await _inside(namespace, "nft", "list", "tables"):
             return True
     return False
 
@@ -162,7 +161,7 @@ def _table(port: str) -> str:
 async def is_connected(playground: str, node: str) -> bool:
     """Return whether the cable is plugged in."""
     switch = names.namespace(playground, names.SWITCH)
-    return b"state UP" in await ip("-n", switch, "link", "show", names.port(node))
+    return b"state UP" in await _inside(switch, "ip", "link", "show", names.port(node))
 
 
 async def remove(playground: str) -> None:
@@ -172,7 +171,7 @@ async def remove(playground: str) -> None:
     """
     async with asyncio.TaskGroup() as group:
         for name in namespaces(playground):
-            group.create_task(ip("netns", "del", name))
+            group.create_task(run("ip", "netns", "del", name))
 
 
 def root_is_mounted() -> bool:
@@ -191,5 +190,17 @@ async def remove_root() -> None:
 
 async def _forward(namespace: str) -> None:
     """Enable routing in the namespace.  /proc/sys/net shows the network namespace of the opening process."""
-    path = NETNS_ROOT / namespace
-    await run("nsenter", f"--net={path}", "sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward")
+    await _inside(namespace, "sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward")
+
+
+async def _batch(namespace: str, lines: Sequence[str], *options: str) -> None:
+    """Run the lines with ``ip`` in one process, which stops at the first failure unless an option says otherwise."""
+    await _inside(namespace, "ip", *options, "-batch", "-", stdin=("\n".join(lines) + "\n").encode())
+
+
+async def _inside(namespace: str, command: str, *words: str, stdin: bytes = b"") -> bytes:
+    """Run a command in the namespace, and return its standard output.
+
+    Not with ``ip -n``, which also mounts /sys again.  Debian's SELinux policy denies it that.
+    """
+    return await run("nsenter", f"--net={NETNS_ROOT / namespace}", find(command), *words, stdin=stdin)

@@ -29,6 +29,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def profile() -> None:
+    """Load the distribution's profile, as its service does at boot.  The virtual machine starts no services."""
+    subprocess.run(("apparmor_parser", "-r", _PROFILE), check=True, capture_output=True, timeout=60)
+
+
 @pytest.fixture
 def node() -> Iterator[RootlessNode]:
     with a_rootless_node("skep-test-user") as node:
