@@ -10,7 +10,7 @@ import msgspec
 
 from skep.aio.trees import discard_tree
 from skep.errors import SkepError, Unavailable
-from skep.linux.processes import start_ticks_of
+from skep.linux.processes import start_ticks_of, stat_of
 from skep.playground import cgroups, docker, engine, names, processes, tls, underlay
 from skep.playground.commands import find, wait_until
 from skep.playground.description import PlaygroundNode
@@ -179,12 +179,14 @@ def daemon_pid(node: PlaygroundNode) -> int | None:
 
 
 async def state(playground: str, node: PlaygroundNode) -> str:
-    """Return the node's state for users: up, cut, half-cut, starting, failing or down.
+    """Return the node's state for users: up, paused, cut, half-cut, starting, failing or down.
 
-    A paused node also counts as starting.  The daemon of a failing node keeps stopping.
+    The daemon of a failing node keeps stopping.
     """
     if not is_up(node):
         return "down"
+    if is_paused(node):
+        return "paused"
     try:
         if not await underlay.is_connected(playground, node.name):
             return "cut"
@@ -195,6 +197,13 @@ async def state(playground: str, node: PlaygroundNode) -> str:
     if await engine.is_up(node.endpoint):
         return "up"
     return "failing" if keeps_stopping(node) else "starting"
+
+
+def is_paused(node: PlaygroundNode) -> bool:
+    """Return whether the node's daemon is stopped by a signal, as ``skep playground pause`` leaves it."""
+    pid = daemon_pid(node)
+    stat = stat_of(pid) if pid is not None else None
+    return stat is not None and stat.state == "T"
 
 
 def keeps_stopping(node: PlaygroundNode) -> bool:

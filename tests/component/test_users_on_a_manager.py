@@ -578,5 +578,4 @@ async def test_no_join_token_is_shown_and_none_seems_to_be_empty(rig: Rig, role:
     status, text, _ = await rig.exchange(role, "GET /v1.41/swarm")
     assert status == 403
     assert "SWMTKN" not in text
-    if ":" not in role:
-        assert "only administrators may see join tokens" in text
+    assert "only administrators may see join tokens" in text

@@ -130,7 +130,8 @@ class ManagerList:
         tried = ", ".join(peer.addr for peer in self.peers) or "no address, because none is known"
         self._show_unreached(
             f"{NO_MANAGER_ANSWERS}: this node tries {tried}. Containers keep running. "
-            'If the managers have new addresses, set managers = ["address:2377"] in /etc/skep/skep.toml and restart'
+            'If the managers have new addresses, set managers = ["address:2377"] in its configuration file '
+            "(default: /etc/skep/skep.toml) and restart"
         )
 
     def choose(self, own_id: NodeId, random: Random) -> KnownManager | None:

@@ -327,8 +327,9 @@ RULES: Final = (
     _rule("GET", rf"/tasks/{_NAME}", _VIEWER, PermissionScope.OBJECT, "task", container=_READ),
     # Every user sees nodes and their names, by which tasks are listed.
     _rule("GET", r"/nodes(?:/[^/]+)?", _VIEWER, PermissionScope.ANY, container=_READ),
-    # Only administrators see join tokens, because a machine with a token can become a manager.
-    _rule("GET", r"/swarm", _VIEWER, PermissionScope.CLUSTER, container=_READ),
+    # Only administrators see join tokens, because a machine with a token can become a manager.  The handler refuses
+    # other users with that reason, because a larger role would not help them.
+    _rule("GET", r"/swarm", _VIEWER, PermissionScope.ANY, container=_READ),
     _rule(
         "GET",
         rf"/services/{_NAME}/logs",

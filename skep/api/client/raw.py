@@ -103,7 +103,7 @@ class RawClient:
     """
 
     def __init__(self, host: str, tls: ssl.SSLContext | None = None) -> None:
-        self._host = host
+        self.host = host
         self._tls = tls
         self._stack = AsyncExitStack()
         self._open: Opener | None = None
@@ -188,9 +188,9 @@ class RawClient:
                 await _send_body(writer, body)
             yield await _response(method, reader, writer)
         except (OSError, asyncio.IncompleteReadError) as error:
-            raise unanswered(self._host, error) from error
+            raise unanswered(self.host, error) from error
         except ValueError as error:
-            raise Unavailable(f"{self._host} does not respond in HTTP") from error
+            raise Unavailable(f"{self.host} does not respond in HTTP") from error
         finally:
             writer.close()
 
@@ -210,23 +210,23 @@ class RawClient:
             async with asyncio.timeout(CONNECT_S):
                 return await self._open()
         except OSError as error:  # includes timeouts
-            raise unanswered(self._host, error) from error
+            raise unanswered(self.host, error) from error
 
     async def _opener(self) -> Opener:
         """Return a function that opens connections.  Raises: InvalidArgument; Unavailable."""
         try:
-            parts = urlsplit(self._host)
+            parts = urlsplit(self.host)
             host, port = parts.hostname, parts.port
         except ValueError as error:
-            raise InvalidArgument(f"unable to parse docker host `{self._host}`") from error
+            raise InvalidArgument(f"unable to parse docker host `{self.host}`") from error
         if parts.scheme == "ssh":
-            path = await self._stack.enter_async_context(forward_socket(SshDestination.of(self._host)))
+            path = await self._stack.enter_async_context(forward_socket(SshDestination.of(self.host)))
             return partial(asyncio.open_unix_connection, path)
         if parts.scheme == "unix" and parts.path:
             return partial(asyncio.open_unix_connection, parts.path)
         if parts.scheme in {"tcp", "http", "https"} and host and port:
             return partial(asyncio.open_connection, host, port, ssl=self._tls)
-        raise InvalidArgument(f"unable to parse docker host `{self._host}`")
+        raise InvalidArgument(f"unable to parse docker host `{self.host}`")
 
 
 async def _write(writer: asyncio.StreamWriter, data: bytes) -> None:

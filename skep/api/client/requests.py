@@ -102,7 +102,7 @@ class Requests(ABC):
 
         Raises:
             SkepError: The error of the response's status, with the server's message.
-            Unavailable: There was no response within ``timeout_s``.
+            Unavailable: The response took longer than ``timeout_s``.
         """
 
 
@@ -199,6 +199,6 @@ class PlainRequests(Requests):
             async with asyncio.timeout(timeout_s):
                 return await self._client.request(method, path, body, parameters, headers or {})
         except TimeoutError:
-            raise Unavailable(f"no response within {timeout_s:g} s") from None
+            raise Unavailable(f"no response from {self._client.host} within {timeout_s:g} s") from None
         except msgspec.DecodeError as error:
             raise SkepError(f"the response is not JSON: {error}") from error

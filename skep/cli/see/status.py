@@ -363,7 +363,10 @@ def _looked_for(swarm: Mapping[str, Any]) -> str:
     addresses = [peer["Addr"] for peer in swarm.get("RemoteManagers") or ()]
     if not addresses:
         return ""
-    return f'. It tries {", ".join(addresses)}. To try others, set managers = ["address:2377"] in /etc/skep/skep.toml.'
+    return (
+        f'. It tries {", ".join(addresses)}. To try others, set managers = ["address:2377"] in its configuration file '
+        "(default: /etc/skep/skep.toml)."
+    )
 
 
 def node_rows(nodes: Iterable[Mapping[str, Any]], running: Sequence[str] | None = None) -> list[NodeLine]:

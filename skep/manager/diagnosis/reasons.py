@@ -429,7 +429,7 @@ def _size(size: int) -> str:
 
 def _no_node(task: Task, nodes: Mapping[NodeId, Node], spec: ServiceSpec | None) -> tuple[CauseKind, str]:
     """Return why no node takes a pending task, with the task's needs.  The scheduler's text only counts nodes."""
-    if largest := fits_no_node(task, nodes.values()):
+    if largest := fits_no_node(task, nodes.values(), spec):
         return CauseKind.TOO_LARGE, largest
     known = nodes.values()
     parts = (

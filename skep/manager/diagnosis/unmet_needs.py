@@ -25,7 +25,7 @@ from skep.model.needs import (
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.options.affinity import affinities_of
-from skep.model.options.constraints import label_of, parsed, unknown_key
+from skep.model.options.constraints import is_satisfied, label_of, parsed, unknown_key
 from skep.model.options.labels import RESERVE_CPUS, RESERVE_MEMORY
 from skep.model.permissions.rights import missing_devices, rights_of, rights_text
 from skep.model.service import GenericResource, Placement, ServiceSpec
@@ -67,13 +67,18 @@ def _is_on(task: Task, err: str) -> bool:
     )
 
 
-def fits_no_node(task: Task, nodes: Collection[Node]) -> str:
-    """Return that no node is as large as a pending ``task`` needs, or has its plugins.  Empty if it waits for another
-    reason.
+def fits_no_node(task: Task, nodes: Collection[Node], spec: ServiceSpec | None = None) -> str:
+    """Return that no node is as large as a pending ``task`` needs, or has its plugins, or that its service has more
+    tasks than fit on all nodes.  Empty if it waits for another reason.
 
     Such a task waits for a new node, because the end of another task does not help.
+
+    Args:
+        spec: Spec of its service, or None to judge the task alone.
     """
     refusals = node_refusals_in(task.status.err)
+    if spec is not None and (too_many := _too_many_tasks(refusals, nodes, spec)):
+        return too_many
     if nodes and NodeRefusal.PLUGIN in refusals:
         missing = [one for one in plugins_of(task) if not any(has_plugin(node, one) for node in nodes)]
         if missing:
@@ -105,6 +110,36 @@ def fits_no_node(task: Task, nodes: Collection[Node]) -> str:
         has = f"the largest node, {name}, has {words(most)}{kept}" if most or kept else "no node has any"
         return f"needs {words(wanted)}{unit}; {has}"
     return ""
+
+
+def _too_many_tasks(refusals: Collection[NodeRefusal], nodes: Collection[Node], spec: ServiceSpec) -> str:
+    """Return that a replicated service has more tasks than its host-mode ports or its limit per node allow on the nodes
+    that meet its constraints, or an empty text.
+    """
+    if spec.mode.replicated is None:
+        return ""
+    placement = spec.task_template.placement or Placement()
+    ports = host_ports(spec)
+    if ports and NodeRefusal.HOST_PORT in refusals:
+        limit, why = 1, f"its host-mode {_ports(ports)}"
+    elif placement.max_replicas and NodeRefusal.MAX_REPLICAS in refusals:
+        limit, why = placement.max_replicas, "its limit of replicas per node"
+    else:
+        return ""
+    fitting = [node for node in nodes if is_satisfied(placement.constraints, node)]
+    replicas = spec.mode.replicated.replicas
+    if not fitting or replicas is None or replicas <= limit * len(fitting):
+        return ""
+    needed = counted(-(-replicas // limit), "node")
+    has = counted(len(fitting), "node")
+    meet = "meets" if len(fitting) == 1 else "meet"
+    there_are = f"{has} {meet} its constraints" if placement.constraints else f"the cluster has {has}"
+    return f"needs {needed}, because {why} allows {counted(limit, 'task')} per node; {there_are}"
+
+
+def _ports(ports: Collection[tuple[str, int]]) -> str:
+    named = ", ".join(f"{number}/{protocol}" for protocol, number in ports)
+    return f"port{'s' if len(ports) > 1 else ''} {named}"
 
 
 def with_needs(task: Task, spec: ServiceSpec | None = None) -> str:
@@ -167,8 +202,7 @@ def _needs(task: Task, refusals: Collection[NodeRefusal], spec: ServiceSpec | No
     if NodeRefusal.CONSTRAINTS in refusals:
         yield from placement.constraints
     if NodeRefusal.HOST_PORT in refusals and (ports := host_ports(spec)):
-        named = ", ".join(f"{number}/{protocol}" for protocol, number in ports)
-        yield f"port{'s' if len(ports) > 1 else ''} {named}"
+        yield _ports(ports)
     if NodeRefusal.MAX_REPLICAS in refusals and placement.max_replicas:
         yield f"at most {placement.max_replicas} of its service per node"
     if NodeRefusal.PLATFORM in refusals:

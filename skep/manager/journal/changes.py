@@ -160,7 +160,7 @@ def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Se
 
 def end_of(task: Task) -> str:
     """Return how a task ended, in the words of ``skep explain``."""
-    if task.has_failed:
+    if task.has_failed or task.status.state is TaskState.FAILED:
         return failure_of(task)[1]
     end = task.status.end
     words = filter(None, (masked_text(task.status.err), words_of(end) if end is not None else ""))

@@ -122,3 +122,4 @@ def test_managers_without_a_quorum_are_named_instead_of_new_addresses() -> None:
     managers.failed(M3, was_connected=False, reason="cannot reach 10.0.0.3:2377: timed out")
     managers.note_unreached()
     assert "this node tries 10.0.0.1:2377, 10.0.0.2:2377, 10.0.0.3:2377" in shown[-1]
+    assert "its configuration file (default: /etc/skep/skep.toml)" in shown[-1]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from aiohttp.test_utils import TestServer
 
 from skep.aio.clock import SystemClock
 from skep.api.client.client import ApiClient
+from skep.api.client.raw import RawClient
+from skep.api.client.requests import PlainRequests
 from skep.api.http.server import (
     ApiVersion,
     JsonLines,
@@ -89,6 +92,16 @@ async def test_a_missing_socket_is_unavailable(tmp_path):
     async with ApiClient.at(f"unix://{tmp_path}/nobody.sock") as client:
         with pytest.raises(Unavailable, match="does not answer"):
             await client.get("/services")
+
+
+async def test_a_daemon_that_hangs_is_named(tmp_path):
+    path = tmp_path / "hangs.sock"
+    with socket.socket(socket.AF_UNIX) as hanging:
+        hanging.bind(str(path))
+        hanging.listen()
+        async with PlainRequests(RawClient(f"unix://{path}")) as client:
+            with pytest.raises(Unavailable, match=f"no response from unix://{path} within 0.05 s"):
+                await client.request("GET", "/info", timeout_s=0.05)
 
 
 @pytest.mark.parametrize("host", ["", "nosuch", "ftp://x", "unix://"])

@@ -228,7 +228,7 @@ def test_a_node_that_finds_no_manager_shows_its_addresses_and_how_to_set_others(
     info = an_info(LocalNodeState="pending", NodeID="n1", RemoteManagers=[{"Addr": "192.0.2.1:2377"}])
     reported = dict(about_node(info))["swarm"]
     assert "It tries 192.0.2.1:2377" in reported
-    assert 'managers = ["address:2377"]' in reported
+    assert 'managers = ["address:2377"] in its configuration file (default: /etc/skep/skep.toml)' in reported
 
 
 def a_quorum(*responses: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from skep.manager.diagnosis.reasons import problem_of
 from skep.model.node import Node
-from skep.model.service import Resources, Service
+from skep.model.service import PortConfig, PublishMode, Resources, Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
@@ -34,6 +34,48 @@ def test_resources_that_are_kept_for_the_system_are_named() -> None:
     assert reason(task, tight, node) == (
         "needs 1024 MiB of memory; the largest node, m1, has 0 MiB (skep.reserve.memory keeps 2048 MiB for the system)"
     )
+
+
+@pytest.mark.parametrize(
+    ("replicas", "constraints", "words"),
+    [
+        (
+            3,
+            (),
+            "needs 3 nodes, because its host-mode port 80/tcp allows 1 task per node; the cluster has 2 nodes",
+        ),
+        (
+            2,
+            ("node.hostname==m1",),
+            "needs 2 nodes, because its host-mode port 80/tcp allows 1 task per node; 1 node meets its constraints",
+        ),
+        (2, (), ""),
+    ],
+)
+def test_more_tasks_than_nodes_for_a_host_mode_port_wait_for_a_node(
+    replicas: int, constraints: tuple[str, ...], words: str
+) -> None:
+    """The port is in use by tasks of the service itself, so that no other program can free it."""
+    port = PortConfig(target_port=80, published_port=80, publish_mode=PublishMode.HOST)
+    service = a_service("web", replicas=replicas, ports=(port,), constraints=constraints)
+    refused = "no suitable node (host-mode port already in use on 2 nodes)"
+    task = a_task(service=service, state=TaskState.PENDING)
+    task = replace(task, status=replace(task.status, err=refused), node_id=NodeId(""))
+    nodes = (a_node("m1"), a_node("m2"))
+    found = problem_of(task, (), {node.id: node for node in nodes}, spec=service.spec)
+    assert found.reason == (words or f"{refused}; it needs port 80/tcp")
+    assert found.kind == ("too-large" if words else "no-node")
+
+
+def test_more_tasks_than_a_limit_per_node_allows_wait_for_a_node() -> None:
+    service = a_service("web", replicas=5, max_replicas=2)
+    task = a_task(service=service, state=TaskState.PENDING)
+    refused = "no suitable node (max replicas per node limit exceed)"
+    task = replace(task, status=replace(task.status, err=refused), node_id=NodeId(""))
+    assert reason(task, service, a_node("m1"), a_node("m2")) == (
+        "needs 3 nodes, because its limit of replicas per node allows 2 tasks per node; the cluster has 2 nodes"
+    )
+    assert reason(task, service, *(a_node(name) for name in ("m1", "m2", "m3"))).startswith(refused)
 
 
 @pytest.mark.parametrize(

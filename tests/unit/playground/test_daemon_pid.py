@@ -1,12 +1,15 @@
 """Which process of a node ``ps`` names."""
 
+import os
+import signal
 import subprocess
 from pathlib import Path
 
 import msgspec
 
 from skep.linux.processes import start_ticks_of
-from skep.playground.node import daemon_pid, described, keeps_stopping
+from skep.playground.node import daemon_pid, described, is_paused, keeps_stopping
+from tests.support.machines.daemon_rig import wait_until
 
 
 def test_the_pid_of_a_node_is_its_daemons_and_not_its_holders(tmp_path: Path) -> None:
@@ -26,6 +29,12 @@ def test_the_pid_of_a_node_is_its_daemons_and_not_its_holders(tmp_path: Path) ->
         up = msgspec.structs.replace(node, pids=(holder.pid,), started=started)
         pid = daemon_pid(up)
         assert Path(f"/proc/{pid}/comm").read_text() == "cat\n"
+        assert pid is not None
+        assert not is_paused(up)
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: is_paused(up), "the daemon of a paused node is stopped")
+        os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: not is_paused(up), "the daemon of a resumed node runs")
         assert daemon_pid(msgspec.structs.replace(up, started=started + 1)) is None
     finally:
         holder.stdin.close()

@@ -33,6 +33,8 @@ def finding_smallest_change(requirements: Requirements, accounting: Accounting) 
         changes = sum(_count(one, requirements, account) for one in refusing)
         if not changes or changes > CHANGES_MAX:
             continue
+        if copies[node.id] and any(one.refusal is NodeRefusal.HOST_PORT for one in refusing):
+            continue  # a task of the service itself has the port, so that freeing it would not add a task
         hardest = max(map(_rank, refusing))
         rank = changes, hardest, _missing_share(requirements, account), node.shown_name
         if best is None or rank < best[0]:

@@ -140,6 +140,18 @@ def test_a_task_that_was_killed_at_its_stop_says_so() -> None:
     assert message.endswith("was stopped")
 
 
+@pytest.mark.parametrize("was_stopped", [False, True])
+def test_an_end_that_nobody_saw_is_named_once_and_without_a_made_up_exit_code(was_stopped: bool) -> None:
+    """A task that was replaced while its node was down has the same reason as any other."""
+    task = replace(a_task("t1", service="web", node="n1"), restart=Restart(was_stopped=was_stopped))
+    err = "task: non-zero exit (255): the container's monitor was lost: its container monitor was killed"
+    container = ContainerStatus(container_id="c", exit_code=255)
+    end = TaskEnd(cause=EndCause.MONITOR_LOST.value)
+    failed = at(TaskState.FAILED, err=err, container_status=container, end=end)
+    (entry,) = entries(Updated(task, replace(task, status=failed)), a_service("web"), a_node("n1"))
+    assert entry.message == f"task web.1 on {entry.node} failed: its container monitor was killed"
+
+
 def test_a_task_that_an_update_replaces_has_an_entry_with_both_images() -> None:
     last = a_task("t1", service="web", node="n1")
     new = a_service_spec(image="busybox:2@sha256:1").task_template

@@ -7,7 +7,7 @@ from skep.manager.scheduler.explaining.smallest_change import finding_smallest_c
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.manager.scheduler.nodes.requirements import requirements_of
 from skep.model.node import Availability
-from skep.model.service import Resources
+from skep.model.service import PortConfig, PublishMode, Resources
 from tests.support.builders import a_node, a_service, a_task
 
 GIB = 1 << 30
@@ -56,3 +56,17 @@ def test_the_node_with_the_fewest_changes_is_named_and_a_change_of_the_spec_come
     slow = a_node("w1")
     assert "w1 would run it without" in smallest_change(slow, fast, **needs)
     assert smallest_change(drained, constraints=()).startswith("w2 would run it except for this")
+
+
+@pytest.mark.parametrize(
+    ("holder", "change"), [("web", ""), ("other", "w1 would run it if port 80/tcp were free")]
+)
+def test_a_port_that_the_service_itself_holds_does_not_become_free(holder: str, change: str) -> None:
+    port = PortConfig(target_port=80, published_port=80, publish_mode=PublishMode.HOST)
+    service = a_service("web", replicas=2, ports=(port,))
+    accounting = Accounting()
+    accounting.set_node(a_node("w1", has=SMALL))
+    accounting.add(a_task(service=a_service(holder, ports=(port,)), node="w1"), (("tcp", 80),))
+    task = a_task(slot=2, service=service)
+    requirements = requirements_of(task, service.spec, (), accounting.affinities.of(task.service_id))
+    assert run_at_once(finding_smallest_change(requirements, accounting)) == change
