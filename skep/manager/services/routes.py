@@ -1,6 +1,6 @@
 """The HTTP routes of the cluster's services, the refusal of taken routes, and the nodes with proxies."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 from msgspec.structs import replace
 
@@ -35,7 +35,7 @@ def check_routes(view: View, spec: ServiceSpec, id: ServiceId | None = None) -> 
     if not wanted:
         return
     present = view.lookup(Service, id) if id is not None else None
-    _check_reserved(view, spec, present)
+    _check_reserved(view, stack_of(spec.labels), {route.host for route in wanted}, present)
     # A second service with the same name is refused because of its name, with Docker's message, when it is stored.
     others = [
         claimant_of(service)
@@ -49,11 +49,10 @@ def check_routes(view: View, spec: ServiceSpec, id: ServiceId | None = None) -> 
         raise RouteTaken(refusal.reason, stack=refusal.stack, unnamed=refusal.unnamed)
 
 
-def _check_reserved(view: View, spec: ServiceSpec, present: Service | None) -> None:
+def _check_reserved(view: View, stack: str, hosts: Set[str], present: Service | None) -> None:
     """Check hosts that a service does not have yet against the quotas of stacks.  Raises: RouteTaken; Unavailable."""
-    stack = stack_of(spec.labels)
     is_in_it = present is not None and stack_of(present.spec.labels) == stack
-    new = hosts_in(spec) - (hosts_in(present.spec) if present is not None and is_in_it else set())
+    new = hosts - (hosts_in(present.spec) if present is not None and is_in_it else set())
     if not new:
         return
     for why in view.unreadable(StackQuota).values():

@@ -81,10 +81,9 @@ async def test_the_hosts_of_a_quota_are_for_its_stack_alone_and_it_has_no_others
         RouteTaken, match=r"stack shop allows only the hosts shop\.example, \*\.shop\.example, and not"
     ):
         await create(store, routed("shop_web", "b.example", "shop"))
+    # An exact host comes before the wildcard.
     with pytest.raises(RouteTaken, match="reserved by the quota of the stack bank"):
-        await create(
-            store, routed("shop_pay", "pay.shop.example", "shop")
-        )  # an exact host is before the wildcard
+        await create(store, routed("shop_pay", "pay.shop.example", "shop"))
     await create(store, routed("bank_web", "pay.shop.example", "bank"))
     web = await create(store, routed("shop_web", "www.shop.example/a", "shop"))
     await create(store, routed("blog_web", "b.example", "blog"))
