@@ -3,9 +3,10 @@
 import asyncio
 import json
 import re
+import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -228,6 +229,39 @@ async def test_requests_at_a_node_that_no_longer_responds_are_sent_again(
         )
         assert got == reached, "no request went there again"
         assert {(await rig.ask_task("a.example/"))["task"] for _ in range(4)} == {TWO}
+
+
+@contextmanager
+def a_task_that_accepts_nothing(rig: DoorRig, address: str) -> Iterator[None]:
+    """Let connections to an address wait, as if no node had it: the kernel drops what a full queue is sent."""
+    with ExitStack() as sockets:
+        server = sockets.enter_context(socket.socket())
+        server.bind((address, rig.task_port))
+        server.listen(0)
+        for _ in range(3):
+            waiting = sockets.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex((address, rig.task_port))
+        yield
+
+
+async def test_requests_that_connect_to_a_lost_node_are_sent_to_another_task(tmp_path: Path) -> None:
+    other = NodeId("node2")
+    async with a_door(tmp_path) as rig, rig.tasks(TWO):
+        rig.nodes = (NODE, other)
+        rig.service("web", WEB)
+        rig.task("t1", "web", ONE, node=other)
+        rig.task("t2", "web", TWO)
+        await rig.apply()
+        with a_task_that_accepts_nothing(rig, ONE):
+            sent = [asyncio.create_task(rig.ask("a.example/", method=one)) for one in ("GET", "POST") * 20]
+            await until(lambda: sum(one.done() for one in sent) == 20)
+            rig.nodes = (NODE,)
+            del rig.endpoints["t1"]
+            await rig.apply()
+            async with asyncio.timeout(8):
+                found = await asyncio.gather(*sent)
+        assert {status for status, *_ in found} == {200}
 
 
 async def test_a_task_that_was_stopped_responds_until_it_has_ended(tmp_path: Path) -> None:

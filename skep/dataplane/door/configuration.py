@@ -16,7 +16,7 @@ while HAProxy runs, so scaling and updates need no reload.
 Only values that ``model.door.routes`` has checked reach this text.  Values with free text are quoted (``quoted``).
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from typing import Final
@@ -50,6 +50,8 @@ LEFT_OUT_S: Final = 10
 
 TRAFFIC_TABLE: Final = "skep-traffic"
 """Backend without servers, whose table counts slow responses by route and latency."""
+CONNECT_S: Final = 2
+"""Seconds after which a request whose connection to a task does not open is sent to another one."""
 _FORM: Final = 6
 """Grows when the text changes for the same state, so that nodes reload HAProxy after an upgrade."""
 _REPEATED: Final = "    http-request disable-l7-retry unless { method GET HEAD OPTIONS PUT DELETE }"
@@ -248,7 +250,7 @@ def _defaults(settings: DoorSettings) -> Iterator[str]:
     # A former process knows no tasks that came after its reload.  Idle connections leave it within this time.
     yield "    timeout http-keep-alive 10s"
     # Containers of the cluster accept a connection within milliseconds.  Without an answer another one is tried.
-    yield "    timeout connect 2s"
+    yield f"    timeout connect {CONNECT_S}s"
     yield "    timeout server 60s"
     yield "    timeout tunnel 24h"
     yield "    timeout queue 10s"
@@ -532,23 +534,6 @@ def commands(
             file = f"{keys}/{certificate_file(host)}"
             found += [f"set ssl cert {file} <<\n{_without_blank_lines(pem)}\n", f"commit ssl cert {file}"]
     return found if max(map(len, found), default=0) < _COMMAND_MAX else None
-
-
-def endings(state: DoorState, lost: Collection[str]) -> list[str]:
-    """Return the commands that end the connections to lost tasks, which HAProxy has as in ``state``.
-
-    HAProxy sends their repeatable requests again, so all of these servers are taken out first.
-    """
-    lines = [
-        f"{name}/s{number}"
-        for name, one in sorted(state.backends.items())
-        for number, server in enumerate(one.servers, start=1)
-        if server.task in lost
-    ]
-    return [
-        *(f"set server {line} state maint" for line in lines),
-        *(f"shutdown sessions server {line}" for line in lines),
-    ]
 
 
 def use_newest(directory: str) -> str:

@@ -1,6 +1,6 @@
 """Derives the state of HAProxy on this node from the table of the door's network.  Pure."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -19,34 +19,13 @@ from skep.model.door.settings import DOOR_MEASURES, STACK, DoorSettings, is_door
 from skep.model.networks.tables import NetworkTable, TableEndpoint, TableService
 from skep.model.options.autoscaling import wakes_on_request
 from skep.model.staging.shares import shares_of
-from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.ids import NodeId, ServiceId
 
 
 def proxies_on(table: NetworkTable, node_id: NodeId) -> list[TableEndpoint]:
     """Return the door's own tasks on a node."""
     proxies = {id for id, one in table.services.items() if is_door(one.labels)}
     return [one for one in table.endpoints.values() if one.node_id == node_id and one.service_id in proxies]
-
-
-def lost_tasks(before: NetworkTable, after: NetworkTable) -> frozenset[TaskId]:
-    """Return the tasks of ``before`` whose node no longer responds, so that their connections stay silent.
-
-    A node that is down leaves the table at once, with tasks that still served.  A node whose last task was stopped
-    leaves it after that task has stopped serving, and a task that ends on another node has closed its connections.
-    """
-    silent = {
-        one.node_id
-        for id, one in before.endpoints.items()
-        if one.is_serving
-        and one.node_id in before.nodes
-        and one.node_id not in after.nodes
-        and id not in after.endpoints
-    }
-    lost = {id for id, one in before.endpoints.items() if one.node_id in silent}
-    left_out = {id for id, one in after.endpoints.items() if one.is_left_out}
-    return frozenset(
-        lost | {id for id in left_out & before.endpoints.keys() if not before.endpoints[id].is_left_out}
-    )
 
 
 def counted_services(table: NetworkTable) -> frozenset[ServiceId]:
@@ -73,11 +52,13 @@ def state_of(
     payload: DoorPayload = NOTHING,
     *,
     has_ipv6: bool = False,
+    lost: Collection[str] = (),
 ) -> DoorState:
     """Return what HAProxy serves.  Tasks of ``before`` keep their server lines.
 
     Args:
         has_ipv6: Whether the kernel of this node has IPv6.
+        lost: Tasks whose server lines stay, without requests, until the connections to them have ended.
         payload: Certificates and challenges.
         settings: Used instead of the labels of the door's service.
     """
@@ -91,7 +72,7 @@ def state_of(
             is_secure = route.host in payload.certificates and route.options.tls != "off"
             name = routes[key_of(route)] = backend_name(id, route, is_secure=is_secure)
             if name not in backends:
-                backend = _backend(name, id, route, before.backends.get(name), servers[id])
+                backend = _backend(name, id, route, before.backends.get(name), servers[id], lost)
                 holds = wakes_on_request(table.services[id].labels)
                 backends[name] = replace(backend, is_secure=is_secure, holds=holds)
     if settings is None:
@@ -115,14 +96,18 @@ def _backend(
     service: ServiceId,
     route: HttpRoute,
     before: RouteBackend | None,
-    servers: Iterable[ServerLine],
+    servers: Sequence[ServerLine],
+    lost: Collection[str],
 ) -> RouteBackend:
+    former = before.servers if before is not None else ()
+    present = {one.task for one in servers}
+    silent = [replace(one, is_ready=False) for one in former if one.task in lost and one.task not in present]
     return RouteBackend(
         name=name,
         service=service,
         options=route.options,
         stripped=route.path if route.options.strip_prefix else "",
-        servers=slotted(before.servers if before is not None else (), servers),
+        servers=slotted(former, [*servers, *silent]),
     )
 
 

@@ -25,15 +25,15 @@ from skep.dataplane.door.configuration import (
     DoorState,
     commands,
     description_of,
-    endings,
     every_command,
     files,
     use_newest,
     version_of,
 )
-from skep.dataplane.door.derivation import counted_services, lost_tasks, proxies_on, state_of
+from skep.dataplane.door.derivation import counted_services, proxies_on, state_of
 from skep.dataplane.door.holding import HeldRequests, connect
 from skep.dataplane.door.idleness import BackendCounters, IdleWatch
+from skep.dataplane.door.losses import LostTasks, endings
 from skep.dataplane.door.reading import counters_in, questions, wanted_of
 from skep.dataplane.door.statistics import RequestWindow, ServiceWindow
 from skep.dataplane.door.traffic import RouteCounters
@@ -110,6 +110,7 @@ class FrontDoor:
         self._settings = settings
         self._state = DoorState()
         self._table: NetworkTable | None = None
+        self._lost = LostTasks(clock)
         self._applied: DoorState | None = None
         """The state that HAProxy has for certain."""
         self._window = RequestWindow()
@@ -145,10 +146,14 @@ class FrontDoor:
                 raise Unavailable("the front door's task has no volume skep-door on this node")
             return
         former, self._table = self._table, door
-        lost = endings(self._state, lost_tasks(former, door)) if former is not None else []
+        if former is not None:
+            self._lost.add(former, door)
         # In a thread, because ten thousand routes take a second.
         payload = await asyncio.to_thread(self._keys)
-        derive = partial(state_of, door, self._state, self._settings, payload, has_ipv6=_IPV6.exists())
+        lost = frozenset(self._lost.present())
+        derive = partial(
+            state_of, door, self._state, self._settings, payload, has_ipv6=_IPV6.exists(), lost=lost
+        )
         state = self._state = await asyncio.to_thread(derive)
         self.held.apply(state, is_reached=False)
         self.held.listen(directory)
@@ -158,7 +163,6 @@ class FrontDoor:
         await asyncio.to_thread(write_files, directory, files(state, *self._seen_at))
         before, self._applied = self._applied, None
         try:
-            await self._end(directory, lost)
             await self._bring(directory, before, state)
         except Unavailable:
             if any(one.is_running for one in proxies):
@@ -189,6 +193,7 @@ class FrontDoor:
         """Count requests and hold them until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.held.run(), name="held requests")
+            group.create_task(self.end_connections(), name="connections to lost tasks")
             while True:
                 await tick(self._clock, SAMPLE_S)
                 # HAProxy can be any image, and write anything.  Requests are held all the same.
@@ -256,9 +261,18 @@ class FrontDoor:
         """Return the requests of the last minute by route."""
         return self.routes.recent(self._clock.monotonic())
 
-    async def _end(self, directory: Path, lost: Sequence[str]) -> None:
+    async def end_connections(self) -> None:
+        """End the connections to lost tasks until cancelled.  A HAProxy that does not respond keeps them."""
+        while True:
+            lost = await self._lost.due()
+            if (directory := self._directory()) is not None:
+                await isolate(
+                    self._end(directory, endings(self._state, lost)), "connections not ended", tasks=lost
+                )
+
+    async def _end(self, directory: Path, wanted: Sequence[str]) -> None:
         """End connections by commands.  A HAProxy that has other servers refuses them.  Raises: Unavailable."""
-        for batch in _batches(lost):
+        for batch in _batches(wanted):
             await self._ask(directory / _ADMIN, ";".join(batch) + "\n")
 
     async def _bring(self, directory: Path, before: DoorState | None, state: DoorState) -> None:

@@ -86,7 +86,13 @@ class DoorRig:
     def _hold(self) -> None:
         if self._holding is not None:
             self._holding.cancel()
-        self._holding = asyncio.create_task(self.door.held.run())
+        self._holding = asyncio.create_task(self._run(self.door))
+
+    @staticmethod
+    async def _run(door: FrontDoor) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(door.held.run())
+            group.create_task(door.end_connections())
 
     def service(self, name: str, labels: Mapping[str, str], *, age: str = "1", port: bool = True) -> None:
         """Add or change a service.  Its tasks listen at ``task_port``, unless ``labels`` have a port."""
