@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.time_slices import run_at_once
-from skep.errors import AlreadyExists, InvalidArgument, RouteTaken
+from skep.errors import AlreadyExists, InvalidArgument, RouteTaken, Unavailable
 from skep.manager.control.quotas import HOSTS_MAX, quota_state, set_quota
 from skep.manager.services.quotas import quota_of
 from skep.manager.services.routes import route_problem, route_problems, shown_routes
@@ -23,6 +23,7 @@ from skep.model.values.ids import NetworkId
 from skep.model.values.times import Timestamp
 from skep.store.level import USERS
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.store.damage_rigs import MemoryDamage
 from tests.unit.manager.control.test_control_services import create, rollback, store, update
 
 __all__ = ["store"]
@@ -97,6 +98,23 @@ async def test_the_hosts_of_a_quota_are_for_its_stack_alone_and_it_has_no_others
     await reserve(store, "evil", "www.shop.example")
     with pytest.raises(RouteTaken, match="reserved by the quota of the stack evil"):
         await rollback(store, web, web.spec)
+
+
+async def test_while_a_quota_cannot_be_read_no_service_gets_new_hosts():
+    """They could be reserved by it.  Services keep the hosts that they have."""
+    rig = MemoryDamage()
+    await rig.store.update(lambda tx: tx.raise_level(USERS))
+    web = await create(rig.store, routed("blog_web", "blog.example", "blog"))
+    await reserve(rig.store, "shop", "shop.example")
+    (key,) = await rig.keys("o/quota/")
+    await rig.damage(key)
+    store = await rig.load()
+    with pytest.raises(Unavailable, match="a quota cannot be read here, so its hosts are unknown"):
+        await create(store, routed("evil_web", "shop.example", "evil"))
+    with pytest.raises(Unavailable, match="a quota cannot be read here"):
+        await update(store, web, routed("blog_web", "blog.example,shop.example", "blog"))
+    changed = routed("blog_web", "blog.example/new", "blog")
+    assert (await update(store, web, changed)).spec.labels["skep.http"] == "blog.example/new"
 
 
 @pytest.mark.parametrize(
