@@ -63,10 +63,16 @@ def next_step(
     if not waiting:
         return Finish(root=rotation.root)
     ready = [node for node in waiting if node.status.state is NodeState.READY]
-    busy = {node.id for node in ready if now - requested_at.get(node.id, now - RENEWAL_S) < RENEWAL_S}
-    due = [node for node in ready if node.id not in busy]
-    away = [node for node in waiting if node.status.state is not NodeState.READY and not _is_requested(node)]
-    chosen = (*due[: max(0, REQUESTED_MAX - len(busy))], *away[:REQUESTED_MAX])
+    # A request may change nothing, because the node was made before it had a certificate, or because it is removed.
+    recent = {node.id for node in waiting if now - requested_at.get(node.id, now - RENEWAL_S) < RENEWAL_S}
+    busy = sum(node.id in recent for node in ready)
+    due = [node for node in ready if node.id not in recent]
+    away = [
+        node
+        for node in waiting
+        if node.status.state is not NodeState.READY and node.id not in recent and not _is_requested(node)
+    ]
+    chosen = (*due[: max(0, REQUESTED_MAX - busy)], *away[:REQUESTED_MAX])
     return RequestRenewals(node_ids=tuple(sorted(node.id for node in chosen))) if chosen else None
 
 

@@ -19,7 +19,6 @@ from skep.manager.scheduler.placement import (
     assigned,
     confirm,
 )
-from skep.model.node_reports.conditions import disk_pressure
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 from skep.model.values.times import unix_ns
@@ -40,9 +39,7 @@ def staying(placed: Placed, requirements: Requirements, accounting: Accounting, 
 
     The assignments are reserved in ``accounting``.
     """
-    if not placed.refusals or not any(
-        disk_pressure(one.node.description) for one in accounting.accounts.values()
-    ):
+    if not placed.refusals or not accounting.full_disks:
         return placed
     kept: list[Assignment] = []
     refusals: list[PlacementRefused] = []
@@ -60,9 +57,10 @@ def _full_account(
     task: Task, requirements: Requirements, accounting: Accounting, view: View
 ) -> Account | None:
     """Return the node of the slot's last task, if only its full disk refuses this one."""
-    account = accounting.accounts.get(_last_node(task, view))
-    if account is None or not disk_pressure(account.node.description):
+    last = _last_node(task, view)
+    if last not in accounting.full_disks:
         return None
+    account = accounting.accounts[last]
     copies = accounting.copies(task.service_id)[account.node.id]
     spared = replace(requirements, needs_disk=False)
     return account if first_refusing(spared, account, copies) is None else None

@@ -21,6 +21,11 @@ from skep.model.values.ids import TaskId
 from skep.model.values.times import timestamp
 from skep.store.interface import LoopStore
 
+RESTS = 4
+"""Length of the rest after some texts, in times of the time that they took, while decisions are made."""
+REST_S_MAX = 0.25
+"""Longest of these rests in seconds."""
+
 
 class Why:
     """Reasons why one decision refused one or more groups."""
@@ -55,6 +60,8 @@ class Texts:
         """All other tasks, longest waiting first, so that each gets its turn, however many decisions are made."""
         self._is_outdated: set[TaskId] = set()
         self._turn = asyncio.Event()
+        self._passes = 0
+        """Number of passes of decisions that have begun."""
 
     def set(self, group: Group, why: Why) -> None:
         """Record that the group was refused."""
@@ -72,6 +79,7 @@ class Texts:
 
     def hold(self) -> None:
         """Stop writing while decisions are made."""
+        self._passes += 1
         self._turn.clear()
 
     def release(self) -> None:
@@ -79,18 +87,23 @@ class Texts:
         self._turn.set()
 
     async def run(self, queue: GroupQueue) -> None:
-        """Write until cancelled.  Groups whose texts cannot be written are decided again through ``queue``."""
+        """Write until cancelled.  Groups whose texts cannot be written are decided again through ``queue``.
+
+        While decisions are made, the texts take about a fifth of the time.
+        """
         while True:
             await self._turn.wait()
             if not self._is_outdated:
                 self._turn.clear()
                 continue
+            began, passes = self._clock.monotonic(), self._passes
             refusals = await self.take(TOGETHER)
             results = await write_decisions(self._term, refusals, timestamp(self._clock.now_ns()))
             groups = [self._groups.of.get(one.task.id) for one in refusals]
             outcomes = [(group, result) for group, result in zip(groups, results, strict=True) if group]
             self._failures.requeue_failed(queue, "texts", outcomes)
-            await asyncio.sleep(0)
+            took_s = self._clock.monotonic() - began if self._passes != passes else 0.0
+            await self._clock.sleep(min(RESTS * took_s, REST_S_MAX))
 
     async def take(self, limit: int) -> list[PlacementRefused]:
         """Remove up to ``limit`` tasks that show an outdated text.  Returns them with their new texts."""

@@ -21,6 +21,7 @@ from skep.model.needs import ClusterMount, Holdings, HostPort, capacity_of, hold
 from skep.model.networks.data_planes import is_docker_node
 from skep.model.networks.used_ports import used_ports_of
 from skep.model.node import Node
+from skep.model.node_reports.conditions import disk_pressure
 from skep.model.permissions.rights import Right, allowed_by
 from skep.model.service import TaskSpec
 from skep.model.task import Task, TaskState
@@ -146,6 +147,8 @@ class Accounting:
 
     def __init__(self) -> None:
         self.accounts: dict[NodeId, Account] = {}
+        self.full_disks: set[NodeId] = set()
+        """Nodes that get no new tasks because their disk is full."""
         self.volumes = VolumeUses()
         self._usages: dict[NodeId, dict[TaskId, Holdings]] = {}
         self._node_of: dict[TaskId, NodeId] = {}
@@ -224,12 +227,17 @@ class Accounting:
             if self.domains.watched and not has_same_labels(account.node, node):
                 self.domains.forget()
             account.update(node, held.values())
+        if disk_pressure(node.description):
+            self.full_disks.add(node.id)
+        else:
+            self.full_disks.discard(node.id)
         self._set_load(node.id, node.load)
         self._record_change(node.id)
 
     def remove_node(self, node_id: NodeId) -> None:
         """Remove a node.  Its tasks' reservations are kept, in case it returns before they end."""
         if self.accounts.pop(node_id, None) is not None:
+            self.full_disks.discard(node_id)
             self.domains.forget()
             self._set_load(node_id, None)
             self._record_change(node_id)

@@ -65,6 +65,15 @@ def test_an_absent_node_is_asked_once_and_uses_no_slot():
     assert next_step(ROTATING, reported, {}, 100.0) is None
 
 
+def test_an_absent_node_without_a_certificate_is_not_asked_again_at_once():
+    """The request changes nothing, so the leader would repeat it thousands of times a second."""
+    nodes = [replace(a_node("n1", state=NodeState.UNKNOWN), certificate=None)]
+    request = RequestRenewals(node_ids=(NodeId("n1"),))
+    assert next_step(ROTATING, nodes, {}, 0.0) == request
+    assert next_step(ROTATING, nodes, {NodeId("n1"): 0.0}, RENEWAL_S - 1) is None
+    assert next_step(ROTATING, nodes, {NodeId("n1"): 0.0}, RENEWAL_S) == request
+
+
 def test_it_ends_when_every_node_has_said_so():
     assert next_step(ROTATING, [a_node("n1", has_new=True)], {}, 0.0) == Finish(root=NEW.trust_root)
     waiting = [a_node("n1", has_new=True), a_node("n2", state=NodeState.DOWN, asked=True)]

@@ -11,8 +11,8 @@ from skep.aio.clock import SystemClock
 from skep.manager.control_loops.failures import Failures
 from skep.manager.scheduler import loop, placement, state
 from skep.manager.scheduler.decision_writer import TOGETHER, write_decisions
-from skep.manager.scheduler.explaining.pending_reasons import Texts, Why
-from skep.manager.scheduler.group_queue import RETRIES_S
+from skep.manager.scheduler.explaining.pending_reasons import REST_S_MAX, Texts, Why
+from skep.manager.scheduler.group_queue import RETRIES_S, GroupQueue
 from skep.manager.scheduler.groups import Groups
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.scheduler.nodes import filters, spread
@@ -244,6 +244,39 @@ async def test_a_text_that_is_right_again_while_another_one_is_to_be_written_sta
     await asyncio.sleep(0)
     refused.set(task.id, Why("present"))
     assert await taking == []
+
+
+class _RestingClock(PausingClock):
+    """Records the rests, and lets other tasks run instead."""
+
+    def __init__(self) -> None:
+        super().__init__(step_s=0.01)
+        self.rests: list[float] = []
+
+    async def sleep(self, seconds: float) -> None:
+        self.rests.append(seconds)
+        await asyncio.sleep(0)
+
+
+async def test_texts_rest_for_longer_than_they_take_while_decisions_are_made() -> None:
+    services = [a_service(f"s{number}") for number in range(3 * TOGETHER)]
+    tasks = [task for one in services for task in waiting(one, 1)]
+    store, clock, groups = await a_store(*services, *tasks), _RestingClock(), Groups()
+    refused = Texts(store, clock, groups, Accounting(), Failures(clock, Random(1)))
+    for task in tasks:
+        groups.enter(task.id, task.id)
+        refused.set(task.id, Why("no room"))
+    refused.release()
+    writing = asyncio.create_task(refused.run(GroupQueue(clock, lambda _: 0)))
+    while len(clock.rests) < 3:
+        if len(clock.rests) == 1:  # a pass begins while the second of three transactions is written
+            refused.hold()
+            refused.release()
+        await asyncio.sleep(0)
+    writing.cancel()
+    quiet, busy, quiet_again = clock.rests
+    assert (quiet, quiet_again) == (0, 0)
+    assert 0.02 < busy <= REST_S_MAX
 
 
 @pytest.mark.parametrize("change", ["stopped", "deleted", "failed"])
