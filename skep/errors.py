@@ -10,6 +10,9 @@ from typing import Self
 
 _OPENSSL = re.compile(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$")
 """OpenSSL's code of an error, and Python's line that raised it."""
+_CERTIFICATE_REQUIRED = "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+NEEDS_CERTIFICATE = "it requires a client certificate"
+"""``reason_of`` returns this text for a server that refuses clients without a certificate."""
 _ERRNO = re.compile(r"\[Errno (\d+)\]")
 
 
@@ -113,7 +116,7 @@ def reason_of(error: BaseException) -> str:
     """
     error = getattr(error, "os_error", error)
     if isinstance(error, ssl.SSLError):
-        return _OPENSSL.sub("", str(error))
+        return NEEDS_CERTIFICATE if _CERTIFICATE_REQUIRED in str(error) else _OPENSSL.sub("", str(error))
     if isinstance(error, OSError):
         if error.errno and error.errno > 0:
             return os.strerror(error.errno).lower()

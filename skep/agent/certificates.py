@@ -8,7 +8,7 @@ import ssl
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.errors import FailedPrecondition, NotFound, Unavailable, Unimplemented
+from skep.errors import NEEDS_CERTIFICATE, FailedPrecondition, NotFound, Unavailable, Unimplemented
 from skep.model.node import Availability
 from skep.security.expiry import proof_of
 from skep.security.identity import ROOT_NAME
@@ -48,8 +48,14 @@ async def fetch_root(address: str, token: str) -> bytes:
         InvalidArgument, FailedPrecondition, Unavailable: See ``join``.
     """
     expected = parse_token(token)
-    async with open_channel(address, unverified_context(), ROOT_NAME) as channel:
-        reply = await channel.call(methods.GET_ROOT_CA_CERTIFICATE, pb.GetRootCACertificateRequest())
+    try:
+        async with open_channel(address, unverified_context(), ROOT_NAME) as channel:
+            reply = await channel.call(methods.GET_ROOT_CA_CERTIFICATE, pb.GetRootCACertificateRequest())
+    except Unavailable as error:
+        if NEEDS_CERTIFICATE not in str(error):
+            raise
+        # Managers answer this request without one.  Their etcd, at the next port, does not.
+        raise Unavailable(f"{error}. Use the port where a manager listens (default: 2377)") from error
     check_root(expected, reply.certificate)
     return reply.certificate
 

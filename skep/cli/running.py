@@ -20,6 +20,8 @@ _RPC = re.compile(r"\brpc error: code = \w+ desc = ")
 """Prefix of SwarmKit's errors in Docker's API, which is not shown to people.  An error may quote another one."""
 _NOT_FOUND = re.compile(r"(service|node|network|secret|config|volume|user) \S+ not found")
 _NO_TARGET = re.compile(r"notification target \S+ not found")
+_HANGS = re.compile(r"no response from \S+ within [0-9.]+ s")
+"""A daemon that accepts connections and does not respond."""
 _SILENT = re.compile(r"(unix|tcp|ssh)://\S+ does not answer(: .+)?")
 _NO_LEADER = "The swarm does not have a leader. "
 _NO_HOST = re.compile(r"unable to parse docker host `[^`]*`")
@@ -99,6 +101,8 @@ def with_next_step(text: str) -> str:
         return f"{text}. List targets with skep notify ls."
     if text.startswith(_NO_LEADER):
         return f"{text} Run skep status to see which managers do not respond."
+    if _HANGS.fullmatch(text):
+        return f"{text}. Check the load and the log of that node, or choose another one with --host."
     if _SILENT.fullmatch(text):
         return f"{text}. Check that the node runs, or choose another one with --host."
     if _NO_HOST.fullmatch(text):

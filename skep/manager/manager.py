@@ -168,8 +168,8 @@ class Manager:
         config, store, clock, _, _ = self._environment
         lost_s = self._nodes.dispatcher.without_quorum_s()
         lost_at = timestamp(clock.now_ns() - round(lost_s * SECOND_NS)) if lost_s else Timestamp("")
-        silent = self._link.silent(clock.monotonic())
-        return quorum(store.view(), config.node_id, silent, lost_at)
+        now, link = clock.monotonic(), self._link
+        return quorum(store.view(), config.node_id, link.silent(now), link.reachable(now), lost_at)
 
     def _connected(
         self, addr: str, *, bounds: Bounds = BOUNDS

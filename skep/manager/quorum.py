@@ -1,6 +1,6 @@
 """Quorum state from this manager's view: whether a leader exists, and which other managers respond."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import msgspec
 
@@ -19,6 +19,8 @@ class PeerManager(ApiObject):
     addr: str = always("")
     is_reachable: bool = always(True)
     unreachable_seconds: float = 0.0
+    has_quorum: bool = always(False)
+    """Whether it has contact with a quorum, by its last ping."""
 
 
 class Quorum(ApiObject):
@@ -38,12 +40,15 @@ class Quorum(ApiObject):
     """
 
 
-def quorum(view: View, own: NodeId, silent: Mapping[NodeId, float], lost_at: Timestamp) -> Quorum:
+def quorum(
+    view: View, own: NodeId, silent: Mapping[NodeId, float], reachable: Set[NodeId], lost_at: Timestamp
+) -> Quorum:
     """Return the quorum state from this manager's own view.
 
     Args:
         own: This manager, which counts as responding.
         silent: Managers that do not respond, with the seconds since their last ping.
+        reachable: Other managers that answered a recent ping and have contact with a quorum.
         lost_at: When contact with a quorum was lost.  Empty if it was not.
     """
     managers = [
@@ -53,6 +58,7 @@ def quorum(view: View, own: NodeId, silent: Mapping[NodeId, float], lost_at: Tim
             addr=node.manager_status.addr,
             is_reachable=node.id == own or node.id not in silent,
             unreachable_seconds=round(silent.get(node.id, 0.0), 1) if node.id != own else 0.0,
+            has_quorum=node.id in reachable if node.id != own else not lost_at,
         )
         for node in view.find(Node)
         if node.manager_status is not None

@@ -25,6 +25,8 @@ SIGNALED = 128
 """Shells and Docker report the signal that ended a process as 128 plus its number."""
 _SHOWN_CHARACTERS_MAX = 200
 """Characters of a line that a sentence quotes."""
+FAILED_CHECK = "starting: "
+"""Start of the message of a task that is starting while its health check fails.  The failure follows, in words."""
 SEQUENCE = re.compile(r"\x1b\[[0-?]{0,64}[ -/]{0,8}[@-~]")
 """A control sequence of a terminal, as for a color."""
 _WORD_CHARACTERS_MAX = 32

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from skep.errors import reason_of
 from skep.rpc import frames, headers
 from skep.rpc.coalescing import CoalescingTransport
 from skep.rpc.core import MESSAGE_HEAD, Http2Connection, SendStream, framed
@@ -332,7 +333,8 @@ class ClientConnection(Http2Connection[ClientStream]):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End all streams."""
-        self._lose(Lost(f"the connection broke: {exc or 'closed by the other end'}"))
+        reason = reason_of(exc) if exc is not None else "closed by the other end"
+        self._lose(Lost(f"the connection broke: {reason}"))
         self._transport = None
 
     def resume_writing(self) -> None:

@@ -42,6 +42,7 @@ UNPLACED: Final[Mapping[str, tuple[float, str]]] = {
     "no-node": (UNPLACED_S, "no node has accepted a task for {s:.0f} s"),
     "too-large": (TOO_LARGE_S, "no node can accept a task"),
     "no-address": (TOO_LARGE_S, "no address becomes free, because no task on the network is stopping"),
+    "dependency": (UNPLACED_S, "the service that it waits for has not become ready for {s:.0f} s"),
     "not-allocated": (UNPLACED_S, "a task has waited for its networks and ports for {s:.0f} s"),
 }
 """Seconds until a wait ends, and the text of its error, by the kind of the problem."""

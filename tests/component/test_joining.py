@@ -1,8 +1,10 @@
 """Becoming a node, over real mutual TLS on loopback."""
 
 import asyncio
+import socket
+import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 
@@ -12,6 +14,7 @@ from skep.errors import (
     FailedPrecondition,
     InvalidArgument,
     PermissionDenied,
+    Unavailable,
 )
 from skep.model.networks.data_planes import DOCKER, SKEP
 from skep.model.node import Availability, Node, NodeRole
@@ -24,6 +27,7 @@ from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import open_channel
 from tests.support.managers.wire_rig import Cluster, a_worker
+from tests.support.security.api_authority import an_authority
 
 CLOCK = SystemClock()
 
@@ -85,6 +89,39 @@ async def test_a_token_of_another_cluster_is_noticed_before_the_secret_is_sent(c
         own = cluster.swarm.join_tokens.worker
         await join(address, own, CLOCK)
         assert own.encode() in seen, "a token whose root matches is sent"
+
+
+async def test_a_port_that_requires_a_certificate_leads_to_the_managers_port(cluster, tmp_path):
+    """Such as the peer port of etcd."""
+    authority = an_authority(tmp_path / "authority")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*authority.pair("server"))
+    context.load_verify_locations(authority.root)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.set_alpn_protocols(["h2"])
+
+    def refuse(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        connection.settimeout(20)
+        with context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False) as stream:
+            with suppress(ssl.SSLError):
+                stream.do_handshake()
+            stream.shutdown(socket.SHUT_WR)
+            while stream.recv(
+                65536
+            ):  # an unread byte would reset the connection before its client reads the alert
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        refusing = asyncio.create_task(asyncio.to_thread(refuse, listener))
+        with pytest.raises(Unavailable) as refused:
+            await join(address, cluster.swarm.join_tokens.worker, CLOCK)
+        await refusing
+    assert str(refused.value) == (
+        f"{address}: the connection broke: it requires a client certificate. "
+        "Use the port where a manager listens (default: 2377)"
+    )
 
 
 async def test_no_token_at_all_is_an_invalid_argument(cluster):

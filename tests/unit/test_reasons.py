@@ -8,7 +8,7 @@ import ssl
 import pytest
 
 from skep.api.errors import unanswered
-from skep.errors import reason_of
+from skep.errors import NEEDS_CERTIFICATE, reason_of
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,11 @@ def test_the_number_of_an_error_of_tls_is_not_the_systems() -> None:
 def test_an_error_of_tls_has_no_code_of_a_library() -> None:
     error = ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)")
     assert reason_of(error) == "wrong version number"
+
+
+def test_a_server_that_requires_a_certificate_is_named_as_such() -> None:
+    text = "[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] tlsv13 alert certificate required (_ssl.c:2580)"
+    assert reason_of(ssl.SSLError(1, text)) == NEEDS_CERTIFICATE
 
 
 def test_a_certificate_that_is_not_trusted_leads_to_the_authority() -> None:

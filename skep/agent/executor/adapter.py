@@ -22,7 +22,7 @@ from skep.model.container import ContainerSpec, Mount, Privileges
 from skep.model.door.settings import NAME as DOOR_VOLUME
 from skep.model.door.settings import is_door
 from skep.model.history import stack_of
-from skep.model.network import MTU_OPTION, MTUS, Network
+from skep.model.network import MTU_OPTION, MTUS, Network, is_ingress
 from skep.model.networks.data_planes import driver_of, is_overlay
 from skep.model.networks.overlays import VXLAN_ID_MAX, VXLAN_OPTION, head_of, options_of
 from skep.model.networks.publishing import publish_options
@@ -335,7 +335,13 @@ def _network_mode(task: Task) -> str:
     if not any(driver_of(one) == "host" for one in attached):
         return ""
     if len(attached) > 1:
-        raise Rejected("conflicting options: a container on the network host cannot be on another one")
+        others = [one.spec.name for one in attached if driver_of(one) != "host"]
+        hint = ", because it publishes ports through the routing mesh: publish them with mode=host"
+        raise Rejected(
+            "conflicting options: a container on the network host cannot be on another one: "
+            + ", ".join(others)
+            + (hint if any(map(is_ingress, attached)) else "")
+        )
     return "host"
 
 

@@ -7,11 +7,28 @@ from collections import deque
 from msgspec.structs import replace
 
 from skep.aio.failures import isolate
-from skep.engine.containers.container import Container, Health, Interruption, LogFilter, StandardStream
+from skep.engine.containers.container import (
+    Container,
+    Health,
+    HealthStatus,
+    Interruption,
+    LogFilter,
+    StandardStream,
+)
 from skep.engine.containers.health import is_failing, retries
 from skep.engine.containers.signals import signal_number
 from skep.engine.engine import Engine
-from skep.model.task_end import SIGNALED, EndCause, KeptLine, TaskEnd, bounded_end, signal_of
+from skep.model.task_end import (
+    HEALTH_COMMAND_BYTES_MAX,
+    SIGNALED,
+    EndCause,
+    KeptLine,
+    TaskEnd,
+    bounded_end,
+    cut,
+    on_one_line,
+    signal_of,
+)
 from skep.model.values.ids import ContainerId
 from skep.model.values.times import SECOND_NS, timestamp
 
@@ -69,6 +86,22 @@ def unhealthy_end(container: Container, health: Health) -> TaskEnd:
         health_failures=min(health.failing_streak, retries(config)) if config is not None else 0,
         health_exit_code=last.exit_code if last is not None and last.exit_code > 0 else None,
     )
+
+
+def failed_check(container: Container) -> str:
+    """Return the last health check of a container that was not healthy yet, in words, or an empty text if it succeeded.
+
+    Failures within the start period do not make a container unhealthy, so they would otherwise be known nowhere else.
+    """
+    config, health = container.config.healthcheck, container.health
+    is_starting = container.is_running and health is not None and health.status is HealthStatus.STARTING
+    if config is None or health is None or not is_starting or not health.log or not health.log[-1].exit_code:
+        return ""
+    last = health.log[-1]
+    output = on_one_line(last.output)
+    shown = f'output "{output}"' if output else "no output"
+    result = f"exit {last.exit_code}, {shown}" if last.exit_code > 0 else output
+    return f'its health check "{cut(" ".join(config.test[1:]), HEALTH_COMMAND_BYTES_MAX)}" failed: {result}'
 
 
 async def with_last_lines(engine: Engine, id: ContainerId, end: TaskEnd, lines_max: int) -> TaskEnd:

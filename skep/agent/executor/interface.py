@@ -48,6 +48,8 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     """Options of the task that this node could not apply."""
     ports: tuple[PortConfig, ...] = ()
     """Host-mode ports as opened, with the port that the node has chosen if the spec has 0."""
+    failed_check: str = ""
+    """Last failed health check of a process that was not healthy yet, in words, or empty."""
 
 
 class Controller(Protocol):

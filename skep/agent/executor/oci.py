@@ -18,7 +18,7 @@ import structlog
 from skep.agent.executor import adapter
 from skep.agent.executor.adapter import NodeFacts
 from skep.agent.executor.attaching import AttachmentController, ClusterAttachments, is_attachment
-from skep.agent.executor.ends import end_of, with_last_lines
+from skep.agent.executor.ends import end_of, failed_check, with_last_lines
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.agent.executor.payloads import Payloads
 from skep.agent.executor.pulling import Bring, ImagePuller, nothing_beside
@@ -499,4 +499,5 @@ def _running(container: Container) -> Running:
         ),
         warnings=container.warnings,
         ports=as_requested(container.sandbox.ports) if container.sandbox is not None else (),
+        failed_check=failed_check(container),
     )

@@ -25,7 +25,7 @@ from skep.errors import SkepError
 from skep.model.options.labels import drain_s, last_lines
 from skep.model.service import MAX_ATTEMPTS_MAX, RestartCondition, RestartPolicy
 from skep.model.task import AssignedTask, ContainerStatus, PortStatus, Task, TaskState, TaskStatus
-from skep.model.task_end import TaskEnd, words_of
+from skep.model.task_end import FAILED_CHECK, TaskEnd, words_of
 from skep.model.values.ids import TaskId
 from skep.model.values.times import SECOND_NS, timestamp
 
@@ -39,6 +39,12 @@ CUT_OFF_S = 10.0
 
 Short outages, when a manager restarts or the leader changes, are left to the leader.
 """
+CHECK_REPORT_S = 5.0
+"""Seconds until the first failed health check of a starting container is reported.
+
+Most containers are healthy earlier, so they cause no report."""
+CHECK_REPORT_MAX_S = 60.0
+"""Longest time in seconds between two such reports, which bounds the writes for checks whose output always differs."""
 
 
 class Verb(Enum):
@@ -240,7 +246,9 @@ class TaskDriver:
             error = describe_error(failure)
         if error:
             end = await self._end()
-            self._reach(failed_state(self.status.state), self.status.message, error, end)
+            message = self.status.message
+            message = "starting" if message.startswith(FAILED_CHECK) else message
+            self._reach(failed_state(self.status.state), message, error, end)
         elif step.state.is_terminal:
             end = await self._end()
             # Docker has no text for a container that did not stop in time, and an intended end has no error.
@@ -261,12 +269,29 @@ class TaskDriver:
             case Verb.PREPARE:
                 await self.controller.prepare()
             case Verb.START:
-                await self.controller.start()
+                await run_unless(self.controller.start(), self._report_failed_checks())
             case Verb.WAIT:
                 return await self._watch()
             case Verb.SHUTDOWN:
                 await self.controller.shutdown(self.drain_s)
         return ""
+
+    async def _report_failed_checks(self) -> None:
+        """Report failed health checks of a container that is not healthy yet, until cancelled."""
+        delay_s = CHECK_REPORT_S
+        while True:
+            await self._clock.sleep(delay_s)
+            try:
+                observed = self.controller.observed()
+            except Exception as error:
+                log_error(error, "task's container cannot be observed", task=self.task.task.id)
+                continue
+            failure = observed.failed_check if observed is not None else ""
+            message = f"{FAILED_CHECK}{failure}" if failure else "starting"
+            if self.status.state is TaskState.STARTING and message != self.status.message:
+                self.status = msgspec.structs.replace(self.status, message=message)
+                self._on_status(self.task.task.id, self.status)
+                delay_s = min(delay_s * 2, CHECK_REPORT_MAX_S)
 
     async def _watch(self) -> str:
         """Wait until the process has ended and is not restarted again.  Returns its failure, or an empty text."""

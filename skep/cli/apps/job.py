@@ -11,6 +11,7 @@ from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age, duration, seconds_since
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests
+from skep.cli.visibility import empty_text
 from skep.model.task_end import printable
 
 _HEAD = ("NAME", "SCHEDULE", "LAST RUN", "STATE", "NEXT RUN", "NOTE")
@@ -45,19 +46,22 @@ def list_jobs(host: HostOptions, output: OutputOptions) -> None:
     """
 
     async def fetch() -> Shown:
-        async with host.client() as client:
+        async with host.requests() as client:
             jobs: list[dict[str, Any]] = await client.get("/skep/jobs", timeout_s=RESPONSE_TIMEOUT_S)
+            empty = "" if jobs else await empty_text(client, _NO_JOBS, "No jobs of your stacks")
         jobs.sort(key=lambda one: str(one["Name"]))
         rows = [{"Schedule": "", "NextRun": "", "LastRun": "", "Note": "", **one} for one in jobs]
-        return Shown(data=jobs, rows=rows, lines=lambda screen: shown(jobs, screen, time.time()))
+        return Shown(data=jobs, rows=rows, lines=lambda screen: shown(jobs, screen, time.time(), empty))
 
     output.show(fetch)
 
 
-def shown(jobs: Sequence[Mapping[str, Any]], screen: Screen, now: float) -> Iterator[str]:
-    """Yield the lines of the table.  ``now``: seconds since the epoch."""
+def shown(
+    jobs: Sequence[Mapping[str, Any]], screen: Screen, now: float, empty: str = _NO_JOBS
+) -> Iterator[str]:
+    """Yield the lines of the table.  ``now``: seconds since the epoch.  ``empty``: the text without jobs."""
     more = ("ID",) if screen.is_wide else ()
-    return table((*more, *_HEAD), [_row(one, screen, now) for one in jobs], screen, empty=_NO_JOBS)
+    return table((*more, *_HEAD), [_row(one, screen, now) for one in jobs], screen, empty=empty)
 
 
 def _row(found: Mapping[str, Any], screen: Screen, now: float) -> tuple[str | Cell, ...]:

@@ -22,6 +22,7 @@ from skep.cli import options
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests, say
+from skep.cli.visibility import empty_text
 from skep.model.catalog import TTL_S_MAX, TTL_S_MIN, CatalogAnswer, ServiceCatalog, ServiceRegistration
 from skep.model.networks.addresses import PORT_MAX, is_address, joined
 from skep.model.task_end import printable
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from skep.catalog.following import KnownCatalog
 
 LOOPBACK = "127.0.0.1"
+_NONE_REACHED = "No service is reached anywhere."
 
 _INSTANCE = re.compile(r"[^A-Za-z0-9-]+")
 
@@ -64,14 +66,19 @@ def list_catalog(host: HostOptions, output: OutputOptions) -> None:
     async def fetch() -> Shown:
         async with host.requests() as client:
             found = await client.get("/skep/catalog", timeout_s=RESPONSE_TIMEOUT_S)
-        answer = leniently(msgspec.json.encode(found), CatalogAnswer)
-        return shown_catalog(answer.catalog or ServiceCatalog())
+            catalog = leniently(msgspec.json.encode(found), CatalogAnswer).catalog or ServiceCatalog()
+            empty = (
+                ""
+                if catalog.services
+                else await empty_text(client, _NONE_REACHED, "No services of your stacks")
+            )
+        return shown_catalog(catalog, empty)
 
     output.show(fetch)
 
 
-def shown_catalog(found: ServiceCatalog) -> Shown:
-    """Return a line for each address of each service."""
+def shown_catalog(found: ServiceCatalog, empty: str = _NONE_REACHED) -> Shown:
+    """Return a line for each address of each service.  ``empty``: the text without one."""
     rows = [
         {
             "Service": service.name,
@@ -88,9 +95,7 @@ def shown_catalog(found: ServiceCatalog) -> Shown:
         cells = [
             tuple(printable(row[name]) for name in ("Service", "Address", "Node", "Instance")) for row in rows
         ]
-        yield from table(
-            ("SERVICE", "ADDRESS", "NODE", "INSTANCE"), cells, screen, empty="No service is reached anywhere."
-        )
+        yield from table(("SERVICE", "ADDRESS", "NODE", "INSTANCE"), cells, screen, empty=empty)
 
     return Shown(data=msgspec.to_builtins(found), rows=rows, lines=lines)
 

@@ -287,7 +287,7 @@ def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Ite
         yield f"  smallest change: {change}"
     problem = explanation.get("Problem") or {}
     yield from (f"  {line}" for line in _output(problem.get("End") or {}))
-    if problem.get("Kind") == "waiting" and (found := _WAITS_FOR.match(main)) is not None:
+    if problem.get("Kind") in ("waiting", "dependency") and (found := _WAITS_FOR.match(main)) is not None:
         yield f"  Next: skep explain {found[1]}"
 
 

@@ -1,6 +1,6 @@
 """Lets commands work without a leader.  They show the manager's last state, and print how to recover."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -38,9 +38,16 @@ async def quorum_of(client: Requests) -> Mapping[str, Any] | None:
 
 def way_out(quorum: Mapping[str, Any]) -> str:
     """Return the command to run next without a leader.  It changes nothing."""
+    if others := _with_quorum(quorum):
+        return f"skep status on {others[0]}"
     managers = quorum["Managers"]
     answering = sum(bool(manager["IsReachable"]) for manager in managers)
     return "skep doctor network" if answering > len(managers) // 2 else "skep cluster recover --dry-run"
+
+
+def _with_quorum(quorum: Mapping[str, Any]) -> Sequence[str]:
+    """Return the managers that have contact with a quorum although this one has not."""
+    return [manager["Hostname"] for manager in quorum["Managers"] if manager.get("HasQuorum")]
 
 
 def silence(quorum: Mapping[str, Any], node_id: str) -> str:
@@ -57,13 +64,26 @@ def clock_time(stamp: str) -> str:
 
 
 def no_leader(quorum: Mapping[str, Any]) -> Iterator[str]:
-    """Yield lines about a lost leader: its time, the missing managers, and how to recover."""
+    """Yield lines about a lost leader: its time, the missing managers, and how to recover.
+
+    If other managers have a quorum, only this one has lost its leader.
+    """
     managers = quorum["Managers"]
     silent = [manager["Hostname"] for manager in managers if not manager["IsReachable"]]
     answering, needed = len(managers) - len(silent), len(managers) // 2 + 1
     verb = "responds" if answering == 1 else "respond"
     missing = f" ({', '.join(silent)} {'does' if len(silent) == 1 else 'do'} not)" if silent else ""
     since = quorum["Since"].partition(".")[0].replace("T", " ").rstrip("Z")
+    if others := _with_quorum(quorum):
+        names, verb = " and ".join(others), "has" if len(others) == 1 else "have"
+        yield f"NO LEADER for this manager since {since} UTC: {names} {verb} contact with a quorum"
+        yield "This is the last known state of this manager. You cannot change anything through it."
+        if error := quorum.get("Error"):
+            yield f"Error of this manager: {error}"
+        else:
+            yield "To find what separates it from the others, run skep doctor network."
+        yield f"Until then, run your commands on {others[0]}."
+        return
     yield f"NO LEADER since {since} UTC: {answering} of {len(managers)} managers {verb}{missing}"
     yield "This is the last known state. Containers keep running, but you cannot change anything."
     if error := quorum.get("Error"):

@@ -3,7 +3,6 @@
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -17,10 +16,10 @@ from skep.cli.formatting import age
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.see.points_in_time import moment_or_revision
 from skep.cli.see.quorum import STALE, UNREACHABLE, clock_time, no_leader, quorum_of, silence, way_out
+from skep.cli.visibility import none_visible, sees_all_services
 from skep.errors import PermissionDenied, SkepError
 from skep.model.node import plain_message
 from skep.model.node_reports.conditions import NO_MANAGER_ANSWERS
-from skep.model.permissions.access import are_of_stacks
 from skep.model.service import HealthState, ServiceHealth
 from skep.model.task_end import printable
 from skep.model.values.counts import counted
@@ -40,9 +39,6 @@ _TASKS_COUNTED_MAX = 5_000
 requests.
 """
 _NO_SERVICES = "No services. Create one with skep service create, or deploy a stack with skep stack deploy."
-_NO_SERVICES_OF_STACKS = (
-    "No services of your stacks, and you do not see others. Run skep user whoami to see your roles."
-)
 _DONE = ("completed", "rollback_completed")
 UNAVAILABLE = {"drain": "drained", "pause": "paused"}
 """Words for the availability of nodes that accept no tasks."""
@@ -212,14 +208,6 @@ async def _status(host: HostOptions) -> StatusScreen:
             next=further,
             sees_all=sees_all,
         )
-
-
-async def sees_all_services(client: Requests) -> bool:
-    """Return whether the user sees more than the services of some stacks.  Without an answer, True."""
-    with suppress(SkepError):
-        roles = (await client.get("/skep/access", timeout_s=RESPONSE_TIMEOUT_S))["Roles"]
-        return not roles or not are_of_stacks(roles)
-    return True
 
 
 async def _status_at(host: HostOptions, when: str) -> StatusScreen:
@@ -491,7 +479,13 @@ def lines_of(status: StatusScreen, screen: Screen) -> Iterator[str]:
     if status.cluster.services:
         yield from _services(status.cluster.services, screen, at, shows_images=is_past or screen.is_wide)
     else:
-        yield "No services." if is_past else _NO_SERVICES if status.sees_all else _NO_SERVICES_OF_STACKS
+        yield (
+            "No services."
+            if is_past
+            else _NO_SERVICES
+            if status.sees_all
+            else none_visible("No services of your stacks")
+        )
     yield from _next(status)
 
 

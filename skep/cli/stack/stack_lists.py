@@ -15,6 +15,7 @@ from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.see.status import COLORS, completion, health_of, worst_health
+from skep.cli.visibility import empty_text
 from skep.errors import NotFound
 from skep.model.service import HealthState
 
@@ -53,13 +54,14 @@ def ls(host: HostOptions, output: OutputOptions) -> None:
             found = await client.get(
                 "/services", filters=filters, timeout_s=RESPONSE_TIMEOUT_S, status="true", health="true"
             )
-        return stacks(found)
+            empty = "" if found else await empty_text(client, _NO_STACKS, "None of your stacks exists")
+        return stacks(found, empty)
 
     output.show(fetch)
 
 
-def stacks(services: Objects) -> Shown:
-    """Return the list of stacks, found by the labels of their services."""
+def stacks(services: Objects, empty: str = _NO_STACKS) -> Shown:
+    """Return the list of stacks, found by the labels of their services.  ``empty``: the text without stacks."""
     rows: dict[str, dict[str, Any]] = {}
     done: Counter[str] = Counter()
     wanted: Counter[str] = Counter()
@@ -87,7 +89,7 @@ def stacks(services: Objects) -> Shown:
         for row in listed
     ]
     head = ("NAME", "SERVICES", "TASKS")
-    return Shown(data=listed, rows=listed, lines=lambda screen: table(head, cells, screen, empty=_NO_STACKS))
+    return Shown(data=listed, rows=listed, lines=lambda screen: table(head, cells, screen, empty=empty))
 
 
 @click.command()

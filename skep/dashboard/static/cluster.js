@@ -178,7 +178,9 @@ export function problems(cluster, now = Date.now()) {
       `${managers.total - managers.reachable} of ${count(managers.total, "manager")} unreachable`,
       spare > 0
         ? `the cluster survives the loss of ${spare} more`
-        : spare === 0 ? "if one more is lost, no change is possible" : "too few for a majority",
+        : spare === 0 ? "if one more is lost, no change is possible"
+        // After skep cluster recover, one manager leads without the others until they are demoted.
+        : managers.leader ? `${cluster.get("nodes", managers.leader)?.name ?? "a manager"} leads without them: demote the lost managers` : "too few for a majority",
     );
   }
   if (suspended) add("bad", "Tasks of lost nodes are not replaced", suspended);

@@ -21,6 +21,7 @@ from skep.manager.diagnosis.reasons import (
     problem_of,
     problems_of,
     slot_of,
+    without_past_attempt,
 )
 from skep.manager.diagnosis.scaling_explanations import AutoscalingExplanation
 from skep.manager.orchestrator.jobs import is_done
@@ -239,7 +240,10 @@ def explain_service(
     every, tasks = (tasks, of_present_run(service, tasks)) if is_job else ((), tasks)
     running = _running(tasks) if running is None else running
     active = len({slot_of(task) for task in tasks if task.is_active}) if active is None else active
-    found = problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns, every=every)
+    found = [
+        without_past_attempt(one, now_ns)
+        for one in problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns, every=every)
+    ]
     problems, hint = split_off_replacements(found, service, tasks, nodes)
     if is_job:
         text, reason, is_healthy = _of_job(service, tasks, running, problems, nodes)
@@ -340,7 +344,7 @@ def summary(
         case _ if status.state.is_terminal:
             return status.err or status.message or status.state.value
     known = nodes if nodes is not None else {node.id: node} if node is not None else {}
-    problem = problem_of(task, slot, known, spec=spec)
+    problem = without_past_attempt(problem_of(task, slot, known, spec=spec), now_ns)
     return "; ".join(filter(None, (problem.reason, problem.restart_summary)))
 
 

@@ -24,10 +24,10 @@ from skep.model.node import Availability, Node, NodeState
 from skep.model.node_reports.conditions import disk_pressure
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.options.constraints import is_satisfied
-from skep.model.options.dependencies import WAITS_FOR
+from skep.model.options.dependencies import WAITS_FOR, is_wait
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Restart, Task, TaskState
-from skep.model.task_end import EndCause, TaskEnd, on_one_line, signal_of, words_of
+from skep.model.task_end import FAILED_CHECK, EndCause, TaskEnd, on_one_line, signal_of, words_of
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.times import SECOND_NS, ZERO_TIME, Timestamp, unix_ns
@@ -76,6 +76,8 @@ class CauseKind(Enum):
     """The node is down."""
     WAITING = "waiting"
     """The task waits for another service or a cluster volume."""
+    DEPENDENCY = "dependency"
+    """The task waits for a service that does not exist, is stopped, or was given up."""
     PROGRESSING = "progressing"
     """The task is starting, and nothing has failed."""
 
@@ -97,6 +99,7 @@ _WEIGHTS: Final[Mapping[CauseKind, int]] = {
     CauseKind.NO_ADDRESS: 1,
     CauseKind.NODE_LOST: 2,
     CauseKind.WAITING: 3,
+    CauseKind.DEPENDENCY: 3,
     CauseKind.PROGRESSING: 4,
 }
 
@@ -200,6 +203,12 @@ def problem_of(
     )
 
 
+def without_past_attempt(problem: TaskProblem, now_ns: int) -> TaskProblem:
+    """Return ``problem`` without a next attempt whose time is past.  Without a leader, there is no such attempt."""
+    is_past = bool(problem.next_attempt) and unix_ns(problem.next_attempt) < now_ns
+    return replace(problem, next_attempt=Timestamp("")) if is_past else problem
+
+
 def loop_ends_ns(task: Task, now_ns: int) -> int | None:
     """Return when the running ``task`` ends its slot's crash loop, as Unix time, or None if it is in none.
 
@@ -267,7 +276,7 @@ def _present(
     where = hostname(nodes.get(task.node_id), task)
     match status.state:
         case TaskState.NEW | TaskState.PENDING if status.err.startswith(WAITS_FOR):
-            return CauseKind.WAITING, f"it {status.err}"
+            return CauseKind.WAITING if is_wait(status.err) else CauseKind.DEPENDENCY, f"it {status.err}"
         case TaskState.PENDING if status.err and _gets_port_from(task, slot):
             return CauseKind.PROGRESSING, "it starts when the task before it has stopped, which has its port"
         case TaskState.PENDING if status.err:
@@ -321,6 +330,8 @@ def _starting(task: Task) -> str:
     """Return a sentence about a task that is starting.  Only its node knows whether the image has a health check."""
     container = task.spec.container_spec
     check = container.healthcheck if container is not None else None
+    if failure := masked_text(task.status.message.partition(FAILED_CHECK)[2]):
+        return f"waits for it to become healthy: {failure}"
     if check is None or not check.test:
         return "starts it, or waits for the health check of its image"
     return "starts it" if check.test[0] == "NONE" else "waits for it to become healthy"

@@ -17,8 +17,8 @@ from skep.manager.manager_list import on_manager_change
 from skep.manager.membership.consensus import Consensus
 from skep.manager.membership.manager_changes import (
     LevelRise,
+    LostContact,
     RoleChanges,
-    reachability_changes,
     write_level,
     write_reachability,
 )
@@ -73,6 +73,7 @@ class ManagerReconciler:
         self._kept = ""
         self._is_alone = False
         self._level_rise = LevelRise()
+        self._lost_contact = LostContact()
         self._changes = RoleChanges(term, consensus, clock)
 
     async def run(self) -> None:
@@ -107,8 +108,7 @@ class ManagerReconciler:
         now = self._clock.monotonic()
         silent, reachable = self._link.silent(now), self._link.reachable(now)
         view = self._term.view()
-        nodes = view.find(Node)
-        for change in reachability_changes(nodes, silent, reachable, self._own):
+        for change in self._lost_contact.changes(view.find(Node), silent, reachable, self._own, now):
             log.info(
                 "manager reachability changed", node=change.node_id, reachability=change.reachability.value
             )

@@ -29,6 +29,13 @@ They are two heartbeat grace periods (15 s), so a node that starts and fails at 
 version."""
 
 
+WITHOUT_CONTACT_S = 5.0
+"""Seconds of pings from a manager without contact to a quorum until it counts as unreachable.
+
+A new leader first needs the others' next check for a quorum and their next ping, about a second each.
+"""
+
+
 class RoleChanges:
     """Writes roles to certificates, and removes members.  Leader only."""
 
@@ -110,6 +117,32 @@ def reachability_changes(
         elif node.id in responding and status.reachability is Reachability.UNREACHABLE:
             changes.append(ReachabilityChange(node.id, Reachability.REACHABLE))
     return changes
+
+
+class LostContact:
+    """Observes for how long other managers have been neither silent nor reachable.
+
+    Such a manager's process answers pings, but its store has stopped, for example because its disk is full, or this
+    leader has no link to it.  Its vote does not count, so the leader marks it unreachable, as in Docker.
+    """
+
+    def __init__(self) -> None:
+        self._since: dict[NodeId, float] = {}
+        """When each of these managers was first seen so, in monotonic seconds."""
+
+    def changes(
+        self,
+        nodes: Collection[Node],
+        silent: Collection[NodeId],
+        reachable: Collection[NodeId],
+        own: NodeId,
+        now: float,
+    ) -> list[ReachabilityChange]:
+        """Return the managers whose reachability changed since it was written.  ``now``: monotonic seconds."""
+        ids = {node.id for node in nodes if node.manager_status is not None} - {own, *reachable}
+        self._since = {id: self._since.get(id, now) for id in ids}
+        lost = {id for id, since in self._since.items() if now - since >= WITHOUT_CONTACT_S}
+        return reachability_changes(nodes, {*silent, *lost}, reachable, own)
 
 
 def write_reachability(tx: Transaction, change: ReachabilityChange) -> None:

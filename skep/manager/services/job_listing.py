@@ -36,7 +36,8 @@ class Job(ApiObject):
     last_run: Timestamp | None = None
     next_run: Timestamp | None = None
     note: str = ""
-    """Reason why the next run is missing, the last due time was skipped, or the last run failed."""
+    """Reason why the next run is missing, the last due time was skipped, the last run failed, or tasks of the current
+    run do not run."""
     starts: tuple[JobStart, ...] = ()
     """Starts of a scheduled job, the oldest first."""
 

@@ -32,9 +32,13 @@ class ClusterRows:
         leaders = [
             node.id for node in managers if node.manager_status is not None and node.manager_status.leader
         ]
-        answering = {one.id for one in quorum.managers if one.is_reachable}
+        answering = {
+            one.id for one in quorum.managers if (one.has_quorum if quorum.has_leader else one.is_reachable)
+        }
+        led = any(one.has_quorum for one in quorum.managers)
+        leaderless = "this manager has" if led else "the managers have"
         warnings = [
-            *([] if quorum.has_leader else [f"WARNING: the managers have no leader since {quorum.since}"]),
+            *([] if quorum.has_leader else [f"WARNING: {leaderless} no leader since {quorum.since}"]),
             *([f"WARNING: {quorum.own_error}"] if quorum.own_error else []),
             *await warnings_of(self._store, self._clock.now_ns()),
         ]

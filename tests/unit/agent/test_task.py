@@ -1,11 +1,33 @@
 """One task's way through its states."""
 
+import asyncio
+from collections import deque
+from typing import Any, cast
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from skep.agent.tasks.task import Do, Idle, Move, Verb, failed_state, next_step
-from skep.model.task import TaskState
+from skep.agent.executor.interface import Running
+from skep.agent.session.session_state import SessionState
+from skep.agent.tasks.task import (
+    CHECK_REPORT_MAX_S,
+    CHECK_REPORT_S,
+    Do,
+    Idle,
+    Move,
+    TaskDriver,
+    Verb,
+    failed_state,
+    next_step,
+)
+from skep.aio.clock import SystemClock
+from skep.errors import SkepError
+from skep.model.task import AssignedTask, ContainerStatus, TaskState, TaskStatus
+from skep.model.values.ids import TaskId
+from skep.model.values.times import timestamp
+from tests.support.builders import a_task
 
 STATES = list(TaskState)
 RUNNING, READY, SHUTDOWN = TaskState.RUNNING, TaskState.READY, TaskState.SHUTDOWN
@@ -70,3 +92,74 @@ def test_what_fails_before_the_start_was_never_accepted_by_the_node() -> None:
     assert failed_state(TaskState.PREPARING) is TaskState.REJECTED
     assert failed_state(TaskState.STARTING) is TaskState.FAILED
     assert failed_state(RUNNING) is TaskState.FAILED
+
+
+class Sleeper(SystemClock):
+    """Sleeps no longer than a turn of the event loop, and notes how long it was asked to."""
+
+    def __init__(self) -> None:
+        self.slept: list[float] = []
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        await asyncio.sleep(0)
+
+
+class Sick:
+    """Controller of a container whose health check fails within its start period."""
+
+    def __init__(self) -> None:
+        self.checks = deque(
+            ["", "exit 1, no output", "exit 1, no output", "exit 2, no output", "", "", "exit 3"]
+        )
+        self.ends = asyncio.Event()
+
+    def observed(self) -> Running:
+        if not self.checks:
+            self.ends.set()
+        failed = self.checks.popleft() if self.checks else "exit 3"
+        return Running(container=ContainerStatus(container_id="c1"), failed_check=failed)
+
+    async def start(self) -> Running:
+        await self.ends.wait()
+        raise SkepError("dockerexec: unhealthy container")
+
+    async def fetch_end(self) -> None:
+        return None
+
+
+async def test_failed_checks_of_a_task_that_is_starting_are_reported_once_each_and_ever_more_rarely() -> None:
+    clock, reported, ended = Sleeper(), list[TaskStatus](), asyncio.Event()
+
+    def on_status(_: TaskId, status: TaskStatus) -> None:
+        reported.append(status)
+        if status.state is TaskState.FAILED:
+            ended.set()
+
+    task = replace(a_task("t1"), desired_state=RUNNING)
+    started = TaskStatus(state=TaskState.STARTING, message="starting", timestamp=timestamp(1))
+    driver = TaskDriver(
+        AssignedTask(task=task),
+        started,
+        cast("Any", Sick()),
+        clock=clock,
+        on_status=on_status,
+        session_state=SessionState(clock),
+    )
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(driver.run())
+        async with asyncio.timeout(10):
+            await ended.wait()
+        running.cancel()
+    assert [one.message for one in reported] == [
+        "starting: exit 1, no output",
+        "starting: exit 2, no output",
+        "starting",
+        "starting: exit 3",
+        "starting",
+    ]
+    *starting, failed = reported
+    assert {(one.state, one.timestamp) for one in starting} == {(TaskState.STARTING, timestamp(1))}
+    assert (failed.state, failed.err) == (TaskState.FAILED, "dockerexec: unhealthy container")
+    assert clock.slept[:2] == [CHECK_REPORT_S] * 2
+    assert max(clock.slept) == CHECK_REPORT_MAX_S

@@ -66,6 +66,8 @@ def test_what_is_not_found_is_listed_by_a_command() -> None:
     assert with_next_step(missing) == f"{missing}. List targets with skep notify ls."
     silent = "tcp://m1:2376 does not answer: connection refused"
     assert with_next_step(silent) == f"{silent}. Check that the node runs, or choose another one with --host."
+    hangs = "no response from unix:///run/skep/skep.sock within 20 s"
+    assert with_next_step(hangs).startswith(f"{hangs}. Check the load and the log of that node, or choose")
     no_leader = "The swarm does not have a leader. It's possible that too few managers are online."
     assert with_next_step(no_leader).endswith(". Run skep status to see which managers do not respond.")
     assert with_next_step("service web not found. Run it.") == "service web not found. Run it."

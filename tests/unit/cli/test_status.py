@@ -19,10 +19,10 @@ from skep.cli.see.status import (
     lines_of,
     node_health,
     node_rows,
-    sees_all_services,
     service_rows,
     status_of_state,
 )
+from skep.cli.visibility import empty_text, none_visible, sees_all_services
 from skep.errors import NotFound
 from skep.model.node import UNKNOWN_STATE
 from skep.model.service import HealthState
@@ -261,6 +261,23 @@ def test_without_a_leader_the_missing_managers_and_the_ways_out_are_named() -> N
     assert "cluster recover" not in "".join(reported)
 
 
+def test_a_manager_that_alone_has_lost_its_leader_leads_to_the_others() -> None:
+    quorum = a_quorum(True, True, True)
+    for manager in quorum["Managers"][1:]:
+        manager["HasQuorum"] = True
+    reported = list(no_leader(quorum))
+    assert (
+        reported[0]
+        == "NO LEADER for this manager since 2026-11-21 18:38:04 UTC: m2 and m3 have contact with a quorum"
+    )
+    assert "skep doctor network" in reported[2]
+    assert reported[-1] == "Until then, run your commands on m2."
+    assert way_out(quorum) == "skep status on m2"
+    full = list(no_leader(quorum | {"Error": "/data: 40 MB of disk space are missing."}))
+    assert "Error of this manager: /data: 40 MB of disk space are missing." in full
+    assert "skep doctor" not in "".join(full)
+
+
 def test_without_a_leader_rows_say_of_when_they_are_and_what_is_known_now() -> None:
     quorum = a_quorum(True, False, False)
     for manager in quorum["Managers"]:
@@ -355,6 +372,7 @@ class _Access:
 async def test_who_sees_the_services_of_stacks_alone(roles: tuple[str, ...], sees_all: bool) -> None:
     client: Any = _Access(*roles)
     assert await sees_all_services(client) is sees_all
+    assert await empty_text(client, "absent", "None") == ("absent" if sees_all else none_visible("None"))
 
 
 def test_a_user_of_a_stack_reads_nothing_about_the_services_of_others() -> None:

@@ -13,13 +13,14 @@ from skep.manager.diagnosis.scaling_explanations import explain_autoscaling
 from skep.manager.scheduler.explaining.explain import NodeVerdict, reserve_for, verdict
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.manager.scheduler.nodes.requirements import requirements_of
-from skep.model.container import ContainerSpec
+from skep.model.container import ContainerSpec, HealthConfig
 from skep.model.measures.readings import ScalingMeasurements
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.options.labels import STOPPED
 from skep.model.service import (
     GlobalJob,
+    HealthState,
     JobStatus,
     ReplicatedJob,
     Resources,
@@ -175,6 +176,9 @@ def test_a_crash_loop_is_the_headline_with_exit_code_last_line_and_next_attempt(
         'exit 3, last line "boom: cannot connect to db"; crash loop, 5 failures in a row; '
         "next attempt at 00:01:46 UTC; 1 of 2 tasks run"
     )
+    later = explain_service(web, [failed, waits], wanted=2, nodes={}, now_ns=107 * 10**9)
+    assert "5 failures in a row; 0 of 2" in later.summary, "no leader has made the attempt"
+    assert "next attempt" not in f"{later.summary} {later.restart_summary}"
     once = explain_service(web, [failed, replace(waits, restart=None)], wanted=2, nodes={}, now_ns=0)
     assert "crash loop" not in once.summary
 
@@ -270,6 +274,39 @@ def a_task_that_waits(failures: int) -> Task:
     return replace(
         task, restart=Restart(failures=failures, delay=6 * 10**9, not_before=timestamp(106 * 10**9))
     )
+
+
+@pytest.mark.parametrize("check", [None, HealthConfig(test=("CMD", "true"))])
+def test_a_start_names_the_health_check_that_fails_meanwhile(check: HealthConfig | None) -> None:
+    """The image may have the check."""
+    failure = 'its health check "true" failed: exit 1, no output'
+    task = a_task(state=TaskState.STARTING, node="m1")
+    task = replace(
+        task,
+        spec=replace(task.spec, container_spec=ContainerSpec(image="w", healthcheck=check)),
+        status=replace(task.status, message=f"starting: {failure}"),
+    )
+    reported = explain_task(task, a_node("m1"))
+    assert reported.summary == f"m1 waits for it to become healthy: {failure}"
+
+
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [
+        ("", "waiting"),
+        (", which has failed", "dependency"),
+        (", which does not exist", "dependency"),
+        (", which is stopped", "dependency"),
+    ],
+)
+def test_a_wait_for_a_service_that_cannot_become_ready_is_a_kind_of_its_own(end: str, kind: str) -> None:
+    web = a_service("web")
+    task = a_task(service=web, state=TaskState.PENDING)
+    task = replace(task, status=replace(task.status, err=f"waits for migrate to complete{end}"))
+    reported = explain_service(web, [task], wanted=1, nodes={}, now_ns=0)
+    assert reported.problem is not None
+    assert (reported.problem.kind, reported.reason) == (kind, f"it waits for migrate to complete{end}")
+    assert reported.state is HealthState.CONVERGING
 
 
 def test_a_task_that_waits_for_its_next_attempt_says_when_that_is() -> None:

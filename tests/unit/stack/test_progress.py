@@ -315,6 +315,8 @@ def test_the_time_until_the_next_attempt_is_no_cause() -> None:
         ("too-large", 0, TOO_LARGE_S, True),
         ("no-address", 0, TOO_LARGE_S - 1, False),
         ("no-address", 0, TOO_LARGE_S, True),
+        ("dependency", 0, UNPLACED_S - 1, False),
+        ("dependency", 0, UNPLACED_S, True),
         ("waiting", 0, 900.0, False),
         ("progressing", 0, 900.0, False),
     ],

@@ -13,20 +13,22 @@ from skep.api.errors import Untranslated
 from skep.api.http.server import Routes, json_list_response, json_response
 from skep.errors import InvalidArgument, SkepError
 from skep.manager.control import jobs as control
+from skep.manager.diagnosis.service_health import status_with_health
 from skep.manager.logbroker.selection import KEPT, KEPT_HEAD
-from skep.manager.routes.access import current_view, manager_of
+from skep.manager.routes.access import ManagerApi, current_view, manager_of
 from skep.manager.routes.logs import closing
 from skep.manager.services.job_listing import Job, schedule_words, shown_job
-from skep.manager.services.job_runs import past_starts
+from skep.manager.services.job_runs import RUNNING, past_starts
 from skep.model.logs import LogQuery
 from skep.model.options.schedules import JOB_MODES
-from skep.model.service import JobStart, Service
+from skep.model.service import HealthState, JobStart, Service
 from skep.model.task import Task, TaskState
 from skep.model.task_end import TaskEnd
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.meta import Version
 from skep.model.values.times import Timestamp
+from skep.store.interface import View
 
 routes = Routes()
 
@@ -54,11 +56,21 @@ async def list_jobs(request: web.Request) -> web.StreamResponse:
     for number, id in enumerate(ids):
         service = view.lookup(Service, id)
         if service is not None and service.removed_at is None:
-            jobs.append(shown_job(view, service))
+            jobs.append(await _with_reason(manager_of(request), view, service, shown_job(view, service)))
         if number % _PIECE == _PIECE - 1:
             await asyncio.sleep(0)
             view = manager_of(request).store.view()
     return json_list_response(jobs)
+
+
+async def _with_reason(manager: ManagerApi, view: View, service: Service, job: Job) -> Job:
+    """Add why tasks of the current run do not run to the note."""
+    if job.state != RUNNING:
+        return job
+    status = await status_with_health(view, service, manager.clock.now_ns(), manager.clock)
+    if status.health is None or status.health.state is not HealthState.DEGRADED:
+        return job
+    return replace(job, note="; ".join(filter(None, (job.note, status.health.reason))))
 
 
 @routes.post("/skep/services/{id}/run")

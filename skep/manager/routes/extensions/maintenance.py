@@ -18,6 +18,7 @@ from typing import TypeVar
 import structlog
 from aiohttp import web
 
+from skep.aio.race import run_to_end
 from skep.aio.time_slices import result_in_slices
 from skep.api.access.identity import identity_of
 from skep.api.access.permissions import sees
@@ -38,7 +39,7 @@ from skep.manager.rebalance.records import (
     stop_run,
 )
 from skep.manager.routes.access import ManagerApi, current_view, manager_of, plan_slot
-from skep.manager.routes.guard.audit import author_of
+from skep.manager.routes.guard.audit import SENT_RESPONSE, author_of
 from skep.manager.services.freezes import end_freeze, held_by, set_freeze, set_window
 from skep.model.networks.failover import AddressRequest
 from skep.model.options.freezes import CLUSTER, FreezeRequest, FreezesResponse, MaintenanceWindow
@@ -172,7 +173,8 @@ async def backup(request: web.Request) -> web.StreamResponse:
     except SkepError as error:
         await _record(manager_of(request), str(error))
         raise
-    await _record(manager_of(request))
+    request[SENT_RESPONSE] = response
+    await run_to_end(_record(manager_of(request)))
     return response
 
 

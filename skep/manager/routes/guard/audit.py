@@ -79,6 +79,9 @@ async def record_request(request: web.Request, handler: Handler) -> web.StreamRe
         record.failed(error.status, "" if error.status < 400 else error.reason)
         raise
     except asyncio.CancelledError:
+        if (sent := request.get(SENT_RESPONSE)) is not None:
+            record.responded(sent)
+            raise
         record.failed(_CLIENT_GONE, "the client disconnected before the response: the outcome is unknown")
         raise
     except Exception:
@@ -88,6 +91,9 @@ async def record_request(request: web.Request, handler: Handler) -> web.StreamRe
     return response
 
 
+SENT_RESPONSE = web.RequestKey("sent_response", web.StreamResponse)
+"""Key of a request with a response that was sent whole while its handler still has work.  Its client may close the
+connection then, which cancels the handler."""
 CHANGED_SERVICES = web.RequestKey("changed_services", list[str])
 """Key of a request with the names of the services that it has changed."""
 _NAMED_MAX: Final = 5

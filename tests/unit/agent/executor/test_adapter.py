@@ -160,9 +160,22 @@ def test_a_task_on_the_network_host_has_the_nodes() -> None:
     assert create_request(on_networks("host"), NODE).host_config.network_mode == "host"
     assert create_request(on_networks("overlay"), NODE).host_config.network_mode == ""
     with pytest.raises(
-        Rejected, match="conflicting options: a container on the network host cannot be on another one"
+        Rejected,
+        match=r"conflicting options: a container on the network host cannot be on another one: overlay$",
     ):
         create_request(on_networks("overlay", "host"), NODE)
+
+
+def test_a_task_on_the_network_host_that_publishes_through_the_mesh_is_told_so() -> None:
+    given = on_networks("host", "overlay")
+    host, mesh = (one.network for one in given.task.networks_attachments)
+    assert host is not None
+    assert mesh is not None
+    mesh = replace(mesh, spec=replace(mesh.spec, name="ingress", ingress=True))
+    attachments = (NetworkAttachment(network=host), NetworkAttachment(network=mesh))
+    task = replace(given, task=replace(given.task, networks_attachments=attachments))
+    with pytest.raises(Rejected, match=r"another one: ingress, because it publishes .* with mode=host$"):
+        create_request(task, NODE)
 
 
 def test_generic_resources_are_variables_of_the_container() -> None:

@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.executor.ends import end_of
+from skep.agent.executor.ends import end_of, failed_check
 from skep.engine.containers.container import (
     Container,
     ContainerConfig,
@@ -130,3 +130,32 @@ def test_checks_of_a_container_that_is_stopping_already_do_not_count() -> None:
 
 def test_codes_of_signals_have_their_names() -> None:
     assert [signal_of(code) for code in (0, 1, 128, 137, 255, 300)] == ["", "", "", "SIGKILL", "", ""]
+
+
+STARTING = replace(
+    SICK, state=ContainerState.RUNNING, health=Health(log=(probe(0, "fine"), probe(7, "refused\n")))
+)
+
+
+@pytest.mark.parametrize(
+    ("container", "words"),
+    [
+        (STARTING, 'its health check "test -s /tmp/x" failed: exit 7, output "refused"'),
+        (
+            replace(STARTING, health=Health(log=(probe(1, ""),))),
+            'its health check "test -s /tmp/x" failed: exit 1, no output',
+        ),
+        (
+            replace(STARTING, health=Health(log=(probe(-1, "timed out"),))),
+            'its health check "test -s /tmp/x" failed: timed out',
+        ),
+        (replace(STARTING, health=Health(log=(probe(7, "refused"), probe(0, "")))), ""),
+        (replace(STARTING, health=Health()), ""),
+        (replace(STARTING, health=replace(SICK.health, status=HealthStatus.HEALTHY)), ""),
+        (ENDED, ""),
+    ],
+)
+def test_a_container_that_is_not_yet_healthy_names_its_last_failed_check(
+    container: Container, words: str
+) -> None:
+    assert failed_check(container) == words

@@ -1,7 +1,12 @@
 """Which managers answer, and who leads, as node objects say it."""
 
 from skep.manager.manager_status import write_manager_status
-from skep.manager.membership.manager_changes import ReachabilityChange, reachability_changes
+from skep.manager.membership.manager_changes import (
+    WITHOUT_CONTACT_S,
+    LostContact,
+    ReachabilityChange,
+    reachability_changes,
+)
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec, Reachability
 from skep.model.values.ids import NodeId
 from skep.store.state import State
@@ -41,6 +46,20 @@ def test_silence_and_its_end_are_marked_once() -> None:
 def test_a_new_leader_marks_no_manager_reachable_without_contact() -> None:
     nodes = [a_manager(A, Reachability.REACHABLE, leads=True), a_manager(B, Reachability.UNREACHABLE)]
     assert reachability_changes(nodes, set(), set(), A) == []
+
+
+def test_a_manager_that_pings_without_contact_to_a_quorum_is_unreachable_after_a_while() -> None:
+    nodes = [a_manager(A, Reachability.REACHABLE, leads=True), a_manager(B, Reachability.REACHABLE)]
+    contact = LostContact()
+    assert contact.changes(nodes, set(), set(), A, 100.0) == [], "a new leader's first seconds"
+    assert contact.changes(nodes, set(), {B}, A, 101.0) == []
+    assert contact.changes(nodes, set(), set(), A, 102.0) == []
+    assert contact.changes(nodes, set(), set(), A, 101.9 + WITHOUT_CONTACT_S) == []
+    lost = [ReachabilityChange(B, Reachability.UNREACHABLE)]
+    assert contact.changes(nodes, set(), set(), A, 102.0 + WITHOUT_CONTACT_S) == lost
+    assert contact.changes(nodes, {B}, set(), A, 120.0) == lost
+    back = [a_manager(A, Reachability.REACHABLE, leads=True), a_manager(B, Reachability.UNREACHABLE)]
+    assert contact.changes(back, set(), {B}, A, 121.0) == [ReachabilityChange(B, Reachability.REACHABLE)]
 
 
 def test_a_manager_that_is_coming_in_says_itself_when_it_is_there() -> None:

@@ -217,6 +217,25 @@ async def test_a_request_whose_client_has_gone_is_recorded() -> None:
     assert "refused" not in entry.message
 
 
+async def test_a_client_that_has_the_whole_response_and_goes_knows_the_outcome() -> None:
+    """Such as that of a backup, whose manager then records it."""
+    recorded: list[JournalEntry] = []
+
+    async def send(request: web.Request) -> web.StreamResponse:
+        request[audit.SENT_RESPONSE] = web.Response()
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    request = make_mocked_request("POST", "/skep/backup", app=a_manager(recorded))
+    serving = asyncio.ensure_future(audit.record_request(request, send))
+    await asyncio.sleep(0)
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+    (entry,) = recorded
+    assert (entry.status, entry.message) == (200, "create backup")
+
+
 async def test_a_route_that_is_none_is_no_internal_error() -> None:
     recorded: list[JournalEntry] = []
     request = make_mocked_request("POST", "/services/web/nothing", app=a_manager(recorded))
