@@ -31,6 +31,7 @@ from skep.engine.images.platforms import this_platform
 from skep.engine.images.store import ImageStore
 from skep.errors import NotFound, Unavailable
 from skep.linux.syscalls import unmount_if_mounted
+from skep.model.values.user_map import UserMap
 from skep.paths import Paths
 from tests.support.networks.reservations import OwnReservations
 
@@ -142,7 +143,12 @@ def no_cluster() -> ClusterAttachments:
 
 
 def an_executor(
-    paths: Paths, images: Any, cgroup_parent: str, namespaces: Namespaces, ports: OwnReservations
+    paths: Paths,
+    images: Any,
+    cgroup_parent: str,
+    namespaces: Namespaces,
+    ports: OwnReservations,
+    users: UserMap | None = None,
 ) -> OciExecutor:
     """Return the containers and networks of a node outside of a swarm."""
     attachments = no_cluster()
@@ -159,15 +165,20 @@ def an_executor(
         cgroup_parent=cgroup_parent,
         programs=find_programs({name: name for name in ("runc", "crun")}, RUNTIME),
         cdi_directories=(paths.data.parent / "cdi",),
+        users=users,
         with_selinux=True,
         apis=ApiSockets((), paths.run, NO_API.server),  # no container mounts these files, as with a daemon
     )
 
 
 class Lab:
-    """One machine: directories, a network namespace and cgroups, on which executors can be replaced."""
+    """One machine: directories, a network namespace and cgroups, on which executors can be replaced.
 
-    def __init__(self, root: Path) -> None:
+    With ``users``, other users must be able to pass the directories above ``root``.
+    """
+
+    def __init__(self, root: Path, users: UserMap | None = None) -> None:
+        self.users = users
         self.paths = Paths(root / "data", root / "run")
         self.cgroup_parent = f"skep-test-{secrets.token_hex(4)}"
         self._homes = Namespaces(root / "home")
@@ -182,11 +193,12 @@ class Lab:
         if self._ports is not None:
             self._ports.close()
         self._ports = OwnReservations(namespaces)
-        return an_executor(self.paths, self.images, self.cgroup_parent, namespaces, self._ports)
+        return an_executor(self.paths, self.images, self.cgroup_parent, namespaces, self._ports, self.users)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Lab"]:
         """Run the machine.  Remaining processes and files are removed at the end."""
+        self.paths.runc.mkdir(parents=True, exist_ok=True)  # as the daemon does
         await self._homes.create("node", {})
         async with self._homes.netlink(self.home) as home:
             await home.link("set", index=1, state="up")
