@@ -40,7 +40,6 @@ class RootlessNode:
         own = {
             "HOME": str(self._home),
             "PATH": os.environ["PATH"],
-            "PYTHONPYCACHEPREFIX": str(self._home / "pycache"),
             "XDG_RUNTIME_DIR": str(self.runtime_dir),
         } | environment
         return [
@@ -61,7 +60,11 @@ class RootlessNode:
         """Start the daemon, and wait until its API is served."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(self.daemon(**environment), stdout=log, stderr=log)
-        wait_until(lambda: self.is_serving() or not self.is_running(), "the rootless node serves", 60)
+        try:
+            # A first start compiles modules, which takes a minute on an emulated processor.
+            wait_until(lambda: self.is_serving() or not self.is_running(), "the rootless node serves", 180)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.log.read_text()}") from error
         assert self.is_running(), self.log.read_text()
 
     def is_serving(self) -> bool:
