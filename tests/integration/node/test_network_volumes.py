@@ -233,7 +233,7 @@ def test_a_cluster_volume_on_nfs_has_the_servers_owners_and_a_node_keeps_no_cont
             assert (views / "0" / "file").stat().st_uid == 0
         finally:
             mapped_mounts.unmount_all(views)
-        assert mapping_problem(volume / "data") == "Invalid argument"
+        assert mapping_problem(volume / "data") == "mount_setattr: Invalid argument"
     finally:
         subprocess.run(["umount", volume], check=True, timeout=60)
         subprocess.run(["rm", "-rf", *shares["nfs 4"].directory.iterdir()], check=True)

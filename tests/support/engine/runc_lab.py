@@ -5,8 +5,9 @@ import os
 import random
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from skep.engine.images.store import ImageStore
 from skep.errors import NotFound, Unavailable
 from skep.linux.syscalls import unmount_if_mounted
 from skep.model.values.user_map import UserMap
+from skep.node.host.runtime_choice import look_up
 from skep.paths import Paths
 from tests.support.networks.reservations import OwnReservations
 
@@ -39,6 +41,7 @@ RUNTIME = os.environ.get("SKEP_TEST_RUNTIME", "runc")
 """OCI runtime of the containers.  crun needs a machine with cgroup v2 only."""
 IMAGE = "busybox:1"
 IMAGE_ID = Digest("sha256:" + "b" * 64)
+_PROGRAMS = {name: name for name in ("runc", "crun")}
 _APPLETS = (
     *(
         "sh",
@@ -142,6 +145,11 @@ def no_cluster() -> ClusterAttachments:
     return ClusterAttachments(SessionRequests(SessionState(SystemClock())))
 
 
+@cache
+def _versions() -> Mapping[str, str]:
+    return {name: found.version for name, found in look_up(_PROGRAMS).items()}
+
+
 def an_executor(
     paths: Paths,
     images: Any,
@@ -163,7 +171,7 @@ def an_executor(
         config,
         clock,
         cgroup_parent=cgroup_parent,
-        programs=find_programs({name: name for name in ("runc", "crun")}, RUNTIME),
+        programs=find_programs(_PROGRAMS, RUNTIME, versions=_versions()),
         cdi_directories=(paths.data.parent / "cdi",),
         users=users,
         with_selinux=True,
