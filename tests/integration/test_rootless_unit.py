@@ -20,12 +20,13 @@ from tests.support.machines.rootless_user import RootlessNode, a_rootless_node
 _ROOT = Path(__file__).parents[2]
 _UNITS = Path("/etc/systemd/user")
 _DELEGATION = Path("/etc/systemd/system/user@.service.d/delegate.conf")
+_PATIENT = _UNITS / "skep.service.d" / "patient.conf"
 _COMMAND = Path("/usr/local/bin/skep")
 _USER = "skep-test-user"
 _IMAGE = "busybox:1"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(
         os.environ.get("SKEP_VIRTUAL") != "1" or not Path("/run/systemd/system").is_dir(),
         reason="it changes systemd's units of the machine, so it needs one that systemd booted: docs/untested.md",
@@ -51,7 +52,7 @@ def systemctl(*words: str, check: bool = True) -> str:
         f"XDG_RUNTIME_DIR=/run/user/{uid}",
     ]
     done = subprocess.run(
-        [*command, "systemctl", "--user", *words], capture_output=True, text=True, timeout=180, check=False
+        [*command, "systemctl", "--user", *words], capture_output=True, text=True, timeout=660, check=False
     )
     assert not check or done.returncode == 0, done.stderr + journal()
     return done.stdout.strip()
@@ -70,6 +71,8 @@ def node() -> Iterator[RootlessNode]:
     root("systemctl", "daemon-reload")
     _UNITS.mkdir(exist_ok=True)
     shutil.copy(_ROOT / "packaging" / "skep-rootless.service", _UNITS / "skep.service")
+    _PATIENT.parent.mkdir(exist_ok=True)
+    _PATIENT.write_text("[Service]\nTimeoutStartSec=600\n")  # the processor is emulated
     _COMMAND.symlink_to(Path(sys.executable).with_name("skep"))
     mode = Path.home().stat().st_mode & 0o777
     Path.home().chmod(0o711)
@@ -78,16 +81,16 @@ def node() -> Iterator[RootlessNode]:
             node.runtime_dir = Path("/run/user", str(pwd.getpwnam(_USER).pw_uid))
             node.socket = f"unix://{node.runtime_dir / 'skep.sock'}"
             root("loginctl", "enable-linger", _USER)
-            wait_until((node.runtime_dir / "systemd" / "private").exists, "the user's systemd runs", 120)
+            wait_until((node.runtime_dir / "systemd" / "private").exists, "the user's systemd runs", 600)
             try:
                 yield node
             finally:
                 systemctl("stop", "skep", check=False)
                 root("loginctl", "disable-linger", _USER)
-                wait_until(lambda: not node.pids(), "all processes of the user have ended", 120)
+                wait_until(lambda: not node.pids(), "all processes of the user have ended", 600)
     finally:
         Path.home().chmod(mode)
-        for made in (_COMMAND, _UNITS / "skep.service", _DELEGATION):
+        for made in (_COMMAND, _UNITS / "skep.service", _PATIENT, _DELEGATION):
             made.unlink()
 
 
@@ -120,7 +123,7 @@ async def test_the_unit_serves_sets_limits_and_comes_back_after_a_crash(node: Ro
         "a new daemon",
         120,
     )
-    wait_until(lambda: is_running(node, "kept"), "the container runs again", 120)
+    wait_until(lambda: is_running(node, "kept"), "the container runs again", 600)
     assert containers()
 
     systemctl("stop", "skep")
@@ -128,4 +131,4 @@ async def test_the_unit_serves_sets_limits_and_comes_back_after_a_crash(node: Ro
     assert node.pids("rootlesskit") == []
     assert containers() == []
     systemctl("start", "skep")
-    wait_until(lambda: is_running(node, "kept"), "the container runs again after the node's start", 120)
+    wait_until(lambda: is_running(node, "kept"), "the container runs again after the node's start", 600)
