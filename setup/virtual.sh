@@ -134,7 +134,7 @@ printf '%s\n' "$@" >"$machine/root/commands"
 boot="init=/root/first"
 if [ -n "${SYSTEMD:-}" ]; then
     # Not multi-user.target, which would start the file servers and Docker.
-    boot="systemd.unit=commands.service systemd.show_status=0"
+    boot="systemd.unit=commands.service systemd.show_status=0 systemd.firstboot=off"
     cat >"$machine/etc/systemd/system/commands.service" <<'EOF'
 [Unit]
 Wants=basic.target systemd-logind.service
