@@ -137,8 +137,8 @@ if [ -n "${SYSTEMD:-}" ]; then
     boot="systemd.unit=commands.service systemd.show_status=0 systemd.firstboot=off"
     cat >"$machine/etc/systemd/system/commands.service" <<'EOF'
 [Unit]
-Wants=basic.target systemd-logind.service
-After=basic.target systemd-logind.service
+Wants=basic.target systemd-logind.service apparmor.service
+After=basic.target systemd-logind.service apparmor.service
 [Service]
 Type=oneshot
 ExecStart=/root/first
