@@ -160,7 +160,8 @@ bare-release: setup ## a release (VERSION=) installed on a bare machine without 
 
 virtual: setup-run ## limits, isolation, NFS and cgroup v2 alone, in a virtual machine (SUITE=trixie); log kept in bench/results/
 	@mkdir -p bench/results
-	@setup/virtual.sh $(SUITE) "$(BIN)/pytest -q --timeout 900 $(VIRTUAL_TESTS)" $(call kept,virtual-$(SUITE))
+	@setup/virtual.sh $(SUITE) "$(if $(SKEP_TEST_RUNTIME),SKEP_TEST_RUNTIME=$(SKEP_TEST_RUNTIME) )$(BIN)/pytest -v --timeout 900 $(VIRTUAL_TESTS)" \
+	    $(call kept,virtual-$(SUITE))
 
 bare-cluster: setup ## a newcomer's course with a release (VERSION=) on three bare machines (SUITE=trixie, noble); log kept in bench/results/
 	@mkdir -p bench/results

@@ -64,7 +64,7 @@ make_system() {
     local log=$2.log keyring suite
     know_suite "$1"
     command -v debootstrap >/dev/null || fail "debootstrap is missing" "apt-get install debootstrap"
-    mkdir "$2.keys"
+    mkdir -p "$2.keys"
     keyring=$(keyring_of "$distribution" "$2.keys" 2>"$log") || { tail -5 "$log" >&2 && exit 1; }
     debootstrap ${ARCH:+--arch "$ARCH"} --variant=minbase --force-check-gpg --keyring "$keyring" --components "$components" \
         --include="python3,ca-certificates${3:+,$3}" "$1" "$2" "$(mirror_of "$distribution")" "$script" >"$log" 2>&1 || {

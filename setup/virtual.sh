@@ -14,7 +14,10 @@
 # rules for containers) with packaging/selinux/skep.cil, in enforcing mode.  Commands run in the domain of a service.
 # Needs root, debootstrap, qemu-system-x86 and e2fsprogs.  Its size is CPUS (default 1, because newer kernels crashed with
 # several that are emulated in parallel) and MEMORY_MB (default 4096).  It may run for DEADLINE_S (default 3600).
-# The exit code is that of the first command that failed.  All created files are removed.
+# SYSTEMD=1 boots it by systemd, which runs the commands as a service once it can start others.
+# KEEP=1 keeps the machine in $MACHINES (/var/cache/skep-machines), some 3 GB.  The next run with KEEP=1 takes it from there, with
+# the then current commit, so that only the first one needs its set-up.  One kept machine serves one run at a time.
+# The exit code is that of the first command that failed.  All other created files are removed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . setup/say.sh
@@ -36,27 +39,50 @@ done
 place=$(mktemp -d /var/tmp/skep-virtual-XXXXXX)
 trap 'rm -rf --one-file-system "$place"' EXIT
 machine=$place/machine
+if [ -n "${KEEP:-}" ]; then
+    machine=${MACHINES:-/var/cache/skep-machines}/virtual-$suite${SELINUX:+-selinux}
+    mkdir -p "${machine%/*}"
+    exec 9>"$machine.lock"
+    flock -n 9 || fail "$machine is in use by another run" "wait for its end, or leave KEEP out"
+fi
 say "$suite: a virtual machine, commit $(git rev-parse --short HEAD)"
-make_machine "$suite" "$machine"
-say "$suite: setting it up, with the kernel of $kernel"
-# Services that the packages start would run on this machine's kernel.
-printf '#!/bin/sh\nexit 101\n' >"$machine/usr/sbin/policy-rc.d"
-chmod +x "$machine/usr/sbin/policy-rc.d"
+
+# inside COMMAND: runs it in the machine that is being made.
+inside() {
+    run_inside "$machine" "$1" </dev/null >"$place/log" 2>&1 || {
+        tail -20 "$place/log" >&2
+        fail "the machine could not be set up (above)"
+    }
+}
+
 # Ubuntu's kernels only recommend what makes the initial RAM disk.
-packages="$kernel initramfs-tools kmod udev apparmor docker.io nfs-kernel-server rpcbind samba smbclient"
+packages="initramfs-tools kmod udev apparmor docker.io nfs-kernel-server rpcbind samba smbclient"
+packages="$packages systemd-sysv libpam-systemd dbus-user-session"
 confinement="apparmor=1 security=apparmor"
 if [ -n "${SELINUX:-}" ]; then
     packages="$packages selinux-basics selinux-policy-default"
     # It is enforced from the first command on.  The first process starts in a domain that may not become a service's.
     confinement="selinux=1 security=selinux enforcing=0"
 fi
-run_inside "$machine" "make setup && apt-get -q -y install --no-install-recommends $packages" \
-    </dev/null >"$place/log" 2>&1 || {
-    tail -20 "$place/log" >&2
-    fail "the machine could not be set up (above)"
-}
+if [ "$(cat "$machine/root/ready" 2>/dev/null)" = "$packages" ]; then
+    say "$suite: using the machine that was kept"
+    git bundle create -q "$machine/root/commit" HEAD
+    inside "git fetch -q /root/commit HEAD && git reset -q --hard FETCH_HEAD && make setup"
+else
+    rm -rf --one-file-system "$machine"
+    make_machine "$suite" "$machine"
+    say "$suite: setting it up, with the kernel of $kernel"
+    # Services that the packages start would run on this machine's kernel.
+    printf '#!/bin/sh\nexit 101\n' >"$machine/usr/sbin/policy-rc.d"
+    chmod +x "$machine/usr/sbin/policy-rc.d"
+    inside "make setup && apt-get -q -y install --no-install-recommends $kernel $packages"
+    rm -rf "$machine/var/cache/apt/archives" "$machine/var/lib/apt/lists"
+    echo "$packages" >"$machine/root/ready"
+fi
+# An emulated processor takes minutes to compile the modules.
+inside ".venv/bin/python -m compileall -q skep tests"
 
-# The first process of the machine: instead of a service manager, only what the commands need.
+# The first process of the machine: instead of a service manager, only what the commands need.  Or systemd's service.
 cat >"$machine/root/first" <<'EOF'
 #!/bin/bash
 service=system_u:system_r:initrc_t:s0
@@ -67,14 +93,18 @@ if grep -qw security=selinux /proc/cmdline && [ "${1:-}" != confined ]; then
     load_policy -i
     exec runcon $service "$0" confined
 fi
-mount -t cgroup2 cgroup2 /sys/fs/cgroup
-mount -t securityfs securityfs /sys/kernel/security
-mkdir -p /dev/pts /dev/shm /dev/mqueue
-mountpoint -q /dev/pts || mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
-mount -t tmpfs tmpfs /dev/shm
-mount -t tmpfs tmpfs /run
-mount -t tmpfs tmpfs /tmp
-[ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
+if [ ! -d /run/systemd/system ]; then
+    mount -t cgroup2 cgroup2 /sys/fs/cgroup
+    mount -t securityfs securityfs /sys/kernel/security
+    mkdir -p /dev/pts /dev/shm /dev/mqueue
+    mountpoint -q /dev/pts || mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
+    mount -t tmpfs tmpfs /dev/shm
+    mount -t tmpfs tmpfs /run
+    mount -t tmpfs tmpfs /tmp
+    [ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
+    # Ubuntu's kernel restricts users' namespaces by a setting of the distribution.
+    [ ! -e /usr/lib/sysctl.d/10-apparmor.conf ] || sysctl -q -p /usr/lib/sysctl.d/10-apparmor.conf
+fi
 if [ "${1:-}" = confined ]; then
     restorecon -R /dev /run /tmp
     setenforce 1
@@ -101,23 +131,35 @@ sleep 60
 EOF
 chmod +x "$machine/root/first"
 printf '%s\n' "$@" >"$machine/root/commands"
+boot="init=/root/first"
+if [ -n "${SYSTEMD:-}" ]; then
+    # Not multi-user.target, which would start the file servers and Docker.
+    boot="systemd.unit=commands.service systemd.show_status=0 systemd.firstboot=off"
+    cat >"$machine/etc/systemd/system/commands.service" <<'EOF'
+[Unit]
+Wants=basic.target systemd-logind.service apparmor.service
+After=basic.target systemd-logind.service apparmor.service
+[Service]
+Type=oneshot
+ExecStart=/root/first
+StandardOutput=tty
+StandardError=tty
+TTYPath=/dev/ttyS0
+Delegate=yes
+EOF
+fi
 
 # Create an image as large as its content and 4 GiB of free space.  The files are unlinked as soon as they are packed.
 kernel_file=$(ls "$machine"/boot/vmlinuz-*)
 cp "$kernel_file" "${kernel_file/vmlinuz/initrd.img}" "$place"
-rm -rf "$machine/var/cache/apt/archives" "$machine/var/lib/apt/lists"
 if [ -n "${SELINUX:-}" ]; then
     say "$suite: labeling its files"
     contexts=/etc/selinux/default/contexts/files/file_contexts
-    run_inside "$machine" "semodule -n -i packaging/selinux/skep.cil &&
-        setfiles -F -e /proc -e /sys -e /dev -e /run $contexts /" </dev/null >"$place/log" 2>&1 || {
-        tail -20 "$place/log" >&2
-        fail "its files could not be labeled (above)"
-    }
+    inside "semodule -n -i packaging/selinux/skep.cil && setfiles -F -e /proc -e /sys -e /dev -e /run $contexts /"
 fi
 size_mb=$(($(du -sm --one-file-system "$machine" | cut -f 1) * 12 / 10 + 4096))
 mke2fs -q -t ext4 -d "$machine" "$place/disk" "${size_mb}M" >/dev/null
-rm -rf --one-file-system "$machine"
+[ -n "${KEEP:-}" ] || rm -rf --one-file-system "$machine"
 
 accelerator=tcg,thread=multi
 [ -z "${ICOUNT:-}" ] || accelerator="tcg,thread=single -icount shift=$ICOUNT"
@@ -130,7 +172,7 @@ timeout "${DEADLINE_S:-3600}" qemu-system-x86_64 -M q35,acpi=on -cpu max -accel 
     -serial stdio -serial "file:$place/code" \
     -drive "file=$place/disk,format=raw,if=virtio,cache=unsafe" \
     -kernel "$place"/vmlinuz-* -initrd "$place"/initrd.img-* \
-    -append "root=/dev/vda rw console=ttyS0 quiet loglevel=3 panic=-1 no_timer_check $confinement init=/root/first" </dev/null | sed -u 's,\r,,g' ||
+    -append "root=/dev/vda rw console=ttyS0 quiet loglevel=3 panic=-1 no_timer_check $confinement $boot" </dev/null | sed -u 's,\r,,g' ||
     fail "$suite: the machine did not end within ${DEADLINE_S:-3600} s, or could not be started (above)"
 code=$(tr -cd 0-9 <"$place/code")
 say "$suite: ended with ${code:-no} exit code after $((SECONDS - began)) s"

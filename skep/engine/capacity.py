@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
@@ -18,6 +19,8 @@ from skep.model.values.user_map import UserMap
 _CPUS = Path("/sys/devices/system/cpu")
 _MOUNT_SETATTR = (5, 12)
 """The first kernel version with mount_setattr(2), which runc (1.1) uses for recursive read-only mounts (``rro``)."""
+_READS_MAPPINGS = (1, 1, 11)
+"""The first version of runc that reads the mapping of a user namespace that it joins.  Source: runc, CHANGELOG.md."""
 _CAP_SYS_RESOURCE = "CAP_SYS_RESOURCE"
 _INITS = ("/usr/bin/tini-static", "/usr/bin/catatonit", f"{sys.prefix}/libexec/skep/tini-static")
 """Init programs for ``--init``.  Only static ones, because a dynamic init finds no loader in most images."""
@@ -60,6 +63,8 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """Memory nodes that a container can be bound to.  Empty if unknown."""
     users: UserMap | None = None
     """Mapping of the users of containers that do not request the machine's (``userns-remap``), or None."""
+    runc_reads_mappings: bool = False
+    """Whether runc reads the mapping of a user namespace that it joins, and warns if it is told as well."""
     cdi_directories: tuple[Path, ...] = cdi.DIRECTORIES
     """Directories of CDI device descriptions.  Later directories take precedence."""
 
@@ -69,6 +74,8 @@ class Programs(msgspec.Struct, frozen=True, kw_only=True):
 
     runtimes: Mapping[str, Path] = msgspec.field(default_factory=lambda: {"runc": Path("/usr/sbin/runc")})
     """OCI runtimes that containers may choose, by name."""
+    versions: Mapping[str, str] = {}
+    """Versions of the runtimes, as far as they are known."""
     default_runtime: str = "runc"
     """Name of the runtime of containers that choose none."""
     conmon: Path = Path("/usr/bin/conmon")
@@ -79,6 +86,7 @@ def find_programs(
     runtimes: Mapping[str, str] = {"runc": "runc"},
     default_runtime: str = "runc",
     conmon: str = "conmon",
+    versions: Mapping[str, str] = MappingProxyType({}),
 ) -> Programs:
     """Find the machine's programs by name or path.  A program that is not found gets its usual path."""
     usual = Programs()
@@ -86,6 +94,7 @@ def find_programs(
         runtimes={
             name: Path(shutil.which(program) or f"/usr/sbin/{name}") for name, program in runtimes.items()
         },
+        versions=versions,
         default_runtime=default_runtime,
         conmon=Path(shutil.which(conmon) or usual.conmon),
         init=next((path for path in _INITS if os.access(path, os.X_OK)), ""),
@@ -130,6 +139,7 @@ def capacity_of(
         has_every_group=not is_in_user_namespace(),
         is_in_user_namespace=is_in_user_namespace(),
         has_io_weight=cgroups.has_io_weight,
+        runc_reads_mappings=_version(programs.versions.get("runc", "")) >= _READS_MAPPINGS,
         cdi_directories=cdi_directories,
         cpus=cgroups.cpus,
         memory_nodes=cgroups.memory_nodes,
@@ -150,6 +160,11 @@ def thermal_throttles(cpus: Path = _CPUS) -> tuple[str, ...]:
         return ()
     paths = (cpus / f"cpu{number}" / "thermal_throttle" for number in _numbers(possible))
     return tuple(str(path) for path in paths if path.exists())
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Return the numbers of a version, such as ``1.1.11``.  Empty if it is unknown."""
+    return tuple(int(number) for number in text.split(".") if number)
 
 
 def _numbers(ranges: str) -> Iterator[int]:

@@ -8,6 +8,7 @@ import errno
 import os
 import platform
 from collections.abc import Sequence
+from enum import IntEnum
 from pathlib import Path
 
 from skep.errors import Unimplemented
@@ -27,16 +28,19 @@ _UMOUNT_NOFOLLOW = 8
 CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
 
-# Numbers above 423 are the same on every architecture.
-_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2, _MOUNT_SETATTR = (
-    428,
-    429,
-    430,
-    431,
-    432,
-    437,
-    442,
-)
+
+class _Call(IntEnum):
+    """Numbers of system calls.  Above 423, they are the same on every architecture."""
+
+    OPEN_TREE = 428
+    MOVE_MOUNT = 429
+    FSOPEN = 430
+    FSCONFIG = 431
+    FSMOUNT = 432
+    OPENAT2 = 437
+    MOUNT_SETATTR = 442
+
+
 # Source: linux/mount.h: OPEN_TREE_*, MOUNT_ATTR_*.
 _OPEN_TREE_CLONE = 1
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOSYMFOLLOW = 1, 2, 4, 0x200000
@@ -99,18 +103,18 @@ def mount_new(type: str, target: Path, options: Sequence[tuple[str, str]], flags
     They take each option separately, so the options together may be longer than a page.  ``flags`` are options without
     a value.
     """
-    context = _syscall(_FSOPEN, type.encode(), _FSOPEN_CLOEXEC)
+    context = _syscall(_Call.FSOPEN, type.encode(), _FSOPEN_CLOEXEC)
     try:
         for flag in flags:
-            _syscall(_FSCONFIG, context, _FSCONFIG_SET_FLAG, flag.encode(), None, 0)
+            _syscall(_Call.FSCONFIG, context, _FSCONFIG_SET_FLAG, flag.encode(), None, 0)
         for key, value in options:
-            _syscall(_FSCONFIG, context, _FSCONFIG_SET_STRING, key.encode(), os.fsencode(value), 0)
-        _syscall(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-        mounted = _syscall(_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0)
+            _syscall(_Call.FSCONFIG, context, _FSCONFIG_SET_STRING, key.encode(), os.fsencode(value), 0)
+        _syscall(_Call.FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        mounted = _syscall(_Call.FSMOUNT, context, _FSMOUNT_CLOEXEC, 0)
     finally:
         os.close(context)
     try:
-        _syscall(_MOVE_MOUNT, mounted, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+        _syscall(_Call.MOVE_MOUNT, mounted, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
     finally:
         os.close(mounted)
 
@@ -118,7 +122,7 @@ def mount_new(type: str, target: Path, options: Sequence[tuple[str, str]], flags
 def clone_mount(path: str, *, recursive: bool = False) -> int:
     """Return a descriptor of a detached bind mount of ``path``, with the mounts below it if ``recursive``."""
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
-    return _syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags)
+    return _syscall(_Call.OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags)
 
 
 def restrict_mount(
@@ -151,16 +155,16 @@ def make_read_only(mounted: int, *, recursive: bool = False) -> None:
 def _set_attributes(mounted: int, attributes: _MountAttributes, *, recursive: bool = False) -> None:
     where = _AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
     size = ctypes.sizeof(attributes)
-    _syscall(_MOUNT_SETATTR, mounted, b"", where, ctypes.byref(attributes), size)
+    _syscall(_Call.MOUNT_SETATTR, mounted, b"", where, ctypes.byref(attributes), size)
 
 
 def move_mount(mounted: int, target: str | int) -> None:
     """Attach an open mount to a path, or to an open file or directory."""
     if isinstance(target, int):
         flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
-        _syscall(_MOVE_MOUNT, mounted, b"", target, b"", flags)
+        _syscall(_Call.MOVE_MOUNT, mounted, b"", target, b"", flags)
     else:
-        _syscall(_MOVE_MOUNT, mounted, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+        _syscall(_Call.MOVE_MOUNT, mounted, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
 
 
 def pivot_root(new: str, old: str) -> None:
@@ -216,18 +220,20 @@ def _opened(directory: int, path: str, flags: int, resolve: int) -> int:
     how = _OpenHow(flags=flags | os.O_CLOEXEC, mode=0, resolve=resolve)
     for left in reversed(range(_TRIES_MAX)):
         try:
-            return _syscall(_OPENAT2, directory, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+            return _syscall(
+                _Call.OPENAT2, directory, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how)
+            )
         except BlockingIOError:  # a concurrent rename prevented the check
             if not left:
                 raise
     raise AssertionError("the last try returns or raises")
 
 
-def _syscall(number: int, *arguments: object) -> int:
+def _syscall(number: _Call, *arguments: object) -> int:
     if platform.machine() not in ("x86_64", "aarch64", "riscv64", "ppc64le", "s390x", "armv7l"):
         raise Unimplemented(f"system calls of {platform.machine()} are not known here")
     converted = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
-    return _checked(_libc.syscall(ctypes.c_long(number), *converted), f"system call {number}")
+    return _checked(_libc.syscall(ctypes.c_long(number), *converted), number.name.lower())
 
 
 def unmount_if_mounted(target: Path) -> None:

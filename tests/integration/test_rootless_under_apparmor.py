@@ -21,7 +21,7 @@ _PROFILE = Path("/etc/apparmor.d/rootlesskit")
 _IMAGE = "busybox:1"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(
         os.environ.get("SKEP_VIRTUAL") != "1" or not _SETTING.exists() or _SETTING.read_text() != "1\n",
         reason="this kernel does not restrict users' namespaces, or is not a virtual machine's: docs/untested.md",
@@ -44,7 +44,7 @@ def node() -> Iterator[RootlessNode]:
 def refusal(node: RootlessNode, **environment: str) -> str:
     """Return the only problem that the daemon names, when it does not start."""
     command = node.daemon(**environment)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     return line

@@ -242,8 +242,9 @@ def _linux(
         [*_MASKED_PATHS, *capacity.masked_paths] if options.masked_paths is None else options.masked_paths
     )
     read_only = _READONLY_PATHS if options.readonly_paths is None else options.readonly_paths
+    namespaces = _namespaces(container, capacity, shared)
     linux: dict[str, Any] = {
-        "namespaces": _namespaces(container, capacity, shared),
+        "namespaces": namespaces,
         **({"cgroupsPath": cgroup} if cgroup else {}),
         "resources": {"devices": _device_rules(config, [*devices.nodes, *devices.bound])} | limits,
         "maskedPaths": [] if options.privileged else masked,
@@ -254,7 +255,9 @@ def _linux(
             **_interface_sysctls(container),
         },
     }
-    if container.users is not None:
+    joins_users = any(one["type"] == "user" and "path" in one for one in namespaces)
+    reads_mappings = joins_users and container.runtime == "runc" and capacity.runc_reads_mappings
+    if container.users is not None and not reads_mappings:
         linux["uidMappings"] = [one.oci for one in container.users.uids]
         linux["gidMappings"] = [one.oci for one in container.users.gids]
     if config.mount_label:

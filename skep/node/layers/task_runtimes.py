@@ -104,7 +104,10 @@ class Containers:
             foundation.clock,
             cgroup_parent=configuration.cgroup_parent,
             programs=find_programs(
-                environment.runtimes.programs, environment.runtimes.default, configuration.conmon
+                environment.runtimes.programs,
+                environment.runtimes.default,
+                configuration.conmon,
+                environment.runtimes.versions,
             ),
             cdi_directories=configuration.cdi_spec_dirs,
             allowed=configuration.allow,

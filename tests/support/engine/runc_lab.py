@@ -5,8 +5,9 @@ import os
 import random
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from skep.engine.images.platforms import this_platform
 from skep.engine.images.store import ImageStore
 from skep.errors import NotFound, Unavailable
 from skep.linux.syscalls import unmount_if_mounted
+from skep.model.values.user_map import UserMap
+from skep.node.host.runtime_choice import look_up
 from skep.paths import Paths
 from tests.support.networks.reservations import OwnReservations
 
@@ -38,6 +41,7 @@ RUNTIME = os.environ.get("SKEP_TEST_RUNTIME", "runc")
 """OCI runtime of the containers.  crun needs a machine with cgroup v2 only."""
 IMAGE = "busybox:1"
 IMAGE_ID = Digest("sha256:" + "b" * 64)
+_PROGRAMS = {name: name for name in ("runc", "crun")}
 _APPLETS = (
     *(
         "sh",
@@ -141,8 +145,18 @@ def no_cluster() -> ClusterAttachments:
     return ClusterAttachments(SessionRequests(SessionState(SystemClock())))
 
 
+@cache
+def _versions() -> Mapping[str, str]:
+    return {name: found.version for name, found in look_up(_PROGRAMS).items()}
+
+
 def an_executor(
-    paths: Paths, images: Any, cgroup_parent: str, namespaces: Namespaces, ports: OwnReservations
+    paths: Paths,
+    images: Any,
+    cgroup_parent: str,
+    namespaces: Namespaces,
+    ports: OwnReservations,
+    users: UserMap | None = None,
 ) -> OciExecutor:
     """Return the containers and networks of a node outside of a swarm."""
     attachments = no_cluster()
@@ -157,17 +171,22 @@ def an_executor(
         config,
         clock,
         cgroup_parent=cgroup_parent,
-        programs=find_programs({name: name for name in ("runc", "crun")}, RUNTIME),
+        programs=find_programs(_PROGRAMS, RUNTIME, versions=_versions()),
         cdi_directories=(paths.data.parent / "cdi",),
+        users=users,
         with_selinux=True,
         apis=ApiSockets((), paths.run, NO_API.server),  # no container mounts these files, as with a daemon
     )
 
 
 class Lab:
-    """One machine: directories, a network namespace and cgroups, on which executors can be replaced."""
+    """One machine: directories, a network namespace and cgroups, on which executors can be replaced.
 
-    def __init__(self, root: Path) -> None:
+    With ``users``, other users must be able to pass the directories above ``root``.
+    """
+
+    def __init__(self, root: Path, users: UserMap | None = None) -> None:
+        self.users = users
         self.paths = Paths(root / "data", root / "run")
         self.cgroup_parent = f"skep-test-{secrets.token_hex(4)}"
         self._homes = Namespaces(root / "home")
@@ -182,11 +201,12 @@ class Lab:
         if self._ports is not None:
             self._ports.close()
         self._ports = OwnReservations(namespaces)
-        return an_executor(self.paths, self.images, self.cgroup_parent, namespaces, self._ports)
+        return an_executor(self.paths, self.images, self.cgroup_parent, namespaces, self._ports, self.users)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Lab"]:
         """Run the machine.  Remaining processes and files are removed at the end."""
+        self.paths.runc.mkdir(parents=True, exist_ok=True)  # as the daemon does
         await self._homes.create("node", {})
         async with self._homes.netlink(self.home) as home:
             await home.link("set", index=1, state="up")

@@ -17,6 +17,8 @@ from tests.support.machines.playground_rig import CLIS
 
 _ROOT = Path(__file__).parents[3]
 _SKEP = Path(sys.executable).with_name("skep")
+PATIENCE = 10 if os.environ.get("SKEP_VIRTUAL") == "1" else 1
+"""Factor of time limits.  A node starts in minutes where a busy machine emulates the processor."""
 _DEVICES = {"net/tun": (10, 200)}
 """Devices that every user may open on an ordinary machine, with their numbers."""
 
@@ -40,7 +42,6 @@ class RootlessNode:
         own = {
             "HOME": str(self._home),
             "PATH": os.environ["PATH"],
-            "PYTHONPYCACHEPREFIX": str(self._home / "pycache"),
             "XDG_RUNTIME_DIR": str(self.runtime_dir),
         } | environment
         return [
@@ -61,11 +62,18 @@ class RootlessNode:
         """Start the daemon, and wait until its API is served."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(self.daemon(**environment), stdout=log, stderr=log)
-        wait_until(lambda: self.is_serving() or not self.is_running(), "the rootless node serves", 60)
+        try:
+            wait_until(
+                lambda: self.is_serving() or not self.is_running(), "the rootless node serves", 60 * PATIENCE
+            )
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.log.read_text()}") from error
         assert self.is_running(), self.log.read_text()
 
     def is_serving(self) -> bool:
-        return self.docker("version", check=False).returncode == 0
+        # The command takes seconds of an emulated processor, so not before there is a socket.
+        socket = Path(self.socket.removeprefix("unix://"))
+        return socket.exists() and self.docker("version", check=False).returncode == 0
 
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -75,9 +83,9 @@ class RootlessNode:
         if self._process is None:
             return
         self._process.send_signal(number)
-        self._process.wait(60)
+        self._process.wait(60 * PATIENCE)
         self._process = None
-        wait_until(lambda: not self.pids(), "all processes of the user have ended", 30)
+        wait_until(lambda: not self.pids(), "all processes of the user have ended", 30 * PATIENCE)
 
     def pids(self, name: str = "") -> list[int]:
         """Return the processes of the user and of the user's ranges below the daemon, by command name."""
@@ -96,7 +104,7 @@ class RootlessNode:
         environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "DOCKER_HOST": self.socket}
         command = [CLIS[-1], *words]
         done = subprocess.run(
-            command, input=stdin, capture_output=True, env=environment, timeout=60, check=False
+            command, input=stdin, capture_output=True, env=environment, timeout=60 * PATIENCE, check=False
         )
         output, errors = (part.decode(errors="replace") for part in (done.stdout, done.stderr))
         assert not check or done.returncode == 0, f"{' '.join(command)}: {errors}{output}"

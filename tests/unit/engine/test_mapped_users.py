@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from skep.engine.capacity import Capacity
 from skep.engine.confinement.devices import look_up
@@ -62,6 +63,19 @@ def test_the_runtime_joins_the_user_namespace_that_owns_the_network() -> None:
     assert found["linux"]["sysctl"]["net.ipv4.ping_group_range"] == "0 65535"
     (cgroup,) = (one for one in found["mounts"] if one["type"] == "cgroup")
     assert "ro" not in cgroup["options"]
+
+
+def test_a_runc_that_reads_the_mapping_of_a_namespace_is_not_told_it() -> None:
+    """It would write a warning into the container's log."""
+    capacity = replace(ALL_CAPACITY, runc_reads_mappings=True)
+
+    def is_told(container: Container) -> bool:
+        built = build(container, ProcessUser(), capacity, rootfs="/r", cgroup="/c", files=())
+        return "uidMappings" in built.specification["linux"]
+
+    assert not is_told(a_container())
+    assert is_told(replace(a_container(), runtime="crun"))
+    assert is_told(replace(a_container(), sandbox=None)), "it makes the namespace"
 
 
 def test_a_container_of_the_machines_users_has_no_user_namespace() -> None:

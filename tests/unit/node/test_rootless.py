@@ -105,6 +105,13 @@ def test_a_program_that_is_refused_its_namespaces_is_noticed(
     assert may_make_namespaces(program) is may
 
 
+def test_a_trial_that_does_not_end_in_time_is_no_refusal(tmp_path: Path) -> None:
+    program = tmp_path / "rootlesskit"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    assert may_make_namespaces(program, timeout_s=0.1)
+
+
 def test_ranges_are_counted_by_name_and_by_number() -> None:
     text = "# comment\nada:100000:60000\nbob:200000:65536\n1000:300000:5536\nada:x:1\n"
     assert subordinate_ids(text, "ada", 1000) == 65536
