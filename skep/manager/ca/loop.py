@@ -95,12 +95,13 @@ class CertificateAuthority:
                 await self._wait_or_recheck()
 
     async def _request_renewals(self, node_ids: tuple[NodeId, ...]) -> None:
-        for node_id in node_ids:
-            self._requested_at[node_id] = self._clock.monotonic()
-        renewals = [Renewal(node_id) for node_id in node_ids]
-        for result in await self._term.update_each(request_renewal, renewals):
-            if isinstance(result, SkepError):
-                raise result
+        results = await self._term.update_each(request_renewal, [Renewal(node_id) for node_id in node_ids])
+        failures = [result for result in results if isinstance(result, SkepError)]
+        for node_id, result in zip(node_ids, results, strict=True):
+            if not isinstance(result, SkepError):
+                self._requested_at[node_id] = self._clock.monotonic()
+        if failures:
+            raise failures[0]
         log.info("certificate renewal requested", nodes=len(node_ids))
         self._changed.set()
 

@@ -48,7 +48,8 @@ class Refusing:
         raise self._refuse()
 
     async def update_each(self, _body: Any, items: Any) -> Any:
-        return [self._refuse() for _ in list(items)[:1]]
+        items = list(items)
+        return [self._refuse()] * len(items) if items else []
 
     async def all(self, *_: Any, **__: Any) -> Any:
         raise self._refuse()
