@@ -140,8 +140,12 @@ class Round:
         self._remove(service)
 
     def _drain(self) -> None:
-        """Measure the drain of a worker with many tasks, compared with the start of as many tasks on it."""
+        """Measure the drain of a worker with many tasks, compared with the start of as many tasks on it.
+
+        Each worker has a processor of its own, like machines.  Otherwise the stops would take the starts' time.
+        """
         first, second = self.lab.workers
+        self.lab.give_processors(self.lab.workers)
         ids, via = self.lab.ids(), engine(self.lab.nodes[0])
         self._set_availability(second.name, "pause")
         self.noise.append(noise())

@@ -7,7 +7,7 @@ Docker's machines run the distribution's dockerd with its default configuration.
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -117,6 +117,14 @@ class ClusterLab:
 
     def cable(self, node: PlaygroundNode, *, connected: bool) -> None:
         asyncio.run(self._playground.reconnect(node.name) if connected else self._playground.cut(node.name))
+
+    def give_processors(self, nodes: Sequence[PlaygroundNode]) -> None:
+        """Let each of these machines use one processor of its own, as far as there are enough, and their children."""
+        for processor, node in zip(sorted(os.sched_getaffinity(0)), nodes, strict=False):
+            for pid in daemons(Path(node.netns), list(node.pids)):
+                with suppress(OSError):  # it has just ended
+                    for thread in os.listdir(f"/proc/{pid}/task"):
+                        os.sched_setaffinity(int(thread), {processor})
 
     # -- costs -----------------------------------------------------------------------------------------------------
 
