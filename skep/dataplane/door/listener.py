@@ -269,6 +269,7 @@ class FrontDoor:
                 await isolate(
                     self._end(directory, endings(self._state, lost)), "connections not ended", tasks=lost
                 )
+            self._lost.forget(lost)
 
     async def _end(self, directory: Path, wanted: Sequence[str]) -> None:
         """End connections by commands.  A HAProxy that has other servers refuses them.  Raises: Unavailable."""

@@ -76,14 +76,17 @@ class LostTasks:
         return self._due.keys()
 
     async def due(self) -> Collection[TaskId]:
-        """Wait until the connections to some of the tasks may be ended.  Remove these tasks, and return them."""
+        """Return tasks the connections to which may be ended now, once there are some."""
         while True:
             while not self._due:
                 self._more.clear()
                 await self._more.wait()
             now = self._clock.monotonic()
             if found := [id for id, due in self._due.items() if due <= now]:
-                for id in found:
-                    del self._due[id]
                 return found
             await self._clock.sleep(min(self._due.values()) - now)
+
+    def forget(self, ended: Collection[TaskId]) -> None:
+        """Remove tasks the connections to which have ended.  Other tasks may have their server lines now."""
+        for id in ended:
+            self._due.pop(id, None)

@@ -63,6 +63,8 @@ async def test_a_lost_task_keeps_its_line_until_its_connections_have_opened_or_f
     assert clock.monotonic() - began >= CONNECT_S
     (command,) = endings(state, [T1])
     assert command.startswith("shutdown sessions server web-")
+    assert lines_of(state_of(without, state, lost=lost.present())).keys() == {T1, T2}, "until they have ended"
+    lost.forget([T1])
     assert lines_of(state_of(without, state, lost=lost.present())).keys() == {T2}
 
 
