@@ -56,11 +56,17 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    # As many as nginx accepts.  With the default of 5, the kernel drops what a burst sends, and clients repeat it for
+    # up to a minute.
+    request_queue_size = 511
+
+
 def main() -> None:
     # Before it listens: the kernel drops a signal that the first process of a container has no handler for.
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    server = ThreadingHTTPServer(("", int(sys.argv[1])), Handler)
-    server.daemon_threads = True
+    server = Server(("", int(sys.argv[1])), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     while not stopping.wait(0.1):
         pass
