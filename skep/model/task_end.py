@@ -141,6 +141,11 @@ def words_of(end: TaskEnd) -> str:
             return ""
 
 
+def check_result(exit_code: int, output: str) -> str:
+    """Return the result of a health check in words.  ``output``: on one line, and shown unchanged."""
+    return f"exit {exit_code}, " + (f'output "{output}"' if output else "no output")
+
+
 def on_one_line(text: str) -> str:
     """Return the start of ``text`` for one line of a terminal, without control characters."""
     return printable(" ".join(SEQUENCE.sub("", text).split()))[:_SHOWN_CHARACTERS_MAX]

@@ -25,6 +25,7 @@ from skep.model.task_end import (
     KeptLine,
     TaskEnd,
     bounded_end,
+    check_result,
     cut,
     on_one_line,
     signal_of,
@@ -99,8 +100,7 @@ def failed_check(container: Container) -> str:
         return ""
     last = health.log[-1]
     output = on_one_line(last.output)
-    shown = f'output "{output}"' if output else "no output"
-    result = f"exit {last.exit_code}, {shown}" if last.exit_code > 0 else output
+    result = check_result(last.exit_code, output) if last.exit_code > 0 else output
     return f'its health check "{cut(" ".join(config.test[1:]), HEALTH_COMMAND_BYTES_MAX)}" failed: {result}'
 
 

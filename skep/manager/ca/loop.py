@@ -96,12 +96,14 @@ class CertificateAuthority:
 
     async def _request_renewals(self, node_ids: tuple[NodeId, ...]) -> None:
         results = await self._term.update_each(request_renewal, [Renewal(node_id) for node_id in node_ids])
-        failures = [result for result in results if isinstance(result, SkepError)]
+        failure: SkepError | None = None
         for node_id, result in zip(node_ids, results, strict=True):
-            if not isinstance(result, SkepError):
+            if isinstance(result, SkepError):
+                failure = failure or result
+            else:
                 self._requested_at[node_id] = self._clock.monotonic()
-        if failures:
-            raise failures[0]
+        if failure is not None:
+            raise failure
         log.info("certificate renewal requested", nodes=len(node_ids))
         self._changed.set()
 

@@ -27,7 +27,15 @@ from skep.model.options.constraints import is_satisfied
 from skep.model.options.dependencies import WAITS_FOR, is_wait
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Restart, Task, TaskState
-from skep.model.task_end import FAILED_CHECK, EndCause, TaskEnd, on_one_line, signal_of, words_of
+from skep.model.task_end import (
+    FAILED_CHECK,
+    EndCause,
+    TaskEnd,
+    check_result,
+    on_one_line,
+    signal_of,
+    words_of,
+)
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.times import SECOND_NS, ZERO_TIME, Timestamp, unix_ns
@@ -422,7 +430,7 @@ def _unhealthy(task: Task, end: TaskEnd) -> str:
     times = f" {number} times in a row" if number > 1 else ""
     output = masked_text(on_one_line(end.health_output))
     if end.health_exit_code is not None:
-        last = f", last: exit {end.health_exit_code}, " + (f'output "{output}"' if output else "no output")
+        last = f", last: {check_result(end.health_exit_code, output)}"
     else:
         output = _RUNTIME_WORDS.sub("", output)
         last = f", last: {output}" if output else ""
