@@ -1,4 +1,4 @@
-"""Deletes stale UDP flows of published ports, so that the next packet of each client follows the current rules."""
+"""Deletes stale flows of published ports, so that the next packet of each client follows the current rules."""
 
 import socket
 from collections.abc import Collection
@@ -31,6 +31,17 @@ def delete_flows(stale: Collection[StalePort], version: int = 4) -> None:
         )
     except conntrack.ConntrackRefused as error:
         log.warning("flows to published ports not moved", error=str(error))
+
+
+def delete_undirected_flows(address: str) -> None:
+    """Delete flows to ``address`` that began before the calling thread's namespace had it.  Blocks.
+
+    A failure is only logged, because it does not concern other connections.
+    """
+    try:
+        conntrack.delete_undirected(ip_address(address))
+    except OSError as error:
+        log.warning("flows to an address not deleted", address=address, error=str(error))
 
 
 def is_local_address(address: str) -> bool:

@@ -3,10 +3,12 @@
 import asyncio
 import errno
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,8 @@ from skep.agent.session.address_stream import SERVES_S_MAX, HeldAddresses
 from skep.aio.clock import SystemClock
 from skep.dataplane.failover import interfaces, machine
 from skep.dataplane.failover.machine import AddressHook, DoorWatch, MachineAddresses, require_of_root
-from skep.dataplane.netns.kernel import netlink
-from skep.dataplane.netns.kernel.namespaces import Namespaces
+from skep.dataplane.netns.kernel import conntrack, netlink, nft
+from skep.dataplane.netns.kernel.namespaces import Namespaces, inside
 from skep.errors import FailedPrecondition, Unavailable
 from skep.model.door.settings import DOOR
 from skep.model.networks.failover import KERNEL_LATE_S, KERNEL_S, AddressOrder
@@ -35,6 +37,13 @@ echo "$@" >> {log}
 [ ! -e {log}.fails ]
 """
 
+
+PUBLISHED = """
+add table {family} published
+add chain {family} published pre {{ type nat hook prerouting priority -100; }}
+add rule {family} published pre fib daddr type local tcp dport 443 dnat to {at}:8443
+"""
+"""The rules of a published port (``dataplane.plan.gateway``)."""
 
 NODE = """
 import asyncio, sys
@@ -134,6 +143,53 @@ async def test_the_kernel_drops_what_nobody_extends(lab: Lab, order: AddressOrde
     await lab.addresses.hold(other, lambda: True)
     await until(lambda: not lab.has(order))
     assert time.monotonic() - added_at <= KERNEL_S + KERNEL_LATE_S + 0.1, "0.1 s for this test's own command"
+
+
+@pytest.mark.parametrize("order", [FOUR, SIX])
+async def test_a_connection_that_begins_while_the_address_is_away_is_served(
+    lab: Lab, order: AddressOrder
+) -> None:
+    """The neighbor still sends to this machine, which forwards the first packet.  It is repeated after a second."""
+    family, at = (socket.AF_INET, "10.0.0.1") if order is FOUR else (socket.AF_INET6, "[fd00::1]")
+    node, peer = lab.pins.path("node"), lab.pins.path("peer")
+    lab.run("node", "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
+    inside(node, partial(nft.run, PUBLISHED.format(family="ip" if order is FOUR else "ip6", at=at)))
+    keeping = asyncio.create_task(keep(lab, order))
+    await until(lambda: lab.has(order))
+    with (
+        inside(node, lambda: socket.create_server(("", 8443), family=family)) as server,
+        inside(peer, lambda: socket.create_connection((order.address, 443), 5)) as before,
+        inside(peer, lambda: socket.socket(family)) as during,
+    ):
+        keeping.cancel()
+        await asyncio.wait((keeping,))
+        await until(lambda: not lab.has(order))
+        during.setblocking(False)
+        assert during.connect_ex((order.address, 443)) == errno.EINPROGRESS
+        await until(lambda: inside(node, partial(own_flows, order, family)))
+        keeping = asyncio.create_task(keep(lab, order))
+        server.setblocking(False)
+        async with asyncio.timeout(10):
+            served = [(await asyncio.get_running_loop().sock_accept(server))[0] for _ in range(2)]
+        assert during.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+        before.send(b"as before")
+        served[0].settimeout(5)
+        assert served[0].recv(9) == b"as before"
+        keeping.cancel()
+        for one in served:
+            one.close()
+
+
+async def keep(lab: Lab, order: AddressOrder) -> None:
+    while True:
+        await lab.addresses.hold(order, lambda: True)
+        await asyncio.sleep(0.2)
+
+
+def own_flows(order: AddressOrder, family: int) -> bool:
+    """Return whether a flow leads to the address itself."""
+    with conntrack.opened(5) as connection:
+        return any(one.reply.source == order.address for one in conntrack.flows(connection, family))
 
 
 async def test_nothing_is_left_if_it_is_too_late(lab: Lab) -> None:

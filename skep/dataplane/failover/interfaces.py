@@ -2,6 +2,9 @@
 
 An address is added as a single address (/32, /128) without preference, so it changes no route and is not the source of
 the machine's own connections.  Its lifetime marks it as Skep's: an address that stays for longer belongs to others.
+
+Neighbors send to the last holder, also while it does not have the address for a moment.  Such connections are served
+once it has the address again, because the flows of their first packets are deleted.
 """
 
 import errno
@@ -29,6 +32,7 @@ from skep.dataplane.netns.kernel.netlink import (
     dump,
     send_changes,
 )
+from skep.dataplane.stale_flows import delete_undirected_flows, is_local_address
 from skep.errors import FailedPrecondition
 from skep.model.networks.failover import KERNEL_S, AddressOrder
 
@@ -81,6 +85,9 @@ def hold(
     is_known = known is not None and order.interface in ("", known.name) and _is_up(known)
     interface = known if known is not None and is_known else interface_for(order)
     body = _body(order, interface.index, KERNEL_S)
+    is_absent = not is_local_address(order.address)
+    if is_absent:
+        delete_undirected_flows(order.address)
     if not is_allowed():
         return None
     # The first request fails if the address is there, and then the second one extends its lifetime.
@@ -92,6 +99,8 @@ def hold(
         raise FailedPrecondition(
             f"{order.address} cannot be added to {interface.name}: {os.strerror(extended)}"
         )
+    if is_absent:  # for connections that began since the first deletion
+        delete_undirected_flows(order.address)
     return None if added == errno.EEXIST else interface
 
 

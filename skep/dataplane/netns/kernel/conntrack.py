@@ -7,13 +7,17 @@ import errno
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from ipaddress import IPv4Address, IPv6Address
 
 from skep.dataplane.netns.kernel import netlink
 from skep.dataplane.netns.state import Flow, Tuple
 
 # Source: linux/netfilter/nfnetlink_conntrack.h: IPCTNL_MSG_CT_* with the subsystem, and CTA_*.
 _GET, _DELETE = 0x0101, 0x0102
-_ORIGINAL, _REPLY, _ID, _ZONE = 1, 2, 12, 18
+_ORIGINAL, _REPLY, _ID, _ZONE, _FILTER = 1, 2, 12, 18, 25
+_ORIGINAL_FLAGS, _REPLY_FLAGS = 1, 2
+_BY_SOURCE, _BY_DESTINATION = 1, 2
+"""Source: linux, net/netfilter/nf_internals.h: CTA_FILTER_F_CTA_IP_*."""
 _IP, _PROTOCOL = 1, 2
 _NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _SOURCE = {socket.AF_INET: 1, socket.AF_INET6: 3}
@@ -48,15 +52,19 @@ def opened(timeout_s: float) -> socket.socket:
 
 
 def flows(
-    connection: socket.socket, family: int, *, concerns: Callable[[bytes], bool] = lambda entry: True
+    connection: socket.socket,
+    family: int,
+    *,
+    concerns: Callable[[bytes], bool] = lambda entry: True,
+    selection: bytes = b"",
 ) -> Iterator[Flow]:
     """Yield all flows of ``family``.  The connection cannot be used for another request until the last flow was read.
 
-    ``concerns`` filters entries by their bytes, before they are decoded.  Blocks while the kernel reads the
-    entries of all namespaces (9 ms of processor time).  Raises: ConntrackRefused: this kernel does not list flows;
-    OSError.
+    ``concerns`` filters entries by their bytes, before they are decoded.  ``selection`` is a filter for the kernel,
+    which Linux before 5.8 ignores.  Blocks while the kernel reads the entries of all namespaces (9 ms of processor
+    time).  Raises: ConntrackRefused: this kernel does not list flows; OSError.
     """
-    connection.send(netlink.request(_GET, netlink.DUMP, _head(family)))
+    connection.send(netlink.request(_GET, netlink.DUMP, _head(family) + selection))
     while True:
         for kind, body in netlink.messages(connection.recv(_RECEIVE_BYTES)):
             if kind == netlink.DONE:
@@ -85,7 +93,11 @@ def delete(connection: socket.socket, family: int, found: list[Flow]) -> None:
 
 
 def delete_stale(
-    family: int, is_stale: Callable[[Flow], bool], *, concerns: Callable[[bytes], bool] = lambda entry: True
+    family: int,
+    is_stale: Callable[[Flow], bool],
+    *,
+    concerns: Callable[[bytes], bool] = lambda entry: True,
+    selection: bytes = b"",
 ) -> int:
     """Delete stale flows of the calling thread's namespace, so that their next packet is sent to a present backend.
 
@@ -94,9 +106,53 @@ def delete_stale(
     OSError.
     """
     with opened(_TIMEOUT_S) as connection:
-        found = [flow for flow in flows(connection, family, concerns=concerns) if is_stale(flow)]
+        found = [
+            flow
+            for flow in flows(connection, family, concerns=concerns, selection=selection)
+            if is_stale(flow)
+        ]
         delete(connection, family, found)
     return len(found)
+
+
+def delete_undirected(address: IPv4Address | IPv6Address) -> int:
+    """Delete flows to ``address`` that lead to no container, in the calling thread's namespace.  Return their number.
+
+    These are the connections that began while the namespace did not have the address.  Connection tracking asks the
+    rules only at the first packet, so otherwise the repeated ones would reach the machine itself, which refuses them.
+    Blocks.  Raises: ConntrackRefused: this kernel does not list flows or keeps one; OSError.
+    """
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    text, packed = str(address), address.packed
+    return delete_stale(
+        family,
+        lambda flow: flow.original.destination == flow.reply.source == text,
+        concerns=lambda entry: packed in entry,
+        selection=_to_and_from(packed) if family == socket.AF_INET else b"",
+    )
+
+
+def _to_and_from(packed: bytes) -> bytes:
+    """Return the kernel's selection of flows to an IPv4 address that responds itself.
+
+    It lists these of 60,000 flows in a fifth of the time.  There is none for IPv6, because Linux compares IPv6
+    addresses the wrong way round, and selects all others.
+
+    Source: linux, net/netfilter/nf_conntrack_netlink.c (ctnetlink_filter_match_tuple).
+    """
+    destination = netlink.attribute(_DESTINATION[socket.AF_INET], packed)
+    source = netlink.attribute(_SOURCE[socket.AF_INET], packed)
+    flags = (
+        netlink.attribute(number, struct.pack("=I", flag))
+        for number, flag in ((_ORIGINAL_FLAGS, _BY_DESTINATION), (_REPLY_FLAGS, _BY_SOURCE))
+    )
+    return b"".join(
+        (
+            _nested(_ORIGINAL, _nested(_IP, destination)),
+            _nested(_REPLY, _nested(_IP, source)),
+            _nested(_FILTER, b"".join(flags)),
+        )
+    )
 
 
 def _flow(entry: dict[int, bytes], family: int) -> Flow | None:
@@ -126,6 +182,10 @@ def _tuple(parts: dict[int, bytes], family: int) -> Tuple | None:
 
 def _parts(data: bytes) -> dict[int, bytes]:
     return dict(netlink.attributes(data))
+
+
+def _nested(number: int, content: bytes) -> bytes:
+    return netlink.attribute(number | netlink.NESTED, content)
 
 
 def _head(family: int) -> bytes:
