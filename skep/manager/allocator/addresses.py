@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
 from itertools import filterfalse
 from socket import AF_INET, inet_pton
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -27,6 +27,7 @@ _Key: TypeAlias = tuple[NetworkId, int]
 Addresses are kept as numbers: a new leader loads the addresses of all tasks, and ``ipaddress`` objects take ten times
 as long."""
 
+_NONE: Final[frozenset[NetworkId]] = frozenset()
 NEARLY_FULL = 0.8
 """Share of used addresses from which on users are warned."""
 
@@ -73,12 +74,15 @@ class AddressAllocations:
     def _hold(self, owner: str, held: tuple[tuple[_Key, int], ...]) -> frozenset[NetworkId]:
         before = self._held.get(owner, ())
         if before == held:
-            return frozenset()
-        self.release(owner)
+            return _NONE
+        if before:
+            self.release(owner)
         for key, number in held:
             self._take(key, number)
         if held:
             self._held[owner] = held
+        if not before:  # as for each task of a snapshot
+            return _NONE
         return frozenset(one[0][0] for one in before if one not in held)
 
     def _take(self, key: _Key, number: int) -> None:

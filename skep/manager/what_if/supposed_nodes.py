@@ -45,9 +45,10 @@ class SupposedNodes:
 
     def start(self) -> Iterator[None]:
         """Queue the tasks that are starting or stopping now."""
+        running = TaskState.RUNNING
         for tasks in batches_of(self._copy.view, Task):
             for task in tasks:
-                if task.status.state is not TaskState.RUNNING or task.desired_state is not TaskState.RUNNING:
+                if task.status.state is not running or task.desired_state is not running:
                     self._queue(task)
             yield
 
