@@ -109,7 +109,6 @@ class FrontDoor:
         self._seen_at = seen_at
         self._settings = settings
         self._state = DoorState()
-        self._table: NetworkTable | None = None
         self._lost = LostTasks(clock)
         self._applied: DoorState | None = None
         """The state that HAProxy has for certain."""
@@ -134,7 +133,8 @@ class FrontDoor:
         door = min((one for one in tables.values() if one.head.is_door), key=_network, default=None)
         proxies = proxies_on(door, node_id) if door is not None else []
         if door is None or not proxies:
-            self._applied, self._counted, self._table = None, frozenset(), None
+            self._applied, self._counted = None, frozenset()
+            self._lost.follow(None)
             return
         self._counted = counted_services(door)
         if door.head.id not in changed and self._applied is not None:
@@ -145,9 +145,7 @@ class FrontDoor:
             if any(one.is_running for one in proxies):
                 raise Unavailable("the front door's task has no volume skep-door on this node")
             return
-        former, self._table = self._table, door
-        if former is not None:
-            self._lost.add(former, door)
+        self._lost.follow(door)
         # In a thread, because ten thousand routes take a second.
         payload = await asyncio.to_thread(self._keys)
         lost = frozenset(self._lost.present())

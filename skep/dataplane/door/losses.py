@@ -55,11 +55,18 @@ class LostTasks:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._table: NetworkTable | None = None
         self._due: dict[TaskId, float] = {}
         self._more = asyncio.Event()
 
-    def add(self, before: NetworkTable, after: NetworkTable) -> None:
-        """Add the tasks that were lost between two tables.  Forget tasks that serve again."""
+    def follow(self, after: NetworkTable | None) -> None:
+        """Add the tasks that were lost since the last table.  Forget tasks that serve again.
+
+        Nothing is lost after None, with which this node has no proxy.
+        """
+        before, self._table = self._table, after
+        if before is None or after is None:
+            return
         self._due = {
             id: due
             for id, due in self._due.items()

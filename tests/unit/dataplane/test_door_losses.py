@@ -54,7 +54,8 @@ async def test_a_lost_task_keeps_its_line_until_its_connections_have_opened_or_f
     whole, without = a_table({"n1": T1, "n2": T2}), a_table({"n2": T2})
     before = state_of(whole, DoorState())
     began = clock.monotonic()
-    lost.add(whole, without)
+    lost.follow(whole)
+    lost.follow(without)
     state = state_of(a_table({"n2": T2, "n3": T3}), before, lost=lost.present())
     lines = lines_of(state)
     assert {id: one.is_ready for id, one in lines.items()} == {T1: False, T2: True, T3: True}
@@ -72,13 +73,14 @@ async def test_a_lost_task_keeps_its_line_until_its_connections_have_opened_or_f
 async def test_the_connections_to_a_task_that_serves_again_are_not_ended() -> None:
     lost = LostTasks(virtual_clock())
     whole, without = a_table({"n1": T1, "n2": T2}), a_table({"n2": T2})
-    lost.add(whole, without)
+    lost.follow(whole)
+    lost.follow(without)
     waiting = asyncio.create_task(lost.due())
     await asyncio.sleep(1)
-    lost.add(without, whole)
+    lost.follow(whole)
     assert not lost.present()
     assert not endings(state_of(whole, DoorState()), [T1]), "not even if the time has come at the same moment"
     await asyncio.sleep(10)
     assert not waiting.done()
-    lost.add(whole, a_table({"n1": T1}))
+    lost.follow(a_table({"n1": T1}))
     assert await waiting == [T2]
