@@ -14,14 +14,13 @@ from skep.dataplane.netns.state import Flow, Tuple
 
 # Source: linux/netfilter/nfnetlink_conntrack.h: IPCTNL_MSG_CT_* with the subsystem, and CTA_*.
 _GET, _DELETE = 0x0101, 0x0102
-_ORIGINAL, _REPLY, _ID, _ZONE, _FILTER = 1, 2, 12, 18, 25
-_ORIGINAL_FLAGS, _REPLY_FLAGS = 1, 2
-_BY_SOURCE, _BY_DESTINATION = 1, 2
-"""Source: linux, net/netfilter/nf_internals.h: CTA_FILTER_F_CTA_IP_*."""
+_ORIGINAL, _REPLY, _STATUS, _ID, _ZONE, _STATUS_MASK = 1, 2, 3, 12, 18, 26
 _IP, _PROTOCOL = 1, 2
 _NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _SOURCE = {socket.AF_INET: 1, socket.AF_INET6: 3}
 _DESTINATION = {socket.AF_INET: 2, socket.AF_INET6: 4}
+_REPLIED, _REDIRECTED = 1 << 1, 1 << 5
+"""Source: linux/netfilter/nf_conntrack_common.h: IPS_SEEN_REPLY, IPS_DST_NAT."""
 _RECEIVE_BYTES = 1 << 18
 """Buffer size in bytes for one read.  The kernel sends a listing in pieces of at most 32 KiB."""
 _TIMEOUT_S = 5.0
@@ -61,7 +60,7 @@ def flows(
     """Yield all flows of ``family``.  The connection cannot be used for another request until the last flow was read.
 
     ``concerns`` filters entries by their bytes, before they are decoded.  ``selection`` is a filter for the kernel,
-    which Linux before 5.8 ignores.  Blocks while the kernel reads the entries of all namespaces (9 ms of processor
+    which older kernels ignore.  Blocks while the kernel reads the entries of all namespaces (9 ms of processor
     time).  Raises: ConntrackRefused: this kernel does not list flows; OSError.
     """
     connection.send(netlink.request(_GET, netlink.DUMP, _head(family) + selection))
@@ -116,10 +115,12 @@ def delete_stale(
 
 
 def delete_undirected(address: IPv4Address | IPv6Address) -> int:
-    """Delete flows to ``address`` that lead to no container, in the calling thread's namespace.  Return their number.
+    """Delete flows to ``address`` that no rule redirects and nobody responds to.  Return their number.
 
-    These are the connections that began while the namespace did not have the address.  Connection tracking asks the
-    rules only at the first packet, so otherwise the repeated ones would reach the machine itself, which refuses them.
+    These are the connections that began while the calling thread's namespace did not have the address.  Connection
+    tracking asks the rules only at the first packet, so otherwise the repeated ones would reach the machine itself,
+    which refuses them.
+
     Blocks.  Raises: ConntrackRefused: this kernel does not list flows or keeps one; OSError.
     """
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
@@ -128,30 +129,9 @@ def delete_undirected(address: IPv4Address | IPv6Address) -> int:
         family,
         lambda flow: flow.original.destination == flow.reply.source == text,
         concerns=lambda entry: packed in entry,
-        selection=_to_and_from(packed) if family == socket.AF_INET else b"",
-    )
-
-
-def _to_and_from(packed: bytes) -> bytes:
-    """Return the kernel's selection of flows to an IPv4 address that responds itself.
-
-    It lists these of 60,000 flows in a fifth of the time.  There is none for IPv6, because Linux compares IPv6
-    addresses the wrong way round, and selects all others.
-
-    Source: linux, net/netfilter/nf_conntrack_netlink.c (ctnetlink_filter_match_tuple).
-    """
-    destination = netlink.attribute(_DESTINATION[socket.AF_INET], packed)
-    source = netlink.attribute(_SOURCE[socket.AF_INET], packed)
-    flags = (
-        netlink.attribute(number, struct.pack("=I", flag))
-        for number, flag in ((_ORIGINAL_FLAGS, _BY_DESTINATION), (_REPLY_FLAGS, _BY_SOURCE))
-    )
-    return b"".join(
-        (
-            _nested(_ORIGINAL, _nested(_IP, destination)),
-            _nested(_REPLY, _nested(_IP, source)),
-            _nested(_FILTER, b"".join(flags)),
-        )
+        # Linux skips 60,000 other flows in a fifth of the time by this, before 5.17 it ignores it.
+        selection=netlink.attribute(_STATUS, bytes(4))
+        + netlink.attribute(_STATUS_MASK, struct.pack("!I", _REPLIED | _REDIRECTED)),
     )
 
 
@@ -182,10 +162,6 @@ def _tuple(parts: dict[int, bytes], family: int) -> Tuple | None:
 
 def _parts(data: bytes) -> dict[int, bytes]:
     return dict(netlink.attributes(data))
-
-
-def _nested(number: int, content: bytes) -> bytes:
-    return netlink.attribute(number | netlink.NESTED, content)
 
 
 def _head(family: int) -> bytes:
