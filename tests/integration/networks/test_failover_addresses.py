@@ -33,6 +33,27 @@ PAGE = "docs/guide/front-door.md"
 NAME = "hello.example.com"
 
 
+CONNECTIONS = """
+import asyncio, sys
+async def result():
+    try:
+        (await asyncio.wait_for(asyncio.open_connection(sys.argv[1], 80), 20))[1].close()
+    except OSError as error:
+        return str(error) or "timeout"
+    return "opened"
+async def main():
+    print("ready", flush=True)
+    sys.stdin.readline()
+    results = []
+    for _ in range(50):
+        results.append(asyncio.create_task(result()))
+        await asyncio.sleep(0.01)
+    print(*{await one for one in results}, sep="; ")
+asyncio.run(main())
+"""
+"""Opens 50 connections within half a second of a line of input."""
+
+
 class Watch:
     """Requests to an address, and looks at which nodes have it.  Runs in threads of its own."""
 
@@ -157,6 +178,26 @@ def test_a_lost_holder_is_replaced_in_time(cluster: TestCluster, watch: Watch, f
     cluster.skep(mend, node)
     wait_running(cluster.node("m1"), "skep-door", 2, within_s=60)
     assert watch.wait_holder() == second, "it does not return by itself"
+
+
+def test_connections_that_begin_while_the_address_is_away_are_served(
+    cluster: TestCluster, watch: Watch
+) -> None:
+    """As if the holder had no processor time for a second, so that its kernel dropped the address."""
+    node = cluster.node(watch.wait_holder())
+    client = subprocess.Popen(
+        ["nsenter", f"--net={outside(cluster)}", sys.executable, "-c", CONNECTIONS, watch.address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert client.stdout is not None
+    assert client.stdout.readline() == "ready\n"
+    drop = f"ip addr del {watch.address}/32 dev $(ip -o addr show to {watch.address} | cut -d' ' -f2)"
+    inside = ["nsenter", f"--net={node.description['netns']}", "sh", "-ec", drop]
+    subprocess.run(inside, check=True, timeout=10)
+    assert client.communicate("now\n", timeout=60)[0] == "opened\n"
+    assert watch.wait_holder() == node.name
 
 
 def logged_at(cluster: TestCluster, event: str) -> float:
