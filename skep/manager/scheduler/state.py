@@ -4,6 +4,7 @@ A decision is a generator, because it may take longer than a time slice.  ``loop
 pauses: commits about tasks that are decided but not written would release their reservations.
 """
 
+import math
 from collections.abc import Collection, Generator, Iterator, Sequence
 from itertools import filterfalse, islice
 from random import Random
@@ -60,8 +61,9 @@ Deciding: TypeAlias = Generator[bool, None, T]
 class SchedulerState:
     """Accounting of the nodes, and pending tasks in groups."""
 
-    def __init__(self, term: LoopStore, clock: Clock, random: Random) -> None:
-        self._term = term
+    def __init__(self, term: LoopStore, clock: Clock, random: Random, *, is_confirmed: bool = False) -> None:
+        """``is_confirmed``: whether the stored states of tasks are true.  A new leader waits for reports."""
+        self._term, self._is_confirmed = term, is_confirmed
         self._view = term.view
         self._clock = clock
         self._random = random
@@ -78,7 +80,7 @@ class SchedulerState:
         self.queue = GroupQueue(self._clock, lambda group: self._priorities.of_group(group, self._view()))
         self.groups = Groups()
         self.texts = Texts(self._term, self._clock, self.groups, self.accounting, self._accounting_failures)
-        self._waits = Waits(self._clock.monotonic())
+        self._waits = Waits(-math.inf if self._is_confirmed else self._clock.monotonic())
         self._requirements = RequirementsCache()
         self._returning = Returning(self.accounting)
         self._away: dict[TaskId, str] = {}

@@ -58,7 +58,7 @@ class Rehearsal:
         self._orchestrator = OrchestratorState(self.copy, self.clock, random)
         self._orchestrator.queries.unasked = _HOLDS
         self._allocator = AllocatorState(self.copy.view, self.clock, random)
-        self._scheduler = SchedulerState(self.copy, self.clock, random)
+        self._scheduler = SchedulerState(self.copy, self.clock, random, is_confirmed=True)
         self._nodes = SupposedNodes(self.copy, self.clock)
         numbers, prefix = count(1), f"{SUPPOSED}{view.revision:x}x"
         self.new_id: Callable[[], str] = lambda: f"{prefix}{next(numbers):06}"

@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument, NotFound
+from skep.manager.scheduler.dependencies import RETURNED_S
 from skep.manager.what_if.answer import Question, SupposedOutcome
 from skep.manager.what_if.rehearsal import Rehearsal
 from skep.manager.what_if.suppositions import deploy, drain, lose, nodes_named, quorum_after
@@ -20,6 +21,7 @@ from skep.model.node import (
     SessionOwner,
 )
 from skep.model.options.autoscaling import with_replicas
+from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import MIN_AVAILABLE, ON_DISCONNECT
 from skep.model.service import NetworkAttachmentConfig, Resources, Service
 from skep.model.swarm import Swarm
@@ -121,6 +123,16 @@ def test_a_drain_starts_replacements_first_and_a_task_without_room_stays() -> No
     assert (moved.lowest, moved.after, moved.moves[0].target) == (3, 3, "w4")
     blocked = ask(state, draining("w1", "w2")).services[0]
     assert (blocked.lowest, sum(one.tasks for one in blocked.missing)) == (3, 1), "the old task keeps running"
+
+
+def test_a_service_with_a_dependency_does_not_wait_as_under_a_new_leader() -> None:
+    """A new leader waits until the nodes confirm that the database runs.  The present one knows it already."""
+    db, labels = a_service("db", replicas=1), {DEPENDS_ON: "db=service_healthy"}
+    state = a_state(node("w1"), node("w2"), *with_tasks(db, "w1"))
+    web = replace(a_service_spec("web", replicas=1), labels=labels)
+    answer = ask(state, lambda rehearsal: deploy(rehearsal, web))
+    assert [(one.name, one.after) for one in answer.services] == [("web", 1)]
+    assert answer.seconds < RETURNED_S
 
 
 def test_a_minimum_that_is_not_met_is_named() -> None:
