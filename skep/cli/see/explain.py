@@ -92,12 +92,25 @@ async def _ask(host: HostOptions, name: str) -> Shown:
         except NotFound:
             if registered := await _find_registered(client, name):
                 return _report(name, registered, about_registration, now)
+            if await _is_in_history(client, name):
+                raise NotFound(
+                    f"{name} was removed. Run skep history {name} to see when and by whom."
+                ) from None
             raise NotFound(
                 f"no such service, task, node or network: {name}. Run skep status to list services and nodes."
             ) from None
         services = [one["Spec"]["Name"] for one in await get("/services") if network["Id"] in _targets(one)]
         found = {**network, "ServiceNames": sorted(services)}
         return _report(name, found, about_network, now, await _violations(client))
+
+
+async def _is_in_history(client: Requests, name: str) -> bool:
+    """Return whether the history has entries about ``name``, which no longer exists."""
+    try:
+        page = await client.get("/skep/history", timeout_s=RESPONSE_TIMEOUT_S, about=name, limit="1")
+    except SkepError:  # also an earlier version
+        return False
+    return bool(page.get("Entries"))
 
 
 async def _find_registered(client: Requests, name: str) -> Mapping[str, Any]:
@@ -241,6 +254,7 @@ def _network_lines(network: Mapping[str, Any], now: float) -> Iterator[str]:
     services = network["ServiceNames"]
     used = f"used by {', '.join(services)}" if services else "no service uses it"
     yield f"{network['Name']}: {network['Driver']} network of the {network['Scope']}, {used}"
+    yield from (f"  {warning}" for warning in network.get("Warnings") or ())
     for subnet in (network.get("IPAM") or {}).get("Config") or ():
         yield f"  {subnet.get('Subnet')}" + (
             f", gateway {subnet['Gateway']}" if subnet.get("Gateway") else ""
@@ -308,7 +322,8 @@ def _autoscaling(found: Mapping[str, Any], now: float) -> Iterator[str]:
     if not found:
         return
     metrics = ", ".join(map(_metric, found.get("Metrics") or ()))
-    yield f"  autoscaling, {found['Min']} to {found['Max']} tasks: {metrics}"
+    whose = " by its schedule" if found.get("IsScheduled") else ""
+    yield f"  autoscaling, {found['Min']} to {found['Max']} tasks{whose}: {metrics}"
     yield f"    now: {found['Summary']}"
     if last := found.get("LastChange"):
         before, after = last.get("Before", 0), last.get("After", 0)

@@ -12,6 +12,8 @@ from skep.aio.time_slices import result_in_slices
 from skep.api.access.identity import identity_of
 from skep.api.access.permissions import sees
 from skep.api.http.server import Routes, json_response
+from skep.manager.autoscaling.state import door_nodes
+from skep.manager.cluster import node_name
 from skep.manager.control.targets import task_named
 from skep.manager.control.tasks import damage_of, is_up_to_date, known_status, with_damage
 from skep.manager.diagnosis.departures import why_it_stays
@@ -121,6 +123,7 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
     tasks = view.find(Task, service_id=service.id)
     is_scaled = AUTOSCALE in service.spec.labels
     found = await manager_of(request).collect_usages() if is_scaled else ScalingMeasurements()
+    doors = doors_in(view) if is_scaled else frozenset()
     explanation = replace(
         explanation,
         autoscaling=explain_autoscaling(
@@ -128,7 +131,9 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
             tasks,
             found,
             partial(replicas_within_quota, manager_of(request).store.view(), service),
-            proxies=proxies_in(view, doors_in(view)) if is_scaled else (),
+            proxies=proxies_in(view, doors),
+            doors={id: node_name(view, id) for id in door_nodes(view, doors)},
+            frozen=held_by(view, stack_of_service(service)),
             now_ns=clock.now_ns(),
         ),
     )
