@@ -12,8 +12,12 @@ from skep.cli.main import main
 def an_api() -> web.Application:
     """A manager whose only service was removed, so that only its history has the name."""
 
+    lost = {"Kind": "change", "Type": "journal", "Action": "lost-entries"}
+    removed = {"Kind": "change", "Type": "service", "Action": "remove", "Name": "web"}
+
     async def history(request: web.Request) -> web.Response:
-        entries = [{"Time": "2026-11-29T16:00:00Z"}] if request.query.get("about") == "web" else []
+        assert request.query["kind"] == "change", "a refused request creates nothing"
+        entries = [lost, *([removed] if request.query["about"] == "web" else [])]
         return web.json_response({"Entries": entries, "Total": 5})
 
     async def absent(request: web.Request) -> web.Response:

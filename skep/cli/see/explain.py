@@ -30,6 +30,8 @@ _PAUSED = ("paused", "rollback_paused")
 _WAITS_FOR = re.compile(r"it waits for (?:service )?([A-Za-z0-9][\w.-]*)")
 _KILLED_BY_SKEP = ("unhealthy", "stop-timeout")
 """Causes after which Skep itself sends the signal."""
+_ENTRIES_MAX = 100
+"""Entries of the history in which a removal is looked for.  It is among the last ones about its object."""
 
 
 @click.command()
@@ -92,7 +94,7 @@ async def _ask(host: HostOptions, name: str) -> Shown:
         except NotFound:
             if registered := await _find_registered(client, name):
                 return _report(name, registered, about_registration, now)
-            if await _is_in_history(client, name):
+            if await _was_removed(client, name):
                 raise NotFound(
                     f"{name} was removed. Run skep history {name} to see when and by whom."
                 ) from None
@@ -104,13 +106,16 @@ async def _ask(host: HostOptions, name: str) -> Shown:
         return _report(name, found, about_network, now, await _violations(client))
 
 
-async def _is_in_history(client: Requests, name: str) -> bool:
-    """Return whether the history has entries about ``name``, which no longer exists."""
+async def _was_removed(client: Requests, name: str) -> bool:
+    """Return whether the history has the removal of a service, node or network ``name``."""
+    limit = str(_ENTRIES_MAX)
     try:
-        page = await client.get("/skep/history", timeout_s=RESPONSE_TIMEOUT_S, about=name, limit="1")
+        page = await client.get(
+            "/skep/history", timeout_s=RESPONSE_TIMEOUT_S, about=name, kind="change", limit=limit
+        )
     except SkepError:  # also an earlier version
         return False
-    return bool(page.get("Entries"))
+    return any(one.get("Action") == "remove" and one.get("Name") == name for one in page.get("Entries") or ())
 
 
 async def _find_registered(client: Requests, name: str) -> Mapping[str, Any]:
