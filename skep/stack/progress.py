@@ -43,6 +43,7 @@ UNPLACED: Final[Mapping[str, tuple[float, str]]] = {
     "too-large": (TOO_LARGE_S, "no node can accept a task"),
     "no-address": (TOO_LARGE_S, "no address becomes free, because no task on the network is stopping"),
     "dependency": (UNPLACED_S, "the service that it waits for has not become ready for {s:.0f} s"),
+    "left": (UNPLACED_S, "their nodes have been down for {s:.0f} s"),
     "not-allocated": (UNPLACED_S, "a task has waited for its networks and ports for {s:.0f} s"),
 }
 """Seconds until a wait ends, and the text of its error, by the kind of the problem."""
@@ -197,9 +198,7 @@ def progress_of(
     if mode.replicated_job is not None or mode.global_job is not None:
         return _job(service, tasks)
     if is_stopped(service.spec.labels):
-        stopping = [task for task in tasks if not task.status.state.is_terminal]
-        text = f"tasks left to stop: {len(stopping)}" if stopping else "stopped"
-        return ServiceProgress(text, _cause(stopping), is_done=not stopping, is_explained=True)
+        return _stopping([task for task in tasks if not task.status.state.is_terminal])
     if (
         ended := _ended(service, tasks, current)
     ) is not None:  # This comes first, because an update counts every early end as a failure.
@@ -235,6 +234,14 @@ def progress_of(
     if any(task.id not in current for task in wanted):
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
     return ServiceProgress(text, cause, problem=problem, is_updating=is_updating)
+
+
+def _stopping(left: Sequence[Task]) -> ServiceProgress:
+    """Return the progress of a service that is stopped, from the tasks that have yet to end."""
+    text = f"tasks left to stop: {len(left)}" if left else "stopped"
+    is_lost = bool(left) and all(task.status.state is TaskState.UNKNOWN for task in left)
+    problem = ServiceProblem(kind="left" if is_lost else "")
+    return ServiceProgress(text, _cause(left), is_done=not left, is_explained=True, problem=problem)
 
 
 def _end_of_rest(service: Service, updated: int, count: int) -> str:

@@ -121,9 +121,10 @@ class Reasons:
         self._began = now if self._began is None else self._began
         is_late = now - self._began >= _EXPLAINED_AFTER_S
         open_ = [name for name, one in looks.items() if _is_open(one.progress)]
-        asked = [name for name in open_ if looks[name].progress.cause]
+        unknown = [name for name in open_ if not looks[name].progress.is_explained]
+        asked = [name for name in unknown if looks[name].progress.cause]
         if is_late:
-            asked += [name for name in open_ if name not in asked]
+            asked += [name for name in unknown if name not in asked]
         asked = asked[:_EXPLAINED_MAX]
         found = await asyncio.gather(*(self._explanation(looks[name].id) for name in asked))
         explanations = dict(zip(asked, found, strict=True))
@@ -186,9 +187,7 @@ class Reasons:
 
 
 def _is_open(progress: ServiceProgress) -> bool:
-    """Return whether the managers may know more.  A stuck update has their message, other stuck services a cause."""
-    if progress.is_explained:
-        return False
+    """Return whether there is more to say.  A stuck update has the managers' message, other stuck services a cause."""
     return not progress.is_done and bool(not progress.is_stuck or progress.cause)
 
 

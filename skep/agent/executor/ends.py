@@ -18,6 +18,7 @@ from skep.engine.containers.container import (
 from skep.engine.containers.health import is_failing, retries
 from skep.engine.containers.signals import signal_number
 from skep.engine.engine import Engine
+from skep.model.container import HealthConfig
 from skep.model.task_end import (
     HEALTH_COMMAND_BYTES_MAX,
     SIGNALED,
@@ -93,14 +94,24 @@ def failed_check(container: Container) -> str:
     """Return the last health check of a container that was not healthy yet, in words, or an empty text if it succeeded.
 
     Failures within the start period do not make a container unhealthy, so they would otherwise be known nowhere else.
+    A container that is unhealthy runs until it has stopped, which may take its whole grace period.
     """
     config, health = container.config.healthcheck, container.health
-    is_starting = container.is_running and health is not None and health.status is HealthStatus.STARTING
-    if config is None or health is None or not is_starting or not health.log or not health.log[-1].exit_code:
+    if config is None or health is None or not container.is_running:
         return ""
-    last = health.log[-1]
-    output = on_one_line(last.output)
-    result = check_result(last.exit_code, output) if last.exit_code > 0 else output
+    if health.status is HealthStatus.UNHEALTHY:
+        end = unhealthy_end(container, health)
+        failed = _failed(config, end.health_exit_code or 0, end.health_output)
+        return f"{EndCause.UNHEALTHY.value}: {failed}"
+    if health.status is not HealthStatus.STARTING or not health.log or not health.log[-1].exit_code:
+        return ""
+    return _failed(config, health.log[-1].exit_code, health.log[-1].output)
+
+
+def _failed(config: HealthConfig, exit_code: int, output: str) -> str:
+    """Return the words for a failed health check.  ``exit_code``: not positive if the check did not end by itself."""
+    shown = on_one_line(output)
+    result = check_result(exit_code, shown) if exit_code > 0 else shown
     return f'its health check "{cut(" ".join(config.test[1:]), HEALTH_COMMAND_BYTES_MAX)}" failed: {result}'
 
 

@@ -272,7 +272,8 @@ def _about(plan: RestorePlan) -> Iterator[tuple[str, str]]:
     yield "content", _described(plan.counts)
     outcome = (
         f"This node becomes {plan.node_id} at {plan.advertise_addr}, the only manager of the swarm. Other managers are "
-        "unreachable until you remove them. Workers look for it at the addresses of their former managers."
+        "unreachable until you remove them. Workers look for it at the addresses of their former managers. If the "
+        "former cluster still runs and this node can reach it, its managers stop, and its workers connect here."
     )
     yield "result", outcome
 

@@ -30,6 +30,8 @@ _PAUSED = ("paused", "rollback_paused")
 _WAITS_FOR = re.compile(r"it waits for (?:service )?([A-Za-z0-9][\w.-]*)")
 _KILLED_BY_SKEP = ("unhealthy", "stop-timeout")
 """Causes after which Skep itself sends the signal."""
+_ENTRIES_MAX = 100
+"""Entries of the history in which a removal is looked for.  It is among the last ones about its object."""
 
 
 @click.command()
@@ -92,12 +94,28 @@ async def _ask(host: HostOptions, name: str) -> Shown:
         except NotFound:
             if registered := await _find_registered(client, name):
                 return _report(name, registered, about_registration, now)
+            if await _was_removed(client, name):
+                raise NotFound(
+                    f"{name} was removed. Run skep history {name} to see when and by whom."
+                ) from None
             raise NotFound(
                 f"no such service, task, node or network: {name}. Run skep status to list services and nodes."
             ) from None
         services = [one["Spec"]["Name"] for one in await get("/services") if network["Id"] in _targets(one)]
         found = {**network, "ServiceNames": sorted(services)}
         return _report(name, found, about_network, now, await _violations(client))
+
+
+async def _was_removed(client: Requests, name: str) -> bool:
+    """Return whether the history has the removal of a service, node or network ``name``."""
+    limit = str(_ENTRIES_MAX)
+    try:
+        page = await client.get(
+            "/skep/history", timeout_s=RESPONSE_TIMEOUT_S, about=name, kind="change", limit=limit
+        )
+    except SkepError:  # also an earlier version
+        return False
+    return any(one.get("Action") == "remove" and one.get("Name") == name for one in page.get("Entries") or ())
 
 
 async def _find_registered(client: Requests, name: str) -> Mapping[str, Any]:
@@ -241,6 +259,7 @@ def _network_lines(network: Mapping[str, Any], now: float) -> Iterator[str]:
     services = network["ServiceNames"]
     used = f"used by {', '.join(services)}" if services else "no service uses it"
     yield f"{network['Name']}: {network['Driver']} network of the {network['Scope']}, {used}"
+    yield from (f"  {warning}" for warning in network.get("Warnings") or ())
     for subnet in (network.get("IPAM") or {}).get("Config") or ():
         yield f"  {subnet.get('Subnet')}" + (
             f", gateway {subnet['Gateway']}" if subnet.get("Gateway") else ""
@@ -308,7 +327,8 @@ def _autoscaling(found: Mapping[str, Any], now: float) -> Iterator[str]:
     if not found:
         return
     metrics = ", ".join(map(_metric, found.get("Metrics") or ()))
-    yield f"  autoscaling, {found['Min']} to {found['Max']} tasks: {metrics}"
+    whose = " by its schedule" if found.get("IsScheduled") else ""
+    yield f"  autoscaling, {found['Min']} to {found['Max']} tasks{whose}: {metrics}"
     yield f"    now: {found['Summary']}"
     if last := found.get("LastChange"):
         before, after = last.get("Before", 0), last.get("After", 0)

@@ -16,6 +16,7 @@ from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import errors_shown, say
 from skep.cli.see.points_in_time import moment_of
+from skep.errors import InvalidArgument
 from skep.model.values.counts import counted
 from skep.model.values.times import SECOND_NS, unix_ns
 
@@ -86,7 +87,9 @@ def history(
             found = await _page(client, {**query, "limit": str(limit)})
         found["Entries"].reverse()
         return Shown(
-            data=found, rows=found["Entries"], lines=lambda screen: lines_of(found, screen, now, earlier)
+            data=found,
+            rows=found["Entries"],
+            lines=lambda screen: lines_of(found, screen, now, earlier, no_entries(found, name, query, now)),
         )
 
     if export is None:
@@ -105,13 +108,32 @@ def history(
 
 
 def query_of(name: str, since: str, until: str, kind: str | None, now: datetime) -> dict[str, str]:
-    """Return the parameters of ``GET /skep/history``.  Raises: InvalidArgument: a time is invalid."""
-    times = {"since": since, "until": until}
+    """Return the parameters of ``GET /skep/history``.
+
+    Raises: InvalidArgument: a time is invalid, or the start is after the end.
+    """
+    times = {word: moment_of(text, now) for word, text in (("since", since), ("until", until)) if text}
+    if len(times) > 1 and unix_ns(times["since"]) > unix_ns(times["until"]):
+        raise InvalidArgument(f"--since {since} is after --until {until}. Use an earlier --since")
     return {
-        **{word: moment_of(text, now) for word, text in times.items() if text},
+        **times,
         **({"kind": kind} if kind else {}),
         **({"about": name} if name else {}),
     }
+
+
+def no_entries(page: Mapping[str, Any], name: str, query: Mapping[str, str], now: datetime) -> str:
+    """Return the line for a page without entries, with what would find some."""
+    if not page["Total"]:
+        return "No entries yet."
+    oldest_ns = unix_ns(page["Oldest"])
+    about = f" about {name}" if name else ""
+    since = f"the oldest entry is from {datetime.fromtimestamp(oldest_ns / SECOND_NS, now.tzinfo):%Y-%m-%d %H:%M:%S}"
+    if "until" in query and unix_ns(query["until"]) < oldest_ns:
+        return f"No entries match: {since}. Try a later --until."
+    if "since" in query and unix_ns(query["since"]) > oldest_ns:
+        return f"No entries{about} match. Try an earlier --since: {since}."
+    return f"No entries{about} match: {since}."
 
 
 async def _page(client: Requests, query: Mapping[str, str]) -> Any:
@@ -141,14 +163,20 @@ async def _export(pages: AsyncIterator[Sequence[Mapping[str, Any]]], file: IO[by
 
 
 def lines_of(
-    page: Mapping[str, Any], screen: Screen, now: datetime, earlier: str = "skep history"
+    page: Mapping[str, Any],
+    screen: Screen,
+    now: datetime,
+    earlier: str = "skep history",
+    none: str = "No entries match.",
 ) -> Iterator[str]:
     """Yield the table, oldest first, with times in the zone of ``now``.
 
-    ``earlier``: the command that shows earlier entries, without ``--until``.
+    Args:
+        earlier: The command that shows earlier entries, without ``--until``.
+        none: The line without entries.
     """
     if not page["Entries"]:
-        yield "No entries match. Try an earlier --since." if page["Total"] else "No entries yet."
+        yield none
         return
     more = ("ID",) if screen.is_wide else ()
     rows = [_row(entry, screen, now) for entry in page["Entries"]]

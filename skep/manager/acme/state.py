@@ -27,7 +27,7 @@ GATHER_S = 1.0
 LONGEST_WAIT_S = 3600.0
 """Longest wait in seconds.  The wall clock decides about renewals, and it may be set meanwhile."""
 
-NO_DOOR: Final = "no task of the front door runs: run skep door up"
+NO_DOOR: Final = "there is no front door. Create it with skep door up"
 WantedNames = Callable[[View], Wanted]
 """Returns the host names of services that need a certificate."""
 
@@ -42,12 +42,15 @@ def names_of_routes(view: View) -> Wanted:
         for route in routes:
             if route.options.tls in ("", "auto") and route.host not in own:
                 stacks.setdefault(route.host, stacks_by_id[id])
-    return Wanted(stacks, "" if not stacks or _has_door(view) else NO_DOOR)
+    return Wanted(stacks, _why_unserved(view) if stacks else "")
 
 
-def _has_door(view: View) -> bool:
-    doors = (one for one in view.find(Service) if is_door(one.spec.labels))
-    return any(_serves(task) for door in doors for task in view.find(Task, service_id=door.id))
+def _why_unserved(view: View) -> str:
+    """Return why no proxy serves challenges, with the next step, or an empty text."""
+    doors = [one for one in view.find(Service) if is_door(one.spec.labels)]
+    if any(_serves(task) for door in doors for task in view.find(Task, service_id=door.id)):
+        return ""
+    return f"no proxy of the front door runs. Run skep explain {doors[0].spec.name}" if doors else NO_DOOR
 
 
 def _serves(task: Task) -> bool:

@@ -238,9 +238,9 @@ def decide(
         return ScalingDecision(replicas=None, reason=why)
     if (clamped := scaling.clamped(present)) != present:
         history.add(clamped, now)
-        return ScalingDecision(
-            replicas=clamped, reason=f"{present} is outside the range {scaling.least} to {scaling.most}"
-        )
+        whose = " of its schedule" if scaling.is_scheduled else ""
+        reason = f"{present} is outside the range {scaling.least} to {scaling.most}{whose}"
+        return ScalingDecision(replicas=clamped, reason=reason)
     asked = recommendation(present, scaling, readings)
     history.add(asked.replicas, now)
     if asked.replicas > present:
@@ -266,21 +266,31 @@ def to_zero(
     return ScalingDecision(replicas=0, reason=f"no request for {after_s:g} s")
 
 
-def held(asked: Recommendation, present: int, scaling: Autoscaling, readings: Readings) -> str:
-    """Return the reason why the number does not change."""
+def held(
+    asked: Recommendation, present: int, scaling: Autoscaling, readings: Readings, frozen: str = ""
+) -> str:
+    """Return the reason why the number does not change.
+
+    Args:
+        frozen: Why Skep does not scale down now, or an empty text.
+    """
     if asked.replicas < present:
-        return (
-            f"{asked.reason}: {asked.replicas} would suffice, scaling down after {scaling.down_after_s:g} s"
-        )
+        until = f"but {frozen}" if frozen else f"scaling down after {scaling.down_after_s:g} s"
+        return f"{asked.reason}: {asked.replicas} would suffice, {until}"
     above = any(measure.sum / measure.target > present * (1 + TOLERANCE) for measure in readings.measures)
     if above and present == scaling.most:
-        return f"{asked.reason}: it is at its maximum number of tasks"
+        whose = " of its schedule" if scaling.is_scheduled else ""
+        return f"{asked.reason}: it is at its maximum number of tasks{whose}"
     return asked.reason
 
 
-def shown_reason(present: int, scaling: Autoscaling, readings: Readings) -> str:
-    """Return the reason as far as any manager can know it.  Only the leader knows the recommendations of the window."""
+def shown_reason(present: int, scaling: Autoscaling, readings: Readings, frozen: str = "") -> str:
+    """Return the reason as far as any manager can know it.  Only the leader knows the recommendations of the window.
+
+    Args:
+        frozen: Why Skep does not scale down now, or an empty text.
+    """
     asked = recommendation(present, scaling, readings)
     if asked.replicas > present:
         return f"{asked.reason}: it needs {asked.replicas}"
-    return held(asked, present, scaling, readings)
+    return held(asked, present, scaling, readings, frozen)

@@ -7,7 +7,7 @@ because otherwise it would be locked out.
 Source: swarmkit, ca/reconciler.go.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -17,7 +17,7 @@ from skep.model.swarm import JoinTokens, Swarm
 from skep.model.values.ids import IdSource, NodeId
 from skep.security.tokens import join_token
 from skep.security.trust import is_issued_by, tls_info
-from skep.store.interface import Transaction
+from skep.store.interface import Transaction, View
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
 
 REQUESTED_MAX = 30
@@ -26,6 +26,8 @@ REQUESTED_MAX = 30
 RENEWAL_S = 30.0
 """Seconds after which a request that was not fulfilled no longer counts as pending, and is repeated."""
 
+_NAMED_MAX = 5
+"""Unavailable nodes that a warning names, so that it stays readable."""
 ROTATE = "rotate"
 """``NodeCertificate.state`` of a node that is requested to renew."""
 
@@ -59,7 +61,7 @@ def next_step(
     rotation = swarm.rotation
     if rotation is None:
         return None
-    waiting = [node for node in nodes if not is_issued_by(node.description.tls_info, swarm.tls_info)]
+    waiting = _waiting(swarm, nodes)
     if not waiting:
         return Finish(root=rotation.root)
     ready = [node for node in waiting if node.status.state is NodeState.READY]
@@ -74,6 +76,24 @@ def next_step(
     ]
     chosen = (*due[: max(0, REQUESTED_MAX - busy)], *away[:REQUESTED_MAX])
     return RequestRenewals(node_ids=tuple(sorted(node.id for node in chosen))) if chosen else None
+
+
+def _waiting(swarm: Swarm, nodes: Iterable[Node]) -> list[Node]:
+    """Return the nodes that have not reported a certificate of the new root."""
+    return [node for node in nodes if not is_issued_by(node.description.tls_info, swarm.tls_info)]
+
+
+def rotation_warnings(view: View) -> Iterator[str]:
+    """Yield a warning about a rotation that unavailable nodes delay."""
+    for swarm in view.find(Swarm):
+        waiting = _waiting(swarm, view.find(Node)) if swarm.rotation is not None else []
+        away = sorted(node.shown_name for node in waiting if node.status.state is not NodeState.READY)
+        if away:
+            more = f" and {len(away) - _NAMED_MAX} more" if len(away) > _NAMED_MAX else ""
+            yield (
+                "WARNING: the rotation of the cluster's root certificate waits for nodes that do not respond: "
+                f"{', '.join(away[:_NAMED_MAX])}{more}. Start them, or remove them with docker node rm --force"
+            )
 
 
 def _is_requested(node: Node) -> bool:

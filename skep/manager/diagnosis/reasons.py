@@ -339,7 +339,8 @@ def _starting(task: Task) -> str:
     container = task.spec.container_spec
     check = container.healthcheck if container is not None else None
     if failure := masked_text(task.status.message.partition(FAILED_CHECK)[2]):
-        return f"waits for it to become healthy: {failure}"
+        is_stopping = failure.startswith(f"{EndCause.UNHEALTHY.value}: ")
+        return f"{'stops it' if is_stopping else 'waits for it to become healthy'}: {failure}"
     if check is None or not check.test:
         return "starts it, or waits for the health check of its image"
     return "starts it" if check.test[0] == "NONE" else "waits for it to become healthy"

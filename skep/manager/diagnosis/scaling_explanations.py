@@ -1,11 +1,11 @@
 """Explains the number of an autoscaled service's tasks."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from skep.manager.autoscaling.decision import Measure, blocked, readings_of, recommendation, shown_reason
 from skep.manager.autoscaling.totals import totals_of
 from skep.model.measures.readings import ScalingMeasurements
-from skep.model.options.autoscaling import autoscaling_of
+from skep.model.options.autoscaling import Autoscaling, autoscaling_of
 from skep.model.service import Autoscaled, Service
 from skep.model.task import Task
 from skep.model.values.encoding import ApiObject, always
@@ -36,6 +36,8 @@ class AutoscalingExplanation(ApiObject):
     min: int = always(0)
     max: int = 0
     """The range, at present if the service has a schedule."""
+    is_scheduled: bool = False
+    """Whether the range is the schedule's."""
     metrics: tuple[MetricExplanation, ...] = ()
     unmeasured: int = always(0)
     """Tasks without a measurement."""
@@ -53,6 +55,27 @@ def _metric(one: Measure) -> MetricExplanation:
     return MetricExplanation(name=one.name, target=one.target, average=average)
 
 
+def _why_last_stays(
+    service: Service,
+    scaling: Autoscaling,
+    found: ScalingMeasurements,
+    doors: Mapping[NodeId, str],
+    frozen: str,
+) -> str:
+    """Return why the last task of a service that may be scaled to zero runs, or an empty text."""
+    if scaling.least or service.spec.replicas != 1:
+        return ""
+    if not doors:
+        return "its last task stays, because no proxy of the front door counts its requests"
+    silent = sorted(name for id, name in doors.items() if service.id not in found.idle.get(id, {}))
+    if silent:
+        return f"its last task stays, because its requests on {', '.join(silent)} are not known"
+    if frozen:
+        return f"its last task stays: {frozen}"
+    idle_s = min(found.idle[id][service.id] for id in doors)
+    return f"its last task stops after {scaling.idle_after_s:g} s without a request, {idle_s:.0f} s of which are over"
+
+
 def explain_autoscaling(
     service: Service,
     tasks: Sequence[Task],
@@ -60,6 +83,8 @@ def explain_autoscaling(
     within_quota: Callable[[int], tuple[int, str]],
     *,
     proxies: Collection[NodeId] = (),
+    doors: Mapping[NodeId, str] | None = None,
+    frozen: str = "",
     now_ns: int = 0,
 ) -> AutoscalingExplanation | None:
     """Return the inputs of autoscaling, or None if the service is not autoscaled.
@@ -69,6 +94,8 @@ def explain_autoscaling(
     Args:
         within_quota: Returns how many of N tasks the quota of the service's stack allows, and why not more.
         proxies: Nodes on which a task of the front door runs.
+        doors: Names of the nodes whose proxies may have requests.
+        frozen: Why Skep does not scale down now, or an empty text.
     """
     scaling = autoscaling_of(service.spec.labels)
     if scaling is None:
@@ -77,12 +104,15 @@ def explain_autoscaling(
     totals = totals_of(service.id, scaling, found, proxies)
     readings = readings_of(service, scaling, tasks, found.usages, totals=totals)
     asked = recommendation(service.spec.replicas, scaling, readings)
-    reason = blocked(service) or shown_reason(service.spec.replicas, scaling, readings)
+    reason = blocked(service) or shown_reason(service.spec.replicas, scaling, readings, frozen)
     if not blocked(service) and asked.replicas > service.spec.replicas:
         reason = within_quota(asked.replicas)[1] or reason
+    elif not blocked(service) and (stays := _why_last_stays(service, scaling, found, doors or {}, frozen)):
+        reason = f"{reason}; {stays}"
     return AutoscalingExplanation(
         min=scaling.least,
         max=scaling.most,
+        is_scheduled=scaling.is_scheduled,
         metrics=tuple(map(_metric, readings.measures)),
         unmeasured=readings.unknown,
         summary=reason,

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from skep.api.formats.timestamps import period_of
 from skep.api.http.server import Filters, JsonLines, Routes
 from skep.errors import InvalidArgument, PermissionDenied
-from skep.manager.routes.access import WORKER_HEADER, manager_of
+from skep.manager.routes.access import WORKER_HEADER, current_view, manager_of
 from skep.manager.telemetry.events import EventMessage, EventsLost, is_dockers
 from skep.manager.telemetry.node_events import TYPES, StreamPosition, WantedEvents
 
@@ -75,6 +75,11 @@ async def stream_all_events(request: web.Request) -> web.StreamResponse:
     after: int | None
     if position is not None:
         after, since = manager.events.revision_after(position.cluster), None
+        # Another manager may be ahead of this one, so only a view with everything acknowledged can tell.
+        if after > manager.store.view().revision and after > (await current_view(request)).revision:
+            raise InvalidArgument(
+                f"no event has the cursor {cursor} yet: continue after {manager.events.cursor()}"
+            )
     else:
         after = manager.events.revision_before(since) if since is not None else None
 

@@ -8,6 +8,7 @@ from skep.api.http.server import Routes, json_response
 from skep.errors import Unavailable
 from skep.manager.acme.showing import certificate_warnings
 from skep.manager.ca.expiry import expiring
+from skep.manager.ca.rotation import rotation_warnings
 from skep.manager.control.tasks import damage_of
 from skep.manager.failover.editing import address_warnings
 from skep.manager.notify.showing import backup_warnings, delivery_warnings
@@ -49,6 +50,7 @@ async def warnings_of(store: Store, now_ns: int) -> list[str]:
     return [
         *(expiry.warning for expiry in expiring(view, moment(now_ns))),
         *damage_warnings(view),
+        *rotation_warnings(view),
         *await _space_warnings(store),
         *delivery_warnings(view),
         *backup_warnings(view),

@@ -143,6 +143,7 @@ class Autoscaling(msgspec.Struct, frozen=True, kw_only=True):
         requests, rps: Targets of one task for requests in flight and per second over the front door.
         prometheus, queue: Queries with their targets.
         schedule: Ranges that apply from their due times on.
+        is_scheduled: Whether ``least`` and ``most`` are a range of the schedule.
     """
 
     least: int
@@ -154,6 +155,7 @@ class Autoscaling(msgspec.Struct, frozen=True, kw_only=True):
     prometheus: QueryTarget | None = None
     queue: QueryTarget | None = None
     schedule: tuple[RangeEntry, ...] = ()
+    is_scheduled: bool = False
     down_after_s: float = DOWN_AFTER_DEFAULT_S
     idle_after_s: float = IDLE_AFTER_DEFAULT_S
 
@@ -175,7 +177,7 @@ class Autoscaling(msgspec.Struct, frozen=True, kw_only=True):
     def at(self, now_s: int) -> "Autoscaling":
         """Return the settings with the range of the schedule at ``now_s``, in seconds since the epoch."""
         entry = entry_at(self.schedule, now_s)
-        return self if entry is None else replace(self, least=entry.least, most=entry.most)
+        return self if entry is None else replace(self, least=entry.least, most=entry.most, is_scheduled=True)
 
 
 class TaskUsage(msgspec.Struct, frozen=True, kw_only=True):

@@ -78,6 +78,8 @@ def test_a_restore_says_that_removals_and_evictions_after_the_backup_are_lost(
     done = CliRunner().invoke(main, ["restore", "--yes", "--key-file", str(file), str(file)])
     assert done.exit_code == 0, done.output
     assert "created     2026-11-01 04:05:06 UTC by one (m1), skep 1.0\n" in done.output
+    planned = CliRunner().invoke(main, ["restore", "--dry-run", "--key-file", str(file), str(file)])
+    assert "If the former cluster still runs and this node can reach it, its managers stop" in planned.output
     assert done.output.splitlines()[-1] == (
         "Nodes that you removed, demoted or evicted after the backup are members again. Repeat these commands."
     )

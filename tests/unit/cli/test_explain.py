@@ -223,6 +223,8 @@ def test_a_node_and_a_network_are_explained_as_well() -> None:
         "  internal",
         "  created 1h ago, ID x1",
     ]
+    full = "250 of 253 addresses are in use: give the network another subnet"
+    assert list(about_network("back", {**network, "Warnings": [full]}, NOW))[1] == f"  {full}"
 
 
 def test_a_node_shows_what_it_keeps_and_labels_without_effect() -> None:

@@ -1,5 +1,7 @@
 """What is said of a task or a service that is not as wanted."""
 
+from collections.abc import Mapping
+
 import pytest
 from msgspec.structs import replace
 
@@ -14,7 +16,7 @@ from skep.manager.scheduler.explaining.explain import NodeVerdict, reserve_for, 
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.manager.scheduler.nodes.requirements import requirements_of
 from skep.model.container import ContainerSpec, HealthConfig
-from skep.model.measures.readings import ScalingMeasurements
+from skep.model.measures.readings import IdleReports, ScalingMeasurements
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.options.labels import STOPPED
@@ -29,7 +31,8 @@ from skep.model.service import (
     ServiceMode,
 )
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
-from skep.model.task_end import KeptLine, TaskEnd, signal_of
+from skep.model.task_end import FAILED_CHECK, KeptLine, TaskEnd, signal_of
+from skep.model.values.ids import NodeId
 from skep.model.values.meta import Version
 from skep.model.values.times import timestamp
 from skep.store.state import State
@@ -346,6 +349,19 @@ def test_a_task_that_waits_for_a_service_says_so_whatever_the_nodes_could_take()
     assert summary(task, None) == "it waits for db to be healthy"
 
 
+def test_a_start_that_ends_as_unhealthy_is_not_called_a_wait_for_health() -> None:
+    """The node stops the container, which may take its whole grace period."""
+    task = a_task(node="n1", state=TaskState.STARTING)
+    failed = 'its health check "false" failed: exit 1, no output'
+    for words, expected in (
+        (failed, f"n1 waits for it to become healthy: {failed}"),
+        (f"unhealthy: {failed}", f"n1 stops it: unhealthy: {failed}"),
+    ):
+        message = f"{FAILED_CHECK}{words}"
+        found = replace(task, status=replace(task.status, message=message))
+        assert explain_task(found, a_node("n1")).summary == expected
+
+
 def test_an_autoscaled_service_says_what_it_goes_by_and_why_it_is_not_scaled() -> None:
     spec = replace(a_service_spec(replicas=2), labels={"skep.autoscale": "1..2", "skep.autoscale.cpu": "50"})
     service = a_service("web", spec=spec)
@@ -371,6 +387,48 @@ def test_an_autoscaled_service_says_what_it_goes_by_and_why_it_is_not_scaled() -
         )
         is None
     )
+
+
+def test_a_freeze_that_keeps_an_autoscaled_service_from_fewer_tasks_is_named() -> None:
+    service = a_service("web", spec=replace(a_service_spec(replicas=2), labels={"skep.autoscale": "1..5"}))
+    tasks = [a_task(f"t{slot}", slot=slot, service=service, state=TaskState.RUNNING) for slot in (1, 2)]
+    usages = {task.id: TaskUsage(nano_cpus=0, memory_bytes=0) for task in tasks}
+
+    def explained(frozen: str) -> str:
+        found = explain_autoscaling(
+            service, tasks, ScalingMeasurements(usages=usages), lambda number: (number, ""), frozen=frozen
+        )
+        assert found is not None
+        return found.summary
+
+    assert explained("").endswith(": 1 would suffice, scaling down after 300 s")
+    assert explained("the cluster is frozen").endswith(": 1 would suffice, but the cluster is frozen")
+
+
+@pytest.mark.parametrize(
+    ("idle", "doors", "frozen", "expected"),
+    [
+        ({}, {}, "", "because no proxy of the front door counts its requests"),
+        ({"n1": {"web": 7.0}}, {"n1": "m1", "n2": "w2"}, "", "because its requests on w2 are not known"),
+        ({"n1": {"web": 7.0}}, {"n1": "m1"}, "", "after 300 s without a request, 7 s of which are over"),
+        ({"n1": {"web": 400.0}}, {"n1": "m1"}, "the cluster is frozen", "stays: the cluster is frozen"),
+    ],
+)
+def test_the_reason_names_why_a_service_is_not_scaled_to_zero(
+    idle: IdleReports, doors: Mapping[NodeId, str], frozen: str, expected: str
+) -> None:
+    labels = {"skep.autoscale": "0..5", "skep.http": "web.example.com"}
+    service = a_service("web", spec=replace(a_service_spec(replicas=1), labels=labels))
+    found = explain_autoscaling(
+        service,
+        [a_task(service=service, state=TaskState.RUNNING)],
+        ScalingMeasurements(idle=idle),
+        lambda number: (number, ""),
+        doors=doors,
+        frozen=frozen,
+    )
+    assert found is not None
+    assert found.summary.endswith(expected)
 
 
 def test_a_quota_that_keeps_a_service_from_more_tasks_is_named() -> None:

@@ -315,6 +315,8 @@ def test_the_time_until_the_next_attempt_is_no_cause() -> None:
         ("too-large", 0, TOO_LARGE_S, True),
         ("no-address", 0, TOO_LARGE_S - 1, False),
         ("no-address", 0, TOO_LARGE_S, True),
+        ("left", 0, UNPLACED_S - 1, False),
+        ("left", 0, UNPLACED_S, True),
         ("dependency", 0, UNPLACED_S - 1, False),
         ("dependency", 0, UNPLACED_S, True),
         ("waiting", 0, 900.0, False),
@@ -397,7 +399,14 @@ def test_a_stopped_service_is_done_once_its_tasks_have_ended() -> None:
 def test_a_stopped_service_waits_for_tasks_of_a_node_that_is_down_with_that_reason() -> None:
     stopped = replace(SERVICE, spec=replace(SERVICE.spec, labels={STOPPED: "true"}))
     left = a_task(TaskState.UNKNOWN, TaskState.SHUTDOWN, err="node w1 is down")
-    assert progress_of(stopped, [left], ()).text == "tasks left to stop: 1: node w1 is down"
+    found = progress_of(stopped, [left], ())
+    assert found.text == "tasks left to stop: 1: node w1 is down"
+    for left_s, is_stuck in ((UNPLACED_S - 1, False), (UNPLACED_S, True)):
+        waited = explained(found, Explanation(), current=(), failures_max=FAILURES_MAX, unplaced_s=left_s)
+        assert waited.is_stuck is is_stuck
+    assert waited.text == "tasks left to stop: 1: their nodes have been down for 60 s: node w1 is down"
+    stops = a_task(TaskState.RUNNING, TaskState.SHUTDOWN)
+    assert not progress_of(stopped, [left, stops], ()).problem.kind
 
 
 def test_a_global_task_that_waits_for_its_restart_counts_as_one_that_does_not_run() -> None:

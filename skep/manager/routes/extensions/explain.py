@@ -12,6 +12,8 @@ from skep.aio.time_slices import result_in_slices
 from skep.api.access.identity import identity_of
 from skep.api.access.permissions import sees
 from skep.api.http.server import Routes, json_response
+from skep.manager.autoscaling.state import door_nodes
+from skep.manager.cluster import node_name
 from skep.manager.control.targets import task_named
 from skep.manager.control.tasks import damage_of, is_up_to_date, known_status, with_damage
 from skep.manager.diagnosis.departures import why_it_stays
@@ -20,7 +22,7 @@ from skep.manager.diagnosis.explanations import (
     explain_task,
 )
 from skep.manager.diagnosis.reasons import CauseKind
-from skep.manager.diagnosis.scaling_explanations import explain_autoscaling
+from skep.manager.diagnosis.scaling_explanations import AutoscalingExplanation, explain_autoscaling
 from skep.manager.diagnosis.service_health import explanation_of, service_status
 from skep.manager.diagnosis.unmet_needs import has_full_network, more_addresses
 from skep.manager.orchestrator.replacement.enforcement import overcommitted
@@ -41,7 +43,6 @@ from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
 from skep.manager.services.freezes import held_by, stack_of_service
 from skep.manager.services.quotas import replicas_within_quota
 from skep.manager.services.routes import doors_in, proxies_in, route_problems
-from skep.model.measures.readings import ScalingMeasurements
 from skep.model.needs import cluster_mounts, sources_of
 from skep.model.network import Network
 from skep.model.node import Node
@@ -119,19 +120,8 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         is_new=lambda task: is_up_to_date(view, task),
     )
     tasks = view.find(Task, service_id=service.id)
-    is_scaled = AUTOSCALE in service.spec.labels
-    found = await manager_of(request).collect_usages() if is_scaled else ScalingMeasurements()
-    explanation = replace(
-        explanation,
-        autoscaling=explain_autoscaling(
-            as_run(view, service),
-            tasks,
-            found,
-            partial(replicas_within_quota, manager_of(request).store.view(), service),
-            proxies=proxies_in(view, doors_in(view)) if is_scaled else (),
-            now_ns=clock.now_ns(),
-        ),
-    )
+    autoscaling = await _autoscaling(request, view, service, tasks)
+    explanation = replace(explanation, autoscaling=autoscaling)
     waiting = next((one for one in tasks if one.is_wanted and one.status.state is TaskState.PENDING), None)
     if waiting is not None:
         explanation = _with_figures(
@@ -153,6 +143,25 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
     )
     new = (one for one in more if one and one not in explanation.summary)
     return json_response(replace(explanation, summary="; ".join((explanation.summary, *new))))
+
+
+async def _autoscaling(
+    request: web.Request, view: View, service: Service, tasks: Sequence[Task]
+) -> AutoscalingExplanation | None:
+    """Explain the number of an autoscaled service's tasks."""
+    if AUTOSCALE not in service.spec.labels:
+        return None
+    doors = doors_in(view)
+    return explain_autoscaling(
+        as_run(view, service),
+        tasks,
+        await manager_of(request).collect_usages(),
+        partial(replicas_within_quota, manager_of(request).store.view(), service),
+        proxies=proxies_in(view, doors),
+        doors={id: node_name(view, id) for id in door_nodes(view, doors)},
+        frozen=held_by(view, stack_of_service(service)),
+        now_ns=SystemClock().now_ns(),
+    )
 
 
 def held_words(view: View, service: Service) -> str:

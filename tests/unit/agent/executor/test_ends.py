@@ -150,6 +150,10 @@ STARTING = replace(
             'its health check "test -s /tmp/x" failed: timed out',
         ),
         (replace(STARTING, health=Health(log=(probe(7, "refused"), probe(0, "")))), ""),
+        (
+            replace(STARTING, health=SICK.health),
+            'unhealthy: its health check "test -s /tmp/x" failed: exit 7, output "b"',
+        ),
         (replace(STARTING, health=Health()), ""),
         (replace(STARTING, health=replace(SICK.health, status=HealthStatus.HEALTHY)), ""),
         (ENDED, ""),

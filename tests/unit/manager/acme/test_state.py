@@ -15,7 +15,7 @@ from skep.manager.acme.records import (
     record_in,
 )
 from skep.manager.acme.showing import shown_certificates
-from skep.manager.acme.state import NO_DOOR, STEP, WATCHED, CertificatesState
+from skep.manager.acme.state import STEP, WATCHED, CertificatesState
 from skep.manager.acme.steps import ASK_S, AcmeFailed, BeginOrder, WindowKnown
 from skep.manager.acme.writing import note_outcome
 from skep.model.door.settings import DOOR
@@ -48,7 +48,10 @@ async def test_a_task_of_the_door_that_starts_begins_the_orders() -> None:
     store = MemoryStore(SystemClock())
     await store.update(write_all)
     [shown] = shown_certificates(store.view(), 1).certificates
-    assert (shown.state.value, shown.error) == ("wanted", NO_DOOR)
+    assert (shown.state.value, shown.error) == (
+        "wanted",
+        "no proxy of the front door runs. Run skep explain door",
+    )
     state = CertificatesState(store.view, SystemClock(), Random(1))
     assert state.due() is None
     async with store.watch(*WATCHED) as watch:

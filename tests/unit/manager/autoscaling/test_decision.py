@@ -20,7 +20,7 @@ from skep.manager.autoscaling.decision import (
     shown_reason,
     wanted,
 )
-from skep.model.options.autoscaling import Autoscaling, TaskUsage, with_replicas
+from skep.model.options.autoscaling import Autoscaling, TaskUsage, parsed_autoscaling, with_replicas
 from skep.model.service import (
     Limits,
     ResourceRequirements,
@@ -142,6 +142,19 @@ def test_a_number_outside_the_range_is_brought_back(by_hand: int, then: int) -> 
     decision = decided(a_scaled(by_hand), [None] * by_hand)
     assert decision.replicas == then
     assert decision.reason == f"{by_hand} is outside the range 2 to 10"
+
+
+def test_a_range_of_the_schedule_is_named_as_such() -> None:
+    labels = {
+        "skep.autoscale": "1..20",
+        "skep.autoscale.cpu": "50",
+        "skep.autoscale.schedule": "* * * * * 2..3",
+    }
+    scaling = parsed_autoscaling(labels).at(120)
+    outside = decided(a_scaled(5), [0.0] * 5, scaling=scaling)
+    assert (outside.replicas, outside.reason) == (3, "5 is outside the range 2 to 3 of its schedule")
+    at_most = decided(a_scaled(3), [400.0] * 3, scaling=scaling)
+    assert at_most.reason.endswith("it is at its maximum number of tasks of its schedule")
 
 
 def test_zero_by_hand_turns_it_off() -> None:

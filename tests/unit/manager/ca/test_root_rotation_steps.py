@@ -2,12 +2,20 @@
 
 from msgspec.structs import replace
 
-from skep.manager.ca.rotation import RENEWAL_S, REQUESTED_MAX, Finish, RequestRenewals, next_step
+from skep.manager.ca.rotation import (
+    RENEWAL_S,
+    REQUESTED_MAX,
+    Finish,
+    RequestRenewals,
+    next_step,
+    rotation_warnings,
+)
 from skep.model.node import Node, NodeCertificate, NodeDescription, NodeState, NodeStatus
 from skep.model.swarm import RootRotation, Swarm
 from skep.model.values.ids import ClusterId, NodeId
 from skep.security.authority import Authority
 from skep.security.trust import tls_info
+from skep.store.state import State
 
 OLD, NEW = tls_info(Authority.create().root_pem), tls_info(Authority.create().root_pem)
 ROTATING = Swarm(
@@ -27,6 +35,14 @@ def a_node(
         status=NodeStatus(state=state),
         certificate=NodeCertificate(state="rotate" if asked else "issued"),
     )
+
+
+def state_of(swarm: Swarm, *nodes: Node) -> State:
+    state = State()
+    state.table_by_type[Swarm].store(swarm.id, None, swarm)
+    for one in nodes:
+        state.table_by_type[Node].store(one.id, None, one)
+    return state
 
 
 def test_without_a_rotation_nothing_is_to_be_done():
@@ -78,3 +94,12 @@ def test_it_ends_when_every_node_has_said_so():
     assert next_step(ROTATING, [a_node("n1", has_new=True)], {}, 0.0) == Finish(root=NEW.trust_root)
     waiting = [a_node("n1", has_new=True), a_node("n2", state=NodeState.DOWN, asked=True)]
     assert next_step(ROTATING, waiting, {}, 0.0) is None
+
+
+def test_unavailable_nodes_that_delay_the_rotation_are_named():
+    away = [a_node(f"n{number}", state=NodeState.DOWN, asked=True) for number in range(1, 8)]
+    nodes = [*away, a_node("n8"), a_node("n9", has_new=True, state=NodeState.DOWN)]
+    [warning] = rotation_warnings(state_of(ROTATING, *nodes))
+    assert "root certificate waits for nodes that do not respond: n1, n2, n3, n4, n5 and 2 more. " in warning
+    assert not list(rotation_warnings(state_of(ROTATING, *nodes[-2:])))
+    assert not list(rotation_warnings(state_of(replace(ROTATING, rotation=None), *nodes)))

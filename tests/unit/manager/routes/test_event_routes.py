@@ -92,3 +92,16 @@ async def test_past_events_come_with_cursors_and_end_where_they_should():
         assert [
             one["timeNano"] for one in await read(client, after=first["Cursor"], since="1", until=now)
         ] == [second["timeNano"]]
+
+
+async def test_a_cursor_of_an_event_that_has_not_happened_is_refused():
+    """The stream would otherwise hide all events until the store has that revision."""
+    async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
+        now = api.events.cursor(api.store.view().revision)
+        incarnation, _, revision = now.partition("-")
+        refused = await client.get("/skep/events", params={"after": f"{incarnation}-{int(revision) + 1}"})
+        assert refused.status == 400
+        assert "no event has the cursor" in (await refused.json())["message"]
+        accepted = await client.get("/skep/events", params={"after": now, "until": "1"})
+        assert accepted.status == 200
+        accepted.close()
