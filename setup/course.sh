@@ -8,7 +8,8 @@
 # to them, and uses the command of the release's wheel.  The machines cannot reach a package archive, so apt has the packages
 # that Skep's package needs in its cache.
 # Virtual machines are emulated, each with MEMORY_MB (1536) and one processor, so their course takes about an hour on a quiet
-# machine.  On a busy one they lose their connections.
+# machine.  On a busy one they lose their connections: with ICOUNT=1 their clocks count instructions (see virtual.sh).
+# INSTALLED=1 gives them Skep's package before they boot, so that a course that has no hour begins with skep up.
 # Needs root, debootstrap and ssh, and for virtual qemu-system-x86 and e2fsprogs.  All created files are removed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -53,6 +54,15 @@ install -D -m 600 "$place/user.pub" "$first/root/.ssh/authorized_keys"
 chmod 700 "$first/root/.ssh"
 cp "$first/etc/ssh/ssh_host_ed25519_key.pub" "$place/host.pub"
 
+if [ -n "${INSTALLED:-}" ]; then
+    cp "$release"/skep_*_"$(dpkg --print-architecture)".deb "$first/root/skep.deb"
+    run_inside "$first" "apt-get -q -y install --no-install-recommends /root/skep.deb" /root </dev/null >"$place/log" 2>&1 || {
+        tail -20 "$place/log" >&2
+        fail "the package could not be installed (above)"
+    }
+    rm "$first/root/skep.deb"
+fi
+
 # finish NUMBER: makes machine NUMBER of the first.
 finish() {
     local machine=$place/node$1
@@ -66,6 +76,8 @@ finish() {
     mkdir -p "$machine/etc/systemd/system/multi-user.target.wants"
     ln -sf /lib/systemd/system/systemd-networkd.service "$machine/etc/systemd/system/multi-user.target.wants/"
     printf '/dev/vda / ext4 defaults 0 1\n' >"$machine/etc/fstab"
+    # The unit's minute is short for an emulated processor.
+    install -D -m 644 /dev/stdin "$machine/etc/systemd/system/skep.service.d/patient.conf" <<<$'[Service]\nTimeoutStartSec=600'
     mke2fs -q -t ext4 -d "$machine" "$place/node$1.disk" "$(($(du -sm --one-file-system "$machine" | cut -f 1) * 12 / 10 + 3072))M" >/dev/null
     rm -rf --one-file-system "$machine"
 }

@@ -14,7 +14,8 @@
 # rules for containers) with packaging/selinux/skep.cil, in enforcing mode.  Commands run in the domain of a service.
 # Needs root, debootstrap, qemu-system-x86 and e2fsprogs.  Its size is CPUS (default 1, because newer kernels crashed with
 # several that are emulated in parallel) and MEMORY_MB (default 4096).  It may run for DEADLINE_S (default 3600).
-# SYSTEMD=1 boots it by systemd, which runs the commands as a service once it can start others.
+# SYSTEMD=1 boots it by systemd, which runs the commands as a service once it can start others.  The machine then has the
+# commit's Debian package in dist/.
 # KEEP=1 keeps the machine in $MACHINES (/var/cache/skep-machines), some 3 GB.  The next run with KEEP=1 takes it from there, with
 # the then current commit, so that only the first one needs its set-up.  One kept machine serves one run at a time.
 # The exit code is that of the first command that failed.  All other created files are removed.
@@ -90,7 +91,7 @@ export HOME=/root TERM=dumb CI=true SKEP_VIRTUAL=1 PATH=/usr/local/sbin:/usr/loc
 mountpoint -q /proc || mount -t proc proc /proc
 mountpoint -q /sys || mount -t sysfs sysfs /sys
 if grep -qw security=selinux /proc/cmdline && [ "${1:-}" != confined ]; then
-    load_policy -i
+    [ -d /run/systemd/system ] || load_policy -i
     exec runcon $service "$0" confined
 fi
 if [ ! -d /run/systemd/system ]; then
@@ -104,6 +105,8 @@ if [ ! -d /run/systemd/system ]; then
     [ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
     # Ubuntu's kernel restricts users' namespaces by a setting of the distribution.
     [ ! -e /usr/lib/sysctl.d/10-apparmor.conf ] || sysctl -q -p /usr/lib/sysctl.d/10-apparmor.conf
+else
+    rm -f /usr/sbin/policy-rc.d # packages start their services from here on
 fi
 if [ "${1:-}" = confined ]; then
     restorecon -R /dev /run /tmp
@@ -132,7 +135,9 @@ EOF
 chmod +x "$machine/root/first"
 printf '%s\n' "$@" >"$machine/root/commands"
 boot="init=/root/first"
+rm -rf "$machine/root/skep/dist"
 if [ -n "${SYSTEMD:-}" ]; then
+    setup/package.sh "$machine/root/skep/dist" >"$place/log" 2>&1 || fail "there is no package: $(tail -1 "$place/log")"
     # Not multi-user.target, which would start the file servers and Docker.
     boot="systemd.unit=commands.service systemd.show_status=0 systemd.firstboot=off"
     cat >"$machine/etc/systemd/system/commands.service" <<'EOF'

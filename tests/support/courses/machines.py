@@ -82,7 +82,7 @@ class Machine:
         """Run a shell command there, and return its output.  Raises: AssertionError: it failed."""
         if shows:
             say(f"{self.name}$ {command}")
-        return call("ssh", "-o", "ConnectTimeout=5", f"root@{self.address}", command, within_s=within_s)
+        return call("ssh", "-o", "ConnectTimeout=20", f"root@{self.address}", command, within_s=within_s)
 
     def answers(self) -> bool:
         """Return whether its sshd answers, and systemd has started everything."""
@@ -167,6 +167,9 @@ class VirtualMachine(Machine):
         device = f"virtio-net-pci,netdev=cable,mac=52:54:00:00:00:0{self.number}"
         kernel = ("-kernel", self.place / "vmlinuz", "-initrd", self.place / "initrd")
         options = "root=/dev/vda rw console=ttyS0 quiet loglevel=3 net.ifnames=0 no_timer_check"
+        accelerator: tuple[str, ...] = ("tcg,thread=multi",)
+        if shift := os.environ.get("ICOUNT"):
+            accelerator = ("tcg,thread=single", "-icount", f"shift={shift}")
         self._process = subprocess.Popen(
             [
                 *(
@@ -176,7 +179,7 @@ class VirtualMachine(Machine):
                     "-cpu",
                     "max",
                     "-accel",
-                    "tcg,thread=multi",
+                    *accelerator,
                     "-smp",
                     "1",
                 ),
