@@ -25,15 +25,13 @@ from skep.linux import syscalls
 # Source: linux/mount.h: MS_*.
 _PRIVATE, _SLAVE, _SHARED, _UNBINDABLE = 1 << 18, 1 << 19, 1 << 20, 1 << 17
 _PROPAGATION = _PRIVATE | _SLAVE | _SHARED | _UNBINDABLE
-# Source: linux/mount.h: MS_REMOUNT.
-_REMOUNT = 32
 _SET = {
     "ro": syscalls.MS_RDONLY,
     "nosuid": syscalls.MS_NOSUID,
     "nodev": syscalls.MS_NODEV,
     "noexec": syscalls.MS_NOEXEC,
     "sync": 16,
-    "remount": _REMOUNT,
+    "remount": syscalls.MS_REMOUNT,
     "mand": 64,
     "dirsync": 128,
     "noatime": 1 << 10,
@@ -197,7 +195,7 @@ def _mount(device: str, target: Path, type: str, flags: int, data: str) -> None:
         if flags & _PROPAGATION:
             syscalls.mount("", target, None, flags & (_PROPAGATION | syscalls.MS_REC))
         if plain & syscalls.MS_BIND and plain & syscalls.MS_RDONLY:
-            syscalls.mount("", target, None, plain | _REMOUNT)
+            syscalls.mount("", target, None, plain | syscalls.MS_REMOUNT)
     except OSError:
         syscalls.unmount(target)
         raise

@@ -24,7 +24,7 @@ from skep.engine.containers.container import MountPoint
 from skep.errors import InvalidArgument, NotFound
 from skep.gotemplate import Struct, to_text
 from skep.linux.files import replace_file
-from skep.linux.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount
+from skep.linux.syscalls import MS_BIND, MS_NODEV, MS_NOSUID, MS_REMOUNT, mount
 from skep.model.assignment import ConfigFile, SecretFile
 from skep.model.container import ConfigReference, ContainerSpec, SecretReference
 from skep.model.door.payloads import DoorPayload, is_door_file, merged
@@ -41,7 +41,9 @@ _SECRETS_DIRECTORY = "/run/secrets"
 
 def _mount_ramfs(directory: Path) -> None:
     if not os.path.ismount(directory):
-        mount("ramfs", directory, "ramfs", MS_NODEV | MS_NOEXEC | MS_NOSUID, "mode=0700")
+        mount("ramfs", directory, "ramfs", MS_NODEV | MS_NOSUID, "mode=0700")
+    elif os.statvfs(directory).f_flag & os.ST_NOEXEC:  # the mount of an earlier version
+        mount("", directory, None, MS_REMOUNT | MS_BIND | MS_NODEV | MS_NOSUID)
 
 
 class Payloads:
@@ -291,12 +293,13 @@ class _Expanded:
 
 
 def _mount(source: Path, target: str) -> MountPoint:
+    # Without "noexec", as in Docker: scripts are often given to containers as configs.
     return MountPoint(
         type="bind",
         source=str(source),
         destination=target,
         read_only=True,
-        options=("noexec", "nosuid", "nodev"),
+        options=("nosuid", "nodev"),
         internal=True,
     )
 

@@ -13,6 +13,8 @@ from skep.agent.tasks.task_logs import TaskLogs
 from skep.engine.containers.container import LogFilter
 from skep.engine.images.image import ContainerDefaults
 from skep.errors import SkepError
+from skep.linux import syscalls
+from skep.linux.syscalls import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_REMOUNT
 from skep.model.assignment import ConfigFile, SecretFile
 from skep.model.container import (
     BindOptions,
@@ -178,6 +180,30 @@ async def test_secrets_and_configs_are_files_with_their_owner_and_mode(
     on_disk = [path for path in lab.paths.data.rglob("*") if path.is_file() and b"hush" in path.read_bytes()]
     assert on_disk == []
     assert list((lab.paths.secrets / "files").iterdir()) == []
+
+
+@pytest.mark.parametrize("is_upgraded", [False, True], ids=["new", "upgraded"])
+async def test_scripts_of_configs_and_secrets_are_programs(
+    lab: Lab, executor: OciExecutor, is_upgraded: bool
+) -> None:
+    """As in Docker 20.10.  Set-user-ID bits and devices have no effect."""
+    if is_upgraded:
+        flags = MS_REMOUNT | MS_BIND | MS_NOEXEC | MS_NOSUID | MS_NODEV
+        syscalls.mount("", lab.paths.secrets, None, flags)
+        executor.payloads.open()
+    script = b"#!/bin/sh\necho started; grep ' /start.sh ' /proc/mounts\n"
+    executor.payloads.put(
+        [SecretFile(id=SecretId("s1"), data=b"#!/bin/sh\nexec /start.sh\n")],
+        [ConfigFile(id=ConfigId("c1"), data=script)],
+    )
+    task = a_task(
+        "/run/secrets/entry",
+        secrets=(SecretReference(secret_id=SecretId("s1"), file=FileTarget(name="entry", mode=0o500)),),
+        configs=(ConfigReference(config_id=ConfigId("c1"), file=FileTarget(name="/start.sh", mode=0o555)),),
+    )
+    text = await output(executor, task)
+    assert text.startswith("started\n")
+    assert {"ro", "nosuid", "nodev"} <= set(text.split()[4].split(","))
 
 
 async def test_assigned_generic_resources_are_variables_inside(executor: OciExecutor) -> None:
