@@ -275,6 +275,11 @@ class Task(ApiObject):
         )
 
     @property
+    def is_failing(self) -> bool:
+        """Return whether its node stops it, because it became unhealthy while it ran.  It may take its grace period."""
+        return self.status.state is TaskState.RUNNING and self.status.end is not None
+
+    @property
     def is_active(self) -> bool:
         """Return whether the task is desired to run and has not ended."""
         return self.is_wanted and not self.status.state.is_terminal

@@ -1,8 +1,10 @@
 """Health checks through docker: what a service says, ``docker ps`` shows, and what happens to who is unhealthy."""
 
+import subprocess
+
 import pytest
 
-from tests.support.machines.playground_rig import IMAGE, TestNode, containers, wait_running, wait_until
+from tests.support.machines.playground_rig import IMAGE, SKEP, TestNode, containers, wait_running, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -51,3 +53,31 @@ def test_a_task_whose_probe_never_succeeds_never_runs_and_says_why(m1: TestNode)
         "events", "--since", "1m", "--until", "0s", "--filter", "event=health_status", check=False
     )
     assert "health_status: unhealthy" in words.stdout
+
+
+def test_a_task_that_becomes_unhealthy_gets_no_connections_while_it_stops(m1: TestNode) -> None:
+    """As in Docker, whose nodes take it out of the load balancing before they stop it."""
+    stays = "trap '' TERM; while :; do sleep 1; done"
+    m1.docker("network", "create", "--driver", "overlay", "meeting")
+    m1.docker(
+        *("service", "create", "--name", "web", "--replicas", "2", "--network", "meeting"),
+        *("--health-cmd", "test ! -e /tmp/broken", *QUICK, "--stop-grace-period", "60s"),
+        *(IMAGE, "sh", "-c", stays),
+    )
+    wait_running(m1, "web", 2)
+    sick, well = (one["Id"] for one in containers(m1, "web"))
+
+    def addresses() -> int:
+        found = m1.docker("exec", well, "nslookup", "-type=a", "tasks.web", check=False).stdout
+        return found.partition("Name:")[2].count("Address")
+
+    wait_until(lambda: addresses() == 2, "both tasks serve")
+    m1.docker("exec", sick, "touch", "/tmp/broken")
+    wait_until(lambda: addresses() == 1, "the other task serves alone")
+    assert m1.docker("inspect", "--format", "{{.State.Status}}", sick).stdout == "running\n"
+    command = [SKEP, "--host", m1.socket, "explain", "web"]
+    explained = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert 'unhealthy: its health check "test ! -e /tmp/broken" failed 2 times in a row' in explained
+    assert "stops it" in explained
+    m1.docker("kill", sick)
+    m1.docker("service", "rm", "web")

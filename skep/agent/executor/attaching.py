@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from skep.agent.executor.adapter import endpoint_configs
-from skep.agent.executor.interface import Rejected, Running, TaskExit
+from skep.agent.executor.interface import OnUnhealthy, Rejected, Running, TaskExit, ignored
 from skep.agent.session.session_state import SessionState
 from skep.api.errors import rpc_words
 from skep.errors import NotFound, SkepError, Unavailable
@@ -233,7 +233,7 @@ class AttachmentController:
     async def start(self) -> Running:
         return Running(container=ContainerStatus(container_id=container_of(self._task)))
 
-    async def wait(self) -> TaskExit:
+    async def wait(self, on_unhealthy: OnUnhealthy = ignored) -> TaskExit:
         await self._attachments.wait_released(self._task.task.id)
         return TaskExit(exit_code=0)
 

@@ -11,9 +11,9 @@ returns at once.
 Source: swarmkit, agent/exec/controller.go (the verbs and their order).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import msgspec
 
@@ -38,6 +38,14 @@ class TaskExit(msgspec.Struct, frozen=True, kw_only=True):
     exit_code: int
     message: str = ""
     oom_killed: bool = False
+
+
+OnUnhealthy: TypeAlias = Callable[[TaskEnd], None]
+"""Receives the reason why a running process is going to be stopped."""
+
+
+def ignored(_: TaskEnd) -> None:
+    """Ignore the reason.  An ``OnUnhealthy``."""
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,8 +82,11 @@ class Controller(Protocol):
                 Docker).
         """
 
-    async def wait(self) -> TaskExit:
-        """Wait until the process has ended for any reason.  May be awaited any number of times."""
+    async def wait(self, on_unhealthy: OnUnhealthy = ignored) -> TaskExit:
+        """Wait until the process has ended for any reason.  May be awaited any number of times.
+
+        A process that becomes unhealthy is stopped, and ``on_unhealthy`` gets the reason before that.
+        """
 
     async def fetch_end(self) -> TaskEnd | None:
         """Return why the process ended, with its last lines.

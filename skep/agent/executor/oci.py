@@ -18,8 +18,15 @@ import structlog
 from skep.agent.executor import adapter
 from skep.agent.executor.adapter import NodeFacts
 from skep.agent.executor.attaching import AttachmentController, ClusterAttachments, is_attachment
-from skep.agent.executor.ends import end_of, failed_check, with_last_lines
-from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
+from skep.agent.executor.ends import end_of, failed_check, unhealthy_end, with_last_lines
+from skep.agent.executor.interface import (
+    Controller,
+    OnUnhealthy,
+    Rejected,
+    Running,
+    TaskExit,
+    ignored,
+)
 from skep.agent.executor.payloads import Payloads
 from skep.agent.executor.pulling import Bring, ImagePuller, nothing_beside
 from skep.agent.tasks.cluster_volumes import ClusterVolumes, PathQueries, PublishedVolume
@@ -361,13 +368,15 @@ class OciController:
             raise SkepError(_exit_of(container).message)
         return _running(container)
 
-    async def wait(self) -> TaskExit:
+    async def wait(self, on_unhealthy: OnUnhealthy = ignored) -> TaskExit:
         """Wait until the container has ended.  A container that becomes unhealthy is stopped first."""
         id = self._require().id
         container = await self._engine.health.wait(id, HealthStatus.UNHEALTHY)
         reason = ""
         if _is_unhealthy(container):
             reason = UNHEALTHY
+            if container.health is not None:
+                on_unhealthy(unhealthy_end(container, container.health))
             await self._stop(id)
         return _exit_of(await self._engine.wait(id), reason)
 

@@ -15,7 +15,14 @@ from pathlib import Path
 
 import msgspec
 
-from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
+from skep.agent.executor.interface import (
+    Controller,
+    OnUnhealthy,
+    Rejected,
+    Running,
+    TaskExit,
+    ignored,
+)
 from skep.aio.trees import remove_tree
 from skep.engine.containers.container import ProcessName
 from skep.engine.containers.signals import signal_number
@@ -145,7 +152,7 @@ class ProcessController:
         assert observed is not None
         return observed
 
-    async def wait(self) -> TaskExit:
+    async def wait(self, on_unhealthy: OnUnhealthy = ignored) -> TaskExit:
         """Wait until the command has ended.  The exit code is 255 if the waiting shell was killed."""
         started = _started(self._path)
         if started is None:

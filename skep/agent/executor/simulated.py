@@ -11,7 +11,14 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
-from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
+from skep.agent.executor.interface import (
+    Controller,
+    OnUnhealthy,
+    Rejected,
+    Running,
+    TaskExit,
+    ignored,
+)
 from skep.aio.clock import Clock
 from skep.aio.race import wait_first
 from skep.errors import NotFound
@@ -149,7 +156,7 @@ class SimulatedController:
         assert observed is not None
         return observed
 
-    async def wait(self) -> TaskExit:
+    async def wait(self, on_unhealthy: OnUnhealthy = ignored) -> TaskExit:
         """Wait until the process has ended.  If ``run_s`` is set, the process ends by itself after about that time."""
         process, behavior = self._require(), self._executor.behavior
         if behavior.run_s is None:

@@ -3,7 +3,14 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 
-from skep.agent.executor.interface import Controller, Executor, Running, TaskExit
+from skep.agent.executor.interface import (
+    Controller,
+    Executor,
+    OnUnhealthy,
+    Running,
+    TaskExit,
+    ignored,
+)
 from skep.model.task import AssignedTask, Task
 from skep.model.task_end import TaskEnd
 from skep.model.values.ids import TaskId
@@ -68,8 +75,8 @@ class _TracedController:
     def observed(self) -> Running | None:
         return self._inner.observed()
 
-    async def wait(self) -> TaskExit:
-        return await self._inner.wait()
+    async def wait(self, on_unhealthy: OnUnhealthy = ignored) -> TaskExit:
+        return await self._inner.wait(on_unhealthy)
 
     async def fetch_end(self) -> TaskEnd | None:
         return await self._inner.fetch_end()

@@ -11,6 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from typing import TypeAlias
 
 import msgspec
@@ -295,6 +296,7 @@ class TaskDriver:
 
     async def _watch(self) -> str:
         """Wait until the process has ended and is not restarted again.  Returns its failure, or an empty text."""
+        self._note_unhealthy(None)  # an earlier process of the node may not have stopped it
         ended = await self._wait_ended()
         while await self._may_try_again(ended):
             try:
@@ -311,13 +313,19 @@ class TaskDriver:
         If waiting fails, try again, because the failure does not mean that the process ended.
         """
         return await retry(
-            self.controller.wait,
+            partial(self.controller.wait, self._note_unhealthy),
             "end of task not observed",
             clock=self._clock,
             longest_s=10.0,
             passes=(SkepError,),
             task=self.task.task.id,
         )
+
+    def _note_unhealthy(self, end: TaskEnd | None) -> None:
+        """Report why the running process is stopped, so that it gets no connections meanwhile, or None if it is not."""
+        if self.status.state is TaskState.RUNNING and self.status.end != end:
+            self.status = msgspec.structs.replace(self.status, end=end)
+            self._on_status(self.task.task.id, self.status)
 
     async def _may_try_again(self, ended: TaskExit) -> bool:
         """Wait until a restart is due.

@@ -15,7 +15,15 @@ from typing import Any, Protocol
 
 import structlog
 
-from skep.agent.executor.interface import Controller, Executor, Rejected, Running, TaskExit
+from skep.agent.executor.interface import (
+    Controller,
+    Executor,
+    OnUnhealthy,
+    Rejected,
+    Running,
+    TaskExit,
+    ignored,
+)
 from skep.agent.session.reports import Reports
 from skep.agent.session.session_state import SessionState
 from skep.agent.tasks.cluster_volumes import ClusterVolumes
@@ -409,7 +417,7 @@ class BrokenController:
         """Raise Rejected."""
         raise Rejected(describe_error(self._error)) from self._error
 
-    async def wait(self) -> TaskExit:
+    async def wait(self, on_unhealthy: OnUnhealthy = ignored) -> TaskExit:
         """Return the error as the end of the task."""
         return TaskExit(exit_code=1, message=describe_error(self._error))
 

@@ -118,7 +118,8 @@ def _add(found: dict[str, CatalogService], one: ServiceRegistration, weight: int
 
 def _serving(tasks: Sequence[Task], nodes: Mapping[NodeId, Node]) -> Iterator[Task]:
     for one in tasks:
-        if one.is_wanted and one.status.state is TaskState.RUNNING and one.node_id in nodes:
+        is_serving = one.is_wanted and one.status.state is TaskState.RUNNING and not one.is_failing
+        if is_serving and one.node_id in nodes:
             yield one
 
 

@@ -15,8 +15,8 @@ from skep.manager.diagnosis.reasons import (
     exit_code,
     failure_of,
     hostname,
+    is_stable,
     last_failure,
-    loop_ends_ns,
     name_of,
     problem_of,
     problems_of,
@@ -335,7 +335,7 @@ def summary(
     match status.state:
         case TaskState.RUNNING if task.preemption is not None:
             return f"it leaves {hostname(node, task)}: {task.preemption.words}"
-        case TaskState.RUNNING if loop_ends_ns(task, now_ns) is None:
+        case TaskState.RUNNING if is_stable(task, now_ns):
             return f"it runs on {hostname(node, task)}"
         case TaskState.SHUTDOWN if task.preemption is not None:
             return f"it was {task.preemption.words}"

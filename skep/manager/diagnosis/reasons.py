@@ -231,6 +231,11 @@ def loop_ends_ns(task: Task, now_ns: int) -> int | None:
     return started_ns + stable_ns if abs(now_ns - started_ns) < stable_ns else None
 
 
+def is_stable(task: Task, now_ns: int) -> bool:
+    """Return whether nothing is known against a running task: it is not failing, and in no crash loop."""
+    return not task.is_failing and loop_ends_ns(task, now_ns) is None
+
+
 def last_failure(task: Task, slot: Iterable[Task]) -> Task | None:
     """Return the failed task that ``task`` replaces, or None if it replaces none or the failed task was deleted.
 
@@ -314,6 +319,9 @@ def _present(
             return CauseKind.PROGRESSING, f"{where} {_starting(task)}{because(status.err)}"
         case TaskState.UNKNOWN:
             return CauseKind.NODE_LOST, status.err or f"{where} is down"
+        case TaskState.RUNNING if task.is_failing:
+            kind, words = failure_of(task)
+            return kind, f"{words}; {where} stops it"
         case TaskState.RUNNING:
             return CauseKind.PROGRESSING, f"it runs on {where}"
         case _:
@@ -536,7 +544,7 @@ def problems_of(
         behind = [
             task
             for task in current
-            if task.status.state is not TaskState.RUNNING or loop_ends_ns(task, now_ns) is not None
+            if not (task.status.state is TaskState.RUNNING and is_stable(task, now_ns))
         ]
         found += [
             problem_of(

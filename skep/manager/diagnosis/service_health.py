@@ -16,7 +16,7 @@ from skep.api.access.permissions import STACK_LABEL
 from skep.manager.autoscaling.decision import AT_ZERO
 from skep.manager.control.tasks import known_status, with_damage
 from skep.manager.diagnosis.explanations import IS_STOPPED, ServiceExplanation, explain_service
-from skep.manager.diagnosis.reasons import SlotId, hostname, loop_ends_ns, slot_of
+from skep.manager.diagnosis.reasons import SlotId, hostname, is_stable, slot_of
 from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
 from skep.manager.orchestrator.slots import DoneSlots
 from skep.manager.services.job_listing import schedule_words
@@ -182,7 +182,7 @@ async def _slots(view: View, service: Service, now_ns: int, clock: Clock) -> _Sl
     slices = TimeSlices(clock)
     for task in view.find(Task, service_id=service.id):
         if task.is_active:
-            runs = known_status(view, task).state is TaskState.RUNNING and loop_ends_ns(task, now_ns) is None
+            runs = known_status(view, task).state is TaskState.RUNNING and is_stable(task, now_ns)
             (settled if runs else others).add(slot_of(task))
         await slices.yield_if_due()
     return _Slots(settled - others, others)

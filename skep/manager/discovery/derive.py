@@ -2,7 +2,8 @@
 
 * An endpoint is in the table from its task's assignment until the task has ended or its node is down.  So other
   containers can reach it as soon as it starts, and until its last connection is closed.
-* It serves while its task is wanted and RUNNING, which a task is only once it is healthy.
+* It serves while its task is wanted and RUNNING, which a task is only once it is healthy.  A task that has become
+  unhealthy serves no longer, although it runs until its node has stopped it.
 * Its names resolve while it serves.  With ``skep.publish-not-ready`` they resolve from its start on, for software that
   needs its peers in order to become healthy.
 * A service is in the table while it has a virtual address or a task on the network.  It stays between the end of its
@@ -102,7 +103,7 @@ def endpoint_of(
         addresses=_addresses(attachment),
         # STARTING includes containers that run but are not healthy yet. Managers cannot distinguish them.
         is_running=state in (TaskState.STARTING, TaskState.RUNNING),
-        is_serving=state is TaskState.RUNNING and task.is_wanted,
+        is_serving=state is TaskState.RUNNING and task.is_wanted and not task.is_failing,
         is_named_early=(
             state is TaskState.STARTING
             and task.is_wanted

@@ -12,7 +12,7 @@ from skep.manager.dispatcher.node_sessions.sessions import Sessions
 from skep.manager.dispatcher.repeated_reports import RepeatedReports
 from skep.manager.dispatcher.statuses import StatusReport, bounded, record_status, record_unpublished
 from skep.model.options.labels import last_lines
-from skep.model.task import TaskStatus
+from skep.model.task import TaskState, TaskStatus
 from skep.model.task_end import LAST_LINES_MAX
 from skep.model.values.ids import TaskId, VolumeId
 from skep.store.interface import Store
@@ -105,6 +105,6 @@ def _status_of(
     reported: skep.ReportedStatuses, update: pb.UpdateTaskStatusRequest.TaskStatusUpdate
 ) -> TaskStatus:
     status = status_from_pb(update.status)
-    if not status.state.is_terminal or update.task_id not in reported.ends:
+    if status.state < TaskState.RUNNING or update.task_id not in reported.ends:
         return status
     return replace(status, end=end_from_pb(reported.ends[update.task_id]))

@@ -78,7 +78,9 @@ def holders_in(view: View, doors: Iterable[ServiceId]) -> DoorNodes:
         task.node_id
         for door in sorted(doors)
         for task in view.find(Task, service_id=door)
-        if task.status.state is TaskState.RUNNING and task.desired_state is TaskState.RUNNING
+        if task.desired_state is TaskState.RUNNING
+        and task.status.state is TaskState.RUNNING
+        and not task.is_failing
     }
     nodes = [node for id in sorted(running) if (node := view.lookup(Node, id)) is not None]
     kept = [node for node in nodes if keeps_addresses(node)]

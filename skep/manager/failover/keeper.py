@@ -403,4 +403,8 @@ def _is_decisive(event: StoreEvent) -> bool:
 
 
 def _serves(task: Task) -> bool:
-    return task.status.state is TaskState.RUNNING and task.desired_state is TaskState.RUNNING
+    return (
+        task.desired_state is TaskState.RUNNING
+        and task.status.state is TaskState.RUNNING
+        and not task.is_failing
+    )

@@ -47,6 +47,7 @@ def is_available(task: Task, node: Node | None) -> bool:
     return (
         task.desired_state is TaskState.RUNNING
         and task.status.state is TaskState.RUNNING
+        and not task.is_failing
         and task.preemption is None
         and node is not None
         and node.status.state is not NodeState.DOWN

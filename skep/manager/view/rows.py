@@ -345,7 +345,7 @@ def task_row(view: View, task: Task, *, is_current: bool) -> TaskRow:
         error=_cut(_error(view, known)),
         message=_cut(status.message),
         since=seconds(status.timestamp),
-        health=_HEALTH.get(status.state, "") if has_check else "",
+        health=_health(task) if has_check else "",
         image=_image(container.image if container is not None else ""),
         current=is_current,
         ports=_ports(status.port_status.ports) or UNSET,
@@ -355,13 +355,17 @@ def task_row(view: View, task: Task, *, is_current: bool) -> TaskRow:
 _HEALTH: Mapping[TaskState, str] = {TaskState.STARTING: "starting", TaskState.RUNNING: "healthy"}
 
 
+def _health(task: Task) -> str:
+    return "unhealthy" if task.is_failing else _HEALTH.get(task.status.state, "")
+
+
 def _error(view: View, task: Task) -> str:
     status = task.status
     if status.state in (TaskState.FAILED, TaskState.REJECTED):
         return failure_of(task)[1]
     if task.preemption is not None:
         return task.preemption.words
-    if task.is_active and status.state is not TaskState.RUNNING:
+    if task.is_active and (task.is_failing or status.state is not TaskState.RUNNING):
         slot = slot_in(view, task)
         ids = {task.node_id, *(one.node_id for one in slot)}
         known = {id: node for id in ids if (node := view.lookup(Node, id)) is not None}

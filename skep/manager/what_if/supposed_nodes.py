@@ -79,6 +79,8 @@ class SupposedNodes:
             return None
         if task.desired_state > TaskState.COMPLETE:
             return STOP_S, TaskState.SHUTDOWN
+        if task.is_failing:
+            return STOP_S, TaskState.FAILED
         goal = TaskState.READY if task.desired_state <= TaskState.READY else TaskState.RUNNING
         return (self.start_s(task.service_id), goal) if state < goal else None
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.agent.executor.interface import Running
+from skep.agent.executor.interface import OnUnhealthy, Running, TaskExit
 from skep.agent.session.session_state import SessionState
 from skep.agent.tasks.task import (
     CHECK_REPORT_MAX_S,
@@ -24,7 +24,9 @@ from skep.agent.tasks.task import (
 )
 from skep.aio.clock import SystemClock
 from skep.errors import SkepError
+from skep.model.service import RestartCondition, RestartPolicy
 from skep.model.task import AssignedTask, ContainerStatus, TaskState, TaskStatus
+from skep.model.task_end import EndCause, TaskEnd
 from skep.model.values.ids import TaskId
 from skep.model.values.times import timestamp
 from tests.support.builders import a_task
@@ -163,3 +165,56 @@ async def test_failed_checks_of_a_task_that_is_starting_are_reported_once_each_a
     assert (failed.state, failed.err) == (TaskState.FAILED, "dockerexec: unhealthy container")
     assert clock.slept[:2] == [CHECK_REPORT_S] * 2
     assert max(clock.slept) == CHECK_REPORT_MAX_S
+
+
+SICK = TaskEnd(cause=EndCause.UNHEALTHY.value, health_command="false", health_failures=3)
+
+
+class Unhealthy:
+    """Controller of a container that becomes unhealthy, and takes long to stop."""
+
+    def __init__(self) -> None:
+        self.stops = asyncio.Event()
+
+    def observed(self) -> Running:
+        return Running(container=ContainerStatus(container_id="c1"))
+
+    async def wait(self, on_unhealthy: OnUnhealthy) -> TaskExit:
+        on_unhealthy(SICK)
+        await self.stops.wait()
+        return TaskExit(exit_code=143, message="task: non-zero exit (143)")
+
+    async def fetch_end(self) -> TaskEnd:
+        return SICK
+
+
+@pytest.mark.parametrize("known", [None, SICK], ids=["new", "restarted"])
+async def test_a_running_task_that_becomes_unhealthy_is_reported_before_it_has_stopped(
+    known: TaskEnd | None,
+) -> None:
+    clock, controller, reported = SystemClock(), Unhealthy(), list[TaskStatus]()
+    task = replace(a_task("t1"), desired_state=RUNNING)
+    once = RestartPolicy(condition=RestartCondition.NONE)
+    seen = {state: asyncio.Event() for state in (RUNNING, TaskState.FAILED)}
+
+    def on_status(_: TaskId, status: TaskStatus) -> None:
+        reported.append(status)
+        seen[status.state].set()
+
+    driver = TaskDriver(
+        AssignedTask(task=replace(task, spec=replace(task.spec, restart_policy=once))),
+        TaskStatus(state=RUNNING, message="started", timestamp=timestamp(1), end=known),
+        cast("Any", controller),
+        clock=clock,
+        on_status=on_status,
+        session_state=SessionState(clock),
+    )
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        running = group.create_task(driver.run())
+        await seen[RUNNING].wait()
+        assert (reported[-1].end, reported[-1].timestamp) == (SICK, timestamp(1))
+        controller.stops.set()
+        await seen[TaskState.FAILED].wait()
+        running.cancel()
+    ends = [(one.state, one.end) for one in reported]
+    assert ends == [*([(RUNNING, None)] if known else []), (RUNNING, SICK), (TaskState.FAILED, SICK)]

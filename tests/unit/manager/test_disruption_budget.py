@@ -12,6 +12,7 @@ from skep.model.node import Availability, NodeState
 from skep.model.options.labels import MIN_AVAILABLE
 from skep.model.service import Service, UpdateConfig
 from skep.model.task import Preemption, Task, TaskState
+from skep.model.task_end import EndCause, TaskEnd
 from skep.model.values.ids import TaskId
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 
@@ -53,11 +54,12 @@ def test_the_label_counts_and_otherwise_the_parallelism(
 
 
 def test_tasks_count_only_while_they_serve() -> None:
-    tasks = running("n1", "drained", "down", "removed", "n1", "n1", "n1")
+    tasks = running("n1", "drained", "down", "removed", "n1", "n1", "n1", "n1")
     tasks[4] = replace(tasks[4], desired_state=TaskState.SHUTDOWN)
     tasks[5] = replace(tasks[5], status=replace(tasks[5].status, state=TaskState.STARTING))
     tasks[6] = replace(tasks[6], preemption=Preemption(task_id=TaskId("vip")))
-    assert budget(a_web(7, "1"), tasks).available == 2
+    tasks[7] = replace(tasks[7], status=replace(tasks[7].status, end=TaskEnd(cause=EndCause.UNHEALTHY.value)))
+    assert budget(a_web(8, "1"), tasks).available == 2
 
 
 def test_two_tasks_of_one_slot_count_once() -> None:

@@ -11,6 +11,7 @@ from skep.manager.diagnosis.explanations import (
     next_attempt,
     summary,
 )
+from skep.manager.diagnosis.reasons import problems_of
 from skep.manager.diagnosis.scaling_explanations import explain_autoscaling
 from skep.manager.scheduler.explaining.explain import NodeVerdict, reserve_for, verdict
 from skep.manager.scheduler.nodes.accounting import Accounting
@@ -31,7 +32,7 @@ from skep.model.service import (
     ServiceMode,
 )
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
-from skep.model.task_end import FAILED_CHECK, KeptLine, TaskEnd, signal_of
+from skep.model.task_end import FAILED_CHECK, EndCause, KeptLine, TaskEnd, signal_of
 from skep.model.values.ids import NodeId
 from skep.model.values.meta import Version
 from skep.model.values.times import timestamp
@@ -360,6 +361,23 @@ def test_a_start_that_ends_as_unhealthy_is_not_called_a_wait_for_health() -> Non
         message = f"{FAILED_CHECK}{words}"
         found = replace(task, status=replace(task.status, message=message))
         assert explain_task(found, a_node("n1")).summary == expected
+
+
+def test_a_running_task_that_its_node_stops_as_unhealthy_is_a_problem_of_its_service() -> None:
+    service, node = a_service("web", replicas=2), a_node("n1")
+    tasks = [
+        a_task(f"t{slot}", slot=slot, node="n1", service=service, state=TaskState.RUNNING) for slot in (1, 2)
+    ]
+    end = TaskEnd(
+        cause=EndCause.UNHEALTHY.value, health_command="false", health_failures=3, health_exit_code=1
+    )
+    tasks[1] = replace(tasks[1], status=replace(tasks[1].status, end=end))
+    words = (
+        'unhealthy: its health check "false" failed 3 times in a row, last: exit 1, no output; n1 stops it'
+    )
+    assert explain_task(tasks[1], node).summary == words
+    (problem,) = problems_of(service, tasks, {node.id: node}, wanted=2, now_ns=0)
+    assert (problem.task_id, problem.kind, problem.reason) == ("t2", "unhealthy", words)
 
 
 def test_an_autoscaled_service_says_what_it_goes_by_and_why_it_is_not_scaled() -> None:

@@ -30,6 +30,7 @@ from skep.model.service import (
     TaskSpec,
 )
 from skep.model.task import ContainerStatus, NetworkAttachment, Task, TaskState, TaskStatus
+from skep.model.task_end import EndCause, TaskEnd
 from skep.model.values.ids import ServiceId, TaskId
 from skep.model.values.meta import Driver
 from skep.model.values.times import Timestamp
@@ -102,6 +103,13 @@ def test_from_its_assignment_until_it_has_ended_and_serving_while_it_runs_and_is
 ) -> None:
     found = endpoint(a_task("t1", node="n1", state=state, desired=desired, service=WEB))
     assert (found and (found.is_running, found.is_serving)) == expected
+
+
+def test_a_task_that_its_node_stops_as_unhealthy_serves_no_longer() -> None:
+    task = a_task("t1", node="n1", state=TaskState.RUNNING, service=WEB)
+    failing = replace(task, status=replace(task.status, end=TaskEnd(cause=EndCause.UNHEALTHY.value)))
+    assert endpoint(task).is_serving
+    assert (endpoint(failing).is_running, endpoint(failing).is_serving) == (True, False)
 
 
 @pytest.mark.parametrize(
