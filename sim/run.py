@@ -34,6 +34,7 @@ from sim.invariants.services.schedules import DECIDED_S, undecided
 from sim.users.operators import Operators
 from sim.users.random_specs import (
     BROKEN,
+    CRASHING,
     DEVICE,
     DEVICES,
     ENDING_IMAGES,
@@ -157,6 +158,7 @@ def _simulate(
         node.broken_images.add(BROKEN)
         node.hanging_images.add(HANGING)
         node.ending_images.update(ENDING_IMAGES)
+        node.sick_images.add(CRASHING)
     users, injector, random = Users(cluster, extensions, commands), FaultInjector(cluster), cluster.random
     operators = Operators(cluster, users, injector.healthy)
     users.begin()

@@ -15,6 +15,7 @@ from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import OnDisconnect, VolumeAffinity, disconnect_policy, volume_affinity
 from skep.model.service import Service, ServiceSpec, UpdateOrder
+from skep.model.staging.updates import stages_of
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import ServiceId, TaskId
 from skep.store.interface import View
@@ -116,6 +117,7 @@ def _can_be_tried(cluster: SimulatedCluster, service: Service) -> bool:
         is_steady(cluster, service)
         and not any(has_affinities(one.spec.labels) for one in view.find(Service))
         and (update is None or update.order is UpdateOrder.STOP_FIRST)
+        and not stages_of(service.spec.labels)  # it starts tasks first, whatever the order
         and not any(missing_dependencies(service, view))
         and not any(homes_of(task, service, view) for task in view.find(Task, service_id=service.id))
     )

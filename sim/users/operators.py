@@ -88,7 +88,7 @@ class Operators:
         self._take(id, await self._write(joined))
         node, (other, *_) = self._cluster.add_node(id), self._cluster.nodes.values()
         node.broken_images, node.hanging_images = other.broken_images, other.hanging_images
-        node.ending_images = other.ending_images
+        node.ending_images, node.sick_images = other.ending_images, other.sick_images
         self._cluster.start_node(id)
         self._cluster.workers = (*self._cluster.workers, id)
 

@@ -63,6 +63,9 @@ from skep.model.values.ids import ContainerId, NodeId, ServiceId, TaskId
 from skep.node.telemetry.task_usage import UsageReading, kept, usage_of
 from skep.security.identity import NodeIdentity
 
+SICK_S = 3.0
+"""Seconds that an unhealthy container takes to stop, so that managers see it."""
+
 
 class SimulatedNode:
     """One worker machine."""
@@ -88,6 +91,8 @@ class SimulatedNode:
         """Images whose preparation does not end."""
         self.ending_images: dict[str, tuple[float, int]] = {}
         """Images whose containers end after a time in seconds, with an exit code."""
+        self.sick_images: set[str] = set()
+        """Those of which half of the containers become unhealthy, and take ``SICK_S`` seconds to stop."""
         self.machine = WatchedMachine(self)
         self.nano_cpus: Callable[[Task], int | None] = lambda _: None
         """Returns the current CPU use of a task's process, or None to not measure it."""
@@ -475,6 +480,9 @@ class _ImageController(SimulatedController):
             lasts_s, exit_code = end
             process = self._require()
             await wait_first(self._clock.sleep(lasts_s), process.ended.wait())
+            if self._image in self._node.sick_images and int(self._id, 36) % 2 and process.exit_code is None:
+                on_unhealthy(TaskEnd(cause=EndCause.UNHEALTHY.value))
+                await wait_first(self._clock.sleep(SICK_S), process.ended.wait())
             process.end(exit_code)
         ended = await super().wait()
         self._node.machine.has_ended(self._id)
