@@ -117,11 +117,19 @@ class AffinityIndex:
         return self._drop(had_some)
 
     def followers(self, ids: Iterable[ServiceId]) -> frozenset[str]:
-        """Return the services that must run near one of these, so that a new task of those may help them."""
+        """Return the services that a new task of one of these may help.
+
+        They must run near it, or its own service limits the skew: another task of that one may now go elsewhere.
+        """
         if not self._declared:
             return frozenset()
         self._targets()
-        return frozenset(one for id in ids for one in self._near.get(self._names.get(id, "").lower(), ()))
+        found: set[str] = set()
+        for id in ids:
+            found.update(self._near.get(self._names.get(id, "").lower(), ()))
+            if id in self._declared and self._declared[id].skews:
+                found.add(id)
+        return frozenset(found)
 
     def of(self, id: ServiceId) -> AffinityRules:
         """Return the rules for a service's tasks."""

@@ -106,6 +106,12 @@ def test_a_task_waits_for_the_service_that_it_has_to_be_near() -> None:
     assert cluster.on("web") == {"n2": 3}
 
 
+def test_a_new_task_may_help_a_slot_of_its_own_service_that_exceeds_the_largest_skew() -> None:
+    cluster = Cluster(nodes("a", "b"))
+    even, other = cluster.service("even", {MAX_SKEW: f"1@{ZONE}"}), cluster.service("other")
+    assert cluster.accounting.affinities.followers({even.id, other.id}) == {even.id}
+
+
 def test_tasks_near_a_service_by_zone_spread_within_its_zones() -> None:
     cluster = Cluster(nodes("a", "a", "b", "b", ""))
     cluster.place(cluster.service("db", constraints=("node.id == n1",)), 1)
