@@ -18,14 +18,7 @@ from sim.world.network import Network
 from sim.world.storage import SimulatedVolumes
 from sim.world.time import VirtualClock
 from skep.agent.agent import Agent
-from skep.agent.executor.interface import (
-    Controller,
-    OnUnhealthy,
-    Rejected,
-    Running,
-    TaskExit,
-    ignored,
-)
+from skep.agent.executor.interface import Controller, OnUnhealthy, Rejected, Running, TaskExit, ignored
 from skep.agent.executor.simulated import (
     Behavior,
     SimulatedController,

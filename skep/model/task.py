@@ -280,6 +280,11 @@ class Task(ApiObject):
         return self.status.state is TaskState.RUNNING and self.status.end is not None
 
     @property
+    def is_serving(self) -> bool:
+        """Return whether the task gets connections: it is wanted, runs, and is not failing."""
+        return self.is_wanted and self.status.state is TaskState.RUNNING and not self.is_failing
+
+    @property
     def is_active(self) -> bool:
         """Return whether the task is desired to run and has not ended."""
         return self.is_wanted and not self.status.state.is_terminal

@@ -19,14 +19,7 @@ from skep.agent.executor import adapter
 from skep.agent.executor.adapter import NodeFacts
 from skep.agent.executor.attaching import AttachmentController, ClusterAttachments, is_attachment
 from skep.agent.executor.ends import end_of, failed_check, unhealthy_end, with_last_lines
-from skep.agent.executor.interface import (
-    Controller,
-    OnUnhealthy,
-    Rejected,
-    Running,
-    TaskExit,
-    ignored,
-)
+from skep.agent.executor.interface import Controller, OnUnhealthy, Rejected, Running, TaskExit, ignored
 from skep.agent.executor.payloads import Payloads
 from skep.agent.executor.pulling import Bring, ImagePuller, nothing_beside
 from skep.agent.tasks.cluster_volumes import ClusterVolumes, PathQueries, PublishedVolume

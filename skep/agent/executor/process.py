@@ -15,14 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from skep.agent.executor.interface import (
-    Controller,
-    OnUnhealthy,
-    Rejected,
-    Running,
-    TaskExit,
-    ignored,
-)
+from skep.agent.executor.interface import Controller, OnUnhealthy, Rejected, Running, TaskExit, ignored
 from skep.aio.trees import remove_tree
 from skep.engine.containers.container import ProcessName
 from skep.engine.containers.signals import signal_number

@@ -11,14 +11,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
-from skep.agent.executor.interface import (
-    Controller,
-    OnUnhealthy,
-    Rejected,
-    Running,
-    TaskExit,
-    ignored,
-)
+from skep.agent.executor.interface import Controller, OnUnhealthy, Rejected, Running, TaskExit, ignored
 from skep.aio.clock import Clock
 from skep.aio.race import wait_first
 from skep.errors import NotFound

@@ -3,14 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 
-from skep.agent.executor.interface import (
-    Controller,
-    Executor,
-    OnUnhealthy,
-    Running,
-    TaskExit,
-    ignored,
-)
+from skep.agent.executor.interface import Controller, Executor, OnUnhealthy, Running, TaskExit, ignored
 from skep.model.task import AssignedTask, Task
 from skep.model.task_end import TaskEnd
 from skep.model.values.ids import TaskId

@@ -31,7 +31,7 @@ from skep.model.networks.data_planes import is_overlay
 from skep.model.node import Node, NodeState
 from skep.model.service import PortConfig, PublishMode, Service
 from skep.model.staging.shares import Shares, shares_of
-from skep.model.task import Task, TaskState
+from skep.model.task import Task
 from skep.model.values.encoding import to_json
 from skep.model.values.ids import NodeId
 from skep.store.interface import View
@@ -118,8 +118,7 @@ def _add(found: dict[str, CatalogService], one: ServiceRegistration, weight: int
 
 def _serving(tasks: Sequence[Task], nodes: Mapping[NodeId, Node]) -> Iterator[Task]:
     for one in tasks:
-        is_serving = one.is_wanted and one.status.state is TaskState.RUNNING and not one.is_failing
-        if is_serving and one.node_id in nodes:
+        if one.is_serving and one.node_id in nodes:
             yield one
 
 

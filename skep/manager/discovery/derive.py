@@ -103,7 +103,7 @@ def endpoint_of(
         addresses=_addresses(attachment),
         # STARTING includes containers that run but are not healthy yet. Managers cannot distinguish them.
         is_running=state in (TaskState.STARTING, TaskState.RUNNING),
-        is_serving=state is TaskState.RUNNING and task.is_wanted and not task.is_failing,
+        is_serving=task.is_serving,
         is_named_early=(
             state is TaskState.STARTING
             and task.is_wanted

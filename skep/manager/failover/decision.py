@@ -75,18 +75,22 @@ def door_services(services: Iterable[Service]) -> frozenset[ServiceId]:
 def holders_in(view: View, doors: Iterable[ServiceId]) -> DoorNodes:
     """Return the nodes that may hold addresses."""
     running = {
-        task.node_id
-        for door in sorted(doors)
-        for task in view.find(Task, service_id=door)
-        if task.desired_state is TaskState.RUNNING
-        and task.status.state is TaskState.RUNNING
-        and not task.is_failing
+        task.node_id for door in sorted(doors) for task in view.find(Task, service_id=door) if serves(task)
     }
     nodes = [node for id in sorted(running) if (node := view.lookup(Node, id)) is not None]
     kept = [node for node in nodes if keeps_addresses(node)]
     return DoorNodes(
         {node.id: _subnets(node) for node in kept},
         frozenset(node.id for node in kept if not takes_tasks(node)),
+    )
+
+
+def serves(task: Task) -> bool:
+    """Return whether a proxy's task runs, should, and is not being stopped as unhealthy."""
+    return (
+        task.desired_state is TaskState.RUNNING
+        and task.status.state is TaskState.RUNNING
+        and not task.is_failing
     )
 
 

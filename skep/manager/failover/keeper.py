@@ -24,6 +24,7 @@ from skep.manager.failover.decision import (
     door_services,
     holders_in,
     observed,
+    serves,
 )
 from skep.manager.failover.records import (
     FailoverAddresses,
@@ -42,7 +43,7 @@ from skep.model.networks.failover import ADDRESSES_MAX, DRIFT, LEASE_S, RENEWAL_
 from skep.model.networks.routes import differ_in_routes
 from skep.model.node import Node
 from skep.model.service import Service
-from skep.model.task import Task, TaskState
+from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
 from skep.store.interface import Event as StoreEvent
@@ -397,14 +398,6 @@ def _is_decisive(event: StoreEvent) -> bool:
     """Return whether a task's change may change which nodes run the front door."""
     match event:
         case Updated(Task() as old, Task() as new):
-            return _serves(old) != _serves(new)
+            return serves(old) != serves(new)
         case _:
             return True
-
-
-def _serves(task: Task) -> bool:
-    return (
-        task.desired_state is TaskState.RUNNING
-        and task.status.state is TaskState.RUNNING
-        and not task.is_failing
-    )
