@@ -24,7 +24,7 @@ from sim.users.random_specs import ZONE, ZONES, Dependencies, a_spec
 from skep.api.formats.service_form import settled
 from skep.errors import SkepError
 from skep.manager.control.nodes import update_node
-from skep.manager.control.services import update_service
+from skep.manager.control.services import create_service, update_service
 from skep.manager.control.tasks import known_status
 from skep.manager.diagnosis.reasons import problems_of
 from skep.manager.services.disruption_budget import is_available
@@ -33,7 +33,7 @@ from skep.manager.what_if.rehearsal import Rehearsal
 from skep.manager.what_if.suppositions import deploy, drain, lose
 from skep.model.node import Availability, Node
 from skep.model.options.autoscaling import AUTOSCALE
-from skep.model.options.labels import priority_of
+from skep.model.options.labels import PROGRESS_DEADLINE, priority_of
 from skep.model.service import ReplicatedService, Resources, Service, ServiceMode, ServiceSpec
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId
@@ -43,6 +43,10 @@ from skep.store.interface import Transaction, View
 NAMES = ("web", "api", "db", "mail", "queue", "cache")
 SOON_S, REST_S = 20.0, 100.0
 """Seconds after the supposed end, because nodes and managers take longer here for some steps: usually, and at most."""
+PATIENCE = "15s"
+"""Progress deadline of updates.  What-if only estimates how long tasks take to start and stop, so it cannot tell whether
+they miss a deadline of a second.
+"""
 
 Outcome: TypeAlias = tuple[int, Mapping[str, int]]
 """Available tasks of a service, and the number of its other slots by the kind of their reason."""
@@ -80,7 +84,8 @@ def some_specs(random: Random) -> Iterator[ServiceSpec]:
         spec = a_spec(names[0], random, Dependencies(services=tuple(names)), random)
         if spec.mode.name in ("replicated", "global") and AUTOSCALE not in spec.labels:
             names.pop(0)
-            yield spec
+            deadline = {PROGRESS_DEADLINE: PATIENCE} if PROGRESS_DEADLINE in spec.labels else {}
+            yield replace(spec, labels={**spec.labels, **deadline})
 
 
 def drain_really(tx: Transaction, ids: Sequence[NodeId]) -> None:
@@ -88,6 +93,10 @@ def drain_really(tx: Transaction, ids: Sequence[NodeId]) -> None:
     for id in ids:
         node = tx.get(Node, id)
         update_node(tx, id, replace(node.spec, availability=Availability.DRAIN), node.version.index)
+
+
+def create_really(tx: Transaction, spec: ServiceSpec) -> None:
+    create_service(tx, settled(spec), new_id=lambda: spec.name, new_name=lambda: spec.name, now=timestamp(0))
 
 
 def scale_really(tx: Transaction, spec: ServiceSpec) -> None:
@@ -172,7 +181,7 @@ def _differences(cluster: SimulatedCluster, random: Random) -> Iterator[str]:
         cluster.label(id, **{ZONE: random.choice(ZONES)})
     for spec in some_specs(random):
         with suppress(SkepError):  # its port or its rules conflict with an earlier service
-            cluster.create(spec)
+            cluster.write(partial(create_really, spec=spec))
     cluster.run_for(random.choice((0.3, 2.0, 40.0)))
     change = Change(cluster, random)
     before = outcomes(cluster.view)
