@@ -44,8 +44,8 @@ NAMES = ("web", "api", "db", "mail", "queue", "cache")
 SOON_S, REST_S = 20.0, 100.0
 """Seconds after the supposed end, because nodes and managers take longer here for some steps: usually, and at most."""
 PATIENCE = "15s"
-"""Progress deadline of updates.  What-if only estimates how long tasks take to start and stop, so it cannot tell whether
-they miss a deadline of a second.
+"""Progress deadline of updates.  What-if only estimates how long tasks take to start and stop, so it cannot tell
+whether they miss a deadline of a second.
 """
 
 Outcome: TypeAlias = tuple[int, Mapping[str, int]]
