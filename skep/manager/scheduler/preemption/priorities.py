@@ -8,11 +8,11 @@ from skep.model.options.labels import priority_of
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.values.ids import ServiceId, TaskId
-from skep.store.interface import Commit, Updated, View
+from skep.store.interface import Commit, Created, Updated, View
 
 HELD_S: Final = 0.5
-"""Seconds before tasks of lower priority may take the resources of an ended task, so that its successor can arrive
-first.
+"""Seconds before tasks of lower priority may take the place of a task that ended or is replaced, so that its successor
+can arrive first.
 """
 
 
@@ -56,15 +56,23 @@ class Priorities:
         return [levels[priority] for priority in sorted(levels, reverse=True)]
 
     def of_successors(self, commit: Commit) -> int | None:
-        """Return the highest priority of tasks that ended by themselves, because their successors need the resources.
+        """Return the highest priority of tasks whose successors need their places and are not pending yet.
 
-        None without such tasks or priorities.
+        They ended by themselves, or the commit replaces them.  None without such tasks or priorities.
         """
         if not self._by_service:
             return None
+        replaced_in = {
+            event.object.service_id
+            for event in commit.events
+            if isinstance(event, Created) and isinstance(event.object, Task)
+        }
         tasks = (event.new for event in commit.events if isinstance(event, Updated))
         ended = (
-            one for one in tasks if isinstance(one, Task) and one.is_wanted and one.status.state.is_terminal
+            one
+            for one in tasks
+            if isinstance(one, Task)
+            and (one.status.state.is_terminal if one.is_wanted else one.service_id in replaced_in)
         )
         return max((self.of(task.service_id) for task in ended), default=None)
 

@@ -5,6 +5,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.manager.scheduler.state import BATCH
 from skep.model.node import Availability, Node
+from skep.model.options.affinity import ANTI_AFFINITY
 from skep.model.options.labels import PREEMPTION, PRIORITY
 from skep.model.service import Resources, Service
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
@@ -231,6 +232,26 @@ async def test_the_room_of_a_task_that_failed_is_kept_for_its_successor() -> Non
         await store.update_each(put, waiting(high, 3))
         await wait_for(store, lambda: bool(task_of(store, "high3").node_id))
         assert placed(store) == {"high2", "high3"}
+
+
+async def test_the_place_of_a_task_that_is_replaced_is_kept_for_its_successor() -> None:
+    """Nothing is near it once it is to stop, but its successor waits for an address first."""
+    low, high = of_priority(0, "low"), of_priority(1, "high")
+    high = replace(high, spec=replace(high.spec, labels={**high.spec.labels, ANTI_AFFINITY: "low"}))
+    store = await a_store(low, high, *on("n1", high, 1), memory=4, preemption=False)
+    successor = a_task("high2", service=high, slot=1, state=TaskState.NEW)
+
+    def replaced(tx: Transaction) -> None:
+        tx.put(replace(tx.get(Task, "high1"), desired_state=SHUTDOWN))
+        tx.put(successor)
+
+    async with scheduling(store):
+        await store.update_each(put, waiting(low, 1))
+        await wait_for(store, lambda: is_refused(store, "low1"))
+        await store.update(replaced)
+        await store.update_each(put, [replace(successor, status=replace(successor.status, state=PENDING))])
+        await wait_for(store, lambda: bool(task_of(store, "high2").node_id))
+        assert not task_of(store, "low1").node_id
 
 
 async def test_without_a_successor_the_room_of_a_task_that_failed_goes_to_others() -> None:
