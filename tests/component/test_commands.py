@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from skep.manager.orchestrator.replacement.disruption_mode import end_freeze
 from skep.model.node import NodeState
 from skep.model.service import Service
 from skep.model.swarm import Freeze, Swarm
-from skep.model.task import Task, TaskState
+from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId
 from skep.model.values.times import ZERO_TIME
 from skep.store.interface import Transaction
@@ -69,6 +70,46 @@ async def test_a_node_a_network_and_a_task_are_explained_by_their_names(cluster:
         1,
         "Error: no such service, task, node or network: shop. Run skep status to list services and nodes.\n",
     )
+
+
+async def test_the_decision_about_a_tasks_node_is_shown_while_it_runs_and_after_its_end(
+    cluster: Cluster,
+) -> None:
+    (web,) = (one for one in cluster.store.view().find(Service) if one.spec.name == "shop_web")
+    first = next(one for one in cluster.store.view().find(Task, service_id=web.id) if one.slot == 1)
+
+    async def decision(name: str) -> list[str]:
+        code, out, err = await cluster.run("explain", name)
+        assert code == 0, err
+        return [line for line in out.splitlines() if line.startswith("  placed: ")]
+
+    (placed,) = await decision("shop_web.1")
+    assert placed.startswith("  placed: 1 of 1 nodes suitable; the chosen node had ")
+    failed = TaskStatus(state=TaskState.FAILED, err="task: non-zero exit (3)")
+    await cluster.store.update(lambda tx: tx.put(replace(tx.get(Task, first.id), status=failed)))
+    assert await decision(first.id) == [placed]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("reboot-lock", "take", "m1"),
+        ("upgrade", "--to", "99.0.0", "--command", "false"),
+        ("upgrade", "--system", "--command", "false"),
+    ],
+    ids=["lock", "upgrade", "reboots"],
+)
+async def test_maintenance_waits_for_the_end_of_the_clusters_freeze(
+    cluster: Cluster, words: tuple[str, ...]
+) -> None:
+    end = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    code, _, err = await cluster.run("cluster", "freeze", "--until", end, "--reason", "sale")
+    assert code == 0, err
+    code, _, err = await cluster.run(*words)
+    assert (code, "the cluster is frozen until" in err, "--override-freeze" in err) == (1, True, True), err
+    await cluster.run("cluster", "unfreeze")
+    _, _, err = await cluster.run(*words)
+    assert "frozen" not in err
 
 
 async def test_a_registered_service_is_explained_by_its_name(cluster: Cluster) -> None:
