@@ -1,5 +1,7 @@
 """Commands that look at services, nodes and networks, against a real manager's API."""
 
+import asyncio
+import json
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -110,6 +112,53 @@ async def test_maintenance_waits_for_the_end_of_the_clusters_freeze(
     await cluster.run("cluster", "unfreeze")
     _, _, err = await cluster.run(*words)
     assert "frozen" not in err
+
+
+async def test_what_would_let_a_task_run_is_shown_for_its_service_and_for_itself(cluster: Cluster) -> None:
+    placement = {"Constraints": ["node.labels.disk==ssd"]}
+    spec = {"Name": "fast", "TaskTemplate": {"ContainerSpec": {"Image": "busybox"}, "Placement": placement}}
+    async with cluster.requests() as client:
+        made = await client.post("/services/create", spec, timeout_s=10.0)
+    change = "  smallest change: m1 would run it without the constraint node.labels.disk == ssd"
+    async with asyncio.timeout(20), cluster.store.watch(Task) as watch:
+        while not any(one.status.err for one in cluster.store.view().find(Task, service_id=made["ID"])):
+            await anext(watch)
+    for name in ("fast", "fast.1"):
+        _, out, err = await cluster.run("explain", name)
+        assert change in out.splitlines(), (out, err)
+
+
+async def test_a_service_is_stopped_and_started_and_returns_to_a_former_spec_by_its_number(
+    cluster: Cluster,
+) -> None:
+    def web() -> Service:
+        (found,) = (one for one in cluster.store.view().find(Service) if one.spec.name == "shop_web")
+        return found
+
+    code, _, err = await cluster.run("service", "stop", "shop_web")
+    assert (code, web().spec.replicas, web().spec.given_replicas) == (0, 0, 2), err
+    _, out, _ = await cluster.run("explain", "shop_web")
+    assert out.splitlines()[0] == "shop_web: stopped: skep service start shop_web starts its tasks"
+    code, _, err = await cluster.run("service", "start", "shop_web")
+    assert (code, web().spec.replicas) == (0, 2), err
+
+    cluster.write("name: shop\nservices: {web: {image: busybox, deploy: {replicas: 3}}}")
+    code, _, err = await cluster.deploy("--detach")
+    assert code == 0, err
+    code, out, err = await cluster.run("service", "history", "shop_web", "--output", "json")
+    first, second = json.loads(out)
+    assert (first["Number"], second["Number"]) == (1, 2), err
+    assert first["By"] == second["By"] != ""
+    assert first["At"] < second["At"]
+    _, out, _ = await cluster.run("service", "history", "shop_web")
+    head, *_, last = out.splitlines()
+    assert head.split() == ["REVISION", "WRITTEN", "BY", "CHANGES"]
+    assert last.startswith("2 (now)")
+    assert f" {second['By']} " in last
+    _, out, _ = await cluster.run("service", "diff", "shop_web")
+    assert "Mode.Replicated.Replicas: 2 -> 3" in out.splitlines()
+    code, _, err = await cluster.run("service", "rollback", "--to", "1", "--detach", "shop_web")
+    assert (code, web().spec.replicas) == (0, 2), err
 
 
 async def test_a_registered_service_is_explained_by_its_name(cluster: Cluster) -> None:
