@@ -128,6 +128,28 @@ async def test_what_would_let_a_task_run_is_shown_for_its_service_and_for_itself
         assert change in out.splitlines(), (out, err)
 
 
+async def test_a_budget_that_can_never_be_kept_is_said_when_its_service_is_created_and_changed(
+    cluster: Cluster,
+) -> None:
+    mount = {"Type": "volume", "Source": "data", "Target": "/data"}
+    spec = {
+        "Name": "kept",
+        "Labels": {"skep.min-available": "5"},
+        "TaskTemplate": {"ContainerSpec": {"Image": "busybox"}},
+        "Mode": {"Replicated": {"Replicas": 3}},
+    }
+    async with cluster.requests() as client:
+        made = await client.post("/services/create", spec, timeout_s=10.0)
+        found = await client.get("/services/kept", timeout_s=10.0)
+        writes = {**spec, "TaskTemplate": {"ContainerSpec": {"Image": "busybox", "Mounts": [mount]}}}
+        path = f"/services/kept/update?version={found['Version']['Index']}"
+        changed = await client.post(path, writes, timeout_s=10.0)
+    assert made["Warnings"] == [
+        "label skep.min-available=5 counts as 3, because the service has no more tasks"
+    ]
+    assert "a drain leaves them on their node until you run skep node drain --now" in changed["Warnings"][-1]
+
+
 async def test_a_service_is_stopped_and_started_and_returns_to_a_former_spec_by_its_number(
     cluster: Cluster,
 ) -> None:
