@@ -49,7 +49,7 @@ from skep.store.interface import Transaction, View
 
 NAMES = ("web", "api", "db", "mail", "queue", "cache")
 DEPLOYED = ("app:1", "app:2", "app:3")
-"""Images of deploys.  What-if supposes that tasks that start keep running, so those that crash are left out."""
+"""Images of deploys.  What-if supposes that tasks that start keep running, so crashing images are left out."""
 RESERVED = (0, 300 << 20, 700 << 20, 1 << 30)
 """Memory that tasks reserve after a deploy.  Nodes have at least 1 GiB."""
 SOON_S, REST_S = 20.0, 100.0
