@@ -80,6 +80,7 @@ from skep.manager.services import spec_history
 from skep.manager.services.job_runs import of_present_run
 from skep.manager.services.quotas import quota_of
 from skep.manager.services.resources import GenericStock
+from skep.model import needs
 from skep.model.assignment import AssignmentSet
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
@@ -371,6 +372,10 @@ def _forgets_removed_networks() -> list[Patch]:
 
 def _shared_devices() -> list[Patch]:
     return [Patch(GenericStock, "take", lambda *_: None)]
+
+
+def _reserves_nothing() -> list[Patch]:
+    return [Patch(needs, "system_reserve", lambda _: (0, 0))]
 
 
 def _compares_texts() -> list[Patch]:
@@ -1154,6 +1159,7 @@ MUTANTS: tuple[Mutant, ...] = (
             ("spec numbers", "the number of a revision is not used again", _numbers_again),
         )
     ),
+    Mutant("reserve", "a node keeps what its labels reserve for its system", _reserves_nothing, run.extended),
     Mutant("versions", "constraints compare versions number by number", _compares_texts, run.extended),
     Mutant(
         "stack stop", "a stack's services are stopped and started", _stops_nothing, focused.stack_commands

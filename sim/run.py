@@ -209,6 +209,7 @@ def _simulate(
             lose_a_node_for_long(cluster)
     lose_a_node(cluster)
     if random.random() < 0.3 and not cluster.observer.violations and cluster.workers == workers:
+        users.receiver.restore()
         _restore(cluster, revision)
 
 

@@ -1,8 +1,8 @@
 """Runs that ask ``skep what-if`` what a change does, make the change, and compare.
 
-A cluster gets services at random.  A node is lost or drained, or a service gets another number of tasks.  Nothing else
-changes afterwards.  As soon as the cluster is at rest, every service must be as predicted: the available tasks, and the
-number and kind of reasons of the missing ones.
+A cluster gets services at random.  A node is lost or drained, or a service gets another number of tasks, or another
+image and other reservations.  Nothing else changes afterwards.  As soon as the cluster is at rest, every service must
+be as predicted: the available tasks, and the number and kind of reasons of the missing ones.
 
 ``simulate(seed)`` returns all differences.  The same seed produces the same run.
 """
@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from sim.cluster import SimulatedCluster
 from sim.run import RunResult
 from sim.users.questions import ask
-from sim.users.random_specs import ZONE, ZONES, Dependencies, a_spec
+from sim.users.random_specs import ZONE, ZONES, Dependencies, a_spec, with_image
 from skep.api.formats.service_form import settled
 from skep.errors import SkepError
 from skep.manager.control.nodes import update_node
@@ -34,13 +34,24 @@ from skep.manager.what_if.suppositions import deploy, drain, lose
 from skep.model.node import Availability, Node
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.labels import PROGRESS_DEADLINE, priority_of
-from skep.model.service import ReplicatedService, Resources, Service, ServiceMode, ServiceSpec
+from skep.model.service import (
+    ReplicatedService,
+    ResourceRequirements,
+    Resources,
+    Service,
+    ServiceMode,
+    ServiceSpec,
+)
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId
 from skep.model.values.times import timestamp
 from skep.store.interface import Transaction, View
 
 NAMES = ("web", "api", "db", "mail", "queue", "cache")
+DEPLOYED = ("app:1", "app:2", "app:3")
+"""Images of deploys.  What-if supposes that tasks that start keep running, so crashing images are left out."""
+RESERVED = (0, 300 << 20, 700 << 20, 1 << 30)
+"""Memory that tasks reserve after a deploy.  Nodes have at least 1 GiB."""
 SOON_S, REST_S = 20.0, 100.0
 """Seconds after the supposed end, because nodes and managers take longer here for some steps: usually, and at most."""
 PATIENCE = "15s"
@@ -99,7 +110,7 @@ def create_really(tx: Transaction, spec: ServiceSpec) -> None:
     create_service(tx, settled(spec), new_id=lambda: spec.name, new_name=lambda: spec.name, now=timestamp(0))
 
 
-def scale_really(tx: Transaction, spec: ServiceSpec) -> None:
+def update_really(tx: Transaction, spec: ServiceSpec) -> None:
     service = tx.get(Service, spec.name)
     update_service(tx, service.id, settled(spec), service.version.index, now=timestamp(0))
 
@@ -118,7 +129,8 @@ class Change:
             self._spec = replace(random.choice(replicated), mode=mode)
 
     def __str__(self) -> str:
-        return f"{self._kind} {' '.join(self._nodes) if self._kind != 'scale' else self._spec.name}"
+        is_of_nodes = self._kind in ("lose", "drain")
+        return f"{self._kind} {' '.join(self._nodes) if is_of_nodes else self._spec.name}"
 
     def suppose(self, rehearsal: Rehearsal) -> None:
         match self._kind:
@@ -126,7 +138,7 @@ class Change:
                 lose(rehearsal, self._nodes)
             case "drain":
                 drain(rehearsal, self._nodes)
-            case "scale":
+            case "scale" | "deploy":
                 deploy(rehearsal, self._spec)
 
     def make(self) -> None:
@@ -136,12 +148,27 @@ class Change:
                     self._cluster.kill_node(id)
             case "drain":
                 self._cluster.write(partial(drain_really, ids=self._nodes))
-            case "scale":
-                self._cluster.write(partial(scale_really, spec=self._spec))
+            case "scale" | "deploy":
+                self._cluster.write(partial(update_really, spec=self._spec))
 
 
-def simulate(seed: int) -> RunResult:
-    """Run the simulation of ``seed``."""
+class Deploy(Change):
+    """A service of any mode with another image and other reservations.
+
+    It is a class of its own, so that the draws of seeds stay the same.
+    """
+
+    def __init__(self, cluster: SimulatedCluster, random: Random) -> None:
+        super().__init__(cluster, random)
+        if specs := [one.spec for one in cluster.view.find(Service)]:
+            self._kind = "deploy"
+            spec = with_image(random.choice(specs), random.choice(DEPLOYED))
+            reserved = ResourceRequirements(reservations=Resources(memory_bytes=random.choice(RESERVED)))
+            self._spec = replace(spec, task_template=replace(spec.task_template, resources=reserved))
+
+
+def simulate(seed: int, kind: type[Change] = Change) -> RunResult:
+    """Run the simulation of ``seed`` with a change of this kind."""
     random = Random(seed)
     managers = random.choice((1, 1, 1, 3))  # three cost twice as much, and decide the same
     workers = random.randint(2, 6)
@@ -150,7 +177,7 @@ def simulate(seed: int) -> RunResult:
     differences: list[str] = []
     try:
         with cluster:
-            differences += _differences(cluster, random)
+            differences += _differences(cluster, random, kind)
     except Exception as error:
         differences += [f"{type(error).__name__}: {error}", traceback.format_exc()]
     return RunResult(seed, differences, cluster.trace.lines())
@@ -176,14 +203,14 @@ def _sum(outcomes: Mapping[str, Outcome], ids: Sequence[str]) -> Outcome:
     return sum(outcomes[id][0] for id in ids), kinds
 
 
-def _differences(cluster: SimulatedCluster, random: Random) -> Iterator[str]:
+def _differences(cluster: SimulatedCluster, random: Random, kind: type[Change]) -> Iterator[str]:
     for id in cluster.workers:
         cluster.label(id, **{ZONE: random.choice(ZONES)})
     for spec in some_specs(random):
         with suppress(SkepError):  # its port or its rules conflict with an earlier service
             cluster.write(partial(create_really, spec=spec))
     cluster.run_for(random.choice((0.3, 2.0, 40.0)))
-    change = Change(cluster, random)
+    change = kind(cluster, random)
     before = outcomes(cluster.view)
     answer, settled_s = ask(cluster.view, change.suppose)
     change.make()

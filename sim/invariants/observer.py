@@ -16,7 +16,7 @@ from sim.invariants.nodes.allocations import UniqueAllocations, networks_are_apa
 from sim.invariants.nodes.containers import Containers
 from sim.invariants.nodes.disconnection import DisconnectPolicies
 from sim.invariants.nodes.disks import FullNodesGetNoNewTasks
-from sim.invariants.nodes.placement import devices_are_exclusive, global_jobs_run_once
+from sim.invariants.nodes.placement import ReservesAreKept, devices_are_exclusive, global_jobs_run_once
 from sim.invariants.nodes.preemption import PreemptionsAreJust
 from sim.invariants.nodes.volumes import LocalVolumesStay
 from sim.invariants.objects import FewWrites, used_secrets_stay
@@ -106,6 +106,7 @@ class Observer:
             names_are_unique,
             nodes_are_not_overcommitted,
             devices_are_exclusive,
+            ReservesAreKept(),
             used_secrets_stay,
             FewWrites(),
             one_leader_writes,

@@ -149,6 +149,10 @@ MEMORY_BYTES = 512 << 20
 """Memory reserved by a task that reserves any."""
 
 
+RESERVES = ("100MiB", "512MiB", "700MiB")
+"""Memory that a node keeps for its system, in runs with extensions."""
+
+
 class Dependencies(msgspec.Struct, frozen=True):
     """Objects that a service can refer to."""
 

@@ -27,6 +27,8 @@ class Receiver:
         self._slow_s = slow_s
         self._note = note
         self.messages: dict[str, Message] = {}
+        self._since = 0
+        """Number of messages before the last restore.  The restored state does not have their results."""
         self.copies = 0
         self.in_doubt = False
         """Whether it has accepted a message whose result no leader knows yet."""
@@ -47,9 +49,13 @@ class Receiver:
             self.in_doubt = False
         return ""
 
+    def restore(self) -> None:
+        """Accept incidents again after a restore of an older state.  An id still means one content."""
+        self._since = len(self.messages)
+
     def told(self, status: str) -> Counter[str]:
-        """Return how often the begin or the end of each incident was told."""
-        notices = [one for message in self.messages.values() for one in message.notices]
+        """Return how often the begin or the end of each incident was told since the last restore."""
+        notices = [one for message in [*self.messages.values()][self._since :] for one in message.notices]
         return Counter(one.incident.id for one in notices if one.status == status)
 
     def _repeated(self, message: Message) -> Iterable[str]:

@@ -23,6 +23,7 @@ from sim.users.random_specs import (
     MORE_NAMES,
     NAMES,
     PRIORITIES,
+    RESERVES,
     STACKS,
     ZONE,
     ZONES,
@@ -77,6 +78,7 @@ from skep.model.options.labels import (
     MAINTENANCE,
     PREEMPTION,
     PRIORITY,
+    RESERVE_MEMORY,
     STOPPED,
     is_stopped,
 )
@@ -461,14 +463,17 @@ class Users:
             await self._rebalance(await self._store(creates=False), Random(self._now_ns()))
 
     async def _label(self) -> None:
-        """Set the zone label of a node, or remove it, perhaps after a freeze."""
+        """Set the labels of a node, or remove them, perhaps after a freeze: its zone, and memory for its system."""
+        reserve = ""
         if self._extensions is not None:
             with suppress(SkepError):
                 await self._freeze(await self._store(creates=False), Random(self._now_ns()))
+            reserve = Random(self._now_ns()).choice(("", *RESERVES))
         zone = self._random.choice((*ZONES, ""))
+        labels = {name: value for name, value in ((ZONE, zone), (RESERVE_MEMORY, reserve)) if value}
 
         def labeled(spec: NodeSpec) -> NodeSpec:
-            return replace(spec, labels={ZONE: zone} if zone else {})
+            return replace(spec, labels=labels)
 
         await self._set_node(self._random.choice(self._cluster.workers), labeled)
 

@@ -1,7 +1,10 @@
 """Commands that look at services, nodes and networks, against a real manager's API."""
 
+import asyncio
+import json
 import re
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from skep.manager.orchestrator.replacement.disruption_mode import end_freeze
 from skep.model.node import NodeState
 from skep.model.service import Service
 from skep.model.swarm import Freeze, Swarm
-from skep.model.task import Task, TaskState
+from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId
 from skep.model.values.times import ZERO_TIME
 from skep.store.interface import Transaction
@@ -69,6 +72,115 @@ async def test_a_node_a_network_and_a_task_are_explained_by_their_names(cluster:
         1,
         "Error: no such service, task, node or network: shop. Run skep status to list services and nodes.\n",
     )
+
+
+async def test_the_decision_about_a_tasks_node_is_shown_while_it_runs_and_after_its_end(
+    cluster: Cluster,
+) -> None:
+    (web,) = (one for one in cluster.store.view().find(Service) if one.spec.name == "shop_web")
+    first = next(one for one in cluster.store.view().find(Task, service_id=web.id) if one.slot == 1)
+
+    async def decision(name: str) -> list[str]:
+        code, out, err = await cluster.run("explain", name)
+        assert code == 0, err
+        return [line for line in out.splitlines() if line.startswith("  placed: ")]
+
+    (placed,) = await decision("shop_web.1")
+    assert placed.startswith("  placed: 1 of 1 nodes suitable; the chosen node had ")
+    failed = TaskStatus(state=TaskState.FAILED, err="task: non-zero exit (3)")
+    await cluster.store.update(lambda tx: tx.put(replace(tx.get(Task, first.id), status=failed)))
+    assert await decision(first.id) == [placed]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("reboot-lock", "take", "m1"),
+        ("upgrade", "--to", "99.0.0", "--command", "false"),
+        ("upgrade", "--system", "--command", "false"),
+    ],
+    ids=["lock", "upgrade", "reboots"],
+)
+async def test_maintenance_waits_for_the_end_of_the_clusters_freeze(
+    cluster: Cluster, words: tuple[str, ...]
+) -> None:
+    end = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    code, _, err = await cluster.run("cluster", "freeze", "--until", end, "--reason", "sale")
+    assert code == 0, err
+    code, _, err = await cluster.run(*words)
+    assert (code, "the cluster is frozen until" in err, "--override-freeze" in err) == (1, True, True), err
+    await cluster.run("cluster", "unfreeze")
+    _, _, err = await cluster.run(*words)
+    assert "frozen" not in err
+
+
+async def test_what_would_let_a_task_run_is_shown_for_its_service_and_for_itself(cluster: Cluster) -> None:
+    placement = {"Constraints": ["node.labels.disk==ssd"]}
+    spec = {"Name": "fast", "TaskTemplate": {"ContainerSpec": {"Image": "busybox"}, "Placement": placement}}
+    async with cluster.requests() as client:
+        made = await client.post("/services/create", spec, timeout_s=10.0)
+    change = "  smallest change: m1 would run it without the constraint node.labels.disk == ssd"
+    async with asyncio.timeout(20), cluster.store.watch(Task) as watch:
+        while not any(one.status.err for one in cluster.store.view().find(Task, service_id=made["ID"])):
+            await anext(watch)
+    for name in ("fast", "fast.1"):
+        _, out, err = await cluster.run("explain", name)
+        assert change in out.splitlines(), (out, err)
+
+
+async def test_a_budget_that_can_never_be_kept_is_said_when_its_service_is_created_and_changed(
+    cluster: Cluster,
+) -> None:
+    mount = {"Type": "volume", "Source": "data", "Target": "/data"}
+    spec = {
+        "Name": "kept",
+        "Labels": {"skep.min-available": "5"},
+        "TaskTemplate": {"ContainerSpec": {"Image": "busybox"}},
+        "Mode": {"Replicated": {"Replicas": 3}},
+    }
+    async with cluster.requests() as client:
+        made = await client.post("/services/create", spec, timeout_s=10.0)
+        found = await client.get("/services/kept", timeout_s=10.0)
+        writes = {**spec, "TaskTemplate": {"ContainerSpec": {"Image": "busybox", "Mounts": [mount]}}}
+        path = f"/services/kept/update?version={found['Version']['Index']}"
+        changed = await client.post(path, writes, timeout_s=10.0)
+    assert made["Warnings"] == [
+        "label skep.min-available=5 counts as 3, because the service has no more tasks"
+    ]
+    assert "a drain leaves them on their node until you run skep node drain --now" in changed["Warnings"][-1]
+
+
+async def test_a_service_is_stopped_and_started_and_returns_to_a_former_spec_by_its_number(
+    cluster: Cluster,
+) -> None:
+    def web() -> Service:
+        (found,) = (one for one in cluster.store.view().find(Service) if one.spec.name == "shop_web")
+        return found
+
+    code, _, err = await cluster.run("service", "stop", "shop_web")
+    assert (code, web().spec.replicas, web().spec.given_replicas) == (0, 0, 2), err
+    _, out, _ = await cluster.run("explain", "shop_web")
+    assert out.splitlines()[0] == "shop_web: stopped: skep service start shop_web starts its tasks"
+    code, _, err = await cluster.run("service", "start", "shop_web")
+    assert (code, web().spec.replicas) == (0, 2), err
+
+    cluster.write("name: shop\nservices: {web: {image: busybox, deploy: {replicas: 3}}}")
+    code, _, err = await cluster.deploy("--detach")
+    assert code == 0, err
+    code, out, err = await cluster.run("service", "history", "shop_web", "--output", "json")
+    first, second = json.loads(out)
+    assert (first["Number"], second["Number"]) == (1, 2), err
+    assert first["By"] == second["By"] != ""
+    assert first["At"] < second["At"]
+    _, out, _ = await cluster.run("service", "history", "shop_web")
+    head, *_, last = out.splitlines()
+    assert head.split() == ["REVISION", "WRITTEN", "BY", "CHANGES"]
+    assert last.startswith("2 (now)")
+    assert f" {second['By']} " in last
+    _, out, _ = await cluster.run("service", "diff", "shop_web")
+    assert "Mode.Replicated.Replicas: 2 -> 3" in out.splitlines()
+    code, _, err = await cluster.run("service", "rollback", "--to", "1", "--detach", "shop_web")
+    assert (code, web().spec.replicas) == (0, 2), err
 
 
 async def test_a_registered_service_is_explained_by_its_name(cluster: Cluster) -> None:

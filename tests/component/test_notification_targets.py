@@ -88,6 +88,16 @@ async def test_a_webhook_gets_signed_json() -> None:
     assert SECRET.encode() not in body
 
 
+async def test_slack_gets_its_text_without_a_signature() -> None:
+    async with a_receiver() as receiver:
+        assert await send(f"slack+{receiver.url}", secret="") == ""
+    [(method, path, headers, body)] = receiver.requests
+    assert (method, path) == ("POST", "/path-key")
+    assert json.loads(body) == {"text": MESSAGE.text}
+    assert headers["Content-Type"] == "application/json"
+    assert "Skep-Signature" not in headers
+
+
 async def test_matrix_gets_a_put_whose_repetition_is_the_same_transaction() -> None:
     async with a_receiver() as receiver:
         base = receiver.url.removesuffix("/path-key")

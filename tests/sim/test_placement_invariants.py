@@ -10,6 +10,7 @@ from sim.invariants.nodes.affinity import AffinitiesHold
 from sim.invariants.nodes.containers import Containers
 from sim.invariants.nodes.disconnection import DisconnectPolicies
 from sim.invariants.nodes.placement import (
+    ReservesAreKept,
     device_violations,
     devices_are_exclusive,
     global_jobs_run_once,
@@ -21,7 +22,7 @@ from sim.invariants.nodes.volumes import LocalVolumesStay
 from sim.world.storage import DRIVER
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, EngineDescription, Node, NodeSpec, NodeState
-from skep.model.options.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY, VOLUME_AFFINITY
+from skep.model.options.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY, RESERVE_MEMORY, VOLUME_AFFINITY
 from skep.model.service import (
     DiscreteResource,
     EndpointSpec,
@@ -153,6 +154,31 @@ def test_a_device_that_another_task_has_is_rejected(
     history.put(a_task("t2", slot=2))
     history.put(with_devices(a_task("t2", slot=2, node=W1, state=TaskState.ASSIGNED), wanted, *given))
     assert history.violations == violations
+
+
+@pytest.mark.parametrize(
+    ("reserved", "labeled_s_ago", "is_rejected"),
+    [(0, 60.0, False), (256, 60.0, False), (257, 60.0, True), (257, 1.0, False)],
+)
+def test_a_task_that_takes_what_its_node_keeps_for_the_system_is_rejected(
+    reserved: int, labeled_s_ago: float, is_rejected: bool
+) -> None:
+    """At first no leader needs to know the label."""
+    history = History(ReservesAreKept())
+    node = a_node(W1)
+    history.put(
+        replace(node, description=replace(node.description, resources=Resources(memory_bytes=512 << 20)))
+    )
+    history.put(
+        replace(history.state.get(Node, W1), spec=replace(node.spec, labels={RESERVE_MEMORY: "256MiB"}))
+    )
+    history.after(labeled_s_ago)
+    needs = ResourceRequirements(reservations=Resources(memory_bytes=reserved << 20))
+    task = a_task("t1")
+    task = replace(task, spec=replace(task.spec, resources=needs))
+    history.put(task)
+    history.put(replace(task, node_id=W1, status=TaskStatus(state=TaskState.ASSIGNED)))
+    assert bool(history.violations) is is_rejected, history.violations
 
 
 def test_two_containers_with_one_device_on_a_node_are_rejected() -> None:

@@ -68,13 +68,16 @@ def test_a_number_that_is_used_again_is_rejected() -> None:
     assert history.violations == ["revision 1 of web is another spec than before"]
 
 
-def received(*messages: Message) -> list[str]:
-    """Return the violations when messages reach a receiver, repeated until it accepts each one."""
+def received(*messages: Message | None) -> list[str]:
+    """Return the violations when messages reach a receiver, repeated until it accepts each one.  None: a restore."""
     found: list[str] = []
     receiver = Receiver(Random(1), lambda violations: found.extend(violations), slow_s=0.0)
 
     async def send() -> None:
         for message in messages:
+            if message is None:
+                receiver.restore()
+                continue
             while await receiver.notify(TARGET, message):
                 pass
 
@@ -92,6 +95,12 @@ def test_a_notice_that_is_told_in_two_messages_is_rejected() -> None:
     assert received(a_message("1", NOTICE), a_message("2", NOTICE)) == [
         "incident i1 is told 2 times when it begins, 0 times when it ends"
     ]
+
+
+def test_a_notice_may_be_told_again_after_a_restore_and_an_id_means_the_same_content() -> None:
+    other = a_message("1", replace(NOTICE, at_ns=2))
+    assert received(a_message("1", NOTICE), None, a_message("2", NOTICE)) == []
+    assert received(a_message("1", NOTICE), None, other) == ["a copy of notification 1 has another content"]
 
 
 def test_a_copy_with_another_content_is_rejected() -> None:

@@ -7,7 +7,7 @@ from sim.invariants.committed import Change
 from sim.invariants.nodes.affinity import exceeds_skew, forbidden
 from skep.model.container import Mount
 from skep.model.node import Availability, Node, NodeState
-from skep.model.options.labels import VolumeAffinity, is_stopped, volume_affinity
+from skep.model.options.labels import RESERVE_MEMORY, VolumeAffinity, is_stopped, volume_affinity
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.service import GenericResource, PublishMode, Resources, Service, ServiceSpec, UpdateOrder
 from skep.model.task import Task, TaskState
@@ -15,6 +15,9 @@ from skep.model.values.ids import NodeId
 from skep.model.values.meta import Version
 from skep.model.volume import PublishState, Volume, VolumeScope, VolumeSharing
 from skep.store.interface import Updated, View
+
+RESERVE_KNOWN_S = 10.0
+"""Seconds after which every leader knows a node's label.  Replicas lag by 4 s at most."""
 
 Port = tuple[str, int]
 """Protocol and number, on a node."""
@@ -213,9 +216,47 @@ def is_local(mount: Mount) -> bool:
 
 def has_room(node: Node, task: Task, held: Iterable[Task]) -> bool:
     present, resources = list(held), node.description.resources
-    used = sum(reservations(one).memory_bytes for one in (*present, task))
-    devices = sum(devices_in(one.generic_resources).total() for one in present) + _number_of_devices(task)
-    return used <= resources.memory_bytes and devices <= len(resources.generic_resources)
+    needed, used = (sum(reservations(one).memory_bytes for one in tasks) for tasks in ((task,), present))
+    wanted = _number_of_devices(task)
+    if not needed and not wanted:
+        return True  # Docker does the same
+    devices = sum(devices_in(one.generic_resources).total() for one in present) + wanted
+    fits = used + needed <= resources.memory_bytes - reserve_of(node)
+    return fits and devices <= len(resources.generic_resources)
+
+
+def reserve_of(node: Node) -> int:
+    """Return the memory that the node's labels keep for its system, as simulated users write it."""
+    return int(node.spec.labels.get(RESERVE_MEMORY, "0MiB").removesuffix("MiB")) << 20
+
+
+class ReservesAreKept:
+    """Check that a task that reserves memory is assigned to a node that keeps enough for its system.
+
+    A label counts some seconds after its change, because a leader may decide before it knows of it.
+    """
+
+    def __init__(self) -> None:
+        self._changed_s: dict[NodeId, float] = {}
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        for event in change.events:
+            match event:
+                case Updated(Node() as old, Node() as new) if reserve_of(old) != reserve_of(new):
+                    self._changed_s[new.id] = change.time_s
+                case Updated(Task() as old, Task() as task) if task.node_id != old.node_id:
+                    node = view.lookup(Node, task.node_id)
+                    if node is None or not reserve_of(node):
+                        continue
+                    if change.time_s - self._changed_s.get(node.id, 0.0) < RESERVE_KNOWN_S:
+                        continue
+                    held = (
+                        one
+                        for one in view.find(Task, node_id=node.id)
+                        if one.id != task.id and TaskState.ASSIGNED <= one.status.state <= TaskState.RUNNING
+                    )
+                    if not has_room(node, task, held):
+                        yield f"{task.id} is assigned to {node.id}, which keeps memory for its system"
 
 
 def reservations(task: Task) -> Resources:

@@ -1,5 +1,6 @@
 """``skep cluster freeze`` and ``window``, and the same for stacks: times in which Skep changes nothing by itself."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from skep.model.options.freezes import (
     FreezeRequest,
     FreezesResponse,
     MaintenanceWindow,
+    never_meet,
 )
 from skep.model.task_end import printable
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp
@@ -301,16 +303,25 @@ def shown_freezes(found: Mapping[str, ChangeFreeze], stack: str | None = None) -
 
 
 async def _fetch_window(host: HostOptions, stack: str = CLUSTER) -> Shown:
-    return shown_window(await _freezes(host), stack)
+    return shown_window(await _freezes(host), stack, time.time_ns())
 
 
-def shown_window(found: FreezesResponse, stack: str = CLUSTER) -> Shown:
-    """Return the window of the cluster or a stack."""
+def shown_window(found: FreezesResponse, stack: str = CLUSTER, now_ns: int = 0) -> Shown:
+    """Return the window of the cluster or a stack, and the stacks whose windows never meet the cluster's."""
     window = found.stack_windows.get(stack) if stack else found.window
     if window is None:
         none = f"Stack {stack} has no window of its own." if stack else "No window: Skep may act at any time."
         return Shown(data={}, lines=lambda _: iter([none]))
     is_open = f"the maintenance window{f' of stack {stack}' if stack else ''} is open"
     state = window.words(stack) if window.closed_until else is_open
-    line = f"{window.cron} ({window.time_zone}), for {window.length / SECOND_NS / 60:g} minutes; {state}"
-    return Shown(data=msgspec.to_builtins(window), lines=lambda _: iter([printable(line)]))
+    lines = [printable(f"{window.times}; {state}"), *_unmet(found, stack, now_ns)]
+    return Shown(data=msgspec.to_builtins(window), lines=lambda _: iter(lines))
+
+
+def _unmet(found: FreezesResponse, stack: str, now_ns: int) -> Iterator[str]:
+    for name, window in sorted(found.stack_windows.items()):
+        if stack in (CLUSTER, name) and found.window is not None and never_meet(window, found.window, now_ns):
+            yield printable(
+                f"WARNING: the windows of the cluster and of stack {name} are never open at the same time "
+                f"(skep stack window {name}), so nothing of the stack moves"
+            )

@@ -5,6 +5,7 @@ A message has only what ``skep status`` shows too: names, states and reasons, wi
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from zlib import crc32
 
 import msgspec
 
@@ -83,10 +84,13 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 def message_of(delivery: Delivery, cluster: str, cluster_id: str) -> Message:
     """Return the message that is being sent.  It is the same at every attempt.
 
-    Its id has a time, because numbers repeat after a restore of an older backup, and receivers drop known ids.
+    Its id has a time and a digest of its notices.  After a restore of an older state, numbers repeat, and a notice may
+    be sent together with others than before.  Receivers drop known ids, so they would not get those.
     """
+    notices = [f"{one.status} {one.incident.id} {one.at_ns}" for one in delivery.sending]
+    digest = crc32("\n".join((*notices, str(delivery.told_missed))).encode())
     return Message(
-        id=f"{delivery.target_id}-{delivery.number}-{delivery.sending[0].at_ns // SECOND_NS}",
+        id=f"{delivery.target_id}-{delivery.number}-{delivery.sending[0].at_ns // SECOND_NS}-{digest:08x}",
         cluster=cluster,
         cluster_id=cluster_id,
         at_ns=delivery.sending[-1].at_ns,

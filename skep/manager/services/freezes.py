@@ -10,7 +10,7 @@ from typing import Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 from msgspec.structs import replace
 
 from skep.api.access.permissions import STACK_LABEL
-from skep.errors import FailedPrecondition, NotFound, PermissionDenied, ResourceExhausted
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted
 from skep.manager.cluster import cluster_of, known_cluster
 from skep.model.options.freezes import (
     ADMIN_OVERRIDES,
@@ -22,6 +22,7 @@ from skep.model.options.freezes import (
     checked_freeze,
     checked_window,
     ended,
+    never_meet,
     window_at,
 )
 from skep.model.permissions.access import OVERRIDE_HEADER
@@ -188,7 +189,7 @@ def set_window(
     """Set the maintenance window of the cluster or a stack, or remove it.
 
     Raises:
-        InvalidArgument: It would never open or never close.
+        InvalidArgument: It would never open or never close, or never be open together with the cluster's window.
         NotFound: The stack has no services, or no window to remove.
         ResourceExhausted: Too many stacks have a window.
     """
@@ -200,6 +201,11 @@ def set_window(
     windows = {stack: one for stack, one in swarm.stack_windows.items() if stack != scope}
     if window is not None:
         _require_services(tx, scope)
+        if swarm.window is not None and never_meet(window, swarm.window, now_ns):
+            raise InvalidArgument(
+                f"the window would never be open at the same time as the cluster's ({swarm.window.times}), so "
+                f"nothing of stack {scope} could ever move: choose other times"
+            )
         windows[scope] = window
     elif len(windows) == len(swarm.stack_windows):
         raise NotFound(f"stack {scope} has no maintenance window")

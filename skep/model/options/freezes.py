@@ -31,7 +31,8 @@ LENGTH_S_MIN, LENGTH_S_MAX = 60.0, 7 * 24 * 3600.0
 """Shortest and longest opening of a window.  A minute is the unit of its times, and a week their longest usual
 period."""
 _OPENINGS_TRIED: Final = 1000
-"""Openings of a window among which one must be followed by a closed time.  A year of days has fewer."""
+"""Openings of a window among which one must be followed by a closed time, or coincide with an opening of another
+window.  A year of days has fewer."""
 
 
 class ChangeFreeze(ApiObject):
@@ -63,6 +64,11 @@ class MaintenanceWindow(ApiObject):
     time_zone: str = always("UTC")
     length: Nanoseconds = always(0)
     closed_until: Timestamp = always(Timestamp(""))
+
+    @property
+    def times(self) -> str:
+        """The times of the window, in words."""
+        return f"{self.cron} ({self.time_zone}), for {self.length / SECOND_NS / 60:g} minutes"
 
     def words(self, scope: str = CLUSTER) -> str:
         """Return a sentence about the closed window of ``scope``, which is a stack or empty for the cluster."""
@@ -146,6 +152,28 @@ def window_at(window: MaintenanceWindow, now_ns: int) -> MaintenanceWindow:
     return replace(
         window, closed_until=timestamp(opens_s * SECOND_NS) if opens_s is not None else Timestamp("")
     )
+
+
+def never_meet(window: MaintenanceWindow, other: MaintenanceWindow, now_ns: int) -> bool:
+    """Return whether two windows are never open at the same time.  A window that cannot be read meets every other."""
+    try:
+        schedules = _schedule(window), _schedule(other)
+    except InvalidArgument:
+        return False
+    lengths = window.length // SECOND_NS, other.length // SECOND_NS
+    opens = [
+        one.next_after(now_ns // SECOND_NS - length) for one, length in zip(schedules, lengths, strict=True)
+    ]
+    for _ in range(_OPENINGS_TRIED):
+        first, second = opens
+        if first is None or second is None:
+            return True
+        if first < second + lengths[1] and second < first + lengths[0]:
+            return False
+        # The window that closes first skips the openings that end before the other one opens.
+        early = 0 if first < second else 1
+        opens[early] = schedules[early].next_after(max(first, second) - lengths[early])
+    return True
 
 
 def ended(freezes: Mapping[str, ChangeFreeze], now_ns: int) -> list[str]:

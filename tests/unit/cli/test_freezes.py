@@ -66,6 +66,20 @@ def test_a_stacks_window_is_shown_by_its_name() -> None:
     assert line("") == "No window: Skep may act at any time."
 
 
+def test_windows_that_never_meet_are_named_with_the_clusters_window_and_the_stacks() -> None:
+    night, noon = (MaintenanceWindow(cron=f"0 {hour} * * *", length=3600 * 10**9) for hour in (2, 12))
+    found = FreezesResponse(window=night, stack_windows={"shop": noon, "blog": night})
+
+    def warnings(stack: str) -> list[str]:
+        return list(shown_window(found, stack).lines(None))[1:]  # type: ignore[arg-type]
+
+    (warning,) = warnings("")
+    assert warning.startswith(
+        "WARNING: the windows of the cluster and of stack shop are never open at the same"
+    )
+    assert (warnings("shop"), warnings("blog")) == ([warning], [])
+
+
 @pytest.mark.parametrize(
     ("found", "why"),
     [

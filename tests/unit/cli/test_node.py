@@ -9,7 +9,14 @@ from msgspec.structs import replace
 
 from sim.world.time import VirtualLoop
 from skep.api.client.client import ApiClient
-from skep.cli.cluster.node import _drain, _Progress, drain_and_wait, left_behind, without_node
+from skep.cli.cluster.node import (
+    _drain,
+    _Progress,
+    drain_and_wait,
+    left_behind,
+    stops_first,
+    without_node,
+)
 from skep.cli.formatting import named
 from skep.cli.main import main
 from skep.errors import Unavailable
@@ -149,6 +156,27 @@ async def test_a_drain_says_what_keeps_a_task_on_the_node(
 def a_spec(*mounts: dict[str, Any], **labels: str) -> dict[str, Any]:
     template = {"ContainerSpec": {"Image": "i", "Mounts": list(mounts)}, "Newer": 1}
     return {"Name": "db", "TaskTemplate": template, "Labels": labels}
+
+
+@pytest.mark.parametrize(
+    ("mount", "data"),
+    [
+        ({"Type": "volume", "Source": "data", "Target": "/d"}, "the volume data"),
+        ({"Type": "bind", "Source": "/srv", "Target": "/d"}, "the host path /srv"),
+        ({"Type": "cluster", "Source": "disk", "Target": "/d"}, "the cluster volume disk"),
+    ],
+)
+def test_each_kind_of_data_that_one_task_writes_is_named_before_a_drain(
+    mount: dict[str, Any], data: str
+) -> None:
+    said = stops_first(a_spec(mount), "w1", is_away=True, now=False)
+    assert said == (
+        f"db stops its tasks on w1 before their replacements start (they write to {data}), and is down until they "
+        "run elsewhere"
+    )
+    assert stops_first(a_spec(mount | {"ReadOnly": True}), "w1", is_away=True, now=False) == ""
+    first = a_spec(mount) | {"UpdateConfig": {"Order": "start-first"}}
+    assert stops_first(first, "w1", is_away=True, now=False) == ""
 
 
 def test_only_data_that_stays_on_the_node_is_named() -> None:

@@ -12,7 +12,14 @@ from msgspec.structs import replace
 from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
 from skep.api.access.permissions import STACK_LABEL
-from skep.errors import FailedPrecondition, NotFound, PermissionDenied, ResourceExhausted, SkepError
+from skep.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    SkepError,
+)
 from skep.manager.autoscaling.state import Scaling, write_replicas
 from skep.manager.cluster import cluster_of
 from skep.manager.control.quotas import check_quota
@@ -100,6 +107,20 @@ async def test_a_closed_window_of_a_stack_holds_that_stack_and_the_clusters_hold
     assert held_by(store.view(), "shop") == "the maintenance window is closed until 1970-01-01 05:00 UTC"
     await store.update(set_window, None, "shop", now_ns=0)
     assert store.view().get(Swarm, "c").stack_windows == {}
+
+
+async def test_a_window_of_a_stack_that_never_meets_the_clusters_is_refused() -> None:
+    """Each would wait for the other one for ever.  The cluster's window may be set, so that no stack blocks it."""
+    store = await a_store(SHOP)
+    night, noon = (MaintenanceWindow(cron=f"0 {hour} * * *", length=HOUR_NS) for hour in (2, 12))
+    await store.update(set_window, night, now_ns=0)
+    with pytest.raises(
+        InvalidArgument, match=r"the cluster's \(0 2 \* \* \* \(UTC\), for 60 minutes\), so nothing of"
+    ):
+        await store.update(set_window, noon, "shop", now_ns=0)
+    await store.update(set_window, night, "shop", now_ns=0)
+    await store.update(set_window, noon, now_ns=0)
+    assert store.view().get(Swarm, "c").stack_windows["shop"].cron == night.cron
 
 
 async def test_the_number_of_stacks_with_a_window_is_bounded() -> None:

@@ -13,6 +13,7 @@ from skep.model.options.freezes import (
     checked_freeze,
     checked_window,
     ended,
+    never_meet,
     window_at,
 )
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp
@@ -101,3 +102,29 @@ def test_a_window_that_never_opens_or_never_closes_is_refused(window: Maintenanc
 
 def test_a_window_with_a_time_zone_that_this_machine_lacks_is_open() -> None:
     assert window_at(a_window(zone="Mars/Olympus"), ns(NOON)).closed_until == ""
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "apart"),
+    [
+        (a_window("0 2 * * *", 2), a_window("0 3 * * *", 1), False),
+        (a_window("0 2 * * *", 2), a_window("0 5 * * *", 1), True),
+        (a_window("0 2 * * *", 2), a_window("0 4 * * *", 1), False),  # when summer time begins
+        (a_window("0 2 * * *", 2), a_window("0 4 * * *", 1, zone="UTC"), True),
+        (a_window("0 2 * * *", 2), a_window("0 1 * * *", 1, zone="UTC"), False),  # in winter
+        (a_window("0 2 * * SAT", 4), a_window("0 2 * * SUN", 4), True),
+        (a_window("0 2 * * SAT", 24), a_window("0 2 1 * *", 1), False),
+        (a_window("0 2 1 1 *", 1), a_window("*/5 * * 1 *", 1 / 60), False),
+        (a_window("0 2 1 1 *", 1), a_window("*/5 * * 2 *", 1 / 60), True),
+        (a_window("0 2 * * *"), a_window(zone="Mars/Olympus"), False),
+    ],
+)
+def test_windows_that_are_never_open_at_the_same_time_are_noticed(
+    one: MaintenanceWindow, other: MaintenanceWindow, apart: bool
+) -> None:
+    assert never_meet(one, other, ns(NOON)) is never_meet(other, one, ns(NOON)) is apart
+
+
+def test_a_window_that_is_open_now_meets_another_one_that_opens_before_it_closes() -> None:
+    once = a_window("0 10 1 6 *", 3, zone="UTC")
+    assert not never_meet(once, a_window("30 12 1 6 *", 1, zone="UTC"), ns(NOON))

@@ -119,6 +119,16 @@ def test_after_a_restore_no_new_message_has_the_id_of_one_that_was_sent() -> Non
     assert message_of(retried, "default", "c") == message_of(first, "default", "c")
 
 
+def test_after_a_restore_a_notice_that_is_sent_with_another_one_has_another_id() -> None:
+    """The older state has a notice that waited.  A receiver that knows the id would drop the other one with it."""
+    backup = with_notices(NOTHING, [a_notice(1)])
+    first, again = claimed(backup, NOW_NS), claimed(backup, after(600))
+    more = claimed(with_notices(backup, [a_notice(2, after(600))]), after(600))
+    other = claimed(with_notices(backup, [a_notice(3, after(600))]), after(600))
+    ids = [message_of(one, "default", "c").id for one in (first, again, more, other)]
+    assert (ids[0] == ids[1], len(set(ids))) == (True, 3)
+
+
 @given(st.lists(st.sampled_from(["add", "claim", "fail", "succeed", "stale"]), max_size=60))
 def test_every_notice_is_delivered_once_in_order_dropped_or_still_there(steps: list[str]) -> None:
     delivery, added, told = NOTHING, 0, list[int]()

@@ -12,6 +12,7 @@ from skep.manager.what_if.rehearsal import Rehearsal
 from skep.manager.what_if.suppositions import deploy, drain, lose, nodes_named, quorum_after
 from skep.model.container import ConfigReference, ContainerSpec, FileTarget, Mount
 from skep.model.node import (
+    Availability,
     EngineDescription,
     EnginePlugin,
     ManagerStatus,
@@ -96,6 +97,20 @@ def test_a_task_that_fits_no_other_node_waits_with_its_reason() -> None:
     (found,) = answer.services
     assert (found.after, [(one.tasks, one.kind) for one in found.missing]) == (0, [(1, "no-node")])
     assert "it needs node.hostname==w1" in found.missing[0].reason
+
+
+def test_what_is_left_for_reservations_is_counted_before_and_afterwards() -> None:
+    size = Resources(nano_cpus=4_000_000_000, memory_bytes=8 * GIB)
+    web = a_service("web", replicas=2, reserve=Resources(nano_cpus=1_000_000_000, memory_bytes=2 * GIB))
+    nodes = [node(id, has=size) for id in ("w1", "w2")]
+    paused = node("w3", has=size, availability=Availability.PAUSE)
+    answer = ask(a_state(*nodes, paused, *with_tasks(web, "w1", "w2")), losing("w1"))
+    before, after = answer.capacity_before, answer.capacity_after
+    assert (before.nodes, before.free_nano_cpus, before.free_memory_bytes) == (2, 6_000_000_000, 12 * GIB)
+    assert (after.nodes, after.free_nano_cpus, after.free_memory_bytes) == (1, 2_000_000_000, 4 * GIB)
+    w1, w2 = answer.nodes
+    assert (w1.takes_tasks, w2.takes_tasks) == (False, True)
+    assert (w2.free_nano_cpus, w2.free_memory_bytes) == (2_000_000_000, 4 * GIB)
 
 
 def test_data_that_a_moved_task_leaves_behind_is_named() -> None:
