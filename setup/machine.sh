@@ -1,10 +1,11 @@
 # Sourced by bare.sh, virtual.sh and others: creates a bare machine in a directory, with a fresh clone of the current commit.
 
-# know_suite SUITE: sets $distribution, $components, $updates (suites), $kernel (package) and $script (debootstrap's).
+# know_suite SUITE: sets $distribution, $components, $updates (suites), $kernel (package for $ARCH or amd64) and $script
+# (debootstrap's).
 know_suite() {
     case $1 in
     bookworm | trixie | forky)
-        distribution=debian components=main updates=$1-updates kernel=linux-image-cloud-amd64 script=sid
+        distribution=debian components=main updates=$1-updates kernel=linux-image-cloud-${ARCH:-amd64} script=sid
         ;;
     noble | resolute)
         distribution=ubuntu components=main,universe updates="$1-updates $1-security" kernel=linux-image-virtual

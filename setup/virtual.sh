@@ -10,10 +10,12 @@
 # On a busy machine, the kernel would take the emulated timer for a broken one, so it does not check it, and time limits of
 # tests are exceeded there.  ICOUNT=3 makes its clock count instructions of 2^3 ns each,
 # whatever they take here.  ICOUNT=1 counts 2 ns: more fits into a limit, and everything takes longer.
+# ARCH=arm64 emulates that processor, for the set-up by qemu's user emulation.  Debian's suites, not with KVM=1 or SELINUX=1.
 # SELINUX=1 boots it with SELinux in the place of AppArmor: Debian's policy (of trixie or later, because older ones have no
 # rules for containers) with packaging/selinux/skep.cil, in enforcing mode.  Commands run in the domain of a service.
-# Needs root, debootstrap, qemu-system-x86 and e2fsprogs.  Its size is CPUS (default 1, because newer kernels crashed with
-# several that are emulated in parallel) and MEMORY_MB (default 4096).  It may run for DEADLINE_S (default 3600).
+# Needs root, debootstrap, qemu-system-x86 (or qemu-system-arm) and e2fsprogs.  Its size is CPUS (default 1, because newer
+# kernels crashed with several that are emulated in parallel) and MEMORY_MB (default 4096).  It may run for DEADLINE_S
+# (default 3600).
 # SYSTEMD=1 boots it by systemd, which runs the commands as a service once it can start others.  The machine then has the
 # commit's Debian package in dist/.
 # KEEP=1 keeps the machine in $MACHINES (/var/cache/skep-machines), some 3 GB.  The next run with KEEP=1 takes it from there, with
@@ -30,23 +32,30 @@ shift
 [ $# -gt 0 ] || fail "nothing to run" "virtual.sh $suite COMMAND..."
 [ "$(id -u)" = 0 ] || fail "this needs root" "run it as root"
 PATH=$PATH:/usr/sbin:/sbin
-for needed in qemu-system-x86_64 mke2fs; do
-    command -v "$needed" >/dev/null || fail "$needed is missing" "apt-get install qemu-system-x86 e2fsprogs"
+case ${ARCH:-} in
+"") qemu="qemu-system-x86_64 -M q35,acpi=on -cpu max" console=ttyS0 ;;
+# The processor's own way to sign pointers takes most of the time of an emulated one.
+arm64) qemu="qemu-system-aarch64 -M virt -cpu max,pauth-impdef=on" console=ttyAMA0 ;;
+*) fail "$ARCH is not emulated here" "arm64 is" ;;
+esac
+for needed in "${qemu%% *}" mke2fs; do
+    command -v "$needed" >/dev/null || fail "$needed is missing" "apt-get install qemu-system-x86 qemu-system-arm e2fsprogs"
 done
 
 [ -z "${KVM:-}" ] || grep -qwE 'vmx|svm' /proc/cpuinfo ||
     fail "KVM=1: this machine's processor has no virtualization" "leave KVM out: the processor is emulated"
 
 place=$(mktemp -d /var/tmp/skep-virtual-XXXXXX)
-trap 'rm -rf --one-file-system "$place"' EXIT
+trap 'stop_emulation; rm -rf --one-file-system "$place"' EXIT
 machine=$place/machine
 if [ -n "${KEEP:-}" ]; then
-    machine=${MACHINES:-/var/cache/skep-machines}/virtual-$suite${SELINUX:+-selinux}
+    machine=${MACHINES:-/var/cache/skep-machines}/virtual-$suite${ARCH:+-$ARCH}${SELINUX:+-selinux}
     mkdir -p "${machine%/*}"
     exec 9>"$machine.lock"
     flock -n 9 || fail "$machine is in use by another run" "wait for its end, or leave KEEP out"
 fi
-say "$suite: a virtual machine, commit $(git rev-parse --short HEAD)"
+say "$suite: a virtual machine${ARCH:+ of $ARCH}, commit $(git rev-parse --short HEAD)"
+[ -z "${ARCH:-}" ] || emulate "$ARCH" "$place/emulator"
 
 # inside COMMAND: runs it in the machine that is being made.
 inside() {
@@ -127,7 +136,7 @@ while read -r command; do
     [ $code = 0 ] || break
 done </root/commands
 [ "${1:-}" != confined ] || dmesg | grep "avc:  denied" | tail -100
-echo $code >/dev/ttyS1
+echo "code $code"
 sync
 echo o >/proc/sysrq-trigger
 sleep 60
@@ -140,7 +149,7 @@ if [ -n "${SYSTEMD:-}" ]; then
     setup/package.sh "$machine/root/skep/dist" >"$place/log" 2>&1 || fail "there is no package: $(tail -1 "$place/log")"
     # Not multi-user.target, which would start the file servers and Docker.
     boot="systemd.unit=commands.service systemd.show_status=0 systemd.firstboot=off"
-    cat >"$machine/etc/systemd/system/commands.service" <<'EOF'
+    cat >"$machine/etc/systemd/system/commands.service" <<EOF
 [Unit]
 Wants=basic.target systemd-logind.service apparmor.service
 After=basic.target systemd-logind.service apparmor.service
@@ -149,7 +158,7 @@ Type=oneshot
 ExecStart=/root/first
 StandardOutput=tty
 StandardError=tty
-TTYPath=/dev/ttyS0
+TTYPath=/dev/$console
 Delegate=yes
 EOF
 fi
@@ -172,13 +181,12 @@ accelerator=tcg,thread=multi
 say "$suite: booting"
 began=$SECONDS
 # shellcheck disable=SC2086  # an accelerator and its options
-timeout "${DEADLINE_S:-3600}" qemu-system-x86_64 -M q35,acpi=on -cpu max -accel $accelerator -smp "${CPUS:-1}" \
-    -m "${MEMORY_MB:-4096}" -nodefaults -no-user-config -display none -no-reboot -nic none \
-    -serial stdio -serial "file:$place/code" \
+timeout "${DEADLINE_S:-3600}" $emulator -accel $accelerator -smp "${CPUS:-1}" \
+    -m "${MEMORY_MB:-4096}" -nodefaults -no-user-config -display none -no-reboot -nic none -serial stdio \
     -drive "file=$place/disk,format=raw,if=virtio,cache=unsafe" \
     -kernel "$place"/vmlinuz-* -initrd "$place"/initrd.img-* \
-    -append "root=/dev/vda rw console=ttyS0 quiet loglevel=3 panic=-1 no_timer_check $confinement $boot" </dev/null | sed -u 's,\r,,g' ||
+    -append "root=/dev/vda rw console=$console quiet loglevel=3 panic=-1 no_timer_check $confinement $boot" </dev/null | sed -u 's,\r,,g' | tee "$place/output" ||
     fail "$suite: the machine did not end within ${DEADLINE_S:-3600} s, or could not be started (above)"
-code=$(tr -cd 0-9 <"$place/code")
+code=$(sed -n 's/^code \([0-9]*\)$/\1/p' "$place/output" | tail -1)
 say "$suite: ended with ${code:-no} exit code after $((SECONDS - began)) s"
 exit "${code:-1}"
