@@ -1,6 +1,7 @@
 """``/skep/tasks/{id}/explain`` and ``/skep/services/{id}/explain``: why an object is not in its desired state."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import msgspec
@@ -38,7 +39,7 @@ from skep.manager.scheduler.explaining.explain import (
     with_shown_names,
 )
 from skep.manager.scheduler.explaining.smallest_change import finding_smallest_change
-from skep.manager.scheduler.nodes.requirements import planes_of, requirements_of
+from skep.manager.scheduler.nodes.requirements import paths_of, planes_of, requirements_of
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
 from skep.manager.services.freezes import held_by, stack_of_service
 from skep.manager.services.quotas import replicas_within_quota
@@ -51,6 +52,7 @@ from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.dependencies import WAITS_FOR
 from skep.model.service import UNDER_WAY, Service
 from skep.model.task import Task, TaskState
+from skep.model.values.counts import counted
 from skep.model.values.ids import NodeId
 from skep.model.volume import Volume
 from skep.store.interface import View
@@ -140,6 +142,7 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         held_words(view, service),
         damage_of(view, Service, service.id),
         *route_problems(view, service, can_see),
+        *_cut_off(view, tasks),
     )
     new = (one for one in more if one and one not in explanation.summary)
     return json_response(replace(explanation, summary="; ".join((explanation.summary, *new))))
@@ -172,6 +175,19 @@ def held_words(view: View, service: Service) -> str:
     status = service.update_status
     is_updating = status is not None and status.state in UNDER_WAY
     return "" if is_updating else held_by(view, stack_of_service(service))
+
+
+def _cut_off(view: View, tasks: Sequence[Task]) -> Iterator[str]:
+    """Yield the nodes with running tasks whose networks fail between that node and others."""
+    running = [task for task in tasks if task.is_wanted and task.status.state is TaskState.RUNNING]
+    for id, number in Counter(task.node_id for task in running).items():
+        node = view.lookup(Node, id)
+        here = next(task for task in running if task.node_id == id)
+        paths = paths_of(one.network for one in here.networks_attachments)
+        for one in node.cut_off if node is not None else ():
+            if one.check in paths:
+                name = node_name(view, id)
+                yield f"{counted(number, 'task')} on {name}, which is cut off on {one.networks}: {one.summary}"
 
 
 def _with_figures(explanation: ServiceExplanation, found: _Verdicts) -> ServiceExplanation:
