@@ -118,6 +118,8 @@ class PredictedPlacement(msgspec.Struct, frozen=True, rename="pascal"):
     desired: int
     nodes: tuple[NodeShare, ...] = ()
     error: str = ""
+    old: int = 0
+    """Tasks of the former spec that stay, because new tasks do not fit next to them."""
     verdicts: tuple[PlacementRefusal, ...] = ()
     preempted: tuple[Preempted, ...] = ()
 

@@ -94,6 +94,8 @@ class PlannedPlacement(ApiObject):
     nodes: tuple[PlannedShare, ...] = always(())
     """Nodes with all tasks that fit, including existing tasks that stay."""
     error: str = always("")
+    old: int = 0
+    """Tasks of the former spec that stay, because new tasks do not fit next to them."""
     verdicts: tuple[NodeVerdict, ...] = always(())
     """Reasons why nodes refuse another task, if a task is refused."""
     preempted: tuple[PreemptedTasks, ...] = ()
@@ -135,12 +137,11 @@ class DryRun:
         kept: list[Task] = []
         replaced: list[Task] = []
         yield from self._present(service, len(homes), kept, replaced)
-        nodes = Counter(task.node_id for task in kept)
+        nodes, freed = Counter(task.node_id for task in kept), 0
         is_global = service.spec.mode.name in ("global", "global-job")
         missing = [id for id in homes if not nodes[id]] if is_global else homes[len(kept) :]
         first = self._number_in_steps(spec, replaced, len(homes))
         number = self._number_at_once(spec, replaced, is_staged=first > 0)
-        freed = 0
         requirements: Requirements | None = None
         refusal: PlacementRefused | None = None
         preempted: list[TaskId] = []
@@ -152,9 +153,6 @@ class DryRun:
                 requirements = self._requirements(tasks[0], spec)
             placed = yield from self._placed(tasks, requirements, is_last=end >= len(missing))
             nodes.update(one.node_id for one in placed.assignments)
-            if end >= min(first, len(missing)):
-                self._free(replaced[freed:end])
-                freed = end
             yield None
             if placed.refusals:
                 found = yield from self._nominated([one.task for one in placed.refusals], requirements)
@@ -163,6 +161,9 @@ class DryRun:
                 if len(found) < len(placed.refusals):
                     refusal = placed.refusals[0]
                     break
+            if end >= min(first, len(missing)):
+                self._free(replaced[freed:end])
+                freed = end
         verdicts: list[NodeVerdict] = []
         if refusal is not None and requirements is not None:
             yield from self._verdicts(requirements, verdicts)
@@ -173,6 +174,7 @@ class DryRun:
             desired=len(homes),
             nodes=tuple(shares),
             error=self._reason(refusal, spec) if refusal is not None else "",
+            old=len(replaced[freed:]) if refusal is not None else 0,
             preempted=tuple(
                 PreemptedTasks(name=name, tasks=count)
                 for name, count in sorted(victims_by_service(preempted, self._view, self._named).items())

@@ -336,6 +336,9 @@ async def test_a_staged_update_needs_room_for_all_old_tasks_and_the_new_ones(
     (found,) = await asked(cluster, spec)
     assert (found["Error"] == "") is fits
     assert fits or "insufficient resources on 1 node" in found["Error"]
+    reasons = {one["Hostname"]: one["Reasons"] for one in found.get("Verdicts") or ()}
+    assert found.get("Old", 0) == (0 if fits else 4)
+    assert fits or reasons["n1"][0].startswith("insufficient resources: 1024 MiB of memory requested, 0 not")
 
 
 async def test_what_the_cluster_would_refuse_is_said_and_the_others_are_placed(cluster) -> None:
