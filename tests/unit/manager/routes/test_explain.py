@@ -16,7 +16,7 @@ from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, CutOff
 from skep.model.node_reports.node_refusals import NodeRefusal, no_node_text
 from skep.model.options.freezes import ChangeFreeze
-from skep.model.service import Resources, UpdateState, UpdateStatus
+from skep.model.service import PortConfig, PublishMode, Resources, Service, UpdateState, UpdateStatus
 from skep.model.swarm import Swarm
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.values.ids import ClusterId, NetworkId, NodeId
@@ -153,3 +153,24 @@ def test_a_service_and_its_network_name_the_nodes_that_are_cut_off_on_it(encrypt
     asyncio.run(store.update(lambda tx: [tx.put(one) for one in (*nodes, network, web, *tasks)]))
     shown = asyncio.run(describe_network(store.view(), network, verbose=False))
     assert shown["Warnings"][-1] == f"n2 {words}"
+
+
+async def test_a_service_that_waits_for_a_host_mode_port_names_the_services_that_have_it() -> None:
+    port = PortConfig(target_port=80, published_port=9090, publish_mode=PublishMode.HOST)
+    refused = no_node_text(NodeRefusal.HOST_PORT.text(1))
+    async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
+        view = api.store.view()
+        drained = [
+            replace(node, spec=replace(node.spec, availability=Availability.DRAIN))
+            for node in view.find(type(a_node("x")))
+        ]
+        services = [a_service("db", ports=(port,)), a_service("web", replicas=1, ports=(port,))]
+        await api.store.update(lambda tx: [tx.put(one) for one in (*drained, a_node("n1"), *services)])
+        db, web = (api.store.view().find(Service, name=name)[0] for name in ("db", "web"))
+        pending = a_task("t1", service=web, state=TaskState.PENDING)
+        pending = replace(pending, status=replace(pending.status, err=refused))
+        held = a_task("d1", service=db, node="n1", state=TaskState.RUNNING)
+        await api.store.update(lambda tx: [tx.put(one) for one in (pending, held)])
+        async with client.get("/skep/services/web/explain") as response:
+            found = await response.json()
+    assert found["Reason"] == f"{refused}; it needs port 9090/tcp; 9090/tcp is in use by db"
