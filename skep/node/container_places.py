@@ -19,6 +19,7 @@ from skep.api.http.framing import path_of
 from skep.api.http.server import insert_in_errors
 from skep.errors import NotFound, SkepError
 from skep.model.permissions.access import Identity
+from skep.model.task import TaskState
 from skep.node.cluster.cluster_reads import ClusterReads
 from skep.node.cluster.local import LocalNode
 
@@ -121,7 +122,9 @@ class ContainerPlaces:
 def _sentences(place: ContainerPlace, what: str) -> str:
     node = place.hostname or place.node_id
     service = place.name.partition(".")[0]
-    if place.state != "running":
+    if place.state == TaskState.UNKNOWN.value:
+        return f"It is a container of task {place.name} on node {node}, which is down. Run skep explain {service}"
+    if place.state != TaskState.RUNNING.value:
         return (
             f"It is a container of task {place.name} on node {node}, and the task is {place.state}. "
             f"Run skep explain {service}"

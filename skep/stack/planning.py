@@ -56,9 +56,7 @@ class Difference(msgspec.Struct, frozen=True):
 
     @property
     def restarts(self) -> bool:
-        """Return whether the change replaces all tasks.  A change of placement moves only those tasks that no longer
-        fit.
-        """
+        """Return whether the change replaces all tasks.  A changed placement moves only tasks that no longer fit."""
         if self.path.startswith("TaskTemplate.Placement."):
             return False
         return self.path.startswith(("TaskTemplate.", "EndpointSpec."))
@@ -112,12 +110,13 @@ class Preempted(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class PredictedPlacement(msgspec.Struct, frozen=True, rename="pascal"):
-    """The scheduler's prediction of a service's placement.  ``error`` is set if not all tasks fit."""
+    """The scheduler's prediction of a service's placement.  ``error`` is set if not all fit, next to ``old`` tasks."""
 
     name: str
     desired: int
     nodes: tuple[NodeShare, ...] = ()
     error: str = ""
+    old: int = 0
     verdicts: tuple[PlacementRefusal, ...] = ()
     preempted: tuple[Preempted, ...] = ()
 

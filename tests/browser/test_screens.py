@@ -385,6 +385,31 @@ async def test_a_phone_shows_problems_first() -> None:
         await expect(more).to_have_attribute("aria-expanded", "false")
 
 
+async def test_an_earlier_time_does_not_claim_that_there_were_no_secrets_and_revisions() -> None:
+    cluster = in_every_state()
+    cluster.then = cluster.snapshot()
+    for kind in ("secrets", "configs"):
+        cluster.then[kind] = []
+    for stack in cluster.then["stacks"]:
+        stack.update(revision=None, revisions=[])
+    async with served(cluster) as url, a_browser() as browser, a_page(browser) as page:
+        await open_place(page, url, "hive")
+        secrets = page.get_by_role("navigation").get_by_role("link", name="Secrets, configs")
+        await expect(secrets).to_have_text(re.compile("[0-9]$"))
+        await page.locator(".bars input").fill("1800")
+        await expect(page.locator(".banner.past")).to_be_visible()
+        await expect(secrets).to_have_text("Secrets, configs")
+        await secrets.click()
+        await expect(page.locator(".empty")).to_have_text(
+            "An earlier state of the cluster has no secrets and configs. Go back to now to see them."
+        )
+        await page.get_by_role("link", name="Stacks").click()
+        await page.get_by_role("link", name=cluster.then["stacks"][0]["name"]).first.click()
+        await expect(page.locator("aside")).to_contain_text(
+            "An earlier state of the cluster has no revisions."
+        )
+
+
 async def test_the_time_that_a_phone_shows_covers_nothing() -> None:
     cluster = in_every_state()
     cluster.then = cluster.snapshot()

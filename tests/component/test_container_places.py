@@ -23,6 +23,7 @@ from skep.api.http.server import runner
 from skep.engine.api.containers import container_routes
 from skep.errors import NotFound
 from skep.manager.routes import application
+from skep.model.node import NodeState
 from skep.model.permissions.access import ALL, Identity, Origin, parse_binding
 from skep.model.service import Service
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
@@ -34,7 +35,7 @@ from tests.support.builders import a_node, a_service, a_task
 from tests.support.engine.oci_rig import Machine, memory_engine
 from tests.support.store.store_transactions import put
 
-ID, GONE = "3f2a" * 16, "beef" * 16
+ID, GONE, LOST = "3f2a" * 16, "beef" * 16, "10c7" * 16
 TASK = "t" * 25
 ROOT = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
 REPLACE = "docker service update --force shop_web, or docker service scale shop_web=N"
@@ -48,9 +49,9 @@ def a_user(*roles: str) -> Identity:
     return Identity(name="ann", origin=Origin.TOKEN, bindings=tuple(map(parse_binding, roles)))
 
 
-def at_w2(service: Service, id: str, container: str, slot: int, state: TaskState) -> Task:
+def at_w2(service: Service, id: str, container: str, slot: int, state: TaskState, node: str = "w2") -> Task:
     status = TaskStatus(state=state, container_status=ContainerStatus(container_id=container))
-    return replace(a_task(id, service=service.id, slot=slot, node="w2"), status=status)
+    return replace(a_task(id, service=service.id, slot=slot, node=node), status=status)
 
 
 class Node:
@@ -91,6 +92,8 @@ async def a_cluster(
         for one in (
             service,
             a_node("w2"),
+            a_node("w3", state=NodeState.DOWN),
+            at_w2(service, "v" * 25, LOST, 4, TaskState.RUNNING, "w3"),
             at_w2(service, TASK, ID, 2, TaskState.RUNNING),
             at_w2(service, "u" * 25, GONE, 3, TaskState.FAILED),
         ):
@@ -145,6 +148,14 @@ async def test_each_command_is_named_that_reaches_the_container(tmp_path: Path) 
         assert (await node.answer(ROOT, f"GET /containers/{GONE}/logs?stdout=1"))[1].endswith(
             "It is a container of task shop_web.3 on node w2, and the task is failed. Run skep explain shop_web"
         )
+
+
+async def test_no_command_is_named_for_a_container_of_a_node_that_is_down(tmp_path: Path) -> None:
+    async with a_cluster(tmp_path) as node:
+        for request in (f"POST /containers/{LOST}/exec", f"GET /containers/{LOST}/logs?stdout=1"):
+            assert (await node.answer(ROOT, request))[1].endswith(
+                "It is a container of task shop_web.4 on node w3, which is down. Run skep explain shop_web"
+            )
 
 
 async def test_a_container_that_no_task_has_is_missing_as_before(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -15,7 +16,7 @@ from skep.agent.session.managers import KnownManager
 from skep.api.http.connection import Connection
 from skep.api.http.tunnelling import join_client
 from skep.errors import NotFound, PermissionDenied, ResourceExhausted, SkepError, Unavailable
-from skep.manager.nodes.tunnels import PER_NODE_MAX
+from skep.manager.nodes.tunnels import PER_NODE_MAX, NodeTunnels
 from skep.model.node import Node, NodeRole, NodeState, NodeStatus
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId
@@ -23,7 +24,7 @@ from skep.security.tls import client_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import open_channel
-from tests.support.builders import a_task
+from tests.support.builders import a_node, a_task
 from tests.support.managers.fake_worker import FakeWorker
 from tests.support.managers.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent_of, until
 
@@ -64,6 +65,12 @@ async def cluster():
 @pytest.fixture
 async def containers(cluster, tmp_path):
     """Those of the node of ``task``."""
+    async with node_of(cluster, tmp_path) as containers:
+        yield containers
+
+
+@asynccontextmanager
+async def node_of(cluster: Cluster, tmp_path: Path) -> AsyncIterator[Containers]:
     containers = Containers()
     pair = await a_worker(cluster, tmp_path)
     peers = [KnownManager(MANAGER_ID, cluster.address)]
@@ -159,6 +166,21 @@ async def test_a_node_that_cannot_connect_says_why(cluster, containers):
     with pytest.raises(SkepError, match="nothing listens there"):
         async with cluster.tunnels.open(containers.task, port=1):
             pass
+
+
+async def test_a_node_that_hangs_is_named_through_another_manager_too(tmp_path):
+    async with Cluster(tunnel_open_s=0.2).serving() as cluster, node_of(cluster, tmp_path) as containers:
+        containers.may_connect.clear()
+        manager = cluster.pair("manager2", NodeRole.MANAGER)
+        await cluster.store.update(lambda tx: tx.put(a_node("manager2", role=NodeRole.MANAGER)))
+        async with open_channel(cluster.address, client_context(manager), "swarm-manager") as channel:
+            other = NodeTunnels(
+                cluster.store, NodeId("manager2"), cluster.dispatcher.session, lambda _: channel, open_s=0.2
+            )
+            for tunnels in (cluster.tunnels, other):
+                with pytest.raises(Unavailable, match=r"^node worker has not opened a connection in 0\.2 s$"):
+                    async with tunnels.open(containers.task, head=HEAD):
+                        pass
 
 
 async def test_the_tunnels_of_a_node_are_bounded(cluster, containers):

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote
@@ -21,7 +21,7 @@ from skep.cli import passthrough
 from skep.cli.apps.targets import CommandTarget, OrDocker, find_target_or_docker, to_docker
 from skep.cli.endpoint import HostOptions
 from skep.cli.running import run_requests
-from skep.errors import SkepError
+from skep.errors import SkepError, Unavailable
 
 _HEAD_BYTES_MAX = 64 * 1024
 """Size of a request's head.  The docker command on this machine sends some hundred bytes."""
@@ -60,7 +60,24 @@ async def run_docker(
                 docker, "--host", f"unix://{socket}", *command, *words
             )
             with _signals_passed_on(process):
-                return await process.wait()
+                code = await process.wait()
+        if code:
+            for reason in await lost_connections(client, tasks.values()):
+                click.echo(f"Error: {reason}", err=True)
+        return code
+
+
+async def lost_connections(client: RawClient, tasks: Iterable[CommandTarget]) -> Sequence[str]:
+    """Return why the containers of ``tasks`` cannot be reached.  Docker only sees that its connection has ended."""
+    reasons: list[str] = []
+    for task in tasks:
+        try:
+            await client.get(f"{task.container}/json")
+        except Unavailable as error:
+            reasons.append(str(error))
+        except SkepError:
+            pass  # Its node responds, so docker has shown the error.
+    return reasons
 
 
 @asynccontextmanager

@@ -27,7 +27,7 @@ from skep.model.values.counts import counted
 from skep.model.values.times import minute
 
 _PAUSED = ("paused", "rollback_paused")
-_WAITS_FOR = re.compile(r"it waits for (?:service )?([A-Za-z0-9][\w.-]*)")
+_WAITS_FOR = re.compile(r"it waits for (?:.*, which waits for )?(?:service )?([A-Za-z0-9][\w.-]*)")
 _KILLED_BY_SKEP = ("unhealthy", "stop-timeout")
 """Causes after which Skep itself sends the signal."""
 _ENTRIES_MAX = 100

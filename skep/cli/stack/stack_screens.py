@@ -234,7 +234,8 @@ def placement_lines(placement: PredictedPlacement) -> list[str]:
         return [f"{counted(placement.desired, 'task')}{where}", *preempts] if placement.desired else []
     if not placement.desired:
         return [click.style(f"would be refused: {printable(placement.error)}", fg="red")]
-    head = f"does not fit: {fitting} of {counted(placement.desired, 'task')} would run{where}"
+    kind, next_to = ("new task", f", next to {placement.old} old") if placement.old else ("task", "")
+    head = f"does not fit: {fitting} of {counted(placement.desired, kind)} would run{where}{next_to}"
     lines = [click.style(head, fg="red"), *preempts, f"  {printable(placement.error)}"]
     return lines + [printable(f"  {name}: {reason}") for name, reason in _refusals(placement.verdicts)]
 

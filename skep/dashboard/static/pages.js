@@ -380,7 +380,7 @@ function stacksPage(app) {
       { key: "name", title: "Name", cell: (stack) => stack.name, sort: byName },
       { key: "revision", title: "Revision", kind: "number roomy", cell: (stack) => (stack.revision === null ? "–" : String(stack.revision)), sort: (stack) => stack.revision ?? 0 },
       { key: "state", title: "State", cell: (stack) => stackState(services(stack)) },
-      { key: "deployed", title: "Last deploy", kind: "roomy full", cell: (stack) => (stack.revisions?.[0] ? [deployState(stack.revisions?.[0]), " ", h("span", { class: "quiet" }, stack.revisions?.[0].changes)] : h("span", { class: "quiet" }, "not recorded")), sort: (stack) => -(stack.revisions?.[0]?.created_at ?? 0) },
+      { key: "deployed", title: "Last deploy", kind: "roomy full", cell: (stack) => (stack.revisions?.[0] ? [deployState(stack.revisions?.[0]), " ", h("span", { class: "quiet" }, stack.revisions?.[0].changes)] : h("span", { class: "quiet" }, app.past === null ? "not recorded" : "not known")), sort: (stack) => -(stack.revisions?.[0]?.created_at ?? 0) },
       { key: "services", title: "Services", kind: "rest", cell: (stack) => links(app, "services", stack.services), sort: (stack) => stack.services.length },
     ],
   });
@@ -474,7 +474,9 @@ function secretsPage(app) {
     note: "Their data is never sent to this page.",
     rows: sortedBy([...of("secrets"), ...of("configs")]),
     target: (row) => [row.kind, row.id],
-    empty: emptyState(app, "No secrets or configs yet. This command stores a password.", COMMANDS.secret),
+    empty: app.past === null
+      ? emptyState(app, "No secrets or configs yet. This command stores a password.", COMMANDS.secret)
+      : emptyState(app, "An earlier state of the cluster has no secrets and configs. Go back to now to see them."),
     columns: [
       { key: "name", title: "Name", cell: byName, sort: byName },
       { key: "kind", title: "Kind", kind: "roomy", cell: (row) => row.kind.slice(0, -1), sort: (row) => row.kind },
@@ -487,7 +489,10 @@ function secretsPage(app) {
   });
 }
 
-/** The pages in the order of the rail.  `key` is typed after `g`; pages with `isMain` are in the bar of a phone. */
+/**
+ * The pages in the order of the rail.  `key` is typed after `g`; pages with `isMain` are in the bar of a phone.  An earlier
+ * state of the cluster has no objects of pages with `isOfNow`.
+ */
 export const PAGES = [
   { name: "hive", title: "Hive", key: "h", isMain: true, show: hivePage },
   { name: "services", title: "Services", key: "s", kinds: ["services"], isMain: true, show: servicesPage },
@@ -497,6 +502,6 @@ export const PAGES = [
   { name: "routes", title: "Routes", key: "r", show: routesPage },
   { name: "stacks", title: "Stacks", key: "k", kinds: ["stacks"], show: stacksPage },
   { name: "volumes", title: "Volumes", key: "v", count: (cluster) => cluster.size("volumes") + localVolumesOf(cluster).length, show: volumesPage },
-  { name: "secrets", title: "Secrets, configs", key: "c", kinds: ["secrets", "configs"], show: secretsPage },
+  { name: "secrets", title: "Secrets, configs", key: "c", kinds: ["secrets", "configs"], isOfNow: true, show: secretsPage },
   { name: "events", title: "Events", key: "e", isMain: true, show: eventsPage },
 ];

@@ -286,12 +286,12 @@ function stackPanel(app, stack) {
   return [
     facts(
       ["State", stackState(services)],
-      ["Revision", stack.revision === null ? "not recorded" : String(stack.revision)],
+      ["Revision", stack.revision !== null ? String(stack.revision) : app.past === null ? "not recorded" : "not known"],
       networks.length > 0 && ["Networks", links(app, "networks", networks)],
     ),
     section("Services", serviceList(app, stack.services)),
     section("Revisions", !stack.revisions?.length
-      ? h("p", { class: "quiet" }, "None. Only skep stack deploy records revisions.")
+      ? h("p", { class: "quiet" }, app.past === null ? "None. Only skep stack deploy records revisions." : "An earlier state of the cluster has no revisions. Go back to now to see them.")
       : h("ol", { class: "history" }, stack.revisions.map((revision) => h("li", { key: revision.number, class: revision.state.startsWith("failed") ? "bad" : "" },
           h("time", {}, clockTime(revision.created_at, app.now)),
           h("b", {}, String(revision.number)),

@@ -119,7 +119,7 @@ function connection(app) {
 }
 
 function rail(app) {
-  const entry = ({ name, title, kinds = [], count: total, isMain }) =>
+  const entry = ({ name, title, kinds = [], count: total, isMain, isOfNow }) =>
     h(
       "a",
       {
@@ -130,7 +130,7 @@ function rail(app) {
       },
       icon(ICONS[name]),
       h("span", {}, title),
-      (kinds.length > 0 || total) && h("i", {}, number(total ? total(app.cluster) : kinds.reduce((sum, kind) => sum + app.cluster.size(kind), 0))),
+      (kinds.length > 0 || total) && !(isOfNow && app.past !== null) && h("i", {}, number(total ? total(app.cluster) : kinds.reduce((sum, kind) => sum + app.cluster.size(kind), 0))),
     );
   const isOpen = app.memory.get("more pages") === true;
   const current = PAGES.find(({ name }) => name === app.route.page);

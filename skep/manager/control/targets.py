@@ -8,6 +8,7 @@ import msgspec
 
 from skep.aio.time_slices import STEP, SlicedWork
 from skep.errors import FailedPrecondition, NotFound
+from skep.manager.control.tasks import known_status
 from skep.model.history import stack_of
 from skep.model.node import Node
 from skep.model.service import Service
@@ -31,6 +32,7 @@ class TaskTarget(ApiObject):
     hostname: str = ""
     """Host name of the task's node."""
     state: str = ""
+    """``unknown`` if its node is down."""
     stack: str = ""
     """Stack of its service, or empty without one."""
 
@@ -46,7 +48,7 @@ class TaskTarget(ApiObject):
             name=f"{service.spec.name if service is not None else task.service_id}."
             f"{task.shown_slot or hostname or task.node_id}",
             hostname=hostname,
-            state=task.status.state.value,
+            state=known_status(view, task).state.value,
             stack=stack_of(service.spec.labels) if service is not None else "",
         )
 

@@ -21,13 +21,13 @@ from skep.store.kinds import spec_of
 def known_status(view: View, task: Task) -> TaskStatus:
     """Return the last reported status, or UNKNOWN for a task that was assigned to a node which is down.
 
-    A task that has ended, or was not yet on a node, keeps its status.  A task that waits for a cluster volume shows the
-    driver's message as its error.
+    A task that has ended, or was not yet on a node, keeps its state.  The second one shows that its node is down as its
+    error.  A task that waits for a cluster volume shows the driver's message as its error.
     """
     status = task.status
     if task.volumes and not status.err and TaskState.ASSIGNED <= status.state < TaskState.STARTING:
         status = replace(status, err=unpublished(view, task))
-    if not TaskState.ASSIGNED < status.state <= TaskState.RUNNING:
+    if not TaskState.ASSIGNED <= status.state <= TaskState.RUNNING:
         return status
     node = view.lookup(Node, task.node_id)
     if node is None or node.status.state is not NodeState.DOWN:
@@ -38,6 +38,8 @@ def known_status(view: View, task: Task) -> TaskStatus:
     lost = f"node {name} is down"
     if freeze is not None and freeze.includes(node.id, node.silent_since):
         lost = f"{lost}; {FROZEN}: {freeze.cause} (skep cluster resume)"
+    if status.state is TaskState.ASSIGNED:
+        return replace(status, err=lost)
     return replace(
         status,
         state=TaskState.UNKNOWN,

@@ -302,6 +302,8 @@ def _present(
             )
         case TaskState.PENDING:
             return CauseKind.PROGRESSING, "it waits for a node"
+        case TaskState.ASSIGNED if _is_down(nodes.get(task.node_id)):
+            return CauseKind.NODE_LOST, status.err or f"{where} is down"
         case TaskState.ASSIGNED:
             return CauseKind.PROGRESSING, f"{where} has not received it yet"
         case TaskState.ACCEPTED | TaskState.PREPARING:
@@ -326,6 +328,10 @@ def _present(
             return CauseKind.PROGRESSING, f"it runs on {where}"
         case _:
             return failure_of(task)
+
+
+def _is_down(node: Node | None) -> bool:
+    return node is not None and node.status.state is NodeState.DOWN
 
 
 def _gets_port_from(task: Task, slot: Iterable[Task]) -> bool:

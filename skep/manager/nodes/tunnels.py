@@ -42,7 +42,9 @@ from skep.wire.tunnel import Tunnel, copy, over_requests
 log = structlog.get_logger(__name__)
 
 OPEN_S_MAX = 10.0
-"""Seconds from the order until the node has opened the tunnel.  A relay has the same limit."""
+"""Seconds from the order until the node has opened the tunnel."""
+RELAY_S = 2.0
+"""Further seconds for the response of the manager that has the node's session, which says why there is no tunnel."""
 PER_NODE_MAX = 64
 """Largest number of simultaneous tunnels of one node.  It is smaller than the number of streams that one connection
 allows.
@@ -88,16 +90,19 @@ class NodeTunnels:
         own: NodeId,
         session: Callable[[NodeId, str], NodeSession],
         channel: Callable[[NodeId], ManagerChannel],
+        open_s: float = OPEN_S_MAX,
     ) -> None:
         """
         Args:
             session: Returns a node's session here by its id, or raises SkepError.
             channel: Returns the link's connection to another manager, or raises Unavailable.
+            open_s: Seconds in which a node has to open a tunnel.
         """
         self._store = store
         self._own = own
         self._session = session
         self._channel = channel
+        self._open_s = open_s
         self.streams: NodeStreams[_Orders] = NodeStreams("tunnel orders")
         self.expected: dict[str, _Expected] = {}
         self.open_count: Counter[NodeId] = Counter()
@@ -164,19 +169,22 @@ class NodeTunnels:
 
     @asynccontextmanager
     async def _open_through(self, manager: NodeId, request: skep.TunnelRequest) -> AsyncIterator[Tunnel]:
+        name, limit_s = _name(self._store.view(), manager), self._open_s + RELAY_S
         async with self._channel(manager).stream(methods.RELAY_TUNNEL) as call:
             try:
-                async with asyncio.timeout(OPEN_S_MAX):
+                async with asyncio.timeout(limit_s):
                     await call.send(skep.TunnelPiece(request=request))
                     if await call.receive() is None:
-                        raise Unavailable(f"manager {manager} closed the tunnel")
+                        raise Unavailable(f"manager {name} closed the tunnel")
             except Unimplemented as error:
                 raise Unimplemented(
-                    f"manager {_name(self._store.view(), manager)}, which has the node's session, runs a version "
-                    "of Skep without tunnels: upgrade it"
+                    f"manager {name}, which has the node's session, runs a version of Skep without tunnels: upgrade it"
                 ) from error
             except TimeoutError as error:
-                raise Unavailable(f"manager {manager} has not opened a tunnel in {OPEN_S_MAX:g} s") from error
+                node = _name(self._store.view(), NodeId(request.node_id))
+                raise Unavailable(
+                    f"manager {name}, which has the session of node {node}, has not responded in {limit_s:g} s"
+                ) from error
             yield Tunnel(call.receive, call.send)
 
     async def _relay(
@@ -206,7 +214,8 @@ class NodeTunnels:
             raise self._why_unreachable(node_id)
         if self.open_count[node_id] >= PER_NODE_MAX or self.open_count.total() >= TUNNELS_MAX:
             raise ResourceExhausted(
-                f"too many connections to containers of node {node_id} or of this manager are open: close some"
+                f"too many connections to containers of node {_name(self._store.view(), node_id)} or of this manager "
+                "are open: close some"
             )
         expected, id = _Expected(node_id), secrets.token_hex(16)
         self.expected[id] = expected
@@ -214,11 +223,11 @@ class NodeTunnels:
         try:
             stream.order(skep.TunnelOrder(id=id, request=request))
             try:
-                async with asyncio.timeout(OPEN_S_MAX):
+                async with asyncio.timeout(self._open_s):
                     tunnel = await expected.opened
             except TimeoutError as error:
                 name = _name(self._store.view(), node_id)
-                raise Unavailable(f"node {name} has not opened a connection in {OPEN_S_MAX:g} s") from error
+                raise Unavailable(f"node {name} has not opened a connection in {self._open_s:g} s") from error
             yield tunnel
             expected.is_complete = True
         finally:
@@ -231,7 +240,7 @@ class NodeTunnels:
     def _why_unreachable(self, node_id: NodeId) -> SkepError:
         node = self._store.view().lookup(Node, node_id)
         if node is None or node.session is None or node.session.manager_id != self._own:
-            return Unavailable(f"node {node_id} has no session with a manager now")
+            return Unavailable(f"node {_name(self._store.view(), node_id)} has no session with a manager now")
         version = node.description.engine.engine_version if node.description.engine is not None else ""
         return Unavailable(
             f"node {_name(self._store.view(), node_id)} cannot be reached through the managers: its Skep {version} "

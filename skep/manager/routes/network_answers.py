@@ -15,6 +15,7 @@ from skep.manager.allocator.addresses import usage_of
 from skep.manager.allocator.subnets import NetworkAllocations, NotAllocated, allocated, has_addresses
 from skep.manager.control import networks as control
 from skep.manager.control.tasks import damage_of
+from skep.manager.scheduler.nodes.requirements import paths_of
 from skep.model.network import Network, is_ingress
 from skep.model.networks.data_planes import is_overlay
 from skep.model.networks.routes import route_overlaps
@@ -28,7 +29,7 @@ from skep.store.interface import View
 _PIECE = 1_000
 """Number of tasks between two pauses for the event loop."""
 _WARNED_OF_MAX = 10
-"""Largest number of clashes with nodes' networks that the warnings name."""
+"""Largest number of clashes with nodes' networks, and of nodes that are cut off, which the warnings name."""
 
 
 def is_predefined(network: Network) -> bool:
@@ -81,7 +82,11 @@ async def describe_network(view: View, network: Network, *, verbose: bool) -> di
         response["Peers"] = [{"Name": node.shown_name, "IP": node.status.addr} for node in users.nodes]
     if verbose:
         response["Services"] = users.services
-    if warnings := [*users.warnings(), *_clash_warnings(view, network)]:
+    if warnings := [
+        *users.warnings(),
+        *_clash_warnings(view, network),
+        *_cut_off_nodes(network, users.nodes),
+    ]:
         response["Warnings"] = warnings
     return response
 
@@ -215,6 +220,17 @@ def _clash_warnings(view: View, network: Network) -> list[str]:
     lines = [f"{clash}: containers there cannot reach that network" for clash in found[:_WARNED_OF_MAX]]
     rest = len(found) - len(lines)
     return [*lines, f"{rest} more clashes with networks of nodes"] if rest else lines
+
+
+def _cut_off_nodes(network: Network, nodes: Iterable[Node]) -> list[str]:
+    paths = paths_of([network])
+    found = [
+        f"{node.shown_name} is cut off on {one.networks}: {one.summary}"
+        for node in nodes
+        for one in node.cut_off
+        if one.check in paths
+    ]
+    return found[:_WARNED_OF_MAX]
 
 
 def _addresses_on(task: Task, network: Network) -> list[str]:

@@ -34,6 +34,7 @@ from skep.model.options.dependencies import (
     Dependency,
     DependencyCondition,
     dependencies_of,
+    endless_wait,
 )
 from skep.model.options.labels import is_stopped
 from skep.model.options.slot_volumes import has_other_properties
@@ -62,6 +63,9 @@ class WaitReason(msgspec.Struct, frozen=True):
     """Nodes whose return or change counts, by service."""
     until: float | None = None
     """Latest time of the next check of the service."""
+
+
+_WHICH_WAITS: Final = f", which {WAITS_FOR}"
 
 
 _Key: TypeAlias = tuple[ServiceId, Version | None]
@@ -211,13 +215,15 @@ class _Check:
             return _State(has_completed=True)
         # A failed task does not count once its node may no longer run it.
         failed = frozenset(task.node_id for task in tasks if task.has_failed)
+        why = _blocked_suffix(service, tasks, self._view) or _own_wait(tasks)
+        if not one.is_required and why.startswith(_WHICH_WAITS) and why.endswith(HAS_FAILED):
+            return _State(is_met=True)
         if one.condition is DependencyCondition.COMPLETED:
-            return _State(nodes=failed, blocked_suffix=_blocked_suffix(service, tasks, self._view))
+            return _State(nodes=failed, blocked_suffix=why)
         least = TaskState.STARTING if one.condition is DependencyCondition.STARTED else TaskState.RUNNING
         state = self.serves(tasks, least)
         if state.is_met:
             return state
-        why = _blocked_suffix(service, tasks, self._view)
         return replace(state, nodes=state.nodes | failed, blocked_suffix=why)
 
 
@@ -255,8 +261,10 @@ def awaited(
 
 
 def _may_end_wait(old: Task, task: Task) -> bool:
-    """Return whether a change of a task can end the wait for its service.  Changes before its start cannot."""
-    if old.is_wanted != task.is_wanted:
+    """Return whether a change of a task can end the wait for its service, or change the reason.  Changes before its
+    start cannot, unless it begins or ends to wait for a service that cannot become ready.
+    """
+    if old.is_wanted != task.is_wanted or endless_wait(old.status.err) != endless_wait(task.status.err):
         return True
     return old.status.state != task.status.state and task.status.state >= TaskState.STARTING
 
@@ -290,6 +298,13 @@ def _blocked_suffix(service: Service, tasks: Sequence[Task], view: View) -> str:
         return HAS_ENDED if outcome(view, service) == COMPLETED else HAS_FAILED
     has_failed = any(task.ended_in_failure and task.spec_version == service.spec_version for task in tasks)
     return HAS_FAILED if has_failed and not any(task.is_wanted for task in tasks) else ""
+
+
+def _own_wait(tasks: Iterable[Task]) -> str:
+    """Return a suffix with the last service of the chain that the ``tasks`` wait for, if it cannot become ready."""
+    waits = (endless_wait(task.status.err) for task in tasks if task.status.state <= TaskState.PENDING)
+    found = next(filter(None, waits), "")
+    return f"{_WHICH_WAITS}{found.rpartition(WAITS_FOR)[2]}" if found else ""
 
 
 def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:

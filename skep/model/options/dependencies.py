@@ -74,9 +74,15 @@ def is_wait(error: str) -> bool:
     During such a wait, the progress deadline of an update is suspended.  It keeps running while a task waits for a
     service that does not exist or for a job that was given up, because that wait could be endless.
     """
-    return error.startswith(WAITS_FOR) and not error.endswith(
-        (DOES_NOT_EXIST, IS_STOPPED, HAS_FAILED, HAS_ENDED)
-    )
+    return error.startswith(WAITS_FOR) and not endless_wait(error)
+
+
+def endless_wait(error: str) -> str:
+    """Return ``error`` of a task if it waits for a service that cannot become ready without a user's action, else an
+    empty string.
+    """
+    ends = (DOES_NOT_EXIST, IS_STOPPED, HAS_FAILED, HAS_ENDED)
+    return error if error.startswith(WAITS_FOR) and error.endswith(ends) else ""
 
 
 def label_of(dependencies: Iterable[Dependency]) -> dict[str, str]:

@@ -51,7 +51,7 @@ from skep.manager.logbroker import subscription
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.logbroker.subscription import LogLimits
 from skep.manager.nodes.attachment_service import AttachmentService
-from skep.manager.nodes.tunnels import NodeTunnels
+from skep.manager.nodes.tunnels import OPEN_S_MAX, NodeTunnels
 from skep.manager.probes.diagnostics import Diagnostics
 from skep.manager.probes.streams import ProbeStreams
 from skep.model.networks.data_planes import NODE_LABEL, PATHS_LABEL
@@ -107,6 +107,7 @@ class Cluster:
         logs: LogLimits = subscription.LIMITS,
         calls: CallLimits = external.LIMITS,
         node_bytes_max: int = NODE_BYTES_MAX,
+        tunnel_open_s: float = OPEN_S_MAX,
     ) -> None:
         self.id = ClusterId(new_id())
         self.host = host
@@ -116,6 +117,7 @@ class Cluster:
         self.heartbeat_s = heartbeat_s
         self._log_limits, self._call_limits = logs, calls
         self._node_bytes_max = node_bytes_max
+        self._tunnel_open_s = tunnel_open_s
         self.logs: LogBroker
         self.dispatcher: Dispatcher
         self.discovery: Discovery
@@ -181,6 +183,7 @@ class Cluster:
                 MANAGER_ID,
                 lambda node, session: self.dispatcher.session(node, session),
                 self.channel,
+                self._tunnel_open_s,
             )
             self.failover = FailoverKeeper(
                 self.store,

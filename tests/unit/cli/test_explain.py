@@ -44,6 +44,11 @@ def test_a_task_begins_with_its_headline_and_says_for_how_long() -> None:
             "it waits for shop_m to complete, which has failed",
             "  Next: skep explain shop_m",
         ),
+        (
+            "dependency",
+            "it waits for shop_web to be started, which waits for shop_m to complete, which has failed",
+            "  Next: skep explain shop_m",
+        ),
         ("waiting", "it waits for service db, which has 0 of 1 tasks", "  Next: skep explain db"),
         ("progressing", "it waits for its networks and ports", "web: s"),
     ],

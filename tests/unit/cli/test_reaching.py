@@ -4,14 +4,17 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
+from skep.api.client.raw import RawClient
 from skep.cli.apps.port_forward import Forward, parse_forward
 from skep.cli.apps.run import run_spec
 from skep.cli.apps.targets import CommandTarget
-from skep.cli.apps.through_docker import _of_copy, _socket, arguments_of, rewritten
+from skep.cli.apps.through_docker import _of_copy, _socket, arguments_of, lost_connections, rewritten
 from skep.errors import FailedPrecondition, InvalidArgument
 
 
@@ -134,3 +137,27 @@ async def test_no_connection_of_docker_outlives_its_socket() -> None:
         await host.begun.wait()
     assert asyncio.all_tasks() == before
     writer.close()
+
+
+async def test_a_command_that_fails_names_the_node_that_is_down_and_repeats_no_error_of_docker(
+    tmp_path: Path,
+) -> None:
+    answers = {
+        "lost": (503, "task lost runs on node w2, which is down"),
+        "ended": (409, "task ended is not running"),
+        "runs": (200, ""),
+    }
+
+    async def respond(request: web.Request) -> web.Response:
+        status, message = answers[request.match_info["id"]]
+        return web.json_response({"message": message}, status=status)
+
+    app = web.Application()
+    app.router.add_get("/skep/tasks/{id}/container/json", respond)
+    served = web.AppRunner(app)
+    await served.setup()
+    await web.UnixSite(served, str(tmp_path / "api.sock")).start()
+    tasks = [CommandTarget(task_id=id, node_id="n", name=id) for id in answers]
+    async with RawClient(f"unix://{tmp_path / 'api.sock'}") as client:
+        assert await lost_connections(client, tasks) == ["task lost runs on node w2, which is down"]
+    await served.cleanup()

@@ -379,11 +379,11 @@ def test_a_plan_says_where_services_would_run_and_why_not() -> None:
         "would be refused: no"
     ]
     hostile = PredictedPlacement(
-        "a", 1, (NodeShare("\x1b[2Jn", 1),), "\x1b]0;x\x07", (PlacementRefusal("\x1bm", ("\x1bn",)),)
+        "a", 1, (NodeShare("\x1b[2Jn", 1),), "\x1b]0;x\x07", verdicts=(PlacementRefusal("\x1bm", ("\x1bn",)),)
     )
     assert not any("\x1b" in unstyle(line) for line in placement_lines(hostile))
     full = PredictedPlacement(
-        "shop_db", 2, (NodeShare("n2", 1),), "no suitable node (insufficient resources)", refused
+        "shop_db", 2, (NodeShare("n2", 1),), "no suitable node (insufficient resources)", verdicts=refused
     )
     lines = [
         unstyle(line) for line in lines_of(replace(made, placements={"shop_web": fits, "shop_db": full}))
@@ -395,6 +395,8 @@ def test_a_plan_says_where_services_would_run_and_why_not() -> None:
         "        no suitable node (insufficient resources)",
         "        n1: insufficient resources: 2 CPUs requested, 1 not reserved",
     ]
+    beside = PredictedPlacement("a", 6, error="no suitable node", old=6)
+    assert unstyle(placement_lines(beside)[0]) == "does not fit: 0 of 6 new tasks would run, next to 6 old"
     alike = replace(full, verdicts=(*refused, PlacementRefusal("n2", refused[0].reasons)))
     assert [unstyle(line) for line in placement_lines(alike)][2:] == [
         "  all 2 nodes: insufficient resources: 2 CPUs requested, 1 not reserved",

@@ -1,6 +1,7 @@
 """``/skep/tasks/{id}/explain`` and ``/skep/services/{id}/explain``: why an object is not in its desired state."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 
 import msgspec
@@ -38,12 +39,12 @@ from skep.manager.scheduler.explaining.explain import (
     with_shown_names,
 )
 from skep.manager.scheduler.explaining.smallest_change import finding_smallest_change
-from skep.manager.scheduler.nodes.requirements import planes_of, requirements_of
+from skep.manager.scheduler.nodes.requirements import paths_of, planes_of, requirements_of
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
 from skep.manager.services.freezes import held_by, stack_of_service
 from skep.manager.services.quotas import replicas_within_quota
 from skep.manager.services.routes import doors_in, proxies_in, route_problems
-from skep.model.needs import cluster_mounts, sources_of
+from skep.model.needs import cluster_mounts, host_ports, sources_of
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
@@ -51,7 +52,8 @@ from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.dependencies import WAITS_FOR
 from skep.model.service import UNDER_WAY, Service
 from skep.model.task import Task, TaskState
-from skep.model.values.ids import NodeId
+from skep.model.values.counts import counted
+from skep.model.values.ids import NodeId, ServiceId
 from skep.model.volume import Volume
 from skep.store.interface import View
 from skep.store.kinds import as_run, spec_of
@@ -59,16 +61,22 @@ from skep.store.kinds import as_run, spec_of
 routes = Routes()
 
 
+_HOLDERS_MAX = 3
+"""Most services that are named as holders of ports.  A reason should fit a line."""
+
+
 class _Verdicts(msgspec.Struct, frozen=True):
     """Results of the scheduler's filters for a task that waits for a node.
 
     If no node accepts it, ``priority`` explains how priorities affect it, ``closest`` names the node with most of the
-    resources that it needs, and ``change`` the smallest change that would let it run.
+    resources that it needs, ``holders`` the services with its host-mode ports, and ``change`` the smallest change that
+    would let it run.
     """
 
     verdicts: Sequence[NodeVerdict] = ()
     priority: str = ""
     closest: str = ""
+    holders: str = ""
     change: str = ""
 
 
@@ -140,6 +148,7 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         held_words(view, service),
         damage_of(view, Service, service.id),
         *route_problems(view, service, can_see),
+        *_cut_off(view, tasks),
     )
     new = (one for one in more if one and one not in explanation.summary)
     return json_response(replace(explanation, summary="; ".join((explanation.summary, *new))))
@@ -174,6 +183,19 @@ def held_words(view: View, service: Service) -> str:
     return "" if is_updating else held_by(view, stack_of_service(service))
 
 
+def _cut_off(view: View, tasks: Sequence[Task]) -> Iterator[str]:
+    """Yield the nodes with running tasks whose networks fail between that node and others."""
+    running = [task for task in tasks if task.is_wanted and task.status.state is TaskState.RUNNING]
+    for id, number in Counter(task.node_id for task in running).items():
+        node = view.lookup(Node, id)
+        here = next(task for task in running if task.node_id == id)
+        paths = paths_of(one.network for one in here.networks_attachments)
+        for one in node.cut_off if node is not None else ():
+            if one.check in paths:
+                name = node_name(view, id)
+                yield f"{counted(number, 'task')} on {name}, which is cut off on {one.networks}: {one.summary}"
+
+
 def _with_figures(explanation: ServiceExplanation, found: _Verdicts) -> ServiceExplanation:
     """Add what other services have reserved if that is the reason, and how priorities affect the waiting task.
 
@@ -182,6 +204,9 @@ def _with_figures(explanation: ServiceExplanation, found: _Verdicts) -> ServiceE
     reason, summary = explanation.reason, explanation.summary
     if found.closest and NodeRefusal.RESOURCES in node_refusals_in(reason):
         reason = f"{reason}; {found.closest}"
+        summary = summary.replace(explanation.reason, reason, 1)
+    if found.holders and NodeRefusal.HOST_PORT in node_refusals_in(reason):
+        reason = f"{reason}; {found.holders}"
         summary = summary.replace(explanation.reason, reason, 1)
     if found.priority:
         summary = f"{summary}; {found.priority}"
@@ -228,4 +253,19 @@ async def _read_verdicts(view: View, task: Task, named: ServiceNames) -> _Verdic
         change="" if task.node_id else await result_in_slices(change, SystemClock()),
         priority=await result_in_slices(work, SystemClock()),
         closest="" if task.node_id else closest_node(requirements, accounting),
+        holders=_port_holders(requirements.host_ports, task.service_id, view, named),
     )
+
+
+def _port_holders(ports: Collection[tuple[str, int]], own: ServiceId, view: View, named: ServiceNames) -> str:
+    """Return which other services have tasks with these host-mode ports, as a sentence, or an empty text."""
+    found: dict[str, None] = {}
+    for service in view.find(Service) if ports else ():
+        held = sorted(set(host_ports(service.spec)) & set(ports))
+        if (
+            held
+            and service.id != own
+            and any(one.is_active and one.node_id for one in view.find(Task, service_id=service.id))
+        ):
+            found |= {f"{number}/{protocol} is in use by {named(service)}": None for protocol, number in held}
+    return "; ".join(list(found)[:_HOLDERS_MAX])

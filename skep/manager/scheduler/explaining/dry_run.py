@@ -3,7 +3,8 @@
 It uses the scheduler's own decision and writes nothing.  Specs are placed one after the other into one accounting, so
 each leaves fewer resources for the next.  An existing service keeps the tasks that its new spec does not replace.  With
 ``stop-first``, the resources of the replaced tasks count as free.  With ``start-first``, as many old and new tasks as
-are updated at a time must fit together, unless they exclude each other: then the old tasks are stopped first.
+are updated at a time must fit together, unless they exclude each other: then the old tasks are stopped first.  In a
+staged update, so must all old tasks and the new ones of its largest step.
 
 A task whose slot has data in a local volume returns to that node if it fits.  A dry run ignores everything that only
 time shows: tasks that wait for other services or for the node of their data, and future changes of nodes.
@@ -44,7 +45,16 @@ from skep.model.node_reports.node_refusals import FREED, NodeRefusal, node_refus
 from skep.model.options.constraints import is_satisfied
 from skep.model.options.labels import priority_of
 from skep.model.options.slot_volumes import SlotVolumeIndex, local_volumes
-from skep.model.service import EndpointSpec, Placement, Service, ServiceSpec, TaskSpec, UpdateOrder
+from skep.model.service import (
+    EndpointSpec,
+    Placement,
+    Service,
+    ServiceSpec,
+    TaskSpec,
+    UpdateConfig,
+    UpdateOrder,
+)
+from skep.model.staging.updates import stages_of, tasks_of_step
 from skep.model.task import NetworkAttachment, Task
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId, VolumeId
@@ -84,6 +94,8 @@ class PlannedPlacement(ApiObject):
     nodes: tuple[PlannedShare, ...] = always(())
     """Nodes with all tasks that fit, including existing tasks that stay."""
     error: str = always("")
+    old: int = 0
+    """Tasks of the former spec that stay, because new tasks do not fit next to them."""
     verdicts: tuple[NodeVerdict, ...] = always(())
     """Reasons why nodes refuse another task, if a task is refused."""
     preempted: tuple[PreemptedTasks, ...] = ()
@@ -125,22 +137,22 @@ class DryRun:
         kept: list[Task] = []
         replaced: list[Task] = []
         yield from self._present(service, len(homes), kept, replaced)
-        nodes = Counter(task.node_id for task in kept)
+        nodes, freed = Counter(task.node_id for task in kept), 0
         is_global = service.spec.mode.name in ("global", "global-job")
         missing = [id for id in homes if not nodes[id]] if is_global else homes[len(kept) :]
-        number = self._number_at_once(spec, replaced)
+        first = self._number_in_steps(spec, replaced, len(homes))
+        number = self._number_at_once(spec, replaced, is_staged=first > 0)
         requirements: Requirements | None = None
         refusal: PlacementRefused | None = None
         preempted: list[TaskId] = []
         if not is_global:
             missing = missing[(yield from self._returning(service, kept, len(missing), replaced, nodes)) :]
-        for begin in range(0, len(missing), number):
-            tasks = self._tasks(service, begin, missing[begin : begin + number])
+        for begin, end in _batches(len(missing), first, number):
+            tasks = self._tasks(service, begin, missing[begin:end])
             if requirements is None:
                 requirements = self._requirements(tasks[0], spec)
-            placed = yield from self._placed(tasks, requirements, is_last=begin + number >= len(missing))
+            placed = yield from self._placed(tasks, requirements, is_last=end >= len(missing))
             nodes.update(one.node_id for one in placed.assignments)
-            self._free(replaced[begin : begin + number])
             yield None
             if placed.refusals:
                 found = yield from self._nominated([one.task for one in placed.refusals], requirements)
@@ -149,6 +161,9 @@ class DryRun:
                 if len(found) < len(placed.refusals):
                     refusal = placed.refusals[0]
                     break
+            if end >= min(first, len(missing)):
+                self._free(replaced[freed:end])
+                freed = end
         verdicts: list[NodeVerdict] = []
         if refusal is not None and requirements is not None:
             yield from self._verdicts(requirements, verdicts)
@@ -159,6 +174,7 @@ class DryRun:
             desired=len(homes),
             nodes=tuple(shares),
             error=self._reason(refusal, spec) if refusal is not None else "",
+            old=len(replaced[freed:]) if refusal is not None else 0,
             preempted=tuple(
                 PreemptedTasks(name=name, tasks=count)
                 for name, count in sorted(victims_by_service(preempted, self._view, self._named).items())
@@ -166,10 +182,17 @@ class DryRun:
             verdicts=tuple(verdicts),
         )
 
-    def _number_at_once(self, spec: ServiceSpec, replaced: list[Task]) -> int:
+    def _number_in_steps(self, spec: ServiceSpec, replaced: Sequence[Task], wanted: int) -> int:
+        """Return how many new tasks start in the steps of a staged update, in which all old tasks stay."""
+        steps = [stage for stage in stages_of(spec.labels) if stage.keeps_old]
+        if not steps or all(self._has_same_tasks(task, spec) for task in replaced):
+            return 0
+        return max(tasks_of_step(stage, wanted) for stage in steps)
+
+    def _number_at_once(self, spec: ServiceSpec, replaced: list[Task], *, is_staged: bool) -> int:
         """Return how many new tasks start before old ones end.  With ``stop-first``, free the old tasks first."""
-        config = spec.update_config
-        if config is not None and config.order is UpdateOrder.START_FIRST:
+        config = spec.update_config or UpdateConfig(parallelism=1)
+        if is_staged or config.order is UpdateOrder.START_FIRST:
             return min(config.parallelism or BATCH, BATCH)
         self._free(replaced)
         replaced.clear()
@@ -216,15 +239,20 @@ class DryRun:
         """Return whether an update keeps the task where it is.  The orchestrator decides the same way
         (``is_dirty``).
         """
-        made_from = spec_of(self._view, task)
-        ports = (made_from.endpoint_spec if made_from is not None else None) or EndpointSpec()
         node = self._view.lookup(Node, task.node_id)
         return (
-            _comparable(task.spec) == _comparable(spec.task_template)
-            and ports == (spec.endpoint_spec or EndpointSpec())
+            task.spec.force_update == spec.task_template.force_update
+            and self._has_same_tasks(task, spec)
             and node is not None
             and is_satisfied((spec.task_template.placement or Placement()).constraints, node)
         )
+
+    def _has_same_tasks(self, task: Task, spec: ServiceSpec) -> bool:
+        """Return whether an update to ``spec`` moves or restarts the task at most (``has_same_tasks``)."""
+        made_from = spec_of(self._view, task)
+        ports = (made_from.endpoint_spec if made_from is not None else None) or EndpointSpec()
+        same_spec = _comparable(task.spec) == _comparable(spec.task_template)
+        return same_spec and ports == (spec.endpoint_spec or EndpointSpec())
 
     def _returning(
         self,
@@ -435,8 +463,17 @@ class DryRun:
                 return
 
 
+def _batches(total: int, first: int, number: int) -> Iterator[tuple[int, int]]:
+    """Yield the first and the end of each batch of new tasks: the ``first`` ones, then ``number`` at a time."""
+    begin = 0
+    while begin < total:
+        end = min(begin + BATCH, first) if begin < first else begin + number
+        yield begin, min(end, total)
+        begin = end
+
+
 def _comparable(template: TaskSpec) -> TaskSpec:
-    """Return the template without the parts that do not move tasks, and without ids, which a plan does not know yet.
+    """Return the template without its placement and restarts by force, and without ids, which a plan does not know yet.
 
     Secrets and configs are compared by their names.
     """
@@ -447,4 +484,4 @@ def _comparable(template: TaskSpec) -> TaskSpec:
             secrets=tuple(replace(one, secret_id="") for one in container.secrets),
             configs=tuple(replace(one, config_id="") for one in container.configs),
         )
-    return replace(template, placement=None, container_spec=container)
+    return replace(template, placement=None, force_update=0, container_spec=container)

@@ -104,7 +104,7 @@ def requirements_of(
         host_ports=host_ports(service_spec),
         max_replicas=placement.max_replicas,
         planes=planes,
-        paths=_paths(task.networks_attachments),
+        paths=paths_of(one.network for one in task.networks_attachments),
         rights=rights,
         cluster_volumes=cluster_mounts(spec),
         rules=rules,
@@ -158,8 +158,8 @@ def overlays_of(attachments: Iterable[NetworkAttachment]) -> Iterator[NetworkId]
             yield network.id
 
 
-def _paths(attachments: Iterable[NetworkAttachment]) -> tuple[PathCheck, ...]:
-    networks = (one.network for one in attachments)
+def paths_of(networks: Iterable[Network | None]) -> tuple[PathCheck, ...]:
+    """Return the checks between nodes that traffic on the ``networks`` depends on."""
     overlays = (network for network in networks if network is not None and is_overlay(network))
     return tuple(
         sorted({PathCheck.ENCRYPTED if is_encrypted(one) else PathCheck.OVERLAY for one in overlays})

@@ -5,9 +5,10 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.control.tasks import known_status
+from skep.manager.diagnosis.reasons import problem_of
 from skep.model.node import Node, NodeState, NodeStatus
 from skep.model.swarm import Freeze, Swarm
-from skep.model.task import Task, TaskState
+from skep.model.task import Restart, Task, TaskState
 from skep.model.values.ids import ClusterId
 from skep.model.values.times import Timestamp
 from skep.store.interface import View
@@ -54,9 +55,18 @@ async def test_tasks_of_a_live_node_keep_their_state() -> None:
     assert known_status(await view_of(task, a_node("n1")), task) == task.status
 
 
-@pytest.mark.parametrize(
-    "state", [TaskState.ASSIGNED, TaskState.COMPLETE, TaskState.FAILED, TaskState.SHUTDOWN]
-)
-async def test_what_the_node_never_had_or_what_had_ended_is_known(state: TaskState) -> None:
+async def test_an_attempt_that_its_down_node_has_not_received_is_blocked_by_that_node() -> None:
+    service, node = a_service(), down(a_node("n1"))
+    failed = a_task("t1", node="n2", service=service, state=TaskState.FAILED)
+    task = a_task("t2", node="n1", service=service, state=TaskState.ASSIGNED)
+    task = replace(task, restart=Restart(failures=1))
+    status = known_status(await view_of(task, node), task)
+    assert (status.state, status.err) == (TaskState.ASSIGNED, "node n1 is down")
+    problem = problem_of(replace(task, status=status), (failed, task), {node.id: node})
+    assert (problem.kind, problem.reason) == ("node-lost", "node n1 is down")
+
+
+@pytest.mark.parametrize("state", [TaskState.COMPLETE, TaskState.FAILED, TaskState.SHUTDOWN])
+async def test_what_had_ended_is_known(state: TaskState) -> None:
     task = a_task("t1", node="n1", service=a_service(), state=state)
     assert known_status(await view_of(task, down(a_node("n1"))), task) == task.status

@@ -10,15 +10,17 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.manager.routes import application
 from skep.manager.routes.extensions.explain import held_words
+from skep.manager.routes.network_answers import describe_network
 from skep.model.container import ContainerSpec, Mount
-from skep.model.network import Network
-from skep.model.node import Availability
+from skep.model.network import Network, NetworkSpec
+from skep.model.node import Availability, CutOff
 from skep.model.node_reports.node_refusals import NodeRefusal, no_node_text
 from skep.model.options.freezes import ChangeFreeze
-from skep.model.service import Resources, UpdateState, UpdateStatus
+from skep.model.service import PortConfig, PublishMode, Resources, Service, UpdateState, UpdateStatus
 from skep.model.swarm import Swarm
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.values.ids import ClusterId, NetworkId, NodeId
+from skep.model.values.meta import Driver
 from skep.model.values.times import Timestamp
 from skep.store.interface import Object
 from skep.store.memory import MemoryStore
@@ -120,3 +122,55 @@ async def test_a_freeze_is_no_cause_of_an_update_which_it_does_not_hold_back() -
         assert held_words(store.view(), replace(web, update_status=UpdateStatus(state=state))) == ""
     done = UpdateStatus(state=UpdateState.COMPLETED)
     assert held_words(store.view(), replace(web, update_status=done)) != ""
+
+
+@pytest.mark.parametrize(("encrypted", "check"), [(True, "encrypted"), (False, "overlay")])
+def test_a_service_and_its_network_name_the_nodes_that_are_cut_off_on_it(encrypted: bool, check: str) -> None:
+    options = {"encrypted": ""} if encrypted else {}
+    driver = Driver(name="overlay", options=options)
+    network = Network(
+        id=NetworkId("net"), spec=NetworkSpec(name="net", driver_configuration=driver), driver_state=driver
+    )
+    cut_off = tuple(
+        CutOff(check=one, port=port, peers=("n1",))
+        for one, port in (("overlay", "4789/udp"), ("encrypted", "4799/udp"))
+    )
+    here = (NetworkAttachment(network=network, addresses=("10.0.9.2/24",)),)
+    nodes = (a_node("n1"), replace(a_node("n2"), cut_off=cut_off, attachments=here))
+    web = a_service("web", replicas=3)
+    tasks = [
+        replace(
+            a_task(f"t{slot}", service=web, slot=slot, node=node, state=TaskState.RUNNING),
+            networks_attachments=here,
+        )
+        for slot, node in ((1, "n1"), (2, "n2"), (3, "n2"))
+    ]
+    failing = next(one for one in cut_off if one.check == check)
+    words = f"is cut off on {failing.networks}: {failing.port} fails between this node and n1"
+    found = asyncio.run(explained(*nodes, network, web, *tasks))
+    assert found["Summary"] == f"3 of 3 tasks run: healthy; 2 tasks on n2, which {words}"
+    store = MemoryStore(SystemClock())
+    asyncio.run(store.update(lambda tx: [tx.put(one) for one in (*nodes, network, web, *tasks)]))
+    shown = asyncio.run(describe_network(store.view(), network, verbose=False))
+    assert shown["Warnings"][-1] == f"n2 {words}"
+
+
+async def test_a_service_that_waits_for_a_host_mode_port_names_the_services_that_have_it() -> None:
+    port = PortConfig(target_port=80, published_port=9090, publish_mode=PublishMode.HOST)
+    refused = no_node_text(NodeRefusal.HOST_PORT.text(1))
+    async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
+        view = api.store.view()
+        drained = [
+            replace(node, spec=replace(node.spec, availability=Availability.DRAIN))
+            for node in view.find(type(a_node("x")))
+        ]
+        services = [a_service("db", ports=(port,)), a_service("web", replicas=1, ports=(port,))]
+        await api.store.update(lambda tx: [tx.put(one) for one in (*drained, a_node("n1"), *services)])
+        db, web = (api.store.view().find(Service, name=name)[0] for name in ("db", "web"))
+        pending = a_task("t1", service=web, state=TaskState.PENDING)
+        pending = replace(pending, status=replace(pending.status, err=refused))
+        held = a_task("d1", service=db, node="n1", state=TaskState.RUNNING)
+        await api.store.update(lambda tx: [tx.put(one) for one in (pending, held)])
+        async with client.get("/skep/services/web/explain") as response:
+            found = await response.json()
+    assert found["Reason"] == f"{refused}; it needs port 9090/tcp; 9090/tcp is in use by db"

@@ -28,6 +28,7 @@ from skep.model.service import (
     UpdateConfig,
     UpdateOrder,
 )
+from skep.model.staging.updates import UPDATE, UPDATE_STEPS
 from skep.model.swarm import Swarm
 from skep.model.task import TaskState, VolumeAttachment
 from skep.model.volume import PublishState
@@ -309,6 +310,35 @@ async def test_start_first_needs_room_for_as_many_as_are_updated_at_once(cluster
         spec["TaskTemplate"]["ContainerSpec"]["Image"] = "busybox:2"
         (found,) = await asked(cluster, spec)
         assert (found["Error"] == "") is fits
+
+
+@pytest.mark.parametrize(
+    ("labels", "image", "gib", "fits"),
+    [
+        ({UPDATE: "blue-green"}, "busybox:2", 7, False),
+        ({UPDATE: "blue-green"}, "busybox:2", 8, True),
+        ({UPDATE: "blue-green"}, "busybox:1", 4, True),
+        ({UPDATE: "canary"}, "busybox:2", 4, False),
+        ({UPDATE: "canary"}, "busybox:2", 5, True),
+        ({UPDATE: "canary", UPDATE_STEPS: "10%,50%"}, "busybox:2", 5, False),
+        ({UPDATE: "canary", UPDATE_STEPS: "10%,50%"}, "busybox:2", 6, True),
+    ],
+)
+async def test_a_staged_update_needs_room_for_all_old_tasks_and_the_new_ones(
+    cluster, labels: dict[str, str], image: str, gib: int, fits: bool
+) -> None:
+    api, _ = cluster
+    await put(api, a_node("n1", has=Resources(nano_cpus=4 * 10**9, memory_bytes=gib * GIB)))
+    await a_running_service(api, labels=labels)
+    spec = a_spec("web", replicas=4, memory=GIB, Labels=labels)
+    spec["TaskTemplate"]["ContainerSpec"]["Image"] = image
+    spec["TaskTemplate"]["ForceUpdate"] = 1
+    (found,) = await asked(cluster, spec)
+    assert (found["Error"] == "") is fits
+    assert fits or "insufficient resources on 1 node" in found["Error"]
+    reasons = {one["Hostname"]: one["Reasons"] for one in found.get("Verdicts") or ()}
+    assert found.get("Old", 0) == (0 if fits else 4)
+    assert fits or reasons["n1"][0].startswith("insufficient resources: 1024 MiB of memory requested, 0 not")
 
 
 async def test_what_the_cluster_would_refuse_is_said_and_the_others_are_placed(cluster) -> None:

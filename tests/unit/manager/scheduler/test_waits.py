@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.manager.scheduler.dependencies import REPORTED_S, Waits, awaited
 from skep.model.node import Availability, Node, NodeState, SessionOwner
-from skep.model.options.dependencies import DEPENDS_ON
+from skep.model.options.dependencies import DEPENDS_ON, is_wait
 from skep.model.service import GlobalService, RestartCondition, RestartPolicy, Service, ServiceMode
 from skep.model.task import Restart, Task, TaskState
 from skep.store.interface import Commit, Transaction, Updated
@@ -21,7 +21,7 @@ from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.harness.clocks import PausingClock
 from tests.support.managers.counted_calls import counting_calls_of_callbacks
 from tests.support.managers.visited_objects import CountingStore
-from tests.unit.manager.scheduler.test_scheduler_loop import put, scheduling
+from tests.unit.manager.scheduler.test_scheduler_loop import put, scheduling, wait_for
 
 DB_NODES, OTHER_NODES = ("n1", "n2"), ("n3", "n4")
 VALUES: Final = (
@@ -297,3 +297,36 @@ async def test_a_task_that_has_not_started_makes_nothing_due() -> None:
     )
     assert cluster.waits.record(Commit(1, (Updated(pending, preparing),)), 0.0) == {}
     assert cluster.waits.record(Commit(1, (Updated(preparing, task),)), 0.0) == {"w0": 0.0}
+
+
+async def test_a_chain_of_services_names_the_one_at_its_end_that_has_failed() -> None:
+    store = MemoryStore(SystemClock())
+    once = RestartPolicy(condition=RestartCondition.NONE)
+    first = a_service("first", restart=once)
+    second = depending("second", "first=service_completed_successfully")
+    third, fourth = depending("third", "second=service_started"), depending("fourth", "third=service_healthy")
+    optional = depending("optional", "second=service_started+optional")
+    running = a_task("f1", node="n1", state=TaskState.RUNNING, service=first)
+    waiting = [
+        a_task(service.id, state=TaskState.PENDING, service=service)
+        for service in (fourth, third, second, optional)
+    ]
+    await store.update_each(put, [a_node("n1"), first, second, third, fourth, optional, running, *waiting])
+
+    def reasons() -> dict[str, str]:
+        return {
+            one.id: one.status.err for one in store.view().find(Task) if one.id != "f1" and one.status.err
+        }
+
+    async with scheduling(store, PausingClock()):
+        await wait_for(store, lambda: len(reasons()) == 4)
+        assert all(map(is_wait, reasons().values()))
+        failed = replace(running.status, state=TaskState.FAILED, err="task: non-zero exit (5)")
+        await store.update(put, replace(running, status=failed, desired_state=TaskState.SHUTDOWN))
+        await wait_for(store, lambda: not any(map(is_wait, reasons().values())))
+        await wait_for(store, lambda: store.view().get(Task, "optional").node_id == "n1")
+    assert reasons() == {
+        "second": "waits for first to complete, which has failed",
+        "third": "waits for second to be started, which waits for first to complete, which has failed",
+        "fourth": "waits for third to be healthy, which waits for first to complete, which has failed",
+    }
