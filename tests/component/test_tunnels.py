@@ -16,11 +16,12 @@ from skep.agent.session.managers import KnownManager
 from skep.api.http.connection import Connection
 from skep.api.http.tunnelling import join_client
 from skep.errors import NotFound, PermissionDenied, ResourceExhausted, SkepError, Unavailable
-from skep.manager.nodes.tunnels import PER_NODE_MAX, NodeTunnels
+from skep.manager.nodes.tunnels import PER_NODE_MAX, NodeTunnels, TunnelLimits
 from skep.model.node import Node, NodeRole, NodeState, NodeStatus
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId
 from skep.security.tls import client_context
+from skep.store.interface import Transaction
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import open_channel
@@ -169,18 +170,40 @@ async def test_a_node_that_cannot_connect_says_why(cluster, containers):
 
 
 async def test_a_node_that_hangs_is_named_through_another_manager_too(tmp_path):
-    async with Cluster(tunnel_open_s=0.2).serving() as cluster, node_of(cluster, tmp_path) as containers:
+    limits = TunnelLimits(open_s=0.2)
+    async with Cluster(tunnel_limits=limits).serving() as cluster, node_of(cluster, tmp_path) as containers:
         containers.may_connect.clear()
         manager = cluster.pair("manager2", NodeRole.MANAGER)
         await cluster.store.update(lambda tx: tx.put(a_node("manager2", role=NodeRole.MANAGER)))
         async with open_channel(cluster.address, client_context(manager), "swarm-manager") as channel:
             other = NodeTunnels(
-                cluster.store, NodeId("manager2"), cluster.dispatcher.session, lambda _: channel, open_s=0.2
+                cluster.store, NodeId("manager2"), cluster.dispatcher.session, lambda _: channel, limits
             )
             for tunnels in (cluster.tunnels, other):
                 with pytest.raises(Unavailable, match=r"^node worker has not opened a connection in 0\.2 s$"):
                     async with tunnels.open(containers.task, head=HEAD):
                         pass
+
+
+async def test_the_tunnel_of_a_node_that_hangs_ends_when_it_has_been_down_for_a_while(tmp_path):
+    """The kernel of a machine whose node process hangs keeps the connection."""
+    limits = TunnelLimits(lost_s=0.12)
+    async with Cluster(tunnel_limits=limits).serving() as cluster, node_of(cluster, tmp_path) as containers:
+
+        def down(tx: Transaction) -> None:
+            node = tx.get(Node, containers.task.node_id)
+            tx.put(replace(node, status=replace(node.status, state=NodeState.DOWN)))
+
+        async with cluster.tunnels.open(containers.task, head=HEAD) as tunnel, asyncio.timeout(20):
+            _reader, _writer = await containers.ends.get()
+            read = asyncio.ensure_future(tunnel.read())
+            assert not (await asyncio.wait([read], timeout=5 * limits.lost_s))[0], "its node is ready"
+            while not read.done():  # this node sends heartbeats, so the dispatcher marks it as ready again
+                await cluster.store.update(down)
+                await asyncio.wait([read], timeout=limits.lost_s)
+            with pytest.raises(Unavailable, match="was lost"):
+                await read
+        await until(lambda: not cluster.tunnels.open_count)
 
 
 async def test_the_tunnels_of_a_node_are_bounded(cluster, containers):

@@ -10,8 +10,9 @@ import asyncio
 import secrets
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
+import msgspec
 import structlog
 
 from skep.aio.groups import first_alone
@@ -41,8 +42,6 @@ from skep.wire.tunnel import Tunnel, copy, over_requests
 
 log = structlog.get_logger(__name__)
 
-OPEN_S_MAX = 10.0
-"""Seconds from the order until the node has opened the tunnel."""
 RELAY_S = 2.0
 """Further seconds for the response of the manager that has the node's session, which says why there is no tunnel."""
 PER_NODE_MAX = 64
@@ -53,6 +52,18 @@ TUNNELS_MAX = 512
 """Largest number of simultaneous tunnels of all nodes connected to this manager."""
 PIECES_WAITING = 4
 """Largest number of pieces that are read from a node before its client takes them."""
+
+
+class TunnelLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Times of tunnels, in seconds."""
+
+    open_s: float = 10.0
+    """A node has this time to open a tunnel after the order, and then to send the first message."""
+    lost_s: float = 60.0
+    """The tunnels of a node end when it has been down for this time.  If its process hangs, its connections stay."""
+
+
+LIMITS = TunnelLimits()
 
 
 def container_of(task: Task, node: Node | None) -> str:
@@ -90,19 +101,18 @@ class NodeTunnels:
         own: NodeId,
         session: Callable[[NodeId, str], NodeSession],
         channel: Callable[[NodeId], ManagerChannel],
-        open_s: float = OPEN_S_MAX,
+        limits: TunnelLimits = LIMITS,
     ) -> None:
         """
         Args:
             session: Returns a node's session here by its id, or raises SkepError.
             channel: Returns the link's connection to another manager, or raises Unavailable.
-            open_s: Seconds in which a node has to open a tunnel.
         """
         self._store = store
         self._own = own
         self._session = session
         self._channel = channel
-        self._open_s = open_s
+        self._limits = limits
         self.streams: NodeStreams[_Orders] = NodeStreams("tunnel orders")
         self.expected: dict[str, _Expected] = {}
         self.open_count: Counter[NodeId] = Counter()
@@ -169,7 +179,7 @@ class NodeTunnels:
 
     @asynccontextmanager
     async def _open_through(self, manager: NodeId, request: skep.TunnelRequest) -> AsyncIterator[Tunnel]:
-        name, limit_s = _name(self._store.view(), manager), self._open_s + RELAY_S
+        name, limit_s = _name(self._store.view(), manager), self._limits.open_s + RELAY_S
         async with self._channel(manager).stream(methods.RELAY_TUNNEL) as call:
             try:
                 async with asyncio.timeout(limit_s):
@@ -223,11 +233,13 @@ class NodeTunnels:
         try:
             stream.order(skep.TunnelOrder(id=id, request=request))
             try:
-                async with asyncio.timeout(self._open_s):
+                async with asyncio.timeout(self._limits.open_s):
                     tunnel = await expected.opened
             except TimeoutError as error:
                 name = _name(self._store.view(), node_id)
-                raise Unavailable(f"node {name} has not opened a connection in {self._open_s:g} s") from error
+                raise Unavailable(
+                    f"node {name} has not opened a connection in {self._limits.open_s:g} s"
+                ) from error
             yield tunnel
             expected.is_complete = True
         finally:
@@ -283,10 +295,22 @@ class NodeTunnels:
         # This task reads instead of the client's task, because only the task that reads a generator can close it.
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(_read_pieces(pieces, waiting), name="read from a node")
-            await expected.done.wait()
+            await self._used_or_lost(expected)
             reading.cancel()
         if not expected.is_complete:
-            raise Unavailable("the client has disconnected")
+            is_lost = not expected.done.is_set()
+            raise Unavailable("the node is down" if is_lost else "the client has disconnected")
+
+    async def _used_or_lost(self, expected: "_Expected") -> None:
+        """Return when the tunnel's user has finished with it, or its node has been down for a while."""
+        look_s, down_s = self._limits.lost_s / 12, 0.0
+        while not expected.done.is_set() and down_s < self._limits.lost_s:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(look_s):
+                    await expected.done.wait()
+            node = self._store.view().lookup(Node, expected.node_id)
+            is_down = node is not None and node.status.state is NodeState.DOWN
+            down_s = down_s + look_s if is_down else 0.0
 
 
 class _Expected:
@@ -367,7 +391,7 @@ class _Orders(NodeStream):
 async def _first(pieces: AsyncIterator[skep.TunnelPiece]) -> skep.TunnelPiece:
     """Return the first piece.  Raises: InvalidArgument: it did not come in time."""
     try:
-        async with asyncio.timeout(OPEN_S_MAX):
+        async with asyncio.timeout(LIMITS.open_s):
             first = await anext(pieces, None)
     except TimeoutError:
         first = None

@@ -50,8 +50,9 @@ from skep.manager.gossip.keys import first_keys
 from skep.manager.logbroker import subscription
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.logbroker.subscription import LogLimits
+from skep.manager.nodes import tunnels
 from skep.manager.nodes.attachment_service import AttachmentService
-from skep.manager.nodes.tunnels import OPEN_S_MAX, NodeTunnels
+from skep.manager.nodes.tunnels import NodeTunnels, TunnelLimits
 from skep.manager.probes.diagnostics import Diagnostics
 from skep.manager.probes.streams import ProbeStreams
 from skep.model.networks.data_planes import NODE_LABEL, PATHS_LABEL
@@ -107,7 +108,7 @@ class Cluster:
         logs: LogLimits = subscription.LIMITS,
         calls: CallLimits = external.LIMITS,
         node_bytes_max: int = NODE_BYTES_MAX,
-        tunnel_open_s: float = OPEN_S_MAX,
+        tunnel_limits: TunnelLimits = tunnels.LIMITS,
     ) -> None:
         self.id = ClusterId(new_id())
         self.host = host
@@ -117,7 +118,7 @@ class Cluster:
         self.heartbeat_s = heartbeat_s
         self._log_limits, self._call_limits = logs, calls
         self._node_bytes_max = node_bytes_max
-        self._tunnel_open_s = tunnel_open_s
+        self._tunnel_limits = tunnel_limits
         self.logs: LogBroker
         self.dispatcher: Dispatcher
         self.discovery: Discovery
@@ -183,7 +184,7 @@ class Cluster:
                 MANAGER_ID,
                 lambda node, session: self.dispatcher.session(node, session),
                 self.channel,
-                self._tunnel_open_s,
+                self._tunnel_limits,
             )
             self.failover = FailoverKeeper(
                 self.store,
