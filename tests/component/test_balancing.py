@@ -26,6 +26,7 @@ from skep.manager.routes import application
 from skep.manager.routes.access import ManagerApi
 from skep.model.catalog import CatalogInstance, CatalogService, ServiceRegistration
 from tests.conformance.manager import a_manager_api
+from tests.conftest import SEARCHED
 from tests.support.machines.playground_rig import SKEP
 from tests.support.networks.names_lab import wait_until
 from tests.support.store.store_transactions import raise_level
@@ -95,7 +96,8 @@ class Machine:
 
 
 @pytest.fixture
-async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
+async def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Machine]:
+    monkeypatch.setenv("PATH", SEARCHED)
     placeholder = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
     port = placeholder.sockets[0].getsockname()[1]
     placeholder.close()

@@ -1,7 +1,6 @@
 """The front door's HAProxy: what it accepts, where requests go, and that no change loses any."""
 
 import asyncio
-import shutil
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -23,13 +22,12 @@ from skep.model.measures.readings import ServiceRequests
 from skep.model.networks.tables import NetworkHead, NetworkTable, TableService, TableSplit
 from skep.model.values.ids import NetworkId, ServiceId, TaskId
 from tests.component.test_held_requests import directory
-from tests.support.networks.door_rig import DoorRig, a_door
+from tests.support.networks.door_rig import DoorRig, a_door, haproxy
 
 __all__ = ["directory"]
 
 pytestmark = pytest.mark.needs("haproxy", "root")
 
-HAPROXY = shutil.which("haproxy", path="/usr/sbin:/usr/bin") or "haproxy"
 ONE, TWO, THREE = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 HOSTILE = """a"b'c \\ $HOME %[src] %ci #x { } \\n ; if TRUE"""
 
@@ -40,7 +38,7 @@ def check(state: DoorState, directory: Path) -> None:
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text(text)
     done = subprocess.run(
-        [HAPROXY, "-c", "-f", str(directory / "haproxy.cfg")], capture_output=True, text=True, check=False
+        haproxy("-c", "-f", str(directory / "haproxy.cfg")), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "[WARNING]" not in done.stderr, done.stderr

@@ -23,6 +23,7 @@ from skep.model.door.payloads import DoorPayload, door_file
 from skep.model.door.settings import DoorSettings
 from skep.model.networks.tables import NetworkHead, NetworkTable, TableEndpoint, TableNode, TableService
 from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
+from tests.conftest import SEARCHED
 
 NODE = NodeId("node1")
 DOOR_NETWORK = NetworkId("doornet")
@@ -34,6 +35,22 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+_AS_IN_ITS_IMAGE = """
+printf 'root:x:0:0:root:/:/bin/sh\nhaproxy:x:100:100::/:/bin/false\n' >/run/passwd
+printf 'root:x:0:\nhaproxy:x:100:\n' >/run/group
+mount --bind /run/passwd /etc/passwd
+mount --bind /run/group /etc/group
+exec "$@"
+"""
+
+
+def haproxy(*words: str) -> list[str]:
+    """Return a command that runs HAProxy with the accounts of its image, because set-up only unpacks the program."""
+    private = ("unshare", "--mount", "--propagation", "private", "sh", "-euc")
+    script = f"mount -t tmpfs tmpfs /run{_AS_IN_ITS_IMAGE}"
+    return [*private, script, "sh", shutil.which("haproxy", path=SEARCHED) or "haproxy", *words]
 
 
 class DoorRig:
@@ -160,12 +177,8 @@ class DoorRig:
 
     def _start(self) -> None:
         log = (self.directory / "log").open("ab")
-        haproxy = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin") or "haproxy"
-        self._process = subprocess.Popen(
-            [haproxy, "-W", "-S", f"{self.directory}/master.sock", "-f", f"{self.directory}/haproxy.cfg"],
-            stdout=log,
-            stderr=log,
-        )
+        words = ("-W", "-S", f"{self.directory}/master.sock", "-f", f"{self.directory}/haproxy.cfg")
+        self._process = subprocess.Popen(haproxy(*words), stdout=log, stderr=log)
 
     async def wait_listening(self) -> None:
         async with asyncio.timeout(WITHIN_S):
