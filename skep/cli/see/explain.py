@@ -151,7 +151,7 @@ def about_registration(name: str, found: Mapping[str, Any], now: float) -> Itera
 async def _violations(client: Requests, headers: Mapping[str, str]) -> Sequence[Mapping[str, Any]]:
     """Return the violated invariants that the leader has found.
 
-    Returns nothing if the user may not see them, or if ``headers`` say that there is no leader.
+    Returns nothing if the user may not see them, or without a leader, which ``headers`` say.
     """
     if headers:
         return ()

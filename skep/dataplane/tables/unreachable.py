@@ -36,7 +36,7 @@ FRESH_SECONDS = 35.0
 """Age of a session in seconds at which peers are included again.
 
 Its manager first has to detect failed nodes itself.  A leader that was without a quorum, for example before
-``skep cluster recover``, gives nodes up to 30 seconds to register (``grace_after_absence``).  Changed tables follow.
+``skep cluster recover``, waits up to 30 seconds to register (``grace_after_absence``).  Changed tables follow.
 """
 LOOK_SECONDS = 1.0
 """Seconds between two checks of the probes' reports."""
