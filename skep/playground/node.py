@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -29,6 +29,7 @@ _CONFIGURATION = """\
 # After a change: send SIGHUP to the daemon (its PID: skep playground ps), or kill and start the node.
 # Hosts are served beside the playground's own sockets, once the node was killed and started.
 """
+_LOGS = ("holder.log", "skep.log")
 _TAIL_LINES = 15
 """Number of lines of each log that an error shows."""
 
@@ -61,15 +62,22 @@ def described(
 class Holder:
     """The holder process of a node that is being started."""
 
-    def __init__(self, node: PlaygroundNode, home: Path, process: "subprocess.Popen[bytes]") -> None:
-        self.node, self._home, self._process = node, home, process
+    def __init__(
+        self,
+        node: PlaygroundNode,
+        home: Path,
+        process: "subprocess.Popen[bytes]",
+        logged: Mapping[str, int],
+    ) -> None:
+        """Args: logged: Bytes that each log had before this start."""
+        self.node, self._home, self._process, self._logged = node, home, process, logged
 
     async def wait_for_api(self, then: str) -> None:
         """Wait until the API responds.  Raises: Unavailable, with the end of the node's log and the next step."""
         try:
             await wait_until(self._answers, f"{self.node.name} serves its API", _API_WITHIN_S, then)
         except Unavailable as error:
-            raise Unavailable(f"{error}\n{_tail(self._home)}") from error
+            raise Unavailable(f"{error}\n{_tail(self._home, self._logged)}") from error
 
     async def _answers(self) -> bool:
         if self._process.poll() is not None:
@@ -87,8 +95,9 @@ def switch_on(directory: Path, playground: str, node: PlaygroundNode) -> Holder:
     home = directory / node.name
     (home / "data").mkdir(parents=True, exist_ok=True)
     (home / "ends").unlink(missing_ok=True)
+    logged = written_so_far(home)
     agents = cgroups.make(playground, node.name)
-    daemon = docker.command(home, node) if node.engine == "docker" else _skep_command(home, node)
+    daemon = docker.command(home, node) if node.engine == "docker" else daemon_command(home, node)
     with (home / "holder.log").open("ab") as output:
         process = subprocess.Popen(
             (
@@ -105,11 +114,24 @@ def switch_on(directory: Path, playground: str, node: PlaygroundNode) -> Holder:
         )
     started = start_ticks_of(process.pid)
     if started is None:
-        raise Unavailable(f"{node.name} did not start:\n{_tail(home)}")
-    return Holder(msgspec.structs.replace(node, pids=(process.pid,), started=started), home, process)
+        raise Unavailable(f"{node.name} did not start:\n{_tail(home, logged)}")
+    return Holder(msgspec.structs.replace(node, pids=(process.pid,), started=started), home, process, logged)
 
 
-def _skep_command(home: Path, node: PlaygroundNode) -> tuple[str, ...]:
+def runs_as_configured(directory: Path, node: PlaygroundNode) -> bool:
+    """Return whether the node's daemon was started with the hosts that its configuration file has now."""
+    if node.engine == "docker":
+        return True
+    try:
+        words = Path(f"/proc/{node.pids[0]}/cmdline").read_bytes().decode().split("\0")[:-1]
+    except OSError:
+        return False
+    command = daemon_command(directory / node.name, node)
+    return tuple(words[-len(command) :]) == command
+
+
+def daemon_command(home: Path, node: PlaygroundNode) -> tuple[str, ...]:
+    """Return the command of the node's daemon, with the hosts of its file.  Creates the file if it is missing."""
     configuration = home / "skep.toml"
     if not configuration.exists():
         has_tls = (home / "server.pem").exists()
@@ -215,12 +237,23 @@ def keeps_stopping(node: PlaygroundNode) -> bool:
     return len(ends) >= _ENDS_MAX
 
 
-def _tail(home: Path) -> str:
-    """Return the end of the holder's and the daemon's output."""
+def written_so_far(home: Path) -> Mapping[str, int]:
+    """Return the size of each of the node's logs."""
+    return {file: (home / file).stat().st_size for file in _LOGS if (home / file).exists()}
+
+
+def _tail(home: Path, logged: Mapping[str, int]) -> str:
+    """Return the end of what the holder and the daemon have written since a start, each line once.
+
+    Args:
+        home: The node's directory.
+        logged: Bytes that each log had before the start.  A daemon that keeps stopping repeats its error.
+    """
     lines: list[str] = []
-    for file in ("holder.log", "skep.log"):
+    for file in _LOGS:
         try:
-            lines += (home / file).read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+            written = (home / file).read_bytes()[logged.get(file, 0) :].decode(errors="replace")
         except FileNotFoundError:
             continue
+        lines += list(dict.fromkeys(written.splitlines()))[-_TAIL_LINES:]
     return "\n".join(f"  {line}" for line in lines) or f"  (nothing was written in {home})"

@@ -184,8 +184,13 @@ class Playground:
         """
         cluster = self.cluster()
         known = cluster.node(name)
-        if node.is_up(known) and (not node.keeps_stopping(known) or await engine.is_up(known.endpoint)):
-            return known
+        if node.is_up(known):
+            # A failing daemon may have recovered, but it would not serve hosts that its file has only now.
+            has_recovered = node.runs_as_configured(self._directory, known) and await engine.is_up(
+                known.endpoint
+            )
+            if not node.keeps_stopping(known) or has_recovered:
+                return known
         # A measuring tool may have killed the node without this verb, and left processes.
         dead = await node.kill(cluster.name, known)
         await underlay.restart_network(cluster.name, name, dead.addr)

@@ -66,10 +66,11 @@ async def _ask(host: HostOptions, name: str) -> Shown:
                 found = await get(path)
             except NotFound:
                 continue
-            if id := found.get("ServiceID") if about is about_service else None:
+            # Without a leader, only reads of the last known state are answered at once.
+            if (id := found.get("ServiceID") if about is about_service else None) and not headers:
                 routes = [one for one in await traffic_of(client) if one["ServiceID"] == id]
                 found = {**found, "Routes": routes}
-            return _report(name, found, about, now, await _violations(client))
+            return _report(name, found, about, now, await _violations(client, headers))
         try:
             node = await get(f"/nodes/{escaped}")
         except NotFound:
@@ -88,13 +89,13 @@ async def _ask(host: HostOptions, name: str) -> Shown:
                 "Silence": silence(quorum, node["ID"]) if quorum else "",
                 "HasLeader": not headers,
             }
-            return _report(name, found, about_node, now, await _violations(client))
+            return _report(name, found, about_node, now, await _violations(client, headers))
         try:
             network = await get(f"/networks/{escaped}")
         except NotFound:
-            if registered := await _find_registered(client, name):
+            if not headers and (registered := await _find_registered(client, name)):
                 return _report(name, registered, about_registration, now)
-            if await _was_removed(client, name):
+            if not headers and await _was_removed(client, name):
                 raise NotFound(
                     f"{name} was removed. Run skep history {name} to see when and by whom."
                 ) from None
@@ -103,7 +104,7 @@ async def _ask(host: HostOptions, name: str) -> Shown:
             ) from None
         services = [one["Spec"]["Name"] for one in await get("/services") if network["Id"] in _targets(one)]
         found = {**network, "ServiceNames": sorted(services)}
-        return _report(name, found, about_network, now, await _violations(client))
+        return _report(name, found, about_network, now, await _violations(client, headers))
 
 
 async def _was_removed(client: Requests, name: str) -> bool:
@@ -147,8 +148,13 @@ def about_registration(name: str, found: Mapping[str, Any], now: float) -> Itera
     )
 
 
-async def _violations(client: Requests) -> Sequence[Mapping[str, Any]]:
-    """Return the violated invariants that the leader has found, or nothing if the user may not see them."""
+async def _violations(client: Requests, headers: Mapping[str, str]) -> Sequence[Mapping[str, Any]]:
+    """Return the violated invariants that the leader has found.
+
+    Returns nothing if the user may not see them, or without a leader, which ``headers`` say.
+    """
+    if headers:
+        return ()
     try:
         found = await client.get("/skep/verify", timeout_s=RESPONSE_TIMEOUT_S, last="true")
     except SkepError:  # also an earlier version, or no leader

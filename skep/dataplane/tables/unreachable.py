@@ -32,10 +32,11 @@ URGENT_SECONDS = 2.0
 """Seconds without a manager's response before peers are probed more often.  A settled verdict needs two rounds."""
 LOST_SECONDS = 5.0
 """Seconds without a manager's response before peers are excluded.  A change of managers takes less."""
-FRESH_SECONDS = 6.0
+FRESH_SECONDS = 35.0
 """Age of a session in seconds at which peers are included again.
 
-Its manager first has to detect failed nodes itself.
+Its manager first has to detect failed nodes itself.  A leader that was without a quorum, for example before
+``skep cluster recover``, waits up to 30 seconds to register (``grace_after_absence``).  Changed tables follow.
 """
 LOOK_SECONDS = 1.0
 """Seconds between two checks of the probes' reports."""

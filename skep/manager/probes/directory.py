@@ -45,7 +45,7 @@ def directory_of(nodes: Iterable[Node], vxlan_port: int, before: NatPlan | None 
     nodes = tuple(nodes)
     members = members_of(nodes)
     up = [node for node in nodes if node.status.state is NodeState.READY]
-    ours = [node for node in up if probes_paths(node) and underlay_of(node)]
+    ours = [node for node in nodes if _may_be_up(node) and probes_paths(node) and underlay_of(node)]
     return NodeDirectory(
         peers={node.id: _peer(node, vxlan_port) for node in ours},
         gossiping=tuple(
@@ -60,6 +60,15 @@ def directory_of(nodes: Iterable[Node], vxlan_port: int, before: NatPlan | None 
         managers=tuple(node.id for node in ours if _control(node)),
         nat=before if before is not None and before.members == members else NatPlan(members),
     )
+
+
+def _may_be_up(node: Node) -> bool:
+    """Return whether the node is not known to be down.
+
+    After a change of leader, nodes are unknown until they register.  Their peers still probe them, because a peer
+    that loses its probes' results would send connections to a dead node (``dataplane/tables/unreachable.py``).
+    """
+    return node.status.state in (NodeState.READY, NodeState.UNKNOWN)
 
 
 def changes_directory(old: Node, new: Node) -> bool:

@@ -9,7 +9,7 @@ from skep.configuration.configuration import TcpHost
 from skep.configuration.sources import load, parse_arguments
 from skep.playground import tls
 from skep.playground.description import PlaygroundDescription
-from skep.playground.node import _skep_command, further_hosts
+from skep.playground.node import daemon_command, further_hosts
 from tests.unit.playground.test_relay import a_node
 
 OWN = ("unix:///own.sock",)
@@ -31,7 +31,7 @@ def test_the_hosts_of_a_nodes_file_are_served_beside_its_own(tmp_path: Path) -> 
 def test_a_manager_with_tls_serves_its_api_to_clients_that_verify_it(tmp_path: Path) -> None:
     node = replace(a_node("m1", "192.168.100.11"), state_dir=str(tmp_path / "data"), cgroup="p-m1")
     tls.write(tmp_path, PlaygroundDescription(name="p", nodes=(node,), tls=True))
-    command = _skep_command(tmp_path / "m1", node)
+    command = daemon_command(tmp_path / "m1", node)
     configuration = load(parse_arguments(command[2:])).configuration
     assert TcpHost("0.0.0.0", tls.PORT) in configuration.api_hosts
     assert configuration.tls_ca == tls.authority_file(tmp_path)

@@ -17,6 +17,7 @@ from skep.dataplane.tables.unreachable import (
     watch,
     without,
 )
+from skep.manager.nodes.heartbeats import DEFAULT_PERIOD_S, grace_after_absence
 from skep.model.networks.paths import PathCheck, PathFinding, PathReport
 from skep.model.networks.tables import NetworkHead, NetworkTable, TableEndpoint
 from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
@@ -191,6 +192,11 @@ async def test_a_managers_tables_win_when_they_are_fresh() -> None:
     (_, (at, last)) = await watched(60, gained=20)
     assert last == NONE_UNREACHABLE
     assert FRESH_SECONDS <= at - 20 <= FRESH_SECONDS + 2
+
+
+async def test_peers_stay_excluded_until_a_leader_that_returned_has_marked_lost_nodes_down() -> None:
+    (_, (at, _)) = await watched(60, gained=20)
+    assert at - 20 > grace_after_absence(DEFAULT_PERIOD_S)
 
 
 async def test_a_session_that_moves_leaves_no_node_out() -> None:

@@ -58,3 +58,10 @@ def test_another_peer_port_is_seen() -> None:
     before = a_manager("m1", 1)
     assert changes_directory(before, replace(before, manager_status=a_manager("m1", 1, 2380).manager_status))
     assert not changes_directory(before, replace(before, peer_roots="x"))
+
+
+def test_nodes_are_probed_until_they_are_known_to_be_down() -> None:
+    lost = a_manager("m2", 2)
+    for state, probed in ((NodeState.UNKNOWN, {"m1", "m2"}), (NodeState.DOWN, {"m1"})):
+        node = replace(lost, status=replace(lost.status, state=state))
+        assert set(directory_of((a_manager("m1", 1), node), 4789).peers) == probed
