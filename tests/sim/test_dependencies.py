@@ -82,7 +82,9 @@ def test_services_start_in_the_order_of_their_dependencies(seed: int) -> None:
         a_shop(cluster, order=("web", "migrate"))
         cluster.run_for(3)
         assert reasons(cluster, "migrate") == {"waits for db, which does not exist"}
-        assert reasons(cluster, "web") == {"waits for migrate to complete"}
+        assert reasons(cluster, "web") == {
+            "waits for migrate to complete, which waits for db, which does not exist"
+        }
         assert cluster.containers("web") == cluster.containers("migrate") == 0
         cluster.create(a_service_spec("db"))
         cluster.run_until(lambda: cluster.running("web") == 3, within_s=5)
