@@ -181,7 +181,7 @@ accelerator=tcg,thread=multi
 say "$suite: booting"
 began=$SECONDS
 # shellcheck disable=SC2086  # an accelerator and its options
-timeout "${DEADLINE_S:-3600}" $emulator -accel $accelerator -smp "${CPUS:-1}" \
+timeout "${DEADLINE_S:-3600}" $qemu -accel $accelerator -smp "${CPUS:-1}" \
     -m "${MEMORY_MB:-4096}" -nodefaults -no-user-config -display none -no-reboot -nic none -serial stdio \
     -drive "file=$place/disk,format=raw,if=virtio,cache=unsafe" \
     -kernel "$place"/vmlinuz-* -initrd "$place"/initrd.img-* \
