@@ -26,7 +26,7 @@ from skep.errors import SkepError
 from skep.manager.control.nodes import update_node
 from skep.manager.control.services import create_service, update_service
 from skep.manager.control.tasks import known_status
-from skep.manager.diagnosis.reasons import problems_of
+from skep.manager.diagnosis.reasons import CauseKind, problems_of
 from skep.manager.services.disruption_budget import is_available
 from skep.manager.what_if.answer import SupposedOutcome
 from skep.manager.what_if.rehearsal import Rehearsal
@@ -209,7 +209,7 @@ def _alike(one: Outcome | None, other: Outcome | None) -> bool:
 def _without_causes(outcome: Outcome) -> Outcome:
     kinds = Counter[str]()
     for kind, number in outcome[1].items():
-        kinds["no-node" if kind == "too-large" else kind] += number
+        kinds[CauseKind.NO_NODE.value if kind == CauseKind.TOO_LARGE.value else kind] += number
     return outcome[0], kinds
 
 

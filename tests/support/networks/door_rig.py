@@ -38,6 +38,7 @@ def free_port() -> int:
 
 
 _AS_IN_ITS_IMAGE = """
+mount -t tmpfs tmpfs /run
 printf 'root:x:0:0:root:/:/bin/sh\nhaproxy:x:100:100::/:/bin/false\n' >/run/passwd
 printf 'root:x:0:\nhaproxy:x:100:\n' >/run/group
 mount --bind /run/passwd /etc/passwd
@@ -49,8 +50,7 @@ exec "$@"
 def haproxy(*words: str) -> list[str]:
     """Return a command that runs HAProxy with the accounts of its image, because set-up only unpacks the program."""
     private = ("unshare", "--mount", "--propagation", "private", "sh", "-euc")
-    script = f"mount -t tmpfs tmpfs /run{_AS_IN_ITS_IMAGE}"
-    return [*private, script, "sh", shutil.which("haproxy", path=SEARCHED) or "haproxy", *words]
+    return [*private, _AS_IN_ITS_IMAGE, "sh", shutil.which("haproxy", path=SEARCHED) or "haproxy", *words]
 
 
 class DoorRig:
