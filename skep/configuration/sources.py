@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -275,7 +276,27 @@ def _toml(path: Path, *, required: bool) -> Mapping[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError(f"{path} is not TOML: {error}") from error
+        raise ConfigurationError(f"{path} is not TOML: {error}, at {_failing_key(text, error)!r}") from error
+
+
+def _failing_key(text: str, error: tomllib.TOMLDecodeError) -> str:
+    """Return the key or table at which the parser stopped, without the value, which may be secret.
+
+    The parser names only the line at which the value ends.
+    """
+    lines = text.splitlines()
+    place = re.search(r"at line (\d+)", str(error))
+    end = min(int(place[1]), len(lines)) if place else len(lines)
+    begin = next(number for number in range(end - 1, -1, -1) if _is_toml("\n".join(lines[:number])))
+    return lines[begin].partition("=")[0].strip()[:80]
+
+
+def _is_toml(text: str) -> bool:
+    try:
+        tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return False
+    return True
 
 
 def _json(path: Path | None, *, required: bool) -> Mapping[str, Any]:

@@ -54,6 +54,7 @@ from skep.stack.revisions import (
     kept_of,
     names_of,
     newest_deployed,
+    refused,
     state_after,
     summary,
     unfinished_of,
@@ -82,6 +83,7 @@ async def carry_out(
     created: CreatedObjects | None = None,
     *,
     failures_max: int = FAILURES_MAX,
+    show_plan: Callable[[StackPlan], None] = lambda _: None,
 ) -> None:
     """Deploy ``stack`` according to ``plan``, and record its desired state as a revision, without ``logins``.
 
@@ -92,7 +94,8 @@ async def carry_out(
     while another deploy of the stack runs, because it would replace that deploy without completing it.  Nothing is
     recorded if the stack exists without a revision, or if all its revisions failed and have other services.
 
-    ``created`` is filled with the created objects, for ``undo``.  See ``Deployment.apply`` for the other arguments.
+    ``created`` is filled with the created objects, for ``undo``.  ``show_plan`` is called once the managers have
+    accepted the plan.  See ``Deployment.apply`` for the other arguments.
 
     Raises: Problems: the managers would refuse the plan; Unavailable: objects of another failed deploy are being
         removed; SkepError: an error of ``Deployment.apply``, which the revision then records.
@@ -102,17 +105,16 @@ async def carry_out(
     created.known = frozenset(one.id for one in revisions)
     whole = _whole(stack, plan, revisions)
     asked = asked_for(whole or stack, plan)
+    await check(client, stack, plan, warn)
+    show_plan(plan)
     if not plan.effective and (
         plan.only or not revisions or revisions[-1].state == DEPLOYED or revisions[-1].is_of(asked)
     ):
-        unchanged = Deployment(client, stack, plan, show, logins, created)
-        work = partial(unchanged.apply, wait_s, failures_max)
+        work = partial(Deployment(client, stack, plan, show, logins, created).apply, wait_s, failures_max)
         await _without_changes(client, work, () if plan.only else revisions, asked, created, warn)
         return
-    await check(client, stack, plan, warn)
     if whole is not None:
-        newest = revisions[-1].number if revisions else 0
-        after = newest if plan.only else None
+        after = (revisions[-1].number if revisions else 0) if plan.only else None
         created.revision = await _record(client, whole, plan, warn, after=after)
     if created.revision:
         created.claim = DeployClaim(client, asked, created.revision)
@@ -548,15 +550,6 @@ def _except(new: Collection[str], kept: Mapping[str, str]) -> str:
     left = [f"{', '.join(sorted(new))}, which another deploy may have created"] if new else []
     left += [f"{name} ({why})" for name, why in kept.items()]
     return f", except for {' and '.join(left)}" if left else ""
-
-
-def refused(revision: StackRevision, beyond: Collection[str]) -> str:
-    """Return the error of a rollback for which the rights of the revision's writer do not suffice."""
-    name, number = revision.of, revision.number
-    return (
-        f"revision {number} of {name} was written with the role {revision.role}, which does not permit "
-        f"{'; '.join(beyond)}. To use your own rights, run skep stack rollback --as-admin --to {number} {name}."
-    )
 
 
 async def _unmade(

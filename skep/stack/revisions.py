@@ -372,3 +372,12 @@ def newest_deployed(stack: str, revisions: Sequence[StackRevision]) -> StackRevi
     if not deployed:
         raise InvalidArgument(f"{_NONE_DEPLOYED.format(stack)}. Run skep stack history {stack}.")
     return deployed[-1]
+
+
+def refused(revision: StackRevision, beyond: Collection[str]) -> str:
+    """Return the error of a rollback for which the rights of the revision's writer do not suffice."""
+    name, number = revision.of, revision.number
+    return (
+        f"revision {number} of {name} was written with the role {revision.role}, which does not permit "
+        f"{'; '.join(beyond)}. To use your own rights, run skep stack rollback --as-admin --to {number} {name}."
+    )

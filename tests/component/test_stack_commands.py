@@ -261,6 +261,7 @@ async def test_nothing_is_created_if_the_managers_would_refuse_a_part(cluster: C
     for words in (("plan",), ("deploy",), ("deploy", "--only", "web")):
         code, _, err = await cluster.run("stack", *words, "--resolve-image", "never")
         assert (code, said in err) == (1, True), err
+        assert "to create" not in err, "a refused plan may be wrong about objects that the user may not see"
     view = cluster.store.view()
     kinds: tuple[type[Any], ...] = (Service, Network, Config)
     names = [one.spec.name for kind in kinds for one in view.find(kind)]

@@ -18,8 +18,8 @@ from skep.stack.cluster_state import config_names, existing_of, known_revisions
 from skep.stack.created import CreatedObjects
 from skep.stack.planning import plan_of
 from skep.stack.project import Stack
-from skep.stack.recording import carry_out, refused, return_plan, undo
-from skep.stack.revisions import before, revisions_of
+from skep.stack.recording import carry_out, return_plan, undo
+from skep.stack.revisions import before, refused, revisions_of
 from tests.unit.stack.test_planning import a_stack
 
 GOOD = "services: {web: {image: 'good:1', deploy: {replicas: 1}}}"

@@ -45,9 +45,9 @@ from skep.stack.created import CreatedObjects
 from skep.stack.deploying import Deployment
 from skep.stack.planning import StackPlan
 from skep.stack.project import Stack
-from skep.stack.recording import carry_out, refused, return_plan, undo
+from skep.stack.recording import carry_out, return_plan, undo
 from skep.stack.removing import remove
-from skep.stack.revisions import before, by_number, pair_of
+from skep.stack.revisions import before, by_number, pair_of, refused
 
 _HINT = re.compile(r"\. Run skep explain \S+\.$")
 
@@ -110,6 +110,10 @@ def config(
 
 
 # --- plan ----------------------------------------------------------------------------------------------------------
+
+
+def _show_plan(plan: StackPlan) -> None:
+    click.echo("\n".join(lines_of(plan)), err=True)
 
 
 async def _all_or_nothing(
@@ -260,12 +264,12 @@ def deploy(
             found = await plan_with_cluster(
                 client, made, prune=prune, only=only, resolve=resolve_image, logins=logins, built=built
             )
-            click.echo("\n".join(lines_of(found)), err=True)
             wait_s = None if detach else timeout
             work = functools.partial(
                 carry_out,
                 *(client, made, found, progress.show, wait_s, warn, logins),
                 failures_max=max_failures,
+                show_plan=_show_plan,
             )
             await (_all_or_nothing(client, found, work, timeout) if rollback_on_failure else work())
 
@@ -361,12 +365,14 @@ def rollback(host: HostOptions, *, to: int | None, as_admin: bool, timeout: floa
         async with host.requests() as client:
             revision = before(name, await known_revisions(client, name), to)
             found = await return_plan(client, revision, is_admin=as_admin)
-            click.echo("\n".join(lines_of(found.plan)), err=True)
             if found.beyond and not as_admin:
+                _show_plan(found.plan)
                 raise PermissionDenied(refused(revision, found.beyond))
             for line in found.beyond:
                 warn(printable(f"not permitted with the role {revision.role}: {line}"))
-            await carry_out(found.client, found.stack, found.plan, progress.show, timeout, warn)
+            await carry_out(
+                *(found.client, found.stack, found.plan, progress.show, timeout, warn), show_plan=_show_plan
+            )
 
     run_requests(run())
 

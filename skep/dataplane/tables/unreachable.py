@@ -84,14 +84,25 @@ class Unreachable(msgspec.Struct, frozen=True):
 NONE_UNREACHABLE = Unreachable()
 
 
-def unreachable_peers(reports: Mapping[NodeId, PathReport]) -> Unreachable:
-    """Return the peers that do not respond, by their latest reports with settled verdicts."""
-    return Unreachable(_failing(reports, PathCheck.OVERLAY), _failing(reports, PathCheck.ENCRYPTED))
+def unreachable_peers(
+    reports: Mapping[NodeId, PathReport], before: Unreachable = NONE_UNREACHABLE
+) -> Unreachable:
+    """Return the peers that do not respond, by their latest reports.
+
+    Peers that were unreachable ``before`` stay so until they respond.  Others need a settled verdict.  A verdict also
+    becomes unsettled if another check changes, for example because the peer stops being a manager.
+    """
+    return Unreachable(
+        _failing(reports, PathCheck.OVERLAY, before.plain),
+        _failing(reports, PathCheck.ENCRYPTED, before.encrypted),
+    )
 
 
-def _failing(reports: Mapping[NodeId, PathReport], check: PathCheck) -> frozenset[NodeId]:
+def _failing(
+    reports: Mapping[NodeId, PathReport], check: PathCheck, before: frozenset[NodeId]
+) -> frozenset[NodeId]:
     checked = {
-        id: report.is_settled and one.is_failing
+        id: one.is_failing and (report.is_settled or id in before)
         for id, report in reports.items()
         for one in report.findings
         if one.check is check
@@ -183,7 +194,7 @@ async def _while_without_manager(
             gained_at = None if is_lost else clock.monotonic()
         peers.set_urgent(is_lost and session.silence_s() >= URGENT_SECONDS)
         if session.silence_s() >= LOST_SECONDS or before != NONE_UNREACHABLE:
-            found = unreachable_peers(peers.reports)
+            found = unreachable_peers(peers.reports, before)
             if found != before:
                 log.warning("unreachable peers excluded from network tables", peers=sorted(found.plain))
             exclude(found)

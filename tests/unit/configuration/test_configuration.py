@@ -171,7 +171,10 @@ def test_files_that_are_there_by_default_may_be_missing(tmp_path: Path) -> None:
     ("name", "content", "sentence"),
     [
         ("toml", None, "does not exist"),
-        ("toml", "debug = yes", "is not TOML"),
+        ("toml", "debug = yes", "is not TOML: .*, at 'debug'"),
+        ("toml", 'hosts = ["a"]\n\nhosts = [\n  "b",\n]\n', "Cannot overwrite a value .*, at 'hosts'"),
+        ("toml", "[a]\nb = 1\n[a]\nc = 2\n", r"twice .*, at '\[a\]'"),
+        ("toml", 'token = "secret\n', "at 'token'$"),
         ("toml", b"\xff\xfe", "cannot be read"),
         ("json", None, "does not exist"),
         ("json", "{", "is not a JSON object"),

@@ -64,6 +64,14 @@ def test_peers_that_fail_by_a_settled_verdict_are_unreachable() -> None:
     assert unreachable_peers(found) == Unreachable(plain=nodes("m2", "m3"))
 
 
+def test_an_unreachable_peer_stays_so_until_it_responds_whatever_else_changes() -> None:
+    """The new leader of ``skep cluster recover`` no longer probes manager ports of the lost managers."""
+    before = Unreachable(plain=nodes("m2", "m3"))
+    new = {NodeId("m2"): a_report(fails=True, rounds=1), NodeId("m3"): a_report(fails=False, rounds=1)}
+    assert unreachable_peers(reports(w1=False) | new, before) == Unreachable(plain=nodes("m2"))
+    assert unreachable_peers(reports(w1=False) | new) == NONE_UNREACHABLE
+
+
 def test_a_node_without_any_answer_has_lost_its_own_link() -> None:
     assert unreachable_peers(reports(m2=True, m3=True)) == NONE_UNREACHABLE
     assert unreachable_peers({}) == NONE_UNREACHABLE
@@ -140,7 +148,10 @@ class HandClock(SystemClock):
 async def watched(
     until_s: float, urgency: list[float] | None = None, **happens: float
 ) -> list[tuple[float, Unreachable]]:
-    """What is left out, and when.  ``gained``, ``lost``: times of a session; ``responses``: when m2 responds again.
+    """What is left out, and when.
+
+    ``gained``, ``lost``: times of a session; ``responses``: when m2 responds again; ``changes``: when another check of
+    m2 changes its result.
 
     ``urgency``: gets the times at which probes became urgent, and were no longer.
     """
@@ -151,7 +162,10 @@ async def watched(
     class Peers:
         @property
         def reports(self) -> Mapping[NodeId, PathReport]:
-            return reports(m2=clock.now < happens.get("responses", 1e9), w1=False)
+            responding = reports(w1=False)
+            is_new = 0 <= clock.now - happens.get("changes", 1e9) < 4
+            m2 = a_report(fails=clock.now < happens.get("responses", 1e9), rounds=1 if is_new else 2)
+            return {**responding, NodeId("m2"): m2}
 
         def set_urgent(self, is_urgent: bool) -> None:
             if urgency is not None and is_urgent != (len(urgency) % 2 == 1):
@@ -196,6 +210,12 @@ async def test_a_managers_tables_win_when_they_are_fresh() -> None:
 
 async def test_peers_stay_excluded_until_a_leader_that_returned_has_marked_lost_nodes_down() -> None:
     (_, (at, _)) = await watched(60, gained=20)
+    assert at - 20 > grace_after_absence(DEFAULT_PERIOD_S)
+
+
+async def test_peers_stay_excluded_while_another_check_of_them_changes() -> None:
+    """It changes on the new leader of ``skep cluster recover``, 5 s after its node's session has returned."""
+    (_, (at, _)) = await watched(60, gained=20, changes=25)
     assert at - 20 > grace_after_absence(DEFAULT_PERIOD_S)
 
 
