@@ -181,7 +181,7 @@ def encrypted(course: Course) -> None:
 
     def answers(network: str) -> bool:
         url = f"http://{addresses[network]}/?marker-{network}"
-        return bool(client.exec_run(["wget", "-q", "-T", "5", "-O", "-", url]).exit_code == 0)
+        return bool(client.exec_run(["timeout", "5", "wget", "-q", "-O", "-", url]).exit_code == 0)
 
     with frames() as passed:
         for network in ("plain", "safe"):
