@@ -294,6 +294,12 @@ def test_every_folder_is_a_package() -> None:
     assert sorted(str(f.relative_to(ROOT)) for f in folders if not (f / "__init__.py").exists()) == []
 
 
+def test_no_file_is_at_the_root_by_accident() -> None:
+    """A redirection to a number instead of a descriptor makes a file named ``1``."""
+    names = {path.name for path in ROOT.iterdir() if path.is_file()}
+    assert {name for name in names if "." not in name} == {"LICENSE", "Makefile"}
+
+
 def test_no_folder_has_more_modules_than_a_reader_takes_in() -> None:
     files = (*PACKAGE.rglob("*.py"), *(ROOT / "sim").rglob("*.py"))
     folders = Counter(path.parent for path in files if path.name != "__init__.py")
