@@ -22,7 +22,8 @@ class FailedServices:
             match event:
                 case Updated(Task() as old, Task() as task):
                     has_ended = old.status.state not in _BY_ITSELF and task.status.state in _BY_ITSELF
-                    if has_ended and old.is_wanted:
+                    # A stopped task is shut down.  It is complete if it had ended by itself before.
+                    if has_ended and (old.is_wanted or task.status.state is TaskState.COMPLETE):
                         self._failed.add(task.service_id)
                 case Created(Task() as task) if task.status.state in _BY_ITSELF:
                     # Only a restored snapshot creates a task that has ended, and it does not contain the reason.

@@ -348,10 +348,20 @@ def test_a_task_that_is_moved_is_no_failure_of_its_service() -> None:
     history.put(a_service(), a_task("t1", node="w1", state=TaskState.RUNNING))
     moved = replace(history.state.get(Task, "t1"), desired_state=TaskState.SHUTDOWN)
     history.put(moved)
-    history.put(replace(history.state.get(Task, "t1"), status=TaskStatus(state=TaskState.COMPLETE)))
+    history.put(replace(history.state.get(Task, "t1"), status=TaskStatus(state=TaskState.SHUTDOWN)))
     assert not rule.may_be_given_up(history.state.get(Service, WEB))
     history.put(a_task("t2", node="w1", state=TaskState.RUNNING))
     history.put(replace(history.state.get(Task, "t2"), status=TaskStatus(state=TaskState.FAILED)))
+    assert rule.may_be_given_up(history.state.get(Service, WEB))
+
+
+def test_a_task_that_had_ended_before_its_move_may_be_given_up() -> None:
+    """Its node was cut off, so that its end was heard of after the move."""
+    rule = FailedServices()
+    history = History(rule)
+    history.put(a_service(), a_task("t1", node="w1", state=TaskState.RUNNING))
+    history.put(replace(history.state.get(Task, "t1"), desired_state=TaskState.SHUTDOWN))
+    history.put(replace(history.state.get(Task, "t1"), status=TaskStatus(state=TaskState.COMPLETE)))
     assert rule.may_be_given_up(history.state.get(Service, WEB))
 
 
