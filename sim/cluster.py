@@ -26,7 +26,7 @@ from msgspec.structs import replace
 from sim.etcd.client import SimulatedClient
 from sim.etcd.raft import Raft
 from sim.initial_state import CLUSTER, address_of, joined, labels_behind_nat
-from sim.invariants.committed import CommittedState
+from sim.invariants.bookkeeping import leftovers
 from sim.invariants.nodes.volumes import OnlyCopiesStay, Stored
 from sim.invariants.observer import Observer
 from sim.invariants.quiescence import rest_violations
@@ -34,10 +34,12 @@ from sim.invariants.services.removals import DisruptionsRemoveNoNode
 from sim.trace import Trace
 from sim.world.addresses import AddressTruth, SimulatedAddresses
 from sim.world.certificates import Certificates, first_certificate
+from sim.world.committed import CommittedState
+from sim.world.images import image_of
 from sim.world.links import Isolation, Links, Machine, Port, Uptime
 from sim.world.manager import SimulatedManager
 from sim.world.network import Network
-from sim.world.node import SimulatedNode, image_of
+from sim.world.node import SimulatedNode
 from sim.world.storage import DRIVER, SimulatedStorage
 from sim.world.time import VirtualClock, VirtualLoop
 from sim.world.versions import UnknownFieldsAreKept
@@ -528,7 +530,7 @@ class SimulatedCluster:
     def leftovers(self) -> list[str]:
         """Return state that managers keep of finished work, and surplus timers, in a cluster at rest."""
         found = [
-            f"{id} {text}" for id, manager in self.running_managers.items() for text in manager.leftovers()
+            f"{id} {text}" for id, manager in self.running_managers.items() for text in leftovers(manager)
         ]
         if self.loop.timers() > TIMERS_MAX * (len(self.managers) + len(self.workers)):
             found.append(f"more than {TIMERS_MAX} timers run for each machine")

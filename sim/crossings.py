@@ -14,19 +14,10 @@ from sim.faults.trial import check_planned
 from sim.run import RunResult
 from sim.seeds import Simulate
 from sim.users.operators import Operators
-from sim.users.random_specs import (
-    BROKEN,
-    CRASHING,
-    ENDING_IMAGES,
-    HANGING,
-    MEMORY_BYTES,
-    STACKS,
-    with_image,
-    with_labels,
-    with_mount,
-)
+from sim.users.random_specs import ENDING_IMAGES, MEMORY_BYTES, STACKS, with_image, with_labels, with_mount
 from sim.users.users import Users
 from sim.world.certificates import root
+from sim.world.images import BROKEN, CRASHING, HANGING
 from sim.world.storage import DRIVER, SimulatedStorage
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument, PermissionDenied, SkepError

@@ -15,9 +15,9 @@ import msgspec
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.invariants.committed import Change
 from sim.run import RunResult
-from sim.world.node import image_of
+from sim.world.committed import Change
+from sim.world.images import image_of
 from skep.model.container import ContainerSpec
 from skep.model.service import (
     UNDER_WAY,

@@ -20,11 +20,12 @@ from random import Random
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.invariants.committed import Change
 from sim.run import RunResult, capacity_of
-from sim.users.random_specs import BROKEN, ENDING_IMAGES, with_image
+from sim.users.random_specs import ENDING_IMAGES, with_image
 from sim.users.stack_commands import StackCommands
 from sim.users.users import Users
+from sim.world.committed import Change
+from sim.world.images import BROKEN
 from skep.agent.executor.simulated import Behavior
 from skep.agent.session.session import DESCRIPTION_CHECK_S
 from skep.errors import SkepError

@@ -32,18 +32,9 @@ from sim.invariants.nodes.preemption import held_by_lower
 from sim.invariants.quiescence import is_leftover, live_violations, replica_violations
 from sim.invariants.services.schedules import DECIDED_S, undecided
 from sim.users.operators import Operators
-from sim.users.random_specs import (
-    BROKEN,
-    CRASHING,
-    DEVICE,
-    DEVICES,
-    ENDING_IMAGES,
-    FACT,
-    HANGING,
-    KERNELS,
-    MEMORY_BYTES,
-)
+from sim.users.random_specs import DEVICE, DEVICES, ENDING_IMAGES, FACT, KERNELS, MEMORY_BYTES
 from sim.users.users import Users
+from sim.world.images import BROKEN, CRASHING, HANGING
 from sim.world.storage import SimulatedStorage
 from skep.agent.executor.simulated import Behavior
 from skep.errors import SkepError

@@ -10,7 +10,7 @@ from typing import TextIO
 
 import msgspec
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from sim.cluster import SimulatedCluster
 from sim.invariants.liveness import lease_violations
 from sim.invariants.services.damping import surplus_violations
-from sim.users.random_specs import HOPELESS
-from sim.world.node import image_of, program_of
+from sim.world.images import HOPELESS, image_of, program_of
 from skep.manager.nodes.heartbeats import RECOVERY_GRACE_S
 from skep.model.node import Node
 from skep.model.options.autoscaling import AUTOSCALE

@@ -9,10 +9,10 @@ import msgspec
 
 from sim.cluster import SimulatedCluster
 from sim.etcd.member import Member
-from sim.faults.software import is_before_rotation
 from sim.faults.targeted_faults import hang_manager
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from sim.world.links import Port
+from sim.world.software import is_before_rotation
 from skep.model.node import Node
 from skep.model.values.ids import NodeId
 from skep.store.etcd.requests import PREFIX, etcd_key

@@ -8,8 +8,8 @@ from typing import Any, cast
 from sim.cluster import WRAPPING_KEY, SimulatedCluster
 from sim.etcd.client import SimulatedClient
 from sim.initial_state import address_of
-from sim.invariants.committed import Change, CommittedState
 from sim.invariants.observer import Observer
+from sim.world.committed import Change, CommittedState
 from sim.world.manager import NoProcess
 from skep.manager.storage.recovery import show_survivor
 from skep.model.task import Task

@@ -8,10 +8,9 @@ from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.faults.damping import is_steady, pass_time
-from sim.faults.software import is_before_rotation
-from sim.users.random_specs import BROKEN
 from sim.users.users import Users
-from sim.world.node import program_of
+from sim.world.images import BROKEN, program_of
+from sim.world.software import is_before_rotation
 from sim.world.time import VirtualClock
 from skep.model.node import Node
 from skep.model.options.affinity import has_affinities

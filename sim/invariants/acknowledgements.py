@@ -12,8 +12,7 @@ from collections.abc import Iterable
 import msgspec
 from msgspec.structs import replace
 
-from sim.invariants.committed import Change
-from sim.users.random_specs import COMMANDED_STACK
+from sim.world.committed import Change
 from skep.api.access.permissions import STACK_LABEL
 from skep.manager.services.spec_history import comparable
 from skep.model.options.autoscaling import AUTOSCALE
@@ -22,6 +21,9 @@ from skep.model.service import Service, ServiceSpec
 from skep.model.staging.updates import stages_of
 from skep.model.values.ids import ServiceId
 from skep.store.interface import Created, Deleted, Updated, View
+
+COMMANDED_STACK = "orders"
+"""The stack that only stack commands change."""
 
 
 def is_of_commands(service: Service) -> bool:

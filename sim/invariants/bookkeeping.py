@@ -8,12 +8,11 @@ rest still holds belong to existing objects.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sim.world.manager import SimulatedManager
 from skep.manager.allocator.allocations import Allocations
 from skep.manager.allocator.loop import Allocator
 from skep.manager.control_loops.failures import Failures
 from skep.manager.control_loops.work_queue import WorkQueue
-from skep.manager.dispatcher.loop import Dispatcher
-from skep.manager.logbroker.broker import LogBroker
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.scheduler.decision_writer import is_pending
 from skep.manager.scheduler.loop import Scheduler
@@ -178,10 +177,12 @@ def _differences(owner: str, has: Mapping[str, Any], should: Mapping[str, Any]) 
             yield f"{owner}: {name} are not as in the store: {sorted(has[name] ^ should[name], key=str)}"
 
 
-def leftovers(
-    store: EtcdStore, dispatcher: Dispatcher, logs: LogBroker, loops: Iterable[object]
-) -> Iterable[str]:
+def leftovers(manager: SimulatedManager) -> Iterable[str]:
     """Yield the state of finished work that a manager at rest keeps."""
+    store, dispatcher, logs = manager.store, manager.dispatcher, manager.logs
+    if store is None or dispatcher is None or logs is None:
+        yield "serves nothing"
+        return
     yield from kept_of_writes(store)
     view, sessions = store.view(), dispatcher.sessions
     for id in (*sessions._live, *sessions.absent):
@@ -200,7 +201,7 @@ def leftovers(
             yield f"keeps {len(kept.reports)} reports of {kept.node_id}"
     if logs.subscriptions or logs.relaying:
         yield f"has {len(logs.subscriptions)} readers of logs, and relays {len(logs.relaying)}"
-    for loop in loops:
+    for loop in manager.loops:
         name, state = type(loop).__name__, getattr(loop, "state", None)
         queue, failures = getattr(state, "queue", None), getattr(state, "failures", None)
         if isinstance(queue, WorkQueue) and queue._is_due:

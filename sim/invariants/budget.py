@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from sim.invariants.committed import Change
 from sim.invariants.nodes.placement import host_ports
+from sim.world.committed import Change
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import drains_now, min_available
 from skep.model.options.overlap import why_stop_first, written_data

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.manager.journal.changes import entries_of
 from skep.manager.orchestrator.changes import ROLLED_BACK
 from skep.manager.orchestrator.replacement.early_failures import step_seconds_max

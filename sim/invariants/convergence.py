@@ -15,8 +15,7 @@ from typing import TypeAlias
 from sim.invariants.nodes.placement import completed_on, is_unplaceable, may_have_tasks, meets
 from sim.invariants.services.dependencies import missing_dependencies
 from sim.invariants.services.serving import config_of
-from sim.users.random_specs import HOPELESS
-from sim.world.node import image_of, program_of
+from sim.world.images import HOPELESS, image_of, program_of
 from skep.manager.services.job_runs import is_over, nodes_of
 from skep.model.node import Node
 from skep.model.options.labels import PROGRESS_DEADLINE, min_available

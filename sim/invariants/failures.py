@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.model.service import RestartCondition, Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import ServiceId

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from sim.invariants.committed import Change
 from sim.invariants.nodes.placement import meets
+from sim.world.committed import Change
 from skep.api.access.permissions import STACK_LABEL
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.manager.control import tasks
 from skep.model.node import Node, NodeState
 from skep.model.task import Task, TaskState

@@ -5,7 +5,7 @@ number of all others.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.manager.verify.objects import leftovers, missing_files
 from skep.model.container import SecretReference
 from skep.model.secret import Secret

@@ -7,7 +7,6 @@ from sim.invariants.acknowledgements import Acknowledgements
 from sim.invariants.bookkeeping import CachesMatchStore
 from sim.invariants.budget import minimum_stays_available
 from sim.invariants.causes import UpdateEndsHaveCauses, replacements_are_recorded
-from sim.invariants.committed import Change, CommittedState
 from sim.invariants.failures import FailedServices
 from sim.invariants.freezes import FreezesHold
 from sim.invariants.liveness import NoFalseDown
@@ -45,6 +44,7 @@ from sim.invariants.writers import (
     sessions_are_claimed,
 )
 from sim.trace import Trace
+from sim.world.committed import Change, CommittedState
 from sim.world.links import Isolation, Uptime
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId, TaskId

@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Iterable
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.manager.verify.tasks import shared_volume, volumes_of
 from skep.model.node import Node, NodeState
 from skep.model.task import Task, TaskState

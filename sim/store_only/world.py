@@ -13,10 +13,10 @@ import msgspec
 from sim.etcd.client import SimulatedClient
 from sim.etcd.raft import Raft
 from sim.invariants.bookkeeping import kept_of_writes
-from sim.invariants.committed import Change, CommittedState
 from sim.invariants.quiescence import replica_violations
 from sim.store_only.managers import WANT, WRAPPING_KEY, Manager
 from sim.store_only.registers import Registers, compare, delete, swap, swap_each
+from sim.world.committed import Change, CommittedState
 from sim.world.links import Links
 from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import NotFound, Unavailable

@@ -17,10 +17,10 @@ from typing import Any
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.invariants.committed import Change
 from sim.trace import COMMAND
 from sim.users.clients import ApiClient, Apis
-from sim.users.random_specs import BROKEN
+from sim.world.committed import Change
+from sim.world.images import BROKEN
 from skep.cli.apps.rotation import FileKind, _Rotation
 from skep.cli.maintain.upgrade import _Upgrade
 from skep.cli.maintain.upgrade_means import Means

@@ -14,9 +14,9 @@ from msgspec.structs import replace
 from sim.cluster import SimulatedCluster
 from sim.etcd.client import PEER_PORT
 from sim.initial_state import a_manager, a_worker, address_of
-from sim.invariants.committed import Change
 from sim.users.users import Users
 from sim.world.certificates import Certificate, describe, issue
+from sim.world.committed import Change
 from sim.world.manager import SimulatedManager
 from skep.errors import FailedPrecondition, PermissionDenied, SkepError, Unavailable
 from skep.manager.ca.rotation import ROTATE

@@ -9,6 +9,7 @@ from random import Random
 import msgspec
 from msgspec.structs import replace
 
+from sim.world.images import BROKEN, CRASHING, HOPELESS
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec, Mount, SecretFileTarget, SecretReference
@@ -87,14 +88,7 @@ from skep.model.staging.updates import (
 from skep.model.values.ids import SecretId
 from skep.model.values.times import SECOND_NS
 
-BROKEN, CRASHING, HANGING = "broken:1", "crashing:1", "hanging:1"
-"""Images whose preparation fails (BROKEN), whose containers fail soon (CRASHING), whose preparation never ends
-(HANGING).
-"""
-HOPELESS = (BROKEN, CRASHING, HANGING)
 IMAGES = ("app:1", "app:2", "app:3", "app:4", *HOPELESS)
-COMMANDED_STACK = "orders"
-"""The stack that only stack commands change."""
 JOB_IMAGES = ("job:1", "job:2", BROKEN, CRASHING)
 ENDING_IMAGES = {CRASHING: (0.4, 1), "job:1": (0.5, 0), "job:2": (1.5, 0)}
 """Seconds after which the containers of these images end, and their exit code."""

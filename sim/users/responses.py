@@ -12,7 +12,6 @@ import msgspec
 from msgspec.structs import replace
 
 from sim.invariants.acknowledgements import is_of_commands
-from sim.invariants.committed import Change
 from sim.users.reference import (
     BAD,
     FORBIDDEN,
@@ -30,6 +29,7 @@ from sim.users.reference import (
     is_staged,
     respond,
 )
+from sim.world.committed import Change
 from skep.model.network import Network
 from skep.model.networks.data_planes import nat_of
 from skep.model.node import Availability, Node, NodeRole, NodeSpec

@@ -15,9 +15,9 @@ from random import Random
 from typing import Any
 
 from sim.cluster import SimulatedCluster
-from sim.invariants.committed import Change
 from sim.users.clients import ApiClient, Commands
 from sim.users.random_specs import STACKS
+from sim.world.committed import Change
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import SkepError
 from skep.model.network import Network

@@ -20,11 +20,13 @@ from typing import Any, cast
 import msgspec
 
 from sim.cluster import SimulatedCluster
+from sim.invariants.acknowledgements import COMMANDED_STACK
 from sim.invariants.objects import secrets_of
 from sim.trace import COMMAND
 from sim.users.client_runs import deploy, label_of, rotate
 from sim.users.clients import ApiClient, Commands, Host
-from sim.users.random_specs import BROKEN, COMMANDED_STACK, ENDING_IMAGES
+from sim.users.random_specs import ENDING_IMAGES
+from sim.world.images import BROKEN
 from skep.cli.apps.rotation import SECRET
 from skep.cli.endpoint import HostOptions
 from skep.cli.stack.stack_stops import turn_stack

@@ -19,13 +19,13 @@ import msgspec
 
 from sim.cluster import SimulatedCluster
 from sim.invariants.acknowledgements import Acknowledgements
-from sim.invariants.committed import Change
 from sim.trace import COMMAND
 from sim.users.client_runs import SimulatedMeans, run_upgrade, show_version
 from sim.users.clients import ApiClient, Apis, Host
 from sim.users.reboots import Boots, SimulatedReboots
 from sim.users.reference import SetNode, Update
 from sim.users.responses import ResponseCheck
+from sim.world.committed import Change
 from skep.api.formats.service_form import settled
 from skep.cli.endpoint import HostOptions
 from skep.cli.maintain import maintenance

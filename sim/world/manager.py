@@ -6,9 +6,8 @@ from contextlib import AbstractAsyncContextManager
 from random import Random
 from typing import Concatenate, ParamSpec, TypeVar, cast
 
-from sim.faults.software import FailingTerm, StaleStore
-from sim.invariants.bookkeeping import leftovers
 from sim.world.network import Network
+from sim.world.software import FailingTerm, StaleStore
 from sim.world.versions import write_newer_fields
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
@@ -87,7 +86,7 @@ class SimulatedManager:
         self._shown: StaleStore | None = None
         """The store that the dispatcher reads."""
         self.dispatcher: Dispatcher | None = None
-        self._logs: LogBroker | None = None
+        self.logs: LogBroker | None = None
         self.leads = False
         self.loops: Sequence[Loop] = ()
         """Control loops of the current term.  Empty while the manager does not lead."""
@@ -135,12 +134,6 @@ class SimulatedManager:
             session.wake_assignments([task.id for task in present.find(Task, node_id=session.node_id)])
         return True
 
-    def leftovers(self) -> Iterable[str]:
-        """Yield state of finished work that a manager at rest still holds."""
-        if self.store is None or self.dispatcher is None or self._logs is None:
-            return ["it serves nothing"]
-        return leftovers(self.store, self.dispatcher, self._logs, self.loops)
-
     async def _serve(self, store: EtcdStore, members: RaftMembers) -> None:
         if self._is_newer:
             write_newer_fields(store.cipher)
@@ -149,7 +142,7 @@ class SimulatedManager:
         dispatcher = self.dispatcher = Dispatcher(
             cast("Store", self._shown), own, self._clock, self._new_id, self._random, reports=reports
         )
-        logs = self._logs = LogBroker(store, self._new_id, self._clock)
+        logs = self.logs = LogBroker(store, self._new_id, self._clock)
         discovery = Discovery(store, self._id, dispatcher.session, self._clock)
         addresses = FailoverKeeper(
             store,

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from sim.world.addresses import SimulatedAddresses
 from sim.world.certificates import Certificates
 from sim.world.credentials import NoLogs, SimulatedCredentials
+from sim.world.images import image_of
 from sim.world.network import Network
 from sim.world.storage import SimulatedVolumes
 from sim.world.time import VirtualClock
@@ -41,14 +42,12 @@ from skep.aio.event import Event
 from skep.aio.race import wait_first
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
-from skep.model.container import ContainerSpec
 from skep.model.door.traffic import RouteTraffic
 from skep.model.measures.readings import ServiceRequests
 from skep.model.node import NodeDescription
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, created_ms, slot_volumes_label
-from skep.model.permissions.processes import is_process
 from skep.model.staging.updates import TaskRequests
 from skep.model.task import AssignedTask, ContainerStatus, Task
 from skep.model.task_end import EndCause, TaskEnd
@@ -527,14 +526,3 @@ class MemoryFiles(TaskFiles):
     async def run(self) -> None:
         """Run until cancelled.  Writes are immediate, so there is nothing to do."""
         await asyncio.Event().wait()
-
-
-def image_of(task: Task) -> str:
-    """Return the image of a task, or its program if it has none."""
-    container = task.spec.container_spec
-    return program_of(container) if container else ""
-
-
-def program_of(container: ContainerSpec) -> str:
-    """Return the image, or the program of a process, which has the name of an image and behaves like it."""
-    return container.args[0] if is_process(container) else container.image

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.model.values.ids import NodeId
 from skep.store.etcd.encryption.cipher import Cipher
 from skep.store.etcd.requests import etcd_key

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from sim.invariants.committed import Change
 from sim.invariants.observer import Rule
+from sim.world.committed import Change
 from skep.model.network import Network
 from skep.model.node import Node, NodeDescription, NodeState, NodeStatus, SessionOwner
 from skep.model.service import (

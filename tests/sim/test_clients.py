@@ -7,8 +7,8 @@ from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.users.client_runs import Commands, label_of, show_version
-from sim.users.random_specs import BROKEN
 from sim.users.users import forced
+from sim.world.images import BROKEN
 from skep.cli.apps.rotation import SECRET
 from skep.model.node import Availability, Node, NodeRole
 from skep.model.options.schedules import CRON

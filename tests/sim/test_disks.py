@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.errors import Unavailable
 from skep.model.network import Network, NetworkSpec
 from skep.model.networks.overlays import VXLAN_OPTION

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from sim.cluster import SimulatedCluster
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.errors import FailedPrecondition
 from skep.manager.control.nodes import remove_node
 from skep.model.node import Node, NodeState

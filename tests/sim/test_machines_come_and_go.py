@@ -7,9 +7,9 @@ from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.faults.restore import restore
-from sim.invariants.committed import Change
 from sim.users.operators import GIVEN_UP_S, Operators
 from sim.users.users import Users
+from sim.world.committed import Change
 from sim.world.versions import FIELD, UnknownFieldsAreKept
 from skep.model.node import Availability, Node, NodeRole
 from skep.model.values.ids import NodeId

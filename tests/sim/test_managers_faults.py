@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.faults.targeted_faults import hang_manager
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from sim.world.links import Port
 from skep.errors import Unavailable
 from skep.model.node import Node, NodeRole

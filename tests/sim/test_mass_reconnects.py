@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from sim.cluster import SimulatedCluster
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.manager.dispatcher.node_sessions import admission
 from skep.model.node import Node, NodeState
 from skep.model.values.ids import NodeId

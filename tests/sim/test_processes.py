@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.users.random_specs import Dependencies, a_spec, with_image
-from sim.world.node import program_of
+from sim.world.images import program_of
 from skep.manager.control.validation.service_rules import check_service_spec
 from skep.model.container import ContainerSpec
 from skep.model.permissions.processes import is_process

@@ -4,10 +4,10 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.invariants.committed import Change
 from sim.users.operators import Operators
 from sim.users.users import Users
 from sim.world.certificates import root
+from sim.world.committed import Change
 from sim.world.storage import SimulatedStorage
 from skep.errors import FailedPrecondition, Unavailable
 from skep.manager.control.swarm import Rotations, update_swarm

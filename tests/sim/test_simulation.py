@@ -10,7 +10,7 @@ import pytest
 
 from sim import run, seeds
 from sim.cluster import SimulatedCluster
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from sim.world.time import Deadlock, Spinning, VirtualLoop
 from skep.model.node import Availability
 from skep.model.service import Service

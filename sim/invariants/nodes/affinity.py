@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState

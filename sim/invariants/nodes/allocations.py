@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.manager.verify.allocations import (
     Holding,
     holdings,

@@ -6,8 +6,8 @@ from math import inf
 
 import msgspec
 
-from sim.invariants.committed import Change
 from sim.invariants.nodes.placement import device_violations, port_violations
+from sim.world.committed import Change
 from skep.manager.orchestrator.replacement.restart import stop_seconds_max
 from skep.manager.verify.tasks import is_on_drained_node, may_start_first
 from skep.model.node import Node, NodeState

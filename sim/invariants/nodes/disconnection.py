@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from sim.invariants.committed import Change
 from sim.invariants.nodes.placement import constraints_of, meets
+from sim.world.committed import Change
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import OnDisconnect, disconnect_policy
 from skep.model.service import Service

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from math import inf
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.model.node import Node
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL

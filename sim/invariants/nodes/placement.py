@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from sim.invariants.committed import Change
 from sim.invariants.nodes.affinity import exceeds_skew, forbidden
+from sim.world.committed import Change
 from skep.model.container import Mount
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import RESERVE_MEMORY, VolumeAffinity, is_stopped, volume_affinity

@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from sim.invariants.committed import Change
 from sim.invariants.nodes.affinity import exceeds_skew, forbidden
 from sim.invariants.nodes.placement import has_room, homes_of, host_ports, is_local, may_have_tasks
 from sim.invariants.services.dependencies import missing_dependencies
+from sim.world.committed import Change
 from skep.manager.scheduler.preemption.preemption import AT_ONCE
 from skep.model.node import Node, NodeState
 from skep.model.options.labels import (

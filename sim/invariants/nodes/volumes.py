@@ -3,8 +3,8 @@
 from collections.abc import Callable, Collection, Iterator
 from math import inf
 
-from sim.invariants.committed import Change
 from sim.invariants.nodes.placement import could_take, has_left_data
+from sim.world.committed import Change
 from skep.model.node import Node
 from skep.model.options.labels import VolumeAffinity, volume_affinity
 from skep.model.service import Service

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from sim.invariants.committed import Change
 from sim.invariants.nodes.placement import reservations
 from sim.invariants.services.tasks import has_placement
+from sim.world.committed import Change
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Resources, Service
 from skep.model.task import Task

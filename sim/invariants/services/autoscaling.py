@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.model.options.autoscaling import autoscaling_of
 from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.values.ids import ServiceId

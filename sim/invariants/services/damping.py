@@ -5,7 +5,7 @@ cause.
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service
 from skep.model.task import Task, TaskState

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from math import inf
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.model.options.dependencies import Dependency, DependencyCondition, dependencies_of
 from skep.model.options.labels import JOB_TTL
 from skep.model.service import Service

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 from math import inf
 
-from sim.invariants.committed import Change
 from sim.invariants.services.dependencies import requiring
+from sim.world.committed import Change
 from skep.model.node import Node, NodeState
 from skep.model.options.labels import JOB_TTL
 from skep.model.service import Service

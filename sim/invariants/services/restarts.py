@@ -6,7 +6,7 @@ from math import inf
 
 import msgspec
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.model.service import RestartCondition, RestartPolicy, Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.manager.services.spec_history import ServiceRevision, comparable, revisions
 from skep.model.service import Service, ServiceSpec
 from skep.model.values.ids import ServiceId

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Set
 
-from sim.invariants.committed import Change
+from sim.world.committed import Change
 from skep.model.node import Node, NodeState
 from skep.model.options.schedules import (
     CRON,

@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from sim.invariants.committed import Change
 from sim.invariants.nodes.placement import constraints_of, meets
+from sim.world.committed import Change
 from skep.manager.orchestrator.decision_inputs import ROLLBACKS
 from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
 from skep.model.node import Availability, Node, NodeState

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from math import inf
 
-from sim.invariants.committed import Change
 from sim.invariants.nodes.affinity import forbidden
 from sim.invariants.nodes.disks import has_full_disk
 from sim.invariants.nodes.placement import constraints_of, host_ports, meets, reservations
+from sim.world.committed import Change
 from skep.manager.orchestrator.slots import age
 from skep.manager.verify.rules import InvariantViolation
 from skep.manager.verify.tasks import (
