@@ -12,7 +12,7 @@ import msgspec
 
 from skep.configuration import values
 from skep.configuration.configuration import Configuration, ConfigurationError, TcpHost, UnixHost
-from skep.configuration.settings import SETTINGS
+from skep.configuration.settings import SETTINGS, Setting
 from skep.configuration.values import LOG_DRIVERS
 from skep.model.networks.addresses import is_public, joined
 from skep.paths import SOCKET_PATH_BYTES_MAX
@@ -170,6 +170,8 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
         try:
             fields[setting.attribute] = setting.read(written)
         except ValueError as error:
+            if _is_wrong_in(toml, setting, error):
+                source = f"{arguments.toml}: {setting.toml_key}"
             problems.append(f"{source} {error}")
     if problems:
         raise ConfigurationError(*problems)
@@ -185,6 +187,20 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
         )
         configuration = msgspec.structs.replace(configuration, log_driver="json-file", log_opts={})
     return LoadedConfiguration(configuration, tuple(warnings))
+
+
+def _is_wrong_in(toml: Mapping[str, Any], setting: Setting, error: ValueError) -> bool:
+    """Return whether the file has the value of a flag that causes ``error``, so that it is corrected in the file.
+
+    Programs that start nodes repeat hosts of the file as flags, to which they add their own.
+    """
+    if setting.toml_key not in toml:
+        return False
+    try:
+        setting.read(toml[setting.toml_key])
+    except ValueError as in_file:
+        return str(in_file) == str(error)
+    return False
 
 
 def _unused_hosts(configuration: Configuration, toml: Mapping[str, Any]) -> tuple[str, ...]:

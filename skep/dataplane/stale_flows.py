@@ -14,8 +14,10 @@ from skep.linux.network.route_lookup import route_to
 log = structlog.get_logger()
 
 
-def delete_flows(stale: Collection[StalePort], version: int = 4) -> None:
-    """Delete stale UDP flows of IP ``version`` in the calling thread's namespace.  Blocks.
+def delete_flows(stale: Collection[StalePort], version: int = 4, selection: bytes = b"") -> None:
+    """Delete stale flows of IP ``version`` in the calling thread's namespace.  Blocks.
+
+    ``selection`` is a filter of ``conntrack`` for the kernel.
 
     A refusal (the kernel does not list flows, or offloads one) is only logged, because a retry would fail too.
     Raises: OSError: the kernel did not answer.
@@ -28,6 +30,7 @@ def delete_flows(stale: Collection[StalePort], version: int = 4) -> None:
             lambda flow: is_stale(flow, stale, is_local),
             # Most entries do not contain the bytes of a port, which can be tested without decoding them.
             concerns=lambda entry: any(port in entry for port in ports),
+            selection=selection,
         )
     except conntrack.ConntrackRefused as error:
         log.warning("flows to published ports not moved", error=str(error))

@@ -13,7 +13,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock, tick
 from skep.aio.failures import isolate, retry
 from skep.dataplane.ingress.reply_routing import ReplyRouting
-from skep.dataplane.netns.kernel import nft
+from skep.dataplane.netns.kernel import conntrack, nft
 from skep.dataplane.netns.kernel.forwarding import forward_ipv6, ipv6_nat_refusal
 from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import NetnsReconciler
@@ -25,8 +25,10 @@ from skep.dataplane.plan.ingress import (
     IngressPlan,
     PortKey,
     ingress_table,
+    lose_tcp_backends,
     plan,
     stale_ports,
+    unaccepted_ports,
 )
 from skep.dataplane.ports import AddressNotHere, PortReservations
 from skep.dataplane.proxy.relays import relay_ports
@@ -54,6 +56,11 @@ _HELD_S = 15.0
 """Seconds between comparisons with the ports that the net process holds.
 
 After a crash, the new process lacks the ports that another program took meanwhile.
+"""
+_ACCEPTED_S = 2.0
+"""Seconds after which a backend that was removed has accepted each connection, or never will.
+
+A round trip takes less, and a client repeats its request after 1 s and 3 s (Linux).
 """
 _PART = "published ports"
 OUR_TABLES = frozenset({"ip skep", "ip6 skep", "ip skep_ingress", "ip6 skep_ingress", "inet skep_overlay"})
@@ -112,6 +119,8 @@ class Mesh:
         """Whether the kernel accepts the nat chains of the IPv6 table."""
         self._turn = asyncio.Lock()
         self._again = asyncio.Event()
+        self._lost_backends = asyncio.Event()
+        """Set when a TCP port has lost a backend, to which connections may still be on their way."""
         self._obstacles: tuple[str, ...] = ()
         self._absent: frozenset[str] = frozenset()
         """Addresses that published ports are bound to, but that this node does not have at present."""
@@ -144,6 +153,7 @@ class Mesh:
         """Retry failures, follow addresses that move, and read other firewalls' rules, until cancelled."""
         parts: dict[str, Callable[[], Awaitable[None]]] = {
             "mesh-retries": self._try_again,
+            "mesh-connections": self._redirect_unaccepted,
             "mesh-obstacles": self._look_for_obstacles,
             "mesh-addresses": self._look_for_addresses,
             "mesh-held": self._look_at_held,
@@ -276,6 +286,8 @@ class Mesh:
         await self._home.apply()
 
     async def _move_flows(self, wanted: IngressPlan) -> None:
+        if self._plan is not None and lose_tcp_backends(self._plan, wanted):
+            self._lost_backends.set()
         has_ipv6 = wanted.has_ipv6 or (self._plan is not None and self._plan.has_ipv6)
         for version in (4, 6) if has_ipv6 else (4,):
             if stale := stale_ports(self._plan, wanted, version):
@@ -289,6 +301,25 @@ class Mesh:
             await self._backoff.sleep(self._clock)
             self._again.clear()
             await isolate(self._follow(), "ports are not published", on_error=lambda _: self._again.set())
+
+    async def _redirect_unaccepted(self) -> None:
+        """Delete flows of connections that a removed backend has not accepted, so that their next packet is sent to
+        another one.
+
+        Otherwise, a client would get no answer from a lost node for as long as it repeats its request, and for two
+        minutes when it uses the same port again.
+        """
+        while True:
+            await self._lost_backends.wait()
+            self._lost_backends.clear()
+            await self._clock.sleep(_ACCEPTED_S)
+            current = self._plan if self._plan is not None else IngressPlan()
+            for version in (4, 6) if current.has_ipv6 else (4,):
+                if ports := unaccepted_ports(current, version):
+                    deletion = self._namespaces.run(
+                        self._namespaces.home, delete_flows, ports, version, conntrack.UNANSWERED
+                    )
+                    await isolate(deletion, "connections to removed backends not redirected")
 
     async def _look_for_addresses(self) -> None:
         """Publish ports that are bound to one address as soon as this node has the address (for instance a virtual

@@ -171,8 +171,10 @@ class Flow(msgspec.Struct, frozen=True):
     """An entry of connection tracking.
 
     ``name`` identifies it for deletion.  It includes the entry's id, so that a later flow is not deleted instead.
+    ``is_answered``: whether the other end has sent a packet.
     """
 
     original: Tuple
     reply: Tuple
     name: bytes
+    is_answered: bool = True

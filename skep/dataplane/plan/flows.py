@@ -1,13 +1,14 @@
-"""Finds flows through a published UDP port that lead to a backend that no longer answers.  Pure.
+"""Finds flows through a published port that lead to a backend that no longer answers.  Pure.
 
 As long as packets of a flow arrive, connection tracking sends them where the first one was sent, even if the rules have
 changed.  A UDP client that keeps sending from one port would therefore never reach the container that has replaced its
-server.
+server.  A TCP client whose connection a lost node did not accept would get no answer from the same port for two
+minutes, also for a new connection.
 """
 
 from collections.abc import Callable, Iterable
 from ipaddress import ip_address, ip_network
-from socket import IPPROTO_UDP
+from socket import IPPROTO_TCP, IPPROTO_UDP
 
 import msgspec
 
@@ -17,7 +18,7 @@ from skep.model.service import PublishMode
 
 
 class StalePort(msgspec.Struct, frozen=True):
-    """A published UDP port.  Its flows are stale if they lead to anything but ``backends``.
+    """A published port.  Its flows are stale if they lead to anything but ``backends``.
 
     A stale flow leads to a container in one of ``subnets`` that no longer has the port.  If it began before the port
     was published, it leads to the node itself.  ``backends`` is empty if nothing serves the port.
@@ -29,12 +30,15 @@ class StalePort(msgspec.Struct, frozen=True):
     subnets: tuple[str, ...]
     address: str = ""
     """The only address of the node with the port, or empty for all addresses."""
+    protocol: int = IPPROTO_UDP
+    """UDP, or TCP for connections that nobody has accepted yet.  Accepted ones keep their backend."""
 
     def concerns(self, flow: Flow) -> bool:
         """Return whether ``flow`` uses the port."""
         original = flow.original
         return (
-            original.protocol == IPPROTO_UDP
+            original.protocol == self.protocol
+            and not (self.protocol == IPPROTO_TCP and flow.is_answered)
             and original.destination_port == self.port
             and self.address in ("", original.destination)
         )

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from hashlib import shake_128
 from ipaddress import ip_address, ip_network
+from socket import IPPROTO_TCP
 
 import msgspec
 
@@ -393,6 +394,29 @@ def stale_ports(before: IngressPlan | None, after: IngressPlan, version: int) ->
         *found,
         *(StalePort(key[1], frozenset(), before.subnets, _destination(key)) for key in sorted(gone)),
     )
+
+
+def lose_tcp_backends(before: IngressPlan, after: IngressPlan) -> bool:
+    """Return whether a TCP port of ``after`` has fewer backends than ``before``."""
+    return any(
+        not backends >= earlier.get(key, frozenset())
+        for version in (4, 6)
+        for earlier in (_tcp_backends(before, version),)
+        for key, backends in _tcp_backends(after, version).items()
+    )
+
+
+def unaccepted_ports(plan: IngressPlan, version: int) -> tuple[StalePort, ...]:
+    """Return the TCP ports that have backends, to find connections that were sent elsewhere and not accepted."""
+    return tuple(
+        StalePort(key[1], backends, plan.subnets, _destination(key), IPPROTO_TCP)
+        for key, backends in _tcp_backends(plan, version).items()
+        if backends
+    )
+
+
+def _tcp_backends(plan: IngressPlan, version: int) -> dict[PortKey, frozenset[tuple[str, int]]]:
+    return {key: port.backends(version) for port, key in plan.in_force(version) if port.protocol == "tcp"}
 
 
 def _destination(key: PortKey) -> str:

@@ -30,8 +30,8 @@ def overlay_finding(
 ) -> PathFinding:
     """Return the finding for small packets through VXLAN.
 
-    ``is_received`` tells whether the peer's probes arrive here.  ``tunnel_port``: the port on which the tunnel to it is
-    opened, on the node that is not behind NAT.
+    ``is_received`` tells whether probes of the peer arrived here lately.  Those of a peer that has just failed did.
+    ``tunnel_port``: the port on which the tunnel to it is opened, on the node that is not behind NAT.
     """
     port = _vxlan_port(peer)
     detail = ""
@@ -40,7 +40,9 @@ def overlay_finding(
         if outcome.error:
             detail += f": {outcome.error}"
         elif is_received:
-            detail += "; its own probes arrive here, so the path to it is blocked"
+            detail += (
+                "; its own probes arrived here until lately: the path to it is blocked, or it has just failed"
+            )
         elif peer.way == "none":
             detail += NO_TUNNEL
         elif peer.way:

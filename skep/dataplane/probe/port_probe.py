@@ -9,7 +9,7 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from functools import cache, partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -167,28 +167,35 @@ class PortChecks:
         self._tunnels = tunnels
 
     async def findings(self, targets: ProbeTargets | None, peer: PathPeer) -> Sequence[PathFinding]:
-        """Probe the peer's ports one after the other, because most peers have at most one."""
-        found = []
+        """Probe all ports of the peer at the same time, because a peer that has failed uses up each time limit."""
+        async with asyncio.TaskGroup() as group:
+            probes = [group.create_task(one) for one in self._probes(targets, peer)]
+        return [one.result() for one in probes]
+
+    def _probes(
+        self, targets: ProbeTargets | None, peer: PathPeer
+    ) -> Iterator[Coroutine[None, None, PathFinding]]:
+        probe = self._port_probe
         if peer.control:
-            address, port = host_and_port(peer.control)
-            outcome = await self._port_probe.tls_hello(address, port)
-            found.append(port_finding(PathCheck.CONTROL, peer, address, port, outcome, protocol="tcp"))
+            yield _finding_at(PathCheck.CONTROL, peer, peer.control, probe.tls_hello)
         if peer.etcd:
             # No TLS hello, because etcd would log it.  etcd's log line for a mere connection is filtered out
             # (``store.etcd.process.member``).
-            address, port = host_and_port(peer.etcd)
-            outcome = await self._port_probe.connect(address, port)
-            found.append(port_finding(PathCheck.ETCD, peer, address, port, outcome, protocol="tcp"))
+            yield _finding_at(PathCheck.ETCD, peer, peer.etcd, probe.connect)
         if peer.gossip:
-            address, port = host_and_port(peer.gossip)
-            outcome = await self._port_probe.connect(address, port)
-            found.append(port_finding(PathCheck.GOSSIP, peer, address, port, outcome, protocol="tcp"))
+            yield _finding_at(PathCheck.GOSSIP, peer, peer.gossip, probe.connect)
         if peer.encrypted and peer.data_path and targets is not None and targets.node.data_path:
-            address, port = (
-                peer.data_path,
-                self._tunnels.port_of(peer.node_id) or peer.vxlan_port + WIREGUARD_OFFSET,
-            )
-            inner = self._tunnels.address_of(peer.node_id)
-            outcome = await self._port_probe.tunnel(self._tunnels.namespace, inner) if inner else NO_KEY
-            found.append(port_finding(PathCheck.ENCRYPTED, peer, address, port, outcome, protocol="udp"))
-        return found
+            yield self._tunnel_finding(peer)
+
+    async def _tunnel_finding(self, peer: PathPeer) -> PathFinding:
+        port = self._tunnels.port_of(peer.node_id) or peer.vxlan_port + WIREGUARD_OFFSET
+        inner = self._tunnels.address_of(peer.node_id)
+        outcome = await self._port_probe.tunnel(self._tunnels.namespace, inner) if inner else NO_KEY
+        return port_finding(PathCheck.ENCRYPTED, peer, peer.data_path, port, outcome, protocol="udp")
+
+
+async def _finding_at(
+    check: PathCheck, peer: PathPeer, place: str, probe: Callable[[str, int], Awaitable[Outcome]]
+) -> PathFinding:
+    address, port = host_and_port(place)
+    return port_finding(check, peer, address, port, await probe(address, port), protocol="tcp")

@@ -466,13 +466,8 @@ def _no_node(task: Task, nodes: Mapping[NodeId, Node], spec: ServiceSpec | None)
     if largest := fits_no_node(task, nodes.values(), spec):
         return CauseKind.TOO_LARGE, largest
     known = nodes.values()
-    parts = (
-        with_needs(task, spec),
-        unknown_names(task, spec, known),
-        _unavailable(task, known),
-        _full(task, known),
-    )
-    return CauseKind.NO_NODE, "; ".join(filter(None, parts))
+    further = unknown_names(task, spec, known), _unavailable(task, known), _full(task, known)
+    return CauseKind.NO_NODE, with_needs(task, spec, *further)
 
 
 def _unavailable(task: Task, nodes: Collection[Node]) -> str:

@@ -142,15 +142,19 @@ def _ports(ports: Collection[tuple[str, int]]) -> str:
     return f"port{'s' if len(ports) > 1 else ''} {named}"
 
 
-def with_needs(task: Task, spec: ServiceSpec | None = None) -> str:
-    """Return the error of a pending ``task`` that no node takes, with its needs of the kinds that the error names.
+def with_needs(task: Task, spec: ServiceSpec | None = None, *further: str) -> str:
+    """Return why no node takes a pending ``task``: its needs of the kinds that its error names, then the error.
+
+    The error only counts nodes, and screens cut the end of a long text.
 
     Args:
         spec: Spec of its service, with the host-mode ports and affinities that its own spec does not have.
+        further: More about the needs, or empty texts.
     """
     refusals = node_refusals_in(task.status.err)
     needs = ", ".join((*_needs(task, refusals, spec), *_placement_needs(refusals, spec)))
-    return f"{task.status.err}; it needs {needs}" if needs else task.status.err
+    parts = (f"needs {needs}", *further, task.status.err) if needs else (task.status.err, *further)
+    return "; ".join(filter(None, parts))
 
 
 def unknown_names(task: Task, spec: ServiceSpec | None, nodes: Collection[Node]) -> str:

@@ -110,6 +110,14 @@ def test_what_daemon_json_has_and_skep_does_not_use_is_named() -> None:
     assert warning == "/etc/docker/daemon.json: skep does not use bip, storage-driver"
 
 
+def test_a_wrong_host_that_the_file_has_is_that_of_the_file_although_a_flag_repeats_it() -> None:
+    toml = {"hosts": ["tcp://0.0.0.0:2376x"]}
+    for flags, named in ((["tcp://0.0.0.0:2376x"], "skep.toml: hosts is"), (["tcp://web:80"], "--host is")):
+        words = [word for flag in ["unix:///run/a.sock", *flags] for word in ("--host", flag)]
+        with pytest.raises(ConfigurationError, match=named):
+            combined(*words, toml=toml)
+
+
 def test_hosts_of_the_file_that_flags_replace_are_named() -> None:
     toml = {"hosts": ["unix:///run/a.sock", "unix:///run/b.sock"]}
     (warning,) = combined("--host", "unix:///run/a.sock", toml=toml).warnings

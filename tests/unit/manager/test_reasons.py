@@ -324,7 +324,7 @@ def test_a_need_that_no_node_meets_is_one_sentence_with_the_largest_node() -> No
     assert found.reason == "needs 16 CPUs; the largest node, m1, has 2"
     enough = a_node("w2", has=Resources(nano_cpus=32 * 10**9, memory_bytes=2 << 30))
     assert explained(task, service=service, nodes=(small, enough)).reason == (
-        f"{refused}; it needs 16 CPUs, 1024 MiB of memory"
+        f"needs 16 CPUs, 1024 MiB of memory; {refused}"
     )
     tight = a_service("web", reserve=Resources(memory_bytes=4 << 30))
     task = replace(task, spec=tight.spec.task_template)
@@ -342,7 +342,7 @@ def test_a_host_port_that_no_node_has_left_is_named_for_the_service_and_the_task
     refused = "no suitable node (host-mode port already in use on 2 nodes)"
     task = a_task(service=service, state=TaskState.PENDING)
     task = replace(task, status=replace(task.status, err=refused), node_id=NodeId(""))
-    reason = f"{refused}; it needs ports 80/tcp, 443/tcp"
+    reason = f"needs ports 80/tcp, 443/tcp; {refused}"
     assert explained(task, service=service, nodes=(a_node("m1"),)).reason == reason
     verdicts = [NodeVerdict(node_id=NodeId("m1"), hostname="m1", reasons=("refused",))]
     assert explain_task(task, None, verdicts, spec=service.spec).summary == reason
@@ -367,7 +367,7 @@ def test_unavailable_nodes_that_meet_a_constraint_are_named_with_their_states(
     reason = explained(task, service=service, nodes=(a_node("m1"), fitting)).reason
     assert (
         reason
-        == f"{refused}; it needs node.labels.ssd==yes; no node that meets this is available: w1 is {words}"
+        == f"needs node.labels.ssd==yes; no node that meets this is available: w1 is {words}; {refused}"
     )
     other = a_node("w2", labels={"ssd": "yes"})
     assert "available:" not in explained(task, service=service, nodes=(other, fitting)).reason
@@ -450,25 +450,25 @@ def test_the_reason_is_the_same_whatever_the_next_attempt_is_at(
             Placement(constraints=("node.labels.disk == ssd", "node.role == worker")),
             0,
             0,
-            "{refused}; it needs node.labels.disk == ssd, node.role == worker",
+            "needs node.labels.disk == ssd, node.role == worker; {refused}",
         ),
         (
             "max replicas per node limit exceed",
             Placement(max_replicas=1),
             0,
             0,
-            "{refused}; it needs at most 1 of its service per node",
+            "needs at most 1 of its service per node; {refused}",
         ),
         (
             "unsupported platform on 2 nodes",
             Placement(platforms=(Platform(os="linux", architecture="arm64"),)),
             0,
             0,
-            "{refused}; it needs linux/arm64",
+            "needs linux/arm64; {refused}",
         ),
         ("insufficient resources on 2 nodes", Placement(), 2, 0, "needs 2 gpu; no node has any"),
         ("insufficient resources on 2 nodes", Placement(), 2, 1, "needs 2 gpu; the largest node, m1, has 1"),
-        ("insufficient resources on 2 nodes", Placement(), 2, 4, "{refused}; it needs 2 gpu"),
+        ("insufficient resources on 2 nodes", Placement(), 2, 4, "needs 2 gpu; {refused}"),
         ("missing plugin on 2 nodes", Placement(), 0, 0, "{refused}"),
     ],
 )
@@ -513,7 +513,7 @@ def test_a_driver_that_no_node_has_is_named_and_one_that_some_nodes_have_is_a_ne
     found = explained(task, service=service, nodes=(node("m1", "json-file"), node("w1", "splunkk:latest")))
     assert found.problem is not None
     assert found.problem.kind == CauseKind.NO_NODE.value
-    assert found.reason == f"{refused}; it needs the log driver splunkk"
+    assert found.reason == f"needs the log driver splunkk; {refused}"
 
 
 def test_missing_rights_devices_and_cluster_volumes_are_named() -> None:
@@ -530,7 +530,7 @@ def test_missing_rights_devices_and_cluster_volumes_are_named() -> None:
         task = replace(
             task, status=replace(task.status, err=f"no suitable node ({refusal})"), node_id=NodeId("")
         )
-        assert explained(task, service=service).reason == f"no suitable node ({refusal}); it needs {needs}"
+        assert explained(task, service=service).reason == f"needs {needs}; no suitable node ({refusal})"
 
 
 def test_a_path_in_a_reason_is_that_of_the_container() -> None:

@@ -311,9 +311,9 @@ async def test_services_that_keep_an_affinity_from_being_met_are_named() -> None
         view = store.view()
         found = await explanation_of(view, service, await service_status(view, service), NOW_NS, CLOCK)
         assert found.reason in found.summary
-        return found.reason.removeprefix(refused.format(refusal)).removeprefix("; ")
+        return found.reason.replace(refused.format(refusal), "").replace("; ; ", "; ").strip("; ")
 
-    near, needs = {"skep.affinity": "DB"}, "it needs a node with a task of DB"
+    near, needs = {"skep.affinity": "DB"}, "needs a node with a task of DB"
     assert await reason(near, "affinity") == f"{needs}; service DB does not exist"
     words = f"{needs}; service DB has no task on a node"
     assert await reason(near, "affinity", a_service("db")) == words

@@ -38,6 +38,15 @@ SYSCTLS = {
 """Sysctls of a container's namespace.  A new namespace starts with the kernel's values, whatever the node's are."""
 
 
+def _selection(mask: int) -> bytes:
+    """Return a filter for flows without the status bits in ``mask``."""
+    return netlink.attribute(_STATUS, bytes(4)) + netlink.attribute(_STATUS_MASK, struct.pack("!I", mask))
+
+
+UNANSWERED = _selection(_REPLIED)
+"""Filter for flows whose other end has not sent a packet.  Kernels before 5.17 ignore it."""
+
+
 class ConntrackRefused(OSError):
     """The kernel has answered and refused the request."""
 
@@ -130,8 +139,7 @@ def delete_undirected(address: IPv4Address | IPv6Address) -> int:
         lambda flow: flow.original.destination == flow.reply.source == text,
         concerns=lambda entry: packed in entry,
         # Linux skips 60,000 other flows in a fifth of the time by this, before 5.17 it ignores it.
-        selection=netlink.attribute(_STATUS, bytes(4))
-        + netlink.attribute(_STATUS_MASK, struct.pack("!I", _REPLIED | _REDIRECTED)),
+        selection=_selection(_REPLIED | _REDIRECTED),
     )
 
 
@@ -145,7 +153,8 @@ def _flow(entry: dict[int, bytes], family: int) -> Flow | None:
         for number in (_ORIGINAL, _ZONE, _ID)
         if number in entry
     )
-    return Flow(original, reply, name)
+    status = int.from_bytes(entry.get(_STATUS, _REPLIED.to_bytes(4, "big")), "big")
+    return Flow(original, reply, name, bool(status & _REPLIED))
 
 
 def _tuple(parts: dict[int, bytes], family: int) -> Tuple | None:

@@ -203,8 +203,7 @@ class DryRun:
         status = replace(refusal.task.status, err=refusal.reason)
         task = replace(refusal.task, status=status)
         nodes = [account.node for account in self._accounting.accounts.values()]
-        parts = (with_needs(task, spec), unknown_names(task, spec, nodes))
-        return fits_no_node(task, nodes, spec) or "; ".join(filter(None, parts))
+        return fits_no_node(task, nodes, spec) or with_needs(task, spec, unknown_names(task, spec, nodes))
 
     def _service(self, spec: ServiceSpec) -> Service:
         """Return the service with its planned spec, whose affinities count from now on."""

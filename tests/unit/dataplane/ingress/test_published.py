@@ -6,19 +6,23 @@ import resource
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from socket import IPPROTO_TCP
 from typing import Any, cast
 
 import pytest
+from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.ingress.mesh import Mesh
 from skep.dataplane.netns.kernel import nft
 from skep.dataplane.netns.kernel.forwarding import ipv6_nat_refusal, ipv6_refusal
 from skep.dataplane.netns.nft_table import NftTable
+from skep.dataplane.plan.flows import StalePort
 from skep.dataplane.ports import PortReservations
+from skep.dataplane.stale_flows import delete_flows
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
-from skep.model.networks.tables import NetworkHead, NetworkTable, TablePort, TableService
-from skep.model.values.ids import NetworkId, NodeId, ServiceId
+from skep.model.networks.tables import NetworkHead, NetworkTable, TableEndpoint, TablePort, TableService
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 from tests.support.engine.container_networks import NetPorts
 from tests.support.engine.oci_rig import QuickClock
 
@@ -134,8 +138,13 @@ class Kernel:
     def __init__(self, refusal: str = "") -> None:
         self.tables: list[str] = []
         self.refusal = refusal
+        self.deleted: tuple[StalePort, ...] = ()
+        self.has_deleted = asyncio.Event()
 
-    async def run(self, _path: Path, work: object, *_: object) -> object:
+    async def run(self, _path: Path, work: object, *given: Any) -> object:
+        if work is delete_flows:
+            self.deleted = given[0]
+            self.has_deleted.set()
         return self.refusal if work is ipv6_nat_refusal else None
 
     async def apply(self, *_: object) -> None: ...
@@ -195,6 +204,36 @@ def test_a_want_of_descriptors_is_no_refusal_of_the_kernels() -> None:
         with pytest.raises(nft.NftUnavailable, match="too many open files"):
             ipv6_nat_refusal()
         assert ipv6_refusal()
+
+
+async def test_connections_to_a_backend_that_was_removed_are_sent_to_another_if_it_has_not_accepted_them(
+    tmp_path: Path,
+) -> None:
+    """Otherwise a lost node keeps the client's address and port for two minutes."""
+    kernel = Kernel()
+    mesh = a_mesh(tmp_path, Ports(), kernel)
+    both = {
+        TaskId(name): TableEndpoint(
+            task_id=TaskId(name),
+            node_id=NodeId(name),
+            service_id=SERVICE,
+            addresses=(address,),
+            is_serving=True,
+        )
+        for name, address in (("t1", "10.0.0.1"), ("t2", "10.0.0.2"))
+    }
+    with_both = replace(ONE_PORT, endpoints=both)
+    await publish(mesh, with_both)
+    running = asyncio.create_task(mesh.run())
+    try:
+        await publish(mesh, replace(with_both, endpoints={TaskId("t1"): both[TaskId("t1")]}))
+        async with asyncio.timeout(10):
+            await kernel.has_deleted.wait()
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+    (port,) = kernel.deleted
+    assert (port.port, port.protocol, port.backends) == (80, IPPROTO_TCP, frozenset({("10.0.0.1", 80)}))
 
 
 async def test_a_port_that_cannot_be_held_keeps_no_other_from_being_published(tmp_path: Path) -> None:

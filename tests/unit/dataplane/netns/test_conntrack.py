@@ -57,6 +57,16 @@ def test_flows_are_listed_with_both_directions(ends: tuple[socket.socket, socket
     assert ping.original == Tuple(socket.IPPROTO_ICMP, "192.0.2.9", 0, "10.0.0.1", 0)
 
 
+def test_a_flow_is_answered_once_the_other_end_has_sent_a_packet(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, kernel = ends
+    for status in (b"\0\0\0\x20", b"\0\0\0\x22"):
+        kernel.send(netlink.request(ENTRY, 0, entry(80, protocol=6) + netlink.attribute(3, status)))
+    kernel.send(netlink.request(netlink.DONE, 0, b"\0\0\0\0"))
+    assert [one.is_answered for one in conntrack.flows(ours, socket.AF_INET)] == [False, True]
+
+
 def test_a_kernel_without_conntrack_listing_is_distinguished_from_an_empty_table(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:

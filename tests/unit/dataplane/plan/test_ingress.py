@@ -22,9 +22,11 @@ from skep.dataplane.plan.ingress import (
     IngressPlan,
     MeshPort,
     ingress_table,
+    lose_tcp_backends,
     plan,
     stale_ports,
     sticky_slots,
+    unaccepted_ports,
 )
 from skep.dataplane.plan.reply_routing import IngressEndpoint, reply_routing
 from skep.dataplane.proxy.relays import RelayPort, backend_order, relay_ports, sticky_slot
@@ -472,6 +474,25 @@ def test_flows_of_a_family_that_the_node_does_not_hold_are_left_alone() -> None:
     assert stale_ports(None, half, 4) != ()
     assert stale_ports(None, half, 6) == ()
     assert stale_ports(held(port), half, 6) == (StalePort(80, frozenset(), ()),)
+
+
+def test_connections_that_a_removed_backend_has_not_accepted_are_stale() -> None:
+    subnets = ("10.0.0.0/24",)
+    both, one = (held(a_port(*names), subnets=subnets) for names in (("t1", "t2"), ("t1",)))
+    assert [lose_tcp_backends(*plans) for plans in ((both, one), (one, both), (one, one))] == [
+        True,
+        False,
+        False,
+    ]
+    assert not lose_tcp_backends(held(a_port("t1", "t2", protocol="udp")), held(a_port("t1", protocol="udp")))
+    assert unaccepted_ports(held(a_port()), 4) == (), "every connection is refused"
+    flow = held_flow(80, "10.0.0.2", from_port=8000)
+    flow = msgspec.structs.replace(flow, original=msgspec.structs.replace(flow.original, protocol=6))
+    sent = msgspec.structs.replace(flow, is_answered=False)
+    found = [
+        is_stale(tried, unaccepted_ports(plan, 4), is_local) for plan in (both, one) for tried in (flow, sent)
+    ]
+    assert found == [False, False, False, True], "accepted connections keep their backend"
 
 
 def test_user_space_serves_ipv6_and_ports_with_headers() -> None:

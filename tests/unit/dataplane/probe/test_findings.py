@@ -28,7 +28,9 @@ def test_a_closed_port_is_named_with_its_node_and_what_is_known_of_the_direction
     assert found.is_failing
     assert found.detail == "no response through VXLAN (UDP port 4789) from worker2 (192.0.2.2)"
     one_way = overlay_finding(PEER, LOST, is_received=True)
-    assert one_way.detail.endswith("; its own probes arrive here, so the path to it is blocked")
+    assert one_way.detail.endswith(
+        "; its own probes arrived here until lately: the path to it is blocked, or it has just failed"
+    )
 
 
 def test_a_path_without_faults_has_no_detail() -> None:

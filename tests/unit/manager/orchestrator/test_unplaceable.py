@@ -53,7 +53,7 @@ def test_an_update_to_a_constraint_that_no_node_meets_pauses_after_seconds_with_
     assert state(world) is UpdateState.UPDATING
     world.now = 10.0
     world.settle()
-    words = f"update paused because no node can take task {lead.id}: {NO_NODE}; it needs {NOWHERE[0]}"
+    words = f"update paused because no node can take task {lead.id}: needs {NOWHERE[0]}; {NO_NODE}"
     assert (state(world), message(world)) == (UpdateState.PAUSED, words)
     assert len(wanted(world, "app:1")) == 2, "the running tasks stay"
 
@@ -75,7 +75,7 @@ def test_a_size_that_no_node_has_is_named_too() -> None:
     world.now = 10.0
     world.settle()
     assert state(world) is UpdateState.PAUSED
-    assert message(world).endswith("it needs 64 CPUs")
+    assert message(world).endswith("needs 64 CPUs; no suitable node (insufficient resources on 2 nodes)")
 
 
 def test_a_deadline_that_the_service_sets_counts_whatever_the_nodes_are() -> None:

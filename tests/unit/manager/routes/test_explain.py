@@ -57,7 +57,7 @@ def test_a_service_that_waits_for_reserved_memory_names_the_node_that_comes_clos
     )
     used = (a_task("d1", service=db, node="n1"), a_task("d2", service=db, node="n2"))
     found = asyncio.run(explained(small, large, db, *used, *a_pending_task(800 * MIB)))
-    words = f"{REFUSED}; it needs 800 MiB of memory; n2 comes closest: 600 MiB of memory not reserved"
+    words = f"needs 800 MiB of memory; {REFUSED}; n2 comes closest: 600 MiB of memory not reserved"
     assert found["Reason"] == words
     assert found["Summary"] == f"{words}; 0 of 1 tasks run"
 
@@ -70,7 +70,7 @@ def test_figures_are_not_shown_for_nodes_that_other_filters_refuse() -> None:
         a_pending_task(800 * MIB, constraints=("node.hostname==n2",)),
     )
     found = asyncio.run(explained(node, db, used, *waiting))
-    assert found["Reason"] == f"{REFUSED}; it needs 800 MiB of memory"
+    assert found["Reason"] == f"needs 800 MiB of memory; {REFUSED}"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_cluster_volume_that_does_not_exist_is_named(has_volume: bool) -> None
     volumes = (a_cluster_volume("cv"),) if has_volume else ()
     found = asyncio.run(explained(a_node("n1"), web, task, *volumes))
     missing = "" if has_volume else "; the cluster has no volume cv"
-    assert found["Reason"] == f"{refused}; it needs the volume cv{missing}"
+    assert found["Reason"] == f"needs the volume cv; {refused}{missing}"
 
 
 async def test_a_freeze_is_no_cause_of_an_update_which_it_does_not_hold_back() -> None:
@@ -173,4 +173,4 @@ async def test_a_service_that_waits_for_a_host_mode_port_names_the_services_that
         await api.store.update(lambda tx: [tx.put(one) for one in (pending, held)])
         async with client.get("/skep/services/web/explain") as response:
             found = await response.json()
-    assert found["Reason"] == f"{refused}; it needs port 9090/tcp; 9090/tcp is in use by db"
+    assert found["Reason"] == f"needs port 9090/tcp; {refused}; 9090/tcp is in use by db"

@@ -101,7 +101,7 @@ async def test_tasks_are_spread_and_each_service_takes_room_from_the_next(cluste
     assert first["Error"] == ""
     assert sum(shares(second).values()) == 1
     assert second["Desired"] == 2
-    assert second["Error"].startswith("no suitable node (insufficient resources on 2 nodes")
+    assert "no suitable node (insufficient resources on 2 nodes" in second["Error"]
     reasons = {one["Hostname"]: one["Reasons"] for one in second["Verdicts"]}
     assert reasons["n1"] == ["insufficient resources: 2048 MiB of memory requested, 0 not reserved"]
 
@@ -115,8 +115,8 @@ async def test_what_no_node_meets_is_named(cluster) -> None:
     )
     assert shares(north) == {"n1": 2}
     assert shares(nowhere) == {}
-    assert nowhere["Error"].startswith("no suitable node (scheduling constraints not satisfied on 2 nodes")
-    assert nowhere["Error"].endswith("; it needs node.labels.zone==west")
+    assert "; no suitable node (scheduling constraints not satisfied on 2 nodes" in nowhere["Error"]
+    assert nowhere["Error"].startswith("needs node.labels.zone==west; ")
     (huge,) = await asked(cluster, a_spec("c", memory=64 * GIB))
     assert huge["Error"] == "needs 65536 MiB of memory; the largest node, n1, has 4096 MiB"
 
@@ -437,9 +437,9 @@ async def test_a_service_of_higher_priority_comes_first_and_says_what_stops_for_
     low, high = a_spec("low", memory=4 * GIB), a_spec("high", memory=4 * GIB, Labels={"skep.priority": "1"})
     first, second = await asked(cluster, low, high)
     assert (first["Name"], shares(first), first["Error"]) == ("high", {"n2": 1}, "")
-    assert second["Error"].startswith("no suitable node")
+    assert "no suitable node" in second["Error"]
     (alone,) = await asked(cluster, {**high, "Mode": {"Replicated": {"Replicas": 2}}})
-    assert alone["Error"].startswith("no suitable node")
+    assert "no suitable node" in alone["Error"]
     assert "Preempted" not in alone
     (swarm,) = api.store.view().find(Swarm)
     await put(api, replace(swarm, spec=replace(swarm.spec, labels={"skep.preemption": "true"})))

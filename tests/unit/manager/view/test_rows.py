@@ -46,7 +46,7 @@ def test_a_task_that_waits_for_a_node_does_not_take_the_nodes_of_its_slot_for_th
     task = replace(task, node_id=NodeId(""), status=TaskStatus(state=TaskState.PENDING, err=refused))
     for one in (service, small, large, before, task):
         asyncio.run(store.update(put, one))
-    assert task_row(store.view(), task, is_current=True).error == f"{refused}; it needs 16 CPUs"
+    assert task_row(store.view(), task, is_current=True).error == f"needs 16 CPUs; {refused}"
 
 
 def test_a_node_has_the_paths_that_fail_and_the_volumes_with_data() -> None:

@@ -96,7 +96,7 @@ def test_a_task_that_fits_no_other_node_waits_with_its_reason() -> None:
     answer = ask(a_state(node("w1"), node("w2"), *with_tasks(db, "w1")), losing("w1"))
     (found,) = answer.services
     assert (found.after, [(one.tasks, one.kind) for one in found.missing]) == (0, [(1, "no-node")])
-    assert "it needs node.hostname==w1" in found.missing[0].reason
+    assert "needs node.hostname==w1" in found.missing[0].reason
 
 
 def test_what_is_left_for_reservations_is_counted_before_and_afterwards() -> None:
