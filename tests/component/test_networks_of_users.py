@@ -24,13 +24,13 @@ from tests.component.test_users_on_a_manager import rig as rig
 
 @asynccontextmanager
 async def allocating(rig: Rig) -> AsyncIterator[list[float]]:
-    """The leader's allocator runs.  Yields the seconds of processor time of each turn of the loop."""
+    """The leader's allocator runs.  Yields how long another user of the loop waited, in seconds of processor time."""
     clock, turns = SystemClock(), [0.0]
 
     async def watch() -> None:
         before = time.process_time()
         while True:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
             now = time.process_time()
             turns.append(now - before)
             before = now
@@ -57,10 +57,10 @@ def overlay(stack: str, number: int) -> Mapping[str, Any]:
 
 
 HELD_S = 0.3
-"""Processor time that one turn of the loop may take, with the collection of garbage."""
+"""Processor time for which the loop may be held, with the collection of garbage."""
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("many", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 async def test_of_ten_thousand_networks_of_one_operator_a_stack_gets_its_bound(rig: Rig, many: int) -> None:
     async with allocating(rig) as turns:
@@ -85,7 +85,7 @@ async def test_of_ten_thousand_networks_of_one_operator_a_stack_gets_its_bound(r
     assert max(turns) < HELD_S
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("many", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 async def test_ten_thousand_networks_of_the_clusters_operator_have_subnets_and_hold_nobody_up(
     rig: Rig, many: int
