@@ -83,7 +83,7 @@ def subnet_of(config: IPAMConfig) -> IPv4Network | IPv6Network:
     return network_of(config.subnet)
 
 
-@lru_cache(4096)
+@lru_cache(1 << 14)
 def network_of(text: str) -> IPv4Network | IPv6Network:
-    """Return the network of an ``address/length``.  Cached: called for every task, with few distinct values."""
+    """Return the network of an ``address/length``.  Cached: called for every task, and for all networks of a stack."""
     return ip_interface(text).network

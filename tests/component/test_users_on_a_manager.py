@@ -25,15 +25,14 @@ from skep.manager.routes.access import ManagerApi, Tunnelling
 from skep.manager.routes.guard.authorization import ClusterObjects
 from skep.model.container import ContainerSpec, Mount
 from skep.model.history import JournalEntry
-from skep.model.network import IPAMOptions, Network, NetworkSpec
+from skep.model.network import Network
 from skep.model.permissions.access import Identity, Origin, parse_binding
 from skep.model.service import NetworkAttachmentConfig, Resources, Service
 from skep.model.swarm import Swarm
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd
-from skep.model.values.ids import NetworkId, NodeId, ServiceId
+from skep.model.values.ids import NodeId, ServiceId
 from skep.model.values.times import Timestamp
-from skep.store.level import USERS
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.store.store_transactions import put
@@ -506,29 +505,6 @@ async def test_no_operator_has_a_node_look_up_an_image_on_the_machine_itself() -
                 assert (await rig.exchange("operator:shop", path))[0] == status, name
                 assert (await rig.exchange("admin", path))[0] == 200
         await served.cleanup()
-
-
-async def test_ten_thousand_networks_of_one_operator_are_refused_before_the_pools_are_empty(rig: Rig) -> None:
-    for number in range(100):
-        spec = NetworkSpec(name=f"shop_{number}", labels=SHOP, ipam_options=IPAMOptions())
-        await rig.api.store.update(put, Network(id=NetworkId(f"n{number}"), spec=spec))
-    body = {"Name": "shop_more", "Driver": "overlay", "Labels": SHOP}
-    for role in (OPERATOR, "operator:shop"):
-        status, text, _ = await rig.exchange(role, "POST /networks/create", body)
-        assert status == 403
-        assert "the stack shop has 100 networks and may have 100 without a quota, 1 more wanted" in text
-    others = await rig.exchange(
-        "operator:blog", "POST /networks/create", body | {"Name": "blog_n", "Labels": {STACK_LABEL: "blog"}}
-    )
-    assert others[0] == 201
-    # Nor does a refusal tell an operator what another stack has.
-    assert "100" not in (await rig.exchange("operator:blog", "POST /networks/create", body))[1]
-    await rig.api.store.update(lambda tx: tx.raise_level(USERS))
-    assert (await rig.exchange("admin", "PUT /skep/stacks/shop/quota", {"Networks": 101}))[0] == 200
-    assert (await rig.exchange("operator:shop", "POST /networks/create", body))[0] == 201
-    assert (await rig.exchange("operator:shop", "POST /networks/create", body | {"Name": "shop_last"}))[
-        0
-    ] == 403
 
 
 async def test_the_data_of_an_operator_leaves_the_store_to_others(rig: Rig) -> None:

@@ -143,7 +143,8 @@ class ImageDirectory:
         """Return whether the node may read an image with one of ``names``."""
         now, view = self._clock.monotonic(), self._store.view()
         images = {image for task in view.find(Task, node_id=node) for image in images_of(task.spec)}
-        for name in {form for image in images for form in _forms(image)}:
+        # Only the requested ones: a node with many tasks asks for each of its images, layer by layer.
+        for name in {form for image in images for form in _forms(image)}.intersection(names):
             self._granted.pop((node, name), None)
             self._granted[node, name] = now
         while len(self._granted) > GRANTS_MAX:

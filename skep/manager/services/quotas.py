@@ -92,15 +92,22 @@ def usage_of_network(view: View, spec: NetworkSpec, given: Network | None = None
     Args:
         given: The network with the subnets that it has, or None if it is new.
     """
+    return StackUsage(networks=1, addresses=_addresses(spec, given, _pool_addresses(view)))
+
+
+def _pool_addresses(view: View) -> int:
+    """Return the number of addresses of a subnet from the default pools."""
+    swarm = known_cluster(view)
+    return 1 << (32 - (swarm.subnet_size if swarm is not None else DEFAULT_SUBNET_SIZE))
+
+
+def _addresses(spec: NetworkSpec, given: Network | None, of_pool: int) -> int:
     requested, blank = _ipv4(spec.ipam_options)
     allocated, _ = _ipv4(given.ipam_options if given is not None else None)
-    swarm = known_cluster(view)
-    of_pool = 1 << (32 - (swarm.subnet_size if swarm is not None else DEFAULT_SUBNET_SIZE))
     is_overlay = spec.driver_configuration is None or spec.driver_configuration.name == "overlay"
     # The pool provides a subnet if the spec has none, and for each config without a subnet.
     to_come = max(blank, not requested) - len(allocated - requested) if is_overlay else 0
-    addresses = sum(subnet.num_addresses for subnet in requested | allocated) + max(to_come, 0) * of_pool
-    return StackUsage(networks=1, addresses=addresses)
+    return sum(subnet.num_addresses for subnet in requested | allocated) + max(to_come, 0) * of_pool
 
 
 def _ipv4(options: IPAMOptions | None) -> tuple[set[IPv4Network | IPv6Network], int]:
@@ -132,10 +139,11 @@ def usage_of_stack(view: View, stack: str, *, without: str = "") -> StackUsage:
 
 def usage_of_others(view: View, stack: str, without: str = "") -> StackUsage:
     """Return the usage of all objects but the services."""
-    used, stack = StackUsage(), stack_index(stack)
-    for network in view.find(Network, stack=stack):
-        if network.id != without:
-            used = used.plus(usage_of_network(view, network.spec, network))
+    stack, of_pool = stack_index(stack), _pool_addresses(view)
+    # A stack may have thousands of networks, so these are added up without a struct for each.
+    networks = [one for one in view.find(Network, stack=stack) if one.id != without]
+    addresses = sum(_addresses(one.spec, one, of_pool) for one in networks)
+    used = StackUsage(networks=len(networks), addresses=addresses)
     for secret in view.find(Secret, stack=stack):
         if secret.id != without:
             payload = view.lookup(Payload, f"secret/{secret.id}")

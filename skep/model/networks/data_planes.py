@@ -238,6 +238,7 @@ def holder(claiming: Iterable[Node]) -> NodeId | None:
     return min(claiming, key=order).id if (claiming := list(claiming)) else None
 
 
+@lru_cache(maxsize=16384)  # called for every node, for each image that a node requests
 def usable_address(text: str, *, may_be_loopback: bool = False) -> str:
     """Return the address ``text`` in canonical form, or an empty text if other machines cannot connect to it.
 
