@@ -10,12 +10,12 @@ itself differently, reports other slots of its volumes, fails, or returns.  The 
 whole process from the commit until no work is left, minus an idle process's for the same time.
 """
 
-import argparse
 import asyncio
 import cProfile
 import gc
 import pstats
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -24,6 +24,7 @@ from random import Random
 from msgspec.structs import replace
 
 from bench.loops import a_service, wait_settled
+from bench.run import figures_page, measure_alone
 from bench.scheduling import proposal_of
 from skep.aio.clock import SystemClock
 from skep.aio.event_loop.gc_settings import configure_gc
@@ -41,17 +42,35 @@ NODES, GLOBALS, SERVICES, REPLICAS = 5000, 4, 320, 250
 EVENTS = 20
 
 
+LIMIT_MS = 5.0
+"""Most milliseconds of the leader's loops for one event."""
+
+
 def main() -> None:
-    """Measure each kind of event."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Measure each kind of event and keep the result, or with ``--profile`` print where the time goes."""
+    if sys.argv[1:] == ["--profile"]:
+        asyncio.run(measure(is_profiled=True))
+    else:
+        measure_alone(__doc__ or "", "node-events", measure, document)
+
+
+def document(costs: dict[str, list[float]], busy: float) -> str:
+    """Return the result for people."""
+    title = (
+        f"Processor time of the leader for one of {EVENTS} node events, {NODES:,} nodes, {NODES * 20:,} tasks"
     )
-    parser.add_argument("--profile", action="store_true", help="print where the time goes")
-    asyncio.run(measure(is_profiled=parser.parse_args().profile))
+    rows = (
+        (
+            name,
+            f"{statistics.median(some):.1f} ms ({min(some):.1f} to {max(some):.1f}), limit {LIMIT_MS:g} ms",
+        )
+        for name, some in costs.items()
+    )
+    return figures_page(title, busy, rows)
 
 
-async def measure(*, is_profiled: bool) -> None:
-    """Build the cluster, take it over, and change its nodes."""
+async def measure(*, is_profiled: bool = False) -> dict[str, list[float]]:
+    """Build the cluster, take it over, and change its nodes.  Return the milliseconds of each event, by its kind."""
     clock = SystemClock()
     store = MemoryStore(clock)
     store.cluster.commit(proposal_of(store, [*all_nodes(), *all_services()]), None)
@@ -64,22 +83,19 @@ async def measure(*, is_profiled: bool) -> None:
             started = [running.create_task(loop.run()) for loop in loops(term, clock, new_id, Random(1))]
             await wait_settled(time.perf_counter(), time.process_time())
             await asyncio.sleep(5)  # until every loop has loaded its part
-            print("| event | processor, ms: median (smallest, largest) |\n|---|---|")
+            found: dict[str, list[float]] = {}
             for number, (name, change) in enumerate(EVENT_KINDS.items()):
                 profile = cProfile.Profile() if is_profiled else None
-                costs = [
+                found[name] = [
                     await _cost_ms(store, f"n{number * EVENTS + each:05}", change, profile)
                     for each in range(EVENTS)
                 ]
-                print(
-                    f"| {name} | {statistics.median(costs):.1f} ({min(costs):.1f}, {max(costs):.1f}) |",
-                    flush=True,
-                )
                 if profile is not None:
                     pstats.Stats(profile).sort_stats("cumulative").print_stats(45)
             for task in started:
                 task.cancel()
-        return
+        return found
+    raise AssertionError("a store in memory always has a term")
 
 
 async def _cost_ms(
