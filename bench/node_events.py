@@ -47,7 +47,7 @@ LIMIT_MS = 5.0
 
 
 def main() -> None:
-    """Measure each kind of event and keep the result, or with ``--profile`` print where the time goes."""
+    """Measure each kind of event and keep the result, or print a profile (``--profile``)."""
     if sys.argv[1:] == ["--profile"]:
         asyncio.run(measure(is_profiled=True))
     else:
