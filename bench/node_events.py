@@ -39,9 +39,8 @@ from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 
 NODES, GLOBALS, SERVICES, REPLICAS = 5000, 4, 320, 250
+TASKS = NODES * GLOBALS + SERVICES * REPLICAS
 EVENTS = 20
-
-
 LIMIT_MS = 5.0
 """Most milliseconds of the leader's loops for one event."""
 
@@ -56,9 +55,7 @@ def main() -> None:
 
 def document(costs: dict[str, list[float]], busy: float) -> str:
     """Return the result for people."""
-    title = (
-        f"Processor time of the leader for one of {EVENTS} node events, {NODES:,} nodes, {NODES * 20:,} tasks"
-    )
+    title = f"Processor time of the leader for one of {EVENTS} node events, {NODES:,} nodes, {TASKS:,} tasks"
     rows = (
         (
             name,

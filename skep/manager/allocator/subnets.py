@@ -46,16 +46,14 @@ class AddressSpans:
     def __init__(self, subnets: Iterable[Subnet] = ()) -> None:
         self._firsts: list[int] = []
         self._lasts: list[int] = []
-        for first, last in sorted(map(_span, subnets)):
-            if self._lasts and first <= self._lasts[-1] + 1:
-                self._lasts[-1] = max(self._lasts[-1], last)
-            else:
-                self._firsts.append(first)
-                self._lasts.append(last)
+        for first, last in sorted(map(_span, subnets)):  # so that each is added at the end
+            self._add(first, last)
 
     def add(self, subnet: Subnet) -> None:
         """Add the addresses of a subnet."""
-        first, last = _span(subnet)
+        self._add(*_span(subnet))
+
+    def _add(self, first: int, last: int) -> None:
         begin, end = bisect_left(self._lasts, first - 1), bisect_right(self._firsts, last + 1)
         if begin < end:  # these ranges overlap with the subnet or touch it
             first, last = min(first, self._firsts[begin]), max(last, self._lasts[end - 1])
