@@ -295,5 +295,8 @@ SCENARIOS: dict[str, Callable[[Any], Metrics]] = {
     "idle": idle,
     "logs": logs,
 }
-FRESH = frozenset({"churn"})
-"""Scenarios that begin on separate nodes, because a node's growth depends on its history."""
+FRESH = frozenset({"start20", "crash", "latency", "churn"})
+"""Scenarios that begin on separate nodes in each pair.
+
+A node's growth depends on its history, and its requests are faster or slower by a tenth from its start on.
+"""

@@ -24,7 +24,7 @@ class WatchQueue:
         self._capacity = capacity
         self._commits: deque[Commit] = deque()
         self._is_lagged = False
-        self._arrived = asyncio.Event()
+        self._arrival: asyncio.Future[None] | None = None
 
     @property
     def snapshot(self) -> View:
@@ -40,8 +40,9 @@ class WatchQueue:
         self._snapshot = None
         while not self._commits:
             self._check_lag()
-            self._arrived.clear()
-            await self._arrived.wait()
+            # A future is cheaper than an event, and each commit wakes about ten readers.
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
         return self._commits.popleft()
 
     def waiting(self) -> Iterator[Commit]:
@@ -62,7 +63,8 @@ class WatchQueue:
             self._is_lagged = True
         else:
             self._commits.append(commit)
-        self._arrived.set()
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
 
 class Watches:

@@ -27,8 +27,16 @@ _THIS_NODE: Final = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
 """Identity of requests that processes of this node make on their own behalf."""
 
 _identities: WeakKeyDictionary[asyncio.BaseTransport, Identity] = WeakKeyDictionary()
+_peers: WeakKeyDictionary[asyncio.BaseTransport, "Peer"] = WeakKeyDictionary()
 IS_PRIVATE: web.AppKey[Callable[[web.Request], bool]] = web.AppKey("is_private")
 """Returns whether a request came on a socket that only processes of this node open, so that its headers are trusted."""
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """The process that opened a connection to a Unix socket."""
+
+    pid: int
+    uid: int
 
 
 def identify(transport: asyncio.BaseTransport, identity: Identity) -> None:
@@ -61,10 +69,15 @@ def unlimited_identity_of(request: web.Request) -> Identity:
     is_private = request.app.get(IS_PRIVATE)
     if is_private is not None and is_private(request):
         return unpacked(header.encode()) if header is not None else _THIS_NODE
-    connected = transport.get_extra_info("socket") if transport is not None else None
-    if connected is None or connected.family != socket.AF_UNIX:
+    peer = peer_of(request)
+    if transport is None or peer is None:
         raise Unauthenticated("the client of this connection is not known")
-    return of_socket(connected)
+    # Only root and a group may use the socket.
+    identity = Identity(
+        name="root" if peer.uid == 0 else f"uid {peer.uid}", origin=Origin.SOCKET, bindings=ALL
+    )
+    identify(transport, identity)
+    return identity
 
 
 def is_of_token(request: web.Request) -> bool:
@@ -76,12 +89,19 @@ def is_of_token(request: web.Request) -> bool:
     return known is not None and known.origin is Origin.TOKEN
 
 
-def of_socket(connected: socket.socket) -> Identity:
-    """Return the identity of a Unix socket's client.  It has all rights, because only root and a group may use the
-    socket.
-    """
-    _, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return Identity(name="root" if uid == 0 else f"uid {uid}", origin=Origin.SOCKET, bindings=ALL)
+def peer_of(request: web.Request) -> Peer | None:
+    """Return the process at the other end of a Unix socket, or None if ``request`` came on another one."""
+    transport = request.transport
+    if transport is None:
+        return None
+    known = _peers.get(transport)
+    if known is None:
+        connected = transport.get_extra_info("socket")
+        if connected is None or connected.family != socket.AF_UNIX:
+            return None
+        pid, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        known = _peers[transport] = Peer(pid, uid)
+    return known
 
 
 def packed(identity: Identity) -> bytes:

@@ -55,5 +55,7 @@ class Allocator:
         if not keys:
             return
         changes: list[tuple[str, Change]] = await self._driver.decide(keys, decide, what)
+        if not changes:
+            return
         await self._driver.write(what, partial(apply, now=timestamp(self._clock.now_ns())), changes)
         await run_in_slices(self.state.resync(change for _, change in changes), self._clock)

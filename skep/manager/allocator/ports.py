@@ -58,11 +58,20 @@ class PortAllocations:
     def is_free_for(
         self, service_id: ServiceId, reserved: Callable[[], Container[tuple[str, int]]] = tuple
     ) -> Callable[[str, int], bool]:
-        """Return a function that returns whether (protocol, port) is not ``reserved`` and no other service has it."""
+        """Return a function that returns whether (protocol, port) is not ``reserved`` and no other service has it.
+
+        ``reserved`` is called at most once.
+        """
+        known: Container[tuple[str, int]] | None = None
 
         def is_free(protocol: str, port: int) -> bool:
+            nonlocal known
             key = protocol, port
-            return self._holders.get(key, set()) <= {service_id} and key not in reserved()
+            if not self._holders.get(key, set()) <= {service_id}:
+                return False
+            if known is None:
+                known = reserved()
+            return key not in known
 
         return is_free
 

@@ -1,7 +1,7 @@
 """State of the allocator: what is allocated, who waits for what, and the changes of a network, service or node."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from random import Random
 from typing import TypeVar
 
@@ -330,8 +330,7 @@ class AllocatorState:
 
         try:
             virtual_ips = virtual_ips_for(service, networks, allocate)
-            reserved = cache(partial(reserved_ports_of, view))
-            is_free = self.allocations.ports.is_free_for(service_id, reserved)
+            is_free = self.allocations.ports.is_free_for(service_id, partial(reserved_ports_of, view))
             endpoint = endpoint_for(service, is_free, virtual_ips)
         except Unread:
             self.allocations.enter_service(service)

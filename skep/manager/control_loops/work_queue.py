@@ -7,6 +7,7 @@ import asyncio
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from skep.aio.clock import Clock
@@ -55,11 +56,13 @@ class WorkQueue(Generic[K]):
         """Wait until a key is due, then remove and return up to ``limit`` keys, oldest first."""
         while not (keys := self.take_due(limit)):
             self._changed.clear()
-            try:
-                async with asyncio.timeout(self.wait_s()):
-                    await self._changed.wait()
-            except TimeoutError:
+            wait_s = self.wait_s()
+            if wait_s is None:
+                await self._changed.wait()
                 continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._changed.wait()
         return keys
 
     def take_due(self, limit: int) -> list[K]:
@@ -73,7 +76,8 @@ class WorkQueue(Generic[K]):
         keys: list[K] = []
         for due in self._in_order() if self._others else (self._due,):
             keys += [due.popleft() for _ in range(min(limit - len(keys), len(due)))]
-        self._others = {priority: due for priority, due in self._others.items() if due}
+        if self._others:
+            self._others = {priority: due for priority, due in self._others.items() if due}
         self._is_due.difference_update(keys)
         return keys
 

@@ -7,7 +7,8 @@ rolls back to them.  An operator's value does not become trusted when an adminis
 """
 
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from skep.errors import InvalidArgument
 from skep.manager.cluster import known_cluster
@@ -23,6 +24,8 @@ from skep.model.values.meta import Driver
 from skep.model.values.times import unix_ns
 from skep.store.interface import View
 
+T = TypeVar("T")
+
 
 def trusted_after(view: View, service: Service | None, spec: ServiceSpec, *, by_admin: bool) -> Trusted:
     """Return the trusted values of a service after it gets ``spec``, with its current spec as the previous one.
@@ -31,19 +34,26 @@ def trusted_after(view: View, service: Service | None, spec: ServiceSpec, *, by_
     """
     before = service.spec if service is not None else None
     kept = trusted_of(view, service) if service is not None else Trusted()
-    logs = [driver for driver in _logs(spec, before) if driver in kept.log_drivers]
-    repositories = [name for name in _repositories(spec, before) if name in kept.repositories]
-    queries = [one for one in dict.fromkeys(_queries(spec, before)) if one in kept.queries]
-    if by_admin:
-        # Values that an older version wrote have no mark.  The first administrator who writes the service marks them.
-        unmarked = service is not None and service.trusted is None
-        known = None if unmarked else before
-        logs += [one for one in _logs(spec) if one not in logs and one not in _logs(known)]
-        repositories += [
-            one for one in _repositories(spec) if one not in repositories and one not in _repositories(known)
-        ]
-        queries += [one for one in _queries(spec) if one not in queries and one not in _queries(known)]
-    return Trusted(log_drivers=tuple(logs), repositories=tuple(repositories), queries=tuple(queries))
+    # Values that an older version wrote have no mark.  The first administrator who writes the service marks them.
+    is_unmarked = service is not None and service.trusted is None
+    known = None if is_unmarked else before
+
+    def after(values: Callable[..., list[T]], trusted: Sequence[T]) -> tuple[T, ...]:
+        of_known = values(known)
+        result: list[T] = []
+        for one in values(spec, before):
+            if one in trusted and one not in result:
+                result.append(one)
+        for one in values(spec) if by_admin else ():
+            if one not in result and one not in of_known:
+                result.append(one)
+        return tuple(result)
+
+    return Trusted(
+        log_drivers=after(_logs, kept.log_drivers),
+        repositories=after(_repositories, kept.repositories),
+        queries=after(_queries, kept.queries),
+    )
 
 
 def trust_of(view: View, service: Service, task: Task) -> Trust:

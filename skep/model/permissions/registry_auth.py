@@ -56,17 +56,19 @@ def bound_auth(header: str, image: str) -> str:
 
 def address_of(header: str) -> str:
     """Return the address of the registry that the credentials are for; empty if they name none."""
-    return _text(header, _ADDRESS)
+    return _texts(header, _ADDRESS)[0]
 
 
 def has_credentials(header: str) -> bool:
     """Return whether ``header`` has a password or a token."""
-    return any(_text(header, name) for name in ("username", "identitytoken", "registrytoken"))
+    return any(_texts(header, "username", "identitytoken", "registrytoken"))
 
 
-def _text(header: str, name: str) -> str:
+def _texts(header: str, *names: str) -> list[str]:
+    """Return the values of fields, which are empty if they are missing or no text."""
     try:
-        value = decoded_auth(header).get(name, "")
+        fields = decoded_auth(header) if header else {}
     except (ValueError, RecursionError):
-        return ""
-    return value if isinstance(value, str) else ""
+        fields = {}
+    values = [fields.get(name) for name in names]
+    return [value if isinstance(value, str) else "" for value in values]

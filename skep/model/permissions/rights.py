@@ -129,6 +129,8 @@ class MachineRights(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kinds(self) -> frozenset[Right]:
         """Return the kinds of rights that the labels need."""
+        if self is _NOTHING:
+            return frozenset()
         groups = {
             Right.PRIVILEGED: ("privileged",),
             Right.DEVICES: ("devices", "cdi_devices", "has_reserved_devices", "device_rules"),

@@ -6,8 +6,6 @@ An entry has the client and the outcome of the request, never its body.
 import asyncio
 import json
 import re
-import socket
-import struct
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
@@ -15,7 +13,7 @@ from typing import Any, Final
 from aiohttp import web
 from msgspec.structs import replace
 
-from skep.api.access.identity import identity_of, unlimited_identity_of
+from skep.api.access.identity import identity_of, peer_of, unlimited_identity_of
 from skep.api.errors import status_of
 from skep.api.http.framing import path_of
 from skep.errors import SkepError, Unauthenticated
@@ -268,8 +266,5 @@ def client_of(request: web.Request) -> By:
     except Unauthenticated:
         return by
     by = replace(by, user=identity.name, through=identity.origin.value)
-    connected = request.transport.get_extra_info("socket") if request.transport is not None else None
-    if identity.origin is not Origin.SOCKET or connected is None or connected.family != socket.AF_UNIX:
-        return by
-    pid, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return replace(by, uid=uid, pid=pid)
+    peer = peer_of(request) if identity.origin is Origin.SOCKET else None
+    return by if peer is None else replace(by, uid=peer.uid, pid=peer.pid)
