@@ -18,6 +18,7 @@ from skep.dataplane.netns.kernel.forwarding import forward_ipv6, ipv6_nat_refusa
 from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.netns.state import NamespaceState
+from skep.dataplane.plan.flows import ACCEPTED_S
 from skep.dataplane.plan.ingress import (
     BRIDGE,
     FAMILIES,
@@ -56,11 +57,6 @@ _HELD_S = 15.0
 """Seconds between comparisons with the ports that the net process holds.
 
 After a crash, the new process lacks the ports that another program took meanwhile.
-"""
-_ACCEPTED_S = 2.0
-"""Seconds after which a backend that was removed has accepted each connection, or never will.
-
-A round trip takes less, and a client repeats its request after 1 s and 3 s (Linux).
 """
 _PART = "published ports"
 OUR_TABLES = frozenset({"ip skep", "ip6 skep", "ip skep_ingress", "ip6 skep_ingress", "inet skep_overlay"})
@@ -312,7 +308,7 @@ class Mesh:
         while True:
             await self._lost_backends.wait()
             self._lost_backends.clear()
-            await self._clock.sleep(_ACCEPTED_S)
+            await self._clock.sleep(ACCEPTED_S)
             current = self._plan if self._plan is not None else IngressPlan()
             for version in (4, 6) if current.has_ipv6 else (4,):
                 if ports := unaccepted_ports(current, version):

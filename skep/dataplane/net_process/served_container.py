@@ -28,6 +28,7 @@ from skep.dataplane.vip.virtual_addresses import (
     VirtualAddresses,
     delete_stale_flows,
     flush_pending,
+    redirect_unaccepted,
     write_plan,
 )
 from skep.errors import SkepError, Unavailable
@@ -75,17 +76,23 @@ class ServedContainer:
     """One container that is served.
 
     ``record`` is either new, or was saved by an earlier process or request.  ``on_foreign_change`` is called when
-    another program has changed our tables in the namespace.
+    another program has changed our tables in the namespace, and ``on_lost_backend`` after a virtual address that the
+    container uses has lost a backend.
     """
 
     def __init__(
-        self, environment: SharedResources, record: ContainerRecord, on_foreign_change: Callable[[], None]
+        self,
+        environment: SharedResources,
+        record: ContainerRecord,
+        on_foreign_change: Callable[[], None],
+        on_lost_backend: Callable[[], None],
     ) -> None:
         self.named = record.named
         self.record = record
         self.sockets: DnsSockets | None = None
         self.environment = environment
         self._on_foreign_change = on_foreign_change
+        self._on_lost_backend = on_lost_backend
         self.server: ContainerServer | None = None
         self._watch: TableWatch | None = None
         self._packets: socket.socket | None = None
@@ -154,6 +161,11 @@ class ServedContainer:
             await self.environment.namespaces.run(path, nft.run, text)
         self.virtual.mark_unknown()
         await self.virtual.apply()
+
+    async def redirect_unaccepted(self) -> None:
+        """Send connections that a removed backend has not accepted to a present one.  Raises: SkepError, OSError."""
+        path = Path(self.named.netns)
+        await self.environment.namespaces.run(path, redirect_unaccepted, self.virtual.backends)
 
     def respond(self, message: bytes, client: tuple[str, int]) -> None:
         """Respond to a query that an earlier server of this container has received."""
@@ -251,6 +263,8 @@ class ServedContainer:
 
     async def _write(self, plan: VipPlan) -> None:
         await self.environment.namespaces.run(Path(self.named.netns), self._write_inside, plan)
+        if plan.stale and not plan.is_anew:
+            self._on_lost_backend()
 
     def _write_inside(self, plan: VipPlan) -> None:
         """Write a plan in the namespace.  Only ``virtual`` calls this, one plan at a time."""

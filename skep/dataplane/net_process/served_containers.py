@@ -11,7 +11,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.failures import describe_error, retry
+from skep.aio.failures import describe_error, isolate, retry
 from skep.aio.trees import discard_tree_now
 from skep.dataplane.dns.networks import NetworkFiles
 from skep.dataplane.dns.server import DnsSockets
@@ -20,6 +20,7 @@ from skep.dataplane.net_process.protocol import NameCounts, Named, SocketLabel, 
 from skep.dataplane.net_process.served_container import ContainerRecord, ServedContainer, SharedResources
 from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.repair_counts import Repairs
+from skep.dataplane.plan.flows import ACCEPTED_S
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import NEW_SUFFIX, is_no_file
 from skep.model.values.ids import NetworkId
@@ -32,6 +33,11 @@ _REFRESH_S = 8.0
 _REPAIR_PAUSE_S = 1.0
 """Seconds to pause after a repair of one namespace, so that a program that changes our tables all the time costs
 little.
+"""
+_REST = 20
+"""A namespace's flows are read for a time, and then none for so many times as long.
+
+The kernel reads the flows of all namespaces (9 ms), and an update removes backends for as long as it takes.
 """
 _PENDING_MAX = 512
 """Limit for the pending queries that are handed over.  Clients repeat the others."""
@@ -75,6 +81,10 @@ class ServedContainers:
         self._applying: dict[ServedContainer, asyncio.Future[bool]] = {}
         self._work: dict[str, _Work] = {}
         self._workers: dict[str, asyncio.Task[None]] = {}
+        self._lost_backend_at: dict[str, float] = {}
+        """Containers with a virtual address that has lost a backend since its flows were read, oldest first, with the
+        time of the loss."""
+        self._is_redirecting = False
         self.repairs = Repairs()
 
     def list(self) -> Sequence[Named]:
@@ -233,7 +243,37 @@ class ServedContainers:
 
     def new_served(self, record: ContainerRecord) -> ServedContainer:
         id = record.named.id
-        return ServedContainer(self._environment, record, lambda: self._schedule(id, _Work.REPAIR))
+        return ServedContainer(
+            self._environment,
+            record,
+            lambda: self._schedule(id, _Work.REPAIR),
+            lambda: self._note_lost_backend(id),
+        )
+
+    def _note_lost_backend(self, id: str) -> None:
+        self._lost_backend_at.setdefault(id, self._clock.monotonic())
+        if not self._is_redirecting:
+            self._is_redirecting = True
+            self._start_task(self._redirect_unaccepted())
+
+    async def _redirect_unaccepted(self) -> None:
+        """Redirect connections that a removed backend has not accepted.
+
+        Otherwise a client would get no response from a lost node for as long as it repeats its request, although
+        others serve.
+        """
+        try:
+            while self._lost_backend_at:
+                id, lost_at = next(iter(self._lost_backend_at.items()))
+                await self._clock.sleep(max(0.0, lost_at + ACCEPTED_S - self._clock.monotonic()))
+                del self._lost_backend_at[id]
+                began = self._clock.monotonic()
+                if (served := self.served.get(id)) is not None:
+                    redirection = served.redirect_unaccepted()
+                    await isolate(redirection, "connections to removed backends not redirected")
+                await self._clock.sleep(_REST * (self._clock.monotonic() - began))
+        finally:
+            self._is_redirecting = False
 
     def _paused(self, served: ServedContainer) -> tuple[WaitingQuery, ...]:
         return tuple(WaitingQuery(served.named.id, *one) for one in served.pause())

@@ -1,4 +1,4 @@
-"""Finds flows through a published port that lead to a backend that no longer answers.  Pure.
+"""Finds flows through a published port or a virtual address that lead to a backend that no longer answers.  Pure.
 
 As long as packets of a flow arrive, connection tracking sends them where the first one was sent, even if the rules have
 changed.  A UDP client that keeps sending from one port would therefore never reach the container that has replaced its
@@ -9,12 +9,20 @@ minutes, also for a new connection.
 from collections.abc import Callable, Iterable
 from ipaddress import ip_address, ip_network
 from socket import IPPROTO_TCP, IPPROTO_UDP
+from typing import Final
 
 import msgspec
 
 from skep.dataplane.netns.state import Flow
+from skep.dataplane.plan.vip import VipBackends
 from skep.model.networks.sandbox import PublishedPort
 from skep.model.service import PublishMode
+
+ACCEPTED_S: Final = 2.0
+"""Seconds after which a backend that was removed has accepted each connection, or never will.
+
+A round trip takes less, and a client repeats its request after 1 s and 3 s (Linux).
+"""
 
 
 class StalePort(msgspec.Struct, frozen=True):
@@ -64,6 +72,19 @@ def is_stale(flow: Flow, ports: Iterable[StalePort], is_local: Callable[[str], b
     on one is twice in ``ports``, the current one first.
     """
     return next((port.is_stale(flow, is_local) for port in ports if port.concerns(flow)), False)
+
+
+def is_unaccepted(flow: Flow, backends: VipBackends) -> bool:
+    """Return whether ``flow`` is a TCP connection to a virtual address that was sent to a backend that it no longer
+    has, and that this backend has not accepted.
+    """
+    present = backends.get(flow.original.destination)
+    return (
+        flow.original.protocol == IPPROTO_TCP
+        and not flow.is_answered
+        and present is not None
+        and flow.reply.source not in present
+    )
 
 
 def stale_host_ports(

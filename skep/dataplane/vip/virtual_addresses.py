@@ -7,12 +7,13 @@ a program may keep using the address.  Changes that arrive during a write are wr
 import asyncio
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 
 import structlog
 
 from skep.dataplane.netns.kernel import conntrack, netlink, nft
 from skep.dataplane.netns.state import Flow
+from skep.dataplane.plan.flows import is_unaccepted
 from skep.dataplane.plan.vip import (
     FAMILIES,
     Backends,
@@ -68,6 +69,11 @@ class VirtualAddresses:
     def networks(self) -> frozenset[NetworkId]:
         """The networks of the loaded services."""
         return frozenset(network for network, _ in self._loaded)
+
+    @property
+    def backends(self) -> VipBackends:
+        """The backends that the namespace has rules for."""
+        return {address: found for one in self._written.values() for address, found in one.backends.items()}
 
     def is_usable(self, services: Services) -> bool:
         """Return whether the rules of ``services`` are in the namespace."""
@@ -139,6 +145,18 @@ def write_plan(planned: VipPlan, elements: ElementSocket) -> None:
             _delete_flows(stale)
 
 
+def redirect_unaccepted(backends: VipBackends) -> None:
+    """Delete flows of connections to these addresses that a removed backend has not accepted, so that their next packet
+    is sent to a present one.
+
+    Works in the calling thread's namespace.  Blocks.  Raises: OSError: some connections still wait.
+    """
+    for family in _families(backends):
+        conntrack.delete_stale(
+            family, lambda flow: is_unaccepted(flow, backends), selection=conntrack.UNANSWERED
+        )
+
+
 def delete_stale_flows(backends: VipBackends) -> frozenset[str]:
     """Delete UDP flows to these addresses whose backend was removed.  Return the addresses that have UDP flows.
 
@@ -157,9 +175,13 @@ def delete_stale_flows(backends: VipBackends) -> frozenset[str]:
             seen.add(address)
         return backend == address or (is_udp and backend not in backends[address])
 
-    for family in sorted({socket.AF_INET6 if is_ipv6(address) else socket.AF_INET for address in backends}):
+    for family in _families(backends):
         conntrack.delete_stale(family, is_stale)
     return frozenset(seen)
+
+
+def _families(addresses: Iterable[str]) -> list[socket.AddressFamily]:
+    return sorted({socket.AF_INET6 if is_ipv6(address) else socket.AF_INET for address in addresses})
 
 
 def _delete_flows(backends: VipBackends) -> frozenset[str]:
@@ -180,7 +202,7 @@ def flush_pending(addresses: Collection[str]) -> None:
 
     Blocks.  Raises: OSError.
     """
-    for family in sorted({socket.AF_INET6 if is_ipv6(one) else socket.AF_INET for one in addresses}):
+    for family in _families(addresses):
         packed = {
             socket.inet_pton(family, one) for one in addresses if is_ipv6(one) == (family == socket.AF_INET6)
         }

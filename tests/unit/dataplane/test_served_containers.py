@@ -13,9 +13,10 @@ from structlog.testing import capture_logs
 from skep.dataplane.net_process.protocol import ContainerEndpoint, Named
 from skep.dataplane.net_process.served_container import ContainerRecord
 from skep.dataplane.net_process.served_containers import ServedContainers
+from skep.dataplane.vip.virtual_addresses import redirect_unaccepted
 from skep.errors import Unavailable
-from skep.model.networks.tables import NetworkHead, NetworkTable, TableService
-from skep.model.values.ids import NetworkId, ServiceId
+from skep.model.networks.tables import NetworkHead, NetworkTable, TableEndpoint, TableService
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.paths import Paths
 from tests.support.engine.oci_rig import QuickClock
 
@@ -34,9 +35,11 @@ class Spaces:
         self.inside: list[str] = []
         self.inside_max = 0
         self.attempts = Counter[str]()
+        self.redirected = Counter[str]()
         self._moved = asyncio.Event()
 
-    async def run(self, namespace: Path, *_: Any) -> None:
+    async def run(self, namespace: Path, work: Callable[..., Any], *_: Any) -> None:
+        self.redirected[namespace.name] += work is redirect_unaccepted
         await asyncio.shield(asyncio.ensure_future(self._thread(namespace.name)))
 
     async def _thread(self, name: str) -> None:
@@ -60,6 +63,19 @@ class Spaces:
                 await self._moved.wait()
 
 
+def write(paths: Paths, id: NetworkId, *backends: str) -> None:
+    """Write the table of a network with the service ``web`` and these backends."""
+    service = TableService(id=WEB, name="web", virtual_ips=("10.5.0.2",))
+    endpoints = {
+        TaskId(one): TableEndpoint(
+            task_id=TaskId(one), node_id=NodeId("n"), service_id=WEB, addresses=(one,), is_serving=True
+        )
+        for one in backends
+    }
+    table = NetworkTable(head=NetworkHead(id=id, name=id), services={WEB: service}, endpoints=endpoints)
+    (paths.tables / id).write_bytes(msgspec.msgpack.encode(table))
+
+
 @pytest.fixture
 def spaces() -> Spaces:
     return Spaces()
@@ -71,9 +87,7 @@ def serving(tmp_path: Path, spaces: Spaces) -> ServedContainers:
     paths = Paths(tmp_path / "data", tmp_path / "run")
     paths.tables.mkdir(parents=True)
     for id in (FIRST, SECOND):
-        service = TableService(id=WEB, name="web", virtual_ips=("10.5.0.2",))
-        table = NetworkTable(head=NetworkHead(id=id, name=id), services={WEB: service})
-        (paths.tables / id).write_bytes(msgspec.msgpack.encode(table))
+        write(paths, id)
     made = ServedContainers(
         paths,
         cast("Any", spaces),
@@ -138,3 +152,28 @@ async def test_a_hanging_container_holds_up_no_other_network_and_is_written_by_o
     await spaces.wait(lambda: "both" in spaces.written)
     assert spaces.inside_max == 1
     await serving.refresh([FIRST])
+
+
+async def test_lost_backends_redirect_connections_once_in_each_container_that_uses_the_address(
+    serving: ServedContainers, spaces: Spaces, tmp_path: Path
+) -> None:
+    paths = Paths(tmp_path / "data", tmp_path / "run")
+    for backends in ((), ("10.5.0.7",), ("10.5.0.7", "10.5.0.8", "10.5.0.9")):
+        write(paths, FIRST, *backends)
+        await serving.refresh([FIRST, SECOND])
+    await asyncio.sleep(0)
+    assert not spaces.redirected.total(), "no backend was lost"
+    for backends in (("10.5.0.7", "10.5.0.8"), ("10.5.0.7",)):
+        write(paths, FIRST, *backends)
+        await serving.refresh([FIRST])
+    await spaces.wait(lambda: spaces.redirected.total())
+    assert spaces.redirected == Counter({"both": 1})
+    spaces.refused.add("both")
+    write(paths, FIRST, "10.5.0.8")
+    with pytest.raises(Unavailable):
+        await serving.refresh([FIRST])
+    spaces.refused.clear()
+    await serving.refresh([FIRST])
+    write(paths, FIRST)
+    await serving.refresh([FIRST])
+    await spaces.wait(lambda: spaces.redirected["both"] == 2)

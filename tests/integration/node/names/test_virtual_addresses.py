@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from msgspec.structs import replace
 
+from skep.dataplane.netns.kernel import conntrack
 from skep.model.networks.tables import TableSplit
 from skep.node.supervision.supervisor import wait_end
 from tests.support.networks.names_lab import Conversation, NamesLab, net_process, shell, wait_until
@@ -78,6 +79,32 @@ async def test_connections_stay_when_their_backend_stops_serving_and_new_ones_go
     await lab.change(web())
     for conversation, name in open_now:
         assert (await conversation.say())[0] == name
+
+
+async def test_connections_that_a_lost_backend_does_not_accept_go_elsewhere(lab: NamesLab) -> None:
+    """Otherwise the client would repeat its request to the lost backend for two minutes."""
+    await start_web(lab, "b11")
+    accepted = await lab.connect("client", VIRTUAL)
+    await lab.nft("b11", "add table ip lost; add chain ip lost in { type filter hook input priority 0; }")
+    await lab.nft("b11", "add rule ip lost in tcp flags & (syn | ack) == syn drop")
+    waiting = asyncio.create_task(lab.connect("client", VIRTUAL))
+
+    async def is_sent() -> bool:
+        found = await lab.namespaces.run(lab.paths.netns / "client", unanswered)
+        return VIRTUAL in found
+
+    await wait_until(is_sent)
+    await lab.change(web("b12"))
+    async with asyncio.timeout(10):
+        assert (await (await waiting).say())[0] == "b12"
+    assert (await accepted.say())[0] == "b11", "an accepted connection stays"
+
+
+def unanswered() -> list[str]:
+    """Destinations of TCP connections in this namespace that nobody has accepted."""
+    with conntrack.opened(5) as connection:
+        found = list(conntrack.flows(connection, socket.AF_INET))
+    return [one.original.destination for one in found if not one.is_answered]
 
 
 async def test_udp_flows_leave_a_backend_that_goes(lab: NamesLab) -> None:

@@ -1,11 +1,11 @@
-"""Which UDP flows of host-mode ports are stale."""
+"""Which flows of host-mode ports and of virtual addresses are stale."""
 
 import socket
 
 import pytest
 
 from skep.dataplane.netns.state import Flow, Tuple
-from skep.dataplane.plan.flows import is_stale, stale_host_ports
+from skep.dataplane.plan.flows import is_stale, is_unaccepted, stale_host_ports
 from skep.dataplane.stale_flows import is_local_address
 from skep.model.networks.sandbox import PublishedPort
 from skep.model.service import PublishMode
@@ -88,3 +88,21 @@ def test_an_address_of_another_machine_is_not_local_where_any_may_be_bound(
     """``ip_nonlocal_bind``, which keepalived sets, lets sockets bind every address."""
     monkeypatch.setattr(socket.socket, "bind", lambda *_: None)
     assert [is_local_address(one) for one in ("192.0.2.77", "2001:db8::7", "::1")] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "is_answered", "backend", "is_found"),
+    [
+        (6, False, "10.0.1.9", True),
+        (6, True, "10.0.1.9", False),  # accepted connections keep their backend
+        (6, False, "10.0.1.11", False),  # a present backend
+        (17, False, "10.0.1.9", False),  # UDP flows move at once
+    ],
+)
+def test_connections_that_a_removed_backend_has_not_accepted_are_redirected(
+    protocol: int, is_answered: bool, backend: str, is_found: bool
+) -> None:
+    original = Tuple(protocol, "10.0.1.5", 4000, "10.0.1.2", 80)
+    flow = Flow(original, Tuple(protocol, backend, 80, "10.0.1.5", 4000), b"", is_answered)
+    assert is_unaccepted(flow, {"10.0.1.2": ("10.0.1.11",)}) is is_found
+    assert not is_unaccepted(flow, {"10.0.1.3": ("10.0.1.11",)}), "an address of another service"
