@@ -408,11 +408,11 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         Limit("a config", "skep.manager.control.files:CONFIG_BYTES_MAX", "refused", "bytes"),
         Limit(
             "services restarted with updates of one",
-            "skep.manager.services.dependents:RESTARTED_MAX",
+            "skep.manager.services.dependent_services:RESTARTED_MAX",
             "refused",
         ),
         Limit(
-            "their specs together", "skep.manager.services.dependents:RESTARTED_BYTES_MAX", "refused", "bytes"
+            "their specs together", "skep.manager.services.dependent_services:RESTARTED_BYTES_MAX", "refused", "bytes"
         ),
         Limit("subnets of a network", "skep.manager.control.validation.network_specs:SUBNETS_MAX", "refused"),
         Limit(

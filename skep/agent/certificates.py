@@ -10,7 +10,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import NEEDS_CERTIFICATE, FailedPrecondition, NotFound, Unavailable, Unimplemented
 from skep.model.node import Availability
-from skep.security.expiry import proof_of
+from skep.security.expired_renewal import proof_of
 from skep.security.identity import ROOT_NAME
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request

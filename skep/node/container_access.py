@@ -19,8 +19,8 @@ import structlog
 from aiohttp import web
 
 from skep.agent.tunnels import TunnelHost
-from skep.api.formats.container_requests import FORWARDED, ExecRequest, forwarded, why_not
 from skep.api.formats.filters import Filters
+from skep.api.formats.forwarded_requests import FORWARDED, ExecRequest, forwarded, why_not
 from skep.api.formats.timestamps import period_of
 from skep.api.http.connection import Connection
 from skep.api.http.framing import parse_request, path_of

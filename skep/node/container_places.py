@@ -14,7 +14,7 @@ from aiohttp import web
 
 from skep.api.access.identity import IDENTITY_HEADER, identity_of, packed
 from skep.api.access.permissions import sees
-from skep.api.formats.container_requests import TASK_CONTAINER
+from skep.api.formats.forwarded_requests import TASK_CONTAINER
 from skep.api.http.framing import path_of
 from skep.api.http.server import insert_in_errors
 from skep.errors import NotFound, SkepError

@@ -18,7 +18,7 @@ from skep.model.values.ids import new_id
 from skep.model.values.times import SECOND_NS
 from skep.security import keypair
 from skep.security.authority import Authority
-from skep.security.expiry import proof_of
+from skep.security.expired_renewal import proof_of
 from skep.security.identity import NodeIdentity
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request

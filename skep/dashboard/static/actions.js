@@ -4,7 +4,7 @@ import { get, post } from "./api.js";
 import { h } from "./dom.js";
 import { isCounted } from "./cluster.js";
 import { dialogHead, openDialog } from "./dialogs.js";
-import { button } from "./parts.js";
+import { button } from "./widgets.js";
 import { course, difference, missingRole, quorumAfter, restarted, scaled, whenDrained, withImage } from "./plans.js";
 import { count, imageName } from "./text.js";
 

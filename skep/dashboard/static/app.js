@@ -14,7 +14,7 @@ import { readSession, savedTheme } from "./session.js";
 import { shell } from "./shell.js";
 import { patch } from "./dom.js";
 import { PAGES } from "./pages.js";
-import { showHelp } from "./help.js";
+import { showHelp } from "./shortcuts.js";
 import { showSearch } from "./search_box.js";
 import { clean } from "./text.js";
 

@@ -2,7 +2,7 @@
 
 import { h } from "./dom.js";
 import { SPAN_MS, histogram } from "./journal.js";
-import { command, emptyState } from "./parts.js";
+import { command, emptyState } from "./widgets.js";
 import { clockTime, count } from "./text.js";
 
 const SHOWN_MAX = 400;

@@ -2,7 +2,7 @@
 
 import { h, own } from "./dom.js";
 import { attentionInWords, availabilityText, byUrgency, capacity, headline, lastHeard, phase, problems, progress, replicasText } from "./cluster.js";
-import { ago, badge, button, chart, chartSpan, command, emptyState, glyph, imageCell, link, links, loadInWords, meter, serviceGlyph, since, taskGlyph } from "./parts.js";
+import { ago, badge, button, chart, chartSpan, command, emptyState, glyph, imageCell, link, links, loadInWords, meter, serviceGlyph, since, taskGlyph } from "./widgets.js";
 import { portsText } from "./ports.js";
 import { diagnosed, failing } from "./reach.js";
 import { families, familyOf, uptake } from "./versions.js";

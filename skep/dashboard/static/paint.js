@@ -81,7 +81,7 @@ const bar = (context, x, y, radius) => {
 
 /**
  * How each phase looks.  The color says how urgent it is, the shape says which one it is, so that it can be read
- * without colors.  `glyph()` of parts.js has the same shapes.
+ * without colors.  `glyph()` of widgets.js has the same shapes.
  */
 function looksOf(phase, ink, alpha) {
   const fill = (colour, scale = 1, strength = 1) => ({ shape: hexagon, fill: colour, alpha: alpha * strength, scale });

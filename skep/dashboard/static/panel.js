@@ -2,7 +2,7 @@
 
 import { h, own } from "./dom.js";
 import { availabilityText, isCounted, lastHeard, phase } from "./cluster.js";
-import { ago, badge, button, chartSpan, command, facts, fetched, largeChart, link, links, loadInWords, section, serviceGlyph, since, taskGlyph, took } from "./parts.js";
+import { ago, badge, button, chartSpan, command, facts, fetched, largeChart, link, links, loadInWords, section, serviceGlyph, since, taskGlyph, took } from "./widgets.js";
 import { deployState, networkKind, nodeState, replicas, serviceState, stackState, taskColumns, taskState, uptakeText } from "./pages.js";
 import { portText, portsText } from "./ports.js";
 import { failing } from "./reach.js";

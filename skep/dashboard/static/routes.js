@@ -1,7 +1,7 @@
 /** Routes of the front door with their requests, as a page and as a part of a service's panel. */
 
 import { h } from "./dom.js";
-import { badge, emptyState, fetched, link } from "./parts.js";
+import { badge, emptyState, fetched, link } from "./widgets.js";
 import { table } from "./table.js";
 import { age, latency, rate } from "./text.js";
 

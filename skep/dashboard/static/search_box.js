@@ -4,7 +4,7 @@ import { h } from "./dom.js";
 import { openDialog } from "./dialogs.js";
 import { search } from "./search.js";
 import { short } from "./text.js";
-import { serviceGlyph, taskGlyph } from "./parts.js";
+import { serviceGlyph, taskGlyph } from "./widgets.js";
 
 export function showSearch(app) {
   if (document.querySelector("dialog.finder")) return;

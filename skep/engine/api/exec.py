@@ -8,7 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from skep.api.errors import Untranslated
-from skep.api.formats.container_requests import ExecRequest, ExecStart
+from skep.api.formats.forwarded_requests import ExecRequest, ExecStart
 from skep.api.http.responses import Hijacked
 from skep.api.http.server import ApiVersion, OutputStream, api_version, json_response, read_body, read_json
 from skep.api.http.tables import RouteTable

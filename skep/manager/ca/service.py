@@ -26,7 +26,7 @@ from skep.model.networks.data_planes import DOCKER, SKEP
 from skep.model.node import Availability
 from skep.model.values.ids import IdSource, NodeId
 from skep.model.values.times import moment
-from skep.security.expiry import proven_identity
+from skep.security.expired_renewal import proven_identity
 from skep.security.identity import NodeIdentity
 from skep.store.interface import Store
 from skep.wire import methods

@@ -16,7 +16,7 @@ from skep.aio.clock import Clock, tick
 from skep.errors import SkepError
 from skep.manager.ca.admission import renew_window_of
 from skep.manager.ca.caller_check import is_manager
-from skep.manager.ca.expiry import Expiry, expiring
+from skep.manager.ca.expiry_warnings import Expiry, expiring
 from skep.manager.ca.peer_files import PeerFiles, RestartTurn
 from skep.manager.control_loops.informer import observe_commits, run_informer
 from skep.manager.nodes.revocation import is_foreign, is_revoked, revoke_others

@@ -26,7 +26,7 @@ from skep.manager.control.networks import known_ingress_network
 from skep.manager.control.quotas import check_quota
 from skep.manager.control.validation.service_rules import check_service_spec
 from skep.manager.nodes.trust import trusted_after
-from skep.manager.services.dependents import check_dependencies, restart_dependents
+from skep.manager.services.dependent_services import check_dependencies, restart_dependents
 from skep.manager.services.job_runs import first_job, next_job
 from skep.manager.services.registry_auth import auth_for, auth_of, follow_rollback, keep_auth, with_registry
 from skep.manager.services.removal import hide_service

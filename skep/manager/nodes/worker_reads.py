@@ -12,7 +12,7 @@ from typing import Final
 
 from skep.api.access.identity import IDENTITY_HEADER, packed
 from skep.api.client.client import ApiClient
-from skep.api.formats.container_requests import TASK_CONTAINER
+from skep.api.formats.forwarded_requests import TASK_CONTAINER
 from skep.api.http.framing import is_readable, path_of
 from skep.errors import PermissionDenied, ResourceExhausted
 from skep.manager.cluster import known_cluster

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import msgspec
 
 from skep.manager.acme.showing import expiring_soon
-from skep.manager.ca.expiry import expiring
+from skep.manager.ca.expiry_warnings import expiring
 from skep.manager.verify.records import violations_by_rule
 from skep.model.history import cut, masked_text, stack_of
 from skep.model.node import Node, NodeState, Reachability, plain_message

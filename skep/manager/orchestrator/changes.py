@@ -16,7 +16,7 @@ from skep.errors import NamesAnother, SkepError, Unavailable
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.replacement.enforcement import is_unfit
 from skep.manager.orchestrator.slots import is_assigned, is_lost, is_stopping
-from skep.manager.services.dependents import requiring, restart_dependents
+from skep.manager.services.dependent_services import requiring, restart_dependents
 from skep.manager.services.disruption_budget import is_available
 from skep.manager.services.freezes import is_held_at_commit, stack_of_service
 from skep.manager.services.job_runs import settled

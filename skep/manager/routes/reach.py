@@ -1,7 +1,7 @@
 """``/skep/tasks/{id}/...``: the container of a task, on any node.
 
 Each request is one exchange with the Engine API of the task's node over a tunnel.  The client receives the response as
-the node sent it.  The manager forwards only those parts of a request that ``api.formats.container_requests`` names, and
+the node sent it.  The manager forwards only those parts of a request that ``api.formats.forwarded_requests`` names, and
 encodes them again.  The node checks them again.
 """
 
@@ -15,7 +15,7 @@ from aiohttp import web
 
 from skep.aio.time_slices import result_in_slices
 from skep.api.access.identity import identity_of
-from skep.api.formats.container_requests import (
+from skep.api.formats.forwarded_requests import (
     ExecRequest,
     ExecStart,
     Forwarded,

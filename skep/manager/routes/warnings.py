@@ -7,7 +7,7 @@ from aiohttp import web
 from skep.api.http.server import Routes, json_response
 from skep.errors import Unavailable
 from skep.manager.acme.showing import certificate_warnings
-from skep.manager.ca.expiry import expiring
+from skep.manager.ca.expiry_warnings import expiring
 from skep.manager.ca.rotation import rotation_warnings
 from skep.manager.control.tasks import damage_of
 from skep.manager.failover.editing import address_warnings

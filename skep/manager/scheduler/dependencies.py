@@ -21,7 +21,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.manager.nodes.heartbeats import configured_grace_s
-from skep.manager.services.dependents import circle, is_same_task, reached
+from skep.manager.services.dependent_services import circle, is_same_task, reached
 from skep.manager.services.job_runs import COMPLETED, is_going, outcome
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.constraints import is_satisfied

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.manager.ca.admission import stamp
-from skep.manager.ca.expiry import Expiry
+from skep.manager.ca.expiry_warnings import Expiry
 from skep.manager.cluster import node_name
 from skep.manager.control_loops.failures import isolated, object_id
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction

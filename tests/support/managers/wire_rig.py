@@ -26,7 +26,7 @@ from skep.errors import Unavailable, Unimplemented
 from skep.manager.autoscaling.waking import Wakes
 from skep.manager.ca import external
 from skep.manager.ca.caller_check import CallerCheck
-from skep.manager.ca.expiry import Expiry
+from skep.manager.ca.expiry_warnings import Expiry
 from skep.manager.ca.external import CallLimits, ExternalAuthorities
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.ca.peer_files import PeerFiles

@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.api.formats.container_requests import FORWARDED, ExecRequest, forwarded, why_not
+from skep.api.formats.forwarded_requests import FORWARDED, ExecRequest, forwarded, why_not
 from skep.model.options.labels import check_container_labels, check_service_labels, exec_policy
 
 TOP = forwarded("GET", "/containers/{id}/top")

@@ -5,7 +5,7 @@ from urllib.parse import parse_qs
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
-from skep.api.formats.container_requests import FORWARDED, Forwarded, forwarded
+from skep.api.formats.forwarded_requests import FORWARDED, Forwarded, forwarded
 from skep.errors import InvalidArgument
 from skep.manager.routes.reach import _head, _read_body
 

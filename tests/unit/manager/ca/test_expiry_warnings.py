@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.ca.admission import stamp
-from skep.manager.ca.expiry import expiring
+from skep.manager.ca.expiry_warnings import expiring
 from skep.model.node import Node, NodeCertificate, NodeDescription
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.values.ids import ClusterId, NodeId

@@ -5,8 +5,8 @@ from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.manager.orchestrator.changes import RollBack, apply
-from skep.manager.services import dependents
-from skep.manager.services.dependents import RESTARTED_MAX, reached, requiring
+from skep.manager.services import dependent_services
+from skep.manager.services.dependent_services import RESTARTED_MAX, reached, requiring
 from skep.model.options.dependencies import DEPENDS_ON, dependencies_of
 from skep.model.service import (
     Placement,
@@ -185,7 +185,7 @@ async def test_a_label_with_many_names_is_not_read_once_for_each_of_them(store):
     for number in range(20):
         await create(store, replace(a_service_spec(f"web{number}"), labels=label))
     with calls_of(dependencies_of) as read:
-        dependents.check_dependencies(store.view(), replace(a_service_spec("more"), labels=label))
+        dependent_services.check_dependencies(store.view(), replace(a_service_spec("more"), labels=label))
     assert len(read) == 21
 
 
