@@ -68,6 +68,7 @@ A browser opens six connections at a time for the login page.
 """
 LOGOUT: Final = "/skep/ui/logout"
 _BACKLOG = 256
+"""Connections that the kernel queues until they are accepted.  Enough for forty browsers that open a page at once."""
 _IDLE_S = 75.0
 """Seconds for which an idle connection is kept."""
 _EXPIRED_CHECK_S = 10.0

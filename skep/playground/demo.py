@@ -24,6 +24,7 @@ from skep.playground.playground import Playground
 from skep.playground.relay import LOOPBACK
 
 SERVICE = "web"
+# One replica for each node: the manager and two workers.
 REPLICAS = 3
 WORKERS = 2
 ANY_ADDRESS = "0.0.0.0"

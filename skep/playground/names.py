@@ -24,6 +24,7 @@ CGROUP_TOP = "skep-playground"
 UNDERLAY = "192.168.0.0/16"
 """The range of all subnets of a playground."""
 _WORD = re.compile(r"[a-z][a-z0-9]{0,15}")
+# Last bytes of the nodes' addresses.  The router of a subnet has a lower one.
 _FIRST_HOST = 11
 _LAST_HOST = 250
 SUBNETS_MAX = 50

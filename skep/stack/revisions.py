@@ -27,12 +27,14 @@ from skep.stack.project import NAMESPACE, Stack, StackFile, StackService
 T = TypeVar("T")
 
 KEPT: Final = 10
+"""Largest number of revisions of a stack.  As many as specs of a service."""
 KEPT_BYTES: Final = 512 * 1024
 """Largest size of all revisions of a stack together, in bytes of base64.  It is limited because every manager has all
 configs of the cluster in memory.  A usual stack has 2 to 5 KB compressed, so ten revisions fit.  Very large stacks keep
 only two.
 """
 KEPT_AT_LEAST: Final = 2
+"""The current revision and the one to which a rollback returns, whatever their size."""
 UNFINISHED_MAX_S: Final = 3600
 """Age in seconds up to which the next deploy takes over a deploy that did not end.  The objects of an older one may be
 in use, so that no undo may remove them.

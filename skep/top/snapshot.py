@@ -19,6 +19,7 @@ _NO_NODES: Mapping[str, Mapping[str, Any]] = {}
 _NAMED_MAX = 3
 """Largest number of objects of a kind that the headline names.  It counts the others."""
 _NANO = 1e9
+"""Docker's unit of processors is a billionth."""
 
 
 class LinkStatus(Enum):

@@ -22,6 +22,7 @@ from skep.model.task_end import printable
 from skep.top.rows import Column, ScreenRow, Tone, age_of, laid_out
 
 _GAP = 2
+"""Columns of the terminal between two columns of the table."""
 
 
 class RowTable(ScrollView, can_focus=True):
@@ -174,3 +175,4 @@ class RowTable(ScrollView, can_focus=True):
 
 
 _AGE_WIDTH = 5
+"""Width of an age of up to 9999 days, so that columns do not move while ages grow."""

@@ -75,6 +75,7 @@ _UNIT_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 
 
 BACKLOG = 1024
+"""Connections that the kernel queues.  After a lost manager, its nodes connect to the others at once."""
 
 
 def closing_times(count: int) -> Sequence[float]:

@@ -34,6 +34,7 @@ _DATA_BYTES = 32 * 1024
 """Largest number of data bytes in one packet.  The socket's buffer has space for several packets."""
 _AT_ONCE = 32
 """Largest number of packets that are read before other tasks of the event loop run."""
+# Flags of a packet: the client is on another machine, the data begins with the user's identity.
 _REMOTE = 1
 _IDENTIFIED = 2
 _IDENTITY_LENGTH = struct.Struct("!H")

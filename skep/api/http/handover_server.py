@@ -46,6 +46,7 @@ from skep.linux.unix_sockets import private_socket
 log = structlog.get_logger(__name__)
 
 SMALL_BODY = 64 * 1024
+"""Bytes up to which a body has to arrive within one time limit.  Each piece of a larger one restarts the limit."""
 _BUFFER_BYTES_MAX = 256 * 1024
 """Largest number of bytes that are buffered of requests that a client sends before it gets a response."""
 _READ_BYTES = 64 * 1024

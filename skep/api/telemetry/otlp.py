@@ -26,6 +26,7 @@ log = structlog.get_logger()
 WAITING_MAX = 4096
 """Largest number of spans that wait.  Further ones are dropped and counted."""
 _BATCH = 512
+"""Largest number of spans in one export.  Source: the default of OTEL_BSP_MAX_EXPORT_BATCH_SIZE."""
 _GATHER_S = 1.0
 """Seconds for which spans are collected into one batch."""
 _SENT_WITHIN_S = 10.0

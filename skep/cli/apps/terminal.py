@@ -20,6 +20,7 @@ RESIZE_S = 0.05
 """Seconds between two size changes.  Of a thousand changes in a second, only the last in each interval is sent."""
 
 _STDOUT = 1
+"""Stream number in Docker's frames of an attached container without a terminal.  The other is stderr."""
 _BROKEN_PIPE = 141
 """Exit code after SIGPIPE, as in shells."""
 

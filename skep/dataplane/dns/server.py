@@ -58,6 +58,7 @@ SINGLE_LABEL_S = 1.0
 _BURST = 32
 """Number of datagrams of one container that are read in a row before other work of the event loop."""
 _BACKLOG = 128
+"""TCP connections that the kernel queues.  Twice ``CONNECTIONS_MAX``, because a container cannot keep more."""
 ACCEPT_PAUSE_S = 0.1
 """Seconds to pause after accept failed for lack of descriptors.
 

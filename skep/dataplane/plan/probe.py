@@ -24,6 +24,7 @@ PORT = 4787
 """UDP and TCP port of probes.  Any port would do, because nothing else uses ports in the namespace."""
 IP_UDP_BYTES = 28
 """Length of the IPv4 and UDP headers."""
+# 10.0.0.0/8 as a number, and its hosts.  So many addresses make it unlikely that two nodes share one.
 _NETWORK = 10 << 24
 _HOSTS = (1 << 24) - 2
 _LENGTH = 8

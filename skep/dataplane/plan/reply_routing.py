@@ -38,6 +38,7 @@ _PRIORITY = 1042
 _UDP_PRIORITY = 32999
 """Priority of the rule for IPv6 replies over UDP, after all other routes."""
 _UDP_TABLE = 1042
+"""Routing table of that rule.  Tables of nodes have much larger numbers, because these are IPv4 addresses."""
 _ZONE = "@ll,80,16"
 """The last two bytes of a packet's source MAC address.  They are the last two bytes of the node's IPv4 address."""
 SYSCTLS = {"net/ipv4/tcp_fwmark_accept": "1"}

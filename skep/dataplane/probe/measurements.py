@@ -19,6 +19,7 @@ from skep.model.networks.paths import MTU_MIN
 from skep.model.values.ids import NodeId
 
 SIZES_AT_ONCE = 8
+"""Sizes of one step.  They leave an eighth of the range, and are few enough not to fill a queue on the way."""
 
 
 class Range(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+# Kinds of datagrams.
 REQUEST, RESPONSE = 1, 2
 REQUEST_BYTES_MIN = 256
 """Size in bytes of the smallest request.  It equals the size of the longest response."""

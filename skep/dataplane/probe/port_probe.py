@@ -25,6 +25,7 @@ from skep.model.networks.reserved_ports import WIREGUARD_OFFSET
 from skep.model.values.ids import NodeId
 
 TRIES = 2
+"""Attempts for one port, because a single one may fail by chance, such as a ping that is lost."""
 TRY_S = 2.0
 """Time limit in seconds for one attempt.  Long enough for a lost SYN to be sent again once."""
 _PAUSE_S = 0.2

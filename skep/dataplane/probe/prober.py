@@ -37,6 +37,7 @@ URGENT_S = 2.0
 Then only probes tell which peers have failed, and each node chooses its backends by them.
 """
 PEERS_AT_FULL_RATE = 64
+"""Peers up to which each is probed once in a period.  With more, the period grows, so that the rate stays the same."""
 
 
 def pause_s(peers: int, random: float, *, is_settled: bool, is_urgent: bool = False) -> float:

@@ -26,6 +26,7 @@ _ATTEMPTS_MAX = 3
 _BUFFER_BYTES = 64 * 1024
 """Limit in bytes for the data that waits for the other side, in each direction."""
 _BACKLOG = 512
+"""Connections of a burst that the kernel queues, because a connection that does not fit fails for its client."""
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 8}
 """Keepalive settings that detect vanished peers.  The connection of an idle peer stays open."""
 

@@ -21,6 +21,7 @@ log = structlog.get_logger()
 NAME = "skep_asked"
 FAMILIES = ("ip", "ip6")
 _GROUP = 11
+"""Netlink group of logged packets.  Each namespace has its own groups, so the number cannot collide."""
 _BYTES = 40
 """Number of bytes that the kernel copies of a packet: up to the end of its destination address."""
 _LOG = f"log group {_GROUP} snaplen {_BYTES}"

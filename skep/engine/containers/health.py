@@ -46,6 +46,7 @@ LOG_MAX = 5
 ENDED_S = 5.0
 """Seconds to wait for the recorded end of a container whose first process has ended."""
 SUCCESS = 0
+"""Exit code of a successful probe.  All others count as failures, as in Docker."""
 BROKEN = -1
 """Exit code of a probe that could not run or took too long."""
 

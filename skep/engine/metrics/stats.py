@@ -19,6 +19,7 @@ from skep.model.values.times import ZERO_TIME, Timestamp, timestamp
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 _NS_PER_US = 1000
+"""cgroup v2 has microseconds where Docker's API has nanoseconds."""
 
 
 class CPUUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

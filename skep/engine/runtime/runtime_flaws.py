@@ -30,6 +30,7 @@ class Flaw(NamedTuple):
 
 
 _SERIES_OF_2025 = ((1, 2, 8), (1, 3, 3), (1, 4, 0))
+"""First fixed version of each series.  Source: runc's releases of November 2025."""
 FLAWS: Final[Mapping[str, tuple[Flaw, ...]]] = {
     "runc": (
         Flaw("CVE-2024-21626", ((1, 1, 12),), r"1\.1\.5\+ds1-1\+deb12u\d"),

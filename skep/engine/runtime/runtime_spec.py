@@ -26,6 +26,7 @@ INIT_PATH = "/sbin/docker-init"
 _PROCESS_INIT_PATH = "/run/docker-init"
 """The machine's /sbin is read-only, so the init cannot be mounted there."""
 _UNLIMITED = 2**64 - 1
+"""RLIM_INFINITY as the unsigned number that the runtime specification needs.  Docker's API has -1."""
 
 _MASKED_PATHS = (
     *("/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats"),

@@ -21,6 +21,7 @@ _LISTENING, _UNCONNECTED = 0x0A, 0x07
 _EPHEMERAL = range(32768, 61000)
 """The kernel's default range of ephemeral ports."""
 
+# Source: linux/netlink.h, linux/sock_diag.h.
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLMSG_ERROR, _NLMSG_DONE = 4, 20, 2, 3
 # Source: linux/netlink.h: NLM_F_REQUEST and NLM_F_DUMP.
 _NLM_F_DUMP_REQUEST = 0x301

@@ -35,6 +35,7 @@ from skep.model.values.counts import counted
 NO_ADDRESSES: Final = "no available IPv"
 """Words of the allocator's error about a network without free addresses."""
 _MEBIBYTE: Final = 1 << 20
+"""Unit of memory in explanations, as in ``docker stats``."""
 _PLUGIN_TYPES: Final = {"Log": "log driver", "Network": "network driver", "Volume": "volume driver"}
 
 

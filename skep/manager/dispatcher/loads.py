@@ -32,6 +32,7 @@ INTERVAL_S = 30.0
 AT_ONCE = 200
 """Maximum nodes written per check.  The others wait for the next."""
 _THOUSAND = 1000
+"""Unit of loads in heartbeats, which have whole numbers."""
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -42,6 +42,7 @@ second.
 RELAY_BYTES_MAX = 16 * 1024 * 1024
 """Largest number of bytes in each direction.  A thousand nodes with ten thousand tasks need a tenth of it."""
 _PIECE = 16 * 1024
+"""Bytes that are read at a time.  They bound the memory of a relayed connection."""
 
 
 class GossipRelay:

@@ -26,6 +26,7 @@ from skep.store.kinds import Payload, users_claim_id
 from skep.store.schema import stack_index
 
 _MEBIBYTE = 1 << 20
+"""Unit of memory and data in messages about quotas."""
 USERS_TASKS_MAX = 20_000
 """Tasks of a stack's services for users below administrator, if the stack has no quota of tasks.
 

@@ -42,6 +42,7 @@ _VOLUMES_MAX = 100
 _REVISIONS_MAX = 20
 """Largest number of a stack's revisions in one row."""
 _NANO = 1e9
+"""Docker's unit of processors is a billionth."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -13,7 +13,9 @@ from skep.model.networks.used_ports import RESERVED_LABEL, UsedPort, ports_in
 from skep.model.node import Node
 
 SSH_PORT: Final = 22
+"""Registered port of SSH, by which machines are administered."""
 IMAGES_PORT: Final = 2374
+"""Default of ``image-port``, where nodes pull images from each other."""
 API_PORT: Final = 2376
 """Conventional port of Docker's API with TLS, registered with IANA as docker-s."""
 MANAGER_PORT: Final = 2377

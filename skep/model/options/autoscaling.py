@@ -73,6 +73,7 @@ _TOGETHER: Final = {
 """Labels that need another label, with an example of it."""
 
 CPU_DEFAULT: Final = 70
+"""Default target in percent.  The rest absorbs the load that grows until a new task runs."""
 CPU_MAX: Final = 1000
 """Largest CPU target in percent.  It exceeds 100 because a task without a limit can use more than it reserves, or more
 than one processor.
@@ -96,6 +97,7 @@ IDLE_AFTER_S_MIN, IDLE_AFTER_S_MAX = 15.0, 24 * 3600.0
 often stop a task that has just had a request.
 """
 _ONE_CPU: Final = 1_000_000_000
+"""A processor in Docker's unit.  Percentages of a task without limit and reservation refer to it."""
 _NANO_CPUS_MAX: Final = 4096 * _ONE_CPU
 """No machine has more processors, so a report of more is ignored."""
 _MEMORY_BYTES_MAX: Final = 1 << 50

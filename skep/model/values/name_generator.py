@@ -7,6 +7,7 @@ NameSource = Callable[[], str]
 """Returns another readable name at each call."""
 
 _ATTEMPTS_WITHOUT_NUMBER = 10
+"""Attempts until a number is appended, because most names are taken by then."""
 
 
 def _words(text: str) -> tuple[str, ...]:

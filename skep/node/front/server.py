@@ -41,6 +41,7 @@ from skep.node.front.users import KnownUsers, bearer
 log = structlog.get_logger()
 
 _BACKLOG = 1024
+"""Connections that the kernel queues.  A busy event loop accepts late, and a full queue would refuse clients."""
 _CONNECTIONS_MAX = 4096
 """Limit for connections on Unix sockets.  Further ones are closed.
 

@@ -39,6 +39,7 @@ WARN_PERCENT = 85
 By default, it also starts to remove unused images then (``image-gc-high``), as kubelet does.
 """
 HYSTERESIS = 2
+"""Percent below its mark at which a condition ends, so that single files do not change it."""
 STEP_PERCENT = 2
 """A condition shows a new percentage only if it differs by this much, because each change is written to the cluster's
 store.

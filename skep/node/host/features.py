@@ -42,6 +42,7 @@ WANTED_CAPABILITIES = {
     27: "CAP_MKNOD",
 }
 _OPEN_FILES_WANTED = 65536
+"""Open files below which the node warns.  Elasticsearch demands 65,535, and other databases recommend as many."""
 
 _DUMMY_TABLE = """
 table ip skep_probe {

@@ -24,6 +24,7 @@ from skep.errors import Unavailable
 from skep.linux.processes import boot_id
 
 _SECOND_TO_NANO = 1_000_000_000
+"""Docker counts processor time and processors in billionths."""
 
 _TIMEOUT_S = 5.0
 """Time limit in seconds for listing the machine's addresses."""

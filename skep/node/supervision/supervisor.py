@@ -35,6 +35,7 @@ CRASH_WINDOW_S = 60.0
 _FIRST_DELAY_S = 0.1
 """Seconds before the first new start."""
 _GROWTH = 3.0
+"""Factor between two pauses.  The sixth pause is ``_DELAY_S_MAX``, so that a short fault delays little."""
 _DELAY_S_MAX = 10.0
 """Longest pause between two starts."""
 _STEPS_MAX = 10

@@ -30,6 +30,7 @@ FILE_SEND = "/moby.filesync.v1.FileSend/DiffCopy"
 _PIECE_BYTES = 256 << 10
 """Four pieces fill the window of a stream, so that reading and sending overlap."""
 _LISTED_AT_ONCE = 256
+"""Files that are listed before other tasks of the event loop run."""
 _XATTR_RECORD = "SCHILY.xattr."
 _KINDS = {
     tarfile.DIRTYPE: stat.S_IFDIR,

@@ -16,6 +16,7 @@ from skep.model.permissions.rights import missing_devices, rights_text
 from skep.model.values.counts import counted
 
 _MEBIBYTE = 1024**2
+"""Unit of memory in explanations, as in ``docker stats``."""
 
 
 def readiness(requirements: Requirements, account: Account, copies: int) -> str:

@@ -33,8 +33,9 @@ SEALED_OFF_TIMERS_MS = (20, 100)
 """Heartbeat and election timeout of a member to which ``campaign`` cannot connect."""
 
 SOLO_SNAPSHOT_COUNT = 1000
+"""Raft entries between two snapshots of a single member.  They are in memory, and no other member needs them."""
 SNAPSHOT_COUNT = 10_000
-"""Raft entries between two snapshots, the same for a single member and for one of several."""
+"""Raft entries between two snapshots of one of several members."""
 
 SOLO_HEAP_GROWTH = "50"
 """GOGC: growth of the heap in percent until the next garbage collection.

@@ -69,6 +69,7 @@ _NOISE = (
 _LEVELS = {"debug": "debug", "info": "info", "warn": "warning"}
 
 _MAX_PLAIN = 500
+"""Characters of a line that is not JSON, such as a panic, that are logged and shown as the reason."""
 
 
 class EtcdOutput:
