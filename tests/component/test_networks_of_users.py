@@ -1,7 +1,6 @@
 """How many networks operators may create, and what thousands of them cost a manager's loop."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from random import Random
@@ -20,27 +19,17 @@ from skep.store.interface import LoopStore
 from skep.store.level import USERS
 from tests.component.test_users_on_a_manager import OPERATOR, SHOP, Rig
 from tests.component.test_users_on_a_manager import rig as rig
+from tests.support.managers.counted_calls import counting_calls_of_callbacks
 
 
 @asynccontextmanager
-async def allocating(rig: Rig) -> AsyncIterator[list[float]]:
-    """The leader's allocator runs.  Yields how long another user of the loop waited, in seconds of processor time."""
-    clock, turns = SystemClock(), [0.0]
-
-    async def watch() -> None:
-        before = time.process_time()
-        while True:
-            await asyncio.sleep(0.01)
-            now = time.process_time()
-            turns.append(now - before)
-            before = now
-
+async def allocating(rig: Rig) -> AsyncIterator[None]:
+    """The leader's allocator runs."""
+    allocator = Allocator(cast("LoopStore", rig.api.store), SystemClock(), new_id, Random(1))
     async with asyncio.TaskGroup() as group:
-        allocator = Allocator(cast("LoopStore", rig.api.store), clock, new_id, Random(1))
-        tasks = [group.create_task(one) for one in (allocator.run(), watch())]
-        yield turns
-        for task in tasks:
-            task.cancel()
+        task = group.create_task(allocator.run())
+        yield
+        task.cancel()
 
 
 async def all_allocated(rig: Rig) -> list[Network]:
@@ -56,19 +45,20 @@ def overlay(stack: str, number: int) -> Mapping[str, Any]:
     return {"Name": f"{stack}_n{number}", "Driver": "overlay", "Labels": {STACK_LABEL: stack}}
 
 
-HELD_S = 0.3
-"""Processor time for which the loop may be held, with the collection of garbage."""
+CALLS_MAX = 60_000
+"""Function calls for which the loop may be held.  They take about 15 ms."""
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("many", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 async def test_of_ten_thousand_networks_of_one_operator_a_stack_gets_its_bound(rig: Rig, many: int) -> None:
-    async with allocating(rig) as turns:
-        for number in range(many):
-            status, text, _ = await rig.exchange(
-                "operator:shop", "POST /networks/create", overlay("shop", number)
-            )
-            assert status == (201 if number < 100 else 403), text
+    async with allocating(rig):
+        with counting_calls_of_callbacks() as calls:
+            for number in range(many):
+                status, text, _ = await rig.exchange(
+                    "operator:shop", "POST /networks/create", overlay("shop", number)
+                )
+                assert status == (201 if number < 100 else 403), text
         assert "the stack shop has 100 networks and may have 100 without a quota, 1 more wanted" in text
         assert (await rig.exchange(OPERATOR, "POST /networks/create", overlay("shop", many)))[0] == 403
         assert (await rig.exchange("operator:blog", "POST /networks/create", overlay("blog", 1)))[0] == 201
@@ -82,7 +72,8 @@ async def test_of_ten_thousand_networks_of_one_operator_a_stack_gets_its_bound(r
             more = overlay("shop", many + number)
             assert (await rig.exchange("operator:shop", "POST /networks/create", more))[0] == status
     assert len([one for one in networks if one.spec.labels == SHOP]) == 100
-    assert max(turns) < HELD_S
+
+    assert max(calls) < CALLS_MAX
 
 
 @pytest.mark.timeout(1200)
@@ -90,11 +81,12 @@ async def test_of_ten_thousand_networks_of_one_operator_a_stack_gets_its_bound(r
 async def test_ten_thousand_networks_of_the_clusters_operator_have_subnets_and_hold_nobody_up(
     rig: Rig, many: int
 ) -> None:
-    async with allocating(rig) as turns:
-        for number in range(many):
-            body = overlay(f"s{number // 100}", number)
-            status, text, _ = await rig.exchange(OPERATOR, "POST /networks/create", body)
-            assert status == 201, text
+    async with allocating(rig):
+        with counting_calls_of_callbacks() as calls:
+            for number in range(many):
+                body = overlay(f"s{number // 100}", number)
+                status, text, _ = await rig.exchange(OPERATOR, "POST /networks/create", body)
+                assert status == 201, text
         networks = [one for one in await all_allocated(rig) if STACK_LABEL in one.spec.labels]
         assert (await rig.exchange("operator:blog", "POST /networks/create", overlay("blog", 1)))[0] == 201
         (others,) = [one for one in await all_allocated(rig) if one.spec.labels == {STACK_LABEL: "blog"}]
@@ -102,7 +94,8 @@ async def test_ten_thousand_networks_of_the_clusters_operator_have_subnets_and_h
     ids = {id for network in networks for id in vxlan_ids(network.driver_state.options)}
     assert len(subnets) == len(ids) == many
     assert not subnets & {one.subnet for one in subnets_in(others)}
-    assert max(turns) < HELD_S
+
+    assert max(calls) < CALLS_MAX
 
 
 def subnets_in(network: Network) -> tuple[IPAMConfig, ...]:

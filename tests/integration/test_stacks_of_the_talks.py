@@ -41,7 +41,7 @@ services:
   agent:
     image: portainer/agent
     environment:
-      AGENT_CLUSTER_ADDR: tasks.portainer-agent
+      AGENT_CLUSTER_ADDR: tasks.agent
     volumes:
       - /var/run/docker.sock:/var/run/docker.sock
       - /var/lib/docker/volumes:/var/lib/docker/volumes
@@ -54,7 +54,7 @@ services:
         constraints: [node.platform.os == linux]
   portainer:
     image: portainer/portainer
-    command: -H "tcp://tasks.agent:9001" --tlsskipverify --no-auth
+    command: -H "tcp://tasks.portainer-agent:9001" --tlsskipverify --no-auth
     ports:
       - "9000:9000"
     volumes:
@@ -112,13 +112,20 @@ services:
 """
 
 HTTP = "exec httpd -f -v -p"
-AGENT = f"mkdir -p /w; hostname >/w/index.html; {HTTP} 9001 -h /w\n"
-SERVER = f"""\
-mkdir -p /w; echo "$@" >/w/arguments
+FIND_AGENTS = """\
 (while sleep 0.2; do
-    nslookup tasks.agent 2>/dev/null | sed -n '/^Name/,${{s/^Address[^:]*: *//p}}' | sort >/w/.new
+    nslookup "$name" 2>/dev/null | sed -n '/^Name/,${s/^Address[^:]*: *//p}' | sort >/w/.new
     mv /w/.new /w/agents
 done) &
+"""
+AGENT = f"""\
+mkdir -p /w; hostname >/w/index.html; name=$AGENT_CLUSTER_ADDR
+{FIND_AGENTS}
+{HTTP} 9001 -h /w
+"""
+SERVER = f"""\
+mkdir -p /w; echo "$@" >/w/arguments; name=${{2#tcp://}}; name=${{name%:*}}
+{FIND_AGENTS}
 {HTTP} 9000 -h /w
 """
 RNG = f"mkdir -p /w; head -c 16 /dev/urandom | md5sum >/w/random; {HTTP} 80 -h /w\n"
@@ -193,8 +200,14 @@ def test_portainer_finds_its_agents_and_they_their_cluster(
     )
     assert all(fetched(server, "portainer_portainer", f"http://{one}:9001/") for one in agents)
     asked = fetched(server, "portainer_portainer", f"{at}arguments").strip()
-    assert asked == "-H tcp://tasks.agent:9001 --tlsskipverify --no-auth"
+    assert asked == "-H tcp://tasks.portainer-agent:9001 --tlsskipverify --no-auth"
     for node in three.nodes():
+        wait_until(
+            lambda node=node: (
+                fetched(node, "portainer_agent", "http://127.0.0.1:9001/agents").split() == agents
+            ),
+            f"the agent on {node.name} resolves the others",
+        )
         api = socket_in(node, "portainer_agent")
         head = call(api, "HEAD /_ping")
         assert head.status == 200

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Set
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 
@@ -76,8 +76,8 @@ class ServedContainer:
     """One container that is served.
 
     ``record`` is either new, or was saved by an earlier process or request.  ``on_foreign_change`` is called when
-    another program has changed our tables in the namespace, and ``on_lost_backend`` after a virtual address that the
-    container uses has lost a backend.
+    another program has changed our tables in the namespace, and ``on_lost_backend`` after virtual addresses that the
+    container uses have lost a backend.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ServedContainer:
         environment: SharedResources,
         record: ContainerRecord,
         on_foreign_change: Callable[[], None],
-        on_lost_backend: Callable[[], None],
+        on_lost_backend: Callable[[Iterable[str]], None],
     ) -> None:
         self.named = record.named
         self.record = record
@@ -162,10 +162,13 @@ class ServedContainer:
         self.virtual.mark_unknown()
         await self.virtual.apply()
 
-    async def redirect_unaccepted(self) -> None:
-        """Send connections that a removed backend has not accepted to a present one.  Raises: SkepError, OSError."""
-        path = Path(self.named.netns)
-        await self.environment.namespaces.run(path, redirect_unaccepted, self.virtual.backends)
+    async def redirect_unaccepted(self, addresses: Set[str]) -> None:
+        """Send connections to ``addresses`` that a removed backend has not accepted to a present one.
+
+        Raises: SkepError, OSError.
+        """
+        backends = {one: found for one, found in self.virtual.backends.items() if one in addresses}
+        await self.environment.namespaces.run(Path(self.named.netns), redirect_unaccepted, backends)
 
     def respond(self, message: bytes, client: tuple[str, int]) -> None:
         """Respond to a query that an earlier server of this container has received."""
@@ -264,7 +267,7 @@ class ServedContainer:
     async def _write(self, plan: VipPlan) -> None:
         await self.environment.namespaces.run(Path(self.named.netns), self._write_inside, plan)
         if plan.stale and not plan.is_anew:
-            self._on_lost_backend()
+            self._on_lost_backend(plan.stale)
 
     def _write_inside(self, plan: VipPlan) -> None:
         """Write a plan in the namespace.  Only ``virtual`` calls this, one plan at a time."""

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -51,6 +52,13 @@ class _Work(IntEnum):
     OPEN = 3
 
 
+class _Loss(NamedTuple):
+    """The time at which the first of ``addresses`` has lost a backend."""
+
+    at: float
+    addresses: set[str]
+
+
 class ServedContainers:
     """All served containers.
 
@@ -81,9 +89,8 @@ class ServedContainers:
         self._applying: dict[ServedContainer, asyncio.Future[bool]] = {}
         self._work: dict[str, _Work] = {}
         self._workers: dict[str, asyncio.Task[None]] = {}
-        self._lost_backend_at: dict[str, float] = {}
-        """Containers with a virtual address that has lost a backend since its flows were read, oldest first, with the
-        time of the loss."""
+        self._losses: dict[str, _Loss] = {}
+        """Containers with virtual addresses that have lost a backend since their flows were read, oldest first."""
         self._is_redirecting = False
         self.repairs = Repairs()
 
@@ -247,11 +254,11 @@ class ServedContainers:
             self._environment,
             record,
             lambda: self._schedule(id, _Work.REPAIR),
-            lambda: self._note_lost_backend(id),
+            lambda addresses: self._note_lost_backend(id, addresses),
         )
 
-    def _note_lost_backend(self, id: str) -> None:
-        self._lost_backend_at.setdefault(id, self._clock.monotonic())
+    def _note_lost_backend(self, id: str, addresses: Iterable[str]) -> None:
+        self._losses.setdefault(id, _Loss(self._clock.monotonic(), set())).addresses.update(addresses)
         if not self._is_redirecting:
             self._is_redirecting = True
             self._start_task(self._redirect_unaccepted())
@@ -263,13 +270,13 @@ class ServedContainers:
         others serve.
         """
         try:
-            while self._lost_backend_at:
-                id, lost_at = next(iter(self._lost_backend_at.items()))
-                await self._clock.sleep(max(0.0, lost_at + ACCEPTED_S - self._clock.monotonic()))
-                del self._lost_backend_at[id]
+            while self._losses:
+                id, loss = next(iter(self._losses.items()))
+                await self._clock.sleep(max(0.0, loss.at + ACCEPTED_S - self._clock.monotonic()))
+                del self._losses[id]
                 began = self._clock.monotonic()
                 if (served := self.served.get(id)) is not None:
-                    redirection = served.redirect_unaccepted()
+                    redirection = served.redirect_unaccepted(loss.addresses)
                     await isolate(redirection, "connections to removed backends not redirected")
                 await self._clock.sleep(_REST * (self._clock.monotonic() - began))
         finally:

@@ -17,7 +17,13 @@ from skep.aio.clock import Clock
 from skep.aio.failures import isolate
 from skep.aio.race import wait_first
 from skep.dataplane.tables.files import SharedTables, StoredTables
-from skep.dataplane.tables.unreachable import NONE_UNREACHABLE, Unreachable, with_far_tasks, without
+from skep.dataplane.tables.unreachable import (
+    NONE_UNREACHABLE,
+    Unreachable,
+    unpublished,
+    with_far_tasks,
+    without,
+)
 from skep.dataplane.tables.validation import valid_set, valid_table
 from skep.errors import InvalidArgument, SkepError
 from skep.model.networks.tables import NetworkTable, TableSet, changed, difference, keeping_unread
@@ -64,8 +70,10 @@ class ClusterIdentity(Protocol):
         """Wait until ``node_id`` is known."""
 
 
-_MadeOf = tuple[NetworkTable, frozenset[NodeId], NodeId]
-"""The parts of a table for the listeners: the managers' table, excluded peers, and this node."""
+_MadeOf = tuple[NetworkTable, frozenset[NodeId], NodeId, bool]
+"""The parts of a table for the listeners: the managers' table, excluded peers, this node, and whether it hides what the
+table publishes.
+"""
 
 
 class NetworkTables:
@@ -154,7 +162,8 @@ class NetworkTables:
             frozenset(
                 id
                 for id, table in self._tables.items()
-                if any(one.node_id in differing[id] for one in table.endpoints.values())
+                if before.hides(table) != unreachable.hides(table)
+                or any(one.node_id in differing[id] for one in table.endpoints.values())
             )
         )
 
@@ -216,18 +225,19 @@ class NetworkTables:
             await self._wait_for_more()
 
     def _effective(self) -> Mapping[NetworkId, NetworkTable]:
-        """Return the tables without excluded endpoints, and with far endpoints marked.
+        """Return the tables without excluded endpoints and hidden ports, and with far endpoints marked.
 
         An unchanged table is the same object as before.
         """
         filtered = {}
         own = self._identity.node_id
         for id, table in self._tables.items():
-            made_of = (table, self._unreachable.of(table), own)
+            hidden = self._unreachable.hides(table)
+            made_of = (table, self._unreachable.of(table), own, hidden)
             known = self._filtered.get(id)
             if known is None or known[0][0] is not table or known[0][1:] != made_of[1:]:
-                reachable = without(table, made_of[1]) if made_of[1] else table
-                known = (made_of, with_far_tasks(reachable, own))
+                shown = unpublished(table) if hidden else without(table, made_of[1]) if made_of[1] else table
+                known = (made_of, with_far_tasks(shown, own))
             filtered[id] = known
         self._filtered = filtered
         return {id: found for id, (_, found) in filtered.items()}

@@ -8,6 +8,9 @@ endpoints of a peer that does not respond from its own tables: from published po
 * If no peer responds at all, this node's own link is down, and nothing is excluded.
 * A peer is included again after its first response, or when there is a session with a manager.
 
+A node that was removed from its cluster publishes no ports any more, unless its containers keep running.  Its tables
+show what has since moved, and the addresses in them soon belong to other tasks.
+
 Services with ``skep.near`` also leave out tasks at other sites than the node's own (``model.options.labels.site_of``),
 with or without a manager.  Virtual addresses, published ports, routes of the front door and the names ``SERVICE`` and
 ``tasks.SERVICE`` then lead to the tasks at this node's site.  If none of them serves, or this node has no site, they
@@ -24,6 +27,7 @@ from skep.aio.clock import Clock
 from skep.aio.race import LostRace, run_unless
 from skep.model.networks.paths import PathCheck, PathReport
 from skep.model.networks.tables import NetworkTable, TableEndpoint
+from skep.model.node_reports.node_removal import NodeRemoval
 from skep.model.values.ids import NodeId, ServiceId
 
 log = structlog.get_logger()
@@ -48,6 +52,10 @@ class Session(Protocol):
     @property
     def has_session(self) -> bool:
         """Whether the node has a session now."""
+
+    @property
+    def removal(self) -> NodeRemoval | None:
+        """Set while managers refuse this node because it was removed from the cluster."""
 
     def silence_s(self) -> float:
         """Return the seconds since a manager's last response."""
@@ -75,10 +83,16 @@ class Unreachable(msgspec.Struct, frozen=True):
 
     plain: frozenset[NodeId] = frozenset()
     encrypted: frozenset[NodeId] = frozenset()
+    is_removed: bool = False
+    """Whether this node was removed from the cluster, so that it publishes no ports."""
 
     def of(self, table: NetworkTable) -> frozenset[NodeId]:
         """Return the unreachable peers of one network."""
         return self.encrypted if table.head.is_encrypted else self.plain
+
+    def hides(self, table: NetworkTable) -> bool:
+        """Return whether this node does not serve what ``table`` publishes."""
+        return self.is_removed and table.head.is_ingress
 
 
 NONE_UNREACHABLE = Unreachable()
@@ -109,6 +123,11 @@ def _failing(
     }
     found = frozenset(id for id, fails in checked.items() if fails)
     return found if len(found) < len(checked) else frozenset()
+
+
+def unpublished(table: NetworkTable) -> NetworkTable:
+    """Return ``table`` without services and their tasks."""
+    return msgspec.structs.replace(table, services={}, endpoints={})
 
 
 def without(table: NetworkTable, unreachable: frozenset[NodeId]) -> NetworkTable:
@@ -195,7 +214,10 @@ async def _while_without_manager(
         peers.set_urgent(is_lost and session.silence_s() >= URGENT_SECONDS)
         if session.silence_s() >= LOST_SECONDS or before != NONE_UNREACHABLE:
             found = unreachable_peers(peers.reports, before)
-            if found != before:
+            removal = session.removal
+            if removal is not None and not removal.keeps_containers:
+                found = msgspec.structs.replace(found, is_removed=True)
+            if found.plain != before.plain:
                 log.warning("unreachable peers excluded from network tables", peers=sorted(found.plain))
             exclude(found)
             before = found

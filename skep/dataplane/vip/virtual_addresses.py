@@ -8,6 +8,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 
 import structlog
 
@@ -151,10 +152,17 @@ def redirect_unaccepted(backends: VipBackends) -> None:
 
     Works in the calling thread's namespace.  Blocks.  Raises: OSError: some connections still wait.
     """
-    for family in _families(backends):
+    for family, packed in _packed(backends).items():
         conntrack.delete_stale(
-            family, lambda flow: is_unaccepted(flow, backends), selection=conntrack.UNANSWERED
+            family,
+            lambda flow: is_unaccepted(flow, backends),
+            concerns=partial(_has_one, packed),
+            selection=conntrack.UNANSWERED,
         )
+
+
+def _has_one(packed: Iterable[bytes], entry: bytes) -> bool:
+    return any(one in entry for one in packed)
 
 
 def delete_stale_flows(backends: VipBackends) -> frozenset[str]:
@@ -175,13 +183,19 @@ def delete_stale_flows(backends: VipBackends) -> frozenset[str]:
             seen.add(address)
         return backend == address or (is_udp and backend not in backends[address])
 
-    for family in _families(backends):
+    for family in _packed(backends):
         conntrack.delete_stale(family, is_stale)
     return frozenset(seen)
 
 
-def _families(addresses: Iterable[str]) -> list[socket.AddressFamily]:
-    return sorted({socket.AF_INET6 if is_ipv6(address) else socket.AF_INET for address in addresses})
+def _packed(addresses: Iterable[str]) -> Mapping[socket.AddressFamily, set[bytes]]:
+    """Return the bytes of ``addresses`` by family, IPv4 first."""
+    families = socket.AF_INET, socket.AF_INET6
+    found: dict[socket.AddressFamily, set[bytes]] = {family: set() for family in families}
+    for one in addresses:
+        family = families[is_ipv6(one)]
+        found[family].add(socket.inet_pton(family, one))
+    return {family: packed for family, packed in found.items() if packed}
 
 
 def _delete_flows(backends: VipBackends) -> frozenset[str]:
@@ -202,10 +216,7 @@ def flush_pending(addresses: Collection[str]) -> None:
 
     Blocks.  Raises: OSError.
     """
-    for family in _families(addresses):
-        packed = {
-            socket.inet_pton(family, one) for one in addresses if is_ipv6(one) == (family == socket.AF_INET6)
-        }
+    for family, packed in _packed(addresses).items():
         with netlink.open_socket(socket.NETLINK_ROUTE, _TIMEOUT_S) as connection:
             for interface, address in list(_pending(connection, family)):
                 if address in packed:

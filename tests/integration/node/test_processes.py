@@ -1,10 +1,12 @@
 """Plain processes (``skep.executor=process``): programs of the machine, and what they see of it."""
 
 import io
+import re
 import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -24,8 +26,10 @@ from skep.model.container import (
     Mount,
     SecretReference,
     TmpfsOptions,
+    Ulimit,
 )
 from skep.model.permissions.rights import Right
+from skep.model.service import Limits, ResourceRequirements
 from skep.model.task import AssignedTask
 from skep.model.values.ids import ConfigId, SecretId
 from skep.model.values.times import ZERO_TIME
@@ -44,8 +48,8 @@ def a_script(text: str, **spec: object) -> AssignedTask:
     return a_process("/bin/sh", "-c", text, **spec)
 
 
-async def a_running_process(executor: OciExecutor) -> tuple[AssignedTask, OciController]:
-    task = a_process("sleep", "600")
+async def a_running_process(executor: OciExecutor, **spec: object) -> tuple[AssignedTask, OciController]:
+    task = a_process("sleep", "600", **spec)
     controller = executor.controller(task)
     await controller.prepare()
     await controller.start()
@@ -116,7 +120,24 @@ async def test_a_hidden_file_is_closed_to_its_group(executor: OciExecutor) -> No
     assert text == "0\n"
 
 
-async def test_limits_and_the_environment_are_a_containers(executor: OciExecutor) -> None:
+async def test_limits_are_applied_as_to_a_container(executor: OciExecutor) -> None:
+    limits = Limits(memory_bytes=32 << 20, nano_cpus=250_000_000, pids=33)
+    task, controller = await a_running_process(
+        executor,
+        resources=ResourceRequirements(limits=limits),
+        ulimits=(Ulimit(name="nofile", soft=1234, hard=2345),),
+    )
+    container = executor.engine.get(task.name)
+    stats = await executor.engine.stats(container.id)
+    assert (stats.memory_stats.limit, stats.pids_stats.limit) == (32 << 20, 33)
+    written = executor.engine.bundles.specification(container.id)
+    assert msgspec.json.decode(written.read_bytes())["linux"]["resources"]["cpu"]["quota"] == 25_000
+    files = Path(f"/proc/{container.pid}/limits").read_text()
+    assert re.search(r"Max open files +1234 +2345 ", files), files
+    await controller.terminate()
+
+
+async def test_the_environment_is_a_containers(executor: OciExecutor) -> None:
     task = a_script("echo $HOME-$A-$HOSTNAME; cat /etc/hostname", env=("A=1",), hostname="h1")
     assert await output(executor, task) == "/nonexistent-1-h1\nh1\n"
 

@@ -67,6 +67,11 @@ def calls_of(*functions: Callable[..., object]) -> Iterator[Calls]:
         sys.setprofile(None)
 
 
+def calls_in(work: Callable[[], object]) -> int:
+    """Return the number of function calls of ``work``, including built-in functions."""
+    return most_calls_between_pauses(None for _ in [work()])
+
+
 @contextmanager
 def counting_calls_of_callbacks() -> Iterator[list[int]]:
     """Count the calls within each callback of the event loop.  No other work runs in between."""

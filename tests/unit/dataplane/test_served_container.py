@@ -45,7 +45,7 @@ def a_served(tmp_path: Path, namespaces: "SlowNamespaces | QuickNamespaces", **m
         lambda: 0.5,
         asyncio.ensure_future,
     )
-    return ServedContainer(environment, ContainerRecord(named), lambda: None, lambda: None)
+    return ServedContainer(environment, ContainerRecord(named), lambda: None, lambda _: None)
 
 
 def datagrams() -> socket.socket:

@@ -1,6 +1,5 @@
 """Which nodes may have an image."""
 
-import time
 from random import Random
 from typing import Any
 
@@ -31,6 +30,7 @@ from skep.store.memory import MemoryStore
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
 from tests.support.builders import a_node, a_service, a_task
+from tests.support.managers.counted_calls import counting_calls_of_callbacks
 
 DIGEST = "sha256:" + "a" * 64
 
@@ -213,10 +213,11 @@ async def test_many_nodes_that_ask_for_one_image_cost_one_look_at_its_tasks_a_se
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("many", [500, pytest.param(5_000, marks=pytest.mark.slow)])
-async def test_a_request_of_each_node_for_one_image_costs_less_than_a_tenth_of_a_millisecond(
-    many: int,
-) -> None:
-    """With 20 tasks on each node, as in a cluster of 5,000 nodes and 100,000 tasks."""
+async def test_a_request_of_each_node_for_one_image_costs_the_same_however_many_there_are(many: int) -> None:
+    """With 20 tasks on each node, as in a cluster of 5,000 nodes and 100,000 tasks.
+
+    A thousand calls take about 0.1 ms.
+    """
     store = MemoryStore(SystemClock())
     specs = [replace(a_spec(f"app:{number}"), name=f"s{number}") for number in range(20)]
     services = [a_service(spec.name, spec=spec) for spec in specs]
@@ -231,10 +232,7 @@ async def test_a_request_of_each_node_for_one_image_costs_less_than_a_tenth_of_a
     for first in range(0, many, 20):
         await store.update(put, first)
     directory = ImageDirectory(store, ClusterId("c"), SystemClock(), Random(1))
-    rounds: list[float] = []
-    for _ in range(3):
-        began = time.process_time()
+    with counting_calls_of_callbacks() as calls:
         for node in range(many):
             assert await asked(directory, f"n{node}", "app:1")
-        rounds.append((time.process_time() - began) / many)
-    assert min(rounds) < 0.0001
+    assert sum(calls) / many < 600

@@ -19,7 +19,8 @@ from skep.dataplane.tables.unreachable import (
 )
 from skep.manager.nodes.heartbeats import DEFAULT_PERIOD_S, grace_after_absence
 from skep.model.networks.paths import PathCheck, PathFinding, PathReport
-from skep.model.networks.tables import NetworkHead, NetworkTable, TableEndpoint
+from skep.model.networks.tables import NetworkHead, NetworkTable, TableEndpoint, TablePort, TableService
+from skep.model.node_reports.node_removal import NodeRemoval
 from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.wire.client import ManagerChannel
 from tests.unit.dataplane.tables.test_network_tables import Part, received, running, some_tables
@@ -130,6 +131,33 @@ async def test_the_keeper_hands_on_what_is_left_and_then_all_again() -> None:
         assert len(part.asked) == asked, "nothing that concerns a network has changed"
 
 
+async def test_a_removed_node_publishes_nothing_and_keeps_the_tables_of_other_networks() -> None:
+    part = Part()
+    network_tables = some_tables(part)
+    service = TableService(
+        id=ServiceId("web"), name="web", ports=(TablePort(protocol="tcp", published=8080, target=80),)
+    )
+    endpoint = serving("t1", "m1")
+    overlay, ingress = (
+        NetworkTable(
+            head=NetworkHead(id=NetworkId(name), name=name, is_ingress=name == "ingress"),
+            revision=1,
+            endpoints={endpoint.task_id: endpoint},
+            services={service.id: service},
+        )
+        for name in ("net", "ingress")
+    )
+    network_tables.update(received(overlay, ingress), 1)
+    async with running(network_tables):
+        await part.wait(lambda: part.tables.get(ingress.head.id) == ingress)
+        network_tables.exclude(Unreachable(is_removed=True))
+        await part.wait(lambda: not part.tables[ingress.head.id].services)
+        assert part.tables[ingress.head.id].head == ingress.head
+        assert part.tables[overlay.head.id] == overlay
+        network_tables.exclude(NONE_UNREACHABLE)
+        await part.wait(lambda: part.tables[ingress.head.id] == ingress)
+
+
 class HandClock(SystemClock):
     """Time passes in ``sleep``; ``steps`` are executed at their seconds."""
 
@@ -146,7 +174,10 @@ class HandClock(SystemClock):
 
 
 async def watched(
-    until_s: float, urgency: list[float] | None = None, **happens: float
+    until_s: float,
+    urgency: list[float] | None = None,
+    removal: NodeRemoval | None = None,
+    **happens: float,
 ) -> list[tuple[float, Unreachable]]:
     """What is left out, and when.
 
@@ -177,6 +208,7 @@ async def watched(
 
     session_state.begin(CHANNEL)
     session_state.end()
+    session_state.removal = removal
     task = asyncio.create_task(watch(session_state, Peers(), exclude, clock))
     for _ in range(5000):  # with a manager there is nothing to wait for, and no time passes
         if clock.now >= until_s or task.done():
@@ -200,6 +232,17 @@ async def test_the_first_answer_brings_a_peer_back() -> None:
         (LOST_SECONDS, Unreachable(plain=nodes("m2"))),
         (20, NONE_UNREACHABLE),
     ]
+
+
+async def test_a_node_that_knows_its_removal_publishes_nothing_until_a_cluster_accepts_it() -> None:
+    found = await watched(60, removal=NodeRemoval(), responses=0, gained=20)
+    assert found == [
+        (LOST_SECONDS, Unreachable(is_removed=True)),
+        (found[1][0], NONE_UNREACHABLE),
+    ]
+    assert 20 <= found[1][0] <= 22
+    kept = await watched(60, removal=NodeRemoval(keeps_containers=True), responses=0)
+    assert {one for _, one in kept} == {NONE_UNREACHABLE}
 
 
 async def test_a_managers_tables_win_when_they_are_fresh() -> None:
