@@ -412,7 +412,10 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
             "refused",
         ),
         Limit(
-            "their specs together", "skep.manager.services.dependent_services:RESTARTED_BYTES_MAX", "refused", "bytes"
+            "their specs together",
+            "skep.manager.services.dependent_services:RESTARTED_BYTES_MAX",
+            "refused",
+            "bytes",
         ),
         Limit("subnets of a network", "skep.manager.control.validation.network_specs:SUBNETS_MAX", "refused"),
         Limit(
