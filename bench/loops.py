@@ -53,6 +53,7 @@ REPLICAS, SCALED = 20, 25
 CHANGES = 20
 SIZES = (50, 500, 5000, 10_000)
 WAITING = ServiceId("waiting")
+IMAGE = "busybox:1"
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -203,7 +204,7 @@ def all_services(count: int) -> Iterator[Service]:
 def a_service(id: ServiceId, replicas: int, memory_mib: int) -> Service:
     reservations = Resources(nano_cpus=1_000_000, memory_bytes=memory_mib << 20)
     template = TaskSpec(
-        container_spec=ContainerSpec(image="busybox:1"),
+        container_spec=ContainerSpec(image=IMAGE),
         resources=ResourceRequirements(reservations=reservations),
     )
     mode = ServiceMode(replicated=ReplicatedService(replicas=replicas))

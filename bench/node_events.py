@@ -24,7 +24,7 @@ from random import Random
 
 from msgspec.structs import replace
 
-from bench.loops import a_service, wait_settled
+from bench.loops import IMAGE, a_service, wait_settled
 from bench.run import figures_page, measure_alone
 from bench.scheduling import proposal_of
 from skep.aio.clock import SystemClock
@@ -57,7 +57,6 @@ EVENTS = 20
 LIMIT_MS = 5.0
 """Most milliseconds of the leader's loops for one event."""
 FIND_IMAGE, IMAGE_LIMIT_MS = "one node asks for an image that each node has", 0.1
-IMAGE = "busybox:1"
 
 
 def main() -> None:

@@ -70,8 +70,10 @@ async def _outcome(work: Coroutine[Any, Any, T]) -> tuple[T | None, Exception | 
         return None, error
 
 
-async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
-    """Wait until ``event`` is set, at most ``seconds``.  Return whether it is."""
+async def is_set_within(event: asyncio.Event, seconds: float | None) -> bool:
+    """Wait until ``event`` is set, at most ``seconds`` unless that is None.  Return whether it is."""
+    if seconds is None:
+        return await event.wait()
     try:
         async with asyncio.timeout(seconds):
             await event.wait()

@@ -1,12 +1,24 @@
-"""Unix sockets that other users of the machine cannot connect to."""
+"""Unix sockets that other users of the machine cannot connect to, and the process at the other end of a socket."""
 
 import grp
 import os
 import socket
+import struct
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 _GROUP = "docker"
+_CREDENTIALS = struct.Struct("3i")
+"""Source: linux/socket.h: struct ucred."""
+
+
+class Credentials(NamedTuple):
+    """The process that connected to a Unix socket, and its user and group at that time."""
+
+    pid: int
+    uid: int
+    gid: int
 
 
 def private_socket(
@@ -41,3 +53,12 @@ def let_group_in(path: Path) -> None:
     with suppress(KeyError):  # no such group, so only root has access
         os.chown(path, 0, grp.getgrnam(_GROUP).gr_gid)
         path.chmod(0o660)
+
+
+def credentials_of(connected: socket.socket) -> Credentials:
+    """Return the process at the other end of a Unix socket.
+
+    Its pid is 0 if the process is outside the calling process's pid namespace.
+    """
+    packed = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return Credentials(*_CREDENTIALS.unpack(packed))

@@ -7,7 +7,6 @@ the socket grant.
 
 import asyncio
 import socket
-import struct
 from collections.abc import Callable
 from typing import Final
 from weakref import WeakKeyDictionary
@@ -16,6 +15,7 @@ import msgspec
 from aiohttp import web
 
 from skep.errors import Unauthenticated
+from skep.linux.unix_sockets import Credentials, credentials_of
 from skep.model.permissions.access import ALL, ROLE_HEADER, Identity, Origin, parse_binding
 
 IDENTITY_HEADER: Final = "X-Skep-Identity"
@@ -27,16 +27,9 @@ _THIS_NODE: Final = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
 """Identity of requests that processes of this node make on their own behalf."""
 
 _identities: WeakKeyDictionary[asyncio.BaseTransport, Identity] = WeakKeyDictionary()
-_peers: WeakKeyDictionary[asyncio.BaseTransport, "Peer"] = WeakKeyDictionary()
+_peers: WeakKeyDictionary[asyncio.BaseTransport, Credentials] = WeakKeyDictionary()
 IS_PRIVATE: web.AppKey[Callable[[web.Request], bool]] = web.AppKey("is_private")
 """Returns whether a request came on a socket that only processes of this node open, so that its headers are trusted."""
-
-
-class Peer(msgspec.Struct, frozen=True):
-    """The process that opened a connection to a Unix socket."""
-
-    pid: int
-    uid: int
 
 
 def identify(transport: asyncio.BaseTransport, identity: Identity) -> None:
@@ -89,7 +82,7 @@ def is_of_token(request: web.Request) -> bool:
     return known is not None and known.origin is Origin.TOKEN
 
 
-def peer_of(request: web.Request) -> Peer | None:
+def peer_of(request: web.Request) -> Credentials | None:
     """Return the process at the other end of a Unix socket, or None if ``request`` came on another one."""
     transport = request.transport
     if transport is None:
@@ -99,8 +92,7 @@ def peer_of(request: web.Request) -> Peer | None:
         connected = transport.get_extra_info("socket")
         if connected is None or connected.family != socket.AF_UNIX:
             return None
-        pid, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        known = _peers[transport] = Peer(pid, uid)
+        known = _peers[transport] = credentials_of(connected)
     return known
 
 

@@ -17,13 +17,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import isolate
 from skep.aio.race import wait_first
 from skep.dataplane.tables.files import SharedTables, StoredTables
-from skep.dataplane.tables.unreachable import (
-    NONE_UNREACHABLE,
-    Unreachable,
-    unpublished,
-    with_far_tasks,
-    without,
-)
+from skep.dataplane.tables.unreachable import NONE_UNREACHABLE, Unreachable, with_far_tasks
 from skep.dataplane.tables.validation import valid_set, valid_table
 from skep.errors import InvalidArgument, SkepError
 from skep.model.networks.tables import NetworkTable, TableSet, changed, difference, keeping_unread
@@ -232,12 +226,10 @@ class NetworkTables:
         filtered = {}
         own = self._identity.node_id
         for id, table in self._tables.items():
-            hidden = self._unreachable.hides(table)
-            made_of = (table, self._unreachable.of(table), own, hidden)
+            made_of = (table, self._unreachable.of(table), own, self._unreachable.hides(table))
             known = self._filtered.get(id)
             if known is None or known[0][0] is not table or known[0][1:] != made_of[1:]:
-                shown = unpublished(table) if hidden else without(table, made_of[1]) if made_of[1] else table
-                known = (made_of, with_far_tasks(shown, own))
+                known = (made_of, with_far_tasks(self._unreachable.shown(table), own))
             filtered[id] = known
         self._filtered = filtered
         return {id: found for id, (_, found) in filtered.items()}

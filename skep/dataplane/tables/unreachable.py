@@ -94,6 +94,13 @@ class Unreachable(msgspec.Struct, frozen=True):
         """Return whether this node does not serve what ``table`` publishes."""
         return self.is_removed and table.head.is_ingress
 
+    def shown(self, table: NetworkTable) -> NetworkTable:
+        """Return ``table`` as this node uses it."""
+        if self.hides(table):
+            return msgspec.structs.replace(table, services={}, endpoints={})
+        left_out = self.of(table)
+        return without(table, left_out) if left_out else table
+
 
 NONE_UNREACHABLE = Unreachable()
 
@@ -123,11 +130,6 @@ def _failing(
     }
     found = frozenset(id for id, fails in checked.items() if fails)
     return found if len(found) < len(checked) else frozenset()
-
-
-def unpublished(table: NetworkTable) -> NetworkTable:
-    """Return ``table`` without services and their tasks."""
-    return msgspec.structs.replace(table, services={}, endpoints={})
 
 
 def without(table: NetworkTable, unreachable: frozenset[NodeId]) -> NetworkTable:
@@ -214,11 +216,11 @@ async def _while_without_manager(
         peers.set_urgent(is_lost and session.silence_s() >= URGENT_SECONDS)
         if session.silence_s() >= LOST_SECONDS or before != NONE_UNREACHABLE:
             found = unreachable_peers(peers.reports, before)
+            if found != msgspec.structs.replace(before, is_removed=False):
+                log.warning("unreachable peers excluded from network tables", peers=sorted(found.plain))
             removal = session.removal
             if removal is not None and not removal.keeps_containers:
                 found = msgspec.structs.replace(found, is_removed=True)
-            if found.plain != before.plain:
-                log.warning("unreachable peers excluded from network tables", peers=sorted(found.plain))
             exclude(found)
             before = found
         try:

@@ -148,13 +148,11 @@ class LoopDriver(Generic[K]):
                         queue.add_at(key, change.due_at(self._clock.monotonic()))
                     elif change is not None:
                         decided.append((key, change))
-                    if slices.is_over:
-                        await slices.yield_if_due()
+                    if await slices.yield_if_due():
                         await self._catch_up()
             if (failure := failures.of(name)) is not None:
                 queue.add_at(key, failure.retry_at)
-            if slices.is_over:
-                await slices.yield_if_due()
+            if await slices.yield_if_due():
                 await self._catch_up()
         return decided
 

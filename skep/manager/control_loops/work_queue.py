@@ -7,10 +7,10 @@ import asyncio
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import Generic, TypeVar
 
 from skep.aio.clock import Clock
+from skep.aio.race import is_set_within
 
 K = TypeVar("K", bound=str)
 
@@ -56,13 +56,7 @@ class WorkQueue(Generic[K]):
         """Wait until a key is due, then remove and return up to ``limit`` keys, oldest first."""
         while not (keys := self.take_due(limit)):
             self._changed.clear()
-            wait_s = self.wait_s()
-            if wait_s is None:
-                await self._changed.wait()
-                continue
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._changed.wait()
+            await is_set_within(self._changed, self.wait_s())
         return keys
 
     def take_due(self, limit: int) -> list[K]:

@@ -129,27 +129,28 @@ class MachineRights(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kinds(self) -> frozenset[Right]:
         """Return the kinds of rights that the labels need."""
-        if self is _NOTHING:
-            return frozenset()
-        groups = {
-            Right.PRIVILEGED: ("privileged",),
-            Right.DEVICES: ("devices", "cdi_devices", "has_reserved_devices", "device_rules"),
-            Right.GPUS: ("gpus",),
-            Right.NAMESPACES: ("pid", "ipc", "uts"),
-            Right.API: ("api_full",),
-            Right.API_INSPECT: ("api_inspect",),
-            Right.PROCESSES: ("is_process",),
-        }
-        rest = set(self.__struct_fields__) - {name for names in groups.values() for name in names}
-        groups[Right.RESOURCES] = tuple(rest)
         return frozenset(
-            right
-            for right, names in groups.items()
-            if any(getattr(self, name) != getattr(_NOTHING, name) for name in names)
+            _KINDS.get(name, Right.RESOURCES)
+            for name in self.__struct_fields__
+            if getattr(self, name) != getattr(_NOTHING, name)
         )
 
 
 _NOTHING: Final = MachineRights()
+_KINDS: Final = {
+    name: right
+    for right, names in {
+        Right.PRIVILEGED: ("privileged",),
+        Right.DEVICES: ("devices", "cdi_devices", "has_reserved_devices", "device_rules"),
+        Right.GPUS: ("gpus",),
+        Right.NAMESPACES: ("pid", "ipc", "uts"),
+        Right.API: ("api_full",),
+        Right.API_INSPECT: ("api_inspect",),
+        Right.PROCESSES: ("is_process",),
+    }.items()
+    for name in names
+}
+"""The kind of right that each field needs.  The other fields need ``Right.RESOURCES``."""
 
 
 def rights_of(container: ContainerSpec | None) -> MachineRights:

@@ -8,19 +8,18 @@ import os
 import re
 import select
 import socket
-import struct
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from enum import Enum
 from functools import cache
 from pathlib import Path
 
+from skep.linux.unix_sockets import credentials_of
 from skep.model.values.ids import ContainerId
 
 _SO_PEERPIDFD = 77
 """Socket option of Linux 6.5.  On older kernels, the reported pid could have been reused since the process connected.
 """
-_CREDENTIALS = struct.Struct("3i")
 _GROUP = re.compile(r"(/ctr)?/([0-9a-f]{64})(?=/|$)", re.MULTILINE)
 
 
@@ -45,9 +44,7 @@ def peer_of(
         with_mounts: Returns the container with a mount namespace.  Given on a node without control groups.  There, the
             processes of the machine are outside the node's process namespace, so any other process is not theirs.
     """
-    pid = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[
-        0
-    ]
+    pid = credentials_of(connected).pid
     # A process of the surrounding pid namespace has pid 0 here.  It is not in one of our containers.
     if pid in (0, os.getpid()):
         return ConnectionPeer.MACHINE

@@ -69,7 +69,12 @@ def calls_of(*functions: Callable[..., object]) -> Iterator[Calls]:
 
 def calls_in(work: Callable[[], object]) -> int:
     """Return the number of function calls of ``work``, including built-in functions."""
-    return most_calls_between_pauses(None for _ in [work()])
+
+    def once() -> Iterator[None]:
+        work()
+        yield
+
+    return most_calls_between_pauses(once())
 
 
 @contextmanager
