@@ -20,6 +20,7 @@ from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.volume import Volume
 from skep.store.interface import Created, Updated, View
 
 KNOWN_S = 5.0
@@ -40,7 +41,7 @@ class PreemptionsAreJust:
         self._placed_at: dict[TaskId, float] = {}
         self._refused_at: dict[TaskId, float] = {}
         self._disturbed_at = 0.0
-        """Time of the last change of a node or creation of a task."""
+        """Time of the last change of a node or of a volume's nodes, or creation of a task."""
         self.count = 0
         """Number of preempted tasks."""
 
@@ -62,6 +63,8 @@ class PreemptionsAreJust:
                 case Updated(Swarm() as was, Swarm() as swarm) if was.spec.labels != swarm.spec.labels:
                     self._changed_at[None] = now
                 case Created(Task()) | Created(Node()):
+                    self._disturbed_at = now
+                case Updated(Volume() as had, Volume() as has) if had.publish_status != has.publish_status:
                     self._disturbed_at = now
                 case Updated(Node() as was_node, Node() as node) if _is_usable(was_node) != _is_usable(node):
                     self._disturbed_at = now

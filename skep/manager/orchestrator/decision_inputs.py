@@ -10,7 +10,7 @@ from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.disconnection import policy_on, replaced_at
 from skep.manager.orchestrator.replacement.enforcement import violates_constraints
 from skep.manager.orchestrator.slots import is_unusable
-from skep.manager.services.disruption_budget import required
+from skep.manager.services.disruption_budget import keeps_all, required
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import OnDisconnect, drains_now
 from skep.model.options.overlap import why_stop_first
@@ -84,11 +84,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         if not is_rollback and stages_of(spec.labels):
             action = UpdateFailureAction.ROLLBACK
             return replace(config, order=UpdateOrder.START_FIRST, failure_action=action)
-        if (minimum := required(self.service)) and minimum >= spec.replicas and not why_stop_first(spec):
-            # Stop-first would have no task that it may stop.  Tasks that write data stop first all the same
-            # (``within_budget``).
-            return replace(config, order=UpdateOrder.START_FIRST)
-        return config
+        return replace(config, order=UpdateOrder.START_FIRST) if keeps_all(self.service) else config
 
     @property
     def max_attempts(self) -> int:

@@ -8,10 +8,11 @@ from skep.manager.scheduler.nodes.accounting import Account, Accounting, holds_r
 from skep.manager.scheduler.nodes.filters import Filter, first_refusing
 from skep.manager.scheduler.nodes.requirements import Requirements
 from skep.manager.scheduler.placement import ASSIGNED, Assignment, PlacementRefused, assigned
+from skep.manager.services.disruption_budget import updates_start_first
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import VolumeAffinity, volume_affinity
 from skep.model.options.slot_volumes import Home, SlotVolumeIndex, homes_of, local_volumes
-from skep.model.service import Service, UpdateOrder
+from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.values.ids import NodeId
 from skep.store.interface import View
@@ -88,8 +89,7 @@ def _frees(task: Task, service: Service, node_id: NodeId, view: View) -> bool:
 
     A stop-first update stops it when the new task is refused.  A start-first update never does.
     """
-    update = service.spec.update_config
-    starts_first = update is not None and update.order is UpdateOrder.START_FIRST
+    starts_first = updates_start_first(service)
     return any(
         other.node_id == node_id and holds_resources(other) and not (other.is_wanted and starts_first)
         for other in view.find(Task, slot=f"{task.service_id}/{task.slot}")

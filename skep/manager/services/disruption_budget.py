@@ -13,7 +13,8 @@ import msgspec
 
 from skep.model.node import Node, NodeState
 from skep.model.options.labels import MIN_AVAILABLE, min_available
-from skep.model.service import Service, UpdateConfig
+from skep.model.options.overlap import why_stop_first
+from skep.model.service import Service, UpdateConfig, UpdateOrder
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 
@@ -59,6 +60,21 @@ def required(service: Service) -> int | None:
     if service.spec.mode.name != "replicated":
         return None
     return min_available(service.spec.labels, service.spec.replicas)
+
+
+def keeps_all(service: Service) -> bool:
+    """Return whether the label keeps all tasks, so that updates start new tasks before they stop old ones.
+
+    Stop-first would have no task that it may stop.  Tasks that write data stop first all the same (``within_budget``).
+    """
+    minimum = required(service) or 0
+    return minimum > 0 and minimum >= service.spec.replicas and not why_stop_first(service.spec)
+
+
+def updates_start_first(service: Service) -> bool:
+    """Return whether updates start new tasks before they stop old ones: their order says so, or ``keeps_all``."""
+    config = service.spec.update_config
+    return keeps_all(service) or (config is not None and config.order is UpdateOrder.START_FIRST)
 
 
 def budget_of(

@@ -18,6 +18,7 @@ from skep.manager.scheduler.explaining.dry_run import BATCH, DryRun
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability
+from skep.model.options.labels import MIN_AVAILABLE
 from skep.model.service import (
     REPLICAS_MAX,
     Placement,
@@ -167,6 +168,22 @@ async def test_the_room_of_tasks_that_are_replaced_counts_as_the_order_has_it(cl
     (found,) = await asked(cluster, spec)
     assert (found["Error"] == "") is fits
     assert shares(found) == ({"n1": 4} if fits else {})
+
+
+@pytest.mark.parametrize(
+    ("minimum", "gib", "fits"), [("100%", 4, False), ("100%", 5, True), ("4", 4, False), ("3", 4, True)]
+)
+async def test_a_label_that_keeps_all_tasks_needs_room_for_the_new_one_too(
+    cluster, minimum, gib, fits
+) -> None:
+    api, _ = cluster
+    await put(api, a_node("n1", has=Resources(nano_cpus=4 * 10**9, memory_bytes=gib * GIB)))
+    await a_running_service(api)
+    labels = {MIN_AVAILABLE: minimum}
+    spec = a_spec("web", replicas=4, memory=GIB, Labels=labels, UpdateConfig={"Parallelism": 1})
+    spec["TaskTemplate"]["ContainerSpec"]["Image"] = "busybox:2"
+    (found,) = await asked(cluster, spec)
+    assert (found["Error"] == "") is fits
 
 
 PORT = {"TargetPort": 80, "PublishedPort": 9090, "PublishMode": "host", "Protocol": "tcp"}
