@@ -16,9 +16,14 @@ _PACKAGE = "skep."
 _exec_module = SourceFileLoader.exec_module
 
 
+def is_requested() -> bool:
+    """Return whether the process asks for it."""
+    return WITHOUT_DOCSTRINGS in sys._xoptions
+
+
 def install() -> None:
     """Apply it to all modules that are imported from now on, if the process asks for it."""
-    if WITHOUT_DOCSTRINGS in sys._xoptions:
+    if is_requested():
         SourceFileLoader.exec_module = _exec_module_without  # type: ignore[method-assign,assignment]
 
 

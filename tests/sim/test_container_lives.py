@@ -21,8 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 SEEDS = 10_000
 QUICK = 200
 CHUNK = 200
-FOCUSED_RUNS = 300
-"""Runs that focus on one call, of which a tenth suffices for most calls: a pause needs 67."""
+FOCUSED_RUNS = 600
+"""Runs that focus on one call.  A twentieth suffices for most calls, but not for renames that fail twice."""
 ACTS = {
     Effect.MAKE_DIRECTORIES: ("make", SHORT),
     Effect.ATTACH_NETWORKS: ("attach", Fate),

@@ -37,8 +37,11 @@ def configure_gc() -> None:
 def freeze() -> None:
     """Free unreferenced objects, return their memory to the kernel, and exclude all others from collections.
 
-    Memory that is never scanned again stays shared with forked processes.
+    Memory that is never scanned again stays shared with forked processes.  Enables collections, which are disabled
+    while a daemon imports its modules (``skep.patches.memory``).
     """
     gc.collect()
     gc.freeze()
     ctypes.CDLL(None).malloc_trim(0)
+    gc.set_threshold(YOUNG_OBJECTS_MAX)
+    gc.enable()

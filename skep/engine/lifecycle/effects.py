@@ -34,6 +34,7 @@ from skep.engine.runtime.mapped_mounts import ViewMounts
 from skep.engine.runtime.runtime import Runtime
 from skep.engine.volumes.volumes import Volumes
 from skep.errors import FailedPrecondition, SkepError
+from skep.model.values.ids import ContainerId
 from skep.model.values.times import Timestamp, timestamp
 from skep.tracing import within
 
@@ -106,6 +107,10 @@ class Effects:
         self.waiting = WaitingClients()
         self.forced = ForcedRemovals()
         self._views = ViewMounts()
+        self._detached: set[ContainerId] = set()
+        """Containers whose networks this process has detached since it last attached them."""
+        self._cleared: set[ContainerId] = set()
+        """Containers whose cgroups and runtime state this process has removed since it last created their process."""
         self.actions: Mapping[Effect, Action] = {
             Effect.MAKE_DIRECTORIES: self._make_directories,
             Effect.FIND_SHARED: self._find_shared,
@@ -134,7 +139,7 @@ class Effects:
             Effect.RELEASE_NAME: self._release_name,
             Effect.PUBLISH_RENAME: self._publish_rename,
             Effect.DELETE_PROCESS: self._delete_process,
-            Effect.ENSURE_DELETED: self._delete_process,
+            Effect.ENSURE_DELETED: self._ensure_deleted,
             Effect.DETACH_NETWORKS: self._detach_networks,
             Effect.CLEAR_CGROUPS: self._clear_cgroups,
             Effect.RELEASE_ROOT: self._release_root,
@@ -160,6 +165,7 @@ class Effects:
 
     async def _attach_networks(self, container: Container, program: Program) -> LifeEvent:
         config = replace(sandbox_config(container), userns=program.shared.namespaces.get("user", ""))
+        self._detached.discard(container.id)
         return life_events.Attached(await self._network.attach(config))
 
     async def _write_bundle(self, container: Container, program: Program) -> LifeEvent:
@@ -186,6 +192,7 @@ class Effects:
         if container.users is not None:
             work = partial(self._bundles.map_volumes, container)
             await self._unless_removed(container, self._views.mount(container.name, work))
+        self._cleared.discard(container.id)
         with within("runc create"):
             started = await self._runtime.create(container)
         self._volumes.release_parts(self._bundles.parts(container))
@@ -292,13 +299,21 @@ class Effects:
 
     async def _delete_process(self, container: Container, _: Program) -> None:
         await self._runtime.delete(container)
+        self._cleared.add(container.id)
+
+    async def _ensure_deleted(self, container: Container, program: Program) -> None:
+        """Delete the process and cgroups of an earlier node process's run, or after a failure of ``_clear_cgroups``."""
+        if container.id not in self._cleared:
+            await self._delete_process(container, program)
 
     async def _detach_networks(self, container: Container, _: Program) -> None:
-        if container.sandbox is not None:
+        if container.sandbox is not None and container.id not in self._detached:
             await self._network.detach(container.id, container.sandbox)
+            self._detached.add(container.id)
 
     async def _clear_cgroups(self, container: Container, _: Program) -> None:
         await self._runtime.clear(container)
+        self._cleared.add(container.id)
 
     async def _release_root(self, container: Container, _: Program) -> None:
         await asyncio.to_thread(self._bundles.release, container.id)
@@ -311,6 +326,8 @@ class Effects:
 
     async def _forget_record(self, container: Container, _: Program) -> None:
         self._store.forget(container.id)
+        self._detached.discard(container.id)
+        self._cleared.discard(container.id)
 
     # --- telling ------------------------------------------------------------------------------------------------
 

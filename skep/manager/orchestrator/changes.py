@@ -480,9 +480,15 @@ def _retire(
     return True
 
 
+def _is_same_update(service: Service, decided: Service) -> bool:
+    """Return whether the update of ``decided`` continues: users have not removed, updated or paused the service."""
+    is_current = service.removed_at is None and service.spec_version == decided.spec_version
+    return is_current and not _is_paused_since(service, decided)
+
+
 def _set_update_status(tx: Transaction, wanted: SetUpdateStatus, now: Timestamp) -> None:
     service, decided = tx.lookup(Service, wanted.service.id), wanted.service
-    if service is None or service.spec_version != decided.spec_version or _is_paused_since(service, decided):
+    if service is None or not _is_same_update(service, decided):
         return
     before = service.update_status or UpdateStatus()
     if wanted.split is not None and before.split != decided.split:
@@ -508,9 +514,7 @@ def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -
     This is the only spec that the leader writes.
     """
     service = tx.get(Service, wanted.id)
-    if service.spec_version != wanted.spec_version or service.previous_spec is None:
-        return
-    if _is_paused_since(service, wanted):
+    if service.previous_spec is None or not _is_same_update(service, wanted):
         return
     previous = with_number_kept(service.previous_spec, service.spec)
     if why := claim_service(tx, previous, service):

@@ -195,7 +195,7 @@ class StubRuntime:
         return "running"
 
     async def clear(self, container: Container) -> None:
-        pass
+        await self._steps.begin("runtime.clear", container)
 
     async def delete(self, container: Container) -> None:
         await self._steps.begin("runtime.delete", container)
@@ -246,7 +246,7 @@ class StubNetwork:
         await self._steps.begin("network.restore")
 
     async def detach(self, id: ContainerId, sandbox: Sandbox) -> None:
-        pass
+        await self._steps.begin("network.detach", id)
 
     async def connect(self, config: SandboxConfig, sandbox: Sandbox, request: EndpointRequest) -> Sandbox:
         self._change(f"connect {request.network}")

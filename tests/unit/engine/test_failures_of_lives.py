@@ -4,6 +4,7 @@ import asyncio
 import signal
 import subprocess
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -141,7 +142,7 @@ def test_a_signal_to_a_container_that_ends_at_this_moment_watches_no_run(simulat
 
 
 class Refusing:
-    """A step of ``Runtime.delete``: a process does not end, as often as ``times`` says."""
+    """A step of ``Runtime.delete`` or ``Runtime.clear``: a process does not end, as often as ``times`` says."""
 
     def __init__(self, times: int) -> None:
         self.times = times
@@ -154,6 +155,7 @@ class Refusing:
 
 def test_a_removal_keeps_the_record_of_a_process_that_does_not_end(simulated: Run) -> None:
     async def body(stubs: StubEngine) -> None:
+        stubs.steps["runtime.clear"] = Refusing(1)
         await stubs.end()
         stubs.steps["runtime.delete"] = Refusing(1)
         with pytest.raises(Unavailable, match="processes do not end"):
@@ -168,6 +170,37 @@ def test_a_removal_keeps_the_record_of_a_process_that_does_not_end(simulated: Ru
         assert not stubs.bundles.saved
 
     simulated(body)
+
+
+@pytest.mark.parametrize("step", ["runtime.clear", "network.detach"])
+@pytest.mark.parametrize("has_failed", [False, True])
+def test_a_removal_frees_again_only_what_the_exit_did_not_free(
+    simulated: Run, step: str, has_failed: bool
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        freed: list[str] = []
+        for name in ("runtime.clear", "runtime.delete", "network.detach"):
+            stubs.steps[name] = partial(_note, freed, name, fails=has_failed and name == step)
+        for _ in range(3):
+            await stubs.end()
+            await asyncio.sleep(1)
+            await stubs.engine.start(ID)
+        await stubs.end()
+        await asyncio.sleep(1)
+        assert freed[-6:] == ["network.detach", "runtime.clear"] * 3, "each run is freed"
+        freed.clear()
+        stubs.steps[step] = partial(_note, freed, step, fails=False)
+        await stubs.engine.remove(ID)
+        again = {"runtime.clear": "runtime.delete"}.get(step, step)
+        assert freed == ([again] if has_failed else [])
+
+    simulated(body)
+
+
+async def _note(freed: list[str], name: str, *_: object, fails: bool) -> None:
+    freed.append(name)
+    if fails:
+        raise Unavailable("it cannot be freed")
 
 
 def test_the_next_process_repeats_a_removal_until_the_process_has_ended(tmp_path: Path) -> None:
@@ -188,6 +221,7 @@ def test_the_next_process_repeats_a_removal_until_the_process_has_ended(tmp_path
 
 def test_an_ended_container_with_rm_is_removed_once_its_process_has_ended(tmp_path: Path) -> None:
     async def body(stubs: StubEngine) -> None:
+        stubs.steps["runtime.clear"] = Refusing(1)
         refusing = stubs.steps["runtime.delete"] = Refusing(3)
         async with restart_policies(stubs):
             await stubs.end()

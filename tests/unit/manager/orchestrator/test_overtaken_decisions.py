@@ -1,5 +1,7 @@
 """Decisions that are overtaken: what users, nodes and other managers write comes between a decision and its write."""
 
+from collections.abc import Callable
+from functools import partial
 from random import Random
 
 import pytest
@@ -15,10 +17,13 @@ from skep.manager.orchestrator.changes import (
     RemoveService,
     ReplaceTask,
     RetireTask,
+    RollBack,
+    SetUpdateStatus,
     apply,
     cause_to_leave,
 )
 from skep.manager.orchestrator.state import OrchestratorState
+from skep.manager.services.removal import hide_service
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import (
     GlobalJob,
@@ -30,6 +35,7 @@ from skep.model.service import (
     ServiceMode,
     UpdateConfig,
     UpdateOrder,
+    UpdateState,
 )
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, new_id
@@ -104,6 +110,19 @@ async def test_a_leader_that_is_behind_removes_no_task_of_a_service_that_was_sca
     await leader.update_each(lambda tx, change: apply(tx, change, new_id, OLD), [surplus])
     await other.barrier()
     assert other.view().get(Task, task.id).is_wanted
+
+
+@pytest.mark.parametrize("change", [RollBack, partial(SetUpdateStatus, state=UpdateState.PAUSED)])
+async def test_a_service_that_was_removed_meanwhile_is_not_updated(change: Callable[..., Change]) -> None:
+    """A rollback would claim its name and ports once more, and restart the services that depend on it."""
+    store = MemoryStore(SystemClock())
+    old = a_service_spec(replicas=3)
+    service = replace(a_service(replicas=1), previous_spec=old)
+    await store.update(lambda tx: tx.put(service))
+    await store.update(lambda tx: hide_service(tx, tx.get(Service, service.id), OLD))
+    removed = store.view().get(Service, service.id)
+    await store.update(lambda tx: apply(tx, change(service, message="update failed"), new_id, OLD))
+    assert store.view().get(Service, service.id) == removed
 
 
 @pytest.mark.parametrize("unusable", UNUSABLE)
