@@ -88,6 +88,7 @@ async def test_a_follower_gets_the_logs_of_later_tasks(cluster, tmp_path):
             assert (await asyncio.wait_for(first, 5)).data == b"one\n"
 
 
+@pytest.mark.parametrize("cluster", [LogLimits(return_s=0.05)], indirect=True)
 async def test_nodes_that_do_not_answer_are_named(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
     service, task = service_task(pair.identity.node_id)
@@ -100,11 +101,38 @@ async def test_nodes_that_do_not_answer_are_named(cluster, tmp_path):
     assert f"task {service.spec.name}.1 has not been scheduled" in str(caught.value)
 
 
+@pytest.mark.parametrize("state", [NodeState.READY, NodeState.UNKNOWN])
+async def test_a_node_that_returns_in_a_moment_sends_its_lines(cluster, tmp_path, state):
+    """Each node is on its way to a manager after a change of leader or a recovery."""
+    pair = await a_worker(cluster, tmp_path)
+    service, task = service_task(pair.identity.node_id)
+    node = cluster.store.view().get(Node, pair.identity.node_id)
+    await put(cluster, service, task, replace(node, status=NodeStatus(state=state)))
+    found: list[bytes] = []
+    reading = asyncio.create_task(read_into(found, cluster, LogQuery(services=(service.id,))))
+    await until(lambda: any(one.pending for one in cluster.logs.subscriptions.values()))
+    async with an_agent(cluster, pair, tmp_path) as (_, worker):
+        worker.lines = [a_line(task, b"one\n")]
+        await asyncio.wait_for(reading, 10)
+    assert found == [b"one\n"]
+
+
+@pytest.mark.parametrize("cluster", [LogLimits(return_s=600.0, response_s=600.0)], indirect=True)
+async def test_a_node_that_is_down_is_named_at_once(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    service, task = service_task(pair.identity.node_id)
+    node = cluster.store.view().get(Node, pair.identity.node_id)
+    await put(cluster, service, task, replace(node, status=NodeStatus(state=NodeState.DOWN)))
+    with pytest.raises(IncompleteLogs, match="is not available"):
+        await asyncio.wait_for(read_into([], cluster, LogQuery(services=(service.id,))), 30)
+
+
 async def read_into(found: list[bytes], cluster: Cluster, query: LogQuery) -> None:
     async for line in cluster.logs.subscribe(query):
         found.append(line.data)  # noqa: PERF401 - the lines before an error count
 
 
+@pytest.mark.parametrize("cluster", [LogLimits(return_s=0.05)], indirect=True)
 async def test_lines_of_nodes_that_answer_come_before_the_error_that_names_the_others(cluster, tmp_path):
     pair, away = await a_worker(cluster, tmp_path / "w1"), await a_worker(cluster, tmp_path / "w2")
     gone = away.identity.node_id
@@ -147,6 +175,7 @@ async def test_a_node_that_listens_and_sends_nothing_is_named(cluster, tmp_path)
                 pass
 
 
+@pytest.mark.parametrize("cluster", [LogLimits(return_s=0.05)], indirect=True)
 @pytest.mark.parametrize(
     ("follow", "since_ns", "tail", "shown"),
     [(False, 2, 2, (3, 4)), (True, 2, 2, (3, 4)), (False, 4, None, (4,))],

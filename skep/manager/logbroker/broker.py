@@ -196,14 +196,19 @@ class LogBroker:
         """Wait for lines or ends.  Gives up on nodes that send nothing, unless the reader follows."""
         now = self._clock.monotonic()
         hold_s, named_s = subscription.hold_s(now), subscription.until_named_s(now)
+        missing_s = subscription.until_missing_s(now)
         longest_s = None if subscription.query.follow else self._limits.response_s
         try:
-            limits = [limit for limit in (hold_s, named_s, longest_s) if limit is not None]
+            limits = [limit for limit in (hold_s, named_s, missing_s, longest_s) if limit is not None]
             async with asyncio.timeout(min(limits, default=None)):
                 await subscription.wait_update()
         except TimeoutError:
             if hold_s is not None:
                 subscription.pass_over()
+                return
+            if missing_s is not None and missing_s <= self._limits.response_s:
+                for node_id in subscription.missing(self._clock.monotonic()):
+                    self._miss(subscription, node_id)
                 return
             if subscription.query.follow:
                 return
@@ -237,10 +242,24 @@ class LogBroker:
                 moved.end()
 
     def _request_again(self, node_id: NodeId) -> None:
-        """Request the logs of this node's followers at its current manager."""
+        """Request the logs of this node's followers, and of readers that wait for it, at its current manager."""
         for subscription in self.subscriptions.values():
-            if subscription.query.follow and node_id in subscription.sources:
+            is_followed = subscription.query.follow and node_id in subscription.sources
+            if is_followed or subscription.is_returning(node_id):
                 self._request(subscription, [node_id])
+
+    def _miss(self, subscription: LogSubscription, node_id: NodeId) -> None:
+        """Record that the node is not available.  A removed node is no error."""
+        if is_removed(self._store.view(), node_id):
+            subscription.finish(node_id)
+            subscription.lose(node_id)
+        else:
+            subscription.finish(node_id, f"node {self._name(node_id)} is not available")
+
+    def _may_return(self, node_id: NodeId) -> bool:
+        """Return whether the node may be on its way to another manager, for example after a change of leader."""
+        node = self._store.view().lookup(Node, node_id)
+        return node is not None and node.status.state is not NodeState.DOWN
 
     def _check_state(self, subscription: LogSubscription, node_id: NodeId) -> None:
         """Mark a follower's node as silent if it is down, even if its connection is still open."""
@@ -270,11 +289,10 @@ class LogBroker:
                     location.send(message)
                 case None:
                     subscription.sources[node_id] = None
-                    if is_removed(self._store.view(), node_id):
-                        subscription.finish(node_id)
-                        subscription.lose(node_id)
+                    if subscription.query.follow or not self._may_return(node_id):
+                        self._miss(subscription, node_id)
                     else:
-                        subscription.finish(node_id, f"node {self._name(node_id)} is not available")
+                        subscription.await_return(node_id, self._clock.monotonic())
                 case manager:
                     elsewhere[manager, subscription.is_resumed(node_id)].append(node_id)
         for (manager, _), nodes in elsewhere.items():
@@ -528,7 +546,7 @@ def _is_requested(
     subscription: LogSubscription, node_id: NodeId, location: _Listener | NodeId | None
 ) -> bool:
     """Return whether the node's logs were requested, for a follower at the node's current location."""
-    if node_id not in subscription.sources:
+    if node_id not in subscription.sources or (subscription.is_returning(node_id) and location is not None):
         return False
     source = subscription.sources[node_id]
     here = source.manager if isinstance(source, _Relay) else source

@@ -29,6 +29,8 @@ class LogLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Lines wait as long for a node that sends nothing, so that lines stay in order."""
     silent_s: float = 5.0
     """A follower gets a line about a node that has not responded for as long."""
+    return_s: float = 3.0
+    """A node that no manager has is missing after that long.  Until then it may be on its way to another manager."""
     response_s: float = 10.0
     """A node that is silent for as long is reported as missing, unless lines that it has sent are still unread."""
 
@@ -68,6 +70,7 @@ class LogSubscription:
         self.silent: set[NodeId] = set()
         """Nodes that do not answer, or have not sent everything, and were not named yet."""
         self._silent_since: dict[NodeId, float] = {}
+        self._returning_since: dict[NodeId, float] = {}
         self._ended: dict[NodeId, str] = {}
         """Nodes that have sent everything or will not, with the reason."""
         self._opened_ns = opened_ns
@@ -101,6 +104,7 @@ class LogSubscription:
     def finish(self, node_id: NodeId, reason: str = "") -> None:
         """Record that a node has sent everything or, with ``reason``, will not.  Followers continue to wait."""
         self.pending.discard(node_id)
+        self._returning_since.pop(node_id, None)
         self._end_stream(node_id)
         if reason:
             self.silent.add(node_id)
@@ -112,8 +116,31 @@ class LogSubscription:
             self.reasons.append(reason)
         self._lines.wake()
 
+    def await_return(self, node_id: NodeId, now: float) -> None:
+        """Record that no manager has the node at ``now`` (monotonic seconds).  It is pending for ``return_s``."""
+        self.pending.add(node_id)
+        self._returning_since.setdefault(node_id, now)
+
+    def is_returning(self, node_id: NodeId) -> bool:
+        """Return whether no manager has had the node yet."""
+        return node_id in self._returning_since
+
+    def missing(self, now: float) -> list[NodeId]:
+        """Return the nodes that no manager has had for ``return_s`` at ``now`` (monotonic seconds)."""
+        return sorted(
+            node_id
+            for node_id, since in self._returning_since.items()
+            if now >= since + self._limits.return_s
+        )
+
+    def until_missing_s(self, now: float) -> float | None:
+        """Return the seconds until ``missing`` may return a node, or None."""
+        since = self._returning_since.values()
+        return max(0.0, min(since) + self._limits.return_s - now) if since else None
+
     def start_source(self, node_id: NodeId, stream: Hashable) -> None:
         """Record that the node was sent the ``remaining`` query.  Earlier lines that it repeats are dropped."""
+        self._returning_since.pop(node_id, None)
         self._started.add(node_id)
         self.silent.discard(node_id)
         if not self._is_present_reached:
