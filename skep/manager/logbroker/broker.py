@@ -249,7 +249,7 @@ class LogBroker:
                 self._request(subscription, [node_id])
 
     def _miss(self, subscription: LogSubscription, node_id: NodeId) -> None:
-        """Record that the node is not available.  A removed node is no error."""
+        """Record that the node is not available, which is an error unless it was removed."""
         if is_removed(self._store.view(), node_id):
             subscription.finish(node_id)
             subscription.lose(node_id)

@@ -231,7 +231,7 @@ async def test_a_request_of_each_node_for_one_image_costs_the_same_however_many_
     await store.update(lambda tx: [tx.put(service) for service in services])
     for first in range(0, many, 20):
         await store.update(put, first)
-    directory = ImageDirectory(store, ClusterId("c"), SystemClock(), Random(1))
+    directory = ImageDirectory(store, ClusterId("c"), SetClock(), Random(1))
     with counting_calls_of_callbacks() as calls:
         for node in range(many):
             assert await asked(directory, f"n{node}", "app:1")
