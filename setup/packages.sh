@@ -22,8 +22,8 @@ present() {
     esac
 }
 
-# is_known PACKAGE: succeeds if the archive has the package.  apt shows nothing for a virtual one, and still exits with 0.
-is_known() { [ -n "$(apt-cache show --no-all-versions "$1" 2>/dev/null)" ]; }
+# is_known PACKAGE: succeeds if the archive has the package.
+is_known() { grep -qxF "$1" <<<"$known"; }
 
 # first_known PACKAGE...: prints the first package that the archive has, or the first of all (for the message).
 first_known() {
@@ -106,6 +106,11 @@ apt-get -q update </dev/null >"$log" 2>&1 || {
     cat "$log" >&2
     fail "apt-get update failed (above)" "check the machine's way to its package mirror, then run make again"
 }
+
+# apt shows nothing for virtual packages.  One call, because a small machine takes seconds for each.
+# shellcheck disable=SC2046
+known=$(apt-cache show --no-all-versions $(printf '%s\n' "${missing[@]}" | cut -d '|' -f 2) 2>/dev/null |
+    sed -n 's/^Package: //p') || true
 
 install=()
 unpack=()
