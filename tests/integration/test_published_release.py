@@ -331,6 +331,18 @@ def test_other_users_and_processors_are_refused(release: Release, machine: Machi
     assert machine.changes() == []
 
 
+def test_a_system_without_the_gnu_c_library_is_refused(release: Release, machine: Machine) -> None:
+    """As Alpine, where its loader is missing."""
+    script = release.folder / "install.sh"
+    loader = "/lib64/ld-linux-x86-64.so.2"
+    assert loader in script.read_text()
+    script.write_text(script.read_text().replace(loader, "/lib64/no-such-loader"))
+    done = machine.install(release, "--no-apt")
+    assert done.returncode == 1
+    assert "this system has no GNU C library, which the tarball needs" in done.stderr
+    assert machine.changes() == []
+
+
 def test_an_unsigned_release_is_installed_only_on_request(release: Release, machine: Machine) -> None:
     release.publish(key="")
     assert not (release.folder / "SHA256SUMS.asc").exists()
