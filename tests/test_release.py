@@ -47,3 +47,22 @@ def test_the_pages_and_the_man_page_follow_the_version() -> None:
     assert newest is not None
     assert newest[1] == __version__
     assert f"Status: {__version__}" in (ROOT / "README.md").read_text()
+
+
+def test_the_distribution_is_described_for_an_index() -> None:
+    """But for addresses: there is no public one yet (decision 184)."""
+    project = PROJECT["project"]
+    assert project["name"] == "skep-orchestrator"
+    assert project["authors"]
+    assert {"readme", "license", "requires-python", "description", "keywords"} <= project.keys()
+    assert all((ROOT / name).is_file() for name in project["license-files"])
+    minors = {int(minor) for minor in re.findall(r"Python :: 3\.(\d+)", " ".join(project["classifiers"]))}
+    (oldest,) = re.findall(r"^>=3\.(\d+)$", project["requires-python"])
+    packaged = re.search(r'^pythons="(.*?)"', (ROOT / "setup/package.sh").read_text(), re.MULTILINE)
+    assert packaged is not None
+    assert minors == {int(one.partition(".")[2]) for one in packaged[1].split()}
+    assert min(minors) == int(oldest)
+    extras = project["optional-dependencies"]
+    assert extras["client"] == []
+    names = {re.split(r"[<>=!~ \[]", one)[0] for one in project["dependencies"]}
+    assert names & {re.split(r"[<>=!~ \[]", one)[0] for one in extras["server"]} == set()

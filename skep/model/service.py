@@ -233,9 +233,7 @@ class ServiceMode(ApiObject):
             return "global"
         if self.replicated_job is not None:
             return "replicated-job"
-        if self.global_job is not None:
-            return "global-job"
-        return "replicated"
+        return "global-job" if self.global_job is not None else "replicated"
 
 
 class UpdateFailureAction(Enum):
@@ -266,6 +264,11 @@ class UpdateConfig(ApiObject):
     monitor: Nanoseconds = 0
     max_failure_ratio: Float32 = always(0.0)
     order: UpdateOrder | None = None
+
+    def __post_init__(self) -> None:
+        """Make a whole ratio an integer, because Go writes 0 and not 0.0.  docker 29 prints the JSON as it is."""
+        if self.max_failure_ratio in (0, 1):
+            msgspec.structs.force_setattr(self, "max_failure_ratio", int(self.max_failure_ratio))
 
 
 class PublishMode(Enum):
@@ -314,10 +317,8 @@ class ServiceSpec(ApiObject):
     @property
     def given_replicas(self) -> int:
         """Return the number of replicas in the spec, which a stopped service keeps."""
-        replicated = self.mode.replicated
-        if replicated is None or replicated.replicas is None:
-            return 1
-        return replicated.replicas
+        given = self.mode.replicated.replicas if self.mode.replicated is not None else None
+        return 1 if given is None else given
 
     @property
     def publishes_in_ingress(self) -> bool:
@@ -398,8 +399,7 @@ class UpdateStatus(ApiObject):
     @property
     def withdrawn(self) -> UpdateSplit | None:
         """The split during a rollback, in which new tasks no longer get connections."""
-        split = self.split
-        if split is None:
+        if (split := self.split) is None:
             return None
         return UpdateSplit(percent=0, versions=tuple(sorted({*split.versions, *split.withdrawn})))
 

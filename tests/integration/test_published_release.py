@@ -54,9 +54,9 @@ class Release:
         }
 
 
-def published(folder: Path, environment: dict[str, str]) -> None:
+def published(folder: Path, environment: dict[str, str], version: str = VERSION) -> None:
     done = subprocess.run(
-        [ROOT / "setup/publish.sh", folder, VERSION],
+        [ROOT / "setup/publish.sh", folder, version],
         env=environment,
         capture_output=True,
         text=True,
@@ -207,6 +207,21 @@ def test_a_release_is_the_same_in_every_run(made: Release) -> None:
     assert listed == {name: sum for name, sum in before.items() if "/" not in name and name not in apart}
 
 
+def test_the_notes_are_the_versions_section_of_the_changelog(made: Release, tmp_path: Path) -> None:
+    """Of a version that the changelog does not have yet, the section that its fragments will become."""
+    notes = (made.folder / "RELEASE-NOTES.md").read_text()
+    assert notes.startswith(f"## {VERSION} (")
+    assert re.findall(r"^## .*", notes, re.MULTILINE) == [notes.splitlines()[0]]
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    (first,) = re.findall(r"^## 0\.1\.0 .*", changelog, re.MULTILINE)
+    shutil.copy(made.folder / f"skep_{VERSION}_amd64.deb", tmp_path)
+    published(tmp_path, {**os.environ, "SOURCE_DATE_EPOCH": EPOCH, "KEY": ""}, "0.1.0")
+    section = (tmp_path / "RELEASE-NOTES.md").read_text()
+    assert section.startswith(first)
+    assert section in changelog
+    assert "### Added" in section
+
+
 def test_the_bill_of_materials_has_locked_packages_and_bundled_programs(made: Release) -> None:
     bill = json.loads((made.folder / f"skep-{VERSION}.cdx.json").read_text())
     assert bill["bomFormat"] == "CycloneDX"
@@ -313,6 +328,18 @@ def test_other_users_and_processors_are_refused(release: Release, machine: Machi
     done = machine.install(release, "--no-apt")
     assert done.returncode == 1
     assert "the architecture s390x is not supported" in done.stderr
+    assert machine.changes() == []
+
+
+def test_a_system_without_the_gnu_c_library_is_refused(release: Release, machine: Machine) -> None:
+    """As Alpine, where its loader is missing."""
+    script = release.folder / "install.sh"
+    loader = "/lib64/ld-linux-x86-64.so.2"
+    assert loader in script.read_text()
+    script.write_text(script.read_text().replace(loader, "/lib64/no-such-loader"))
+    done = machine.install(release, "--no-apt")
+    assert done.returncode == 1
+    assert "this system has no GNU C library, which the tarball needs" in done.stderr
     assert machine.changes() == []
 
 

@@ -143,3 +143,13 @@ async def test_an_older_version_loses_the_newer_fields_and_no_others(version, lo
     assert {word for word in newer if word not in text} == lost
     spec = msgspec.json.decode(text)["Spec"]
     assert decode_body(to_json(spec), ServiceSpec).name == "web"
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"), [("0", "0"), ("0.0", "0"), ("1", "1"), ("1.0", "1"), ("0.25", "0.25")]
+)
+def test_a_ratio_is_written_as_go_writes_it(sent: str, shown: str) -> None:
+    """docker 29 prints the JSON of ``docker service inspect`` as it is."""
+    body = {"Name": "web", "UpdateConfig": msgspec.Raw(f'{{"MaxFailureRatio":{sent}}}'.encode())}
+    spec = decode_body(to_json(body), ServiceSpec)
+    assert f'"MaxFailureRatio":{shown}}}' in to_json(spec).decode()
