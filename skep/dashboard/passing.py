@@ -35,7 +35,7 @@ ALLOWED: Final[tuple[tuple[str, re.Pattern[str]], ...]] = tuple(
     (method, re.compile(pattern.replace("ID", _ID)))
     for method, pattern in (
         ("GET", r"/ui(?:/ID)?"),
-        ("GET", r"/skep/(?:view(?:/stream)?|events|history|state|quorum|doctor/network)"),
+        ("GET", r"/skep/(?:view(?:/stream)?|events|history|state|quorum|door|doctor/network)"),
         ("GET", r"/skep/services/ID/(?:explain|runs)"),
         ("GET", r"/skep/tasks/ID/(?:explain|target)"),
         ("GET", r"/(?:services|tasks|nodes|networks|secrets|configs|volumes)(?:/ID)?"),

@@ -16,10 +16,13 @@ import msgspec
 from aiohttp import WSMsgType, web
 
 from skep.dashboard.pages import page_response, pages
+from skep.dashboard.passing import SESSION, is_allowed
 from tests.browser.made_up_cluster import MadeUpCluster, Row, make, step
 
 KEY = "k"
 """Of the address: the pages are below a path that they do not know."""
+_OF_THE_SERVER = (SESSION, "/skep/ui/logout")
+"""Requests that the dashboard's server answers itself."""
 
 
 def app_of(cluster: MadeUpCluster, root: str = f"/{KEY}") -> web.Application:
@@ -55,6 +58,9 @@ def app_of(cluster: MadeUpCluster, root: str = f"/{KEY}") -> web.Application:
         )
 
     async def any_request(request: web.Request) -> web.StreamResponse:
+        target = request.path_qs.removeprefix(root)
+        if target not in _OF_THE_SERVER and not is_allowed(request.method, target):
+            raise web.HTTPForbidden(text=f"the dashboard may not send {request.method} {target}")
         body = await request.json() if request.can_read_body else None
         if request.method != "GET":
             cluster.requests.append((request.method, request.path_qs.removeprefix(root), body))

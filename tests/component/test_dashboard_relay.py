@@ -173,6 +173,7 @@ async def test_localhost_is_the_same_host_with_its_own_origin(tmp_path: Path) ->
         ("GET", "/v1.43/services/web/logs?follow=1"),
         ("GET", "/tasks?filters=%7B%22service%22%3A%5B%22web%22%5D%7D"),
         ("GET", "/skep/services/web/explain"),
+        ("GET", "/skep/door"),
         ("POST", "/nodes/n1/update?version=3"),
         ("POST", "/skep/services/web/update/pause"),
     ],

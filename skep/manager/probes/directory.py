@@ -166,9 +166,10 @@ def _peer(node: Node, vxlan_port: int) -> PathPeer:
 
 
 def _control(node: Node) -> str:
-    return node.manager_status.addr if node.manager_status is not None else ""
+    return _manager_ports(node)[0]
 
 
 def _manager_ports(node: Node) -> tuple[str, str]:
+    """Return the manager's ports, which are empty until it has joined, because it does not listen before."""
     status = node.manager_status
-    return (status.addr, status.peer_addr) if status is not None else ("", "")
+    return (status.addr, status.peer_addr) if status is not None and node.has_joined_as_manager else ("", "")

@@ -64,6 +64,7 @@ from skep.model.node import (
     NodeDescription,
     NodeRole,
     NodeSpec,
+    Reachability,
 )
 from skep.model.service import Platform, Resources, Service
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
@@ -318,7 +319,8 @@ class Cluster:
 
     def _set_address(self, tx: Transaction) -> None:
         node = tx.get(Node, MANAGER_ID)
-        tx.put(msgspec.structs.replace(node, manager_status=ManagerStatus(leader=True, addr=self.address)))
+        status = ManagerStatus(leader=True, reachability=Reachability.REACHABLE, addr=self.address)
+        tx.put(msgspec.structs.replace(node, manager_status=status))
 
     async def until(self, condition: Callable[[View], object], within_s: float = 10.0) -> None:
         """Wait until the store shows something."""

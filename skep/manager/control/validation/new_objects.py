@@ -116,9 +116,24 @@ def known_service(view: View, service: Service) -> KnownObject:
 
     Its rights include the rights of a job's current run, and of the spec that a rollback would restore.
     """
-    specs = specs_in_use(view, service)
-    rights = next(filter(None, (machine_rights(view, spec, service) for spec in specs)), "")
+    rights = _rights_in_use(view, service)
     return KnownObject(id=service.id, stack=stack_of(service.spec.labels), machine_rights=rights)
+
+
+def _rights_in_use(view: View, service: Service, current: str = "") -> str:
+    """Return the first right of the service's specs with the spec that has it, or an empty string.
+
+    Args:
+        current: Words for the current spec, if it has the right.
+    """
+    for spec in specs_in_use(view, service):
+        if rights := machine_rights(view, spec, service):
+            if spec is service.spec:
+                return rights + current
+            if spec is service.previous_spec:
+                return f"{rights} (in the service's previous spec, to which a rollback returns)"
+            return f"{rights} (in the spec of the job's current run)"
+    return ""
 
 
 def known_task(view: View, task: Task) -> KnownObject:
@@ -127,14 +142,15 @@ def known_task(view: View, task: Task) -> KnownObject:
     It keeps the rights it was created with, even if its service's spec no longer has them.
     """
     service = view.lookup(Service, task.service_id)
-    known = known_service(view, service) if service is not None else KnownObject(id="")
-    rights = known.machine_rights
     if has_unknown_spec(view, task):
-        rights = rights or "a spec that cannot be read"
+        rights = "a spec that cannot be read"
     else:
         spec = spec_of(view, task) or ServiceSpec(task_template=task.spec)
-        rights = rights or machine_rights(view, spec, service)
-    return KnownObject(id=task.id, stack=known.stack, machine_rights=rights)
+        rights = machine_rights(view, spec, service)
+    if service is None:
+        return KnownObject(id=task.id, machine_rights=rights)
+    rights = rights or _rights_in_use(view, service, current=" (in the service's current spec)")
+    return KnownObject(id=task.id, stack=stack_of(service.spec.labels), machine_rights=rights)
 
 
 def _present(view: View, name: str) -> Service | None:

@@ -95,6 +95,23 @@ async def test_a_job_has_the_rights_of_its_present_run() -> None:
     # Its next runs have no such right, and neither has the spec that a rollback returns to.
     await store.update(put, replace(service, spec=plain(), previous_spec=plain(), job_status=run))
     view = store.view()
+    found = known_service(view, view.get(Service, service.id)).machine_rights
+    assert found == f"{BIND} (in the spec of the job's current run)"
+
+
+async def test_a_right_that_a_task_does_not_have_is_said_to_be_one_of_its_services_specs() -> None:
+    store = MemoryStore(SystemClock())
+    service: Service = await store.update(put, Service(id=ServiceId("web"), spec=plain()))
+    own = replace(a_task("own", service=service), spec_version=service.spec_version)
+    task: Task = await store.update(put, own)
+    for spec, previous, where in (
+        (plain("two:1"), with_bind(), "the service's previous spec, to which a rollback returns"),
+        (with_bind(), plain(), "the service's current spec"),
+    ):
+        present = store.view().get(Service, service.id)
+        await store.update(put, replace(present, spec=spec, previous_spec=previous))
+        view = store.view()
+        assert known_task(view, view.get(Task, task.id)).machine_rights == f"{BIND} (in {where})"
     assert known_service(view, view.get(Service, service.id)).machine_rights == BIND
 
 

@@ -6,7 +6,15 @@ from skep.manager.probes.directory import changes_directory, directory_of, manag
 from skep.manager.probes.plan import ALL_PAIRS_MAX, ProbePlan
 from skep.model.networks.data_planes import PATHS_LABEL
 from skep.model.networks.paths import PathPeer
-from skep.model.node import EngineDescription, ManagerStatus, Node, NodeDescription, NodeState, NodeStatus
+from skep.model.node import (
+    EngineDescription,
+    ManagerStatus,
+    Node,
+    NodeDescription,
+    NodeState,
+    NodeStatus,
+    Reachability,
+)
 from skep.model.values.ids import NodeId
 
 
@@ -20,10 +28,13 @@ def a_node(name: str, number: int = 1, manager: ManagerStatus | None = None) -> 
     )
 
 
-def a_manager(name: str, number: int, peer_port: int | None = 2378) -> Node:
+def a_manager(
+    name: str, number: int, peer_port: int | None = 2378, reachability: Reachability = Reachability.REACHABLE
+) -> Node:
     host = f"10.0.0.{number}"
     peer_addr = f"{host}:{peer_port}" if peer_port else ""
-    return a_node(name, number, ManagerStatus(addr=f"{host}:2377", peer_addr=peer_addr))
+    status = ManagerStatus(reachability=reachability, addr=f"{host}:2377", peer_addr=peer_addr)
+    return a_node(name, number, status)
 
 
 def etcds(*nodes: Node, reported: str) -> dict[str, str]:
@@ -65,3 +76,15 @@ def test_nodes_are_probed_until_they_are_known_to_be_down() -> None:
     for state, probed in ((NodeState.UNKNOWN, {"m1", "m2"}), (NodeState.DOWN, {"m1"})):
         node = replace(lost, status=replace(lost.status, state=state))
         assert set(directory_of((a_manager("m1", 1), node), 4789).peers) == probed
+
+
+def test_the_ports_of_a_manager_are_probed_once_it_has_joined() -> None:
+    """Before, it does not listen yet, and the others would report that they cannot reach it."""
+    joining = a_manager("m2", 2, reachability=Reachability.UNKNOWN)
+    directory = directory_of((a_manager("m1", 1), joining), 4789)
+    assert (directory.peers[joining.id].control, directory.peers[joining.id].etcd) == ("", "")
+    assert directory.managers == (NodeId("m1"),)
+    joined, lost = a_manager("m2", 2), a_manager("m2", 2, reachability=Reachability.UNREACHABLE)
+    assert changes_directory(joining, joined)
+    assert directory_of((joined,), 4789).peers == directory_of((lost,), 4789).peers
+    assert directory_of((lost,), 4789).managers == (lost.id,)
