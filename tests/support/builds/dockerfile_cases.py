@@ -66,13 +66,15 @@ class Built:
 
 
 class Host:
-    """A builder on a socket."""
+    """A builder on a socket.  ``config`` is a directory that buildx creates."""
 
-    def __init__(self, socket: str, cli: str, buildx: Path, *, options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, socket: str, cli: str, buildx: Path, config: Path, *, options: tuple[str, ...] = ()
+    ) -> None:
         self.environment = {
             "PATH": os.environ["PATH"],
             "HOME": "/nonexistent",
-            "BUILDX_CONFIG": "/nonexistent",
+            "BUILDX_CONFIG": str(config),
             "DOCKER_HOST": socket,
         }
         self.cli = cli
