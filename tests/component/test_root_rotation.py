@@ -145,7 +145,8 @@ async def test_a_rotation_does_not_begin_before_every_etcd_trusts_the_root_of_th
     """Its peers' certificates are signed by the next root then, which an etcd that is further behind does not know."""
     there = NodeStatus(state=NodeState.READY)
     status = ManagerStatus(reachability=Reachability.REACHABLE, addr="127.0.0.1:1")
-    joining = replace(cluster.node(MANAGER_ID), status=there, peer_roots="of the root before")
+    known = replace(cluster.node(MANAGER_ID), status=there, peer_roots="of the root before")
+    joining = replace(known, manager_status=ManagerStatus(addr="127.0.0.1:1"))
     await put(cluster, joining)
     assert etcds_behind(cluster.view) == []
     behind = replace(joining, manager_status=status)

@@ -240,4 +240,5 @@ def test_a_network_costs_the_same_however_many_there_are() -> None:
     few = calls_in(lambda: allocate(1_000))
     for first in range(2_000, 4_000, 200):
         allocate(first)
-    assert calls_in(lambda: allocate(5_000)) < 1.2 * few
+    # A search would cost eight times as much.  The order of sets, which differs by process, accounts for a quarter.
+    assert calls_in(lambda: allocate(5_000)) < 2 * few
