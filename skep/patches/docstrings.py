@@ -16,14 +16,9 @@ _PACKAGE = "skep."
 _exec_module = SourceFileLoader.exec_module
 
 
-def is_requested() -> bool:
-    """Return whether the process asks for it."""
-    return WITHOUT_DOCSTRINGS in sys._xoptions
-
-
 def install() -> None:
     """Apply it to all modules that are imported from now on, if the process asks for it."""
-    if is_requested():
+    if WITHOUT_DOCSTRINGS in sys._xoptions:
         SourceFileLoader.exec_module = _exec_module_without  # type: ignore[method-assign,assignment]
 
 

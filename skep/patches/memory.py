@@ -17,12 +17,9 @@
 * structlog imports pickle for one error, and aiohttp for files of cookies: 0.3 MB.
 * glibc gives every thread a heap of its own.  The few threads here wait for the kernel and can share one; the limit can
   otherwise be set in the environment only, before the interpreter starts.
-* Garbage collections are disabled until ``aio.event_loop.gc_settings.freeze``.  They would take 15 % of the time of the
-  imports, whose objects stay.
 """
 
 import ctypes
-import gc
 import importlib
 import importlib.machinery
 import importlib.util
@@ -161,8 +158,6 @@ def _import_html_without_entities() -> None:
         del sys.modules["html.entities"]
 
 
-if docstrings.is_requested():  # it is a daemon, not a test
-    gc.disable()
 docstrings.install()
 _import_at_first_use("locale")  # before pyroute2, which imports subprocess
 for _name in ("rich", "colorama"):

@@ -37,11 +37,10 @@ def configure_gc() -> None:
 def freeze() -> None:
     """Free unreferenced objects, return their memory to the kernel, and exclude all others from collections.
 
-    Memory that is never scanned again stays shared with forked processes.  Enables collections, which are disabled
-    while a daemon imports its modules (``skep.patches.memory``).
+    Memory that is never scanned again stays shared with forked processes.  New objects are scanned less often from now
+    on.  Imports without collections would be 15 % faster, but leave holes that take 3 MiB of a manager's memory.
     """
     gc.collect()
     gc.freeze()
     ctypes.CDLL(None).malloc_trim(0)
     gc.set_threshold(YOUNG_OBJECTS_MAX)
-    gc.enable()
