@@ -109,7 +109,8 @@ class Faults:
         if self._random.random() < (FOCUSED_RATE if is_focused else self.rate):
             fate = self._random.choice(fates)
             self.seen[name, fate] += 1
-        self.in_effects[EFFECT.get(), fate] += 1
+        # The driver writes records, also for the signal by which an effect ends a process.
+        self.in_effects[None if name == "save" else EFFECT.get(), fate] += 1
         return fate
 
     def _crash_if(self, crashes: bool) -> None:

@@ -330,7 +330,7 @@ class LogBroker:
         if self._group is None:
             for node_id in nodes:
                 subscription.sources[node_id] = None
-                subscription.finish(node_id, f"node {self._name(node_id)} is not available")
+                self._miss(subscription, node_id)
             return
         query = subscription.remaining(nodes)
         relay = _Relay(manager, nodes)

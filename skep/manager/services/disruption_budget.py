@@ -74,7 +74,7 @@ def keeps_all(service: Service) -> bool:
 def updates_start_first(service: Service) -> bool:
     """Return whether updates start new tasks before they stop old ones: their order says so, or ``keeps_all``."""
     config = service.spec.update_config
-    return keeps_all(service) or (config is not None and config.order is UpdateOrder.START_FIRST)
+    return (config is not None and config.order is UpdateOrder.START_FIRST) or keeps_all(service)
 
 
 def budget_of(

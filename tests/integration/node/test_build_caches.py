@@ -38,7 +38,7 @@ async def forget(lab: BuildLab) -> None:
 
 
 async def built(lab: BuildLab, *options: str, dockerfile: str = DOCKERFILE) -> str:
-    host = Host(f"unix://{lab.socket}", CLIS[0], plugin("docker-buildx"), Path(f"{lab.socket}.buildx"))
+    host = Host(f"unix://{lab.socket}", CLIS[0], plugin("docker-buildx"))
     code, output = await host.build(lab.context(dockerfile), *options)
     assert code == 0, output
     return output

@@ -32,10 +32,10 @@ async def lab(tmp_path: Path) -> AsyncIterator[BuildLab]:
 @pytest.fixture
 async def host(lab: BuildLab) -> Host:
     """A node with an image that has users, or the engine of the reference."""
-    buildx, config = plugin("docker-buildx"), Path(f"{lab.socket}.buildx")
+    buildx = plugin("docker-buildx")
     if reference := os.environ.get("SKEP_REFERENCE_DOCKER"):
-        return Host(reference, CLIS[0], buildx, config, options=("--network", "none"))
-    host = Host(f"unix://{lab.socket}", CLIS[0], buildx, config)
+        return Host(reference, CLIS[0], buildx, options=("--network", "none"))
+    host = Host(f"unix://{lab.socket}", CLIS[0], buildx)
     users = "root:x:0:0:root:/root:/bin/sh\nalice:x:1000:1001::/home/alice:/bin/sh\n"
     context = lab.context(
         "FROM busybox:1 AS old\nFROM scratch\nCOPY --from=old / /\nCOPY passwd group /etc/\n"

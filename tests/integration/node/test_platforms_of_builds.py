@@ -62,7 +62,7 @@ async def refused(lab: BuildLab, place: Path, *options: str) -> str:
 
 
 def _host(lab: BuildLab) -> Host:
-    return Host(f"unix://{lab.socket}", CLIS[0], plugin("docker-buildx"), Path(f"{lab.socket}.buildx"))
+    return Host(f"unix://{lab.socket}", CLIS[0], plugin("docker-buildx"))
 
 
 async def pulled(place: Path, name: str, platform: str) -> tuple[str, str]:

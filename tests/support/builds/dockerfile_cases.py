@@ -66,15 +66,13 @@ class Built:
 
 
 class Host:
-    """A builder on a socket.  ``config`` is a directory that buildx creates."""
+    """A builder on a socket, ``unix://`` with its path.  buildx keeps its files in the same directory."""
 
-    def __init__(
-        self, socket: str, cli: str, buildx: Path, config: Path, *, options: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, socket: str, cli: str, buildx: Path, *, options: tuple[str, ...] = ()) -> None:
         self.environment = {
             "PATH": os.environ["PATH"],
             "HOME": "/nonexistent",
-            "BUILDX_CONFIG": str(config),
+            "BUILDX_CONFIG": f"{socket.removeprefix('unix://')}.buildx",
             "DOCKER_HOST": socket,
         }
         self.cli = cli

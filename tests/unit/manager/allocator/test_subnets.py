@@ -15,7 +15,8 @@ from skep.manager.allocator.subnets import (
     free_subnet,
     is_allocated,
 )
-from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, network_of
+from skep.model.networks.addresses import parsed
 from skep.model.networks.data_planes import DOCKER, PLANE_OPTION, SKEP
 from skep.model.networks.overlays import VXLAN_OPTION
 from skep.model.values.ids import NetworkId
@@ -230,6 +231,8 @@ def test_after_any_changes_the_allocations_are_those_of_the_present_networks(
 
 def test_a_network_costs_the_same_however_many_there_are() -> None:
     """A search among all networks for each of 10,000 takes minutes."""
+    network_of.cache_clear()  # the first networks would cost less if an earlier test had the same subnets
+    parsed.cache_clear()
     allocations = NetworkAllocations()
 
     def allocate(first: int) -> None:
@@ -240,5 +243,4 @@ def test_a_network_costs_the_same_however_many_there_are() -> None:
     few = calls_in(lambda: allocate(1_000))
     for first in range(2_000, 4_000, 200):
         allocate(first)
-    # A search would cost eight times as much.  The order of sets, which differs by process, accounts for a quarter.
-    assert calls_in(lambda: allocate(5_000)) < 2 * few
+    assert calls_in(lambda: allocate(5_000)) < 1.2 * few
