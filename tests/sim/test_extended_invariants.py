@@ -12,6 +12,7 @@ from sim.invariants.services.dependencies import DependenciesComeFirst, missing_
 from sim.invariants.services.removals import DisruptionsRemoveNoNode, TimesToLive
 from sim.invariants.services.schedules import (
     DECIDED_S,
+    SHOWN_S,
     DueTimesAreDecidedOnce,
     RetriesAreBounded,
     RunsKeepTheirNodes,
@@ -240,6 +241,19 @@ def test_a_due_time_is_skipped_for_a_node(state: TaskState, down_s: float | None
     decide(history, skipped=f"run 0 is still going on {W1} and 1 other nodes")
     assert len(history.violations) == bool(violation), history.violations
     assert all(violation in one for one in history.violations)
+
+
+@pytest.mark.parametrize(("ended_s", "violations"), [(SHOWN_S - 0.1, 0), (SHOWN_S + 0.1, 2)])
+def test_a_due_time_is_skipped_for_a_run_whose_end_the_leader_may_not_know(
+    ended_s: float, violations: int
+) -> None:
+    history = History(DueTimesAreDecidedOnce())
+    task = a_run("t1", slot=0, iteration=0, node_id=W1)
+    history.put(a_node(W1), a_due_job(), replace(task, status=TaskStatus(state=TaskState.RUNNING)))
+    history.put(replace(task, status=TaskStatus(state=TaskState.COMPLETE)))
+    history.after(ended_s)
+    decide(history, skipped=f"run 0 is still going on {W1}")
+    assert len(history.violations) == violations, history.violations
 
 
 @pytest.mark.parametrize(

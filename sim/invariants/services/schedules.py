@@ -28,6 +28,8 @@ from skep.store.kinds import spec_of
 
 DECIDED_S = 10.0
 """A due time is decided within this time if there is a leader."""
+SHOWN_S = 3.1
+"""A leader's replica shows a change within this time, the longest lag of a watch among the faults."""
 _EVERY = re.compile(r"\*/([0-9]+) \* \* \* \*")
 _GOING_ON = re.compile(r"is still going on (.+?)(?: and [0-9]+ other nodes)?$")
 """The reason to skip a run of a global job.  It names one of the nodes that run the previous one."""
@@ -44,11 +46,20 @@ class DueTimesAreDecidedOnce:
         """Services with the due times of their runs."""
         self._down: dict[NodeId, float] = {}
         """Time at which each node that is down was marked so."""
+        self._ended: dict[TaskId, float] = {}
+        """Time at which each task of a job ended, if a leader's replica may not show it yet."""
         self.runs = 0
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
+        self._ended = {id: at for id, at in self._ended.items() if change.time_s - at <= SHOWN_S}
         for event in change.events:
             match event:
+                case Updated(Task() as was, Task() as task) if (
+                    task.job_iteration is not None
+                    and task.status.state.is_terminal
+                    and not was.status.state.is_terminal
+                ):
+                    self._ended[task.id] = change.time_s
                 case Updated(_, Node() as node) if node.status.state is NodeState.DOWN:
                     self._down.setdefault(node.id, change.time_s)
                 case Updated(_, Node() as node) | Deleted(Node() as node):
@@ -57,7 +68,8 @@ class DueTimesAreDecidedOnce:
                     if old.job_status is not None and new.job_status is not None:
                         long_down = {id for id, at in self._down.items() if change.time_s - at > DECIDED_S}
                         problems = self._problems(old, new, old.job_status, new.job_status, view)
-                        for problem in (*problems, *_untrue_of_nodes(old, new, long_down, view)):
+                        untrue = _untrue_of_nodes(old, new, long_down, self._ended.keys(), view)
+                        for problem in (*problems, *untrue):
                             yield f"job {new.id}: {problem}"
 
     def _problems(
@@ -80,7 +92,10 @@ class DueTimesAreDecidedOnce:
             if new.spec.labels.get(CRON_SUSPEND) == "true":
                 yield f"it is suspended, and {start.scheduled_at} was decided"
             yield from self._problems_of(start, new, before, after)
-            yield from (_unfounded if start.skipped else _overlapping)(start, new, before, view)
+            if start.skipped:
+                yield from _unfounded(start, new, before, self._ended.keys(), view)
+            else:
+                yield from _overlapping(start, new, before, view)
         if is_same and not added and after.schedule.settled != before.schedule.settled:
             yield f"due times until {after.schedule.settled} were passed over without a word"
 
@@ -218,8 +233,10 @@ def _fails(was: Task, task: Task) -> bool:
     return was.status.state not in failed and task.status.state in failed and task.ended_by_itself
 
 
-def _unfounded(start: JobStart, service: Service, before: JobStatus, view: View) -> Iterable[str]:
-    """Yield a violation if a reason to skip a run does not hold."""
+def _unfounded(
+    start: JobStart, service: Service, before: JobStatus, just_ended: Set[TaskId], view: View
+) -> Iterable[str]:
+    """Yield a violation if a reason to skip a run does not hold, and did not hold before tasks have just ended."""
     if "late" in start.skipped and CRON_DEADLINE not in service.spec.labels:
         yield f"{start.skipped}, and it has no deadline"
     if "going" in start.skipped:
@@ -229,7 +246,8 @@ def _unfounded(start: JobStart, service: Service, before: JobStatus, view: View)
             for task in view.find(Task, service_id=service.id)
             if task.job_iteration == before.job_iteration
         ]
-        if before.awaits_first_run or (len(tasks) >= (total or 0) and all(map(_has_ended_for_good, tasks))):
+        have_ended = all(_has_ended_for_good(task) and task.id not in just_ended for task in tasks)
+        if before.awaits_first_run or (len(tasks) >= (total or 0) and have_ended):
             yield f"{start.skipped}, and nothing of it is"
 
 
@@ -239,11 +257,14 @@ def _has_ended_for_good(task: Task) -> bool:
     return task.status.state.is_terminal and not is_repeated
 
 
-def _untrue_of_nodes(old: Service, new: Service, long_down: Set[NodeId], view: View) -> Iterable[str]:
+def _untrue_of_nodes(
+    old: Service, new: Service, long_down: Set[NodeId], just_ended: Set[TaskId], view: View
+) -> Iterable[str]:
     """Yield a violation if a due time is skipped for a run on a node that does not have it, or is down.
 
     Args:
         long_down: nodes that have been down for so long that the leader knows it.
+        just_ended: tasks that have ended so recently that the leader may not know it.
     """
     before, after = _starts(old), _starts(new)
     if before == after or not after or CRON not in new.spec.labels:
@@ -254,7 +275,8 @@ def _untrue_of_nodes(old: Service, new: Service, long_down: Set[NodeId], view: V
     tasks = [
         task
         for task in view.find(Task, service_id=new.id)
-        if task.job_iteration == new.job_status.job_iteration and not task.status.state.is_terminal
+        if task.job_iteration == new.job_status.job_iteration
+        and (not task.status.state.is_terminal or task.id in just_ended)
     ]
     for node in view.find(Node):
         if found[1] in (node.description.hostname, node.id):
