@@ -20,6 +20,10 @@ async def test_what_is_behind_the_lists() -> None:
     """Ports of nodes, load over time, paths between nodes, revisions, volumes of nodes, versions."""
     cluster = make(5, 24)
     service = list(cluster.rows["services"].values())[1]
+    node = next(iter(cluster.rows["nodes"].values()))
+    user = next(task for task in cluster.tasks_of(service["id"]) if task["slot"] == 1)
+    user |= {"node": node["id"], "state": "running", "desired_state": "running"}
+    node["volumes"].append(node["volumes"][0] | {"name": "left_data", "slot": 999})
     async with served(cluster) as url, a_browser() as browser, a_page(browser) as page:
         await page.goto(f"{url}#/services")
         await expect(page.get_by_role("row", name=service["name"])).to_contain_text(
@@ -39,6 +43,8 @@ async def test_what_is_behind_the_lists() -> None:
         await page.goto(f"{url}#/volumes")
         row = page.get_by_role("row", name=f"{service['name']}_data")
         await expect(row).to_contain_text(f"{service['name']}.1")
+        await expect(row).to_contain_text("in use")
+        await expect(page.get_by_role("row", name="left_data")).to_contain_text("50 min ago")
         await page.goto(f"{url}#/secrets")
         await expect(page.get_by_role("row", name="tls-key-2")).to_contain_text("2 of 2")
         await page.goto(f"{url}#/nodes/nodes/{next(iter(cluster.rows['nodes']))}")

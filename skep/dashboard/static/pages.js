@@ -1,7 +1,7 @@
 /** The pages of the rail.  The first draws the cluster, the others list one kind of object each. */
 
 import { h, own } from "./dom.js";
-import { attentionInWords, availabilityText, byUrgency, capacity, headline, lastHeard, phase, problems, progress, replicasText } from "./cluster.js";
+import { attentionInWords, availabilityText, byUrgency, capacity, headline, isEnded, lastHeard, phase, problems, progress, replicasText } from "./cluster.js";
 import { ago, badge, button, chart, chartSpan, command, emptyState, glyph, imageCell, link, links, loadInWords, meter, serviceGlyph, since, taskGlyph } from "./widgets.js";
 import { portsText } from "./ports.js";
 import { diagnosed, failing } from "./reach.js";
@@ -414,19 +414,25 @@ function localVolumes(app) {
         { key: "name", title: "Name", cell: byName, sort: byName },
         { key: "nodes", title: "Nodes", cell: (volume) => links(app, "nodes", [...volume.nodes]), sort: (volume) => volume.nodes.size },
         { key: "slots", title: "Used by", kind: "rest", cell: (volume) => [...volume.slots].sort().slice(0, 20).join(", ") + (volume.slots.size > 20 ? ` and ${volume.slots.size - 20} more` : "") },
-        { key: "used", title: "Last used", kind: "number roomy", cell: (volume) => ago(app, volume.used_at), sort: (volume) => -volume.used_at },
+        { key: "used", title: "Last used", kind: "number roomy", cell: (volume) => isMounted(app.cluster, volume) ? "in use" : ago(app, volume.used_at), sort: (volume) => isMounted(app.cluster, volume) ? -Infinity : -volume.used_at },
       ],
     }));
+}
+
+/** Whether a task that has not ended uses a local volume.  `used_at` is the time when the task got it. */
+function isMounted(cluster, volume) {
+  return volume.uses.some(({ node, service, slot }) => cluster.tasksOf("node", node).some((task) => !isEnded(task) && task.slot === slot && cluster.name("services", task.service) === service));
 }
 
 function localVolumesOf(cluster) {
   const found = new Map();
   for (const node of cluster.all("nodes")) {
     for (const volume of node.volumes ?? []) {
-      const row = found.get(volume.name) ?? { id: volume.name, name: volume.name, nodes: new Set(), slots: new Set(), used_at: 0, node: node.id };
+      const row = found.get(volume.name) ?? { id: volume.name, name: volume.name, nodes: new Set(), slots: new Set(), uses: [], used_at: 0, node: node.id };
       found.set(volume.name, row);
       row.nodes.add(node.id);
       row.slots.add(`${volume.service}.${volume.slot}`);
+      row.uses.push({ node: node.id, service: volume.service, slot: volume.slot });
       row.used_at = Math.max(row.used_at, volume.used_at);
     }
   }
