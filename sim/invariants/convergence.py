@@ -57,9 +57,11 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
         return
     container, status = service.spec.task_template.container_spec, service.update_status
     is_under_way = status is not None and status.state in UNDER_WAY
+    # Without replicas, no task can be judged, so the step of a canary lasts until the service has some.
+    stays = not number and is_undecided(service)
     if container is None or program_of(container) in HOPELESS:
         has_begun = not any(missing_dependencies(service, view))
-        if is_under_way and has_begun and PROGRESS_DEADLINE in service.spec.labels:
+        if is_under_way and not stays and has_begun and PROGRESS_DEADLINE in service.spec.labels:
             yield f"the update of {service.id} to {container and program_of(container)} does not end"
         return
     for task in wanted:
@@ -82,8 +84,6 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
         return
     yield from _crowded(service, wanted)
     waiting = [task for task in wanted if _waits(task, service, view)]
-    # Without replicas, no task can be judged, so the step of a canary lasts until the service has some.
-    stays = not number and is_undecided(service)
     if is_under_way and not waiting and not stays:
         yield f"{service.id} is still being updated"
     is_held_up = is_under_way and bool(waiting)

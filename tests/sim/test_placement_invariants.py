@@ -381,12 +381,20 @@ def test_an_update_that_is_still_under_way_is_not_settled() -> None:
     assert reported == ["web is still being updated"]
 
 
-def test_the_step_of_a_canary_lasts_while_the_service_has_no_replicas() -> None:
-    spec = replace(a_service_spec("web", replicas=0), labels={"skep.update": "canary"})
+@pytest.mark.parametrize(
+    ("image", "reported"),
+    [
+        ("app:1", "web is still being updated"),
+        ("hanging:1", "the update of web to hanging:1 does not end"),
+    ],
+)
+def test_the_step_of_a_canary_lasts_while_the_service_has_no_replicas(image: str, reported: str) -> None:
+    labels = {"skep.update": "canary", "skep.progress-deadline": "1s"}
+    spec = replace(a_service_spec("web", image=image, replicas=0), labels=labels)
     updating = UpdateStatus(state=UpdateState.UPDATING, split=UpdateSplit(old=1, changes=1))
     assert lacking(spec, update_status=updating) == []
-    plain = replace(spec, labels={})
-    assert lacking(plain, update_status=updating) == ["web is still being updated"]
+    del labels["skep.update"]
+    assert lacking(spec, update_status=updating) == [reported]
 
 
 @pytest.mark.parametrize(
