@@ -11,6 +11,7 @@ removed node).
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from skep.manager.orchestrator.slots import Slot, age, has_reported_end, is_assigned
 from skep.model.node import Node
@@ -75,7 +76,8 @@ def surplus_history(
             repeated.
         updating: The version of the update in progress.  The tasks that decide about its success are kept.
         attempts: How many tasks that ended by themselves to keep, because restarts are counted by them
-            (``restart.attempts_of``).  Tasks that were moved must not displace them.
+            (``restart.attempts_of``).  Tasks that were moved must not displace them.  Their successors are kept as
+            well: without a successor that was moved, a later task would count as the restart.
     """
     if limit < 0 or len(slot) <= limit:
         return ()
@@ -88,9 +90,14 @@ def surplus_history(
         for task in ordered
         if task.ended_by_itself and task.spec_version == version and task.job_iteration == iteration
     ]
-    kept = (*judged, *counted[max(len(counted) - attempts, 0) :])
+    kept = {task.id for task in (*judged, *counted[max(len(counted) - attempts, 0) :])}
+    if attempts:
+        same = [task for task in ordered if task.spec_version == version]
+        kept |= {after.id for before, after in pairwise(same) if before.id in kept and before.ended_by_itself}
     past = [
-        task for task in ordered[:-1] if _is_past(task) and task not in kept and not _counts(task, iteration)
+        task
+        for task in ordered[:-1]
+        if _is_past(task) and task.id not in kept and not _counts(task, iteration)
     ]
     # Among the unfinished tasks only a desired task counts, and not a task that is stopping or on a lost node.
     size = len(slot) - len(present) + any(task.is_wanted for task in present)

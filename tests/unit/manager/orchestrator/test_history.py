@@ -14,7 +14,7 @@ from skep.manager.orchestrator.reaper.history import (
     is_orphaned,
     surplus_history,
 )
-from skep.manager.orchestrator.replacement.restart import should_restart
+from skep.manager.orchestrator.replacement.restart import attempts_of, should_restart
 from skep.model.service import MAX_ATTEMPTS_MAX, RestartPolicy, UpdateSplit, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.model.values.meta import Version
@@ -135,8 +135,20 @@ def test_tasks_that_were_moved_do_not_displace_those_by_which_restarts_are_count
     failed = [a_task(node="n1", state=FAILED, desired=SHUTDOWN) for _ in range(2)]
     moved = [a_task(node="n1", state=SHUTDOWN, desired=SHUTDOWN) for _ in range(4)]
     slot = [*failed, *moved, a_task(node="n1")]
-    assert surplus_history(slot, limit=3, attempts=3) == tuple(moved)
-    assert surplus_history(slot, limit=5, attempts=3) == tuple(moved[:2])
+    assert surplus_history(slot, limit=3, attempts=3) == tuple(moved[1:])
+    assert surplus_history(slot, limit=5, attempts=3) == tuple(moved[1:3])
+
+
+@given(st.lists(st.sampled_from([FAILED, SHUTDOWN]), min_size=1, max_size=9), st.integers(1, 3))
+def test_what_is_deleted_changes_no_number_of_attempts(states: list[TaskState], most: int) -> None:
+    """Tasks with the state shutdown were moved."""
+    service = a_service(restart=RestartPolicy(max_attempts=most))
+    slot = [a_task(node="n1", state=state, desired=SHUTDOWN) for state in states]
+    surplus = surplus_history(slot, history_limit(service, None), attempts=attempts_kept(service))
+    left = [task for task in slot if task not in surplus]
+    before, after = attempts_of(slot, slot[-1]), attempts_of(left, slot[-1])
+    assert after == before[len(before) - len(after) :]
+    assert len(after) >= min(len(before), most)
 
 
 def test_versions_that_a_task_or_the_service_follows_stay() -> None:
