@@ -8,8 +8,10 @@ from skep.manager.diagnosis.reasons import (
     SlotId,
     TaskProblem,
     hostname,
+    last_failure,
     name_of,
     problem_of,
+    progress_of,
     slot_of,
 )
 from skep.manager.orchestrator.replacement.enforcement import violates_constraints
@@ -51,13 +53,22 @@ def why_it_stays(
     successors = [one for one in slot if one.is_active and one.id != task.id]
     if successors:
         last = max(successors, key=lambda one: (one.created_at, one.id))
-        problem = problem_of(last, slot, nodes, spec=service.spec)
-        why = f"{UNREPLACED}{problem.reason}"
+        why = f"{UNREPLACED}{_why_unreplaced(task, last, slot, nodes, service)}"
     elif _is_outdated(task, service):
         why = "the update replaces it in its turn"
     else:
         why = budget_of(service, tasks, nodes.get).reason or "its replacement starts first"
     return f"{STAYS} {where}, {cause}: {why}"
+
+
+def _why_unreplaced(
+    task: Task, replacement: Task, slot: Collection[Task], nodes: Mapping[NodeId, Node], service: Service
+) -> str:
+    """Return why ``replacement`` does not run.  Failures before ``task``, which runs, are not the reason."""
+    newer = [one for one in slot if one.created_at > task.created_at]
+    if last_failure(replacement, newer) is None:
+        return progress_of(replacement, slot, nodes, service.spec)
+    return problem_of(replacement, slot, nodes, spec=service.spec).reason
 
 
 def split_off_replacements(

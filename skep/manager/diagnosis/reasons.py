@@ -211,6 +211,13 @@ def problem_of(
     )
 
 
+def progress_of(
+    task: Task, slot: Iterable[Task], nodes: Mapping[NodeId, Node], spec: ServiceSpec | None = None
+) -> str:
+    """Return what blocks the active ``task`` now, or how far its start has come, whatever failed before it."""
+    return _present(task, tuple(slot), nodes, spec)[1]
+
+
 def without_past_attempt(problem: TaskProblem, now_ns: int) -> TaskProblem:
     """Return ``problem`` without a next attempt whose time is past.  Without a leader, there is no such attempt."""
     is_past = bool(problem.next_attempt) and unix_ns(problem.next_attempt) < now_ns
@@ -239,13 +246,15 @@ def is_stable(task: Task, now_ns: int) -> bool:
 def last_failure(task: Task, slot: Iterable[Task]) -> Task | None:
     """Return the failed task that ``task`` replaces, or None if it replaces none or the failed task was deleted.
 
-    A task that was stopped, moved, or lost with its node did not fail, and does not hide an earlier failure.
+    A task that was stopped, moved, or lost with its node did not fail, and does not hide an earlier failure.  The same
+    holds for a running task, which ``task`` replaces on another node.  Once such a task ran for ``STABLE_S``, no
+    failures in a row are counted, and an earlier failure is not the reason.
     """
     before = [
         one
         for one in slot
         if one.id != task.id
-        and one.status.state.is_terminal
+        and (one.status.state.is_terminal or one.status.state is TaskState.RUNNING)
         and one.created_at <= task.created_at
         and one.job_iteration == task.job_iteration
     ]

@@ -124,11 +124,15 @@ class LostContact:
 
     Such a manager's process answers pings, but its store has stopped, for example because its disk is full, or this
     leader has no link to it.  Its vote does not count, so the leader marks it unreachable, as in Docker.
+
+    A joining manager answers no pings until it serves.  After that, it has as much time until the leader reaches it.
     """
 
     def __init__(self) -> None:
         self._since: dict[NodeId, float] = {}
         """When each of these managers was first seen so, in monotonic seconds."""
+        self._new: frozenset[NodeId] = frozenset()
+        """Managers that joined under this leader and that it has not reached yet."""
 
     def changes(
         self,
@@ -139,10 +143,13 @@ class LostContact:
         now: float,
     ) -> list[ReachabilityChange]:
         """Return the managers whose reachability changed since it was written.  ``now``: monotonic seconds."""
-        ids = {node.id for node in nodes if node.manager_status is not None} - {own, *reachable}
+        statuses = {node.id: node.manager_status for node in nodes if node.manager_status is not None}
+        joining = {id for id, status in statuses.items() if status.reachability is Reachability.UNKNOWN}
+        self._new = frozenset({*self._new, *joining} & statuses.keys() - reachable)
+        ids = statuses.keys() - joining - {own, *reachable}
         self._since = {id: self._since.get(id, now) for id in ids}
         lost = {id for id, since in self._since.items() if now - since >= WITHOUT_CONTACT_S}
-        return reachability_changes(nodes, {*silent, *lost}, reachable, own)
+        return reachability_changes(nodes, {*silent} - self._new | lost, reachable, own)
 
 
 def write_reachability(tx: Transaction, change: ReachabilityChange) -> None:

@@ -71,6 +71,23 @@ def test_a_manager_that_is_coming_in_says_itself_when_it_is_there() -> None:
     assert status.reachability is Reachability.REACHABLE
 
 
+def test_a_manager_that_has_just_joined_has_time_for_its_first_ping() -> None:
+    """While it starts, it answers no ping.  This says nothing about the time after it has joined."""
+    leader = a_manager(A, Reachability.REACHABLE, leads=True)
+    starting, joined = a_manager(B, Reachability.UNKNOWN), a_manager(B, Reachability.REACHABLE)
+    lost = [ReachabilityChange(B, Reachability.UNREACHABLE)]
+    contact = LostContact()
+    assert contact.changes([leader, starting], {B}, set(), A, 100.0) == []
+    assert contact.changes([leader, starting], {B}, set(), A, 100.0 + WITHOUT_CONTACT_S) == []
+    for silent in (set[NodeId](), {B}):
+        assert contact.changes([leader, joined], silent, set(), A, 106.0) == [], silent
+    assert contact.changes([leader, joined], {B}, set(), A, 106.0 + WITHOUT_CONTACT_S) == lost
+    assert contact.changes([leader, joined], set(), {B}, A, 112.0) == []
+    assert contact.changes([leader, joined], {B}, set(), A, 115.0) == lost, (
+        "it was reached, and has failed since"
+    )
+
+
 def test_a_new_leader_clears_the_mark_of_the_previous_one() -> None:
     statuses = shown(
         a_manager(A, Reachability.REACHABLE, leads=True),
