@@ -376,9 +376,7 @@ def failure_of(task: Task) -> tuple[CauseKind, str]:
     if status.state is TaskState.REJECTED:
         return CauseKind.REJECTED, masked_text(status.err) or "it could not be prepared"
     if status.state is TaskState.COMPLETE:
-        words = (
-            "its process ends with code 0 soon after its start; a service needs a command that keeps running"
-        )
+        words = "its process ended with code 0; a service needs a command that keeps running"
         return CauseKind.COMPLETED, words
     if cause == EndCause.UNHEALTHY.value or _UNHEALTHY in status.err:
         return CauseKind.UNHEALTHY, _unhealthy(task, end or TaskEnd())

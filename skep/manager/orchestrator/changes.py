@@ -392,19 +392,27 @@ def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
             return not is_lost(tx.rely_on(Node, task.node_id, "status"))
         case Cause.NODE_IS_UNFIT:
             node = tx.rely_on(Node, task.node_id, HEAD, "status")
-            return node is not None and (not is_unfit(node, task) or _keeps_unfit(tx, node, task))
+            if node is not None and (not is_unfit(node, task) or _keeps_unfit(tx, node, task)):
+                return True
+            # A task that runs leaves after its replacement has started, and not below the service's minimum.
+            return task.status.state is not TaskState.RUNNING and _runs_now(tx, task)
         case Cause.MOVES:
             present = tx.rely_on(Task, task.id, HEAD)
             return present is not None and present.relocation is None
         case Cause.DOES_NOT_RUN:
-            current = tx.rely_on(Task, task.id, "status")
             if has_unreadable_status(tx, task):
                 raise Unavailable(f"the status of task {task.id} cannot be read")
-            return current is not None and current.status.state is TaskState.RUNNING
+            return _runs_now(tx, task)
         case Cause.IS_LATE:
             current = tx.rely_on(Task, task.id, "status")
             return current is not None and is_assigned(current)
     assert_never(cause)
+
+
+def _runs_now(tx: Transaction, task: Task) -> bool:
+    """Return whether the task runs, and let the commit fail if that changes."""
+    current = tx.rely_on(Task, task.id, "status")
+    return current is not None and current.status.state is TaskState.RUNNING
 
 
 def _keeps_unfit(tx: Transaction, node: Node, task: Task) -> bool:

@@ -111,7 +111,7 @@ UNHEALTHY = f'{CHECK}exit 7, output "connection refused second line"'
         (
             ended(0, state=TaskState.COMPLETE),
             CauseKind.COMPLETED,
-            "its process ends with code 0 soon after its start; a service needs a command that keeps running",
+            "its process ended with code 0; a service needs a command that keeps running",
         ),
         (
             ended(137, SICK, "task: non-zero exit (137): dockerexec: unhealthy container"),

@@ -179,6 +179,21 @@ def test_a_task_whose_status_has_become_unreadable_is_not_taken_for_one_that_doe
     assert [*world.tasks.values()] == [task]
 
 
+def test_a_task_that_began_to_run_on_a_drained_node_since_the_decision_leaves_once_it_is_replaced() -> None:
+    world = a_world(replicas=1)
+    (task,) = world.tasks.values()
+    world.nodes[task.node_id] = a_node(task.node_id, availability=Availability.DRAIN)
+    world.report(task.id, TaskState.STARTING)
+    changes = world.changes()
+    replaced = [change.task.id for change in changes if isinstance(change, ReplaceTask)]
+    assert replaced == [task.id], "the case that is to be tested"
+    world.report(task.id, TaskState.RUNNING)
+    world.apply(changes)
+    assert [one.id for one in wanted(world)] == [task.id]
+    world.settle()
+    assert [one.status.state for one in wanted(world)] == [TaskState.RUNNING, TaskState.NEW]
+
+
 def test_no_task_of_a_lost_node_is_replaced_while_a_disruption_may_begin_but_afterwards() -> None:
     loop = VirtualLoop()
     clock = VirtualClock(loop)
