@@ -10,12 +10,13 @@ Its updates stop one task at a time.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import inf
+from typing import TypeGuard
 
 import msgspec
 from msgspec.structs import replace
 
 from skep.manager.control_loops.loop_driver import Recheck
-from skep.manager.orchestrator.changes import ReplaceTask, RetireTask, StartTask, Step
+from skep.manager.orchestrator.changes import Cause, ReplaceTask, RetireTask, StartTask, Step
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.replacement.held_places import excludes
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
@@ -46,7 +47,7 @@ def within_budget(decided: Sequence[Step], situation: Situation) -> Allowed:
 
     ``situation`` has all tasks of the service.
     """
-    steps = list(decided)
+    steps = [_unless_it_runs(step, situation) for step in decided]
     limited = [number for number, step in enumerate(steps) if _takes_away(step, situation)]
     if not limited:
         return Allowed(steps)
@@ -152,8 +153,21 @@ def _witnesses(serving: dict[int, set[TaskId]], minimum: int) -> tuple[TaskId, .
     return tuple(min(serving[slot]) for slot in slots)
 
 
+def _unless_it_runs(step: Step, situation: Situation) -> Step:
+    """Return the step, for which nothing is written if its task has begun to run since and then draws on the budget."""
+    if not isinstance(step, ReplaceTask | RetireTask) or step.cause is not None:
+        return step
+    runs = step.task.status.state is TaskState.RUNNING
+    return step if runs or not _is_limited(step, situation) else replace(step, cause=Cause.DOES_NOT_RUN)
+
+
 def _takes_away(step: Step, situation: Situation) -> bool:
-    """Return whether the step stops a running task and draws on the budget.
+    """Return whether the step stops a running task and draws on the budget."""
+    return _is_limited(step, situation) and step.task.status.state is TaskState.RUNNING
+
+
+def _is_limited(step: Step, situation: Situation) -> TypeGuard[ReplaceTask | RetireTask]:
+    """Return whether the step draws on the budget if its task runs.
 
     A service without a minimum of its own has one for the tasks that a drain replaces.  Otherwise the parallelism
     limits its updates, and nothing limits preemption and changes of nodes.
@@ -162,7 +176,7 @@ def _takes_away(step: Step, situation: Situation) -> bool:
         return False
     task = step.task
     node = situation.node_of(task)
-    if node is None or node.status.state is NodeState.DOWN or task.status.state is not TaskState.RUNNING:
+    if node is None or node.status.state is NodeState.DOWN or task.status.state.is_terminal:
         return False
     if task.desired_state is not TaskState.RUNNING or getattr(step, "desired", None) is TaskState.REMOVE:
         return False

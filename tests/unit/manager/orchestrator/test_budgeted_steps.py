@@ -1,5 +1,6 @@
 """Drains, updates and preemption together stay within the service's disruption budget."""
 
+import pytest
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import ReplaceTask, RetireTask
@@ -132,6 +133,24 @@ def test_a_step_is_not_written_if_another_task_has_failed_since() -> None:
     assert [type(change) for change in changes] == [ReplaceTask]
     world.report("old2", TaskState.FAILED)
     world.apply(changes)
+    assert world.tasks[TaskId("old1")].is_wanted
+
+
+@pytest.mark.parametrize("how", ["update", "preempt", "drain"])
+def test_a_task_that_began_to_run_since_the_decision_counts(how: str) -> None:
+    world = a_world(a_spec(1, minimum="1"))
+    world.report("old1", TaskState.STARTING)
+    if how == "update":
+        world.update(a_spec(1, minimum="1", image="app:2"))
+    elif how == "preempt":
+        preempt(world, "old1")
+    else:
+        world.nodes[N1] = DRAINED
+    changes = world.changes()
+    assert any(isinstance(one, ReplaceTask) for one in changes), "the case that is to be tested"
+    world.report("old1", RUNNING)
+    world.apply(changes)
+    world.settle()
     assert world.tasks[TaskId("old1")].is_wanted
 
 
