@@ -23,7 +23,7 @@ UNREADABLE_S = 20.0
 """Seconds between checks whether an unreadable run was repaired."""
 SCHEDULES_ID = "schedules"
 """Id of the payload that records when the cluster was restored (``Restored``)."""
-RESTORED = "the cluster was restored: it is unknown whether the job ran"
+RESTORED = "the cluster was restored or recovered: it is unknown whether the job ran"
 
 
 class SchedulesState:
