@@ -7,7 +7,7 @@ from skep.manager.journal.changes import entries_of
 from skep.manager.orchestrator.changes import ROLLED_BACK
 from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S
-from skep.model.node import Node
+from skep.model.node import Node, NodeState
 from skep.model.options.labels import PROGRESS_DEADLINE
 from skep.model.service import (
     UNDER_WAY,
@@ -67,8 +67,9 @@ class UpdateEndsHaveCauses:
     def _never_ran(self, service: Service, view: View, created: Collection[TaskId]) -> bool:
         """Return whether the service has tasks of its current version, and none of them has run.
 
-        Tasks of removed nodes do not count, because they are retired next, nor tasks that are ``created`` in the same
-        commit: they replace a task that has ended, of an earlier version with the same template.
+        Tasks of removed nodes do not count, because they are retired next, nor those of a global service on nodes that
+        are down.  Tasks that are ``created`` in the same commit do not count either: they replace a task that has ended,
+        of an earlier version with the same template.
         """
         version, config = service.spec_version, service.spec.update_config or UpdateConfig()
         if (
@@ -82,10 +83,15 @@ class UpdateEndsHaveCauses:
             task.is_wanted
             and task.id not in created
             and task.spec_version == version
-            and (not task.node_id or view.lookup(Node, task.node_id) is not None)
+            and (not task.node_id or self._is_kept(service, view.lookup(Node, task.node_id)))
             for task in tasks
         )
         return is_made and (service.id, version.index) not in self._ran
+
+    @staticmethod
+    def _is_kept(service: Service, node: Node | None) -> bool:
+        is_down = node is None or node.status.state is NodeState.DOWN
+        return node is not None and not (is_down and service.spec.mode.global_ is not None)
 
     def _has_cause(self, service: Service, now: float) -> bool:
         if service.spec_version is None:

@@ -408,7 +408,7 @@ class _Rollout:
         )
 
     def _all_settled(self) -> list[float] | None:
-        leads = [view.started if self._keeps_old else view.lead for view in self._views]
+        leads = [view.lead if self._staging is None else view.started for view in self._views]
         found = [self._settled[lead.id] for lead in leads if lead is not None]
         settled = [at for at in found if at is not None]
         return settled if len(settled) == len(found) else None

@@ -87,6 +87,27 @@ def test_a_canary_raises_its_share_step_by_step_beside_all_old_tasks() -> None:
     assert (state(world), split(world)) == (UpdateState.COMPLETED, None)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_tasks_that_a_scale_adds_in_the_last_step_decide_about_the_update(fails: bool) -> None:
+    world = begun()
+    for _ in range(2):
+        pass_time(world, 61)
+    assert (state(world), counts(world)) == (UpdateState.UPDATING, (0, 4))
+    before = wanted(world, "app:2")
+    world.update(a_canary(replicas=6))
+    advance(world)
+    assert (state(world), counts(world)) == (UpdateState.UPDATING, (0, 6))
+    if fails:
+        added = [task for task in wanted(world, "app:2") if task not in before]
+        world.report(added[0].id, TaskState.FAILED)
+        world.settle()
+        # As in Docker, the previous spec is that of before the scale.
+        assert (state(world), counts(world)) == (UpdateState.ROLLBACK_COMPLETED, (0, 4))
+    else:
+        pass_time(world, 6)
+        assert state(world) is UpdateState.COMPLETED
+
+
 def test_the_versions_of_new_tasks_are_told_apart() -> None:
     world = begun()
     found = split(world)
