@@ -307,6 +307,23 @@ def test_a_container_started_before_the_restart_delay_is_over_is_rejected() -> N
     assert history.violations == ["task t2 started 2.00 s after t1 failed, not 4.95"]
 
 
+@pytest.mark.parametrize("is_retried", [True, False])
+def test_the_successor_of_a_failed_task_of_a_job_that_a_user_retries_has_no_delay(is_retried: bool) -> None:
+    rule = Containers()
+    history = History(rule)
+    failed = a_task("t1", node="w1", state=TaskState.RUNNING, delay_s=5)
+    job = msgspec.structs.replace(a_service(), job_status=JobStatus())
+    history.put(a_node(W1), job, failed)
+    history.put(msgspec.structs.replace(failed, status=TaskStatus(state=TaskState.FAILED)))
+    if is_retried:
+        retried = JobStatus(retried_until=Timestamp("2023-11-14T22:13:20Z"))
+        history.put(msgspec.structs.replace(job, job_status=retried))
+    successor = a_task("t2", node="w1", state=TaskState.STARTING, delay_s=5)
+    history.put(successor)
+    history.after(1).note(rule.started(W1, successor, history.now, history.state))
+    assert len(history.violations) == (not is_retried), history.violations
+
+
 @pytest.mark.parametrize("is_drained_first", [True, False])
 def test_the_successor_of_a_task_that_failed_on_a_drained_node_has_no_delay(is_drained_first: bool) -> None:
     rule = Containers()

@@ -6,7 +6,16 @@ from msgspec.structs import replace
 from sim.cluster import LED_S, SimulatedCluster
 from sim.invariants import causes
 from sim.invariants.causes import UpdateEndsHaveCauses, replacements_are_recorded
-from skep.model.service import Service, UpdateConfig, UpdateFailureAction, UpdateState, UpdateStatus
+from skep.model.node import NodeState
+from skep.model.service import (
+    GlobalService,
+    Service,
+    ServiceMode,
+    UpdateConfig,
+    UpdateFailureAction,
+    UpdateState,
+    UpdateStatus,
+)
 from skep.model.task import TaskState
 from skep.model.values.times import SECOND_NS, timestamp
 from tests.sim.histories import W1, History, a_node, a_service, a_task
@@ -72,6 +81,18 @@ def test_an_update_that_has_completed_without_a_running_task_is_rejected(
         service = history.state.find(Service)[0]
         history.put(replace(service, update_status=UpdateStatus(state=update)))
     assert len(history.violations) == violations, history.violations
+
+
+@pytest.mark.parametrize("is_global", [True, False])
+def test_an_update_of_a_global_service_completes_where_all_its_nodes_are_down(is_global: bool) -> None:
+    history = an_update(TaskState.ASSIGNED)
+    history.put(a_node(W1, state=NodeState.DOWN))
+    for update in (UpdateState.UPDATING, UpdateState.COMPLETED):
+        service = history.state.find(Service)[0]
+        mode = ServiceMode(global_=GlobalService()) if is_global else service.spec.mode
+        spec = replace(service.spec, mode=mode)
+        history.put(replace(service, spec=spec, update_status=UpdateStatus(state=update)))
+    assert len(history.violations) == (not is_global), history.violations
 
 
 def test_a_reason_that_is_shown_again_after_an_error_stops_nothing_twice() -> None:

@@ -7,6 +7,7 @@ from math import inf
 import msgspec
 
 from sim.invariants.nodes.placement import device_violations, port_violations
+from sim.invariants.services.schedules import is_retried
 from sim.world.committed import Change
 from skep.manager.orchestrator.replacement.restart import stop_seconds_max
 from skep.manager.verify.tasks import is_on_drained_node, may_start_first
@@ -14,7 +15,7 @@ from skep.model.node import Node, NodeState
 from skep.model.options.labels import ON_DISCONNECT, DisconnectPolicy, OnDisconnect, disconnect_policy
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
-from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.values.times import SECOND_NS
 from skep.store.interface import Created, Deleted, Updated, View
 
@@ -78,6 +79,8 @@ class Containers:
         """Time at which a node was last not ready."""
         self._active_at: dict[NodeId, float] = {}
         """Time at which a node last became active, or was paused for a leader that cannot read it."""
+        self._retried_at: dict[ServiceId, float] = {}
+        """Time at which a user last retried a job."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         """Record a commit.  No commit is a violation by itself."""
@@ -96,6 +99,8 @@ class Containers:
                     self._note(self._records[new.id], old, new, change.time_s)
                     if old.is_wanted and not new.is_wanted and new.node_id in self._unreadable():
                         self._active_at[new.node_id] = change.time_s
+                case Updated(Service() as earlier, Service() as service) if is_retried(earlier, service):
+                    self._retried_at[service.id] = change.time_s
                 case Created(Node() as node) | Deleted(Node() as node):
                     self._down_at[node.id] = change.time_s
                 case Updated(Node() as before, Node() as after):
@@ -204,9 +209,9 @@ class Containers:
     def _early(self, task: Task, now: float) -> Iterable[str]:
         """Yield a violation if a successor with the same spec starts before its restart delay is over.
 
-        The delay does not hold for the successor of a task that failed on a drained node.  Nor does it hold where a
-        global service fills a node again that has become active, or was down, since the task failed: then the task was
-        retired alone, not replaced.
+        The delay does not hold for the successor of a task that failed on a drained node, or of a task of a job that a
+        user has retried since.  Nor does it hold where a global service fills a node again that has become active, or
+        was down, since the task failed: then the task was retired alone, not replaced.
 
         Source: swarmkit, manager/orchestrator/restart/restart.go (Restart) and manager/orchestrator/global/global.go
         (reconcileOneNode).
@@ -223,6 +228,7 @@ class Containers:
             before.failed_at is None
             or before.failed_at > own.created_at
             or own.leaves_drained
+            or before.failed_at <= self._retried_at.get(own.task.service_id, -inf) <= own.created_at
             or not _is_same(before.task, own.task)
         ):
             return

@@ -9,6 +9,7 @@ from sim.invariants.services.dependencies import missing_dependencies
 from sim.world.committed import Change
 from skep.manager.scheduler.preemption.preemption import AT_ONCE
 from skep.model.node import Node, NodeState
+from skep.model.options.dependencies import WAITS_FOR
 from skep.model.options.labels import (
     VolumeAffinity,
     allows_preemption,
@@ -109,6 +110,8 @@ def held_by_lower(view: View) -> Iterable[str]:
             continue
         if any(missing_dependencies(service, view)) or homes_of(task, service, view) or _shares(task):
             continue  # it may wait for something else
+        if task.status.err.startswith(WAITS_FOR):
+            continue  # a node confirms the tasks that its managers know of only some seconds after its registration
         if _returns_to_own_slot(task, service, view):
             continue
         for node in view.find(Node):

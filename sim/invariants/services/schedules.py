@@ -192,7 +192,7 @@ class RetriesAreBounded:
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
             match event:
-                case Updated(Service() as old, Service() as new) if _is_retried(old, new):
+                case Updated(Service() as old, Service() as new) if is_retried(old, new):
                     for key in [key for key in self._failures if key[0] == new.id]:
                         del self._failures[key]
                     self._since[new.id] = {one.id for one in view.find(Task, service_id=new.id)}
@@ -222,7 +222,8 @@ def _attempts_of_schedule(task: Task, view: View) -> int:
     return int(spec.labels.get(CRON_MAX_ATTEMPTS, 6)) if spec is not None and CRON in spec.labels else 0
 
 
-def _is_retried(old: Service, new: Service) -> bool:
+def is_retried(old: Service, new: Service) -> bool:
+    """Return whether a user has asked for another attempt of a job's run."""
     before, after = old.job_status, new.job_status
     return before is not None and after is not None and before.retried_until != after.retried_until
 
