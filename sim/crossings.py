@@ -583,16 +583,18 @@ def _rotated_while_a_node_is_away(cluster: SimulatedCluster) -> None:
 
 
 def _more_replicas_than_nodes_may_have(cluster: SimulatedCluster) -> None:
-    """A service has more replicas than its nodes may have, while a node is drained and back.
+    """A service has more replicas than its nodes may have, while a node is paused, drained and back.
 
     The drained node keeps its task, because no other node may have one more.
     """
     spec = _a_spec("web", _replicas(6))
     spec = replace(spec, task_template=replace(spec.task_template, placement=Placement(max_replicas=1)))
+    changed = cluster.workers[0]
+    cluster.set_availability(changed, Availability.PAUSE)
     _create(cluster, spec)
-    drained = cluster.workers[0]
+    _expect(cluster, "not 3 replicas run", partial(_is_running, cluster, 3))
     for availability, number in ((Availability.ACTIVE, 4), (Availability.DRAIN, 4), (Availability.ACTIVE, 4)):
-        cluster.set_availability(drained, availability)
+        cluster.set_availability(changed, availability)
         _expect(cluster, f"not {number} replicas run", partial(_is_running, cluster, number))
 
 

@@ -62,8 +62,8 @@ def by_name(name: str) -> Mutant:
                 *((name, 40) for name in ("scaling range", "scaling window", "scaling updates")),
                 *((name, 60) for name in ("causes", "adopt", "address held", "subnet released")),
                 ("subnet held", 100),
-                ("devices", 20),
-                ("reboots", 40),
+                ("devices", 40),
+                ("reboots", 160),
             )
         ),
     ],
