@@ -67,9 +67,9 @@ class UpdateEndsHaveCauses:
     def _never_ran(self, service: Service, view: View, created: Collection[TaskId]) -> bool:
         """Return whether the service has tasks of its current version, and none of them has run.
 
-        Tasks of removed nodes do not count, because they are retired next, nor those of a global service on nodes that
-        are down.  Tasks that are ``created`` in the same commit do not count either: they replace a task of an earlier
-        version with the same template, which has ended.
+        Tasks of removed nodes do not count, because they are retired next.  If the service is global, the same holds
+        for nodes that are down.  Tasks that are ``created`` in the same commit do not count either: they replace a task
+        of an earlier version with the same template, which has ended.
         """
         version, config = service.spec_version, service.spec.update_config or UpdateConfig()
         if (
