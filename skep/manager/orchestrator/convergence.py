@@ -113,8 +113,8 @@ def deciding_some(
             steps, updatable = yield from _deciding_nodes(situation)
         case "replicated-job" | "global-job":
             return _deciding_some_of_job(situation, due, settled)
-    is_limited = within_budget(steps, situation).is_limited
-    return None if is_limited or (yield from _is_update_due(updatable, situation)) else steps
+    allowed = within_budget(steps, situation)
+    return None if allowed.is_limited or (yield from _is_update_due(updatable, situation)) else allowed.steps
 
 
 def _is_update_due(updatable: Iterable[Slot], situation: Situation) -> SlicedWork[bool]:

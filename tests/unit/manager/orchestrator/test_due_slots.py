@@ -9,11 +9,11 @@ from msgspec.structs import replace
 
 from skep.aio.time_slices import run_at_once
 from skep.manager.control_loops.loop_driver import Recheck
-from skep.manager.orchestrator.changes import RemoveService, Step
+from skep.manager.orchestrator.changes import Cause, RemoveService, ReplaceTask, Step
 from skep.manager.orchestrator.convergence import deciding_all, deciding_some
 from skep.manager.orchestrator.due_slots import Settled, SlotKey, slot_key
 from skep.model.node import Availability, Node, NodeState
-from skep.model.options.labels import JOB_TTL, ON_DISCONNECT, ON_DISCONNECT_DELAY
+from skep.model.options.labels import JOB_TTL, MIN_AVAILABLE, ON_DISCONNECT, ON_DISCONNECT_DELAY
 from skep.model.service import (
     GlobalJob,
     GlobalService,
@@ -28,8 +28,8 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
-from skep.model.task import Task, TaskState
-from skep.model.values.ids import NodeId
+from skep.model.task import Preemption, Task, TaskState
+from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS
 from skep.store.interface import Commit, Updated
@@ -206,6 +206,22 @@ def test_a_decision_about_the_due_slots_is_the_one_about_all(
     some = world.decide_some(settled)
     event(f"{mode}: {'all' if some is None else 'nothing' if not some else 'some'}")
     assert some is None or list(some) == list(world.decide()[0])
+
+
+def test_a_decision_about_the_due_slots_takes_no_task_that_runs_by_now() -> None:
+    """As one about all: the task then draws on the service's disruption budget."""
+    spec = replace(a_service_spec(replicas=4), labels={MIN_AVAILABLE: "4"})
+    world = Changing(a_service(spec=spec), [a_node(id) for id in NODES])
+    world.advance(6)
+    task = min(world.tasks.values(), key=lambda one: one.slot)
+    starting = replace(task, status=replace(task.status, state=TaskState.STARTING))
+    world.put(starting)
+    _, settled = world.decide()
+    assert settled is not None
+    world.put(replace(starting, preemption=Preemption(task_id=TaskId("vip"))))
+    some = world.decide_some(settled)
+    assert some == list(world.decide()[0])
+    assert [step.cause for step in some if isinstance(step, ReplaceTask)] == [Cause.DOES_NOT_RUN]
 
 
 @settings(max_examples=200, deadline=None)
