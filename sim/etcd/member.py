@@ -6,6 +6,9 @@ from typing import Protocol
 from skep.model.values.ids import NodeId
 from skep.store.etcd import etcd_pb2 as pb
 
+WATCH_LAG_S_MAX = 3.0
+"""Longest ``watch_lag_s`` that the faults of a whole life draw."""
+
 
 class Watcher(Protocol):
     """A watch at a member."""

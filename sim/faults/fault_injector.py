@@ -8,7 +8,7 @@ from random import Random
 import msgspec
 
 from sim.cluster import SimulatedCluster
-from sim.etcd.member import Member
+from sim.etcd.member import WATCH_LAG_S_MAX, Member
 from sim.faults.targeted_faults import hang_manager
 from sim.world.committed import Change
 from sim.world.links import Port
@@ -354,7 +354,7 @@ class FaultInjector:
 
     def _slow_watch(self) -> None:
         member = self._random.choice(list(self._cluster.raft.members.values()))
-        member.watch_lag_s = self._random.uniform(0.05, 3.0)
+        member.watch_lag_s = self._random.uniform(0.05, WATCH_LAG_S_MAX)
         self._begin("watch lags", [], lambda: setattr(member, "watch_lag_s", 0.0), detail=member.id)
 
     def _slow_disk(self) -> None:

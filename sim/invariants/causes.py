@@ -6,8 +6,9 @@ from sim.world.committed import Change
 from skep.manager.journal.changes import entries_of
 from skep.manager.orchestrator.changes import ROLLED_BACK
 from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
+from skep.manager.orchestrator.slots import is_lost
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S
-from skep.model.node import Node, NodeState
+from skep.model.node import Node
 from skep.model.options.labels import PROGRESS_DEADLINE
 from skep.model.service import (
     UNDER_WAY,
@@ -83,15 +84,10 @@ class UpdateEndsHaveCauses:
             task.is_wanted
             and task.id not in created
             and task.spec_version == version
-            and (not task.node_id or self._is_kept(service, view.lookup(Node, task.node_id)))
+            and (not task.node_id or _keeps_tasks(service, view.lookup(Node, task.node_id)))
             for task in tasks
         )
         return is_made and (service.id, version.index) not in self._ran
-
-    @staticmethod
-    def _is_kept(service: Service, node: Node | None) -> bool:
-        is_down = node is None or node.status.state is NodeState.DOWN
-        return node is not None and not (is_down and service.spec.mode.global_ is not None)
 
     def _has_cause(self, service: Service, now: float) -> bool:
         if service.spec_version is None:
@@ -105,6 +101,11 @@ class UpdateEndsHaveCauses:
         begun = min(self._begun.get(key, now) for key in keys)
         is_late = now - begun >= TOLERANCE * shortest_deadline_s(service.spec)
         return is_late or not self._failed.isdisjoint(keys)
+
+
+def _keeps_tasks(service: Service, node: Node | None) -> bool:
+    """Return whether the service's tasks on the node are not retired next."""
+    return node is not None if service.spec.mode.global_ is None else not is_lost(node)
 
 
 def _created(change: Change) -> frozenset[TaskId]:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from skep.model.node_reports.node_refusals import is_no_node
 from skep.model.options.labels import is_stopped
-from skep.model.service import RestartCondition, Service, UpdateState
+from skep.model.service import ENDED, UNDER_WAY, RestartCondition, Service, UpdateState
 from skep.model.staging.updates import end_of_step, resting_step, tasks_of_step
 from skep.model.task import Task, TaskState
 from skep.model.values.times import SECOND_NS
@@ -58,7 +58,6 @@ _STUCK = (
     UpdateState.ROLLBACK_COMPLETED,
 )
 _ROLLBACK: Final = (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_COMPLETED)
-_MONITORED: Final = (UpdateState.COMPLETED, UpdateState.ROLLBACK_COMPLETED)
 _BY_HAND: Final = ("manually requested rollback", "rollback completed")
 """Messages of a rollback that a user requested.  After a failed update, they name its cause."""
 _FAILED: Final = (TaskState.FAILED, TaskState.REJECTED)
@@ -213,8 +212,7 @@ def progress_of(
     slots = {_slot(task) for task in tasks if task in wanted or _is_held(task)}
     updated = _running([task for task in wanted if task.id in current])
     count = max(len(slots), service.spec.replicas if mode.global_ is None else 0)
-    under_way = (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED)
-    is_updating = update is not None and update.state in under_way
+    is_updating = update is not None and update.state in UNDER_WAY
     is_all = updated == count == len(wanted) and not is_updating and bool(count or mode.global_ is None)
     end = _end_of_rest(service, updated, count)
     if is_all or end:
@@ -261,7 +259,7 @@ def _steady_s(service: Service, tasks: Sequence[Task], current: Collection[str])
     if not any(task.is_active for task in tasks):
         return 0.0
     update, config = service.update_status, service.spec.update_config
-    is_monitored = update is not None and update.state in _MONITORED
+    is_monitored = update is not None and update.state in ENDED
     if is_monitored and not any(task.id in current and task.status.state in _FAILED for task in tasks):
         return 0.0
     return config.monitor / SECOND_NS if config is not None and config.monitor else STEADY_S

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Set
 
+from sim.etcd.member import WATCH_LAG_S_MAX
 from sim.world.committed import Change
 from skep.model.node import Node, NodeState
 from skep.model.options.schedules import (
@@ -28,8 +29,8 @@ from skep.store.kinds import spec_of
 
 DECIDED_S = 10.0
 """A due time is decided within this time if there is a leader."""
-SHOWN_S = 3.1
-"""A leader's replica shows a change within this time, the longest lag of a watch among the faults."""
+SHOWN_S = WATCH_LAG_S_MAX + 0.1
+"""A leader's replica shows a change within this time."""
 _EVERY = re.compile(r"\*/([0-9]+) \* \* \* \*")
 _GOING_ON = re.compile(r"is still going on (.+?)(?: and [0-9]+ other nodes)?$")
 """The reason to skip a run of a global job.  It names one of the nodes that run the previous one."""

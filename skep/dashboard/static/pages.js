@@ -421,18 +421,17 @@ function localVolumes(app) {
 
 /** Whether a task that has not ended uses a local volume.  `used_at` is the time when the task got it. */
 function isMounted(cluster, volume) {
-  return volume.uses.some(({ node, service, slot }) => cluster.tasksOf("node", node).some((task) => !isEnded(task) && task.slot === slot && cluster.name("services", task.service) === service));
+  return [...volume.nodes].some((id) => cluster.tasksOf("node", id).some((task) => !isEnded(task) && volume.slots.has(`${cluster.name("services", task.service)}.${task.slot}`)));
 }
 
 function localVolumesOf(cluster) {
   const found = new Map();
   for (const node of cluster.all("nodes")) {
     for (const volume of node.volumes ?? []) {
-      const row = found.get(volume.name) ?? { id: volume.name, name: volume.name, nodes: new Set(), slots: new Set(), uses: [], used_at: 0, node: node.id };
+      const row = found.get(volume.name) ?? { id: volume.name, name: volume.name, nodes: new Set(), slots: new Set(), used_at: 0, node: node.id };
       found.set(volume.name, row);
       row.nodes.add(node.id);
       row.slots.add(`${volume.service}.${volume.slot}`);
-      row.uses.push({ node: node.id, service: volume.service, slot: volume.slot });
       row.used_at = Math.max(row.used_at, volume.used_at);
     }
   }

@@ -376,8 +376,10 @@ def failure_of(task: Task) -> tuple[CauseKind, str]:
     if status.state is TaskState.REJECTED:
         return CauseKind.REJECTED, masked_text(status.err) or "it could not be prepared"
     if status.state is TaskState.COMPLETE:
-        words = "its process ended with code 0; a service needs a command that keeps running"
-        return CauseKind.COMPLETED, words
+        return (
+            CauseKind.COMPLETED,
+            "its process ended with code 0; a service needs a command that keeps running",
+        )
     if cause == EndCause.UNHEALTHY.value or _UNHEALTHY in status.err:
         return CauseKind.UNHEALTHY, _unhealthy(task, end or TaskEnd())
     if cause == EndCause.OUT_OF_MEMORY.value:

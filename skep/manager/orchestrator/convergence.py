@@ -43,7 +43,7 @@ from skep.manager.orchestrator.slots import (
 from skep.manager.orchestrator.update import update_steps
 from skep.manager.services.job_runs import COMPLETED, of_present_run
 from skep.model.options.labels import JOB_TTL
-from skep.model.service import PAUSED, UNDER_WAY, UpdateState
+from skep.model.service import ENDED, PAUSED, UNDER_WAY
 from skep.model.staging.updates import is_undecided
 from skep.model.task import TaskState
 from skep.model.values.ids import NodeId
@@ -269,7 +269,9 @@ def _deciding_slots(
     updates = yield from update_steps(updatable, situation)
     if any(isinstance(step, FillSlot) and not step.is_old for step in steps):
         # The update is judged by these tasks as well, once they exist.
-        updates = [step for step in updates if not _completes(step)]
+        updates = [
+            step for step in updates if not (isinstance(step, SetUpdateStatus) and step.state in ENDED)
+        ]
     steps += [step for step in updates if _slot_of(step) is None or _slot_of(step) not in changed]
     changed.update(map(_slot_of, steps))
     yield
@@ -279,11 +281,6 @@ def _deciding_slots(
         if number % STEP == 0:
             yield
     return steps, updatable
-
-
-def _completes(step: Step) -> bool:
-    ends = (UpdateState.COMPLETED, UpdateState.ROLLBACK_COMPLETED)
-    return isinstance(step, SetUpdateStatus) and step.state in ends
 
 
 def _refilled(step: Step, slots: Mapping[Any, Slot], situation: Situation) -> Step:

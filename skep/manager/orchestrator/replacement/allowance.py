@@ -155,10 +155,13 @@ def _witnesses(serving: dict[int, set[TaskId]], minimum: int) -> tuple[TaskId, .
 
 def _unless_it_runs(step: Step, situation: Situation) -> Step:
     """Return the step, for which nothing is written if its task has begun to run since and then draws on the budget."""
-    if not isinstance(step, ReplaceTask | RetireTask) or step.cause is not None:
+    if (
+        not _is_limited(step, situation)
+        or step.cause is not None
+        or step.task.status.state is TaskState.RUNNING
+    ):
         return step
-    runs = step.task.status.state is TaskState.RUNNING
-    return step if runs or not _is_limited(step, situation) else replace(step, cause=Cause.DOES_NOT_RUN)
+    return replace(step, cause=Cause.DOES_NOT_RUN)
 
 
 def _takes_away(step: Step, situation: Situation) -> bool:
