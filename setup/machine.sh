@@ -50,6 +50,7 @@ emulate() {
     [ ! -e $handlers/$emulator ] || return 0
     mkdir -p "$2"
     (cd "$2" && apt-get -o APT::Sandbox::User=root -q download qemu-user-static >&2 && dpkg-deb -x qemu-user-static_*.deb .)
+    stop_emulation # the handler of a run that was killed
     # With the flag F, the kernel opens the emulator now, so that machines with roots of their own need no copy.
     printf ':skep-%s:M::%s:\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\x00\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xfe\\xff\\xff\\xff:%s:F' \
         "$emulator" "$magic" "$2/usr/bin/$emulator-static" >$handlers/register
