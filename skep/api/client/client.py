@@ -215,7 +215,7 @@ class ApiClient(Requests):
                 content_type = response.headers.get("Content-Type", "")
                 return Response(response.status, content_type, await response.read())
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise unanswered(self._endpoint, error) from error
+            raise self._unanswered(error) from error
 
     @asynccontextmanager
     async def lines(self, path: str, query: Mapping[str, str]) -> AsyncGenerator[AsyncIterator[bytes], None]:
@@ -296,7 +296,7 @@ class ApiClient(Requests):
                     raise error_of(response.status, _message(await response.read(), response.reason))
                 yield response
         except (aiohttp.ClientError, OSError) as error:
-            raise unanswered(self._endpoint, error) from error
+            raise self._unanswered(error) from error
 
     async def _agreed_version(self) -> str:
         """Return the highest version that both ends support.  It is negotiated once."""
@@ -310,13 +310,18 @@ class ApiClient(Requests):
             async with asyncio.timeout(_CONNECT_S), self._open_session.get("/_ping") as response:
                 theirs = ApiVersion(response.headers.get("Api-Version", str(NEWEST)))
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise unanswered(self._endpoint, error) from error
+            raise self._unanswered(error) from error
         return str(min(theirs, NEWEST))
 
     @property
     def _open_session(self) -> "aiohttp.ClientSession":
         assert self._session is not None, "used outside of its async with"
         return self._session
+
+    def _unanswered(self, error: BaseException) -> Unavailable:
+        if self._name and isinstance(getattr(error, "os_error", error), FileNotFoundError):
+            return Unavailable(f"{self._name} does not answer: it is starting, or does not run")
+        return unanswered(self._endpoint, error)
 
     @property
     def _endpoint(self) -> str:

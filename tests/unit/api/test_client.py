@@ -94,6 +94,16 @@ async def test_a_missing_socket_is_unavailable(tmp_path):
             await client.get("/services")
 
 
+async def test_a_process_beside_this_one_without_a_socket_starts_or_does_not_run(tmp_path):
+    async with ApiClient.local(tmp_path / "no.sock", "the manager of this node") as client:
+        for request in (client.get("/x"), client.send("GET", "/x")):
+            with pytest.raises(
+                Unavailable,
+                match="manager of this node does not answer: it is starting, or does not run",
+            ):
+                await request
+
+
 async def test_a_daemon_that_hangs_is_named(tmp_path):
     path = tmp_path / "hangs.sock"
     with socket.socket(socket.AF_UNIX) as hanging:

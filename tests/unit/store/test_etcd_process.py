@@ -1,5 +1,7 @@
 """The flags of the etcd process, and the interpretation of its log: pure parts of its supervision."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -154,13 +156,18 @@ def test_a_refusal_is_translated_by_its_text(text: str, meaning: type[SkepError]
     assert type(error_of(text)) is meaning
 
 
+def output_at(seconds: Callable[[], float] = lambda: 0.0) -> EtcdOutput:
+    """The reader of a process's stderr, with this clock."""
+    return EtcdOutput(seconds)
+
+
 def test_lines_are_logged_with_their_level_and_details():
     with capture_logs() as logs:
-        EtcdOutput().take(b'{"level":"warn","ts":"t","caller":"c","msg":"slow fdatasync","took":"1.2s"}\n')
-        EtcdOutput().take(b"plain words\n")
-        EtcdOutput().take(b'{"level":"warn","msg":"Running http and grpc server on single port"}\n')
+        output_at().take(b'{"level":"warn","ts":"t","caller":"c","msg":"slow fdatasync","took":"1.2s"}\n')
+        output_at().take(b"plain words\n")
+        output_at().take(b'{"level":"warn","msg":"Running http and grpc server on single port"}\n')
         for error in ("EOF", "tls: bad certificate"):
-            EtcdOutput().take(
+            output_at().take(
                 b'{"level":"warn","msg":"rejected connection on peer endpoint","error":"%b"}\n'
                 % error.encode()
             )
@@ -175,8 +182,49 @@ def test_lines_are_logged_with_their_level_and_details():
     ], "port probes of other managers are not logged"
 
 
+def test_a_warning_about_a_peer_that_repeats_is_counted_instead_of_logged():
+    """Of a manager that joins and does not listen yet, etcd warns 70 times a second."""
+    now = 0.0
+    output = output_at(lambda: now)
+
+    def warn(peer: str, error: str = "connection refused") -> None:
+        line = {
+            "level": "warn",
+            "msg": "failed to send database snapshot",
+            "remote-peer-id": peer,
+            "error": error,
+        }
+        output.take(json.dumps(line).encode())
+
+    with capture_logs() as logs:
+        for _ in range(285):
+            warn("m2")
+        warn("m3")
+        warn("m2", error="i/o timeout")
+        now = 10.0
+        warn("m2")
+    assert [(line["etcd_remote_peer_id"], line["etcd_error"], line.get("repeated")) for line in logs] == [
+        ("m2", "connection refused", None),
+        ("m3", "connection refused", None),
+        ("m2", "i/o timeout", None),
+        ("m2", "connection refused", 284),
+    ]
+
+
+@given(st.lists(st.tuples(st.integers(0, 150), st.floats(0, 20)), max_size=400))
+def test_whatever_repeats_every_warning_is_logged_or_counted_within_its_time(warnings):
+    now, logged = 0.0, dict[str, float]()
+    output = output_at(lambda: now)
+    for number, pause in warnings:
+        now += pause
+        with capture_logs() as logs:
+            output.take(b'{"level":"warn","msg":"%d"}' % number)
+        assert logs or now < logged[str(number)] + 10
+        logged |= {line["event"]: now for line in logs}
+
+
 def test_the_reason_is_the_fatal_line_else_the_panic_else_the_last_line():
-    output = EtcdOutput()
+    output = output_at()
     assert output.reason == "no output"
     output.take(b'{"level":"warn","msg":"something"}')
     assert output.reason == "something"
@@ -190,7 +238,7 @@ def test_the_reason_is_the_fatal_line_else_the_panic_else_the_last_line():
 @given(st.binary(max_size=100))
 def test_no_output_confuses_the_reader(line):
     with capture_logs():
-        EtcdOutput().take(line)
+        output_at().take(line)
 
 
 @pytest.mark.parametrize(

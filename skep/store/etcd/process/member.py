@@ -72,12 +72,21 @@ _MAX_PLAIN = 500
 """Characters of a line that is not JSON, such as a panic, that are logged and shown as the reason."""
 
 
+_REPEATED_S = 10.0
+"""Seconds in which an equal warning is logged once.  etcd warns 70 times a second of a peer that does not listen."""
+_REPEATED_MAX = 100
+"""Most warnings whose repetitions are counted."""
+
+
 class EtcdOutput:
     """Reads one process's stderr to its end.  ``reason`` is the last fatal line, or else the last line."""
 
-    def __init__(self) -> None:
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
         self._fatal = ""
         self._last = ""
+        self._repeated: dict[tuple[str, str], tuple[float, int]] = {}
+        """Each warning and peer has the time of its last line, and the number of repetitions since."""
 
     @property
     def reason(self) -> str:
@@ -116,7 +125,24 @@ class EtcdOutput:
         if level in ("fatal", "panic", "dpanic"):
             self._fatal = summary
         details = {f"etcd_{name.replace('-', '_')}": value for name, value in entry.items()}
+        if level == "warn":
+            left_out = self._left_out(summary, str(entry.get("remote-peer-id", "")))
+            if left_out is None:
+                return
+            details |= {"repeated": left_out} if left_out else {}
         getattr(log, _LEVELS.get(level, "error"))(message, **details)
+
+    def _left_out(self, summary: str, peer: str) -> int | None:
+        """Return how often this warning was left out since it was logged, or None to leave it out now."""
+        now = self._monotonic()
+        logged_at, count = self._repeated.get((summary, peer), (-_REPEATED_S, 0))
+        if now < logged_at + _REPEATED_S:
+            self._repeated[summary, peer] = logged_at, count + 1
+            return None
+        if len(self._repeated) >= _REPEATED_MAX:
+            self._repeated.clear()
+        self._repeated[summary, peer] = now, 0
+        return count
 
 
 def _is_probe(message: str, entry: dict[str, Any]) -> bool:
@@ -254,7 +280,7 @@ class EtcdMember:
             await self._wait_for_space()
             check_files(self.settings.data)
             started = self._clock.monotonic()
-            output = EtcdOutput()
+            output = EtcdOutput(self._clock.monotonic)
             return_code = await self._run_once(output)
             if self._is_restarting:
                 self._is_restarting = False
