@@ -1,18 +1,24 @@
-"""Staged updates: old tasks that end meanwhile, and the least time of a step."""
+"""Staged updates: old tasks that end meanwhile, restarts with other services, and the least time of a step."""
 
+import pytest
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.replacement.staging import JUDGED_S
+from skep.manager.services.dependent_services import restart_dependents
 from skep.model.options.autoscaling import with_replicas
+from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import PROGRESS_DEADLINE
 from skep.model.service import RestartPolicy, UpdateState
 from skep.model.task import TaskState
 from skep.model.values.times import SECOND_NS
+from tests.support.builders import a_service
 from tests.support.managers.rollouts import a_spec, a_world, advance, image_of, message, state, wanted
 from tests.unit.manager.orchestrator.test_staged_updates import (
     ALL_AT_ONCE,
+    BLUE_GREEN,
     BOUNDED,
     CANARY,
+    NOW,
     RUNNING,
     a_canary,
     begun,
@@ -45,6 +51,40 @@ def test_an_old_task_waits_for_its_own_restart_delay() -> None:
     assert (image_of(successor), successor.desired_state) == ("app:1", TaskState.READY)
     pass_time(world, 5)
     assert [task.desired_state for task in wanted(world) if task.slot == failed.slot] == [RUNNING]
+
+
+@pytest.mark.parametrize("is_paused", [False, True])
+@pytest.mark.parametrize("labels", [CANARY, BLUE_GREEN])
+def test_a_restart_with_another_service_begins_again_and_keeps_the_old_tasks(
+    labels: dict[str, str], is_paused: bool
+) -> None:
+    world = a_world(update=ALL_AT_ONCE)
+    world.update(a_canary(labels={**labels, DEPENDS_ON: "db=service_started+restart"}))
+    advance(world)
+    pass_time(world, 61)
+    assert counts(world) == (4, 4 if labels is BLUE_GREEN else 2)
+    old, first = wanted(world, "app:1"), wanted(world, "app:2")
+    paused, status = UpdateState.PAUSED, world.service.update_status
+    assert status is not None
+    if is_paused:
+        world.put(replace(world.service, update_status=replace(status, state=paused, message="by hand")))
+    template = a_service("db", image="db:2").spec.task_template
+    restart_dependents(world, a_service("db", image="db:1"), template, NOW)  # type: ignore[arg-type]
+    assert shares(world) == {"app:1": 100}
+    advance(world)
+    if is_paused:
+        assert (state(world), message(world)) == (paused, "by hand")
+        status = world.service.update_status
+        assert status is not None
+        world.put(replace(world.service, update_status=replace(status, state=UpdateState.UPDATING)))
+        advance(world)
+    assert wanted(world, "app:1") == old
+    assert {task.spec.force_update for task in wanted(world, "app:2")} == {1}
+    assert not {task.id for task in first} & {task.id for task in wanted(world, "app:2")}
+    pass_time(world, 61)
+    pass_time(world, 101)
+    pass_time(world, 101)
+    assert (state(world), counts(world)) == (UpdateState.COMPLETED, (0, 4))
 
 
 def test_a_short_step_lasts_until_its_first_requests_have_been_judged() -> None:
