@@ -2,9 +2,10 @@
 
 It uses the scheduler's own decision and writes nothing.  Specs are placed one after the other into one accounting, so
 each leaves fewer resources for the next.  An existing service keeps the tasks that its new spec does not replace.  With
-``stop-first``, the resources of the replaced tasks count as free.  With ``start-first``, or if a label keeps all tasks
-(``keeps_all``), as many old and new tasks as are updated at a time must fit together, unless they exclude each other:
-then the old tasks are stopped first.  In a staged update, so must all old tasks and the new ones of its largest step.
+``stop-first``, the resources of the replaced tasks count as free.  With ``start-first``, or if a label has the same
+effect (``starts_first``), as many old and new tasks as are updated at a time must fit together, unless they exclude
+each other: then the old tasks are stopped first.  In a staged update, so must all old tasks and the new ones of its
+largest step.
 
 A task whose slot has data in a local volume returns to that node if it fits.  A dry run ignores everything that only
 time shows: tasks that wait for other services or for the node of their data, and future changes of nodes.
@@ -38,7 +39,7 @@ from skep.manager.scheduler.preemption.preemption import (
     reserve_candidate,
 )
 from skep.manager.scheduler.returning import data_homes
-from skep.manager.services.disruption_budget import updates_start_first
+from skep.manager.services.disruption_budget import starts_first
 from skep.model.needs import host_ports
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeState
@@ -141,7 +142,7 @@ class DryRun:
         is_global = service.spec.mode.name in ("global", "global-job")
         missing = [id for id in homes if not nodes[id]] if is_global else homes[len(kept) :]
         first = self._number_in_steps(spec, replaced, len(homes))
-        number = self._number_at_once(service, replaced, is_staged=first > 0)
+        number = self._number_at_once(service, replaced)
         requirements: Requirements | None = None
         refusal: PlacementRefused | None = None
         preempted: list[TaskId] = []
@@ -189,9 +190,9 @@ class DryRun:
             return 0
         return max(tasks_of_step(stage, wanted) for stage in steps)
 
-    def _number_at_once(self, service: Service, replaced: list[Task], *, is_staged: bool) -> int:
+    def _number_at_once(self, service: Service, replaced: list[Task]) -> int:
         """Return how many new tasks start before old ones end.  With ``stop-first``, free the old tasks first."""
-        if is_staged or updates_start_first(service):
+        if starts_first(replace(service, update_status=None)):  # a deploy begins another update
             config = service.spec.update_config or UpdateConfig(parallelism=1)
             return min(config.parallelism or BATCH, BATCH)
         self._free(replaced)

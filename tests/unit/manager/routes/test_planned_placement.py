@@ -334,7 +334,13 @@ async def test_start_first_needs_room_for_as_many_as_are_updated_at_once(cluster
     [
         ({UPDATE: "blue-green"}, "busybox:2", 7, False),
         ({UPDATE: "blue-green"}, "busybox:2", 8, True),
-        ({UPDATE: "blue-green"}, "busybox:1", 4, True),
+        (
+            {UPDATE: "blue-green"},
+            "busybox:1",
+            4,
+            False,
+        ),  # an update by force, which has no steps, starts first
+        ({UPDATE: "blue-green"}, "busybox:1", 5, True),
         ({UPDATE: "canary"}, "busybox:2", 4, False),
         ({UPDATE: "canary"}, "busybox:2", 5, True),
         ({UPDATE: "canary", UPDATE_STEPS: "10%,50%"}, "busybox:2", 5, False),

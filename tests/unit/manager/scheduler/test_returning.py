@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 from msgspec.structs import replace
 
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
@@ -10,7 +11,16 @@ from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, EngineDescription, Node, NodeState
 from skep.model.options.labels import VOLUME_AFFINITY
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
-from skep.model.service import Placement, Resources, Service, UpdateConfig, UpdateOrder
+from skep.model.service import (
+    Placement,
+    Resources,
+    Service,
+    UpdateConfig,
+    UpdateOrder,
+    UpdateState,
+    UpdateStatus,
+)
+from skep.model.staging.updates import CANARY, UPDATE
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from skep.model.volume import PublishState, VolumeScope, VolumeSharing
 from skep.store.memory import MemoryStore
@@ -209,6 +219,27 @@ async def test_a_freed_place_goes_to_the_slot_with_data_there_before_tasks_that_
 
 async def test_a_task_that_starts_first_does_not_wait_for_what_its_predecessor_holds() -> None:
     service, before, task = an_update(UpdateOrder.START_FIRST)
+    store = await a_store(service, a_node("n3"), before, task)
+    await scheduled(store, task)
+    assert on(store, task) != "n3"
+
+
+@pytest.mark.parametrize("waits", [True, False])
+async def test_the_order_of_a_rollback_decides_whether_a_task_waits_for_its_predecessor(waits: bool) -> None:
+    orders = UpdateOrder.START_FIRST, UpdateOrder.STOP_FIRST
+    update, rollback = (UpdateConfig(order=one) for one in (orders if waits else orders[::-1]))
+    service, before, task = an_update(update.order)
+    status = UpdateStatus(state=UpdateState.ROLLBACK_STARTED)
+    service = replace(service, spec=replace(service.spec, rollback_config=rollback), update_status=status)
+    store = await a_store(service, a_node("n3"), before, task)
+    async with scheduling(store):
+        await wait_for(store, lambda: bool(on(store, task) or store.view().get(Task, task.id).status.err))
+    assert (on(store, task) == "") is waits
+
+
+async def test_a_task_of_a_staged_update_does_not_wait_for_the_old_one_that_stays() -> None:
+    service, before, task = an_update(UpdateOrder.STOP_FIRST)
+    service = replace(service, spec=replace(service.spec, labels={UPDATE: CANARY}))
     store = await a_store(service, a_node("n3"), before, task)
     await scheduled(store, task)
     assert on(store, task) != "n3"
