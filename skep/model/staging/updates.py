@@ -32,6 +32,7 @@ from skep.model.service import (
     UpdateConfig,
     UpdateFailureAction,
     UpdateState,
+    UpdateStatus,
 )
 from skep.model.staging.shares import ALL_PERCENT
 from skep.model.values.counts import counted
@@ -407,6 +408,23 @@ def is_same_update(spec: ServiceSpec, new: ServiceSpec) -> bool:
     """Return whether a staged update to ``spec`` continues with ``new``: the tasks and the steps are the same."""
     before, after = ({name: one.labels.get(name) for name in UPDATE_LABELS} for one in (spec, new))
     return (spec.task_template, spec.endpoint_spec, before) == (new.task_template, new.endpoint_spec, after)
+
+
+def continued(service: Service, new: ServiceSpec) -> UpdateStatus | None:
+    """Return the status of the service's staged update if it continues with the spec ``new``, or None.
+
+    The store drops a status that stays the same when the spec changes, so the changes are counted.
+    """
+    status = service.update_status
+    if (
+        status is None
+        or status.split is None
+        or status.state not in (UpdateState.UPDATING, UpdateState.PAUSED)
+    ):
+        return None
+    if not is_same_update(service.spec, new):
+        return None
+    return replace(status, split=replace(status.split, changes=status.split.changes + 1))
 
 
 def _parsed(labels: Mapping[str, str]) -> tuple[UpdateStage, ...]:
