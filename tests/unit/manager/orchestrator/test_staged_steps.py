@@ -31,11 +31,44 @@ from tests.unit.manager.orchestrator.test_staged_updates import (
 
 def test_an_old_task_that_ends_is_replaced_by_an_old_one() -> None:
     world = begun(replicas=10)
-    free = {task.slot for task in wanted(world)} - {task.slot for task in wanted(world, "app:2")}
-    for task in [task for task in wanted(world, "app:1") if task.slot in free]:
+    for task in wanted(world, "app:1"):
         world.report(task.id, TaskState.FAILED)
     advance(world)
     assert (counts(world), shares(world)) == ((10, 1), {"app:1": 95, "app:2": 5})
+
+
+def test_an_old_task_on_a_lost_node_is_replaced_by_an_old_one_beside_the_new_one() -> None:
+    world = a_world(update=ALL_AT_ONCE)
+    world.update(a_canary(labels=BLUE_GREEN))
+    world.settle()
+    lost, *_ = wanted(world, "app:1")
+    world.put(replace(lost, node_id="gone"))
+    world.settle()
+    assert counts(world) == (4, 4)
+    (successor,) = (task for task in wanted(world, "app:1") if task.slot == lost.slot)
+    assert successor.id != lost.id
+
+
+def test_an_old_task_that_was_restarted_does_not_take_over_from_a_new_one_that_fails() -> None:
+    tolerant = replace(ALL_AT_ONCE, max_failure_ratio=0.9)
+    world = a_world(update=tolerant)
+    world.update(replace(a_canary(labels=BLUE_GREEN), update_config=tolerant))
+    advance(world)
+    for task in wanted(world, "app:1"):
+        world.report(task.id, TaskState.FAILED)
+    advance(world)
+    old, new = wanted(world, "app:1"), wanted(world, "app:2")
+    pass_time(world, 61)
+    world.now += 101
+    status = world.service.update_status
+    assert status is not None
+    assert status.split is not None
+    last = replace(status, split=replace(status.split, step=2))
+    world.report(new[0].id, TaskState.FAILED)
+    world.put(replace(world.service, update_status=last))
+    advance(world)
+    assert counts(world) == (0, 4)
+    assert not {task.id for task in old} & {task.id for task in wanted(world)}
 
 
 def test_an_old_task_waits_for_its_own_restart_delay() -> None:
@@ -97,7 +130,8 @@ def test_a_short_step_lasts_until_its_first_requests_have_been_judged() -> None:
     assert percent(world) == 50
 
 
-def test_a_new_task_that_hangs_since_before_a_scale_fails_the_update() -> None:
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_new_task_that_hangs_since_before_a_scale_fails_the_update(restarts: bool) -> None:
     world = a_world(update=ALL_AT_ONCE)
     world.update(a_canary(labels={**CANARY, PROGRESS_DEADLINE: "30s"}))
     world.settle()
@@ -106,6 +140,10 @@ def test_a_new_task_that_hangs_since_before_a_scale_fails_the_update() -> None:
     world.held.add(hanging.id)
     world.update(with_replicas(world.service.spec, 8))
     advance(world)
+    if restarts:
+        (old,) = (task for task in wanted(world, "app:1") if task.slot == hanging.slot)
+        world.report(old.id, TaskState.FAILED)
+        advance(world)
     assert counts(world) == (8, 1)
     pass_time(world, 39)
     assert state(world) is UpdateState.UPDATING
