@@ -31,7 +31,7 @@ from skep.manager.scheduler.explaining.explain import (
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.manager.scheduler.nodes.requirements import Requirements, planes_of, requirements_of
 from skep.manager.scheduler.nodes.spread import CachedSpreads
-from skep.manager.scheduler.placement import Assignment, Placed, PlacementRefused, confirm, placing
+from skep.manager.scheduler.placement import Assignment, Placed, PlacementRefused, confirm, placing_slots
 from skep.manager.scheduler.preemption.preemption import (
     Nomination,
     Occupants,
@@ -150,6 +150,8 @@ class DryRun:
             missing = missing[(yield from self._returning(service, kept, len(missing), replaced, nodes)) :]
         for begin, end in _batches(len(missing), first, number):
             tasks = self._tasks(service, begin, missing[begin:end])
+            if not is_global:
+                tasks = list(self._in_slots(tasks, begin))
             if requirements is None:
                 requirements = self._requirements(tasks[0], spec)
             placed = yield from self._placed(tasks, requirements, is_last=end >= len(missing))
@@ -310,6 +312,11 @@ class DryRun:
         self._volumes[id] = replace(volume, publish_status=left)
         self._accounting.update_volume(id, self._volumes[id])
 
+    def _in_slots(self, tasks: Sequence[Task], begin: int) -> Iterator[Task]:
+        """Yield the tasks in the slots of the replaced tasks that they start next to, which then do not count."""
+        for number, task in enumerate(tasks, begin):
+            yield replace(task, slot=self._next_to[number].slot) if number < len(self._next_to) else task
+
     def _placed(
         self, tasks: Sequence[Task], requirements: Requirements, *, is_last: bool
     ) -> Generator[None, None, Placed]:
@@ -317,7 +324,7 @@ class DryRun:
         if placed.refusals and self._excludes_itself(placed.refusals[0], requirements):
             self._free(self._next_to)
             self._next_to = ()
-            left = [one.task for one in placed.refusals]
+            left = [replace(one.task, slot=0) for one in placed.refusals]
             again = yield from self._attempted(left, requirements, is_last=is_last)
             placed = replace(again, assignments=(*placed.assignments, *again.assignments))
         return self._in_place(placed, requirements)
@@ -338,10 +345,11 @@ class DryRun:
     ) -> Generator[None, None, Placed]:
         if not tasks[0].node_id:
             return (
-                yield from placing(
+                yield from placing_slots(
                     tasks,
                     requirements,
                     self._choices,
+                    self._view,
                     now=0.0,
                     limit=len(tasks),
                     is_last=is_last,

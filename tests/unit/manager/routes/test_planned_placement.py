@@ -18,6 +18,7 @@ from skep.manager.scheduler.explaining.dry_run import BATCH, DryRun
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability
+from skep.model.options.affinity import ANTI_AFFINITY
 from skep.model.options.labels import MIN_AVAILABLE
 from skep.model.service import (
     REPLICAS_MAX,
@@ -210,6 +211,27 @@ async def test_start_first_stops_a_task_first_that_has_the_host_port_of_the_new_
     (found,) = await asked(cluster, spec)
     assert shares(found) == ({"n1": 1, "n2": 1} if ours else {})
     assert ("host-mode port already in use" in found["Error"]) is not ours
+
+
+@pytest.mark.parametrize("order", ["start-first", "stop-first"])
+async def test_tasks_that_run_apart_may_start_next_to_the_ones_that_they_replace(cluster, order) -> None:
+    """As the scheduler places them.  There is no third node for a third task."""
+    api, _ = cluster
+    await two_nodes(api)
+    labels = {ANTI_AFFINITY: "web"}
+    service = a_service("web", replicas=2)
+    service = replace(service, spec=settled(replace(service.spec, labels=labels)))
+    tasks = [
+        a_task(service=service, slot=slot, node=f"n{slot}", state=TaskState.RUNNING, id=f"t{slot}")
+        for slot in (1, 2)
+    ]
+    await put(api, service, *tasks)
+    for replicas in (2, 3):
+        spec = a_spec("web", replicas=replicas, Labels=labels, UpdateConfig={"Order": order})
+        spec["TaskTemplate"]["ContainerSpec"]["Image"] = "busybox:2"
+        (found,) = await asked(cluster, spec)
+        assert shares(found) == {"n1": 1, "n2": 1}
+        assert (found["Error"] == "") is (replicas == 2)
 
 
 async def test_a_task_that_is_stopping_already_gives_its_host_port_to_the_new_one(cluster) -> None:
