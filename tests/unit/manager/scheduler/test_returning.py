@@ -117,6 +117,28 @@ async def test_a_kept_task_waits_for_its_node_and_says_so_and_holds_up_no_other(
     assert {on(store, task) for task in kept} == {"n3"}
 
 
+@pytest.mark.parametrize("number", [1, 3])
+async def test_a_task_that_waits_for_room_waits_for_its_data_once_its_service_requires_that(
+    number: int,
+) -> None:
+    service = a_stateful_service("none", replicas=number, constraints=("node.labels.disk==ssd",))
+    tasks = [waiting(service, slot=slot) for slot in range(1, number + 1)]
+    store = await a_store(service, down("n3"), *(past(service, "n3", slot=one.slot) for one in tasks), *tasks)
+
+    def errors() -> list[str]:
+        return [store.view().get(Task, one.id).status.err for one in tasks]
+
+    async with scheduling(store):
+        await wait_for(store, lambda: all(errors()))
+        labels = {VOLUME_AFFINITY: "required"}
+        present = store.view().get(Service, service.id)
+        await store.update(put, replace(present, spec=replace(present.spec, labels=labels)))
+        await store.update(put, a_node("n4", labels={"disk": "ssd"}))
+        words = [f"volume data of slot {one.slot} is on node n3, which is down" for one in tasks]
+        await wait_for(store, lambda: errors() == words)
+    assert not any(on(store, task) for task in tasks)
+
+
 async def test_a_node_that_is_drained_is_named_with_its_availability() -> None:
     service = a_stateful_service("required")
     task = waiting(service)
