@@ -59,6 +59,7 @@ from skep.model.staging.updates import (
     has_same_tasks,
     is_same_update,
     is_undecided,
+    split_of_rollback,
     stages_of,
 )
 from skep.model.values.ids import IdSource, ServiceId
@@ -255,7 +256,7 @@ def rollback_service(
                 state=UpdateState.ROLLBACK_STARTED,
                 message="manually requested rollback",
                 started_at=now,
-                split=service.update_status.withdrawn if service.update_status is not None else None,
+                split=split_of_rollback(service),
             ),
             job_status=next_job(tx, service, previous, now),
         )

@@ -31,6 +31,7 @@ from skep.model.service import (
     TaskSpec,
     UpdateConfig,
     UpdateFailureAction,
+    UpdateSplit,
     UpdateState,
     UpdateStatus,
 )
@@ -383,6 +384,21 @@ def is_undecided(service: Service) -> bool:
     if status.split is None or status.split.old is None or not stages:
         return False
     return stages[min(status.split.step, len(stages) - 1)].keeps_old
+
+
+def split_of_rollback(service: Service) -> UpdateSplit | None:
+    """Return the split during a rollback of the service, in which new tasks of a staged update no longer get
+    connections.
+
+    Once the last step has begun, the old tasks are too few, so new tasks serve until others replace them.
+    """
+    status = service.update_status
+    if status is None or status.split is None:
+        return None
+    if status.split.old is None or is_undecided(service):
+        return status.withdrawn
+    earlier = status.split.withdrawn
+    return UpdateSplit(percent=0, versions=earlier) if earlier else None
 
 
 def percent_in_force(stage: UpdateStage, running: int, slots: int) -> int | None:

@@ -8,7 +8,7 @@ from skep.manager.services.dependent_services import restart_dependents
 from skep.model.options.autoscaling import with_replicas
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import PROGRESS_DEADLINE
-from skep.model.service import RestartPolicy, UpdateState
+from skep.model.service import RestartPolicy, UpdateConfig, UpdateState
 from skep.model.task import TaskState
 from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_service
@@ -84,6 +84,25 @@ def test_an_old_task_waits_for_its_own_restart_delay() -> None:
     assert (image_of(successor), successor.desired_state) == ("app:1", TaskState.READY)
     pass_time(world, 5)
     assert [task.desired_state for task in wanted(world) if task.slot == failed.slot] == [RUNNING]
+
+
+def test_a_rollback_of_the_last_step_leaves_connections_to_all_tasks() -> None:
+    """Else the few old tasks that are left would get all of them."""
+    slow = UpdateConfig(parallelism=1, delay=2 * SECOND_NS, monitor=5 * SECOND_NS)
+    world = a_world(update=slow)
+    world.update(replace(a_canary(), update_config=slow, rollback_config=slow))
+    for _ in range(200):
+        pass_time(world, 2)
+        if counts(world) == (1, 3):
+            break
+    new = wanted(world, "app:2")
+    world.report(new[-1].id, TaskState.FAILED)
+    advance(world)
+    assert (state(world), counts(world)) == (UpdateState.ROLLBACK_STARTED, (2, 2))
+    assert shares(world) == {"app:1": 50, "app:2": 50}
+    for _ in range(20):
+        pass_time(world, 2)
+    assert (state(world), shares(world)) == (UpdateState.ROLLBACK_COMPLETED, {"app:1": 100})
 
 
 @pytest.mark.parametrize("is_paused", [False, True])
