@@ -76,6 +76,13 @@ class Returning:
         return away
 
 
+def decides_otherwise(before: Service, after: Service) -> bool:
+    """Return whether a changed service may return its tasks to other nodes, or let them start away from their data."""
+    return volume_affinity(before.spec.labels) is not volume_affinity(after.spec.labels) or (
+        starts_first(before) is not starts_first(after)
+    )
+
+
 def data_homes(task: Task, service: Service, view: View, index: SlotVolumeIndex) -> Sequence[Home]:
     """Return the nodes with local volumes of the slot of ``task``, the latest data first."""
     if volume_affinity(service.spec.labels) is VolumeAffinity.NONE:

@@ -29,13 +29,12 @@ from skep.manager.scheduler.nodes.spread import CachedSpreads
 from skep.manager.scheduler.placement import Assignment, Placed, PlacementRefused, placing, placing_slots
 from skep.manager.scheduler.preemption.preemption import Preempt
 from skep.manager.scheduler.preemption.preemptor import Preemptor
-from skep.manager.scheduler.returning import Returning
+from skep.manager.scheduler.returning import Returning, decides_otherwise
 from skep.manager.scheduler.staying import confirmed, staying
 from skep.model.needs import cluster_mounts, sources_of
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.node_reports.node_refusals import NO_NODE
 from skep.model.options.dependencies import WAITS_FOR
-from skep.model.options.labels import volume_affinity
 from skep.model.options.slot_volumes import SlotName, differ_in_slots_alone, local_volumes
 from skep.model.service import Service
 from skep.model.swarm import Swarm
@@ -145,8 +144,7 @@ class SchedulerState:
                     groups |= self._update_volume(event.new)
                 elif isinstance(event.new, Service):
                     assert isinstance(event.old, Service)
-                    before, after = event.old.spec.labels, event.new.spec.labels
-                    may_help |= volume_affinity(before) is not volume_affinity(after)
+                    may_help |= decides_otherwise(event.old, event.new)
                     may_help |= self._priorities.set(event.new)
                     may_help |= self.accounting.affinities.set(event.new)
                 elif isinstance(event.new, Swarm):

@@ -314,8 +314,9 @@ class DryRun:
 
     def _in_slots(self, tasks: Sequence[Task], begin: int) -> Iterator[Task]:
         """Yield the tasks in the slots of the replaced tasks that they start next to, which then do not count."""
+        slots = list(dict.fromkeys(task.slot for task in self._next_to))
         for number, task in enumerate(tasks, begin):
-            yield replace(task, slot=self._next_to[number].slot) if number < len(self._next_to) else task
+            yield replace(task, slot=slots[number]) if number < len(slots) else task
 
     def _placed(
         self, tasks: Sequence[Task], requirements: Requirements, *, is_last: bool

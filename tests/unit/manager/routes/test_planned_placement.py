@@ -33,6 +33,7 @@ from skep.model.service import (
 from skep.model.staging.updates import UPDATE, UPDATE_STEPS
 from skep.model.swarm import Swarm
 from skep.model.task import TaskState, VolumeAttachment
+from skep.model.values.meta import Version
 from skep.model.volume import PublishState
 from skep.store.interface import Object, View
 from skep.store.memory import MemoryStore
@@ -226,6 +227,8 @@ async def test_tasks_that_run_apart_may_start_next_to_the_ones_that_they_replace
         for slot in (1, 2)
     ]
     await put(api, service, *tasks)
+    other = a_task(service=service, slot=1, node="n1", state=TaskState.RUNNING, id="t0")
+    await put(api, replace(other, spec_version=Version(index=9)))  # of an update that was replaced
     for replicas in (2, 3):
         spec = a_spec("web", replicas=replicas, Labels=labels, UpdateConfig={"Order": order})
         spec["TaskTemplate"]["ContainerSpec"]["Image"] = "busybox:2"

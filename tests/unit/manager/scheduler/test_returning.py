@@ -246,6 +246,18 @@ async def test_a_task_that_starts_first_does_not_wait_for_what_its_predecessor_h
     assert on(store, task) != "n3"
 
 
+async def test_a_task_no_longer_waits_for_its_predecessor_once_the_update_starts_first() -> None:
+    service, before, task = an_update(UpdateOrder.STOP_FIRST)
+    store = await a_store(service, a_node("n3"), before, task)
+    async with scheduling(store):
+        await wait_for(store, lambda: bool(store.view().get(Task, task.id).status.err))
+        present = store.view().get(Service, service.id)
+        config = UpdateConfig(order=UpdateOrder.START_FIRST)
+        await store.update(put, replace(present, spec=replace(present.spec, update_config=config)))
+        await wait_for(store, lambda: bool(on(store, task)))
+    assert on(store, task) != "n3"
+
+
 @pytest.mark.parametrize("waits", [True, False])
 async def test_the_order_of_a_rollback_decides_whether_a_task_waits_for_its_predecessor(waits: bool) -> None:
     orders = UpdateOrder.START_FIRST, UpdateOrder.STOP_FIRST
