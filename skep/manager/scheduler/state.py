@@ -132,7 +132,7 @@ class SchedulerState:
             if isinstance(event, Updated):
                 if isinstance(event.new, Task):
                     assert isinstance(event.old, Task)
-                    may_help |= self._on_task_update(event.old, event.new)
+                    may_help |= self._on_task_update(event.old, event.new, groups)
                 elif isinstance(event.new, Node):
                     assert isinstance(event.old, Node)
                     slots = self._update_node(event.new.id)
@@ -171,10 +171,12 @@ class SchedulerState:
         if self.queue.has_refused and (may_help or groups):
             self.queue.retry(self._priorities.of_successors(commit), None if may_help else groups)
 
-    def _on_task_update(self, old: Task, task: Task) -> bool:
-        """Handle a changed task.  Returns whether it released something."""
+    def _on_task_update(self, old: Task, task: Task, groups: set[Group]) -> bool:
+        """Handle a changed task.  Returns whether it released something.  Adds its group to ``groups`` if it starts."""
         if self._is_accounted(old, task):
             return False
+        if task.desired_state is not old.desired_state and task.id in self.groups.of:
+            groups.add(self.groups.of[task.id])  # others may stop for it now, and did not for a prepared task
         if task.has_failed and not old.has_failed and task.node_id:
             self.accounting.record_failure(task, self._clock.monotonic())
         return self._update_task(task.id) or task.spec is not old.spec
@@ -232,14 +234,13 @@ class SchedulerState:
         return may_help
 
     def _enqueue(self, task: Task) -> None:
-        before = self.groups.of.get(task.id)
         if task.id in self._away:  # decided already
             return
         group = group_of(task)
         with self._accounting_failures.caught(task.id):
             if self._returning.has_home(task, self._view()):
                 group = task.id
-        if before == group:
+        if (before := self.groups.of.get(task.id)) == group:
             return
         if before is not None:
             self._dequeue(task.id)
@@ -391,6 +392,8 @@ class SchedulerState:
             requirements = self._requirements_of(task, self._view())
             if not reason:
                 why = Why(requirements=requirements)
+            elif returns(task, group):
+                requirements = replace(requirements, needs_disk=False)  # as ``Returning.decide`` does
             chosen = {one.task.id for one in placed.assignments}
             tasks = [one for one in self._tasks_of(group, BATCH + len(chosen)) if one.id not in chosen]
             if tasks and self.preemptor.may_preempt(task):
@@ -578,8 +581,7 @@ class SchedulerState:
                 continue
             # A decision that was not written has no reservation.  Others may have been refused because of it.
             may_help |= self._update_task(id)
-            group = self.groups.of.get(id)
-            if group is None:
+            if (group := self.groups.of.get(id)) is None:
                 continue
             outcomes.append((group, result))
             if result is None and isinstance(decision, Assignment):
@@ -593,5 +595,4 @@ class SchedulerState:
 
     def _service_of(self, group: Group, view: View) -> str:
         id, is_common, _ = group.partition("/")
-        task = None if is_common else view.lookup(Task, TaskId(id))
-        return task.service_id if task is not None else id
+        return id if is_common or (task := view.lookup(Task, TaskId(id))) is None else task.service_id
