@@ -149,9 +149,7 @@ class DryRun:
         if not is_global:
             missing = missing[(yield from self._returning(service, kept, len(missing), replaced, nodes)) :]
         for begin, end in _batches(len(missing), first, number):
-            tasks = self._tasks(service, begin, missing[begin:end])
-            if not is_global:
-                tasks = list(self._in_slots(tasks, begin))
+            tasks = self._in_slots(self._tasks(service, begin, missing[begin:end]), begin)
             if requirements is None:
                 requirements = self._requirements(tasks[0], spec)
             placed = yield from self._placed(tasks, requirements, is_last=end >= len(missing))
@@ -312,11 +310,15 @@ class DryRun:
         self._volumes[id] = replace(volume, publish_status=left)
         self._accounting.update_volume(id, self._volumes[id])
 
-    def _in_slots(self, tasks: Sequence[Task], begin: int) -> Iterator[Task]:
-        """Yield the tasks in the slots of the replaced tasks that they start next to, which then do not count."""
+    def _in_slots(self, tasks: list[Task], begin: int) -> list[Task]:
+        """Return the tasks in the slots of the replaced tasks that they start next to, which then do not count."""
         slots = list(dict.fromkeys(task.slot for task in self._next_to))
-        for number, task in enumerate(tasks, begin):
-            yield replace(task, slot=slots[number]) if number < len(slots) else task
+        if tasks[0].node_id:
+            return tasks
+        return [
+            replace(task, slot=slots[number]) if number < len(slots) else task
+            for number, task in enumerate(tasks, begin)
+        ]
 
     def _placed(
         self, tasks: Sequence[Task], requirements: Requirements, *, is_last: bool
