@@ -7,6 +7,7 @@ from typing import TypeAlias, TypeVar
 from skep.aio.clock import Clock
 
 T = TypeVar("T")
+P = TypeVar("P")
 
 SlicedWork: TypeAlias = Generator[None, None, T]
 """Work that can pause wherever it yields, and returns its result."""
@@ -47,6 +48,17 @@ def run_at_once(work: SlicedWork[T]) -> T:
         except StopIteration as end:
             result: T = end.value
             return result
+
+
+def pausing(work: SlicedWork[T], pause: P) -> Generator[P, None, T]:
+    """Run ``work``, and yield ``pause`` wherever it may pause."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        yield pause
 
 
 async def run_in_slices(work: Iterable[None], clock: Clock) -> None:

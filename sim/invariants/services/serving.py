@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 from sim.invariants.nodes.placement import constraints_of, meets
 from sim.world.committed import Change
-from skep.manager.orchestrator.decision_inputs import ROLLBACKS
 from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
+from skep.manager.services.disruption_budget import ROLLBACKS
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service, UpdateConfig
 from skep.model.task import Task, TaskState

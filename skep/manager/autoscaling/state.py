@@ -39,6 +39,7 @@ from skep.model.options.autoscaling import (
     with_replicas,
 )
 from skep.model.service import Autoscaled, Service, ServiceSpec
+from skep.model.staging.updates import continued
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.values.times import SECOND_NS, timestamp
@@ -376,10 +377,21 @@ def write_replicas(tx: Transaction, one: Scaling, check_quota: CheckQuota) -> bo
 def put_replicas(
     tx: Transaction, service: Service, replicas: int, reason: str, now_ns: int, check_quota: CheckQuota
 ) -> None:
-    """Put a service with another number of tasks, and the reason.  Raises: PermissionDenied: beyond the quota."""
+    """Put a service with another number of tasks, and the reason.  A staged update of it continues.
+
+    Raises: PermissionDenied: beyond the quota.
+    """
     spec, previous = with_replicas(service.spec, replicas), service.previous_spec
     check_quota(tx, spec, service)
     if previous is not None:
         previous = with_number_within_range(previous, replicas)
     done = Autoscaled(before=service.spec.replicas, after=replicas, reason=reason, at=timestamp(now_ns))
-    tx.put(replace(service, spec=spec, previous_spec=previous, autoscaled=done))
+    tx.put(
+        replace(
+            service,
+            spec=spec,
+            previous_spec=previous,
+            update_status=continued(service, spec) or service.update_status,
+            autoscaled=done,
+        )
+    )

@@ -55,9 +55,11 @@ from skep.model.service import (
 )
 from skep.model.staging.updates import (
     IN_PROGRESS,
+    continued,
     has_same_tasks,
     is_same_update,
     is_undecided,
+    split_of_rollback,
     stages_of,
 )
 from skep.model.values.ids import IdSource, ServiceId
@@ -186,8 +188,8 @@ def status_after(service: Service, new: ServiceSpec, now: Timestamp) -> UpdateSt
     """
     status = service.update_status or UpdateStatus()
     split, is_going = status.split, status.state in (UpdateState.UPDATING, UpdateState.PAUSED)
-    if split is not None and is_going and is_same_update(service.spec, new):
-        return replace(status, split=replace(split, changes=split.changes + 1))
+    if (present_update := continued(service, new)) is not None:
+        return present_update
     begun = UpdateStatus(state=UpdateState.UPDATING, started_at=now, message=IN_PROGRESS)
     present, wanted = ((one.task_template, one.endpoint_spec) for one in (service.spec, new))
     if split is not None and split.old is not None and is_going and present == wanted:
@@ -254,7 +256,7 @@ def rollback_service(
                 state=UpdateState.ROLLBACK_STARTED,
                 message="manually requested rollback",
                 started_at=now,
-                split=service.update_status.withdrawn if service.update_status is not None else None,
+                split=split_of_rollback(service),
             ),
             job_status=next_job(tx, service, previous, now),
         )

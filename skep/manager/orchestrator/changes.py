@@ -28,6 +28,7 @@ from skep.model.history import stack_of
 from skep.model.node import Availability, Node
 from skep.model.options.autoscaling import with_number_kept
 from skep.model.service import ENDED, PAUSED, Service, SpecAuthor, UpdateSplit, UpdateState, UpdateStatus
+from skep.model.staging.updates import split_of_rollback
 from skep.model.task import Restart, StopCause, Task, TaskState, TaskStatus
 from skep.model.values.ids import IdSource, NodeId, TaskId
 from skep.model.values.meta import Version
@@ -535,7 +536,7 @@ def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -
         state=UpdateState.ROLLBACK_STARTED,
         started_at=before.started_at or now,
         message=message,
-        split=before.withdrawn,
+        split=split_of_rollback(service),
     )
     follow_rollback(tx, service)
     restart_dependents(tx, service, previous.task_template, now)

@@ -10,7 +10,7 @@ from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.disconnection import policy_on, replaced_at
 from skep.manager.orchestrator.replacement.enforcement import violates_constraints
 from skep.manager.orchestrator.slots import is_unusable
-from skep.manager.services.disruption_budget import keeps_all, required
+from skep.manager.services.disruption_budget import required, rollout_config
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import OnDisconnect, drains_now
 from skep.model.options.overlap import why_stop_first
@@ -20,18 +20,12 @@ from skep.model.service import (
     Service,
     ServiceSpec,
     UpdateConfig,
-    UpdateFailureAction,
-    UpdateOrder,
-    UpdateState,
 )
-from skep.model.staging.updates import QueryVerdict, TaskRequests, stages_of
+from skep.model.staging.updates import QueryVerdict, TaskRequests
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, TaskId, VolumeId
 from skep.model.values.times import unix_ns
 from skep.model.volume import Volume
-
-ROLLBACKS = (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_PAUSED)
-_DEFAULTS = UpdateConfig(parallelism=1)
 
 
 class Situation(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,13 +72,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def rollout_config(self) -> UpdateConfig:
         """Settings of the current or next update, or of the rollback during one."""
-        status, spec = self.service.update_status, self.service.spec
-        is_rollback = status is not None and status.state in ROLLBACKS
-        config = (spec.rollback_config if is_rollback else spec.update_config) or _DEFAULTS
-        if not is_rollback and stages_of(spec.labels):
-            action = UpdateFailureAction.ROLLBACK
-            return replace(config, order=UpdateOrder.START_FIRST, failure_action=action)
-        return replace(config, order=UpdateOrder.START_FIRST) if keeps_all(self.service) else config
+        return rollout_config(self.service)
 
     @property
     def max_attempts(self) -> int:

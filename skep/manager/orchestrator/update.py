@@ -63,7 +63,7 @@ from skep.manager.orchestrator.changes import (
     SetUpdateStatus,
     Step,
 )
-from skep.manager.orchestrator.decision_inputs import ROLLBACKS, Situation
+from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.replacement.early_failures import EarlyFailures
 from skep.manager.orchestrator.replacement.held_places import blocks, excludes, holds
 from skep.manager.orchestrator.replacement.slot_views import SlotView, monitor_s, retired, serves, view_of
@@ -72,6 +72,7 @@ from skep.manager.orchestrator.slots import (
     Slot,
     age,
 )
+from skep.manager.services.disruption_budget import ROLLBACKS
 from skep.model.service import (
     PAUSED,
     UNDER_WAY,

@@ -6,7 +6,7 @@ from typing import TypeAlias
 from skep.model.options.slot_volumes import SlotName
 from skep.model.service import Service
 from skep.model.task import Task
-from skep.model.values.ids import TaskId
+from skep.model.values.ids import ServiceId, TaskId
 from skep.store.interface import View
 
 Group: TypeAlias = str
@@ -67,6 +67,11 @@ class Groups:
             for task in view.find(Task, slot=f"{service.id}/{slot}")
             if (group := self.of.get(task.id)) is not None
         }
+
+    def of_service(self, id: ServiceId, view: View) -> set[Group]:
+        """Return the groups of the service's pending tasks."""
+        tasks = view.find(Task, service_id=id)
+        return {group for task in tasks if (group := self.of.get(task.id)) is not None}
 
     @property
     def with_volumes(self) -> Collection[Group]:

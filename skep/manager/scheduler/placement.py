@@ -151,6 +151,7 @@ def placing_slots(
     now: float,
     limit: int,
     is_last: bool,
+    explains: bool = False,
 ) -> SlicedWork[Placed]:
     """Choose nodes as ``placing`` does, where tasks that leave the slots of ``tasks`` do not count.
 
@@ -162,7 +163,14 @@ def placing_slots(
     if not gone or not requirements.rules.keeps_apart(requirements.service_id):
         return (
             yield from placing(
-                tasks, requirements, choices, now=now, limit=limit, is_last=is_last, leaving=gone
+                tasks,
+                requirements,
+                choices,
+                now=now,
+                limit=limit,
+                is_last=is_last,
+                leaving=gone,
+                explains=explains,
             )
         )
     assignments: list[Assignment] = []
@@ -176,6 +184,7 @@ def placing_slots(
             limit=1,
             is_last=is_last and task is tasks[-1],
             leaving=leaving((task,), view),
+            explains=explains,
         )
         assignments += placed.assignments
         refusals += placed.refusals

@@ -8,7 +8,7 @@ from skep.manager.scheduler.nodes.accounting import Account, Accounting, holds_r
 from skep.manager.scheduler.nodes.filters import Filter, first_refusing
 from skep.manager.scheduler.nodes.requirements import Requirements
 from skep.manager.scheduler.placement import ASSIGNED, Assignment, PlacementRefused, assigned
-from skep.manager.services.disruption_budget import updates_start_first
+from skep.manager.services.disruption_budget import starts_first
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import VolumeAffinity, volume_affinity
 from skep.model.options.slot_volumes import Home, SlotVolumeIndex, homes_of, local_volumes
@@ -76,6 +76,13 @@ class Returning:
         return away
 
 
+def decides_otherwise(before: Service, after: Service) -> bool:
+    """Return whether a changed service may return its tasks to other nodes, or let them start away from their data."""
+    return volume_affinity(before.spec.labels) is not volume_affinity(after.spec.labels) or (
+        starts_first(before) is not starts_first(after)
+    )
+
+
 def data_homes(task: Task, service: Service, view: View, index: SlotVolumeIndex) -> Sequence[Home]:
     """Return the nodes with local volumes of the slot of ``task``, the latest data first."""
     if volume_affinity(service.spec.labels) is VolumeAffinity.NONE:
@@ -87,11 +94,11 @@ def data_homes(task: Task, service: Service, view: View, index: SlotVolumeIndex)
 def _frees(task: Task, service: Service, node_id: NodeId, view: View) -> bool:
     """Return whether an earlier task of the slot will soon release resources of the node.
 
-    A stop-first update stops it when the new task is refused.  A start-first update never does.
+    A stop-first update or rollback stops it when the new task is refused.  A start-first one never does.
     """
-    starts_first = updates_start_first(service)
+    keeps_wanted = starts_first(service)
     return any(
-        other.node_id == node_id and holds_resources(other) and not (other.is_wanted and starts_first)
+        other.node_id == node_id and holds_resources(other) and not (other.is_wanted and keeps_wanted)
         for other in view.find(Task, slot=f"{task.service_id}/{task.slot}")
         if other.id != task.id
     )

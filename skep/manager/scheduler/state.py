@@ -13,7 +13,7 @@ from typing import TypeAlias, TypeVar
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.aio.time_slices import SlicedWork
+from skep.aio.time_slices import SlicedWork, pausing
 from skep.errors import SkepError
 from skep.manager.control_loops.failures import Failures
 from skep.manager.control_loops.informer import batches_of
@@ -29,14 +29,13 @@ from skep.manager.scheduler.nodes.spread import CachedSpreads
 from skep.manager.scheduler.placement import Assignment, Placed, PlacementRefused, placing, placing_slots
 from skep.manager.scheduler.preemption.preemption import Preempt
 from skep.manager.scheduler.preemption.preemptor import Preemptor
-from skep.manager.scheduler.returning import Returning
+from skep.manager.scheduler.returning import Returning, decides_otherwise
 from skep.manager.scheduler.staying import confirmed, staying
 from skep.model.needs import cluster_mounts, sources_of
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.node_reports.node_refusals import NO_NODE
 from skep.model.options.dependencies import WAITS_FOR
-from skep.model.options.labels import volume_affinity
-from skep.model.options.slot_volumes import SlotName, differ_in_slots_alone
+from skep.model.options.slot_volumes import SlotName, differ_in_slots_alone, local_volumes
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
@@ -127,26 +126,25 @@ class SchedulerState:
 
     def on_commit(self, commit: Commit) -> None:
         """Update the accounting and the groups, and queue the groups for which the commit could help."""
-        may_help, volume_groups = False, set[Group]()
+        may_help, groups = False, set[Group]()
         self.queue.add_times(self._waits.record(commit, self._clock.monotonic()))
         for event in commit.events:
             if isinstance(event, Updated):
                 if isinstance(event.new, Task):
                     assert isinstance(event.old, Task)
-                    may_help |= self._on_task_update(event.old, event.new)
+                    may_help |= self._on_task_update(event.old, event.new, groups)
                 elif isinstance(event.new, Node):
                     assert isinstance(event.old, Node)
                     slots = self._update_node(event.new.id)
                     if differ_in_slots_alone(event.old, event.new):
-                        volume_groups |= self.groups.of_slots(slots, self._view())
+                        groups |= self.groups.of_slots(slots, self._view())
                     else:
                         may_help |= not differ_in_load_alone(event.old, event.new)
                 elif isinstance(event.new, Volume):
-                    volume_groups |= self._update_volume(event.new)
+                    groups |= self._update_volume(event.new)
                 elif isinstance(event.new, Service):
                     assert isinstance(event.old, Service)
-                    before, after = event.old.spec.labels, event.new.spec.labels
-                    may_help |= volume_affinity(before) is not volume_affinity(after)
+                    may_help |= decides_otherwise(event.old, event.new)
                     may_help |= self._priorities.set(event.new)
                     may_help |= self.accounting.affinities.set(event.new)
                 elif isinstance(event.new, Swarm):
@@ -161,7 +159,7 @@ class SchedulerState:
                     self._update_node(node.id)
                     may_help = True
                 case Volume() as volume:
-                    volume_groups |= self._update_volume(volume)
+                    groups |= self._update_volume(volume)
                 case Service() as service if isinstance(event, Deleted):
                     self.accounting.forget_service(service.id)
                     self._priorities.forget(service.id)
@@ -169,13 +167,16 @@ class SchedulerState:
                 case Service() as service:
                     self._priorities.set(service)
                     may_help |= self.accounting.affinities.set(service)
-        if self.queue.has_refused and (may_help or volume_groups):
-            self.queue.retry(self._priorities.of_successors(commit), None if may_help else volume_groups)
+                    groups |= self.groups.of_service(service.id, self._view())  # if it was unreadable
+        if self.queue.has_refused and (may_help or groups):
+            self.queue.retry(self._priorities.of_successors(commit), None if may_help else groups)
 
-    def _on_task_update(self, old: Task, task: Task) -> bool:
-        """Handle a changed task.  Returns whether it released something."""
+    def _on_task_update(self, old: Task, task: Task, groups: set[Group]) -> bool:
+        """Handle a changed task.  Returns whether it released something.  Adds its group to ``groups`` if it starts."""
         if self._is_accounted(old, task):
             return False
+        if task.desired_state is not old.desired_state and task.id in self.groups.of:
+            groups.add(self.groups.of[task.id])  # others may stop for it now, and did not for a prepared task
         if task.has_failed and not old.has_failed and task.node_id:
             self.accounting.record_failure(task, self._clock.monotonic())
         return self._update_task(task.id) or task.spec is not old.spec
@@ -233,14 +234,13 @@ class SchedulerState:
         return may_help
 
     def _enqueue(self, task: Task) -> None:
-        before = self.groups.of.get(task.id)
         if task.id in self._away:  # decided already
             return
         group = group_of(task)
         with self._accounting_failures.caught(task.id):
             if self._returning.has_home(task, self._view()):
                 group = task.id
-        if before == group:
+        if (before := self.groups.of.get(task.id)) == group:
             return
         if before is not None:
             self._dequeue(task.id)
@@ -342,7 +342,7 @@ class SchedulerState:
         with self._accounting_failures.caught("single tasks"):
             for group in groups:
                 task = self._single(group, view)
-                if task is None or task.node_id or returns(task, group) or task.id in self._away:
+                if task is None or task.node_id or returns(task, group) or self._may_return(task, view):
                     others.append(group)
                     continue
                 if self.preemptor.may_preempt(task):
@@ -392,6 +392,8 @@ class SchedulerState:
             requirements = self._requirements_of(task, self._view())
             if not reason:
                 why = Why(requirements=requirements)
+            elif returns(task, group):
+                requirements = replace(requirements, needs_disk=False)  # as ``Returning.decide`` does
             chosen = {one.task.id for one in placed.assignments}
             tasks = [one for one in self._tasks_of(group, BATCH + len(chosen)) if one.id not in chosen]
             if tasks and self.preemptor.may_preempt(task):
@@ -438,7 +440,7 @@ class SchedulerState:
         decided: T | None = None
         try:
             yield WRITTEN
-            decided = yield from _paused_in(work)
+            decided = yield from pausing(work, IF_DUE)
             return decided
         finally:
             self._deciding.difference_update(ids)
@@ -456,7 +458,7 @@ class SchedulerState:
         if returns(tasks[0], group):
             return self._return(tasks[0], requirements)
         returned: Sequence[Assignment] = ()
-        if self._away:
+        if self._away or local_volumes(tasks[0].spec):
             tasks, returned = self._returned(tasks, requirements)
         is_last = self.groups.count(group) <= limit
         work = placing_slots(
@@ -467,6 +469,10 @@ class SchedulerState:
         if self._away or returned:
             placed = replace(placed, assignments=(*returned, *map(self._with_note, placed.assignments)))
         return placed
+
+    def _may_return(self, task: Task, view: View) -> bool:
+        """Return whether the slot of a task in a common group may have data on a node."""
+        return task.id in self._away or self._returning.has_home(task, view)
 
     def _return(self, task: Task, requirements: Requirements) -> Placed:
         """Assign the task to the node with its slot's volumes, wait for that node, or move it to the common group."""
@@ -484,12 +490,17 @@ class SchedulerState:
     def _returned(
         self, tasks: Sequence[Task], requirements: Requirements
     ) -> tuple[list[Task], Sequence[Assignment]]:
-        """Return ``tasks`` without those whose original node can run them after all, and the assignments of these."""
+        """Return ``tasks`` without the ones that return to their data or wait for it, and the assignments of these."""
         left: list[Task] = []
         assignments: list[Assignment] = []
         for task in tasks:
-            if task.id not in self._away:
+            if not self._may_return(task, self._view()):
                 left.append(task)
+                continue
+            if (
+                task.id not in self._away
+            ):  # its slot has data, or its service another affinity, since it was queued
+                self._enqueue(task)
                 continue
             match self._returning.decide(task, requirements, self._view()):
                 case Assignment() as assignment:
@@ -570,8 +581,7 @@ class SchedulerState:
                 continue
             # A decision that was not written has no reservation.  Others may have been refused because of it.
             may_help |= self._update_task(id)
-            group = self.groups.of.get(id)
-            if group is None:
+            if (group := self.groups.of.get(id)) is None:
                 continue
             outcomes.append((group, result))
             if result is None and isinstance(decision, Assignment):
@@ -585,16 +595,4 @@ class SchedulerState:
 
     def _service_of(self, group: Group, view: View) -> str:
         id, is_common, _ = group.partition("/")
-        task = None if is_common else view.lookup(Task, TaskId(id))
-        return task.service_id if task is not None else id
-
-
-def _paused_in(work: SlicedWork[T]) -> Deciding[T]:
-    """Run ``work``, which may pause wherever it yields."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        yield IF_DUE
+        return id if is_common or (task := view.lookup(Task, TaskId(id))) is None else task.service_id

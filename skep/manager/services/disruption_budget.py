@@ -10,13 +10,18 @@ Actions that a user asks for (scaling down, `drain --now`) and failures do not w
 from collections.abc import Callable, Iterable
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.model.node import Node, NodeState
 from skep.model.options.labels import MIN_AVAILABLE, min_available
 from skep.model.options.overlap import why_stop_first
-from skep.model.service import Service, UpdateConfig, UpdateOrder
+from skep.model.service import Service, UpdateConfig, UpdateFailureAction, UpdateOrder, UpdateState
+from skep.model.staging.updates import stages_of
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
+
+ROLLBACKS = (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_PAUSED)
+_DEFAULTS = UpdateConfig(parallelism=1)
 
 
 class DisruptionBudget(msgspec.Struct, frozen=True):
@@ -71,10 +76,24 @@ def keeps_all(service: Service) -> bool:
     return minimum > 0 and minimum >= service.spec.replicas and not why_stop_first(service.spec)
 
 
-def updates_start_first(service: Service) -> bool:
-    """Return whether updates start new tasks before they stop old ones: their order says so, or ``keeps_all``."""
-    config = service.spec.update_config
-    return (config is not None and config.order is UpdateOrder.START_FIRST) or keeps_all(service)
+def rollout_config(service: Service) -> UpdateConfig:
+    """Return the settings of the current or next update, or of the rollback during one.
+
+    Updates of a service with steps start first, also the ones that have no steps.
+    """
+    status, spec = service.update_status, service.spec
+    is_rollback = status is not None and status.state in ROLLBACKS
+    config = (spec.rollback_config if is_rollback else spec.update_config) or _DEFAULTS
+    if not is_rollback and stages_of(spec.labels):
+        return replace(config, order=UpdateOrder.START_FIRST, failure_action=UpdateFailureAction.ROLLBACK)
+    return replace(config, order=UpdateOrder.START_FIRST) if keeps_all(service) else config
+
+
+def starts_first(service: Service) -> bool:
+    """Return whether the current or next update, or the rollback during one, starts new tasks before it stops old
+    ones.
+    """
+    return rollout_config(service).order is UpdateOrder.START_FIRST
 
 
 def budget_of(
@@ -92,7 +111,7 @@ def budget_of(
     replicas, minimum = service.spec.replicas, required(service)
     if minimum is not None:
         return DisruptionBudget(available, minimum, MIN_AVAILABLE)
-    parallelism = (service.spec.update_config or UpdateConfig(parallelism=1)).parallelism
+    parallelism = (service.spec.update_config or _DEFAULTS).parallelism
     return DisruptionBudget(
         available, max(replicas - parallelism, 0) if parallelism else 0, "update parallelism"
     )

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 
-from skep.manager.orchestrator.reaper.history import DEFAULT_LIMIT, history_limit
+from skep.manager.orchestrator.reaper.history import DEFAULT_LIMIT, attempts_kept, history_limit
 from skep.manager.orchestrator.reaper.state import unreported
 from skep.manager.verify.rules import InvariantViolation
 from skep.model.container import ContainerSpec
@@ -17,7 +17,7 @@ from skep.model.values.counts import counted
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.volume import Volume
 from skep.store.interface import View
-from skep.store.kinds import Payload, SpecVersion, unused_versions
+from skep.store.kinds import Payload, SpecVersion, as_before_update, unused_versions
 
 EXTRA = 8
 """Tasks of one slot in addition to its history limit: the desired task, a stopping task, and a task that decides on the
@@ -44,6 +44,8 @@ def leftover_tasks(
         tasks = [one for one in tasks if one.node_id not in down]
     if limit >= 0:
         per_slot = history_limit(service, limit) + EXTRA
+        if service.old_version is not None:  # restarts of old and of new tasks are counted
+            per_slot += attempts_kept(as_before_update(view, service))
         sizes = Counter(task.slot or task.node_id for task in tasks)
         for slot, size in sizes.items():
             if size > per_slot:

@@ -31,7 +31,9 @@ from skep.model.service import (
     TaskSpec,
     UpdateConfig,
     UpdateFailureAction,
+    UpdateSplit,
     UpdateState,
+    UpdateStatus,
 )
 from skep.model.staging.shares import ALL_PERCENT
 from skep.model.values.counts import counted
@@ -384,6 +386,21 @@ def is_undecided(service: Service) -> bool:
     return stages[min(status.split.step, len(stages) - 1)].keeps_old
 
 
+def split_of_rollback(service: Service) -> UpdateSplit | None:
+    """Return the split during a rollback of the service, in which new tasks of a staged update no longer get
+    connections.
+
+    Once the last step has begun, the old tasks are too few, so new tasks serve until others replace them.
+    """
+    status = service.update_status
+    if status is None or status.split is None:
+        return None
+    if status.split.old is None or is_undecided(service):
+        return status.withdrawn
+    earlier = status.split.withdrawn
+    return UpdateSplit(percent=0, versions=earlier) if earlier else None
+
+
 def percent_in_force(stage: UpdateStage, running: int, slots: int) -> int | None:
     """Return the share of connections for ``running`` new tasks: at most the step's, and none has more than its slot's
     part.
@@ -407,6 +424,23 @@ def is_same_update(spec: ServiceSpec, new: ServiceSpec) -> bool:
     """Return whether a staged update to ``spec`` continues with ``new``: the tasks and the steps are the same."""
     before, after = ({name: one.labels.get(name) for name in UPDATE_LABELS} for one in (spec, new))
     return (spec.task_template, spec.endpoint_spec, before) == (new.task_template, new.endpoint_spec, after)
+
+
+def continued(service: Service, new: ServiceSpec) -> UpdateStatus | None:
+    """Return the status of the service's staged update if it continues with the spec ``new``, or None.
+
+    The store drops a status that stays the same when the spec changes, so the changes are counted.
+    """
+    status = service.update_status
+    if (
+        status is None
+        or status.split is None
+        or status.state not in (UpdateState.UPDATING, UpdateState.PAUSED)
+    ):
+        return None
+    if not is_same_update(service.spec, new):
+        return None
+    return replace(status, split=replace(status.split, changes=status.split.changes + 1))
 
 
 def _parsed(labels: Mapping[str, str]) -> tuple[UpdateStage, ...]:

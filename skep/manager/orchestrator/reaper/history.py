@@ -10,7 +10,7 @@ Source: swarmkit, manager/orchestrator/taskreaper/task_reaper.go; manager/orches
 removed node).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 from skep.manager.orchestrator.slots import Slot, age, has_reported_end, is_assigned
@@ -18,6 +18,7 @@ from skep.model.node import Node
 from skep.model.options.schedules import max_attempts_of
 from skep.model.service import RestartPolicy, Service
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import TaskId
 from skep.model.values.meta import Version
 
 DEFAULT_LIMIT = 5
@@ -61,7 +62,7 @@ def surplus_history(
     slot: Sequence[Task],
     limit: int,
     iteration: Version | None = None,
-    updating: Version | None = None,
+    updating: Collection[Version | None] = (),
     attempts: int = 0,
 ) -> Slot:
     """Return the tasks of one slot that exceed its history limit, oldest first.
@@ -74,25 +75,24 @@ def surplus_history(
         limit: Maximum number of the slot's ended tasks plus its wanted one.  Negative means no limit.
         iteration: A job's current iteration.  Its completed tasks are kept, because their work would otherwise be
             repeated.
-        updating: The version of the update in progress.  The tasks that decide about its success are kept.
+        updating: The versions of the update in progress, of which a staged update that was scaled has several.  The
+            tasks that decide about its success are kept.
         attempts: How many tasks that ended by themselves to keep, because restarts are counted by them
-            (``restart.attempts_of``).  Tasks that were moved must not displace them.  Their successors are kept as
-            well: without a successor that was moved, a later task would count as the restart.
+            (``restart.attempts_of``), of each version of a wanted task.  Tasks that were moved must not displace them.
+            Their successors are kept as well: without a successor that was moved, a later task would count as the
+            restart.
     """
     if limit < 0 or len(slot) <= limit:
         return ()
     present = [task for task in slot if not _is_past(task)]
     ordered = sorted(slot, key=age)
-    judged = _judged([task for task in ordered if updating is not None and task.spec_version == updating])
-    version = ordered[-1].spec_version
-    counted = [
-        task
-        for task in ordered
-        if task.ended_by_itself and task.spec_version == version and task.job_iteration == iteration
-    ]
-    kept = {task.id for task in (*judged, *counted[max(len(counted) - attempts, 0) :])}
-    if attempts:
+    kept: set[TaskId] = set()
+    for version in updating:
+        kept.update(task.id for task in _judged([task for task in ordered if task.spec_version == version]))
+    for version in {ordered[-1].spec_version, *(task.spec_version for task in present)} if attempts else ():
         same = [task for task in ordered if task.spec_version == version]
+        counted = [task for task in same if task.ended_by_itself and task.job_iteration == iteration]
+        kept.update(task.id for task in counted[max(len(counted) - attempts, 0) :])
         kept |= {after.id for before, after in pairwise(same) if before.id in kept and before.ended_by_itself}
     past = [
         task

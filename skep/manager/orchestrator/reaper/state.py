@@ -1,6 +1,6 @@
 """State of the reaper: which slots and services are due, and which of their objects ``history`` no longer needs."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from random import Random
 from typing import NewType
@@ -46,7 +46,14 @@ from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.values.meta import Version
 from skep.store.interface import Commit, Created, Deleted, Updated, View
-from skep.store.kinds import SpecVersion, as_run, has_unreadable_run, kept_versions, unused_versions
+from skep.store.kinds import (
+    SpecVersion,
+    as_before_update,
+    as_run,
+    has_unreadable_run,
+    kept_versions,
+    unused_versions,
+)
 
 Key = NewType("Key", str)
 """A slot (``<service>/<slot or node>``) or a service (its id)."""
@@ -203,7 +210,8 @@ class ReaperState:
             limit = history_limit(run, cluster_limit(view))
             kept = [task for task in tasks if task not in disposable]
             iteration = service.job_status.job_iteration if service.job_status is not None else None
-            surplus = surplus_history(kept, limit, iteration, _updating(service), attempts_kept(run))
+            attempts = max(map(attempts_kept, (run, as_before_update(view, run))))
+            surplus = surplus_history(kept, limit, iteration, _updating(service), attempts)
             yield from (DeleteTask(task) for task in surplus if task.id not in waiting)
 
     def _of_service(self, view: View, service_id: ServiceId) -> Iterator[Removal | Recheck]:
@@ -230,9 +238,13 @@ def _slot_key(task: Task) -> Key:
     return Key(f"{task.service_id}/{task.slot or task.node_id}")
 
 
-def _updating(service: Service) -> Version | None:
+def _updating(service: Service) -> Collection[Version | None]:
+    """Return the versions of the update in progress."""
     status = service.update_status
-    return service.spec_version if status is not None and status.state in UNDER_WAY else None
+    if status is None or status.state not in UNDER_WAY:
+        return ()
+    scaled = status.split.versions if status.split is not None and status.split.old is not None else ()
+    return {service.spec_version, *(Version(index=index) for index in scaled)}
 
 
 def cluster_limit(view: View) -> int | None:

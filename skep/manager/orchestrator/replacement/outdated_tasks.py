@@ -28,6 +28,14 @@ def is_dirty(task: Task, situation: Situation) -> bool:
     return node is None or not is_satisfied(constraints, node)
 
 
+def is_old_one(task: Task, situation: Situation) -> bool:
+    """Return whether ``task`` is one of the old tasks of a staged update, which the last step replaces."""
+    split = situation.service.split
+    if split is None or split.old is None or not is_dirty(task, situation):
+        return False
+    return task.spec_version is None or task.spec_version.index not in split.withdrawn
+
+
 def is_same(task: Task, situation: Situation) -> bool:
     """Return whether the current spec would create the same task, on any node.  All tasks of a version have the same
     result.

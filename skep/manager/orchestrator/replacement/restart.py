@@ -39,7 +39,7 @@ from skep.manager.orchestrator.changes import (
 )
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.observed_times import ObservedTimes
-from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
+from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty, is_old_one
 from skep.manager.orchestrator.slots import Slot, age, history, is_lost, is_stopping, wanted
 from skep.model.node import Availability
 from skep.model.options.labels import drain_s
@@ -78,8 +78,20 @@ If the stop order does not reach the node, the node is down by then, even if the
 
 def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
     """Return the steps for the slot's tasks that ended or lost their node."""
-    steps: list[Step] = []
     current = wanted(slot)
+    if len(current) > 1 and situation.service.old_version is not None:
+        # An old task of a staged update that was restarted is younger than the new one.
+        old = tuple([task for task in current if is_old_one(task, situation)])
+        new = tuple([task for task in current if task not in old])
+        if is_undecided(situation.service):
+            return [*_restarts(old, slot, situation), *_restarts(new, slot, situation)]
+        current = (*old, *new)
+    return _restarts(current, slot, situation)
+
+
+def _restarts(current: Slot, slot: Slot, situation: Situation) -> list[Step]:
+    """Return the steps for the ``current`` tasks of the slot, of which the last one takes over from the others."""
+    steps: list[Step] = []
     for task in current:
         if not (task.status.state.is_terminal or situation.is_misplaced(task)):
             if (leaves_at := situation.leaves_at(task)) < inf:

@@ -7,7 +7,7 @@ import msgspec
 
 from skep.manager.orchestrator.changes import RetireTask
 from skep.manager.orchestrator.decision_inputs import Situation
-from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
+from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty, is_old_one
 from skep.manager.orchestrator.replacement.restart import is_held
 from skep.manager.orchestrator.slots import Slot, age, history, is_assigned, wanted
 from skep.model.service import UpdateConfig
@@ -139,7 +139,7 @@ def _started(past: Slot, current: Slot, situation: Situation) -> Task | None:
     Labels that change in the middle of an update make a new version with the same task spec.  A slot that the earlier
     version has started with still counts against ``parallelism``.  The attempts after the first do not count, as
     after a lead.  A matching task that was stopped belongs to an earlier update: its replacement may be missing from
-    the history.
+    the history.  The old tasks of a staged update do not count either.
     """
     if not current:
         return None
@@ -147,5 +147,5 @@ def _started(past: Slot, current: Slot, situation: Situation) -> Task | None:
     def is_attempt(task: Task) -> bool:
         return task in current or (task.ended_by_itself and not is_dirty(task, situation))
 
-    row = takewhile(is_attempt, reversed(past))
+    row = takewhile(is_attempt, (task for task in reversed(past) if not is_old_one(task, situation)))
     return min(row, key=age, default=None)

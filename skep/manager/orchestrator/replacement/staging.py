@@ -5,7 +5,8 @@ has passed, the next step follows.  The last step is an ordinary start-first upd
 
 The step is stored with the update's status, so a new leader continues with it, and measures the time of the step again.
 Network tables bring the share to the nodes.  A failure of any new task ends the update with a rollback.  The new tasks
-no longer get connections from that moment, and end.
+no longer get connections from that moment, and end.  In the last step, they get connections until they end, because few
+old tasks are left.
 """
 
 import asyncio

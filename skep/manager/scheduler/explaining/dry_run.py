@@ -2,9 +2,10 @@
 
 It uses the scheduler's own decision and writes nothing.  Specs are placed one after the other into one accounting, so
 each leaves fewer resources for the next.  An existing service keeps the tasks that its new spec does not replace.  With
-``stop-first``, the resources of the replaced tasks count as free.  With ``start-first``, or if a label keeps all tasks
-(``keeps_all``), as many old and new tasks as are updated at a time must fit together, unless they exclude each other:
-then the old tasks are stopped first.  In a staged update, so must all old tasks and the new ones of its largest step.
+``stop-first``, the resources of the replaced tasks count as free.  With ``start-first``, or if a label has the same
+effect (``starts_first``), as many old and new tasks as are updated at a time must fit together, unless they exclude
+each other: then the old tasks are stopped first.  In a staged update, so must all old tasks and the new ones of its
+largest step.
 
 A task whose slot has data in a local volume returns to that node if it fits.  A dry run ignores everything that only
 time shows: tasks that wait for other services or for the node of their data, and future changes of nodes.
@@ -30,7 +31,7 @@ from skep.manager.scheduler.explaining.explain import (
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.manager.scheduler.nodes.requirements import Requirements, planes_of, requirements_of
 from skep.manager.scheduler.nodes.spread import CachedSpreads
-from skep.manager.scheduler.placement import Assignment, Placed, PlacementRefused, confirm, placing
+from skep.manager.scheduler.placement import Assignment, Placed, PlacementRefused, confirm, placing_slots
 from skep.manager.scheduler.preemption.preemption import (
     Nomination,
     Occupants,
@@ -38,7 +39,7 @@ from skep.manager.scheduler.preemption.preemption import (
     reserve_candidate,
 )
 from skep.manager.scheduler.returning import data_homes
-from skep.manager.services.disruption_budget import updates_start_first
+from skep.manager.services.disruption_budget import starts_first
 from skep.model.needs import host_ports
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeState
@@ -141,14 +142,14 @@ class DryRun:
         is_global = service.spec.mode.name in ("global", "global-job")
         missing = [id for id in homes if not nodes[id]] if is_global else homes[len(kept) :]
         first = self._number_in_steps(spec, replaced, len(homes))
-        number = self._number_at_once(service, replaced, is_staged=first > 0)
+        number = self._number_at_once(service, replaced)
         requirements: Requirements | None = None
         refusal: PlacementRefused | None = None
         preempted: list[TaskId] = []
         if not is_global:
             missing = missing[(yield from self._returning(service, kept, len(missing), replaced, nodes)) :]
         for begin, end in _batches(len(missing), first, number):
-            tasks = self._tasks(service, begin, missing[begin:end])
+            tasks = self._in_slots(self._tasks(service, begin, missing[begin:end]), begin)
             if requirements is None:
                 requirements = self._requirements(tasks[0], spec)
             placed = yield from self._placed(tasks, requirements, is_last=end >= len(missing))
@@ -189,9 +190,9 @@ class DryRun:
             return 0
         return max(tasks_of_step(stage, wanted) for stage in steps)
 
-    def _number_at_once(self, service: Service, replaced: list[Task], *, is_staged: bool) -> int:
+    def _number_at_once(self, service: Service, replaced: list[Task]) -> int:
         """Return how many new tasks start before old ones end.  With ``stop-first``, free the old tasks first."""
-        if is_staged or updates_start_first(service):
+        if starts_first(replace(service, update_status=None)):  # a deploy begins another update
             config = service.spec.update_config or UpdateConfig(parallelism=1)
             return min(config.parallelism or BATCH, BATCH)
         self._free(replaced)
@@ -309,6 +310,16 @@ class DryRun:
         self._volumes[id] = replace(volume, publish_status=left)
         self._accounting.update_volume(id, self._volumes[id])
 
+    def _in_slots(self, tasks: list[Task], begin: int) -> list[Task]:
+        """Return the tasks in the slots of the replaced tasks that they start next to, which then do not count."""
+        slots = list(dict.fromkeys(task.slot for task in self._next_to))
+        if tasks[0].node_id:
+            return tasks
+        return [
+            replace(task, slot=slots[number]) if number < len(slots) else task
+            for number, task in enumerate(tasks, begin)
+        ]
+
     def _placed(
         self, tasks: Sequence[Task], requirements: Requirements, *, is_last: bool
     ) -> Generator[None, None, Placed]:
@@ -316,7 +327,7 @@ class DryRun:
         if placed.refusals and self._excludes_itself(placed.refusals[0], requirements):
             self._free(self._next_to)
             self._next_to = ()
-            left = [one.task for one in placed.refusals]
+            left = [replace(one.task, slot=0) for one in placed.refusals]
             again = yield from self._attempted(left, requirements, is_last=is_last)
             placed = replace(again, assignments=(*placed.assignments, *again.assignments))
         return self._in_place(placed, requirements)
@@ -337,10 +348,11 @@ class DryRun:
     ) -> Generator[None, None, Placed]:
         if not tasks[0].node_id:
             return (
-                yield from placing(
+                yield from placing_slots(
                     tasks,
                     requirements,
                     self._choices,
+                    self._view,
                     now=0.0,
                     limit=len(tasks),
                     is_last=is_last,

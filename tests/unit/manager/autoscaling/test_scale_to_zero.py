@@ -38,7 +38,7 @@ from skep.model.measures.readings import ScalingMeasurements
 from skep.model.node import NodeState
 from skep.model.options.autoscaling import Autoscaling, is_at_zero
 from skep.model.quota import QuotaSpec
-from skep.model.service import Autoscaled, Service, ServiceSpec, UpdateState
+from skep.model.service import Autoscaled, Service, ServiceSpec, UpdateSplit, UpdateState, UpdateStatus
 from skep.model.task import TaskState
 from skep.model.values.ids import NodeId, ServiceId, new_id
 from skep.model.values.times import Timestamp
@@ -182,6 +182,20 @@ async def test_a_request_starts_one_task_and_its_repetitions_none() -> None:
 @pytest.mark.parametrize("state", [UpdateState.PAUSED, UpdateState.UPDATING, UpdateState.ROLLBACK_PAUSED])
 async def test_a_request_also_wakes_a_service_whose_update_does_not_end(state: UpdateState) -> None:
     assert await woken(await a_store(a_web(0, state=state)))
+
+
+@pytest.mark.parametrize("state", [UpdateState.PAUSED, UpdateState.UPDATING])
+async def test_a_request_does_not_end_the_staged_update_of_a_service_that_a_user_scaled_to_zero(
+    state: UpdateState,
+) -> None:
+    split = UpdateSplit(step=1, percent=50, versions=(2,), old=1)
+    web = a_web(0, update="canary")
+    status = UpdateStatus(state=state, message="as before", split=split)
+    store = await a_store(replace(web, previous_spec=web.spec, update_status=status))
+    assert await woken(store)
+    service = store.view().get(Service, "web")
+    assert service.spec.replicas == 1
+    assert service.update_status == replace(status, split=replace(split, changes=1))
 
 
 @pytest.mark.parametrize(

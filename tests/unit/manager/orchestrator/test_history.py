@@ -1,10 +1,13 @@
 """What of a slot's past is kept."""
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from skep.aio.clock import SystemClock
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.reaper.history import (
     attempts_kept,
@@ -14,12 +17,26 @@ from skep.manager.orchestrator.reaper.history import (
     is_orphaned,
     surplus_history,
 )
+from skep.manager.orchestrator.reaper.removals import DeleteTask
+from skep.manager.orchestrator.reaper.state import Key, ReaperState
 from skep.manager.orchestrator.replacement.restart import attempts_of, should_restart
-from skep.model.service import MAX_ATTEMPTS_MAX, RestartPolicy, UpdateSplit, UpdateStatus
+from skep.model.options.autoscaling import with_replicas
+from skep.model.service import (
+    MAX_ATTEMPTS_MAX,
+    RestartPolicy,
+    Service,
+    UpdateSplit,
+    UpdateState,
+    UpdateStatus,
+)
+from skep.model.staging.updates import CANARY, UPDATE
+from skep.model.swarm import OrchestrationConfig, Swarm, SwarmSpec
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import ClusterId, TaskId
 from skep.model.values.meta import Version
 from skep.store.kinds import SpecVersion, unused_versions
-from tests.support.builders import a_node, a_service, a_task
+from skep.store.memory import MemoryStore
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
 
 FAILED, REMOVE, SHUTDOWN = TaskState.FAILED, TaskState.REMOVE, TaskState.SHUTDOWN
 
@@ -84,7 +101,7 @@ def test_what_an_update_may_fail_by_stays_until_it_is_over() -> None:
     old = a_past_task()
     lead, retry, last = (replace(a_past_task(), spec_version=Version(index=7)) for _ in range(3))
     slot = [old, lead, retry, last, a_task(state=TaskState.PREPARING)]
-    assert surplus_history(slot, limit=0, updating=Version(index=7)) == (old, retry)
+    assert surplus_history(slot, limit=0, updating=[Version(index=7)]) == (old, retry)
     assert surplus_history(slot, limit=0) == (old, lead, retry, last)
 
 
@@ -93,14 +110,14 @@ def test_an_attempt_that_was_given_up_with_its_node_stands_for_no_other() -> Non
     given_up = a_task(node="gone", state=TaskState.ORPHANED, desired=SHUTDOWN, version=7)
     first, second, last = (replace(a_past_task(), spec_version=Version(index=7)) for _ in range(3))
     slot = [given_up, first, second, last, a_task(state=TaskState.PREPARING, version=7)]
-    assert surplus_history(slot, limit=0, updating=Version(index=7)) == (given_up, second)
+    assert surplus_history(slot, limit=0, updating=[Version(index=7)]) == (given_up, second)
 
 
 def test_an_attempt_that_was_stopped_before_it_ran_stands_for_no_other() -> None:
     stopped = a_task(node="n1", state=SHUTDOWN, desired=SHUTDOWN, version=7)
     first, second, last = (replace(a_past_task(), spec_version=Version(index=7)) for _ in range(3))
     slot = [stopped, first, second, last, a_task(state=TaskState.PREPARING, version=7)]
-    assert surplus_history(slot, limit=0, updating=Version(index=7)) == (second,)
+    assert surplus_history(slot, limit=0, updating=[Version(index=7)]) == (second,)
 
 
 def test_what_is_to_be_removed_goes_once_it_has_stopped_or_never_began() -> None:
@@ -139,6 +156,12 @@ def test_tasks_that_were_moved_do_not_displace_those_by_which_restarts_are_count
     assert surplus_history(slot, limit=5, attempts=3) == tuple(moved[1:3])
 
 
+def test_restarts_of_an_old_task_next_to_the_new_one_are_counted_as_well() -> None:
+    failed = [replace(a_past_task(), spec_version=Version(index=1)) for _ in range(3)]
+    slot = [*failed, a_task(node="n1", version=1), a_task(node="n2", version=2)]
+    assert surplus_history(slot, limit=0, attempts=2) == (failed[0],)
+
+
 @given(st.lists(st.sampled_from([FAILED, SHUTDOWN]), min_size=1, max_size=9), st.integers(1, 3))
 def test_what_is_deleted_changes_no_number_of_attempts(states: list[TaskState], most: int) -> None:
     """Tasks with the state shutdown were moved."""
@@ -164,3 +187,47 @@ def test_deleting_the_surplus_once_is_enough(states: list[TaskState], limit: int
     slot = [a_task(node="n1", state=state, desired=SHUTDOWN) for state in states]
     surplus = surplus_history(slot, limit)
     assert surplus_history([task for task in slot if task not in surplus], limit) == ()
+
+
+async def a_staged_update(*, attempts: int = 0) -> tuple[MemoryStore, Service]:
+    """Return a store without history, and a service whose first spec version has the restart limit ``attempts``."""
+    store = MemoryStore(SystemClock())
+    orchestration = OrchestrationConfig(task_history_retention_limit=0)
+    await store.update(
+        lambda tx: tx.put(Swarm(id=ClusterId("c"), spec=SwarmSpec(orchestration=orchestration)))
+    )
+    await store.update(lambda tx: tx.put(a_node("n1")))
+    first = a_service("web", restart=RestartPolicy(max_attempts=attempts) if attempts else None)
+    service = await store.update(lambda tx: tx.put(first))
+    assert service.spec_version is not None
+    spec = replace(a_service_spec("web", image="app:2"), labels={UPDATE: CANARY})
+    split = UpdateSplit(old=service.spec_version.index)
+    status = UpdateStatus(state=UpdateState.UPDATING, split=split)
+    staged = replace(service, spec=spec, previous_spec=service.spec, update_status=status)
+    return store, await store.update(lambda tx: tx.put(staged))
+
+
+async def deleted_from(store: MemoryStore, *slot: Task) -> set[TaskId]:
+    for task in slot:
+        await store.update(lambda tx, task=task: tx.put(task))
+    reaper = ReaperState(store.view, SystemClock(), Random(1))
+    return {one.task.id for one in reaper.decide(Key("web/1")) if isinstance(one, DeleteTask)}
+
+
+async def test_the_restart_limit_of_old_tasks_counts_during_a_staged_update() -> None:
+    store, service = await a_staged_update(attempts=3)
+    assert service.old_version is not None
+    former = replace(service, spec_version=Version(index=service.old_version))
+    failed = [a_task(service=former, node="n1", state=FAILED, desired=SHUTDOWN) for _ in range(5)]
+    assert await deleted_from(store, *failed, a_task(service=former, node="n1")) == {failed[0].id}
+
+
+async def test_failures_of_a_staged_update_stay_after_it_was_scaled() -> None:
+    store, service = await a_staged_update()
+    assert service.spec_version is not None
+    split = UpdateSplit(old=service.old_version, versions=(service.spec_version.index,), changes=1)
+    status = UpdateStatus(state=UpdateState.UPDATING, split=split)
+    scaled = replace(service, spec=with_replicas(service.spec, 3), update_status=status)
+    await store.update(lambda tx: tx.put(scaled))
+    failed = a_task(service=service, node="n1", state=FAILED, desired=SHUTDOWN)
+    assert await deleted_from(store, failed, a_task(service=service, node="n1")) == set()

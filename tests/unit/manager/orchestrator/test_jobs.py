@@ -129,7 +129,7 @@ def failures_until_the_end(job: Service, most: int = 30) -> tuple[int, str]:
             return number, world.service.job_status.present_outcome
         world.report(live(world)[0].id, TaskState.FAILED)
         slot = sorted(world.tasks.values(), key=age)
-        for task in surplus_history(slot, 5, Version(), None, attempts_kept(world.service)):
+        for task in surplus_history(slot, 5, Version(), (), attempts_kept(world.service)):
             del world.tasks[task.id]
         world.now += 20
     return most, ""

@@ -358,7 +358,7 @@ def test_an_update_in_spite_of_a_crash_loop_goes_on_whatever_history_is_kept(inc
         advance(world)
         for slot in (1, 2, 3):
             past = sorted((one for one in world.tasks.values() if one.slot == slot), key=age)
-            for surplus in surplus_history(past, 0, updating=world.service.spec_version):
+            for surplus in surplus_history(past, 0, updating=[world.service.spec_version]):
                 del world.tasks[surplus.id]
     assert state(world) is UpdateState.COMPLETED
     assert {task.slot for task in wanted(world, "app:2")} == {1, 2, 3}

@@ -18,6 +18,7 @@ from skep.manager.scheduler.explaining.dry_run import BATCH, DryRun
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability
+from skep.model.options.affinity import ANTI_AFFINITY
 from skep.model.options.labels import MIN_AVAILABLE
 from skep.model.service import (
     REPLICAS_MAX,
@@ -32,6 +33,7 @@ from skep.model.service import (
 from skep.model.staging.updates import UPDATE, UPDATE_STEPS
 from skep.model.swarm import Swarm
 from skep.model.task import TaskState, VolumeAttachment
+from skep.model.values.meta import Version
 from skep.model.volume import PublishState
 from skep.store.interface import Object, View
 from skep.store.memory import MemoryStore
@@ -212,6 +214,29 @@ async def test_start_first_stops_a_task_first_that_has_the_host_port_of_the_new_
     assert ("host-mode port already in use" in found["Error"]) is not ours
 
 
+@pytest.mark.parametrize("order", ["start-first", "stop-first"])
+async def test_tasks_that_run_apart_may_start_next_to_the_ones_that_they_replace(cluster, order) -> None:
+    """As the scheduler places them.  There is no third node for a third task."""
+    api, _ = cluster
+    await two_nodes(api)
+    labels = {ANTI_AFFINITY: "web"}
+    service = a_service("web", replicas=2)
+    service = replace(service, spec=settled(replace(service.spec, labels=labels)))
+    tasks = [
+        a_task(service=service, slot=slot, node=f"n{slot}", state=TaskState.RUNNING, id=f"t{slot}")
+        for slot in (1, 2)
+    ]
+    await put(api, service, *tasks)
+    other = a_task(service=service, slot=1, node="n1", state=TaskState.RUNNING, id="t0")
+    await put(api, replace(other, spec_version=Version(index=9)))  # of an update that was replaced
+    for replicas in (2, 3):
+        spec = a_spec("web", replicas=replicas, Labels=labels, UpdateConfig={"Order": order})
+        spec["TaskTemplate"]["ContainerSpec"]["Image"] = "busybox:2"
+        (found,) = await asked(cluster, spec)
+        assert shares(found) == {"n1": 1, "n2": 1}
+        assert (found["Error"] == "") is (replicas == 2)
+
+
 async def test_a_task_that_is_stopping_already_gives_its_host_port_to_the_new_one(cluster) -> None:
     api, _ = cluster
     await two_nodes(api)
@@ -334,7 +359,13 @@ async def test_start_first_needs_room_for_as_many_as_are_updated_at_once(cluster
     [
         ({UPDATE: "blue-green"}, "busybox:2", 7, False),
         ({UPDATE: "blue-green"}, "busybox:2", 8, True),
-        ({UPDATE: "blue-green"}, "busybox:1", 4, True),
+        (
+            {UPDATE: "blue-green"},
+            "busybox:1",
+            4,
+            False,
+        ),  # an update by force, which has no steps, starts first
+        ({UPDATE: "blue-green"}, "busybox:1", 5, True),
         ({UPDATE: "canary"}, "busybox:2", 4, False),
         ({UPDATE: "canary"}, "busybox:2", 5, True),
         ({UPDATE: "canary", UPDATE_STEPS: "10%,50%"}, "busybox:2", 5, False),

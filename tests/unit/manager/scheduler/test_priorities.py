@@ -7,12 +7,15 @@ from skep.manager.scheduler.state import BATCH
 from skep.model.node import Availability, Node
 from skep.model.options.affinity import ANTI_AFFINITY
 from skep.model.options.labels import PREEMPTION, PRIORITY
-from skep.model.service import Resources, Service
+from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import Task, TaskState
+from skep.model.values.meta import Version
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
+from tests.unit.manager.scheduler.test_full_disks import full
+from tests.unit.manager.scheduler.test_returning import a_stateful_service, past
 from tests.unit.manager.scheduler.test_scheduler_loop import put, scheduling, wait_for
 
 MIB = 1 << 20
@@ -267,3 +270,31 @@ async def test_without_a_successor_the_room_of_a_task_that_failed_goes_to_others
         await wait_for(store, lambda: is_refused(store, "low1"))
         await store.update(failed)
         await wait_for(store, lambda: bool(task_of(store, "low1").node_id))
+
+
+async def test_others_stop_for_a_refused_task_once_it_starts_first() -> None:
+    """While it is prepared only, the update may stop the old task of its slot for it."""
+    important, other = of_priority(10, "important"), of_priority(-10, "other")
+    config = UpdateConfig(order=UpdateOrder.START_FIRST)
+    important = replace(important, spec=replace(important.spec, update_config=config))
+    old = on("n1", important, 1)
+    prepared = a_task("new", service=important, slot=1, state=PENDING, desired=TaskState.READY)
+    new = replace(prepared, spec_version=Version(index=9))
+    store = await a_store(important, other, *old, *on("n1", other, 1), new)
+    async with scheduling(store):
+        await wait_for(store, lambda: is_refused(store, "new"))
+        assert not leaving(store)
+        await store.update(put, replace(task_of(store, "new"), desired_state=TaskState.RUNNING))
+        await wait_for(store, lambda: leaving(store) == {"other1": "new"})
+
+
+async def test_others_stop_for_a_task_that_returns_to_its_data_on_a_full_disk() -> None:
+    important = a_stateful_service("required", reserve=Resources(memory_bytes=2 * MIB))
+    labels = {**important.spec.labels, PRIORITY: "10"}
+    important = replace(important, spec=replace(important.spec, labels=labels))
+    other = of_priority(-10, "other")
+    store = await a_store(full("n1", has=Resources(memory_bytes=2 * MIB)), nodes=0)
+    await store.update_each(put, [important, other, *on("n1", other, 1), past(important, "n1")])
+    await store.update(put, a_task("new", service=important, state=PENDING))
+    async with scheduling(store):
+        await wait_for(store, lambda: leaving(store) == {"other1": "new"})

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 from msgspec.structs import replace
 
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
@@ -10,7 +11,16 @@ from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, EngineDescription, Node, NodeState
 from skep.model.options.labels import VOLUME_AFFINITY
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
-from skep.model.service import Placement, Resources, Service, UpdateConfig, UpdateOrder
+from skep.model.service import (
+    Placement,
+    Resources,
+    Service,
+    UpdateConfig,
+    UpdateOrder,
+    UpdateState,
+    UpdateStatus,
+)
+from skep.model.staging.updates import CANARY, UPDATE
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from skep.model.volume import PublishState, VolumeScope, VolumeSharing
 from skep.store.memory import MemoryStore
@@ -105,6 +115,28 @@ async def test_a_kept_task_waits_for_its_node_and_says_so_and_holds_up_no_other(
         await store.update_each(put, [a_node("n3", has=Resources(memory_bytes=1 << 40))])
         await wait_for(store, lambda: all(on(store, task) for task in kept))
     assert {on(store, task) for task in kept} == {"n3"}
+
+
+@pytest.mark.parametrize("number", [1, 3])
+async def test_a_task_that_waits_for_room_waits_for_its_data_once_its_service_requires_that(
+    number: int,
+) -> None:
+    service = a_stateful_service("none", replicas=number, constraints=("node.labels.disk==ssd",))
+    tasks = [waiting(service, slot=slot) for slot in range(1, number + 1)]
+    store = await a_store(service, down("n3"), *(past(service, "n3", slot=one.slot) for one in tasks), *tasks)
+
+    def errors() -> list[str]:
+        return [store.view().get(Task, one.id).status.err for one in tasks]
+
+    async with scheduling(store):
+        await wait_for(store, lambda: all(errors()))
+        labels = {VOLUME_AFFINITY: "required"}
+        present = store.view().get(Service, service.id)
+        await store.update(put, replace(present, spec=replace(present.spec, labels=labels)))
+        await store.update(put, a_node("n4", labels={"disk": "ssd"}))
+        words = [f"volume data of slot {one.slot} is on node n3, which is down" for one in tasks]
+        await wait_for(store, lambda: errors() == words)
+    assert not any(on(store, task) for task in tasks)
 
 
 async def test_a_node_that_is_drained_is_named_with_its_availability() -> None:
@@ -209,6 +241,39 @@ async def test_a_freed_place_goes_to_the_slot_with_data_there_before_tasks_that_
 
 async def test_a_task_that_starts_first_does_not_wait_for_what_its_predecessor_holds() -> None:
     service, before, task = an_update(UpdateOrder.START_FIRST)
+    store = await a_store(service, a_node("n3"), before, task)
+    await scheduled(store, task)
+    assert on(store, task) != "n3"
+
+
+async def test_a_task_no_longer_waits_for_its_predecessor_once_the_update_starts_first() -> None:
+    service, before, task = an_update(UpdateOrder.STOP_FIRST)
+    store = await a_store(service, a_node("n3"), before, task)
+    async with scheduling(store):
+        await wait_for(store, lambda: bool(store.view().get(Task, task.id).status.err))
+        present = store.view().get(Service, service.id)
+        config = UpdateConfig(order=UpdateOrder.START_FIRST)
+        await store.update(put, replace(present, spec=replace(present.spec, update_config=config)))
+        await wait_for(store, lambda: bool(on(store, task)))
+    assert on(store, task) != "n3"
+
+
+@pytest.mark.parametrize("waits", [True, False])
+async def test_the_order_of_a_rollback_decides_whether_a_task_waits_for_its_predecessor(waits: bool) -> None:
+    orders = UpdateOrder.START_FIRST, UpdateOrder.STOP_FIRST
+    update, rollback = (UpdateConfig(order=one) for one in (orders if waits else orders[::-1]))
+    service, before, task = an_update(update.order)
+    status = UpdateStatus(state=UpdateState.ROLLBACK_STARTED)
+    service = replace(service, spec=replace(service.spec, rollback_config=rollback), update_status=status)
+    store = await a_store(service, a_node("n3"), before, task)
+    async with scheduling(store):
+        await wait_for(store, lambda: bool(on(store, task) or store.view().get(Task, task.id).status.err))
+    assert (on(store, task) == "") is waits
+
+
+async def test_a_task_of_a_staged_update_does_not_wait_for_the_old_one_that_stays() -> None:
+    service, before, task = an_update(UpdateOrder.STOP_FIRST)
+    service = replace(service, spec=replace(service.spec, labels={UPDATE: CANARY}))
     store = await a_store(service, a_node("n3"), before, task)
     await scheduled(store, task)
     assert on(store, task) != "n3"

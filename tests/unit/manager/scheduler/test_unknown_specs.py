@@ -82,6 +82,23 @@ async def test_such_a_task_that_waits_is_given_no_node() -> None:
         assert (old.node_id, old.status.err) == ("", UNKNOWN_SPEC)
 
 
+async def test_a_task_gets_a_node_once_its_service_can_be_read() -> None:
+    rig = MemoryDamage()
+    await rig.store.update(lambda tx: tx.put(a_node("n1")))
+    spec = a_service_spec("web")
+    web = await rig.store.update(lambda tx: tx.put(Service(id="web", spec=spec)))
+    task = replace(a_task("new", service=web, state=PENDING), spec_version=web.spec_version)
+    await rig.store.update(lambda tx: tx.put(task))
+    await rig.damage("o/service/web")
+    store = await rig.load()
+    async with scheduling(store):
+        await wait_for(store, shows(store, "new", lambda task: task.status.err))
+        # Another manager has read it before, and writes it again.
+        labeled = replace(spec, labels={"a": "b"})
+        await rig.store.update(lambda tx: tx.put(replace(tx.get(Service, "web"), spec=labeled)))
+        await wait_for(store, shows(store, "new", lambda task: task.node_id))
+
+
 async def test_the_present_version_is_known_by_its_service() -> None:
     store = await a_leader_with_an_unreadable_version(
         a_service_spec("web", ports=PORTS), node_id="n1", status=TaskStatus(state=RUNNING)
