@@ -489,9 +489,18 @@ def _retire(
 
 
 def _is_same_update(service: Service, decided: Service) -> bool:
-    """Return whether the update of ``decided`` continues: users have not removed, updated or paused the service."""
+    """Return whether the update of ``decided`` continues: users have not removed or updated the service, and not paused
+    or resumed its update.
+    """
     is_current = service.removed_at is None and service.spec_version == decided.spec_version
-    return is_current and not _is_paused_since(service, decided)
+    return is_current and not _is_paused_since(service, decided) and not _is_resumed_since(service, decided)
+
+
+def _is_resumed_since(service: Service, decided: Service) -> bool:
+    """Return whether the update was resumed after the decision, so that it must not be paused by earlier failures."""
+    before, now = decided.update_status or UpdateStatus(), service.update_status or UpdateStatus()
+    is_other = before.state in PAUSED or before.tolerated_until != now.tolerated_until
+    return now.state not in PAUSED and is_other
 
 
 def _set_update_status(tx: Transaction, wanted: SetUpdateStatus, now: Timestamp) -> None:
