@@ -18,6 +18,7 @@ from skep.model.node import Node
 from skep.model.options.schedules import max_attempts_of
 from skep.model.service import RestartPolicy, Service
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import TaskId
 from skep.model.values.meta import Version
 
 DEFAULT_LIMIT = 5
@@ -75,25 +76,19 @@ def surplus_history(
         iteration: A job's current iteration.  Its completed tasks are kept, because their work would otherwise be
             repeated.
         updating: The version of the update in progress.  The tasks that decide about its success are kept.
-        attempts: How many tasks that ended by themselves to keep, because restarts are counted by them
-            (``restart.attempts_of``).  Tasks that were moved must not displace them.  Their successors are kept as
-            well: without a successor that was moved, a later task would count as the restart.
+        attempts: How many tasks that ended by themselves to keep, because restarts are counted by them, or more if a
+            task's own policy counts more.  Tasks that were moved must not displace them.
     """
     if limit < 0 or len(slot) <= limit:
         return ()
     present = [task for task in slot if not _is_past(task)]
     ordered = sorted(slot, key=age)
     judged = _judged([task for task in ordered if updating is not None and task.spec_version == updating])
-    version = ordered[-1].spec_version
-    counted = [
-        task
-        for task in ordered
-        if task.ended_by_itself and task.spec_version == version and task.job_iteration == iteration
-    ]
-    kept = {task.id for task in (*judged, *counted[max(len(counted) - attempts, 0) :])}
-    if attempts:
-        same = [task for task in ordered if task.spec_version == version]
-        kept |= {after.id for before, after in pairwise(same) if before.id in kept and before.ended_by_itself}
+    kept = {task.id for task in judged}
+    # An old task may run on after attempts at a newer spec, which may have another policy.
+    for decided in (ordered[-1], *(task for task in present if task.is_wanted)):
+        same = [task for task in ordered if task.spec_version == decided.spec_version]
+        kept |= _counted(same, iteration, max(attempts, _attempts_kept(decided.spec.restart_policy)))
     past = [
         task
         for task in ordered[:-1]
@@ -116,6 +111,16 @@ def _judged(attempts: Sequence[Task]) -> Sequence[Task]:
     return (*ended[:1], *failed[:1], *ended[-1:])
 
 
+def _counted(same: Sequence[Task], iteration: Version | None, attempts: int) -> set[TaskId]:
+    """Return the tasks of one version by which its restarts are counted (``restart.attempts_of``).
+
+    Their successors are kept as well: without a successor that was moved, a later task would count as the restart.
+    """
+    ended = [task.id for task in same if task.ended_by_itself and task.job_iteration == iteration]
+    kept = {*ended[max(len(ended) - attempts, 0) :]}
+    return kept | {after.id for before, after in pairwise(same) if before.id in kept}
+
+
 def _counts(task: Task, iteration: Version | None) -> bool:
     is_present = iteration is not None and task.job_iteration == iteration
     return is_present and task.status.state is TaskState.COMPLETE
@@ -135,8 +140,11 @@ def attempts_kept(service: Service) -> int:
     Args:
         service: For a job, the service as of its current run.
     """
-    policy = service.spec.task_template.restart_policy or RestartPolicy()
-    limit = policy.attempts_limit or max_attempts_of(service.spec.labels)
+    return _attempts_kept(service.spec.task_template.restart_policy, max_attempts_of(service.spec.labels))
+
+
+def _attempts_kept(policy: RestartPolicy | None, default: int = 0) -> int:
+    limit = (policy or RestartPolicy()).attempts_limit or default
     return limit + 1 if limit else 0
 
 

@@ -151,6 +151,24 @@ def test_what_is_deleted_changes_no_number_of_attempts(states: list[TaskState], 
     assert len(after) >= min(len(before), most)
 
 
+def test_attempts_of_a_task_that_runs_on_stay_beside_attempts_at_a_newer_spec() -> None:
+    before, after = (a_service(restart=RestartPolicy(max_attempts=2), version=index) for index in (1, 2))
+    old = [a_task(node="n1", state=FAILED, desired=SHUTDOWN, service=before) for _ in range(2)]
+    running = a_task(node="n1", service=before)
+    new = [a_task(node="n1", state=FAILED, desired=SHUTDOWN, service=after) for _ in range(3)]
+    slot = [*old, running, *new]
+    surplus = surplus_history(slot, history_limit(after, None), attempts=attempts_kept(after))
+    assert len(attempts_of([task for task in slot if task not in surplus], running)) == 2
+
+
+def test_attempts_of_a_task_whose_policy_an_update_lifts_stay_until_the_update_replaces_it() -> None:
+    before, after = a_service(restart=RestartPolicy(max_attempts=6)), a_service(restart=RestartPolicy())
+    old = [a_task(node="n1", state=FAILED, desired=SHUTDOWN, service=before) for _ in range(9)]
+    slot = [*old, a_task(node="n1", service=before)]
+    surplus = surplus_history(slot, history_limit(after, None), attempts=attempts_kept(after))
+    assert surplus == tuple(old[:2])
+
+
 def test_versions_that_a_task_or_the_service_follows_stay() -> None:
     web = a_service(version=3)
     versions = [SpecVersion(id=f"web/{n}", service_id=web.id, index=n) for n in (1, 2, 3)]
