@@ -66,6 +66,7 @@ class Cause(Enum):
 
     NODE_IS_LOST = "its node is down or gone"
     NODE_IS_UNFIT = "its node is drained, or does not meet its constraints"
+    NODE_IS_TOO_SMALL = "its node has less than its tasks have reserved"
     MOVES = "it moves to another node for an even spread"
     DOES_NOT_RUN = "it does not run"
     IS_LATE = "no node took it before the run's deadline"
@@ -394,11 +395,12 @@ def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
             node = tx.rely_on(Node, task.node_id, HEAD, "status")
             if node is not None and (not is_unfit(node, task) or _keeps_unfit(tx, node, task)):
                 return True
-            # A task that runs leaves after its replacement has started, and not below the service's minimum.
-            return task.status.state is not TaskState.RUNNING and _runs_now(tx, task)
+            return _has_begun_to_run(tx, task)
+        case Cause.NODE_IS_TOO_SMALL:
+            return _is_frozen(tx, task) or _has_begun_to_run(tx, task)
         case Cause.MOVES:
             present = tx.rely_on(Task, task.id, HEAD)
-            return present is not None and present.relocation is None
+            return (present is not None and present.relocation is None) or _is_frozen(tx, task)
         case Cause.DOES_NOT_RUN:
             if has_unreadable_status(tx, task):
                 raise Unavailable(f"the status of task {task.id} cannot be read")
@@ -415,13 +417,24 @@ def _runs_now(tx: Transaction, task: Task) -> bool:
     return current is not None and current.status.state is TaskState.RUNNING
 
 
+def _has_begun_to_run(tx: Transaction, task: Task) -> bool:
+    """Return whether the task runs since the decision.  Such a task leaves after its replacement has started, and not
+    below the service's minimum.
+    """
+    return task.status.state is not TaskState.RUNNING and _runs_now(tx, task)
+
+
 def _keeps_unfit(tx: Transaction, node: Node, task: Task) -> bool:
     """Return whether a change freeze has begun since the decision.  It does not delay a drain and new constraints."""
     service = tx.lookup(Service, task.service_id)
     if node.spec.availability is Availability.DRAIN or service is None:
         return False
-    is_placed_alike = service.spec.task_template.placement == task.spec.placement
-    return is_placed_alike and is_held_at_commit(tx, stack_of_service(service))
+    return service.spec.task_template.placement == task.spec.placement and _is_frozen(tx, task)
+
+
+def _is_frozen(tx: Transaction, task: Task) -> bool:
+    """Return whether a change freeze holds for the task's service, and let the commit fail if that changes."""
+    return is_held_at_commit(tx, stack_of_service(tx.lookup(Service, task.service_id)))
 
 
 def _can_take_over(tx: Transaction, successor: TaskId, *, is_refused: bool) -> bool:

@@ -30,6 +30,7 @@ from msgspec.structs import replace
 
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import (
+    Cause,
     FillSlot,
     ReplaceTask,
     RetireTask,
@@ -87,7 +88,7 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
             continue
         if not task.status.state.is_terminal and situation.moves_start_first(task):
             continue  # its replacement runs first (``evacuation_steps``)
-        cause = cause_to_leave(task, situation.node_of(task))
+        cause = cause_of(task, situation)
         if task is not current[-1]:
             # An update has already created a newer task in the slot.
             steps.append(RetireTask(task, cause=cause))
@@ -102,6 +103,17 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
         else:
             steps.append(ReplaceTask(task, _successor(task, slot, situation), cause))
     return steps
+
+
+def cause_of(task: Task, situation: Situation) -> Cause | None:
+    """Return ``cause_to_leave``, also for a task that its node has become too small for."""
+    node = situation.node_of(task)
+    cause = cause_to_leave(task, node)
+    if cause is Cause.NODE_IS_LOST or node is None or task.status.state.is_terminal:
+        return cause
+    if task.preemption is not None or any(situation.is_drained(one.id) for one in task.volumes):
+        return None  # it leaves whether or not the node fits, and also during a change freeze
+    return cause or (Cause.NODE_IS_TOO_SMALL if task.id in situation.overcommitted(node.id) else None)
 
 
 def _is_superseded(task: Task, current: Slot, situation: Situation) -> bool:
