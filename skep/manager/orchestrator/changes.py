@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from skep.errors import NamesAnother, SkepError, Unavailable
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.replacement.enforcement import is_unfit
-from skep.manager.orchestrator.slots import is_assigned, is_lost, is_stopping
+from skep.manager.orchestrator.slots import age, is_assigned, is_lost, is_stopping
 from skep.manager.services.dependent_services import requiring, restart_dependents
 from skep.manager.services.disruption_budget import is_available
 from skep.manager.services.freezes import is_held_at_commit, stack_of_service
@@ -482,7 +482,8 @@ def _retire(
         and not task.status.state.is_terminal
         and not has_unreadable_status(tx, task)  # it may have ended by itself
     )
-    if is_due or was_stopped:
+    was_surplus = desired is TaskState.SHUTDOWN and _is_surplus(tx, task)
+    if is_due or was_stopped or was_surplus:
         restart = task.restart or Restart()
         task = replace(
             task,
@@ -490,6 +491,7 @@ def _retire(
                 restart,
                 is_due=restart.is_due or is_due,
                 was_stopped=restart.was_stopped or was_stopped,
+                was_surplus=was_surplus,
                 stop_cause=_stop_cause(tx, task, cause) if was_stopped else restart.stop_cause,
             ),
         )
@@ -499,6 +501,12 @@ def _retire(
         task = replace(task, status=status)
     tx.put(task)
     return True
+
+
+def _is_surplus(tx: Transaction, task: Task) -> bool:
+    """Return whether an older task of the slot is wanted, and stays unless ``task`` has done its work."""
+    slot = tx.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
+    return not task.is_done and any(one.is_wanted and age(one) < age(task) for one in slot)
 
 
 def _is_same_update(service: Service, decided: Service) -> bool:

@@ -13,7 +13,7 @@ removed node).
 from collections.abc import Sequence
 from itertools import pairwise
 
-from skep.manager.orchestrator.slots import Slot, age, has_reported_end, is_assigned
+from skep.manager.orchestrator.slots import Slot, age, has_reported_end, is_assigned, last_of
 from skep.model.node import Node
 from skep.model.options.schedules import max_attempts_of
 from skep.model.service import RestartPolicy, Service
@@ -67,8 +67,8 @@ def surplus_history(
 ) -> Slot:
     """Return the tasks of one slot that exceed its history limit, oldest first.
 
-    Tasks that decisions depend on are kept, whatever the limit: the slot's youngest task (for its restart delay, and
-    whether the slot may be filled again), and the tasks named below.
+    Tasks that decisions depend on are kept, whatever the limit: the slot's youngest and last task (for its restart
+    delay, and whether the slot may be filled again), and the tasks named below.
 
     Args:
         slot: The slot's tasks.
@@ -82,11 +82,12 @@ def surplus_history(
     if limit < 0 or len(slot) <= limit:
         return ()
     present = [task for task in slot if not _is_past(task)]
-    ordered = sorted(slot, key=age)
+    ordered = tuple(sorted(slot, key=age))
     judged = _judged([task for task in ordered if updating is not None and task.spec_version == updating])
-    kept = {task.id for task in judged}
+    last = last_of(ordered) or ordered[-1]
+    kept = {last.id, *(task.id for task in judged)}
     # An old task may run on after attempts at a newer spec, which may have another policy.
-    for decided in (ordered[-1], *(task for task in present if task.is_wanted)):
+    for decided in (ordered[-1], last, *(task for task in present if task.is_wanted)):
         same = [task for task in ordered if task.spec_version == decided.spec_version]
         kept |= _counted(same, iteration, max(attempts, _attempts_kept(decided.spec.restart_policy)))
     past = [

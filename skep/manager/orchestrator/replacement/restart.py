@@ -41,7 +41,7 @@ from skep.manager.orchestrator.changes import (
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
-from skep.manager.orchestrator.slots import Slot, age, history, is_lost, is_stopping, wanted
+from skep.manager.orchestrator.slots import Slot, age, history, is_lost, is_stopping, last_of, wanted
 from skep.model.node import Availability
 from skep.model.options.labels import drain_s
 from skep.model.service import RestartCondition, RestartPolicy, UpdateOrder
@@ -219,11 +219,11 @@ def refill(fill: FillSlot, slot: Slot, situation: Situation) -> FillSlot:
 
     SwarmKit creates such a task without a delay, repeatedly if it fails at once.
     """
-    past = history(slot)
-    if not past or not past[-1].ended_by_itself or should_restart(past[-1], slot, situation.seen):
+    last = last_of(slot)
+    if last is None or not last.ended_by_itself or should_restart(last, slot, situation.seen):
         return fill
-    successor = _successor(past[-1], slot, situation)
-    ended_at = situation.seen.ended(past[-1])
+    successor = _successor(last, slot, situation)
+    ended_at = situation.seen.ended(last)
     waited_s = situation.now - ended_at if ended_at is not None else 0.0
     if (left_s := successor.delay_s - waited_s) > 0:
         return replace(successor, delay_s=left_s)
