@@ -10,7 +10,7 @@ Source: swarmkit, manager/orchestrator/taskreaper/task_reaper.go; manager/orches
 removed node).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from skep.manager.orchestrator.slots import Slot, age, has_reported_end, is_assigned, last_of
@@ -20,6 +20,7 @@ from skep.model.service import RestartPolicy, Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import TaskId
 from skep.model.values.meta import Version
+from skep.model.values.times import Timestamp, unix_ns
 
 DEFAULT_LIMIT = 5
 """Ended tasks that a slot keeps if the cluster sets no limit, as in Docker."""
@@ -64,6 +65,7 @@ def surplus_history(
     iteration: Version | None = None,
     updating: Version | None = None,
     attempts: int = 0,
+    counted_from: Sequence[Timestamp] = (),
 ) -> Slot:
     """Return the tasks of one slot that exceed its history limit, oldest first.
 
@@ -78,12 +80,15 @@ def surplus_history(
         updating: The version of the update in progress.  The tasks that decide about its success are kept.
         attempts: How many tasks that ended by themselves to keep, because restarts are counted by them, or more if a
             task's own policy counts more.  Tasks that were moved must not displace them.
+        counted_from: Creation times of the newest task when the update was resumed, and when this leader's term began.
+            Attempts that had ended by then decide nothing, so a later one does.
     """
     if limit < 0 or len(slot) <= limit:
         return ()
     present = [task for task in slot if not _is_past(task)]
     ordered = tuple(sorted(slot, key=age))
-    judged = _judged([task for task in ordered if updating is not None and task.spec_version == updating])
+    made = [task for task in ordered if updating is not None and task.spec_version == updating]
+    judged = [task for row in _rows(made, counted_from) for task in _judged(row)]
     last = last_of(ordered) or ordered[-1]
     kept = {last.id, *(task.id for task in judged)}
     # An old task may run on after attempts at a newer spec, which may have another policy.
@@ -100,12 +105,20 @@ def surplus_history(
     return tuple(past[: max(size - limit, 0)])
 
 
+def _rows(attempts: Sequence[Task], counted_from: Iterable[Timestamp]) -> Iterator[Sequence[Task]]:
+    """Yield all ``attempts``, and the attempts up to each time and after it."""
+    yield attempts
+    for time in counted_from:
+        yield [task for task in attempts if unix_ns(task.created_at) <= unix_ns(time)]
+        yield [task for task in attempts if unix_ns(task.created_at) > unix_ns(time)]
+
+
 def _judged(attempts: Sequence[Task]) -> Sequence[Task]:
     """Return the ``attempts`` at one version in a slot that ``update`` may choose as the slot's lead.
 
     They are the first attempt that reported its end, because it may have run; the first that ended by itself, because
-    earlier ones may have been stopped before they ran; and the last, because a new leader ignores attempts that ended
-    before its term.
+    earlier ones may have been stopped before they ran; and the last, because it may have ended after a time from which
+    attempts count.
     """
     ended = [task for task in attempts if has_reported_end(task)]
     failed = [task for task in ended if task.ended_by_itself]

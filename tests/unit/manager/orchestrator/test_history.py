@@ -1,10 +1,14 @@
 """What of a slot's past is kept."""
 
+from collections import deque
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from skep.aio.clock import SystemClock
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.reaper.history import (
     attempts_kept,
@@ -14,11 +18,14 @@ from skep.manager.orchestrator.reaper.history import (
     is_orphaned,
     surplus_history,
 )
+from skep.manager.orchestrator.reaper.removals import DeleteTask
+from skep.manager.orchestrator.reaper.state import Key, ReaperState
 from skep.manager.orchestrator.replacement.restart import attempts_of, should_restart
-from skep.model.service import MAX_ATTEMPTS_MAX, RestartPolicy, UpdateSplit, UpdateStatus
+from skep.model.service import MAX_ATTEMPTS_MAX, RestartPolicy, UpdateSplit, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.model.values.meta import Version
 from skep.store.kinds import SpecVersion, unused_versions
+from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
 
 FAILED, REMOVE, SHUTDOWN = TaskState.FAILED, TaskState.REMOVE, TaskState.SHUTDOWN
@@ -101,6 +108,23 @@ def test_an_attempt_that_was_stopped_before_it_ran_stands_for_no_other() -> None
     first, second, last = (replace(a_past_task(), spec_version=Version(index=7)) for _ in range(3))
     slot = [stopped, first, second, last, a_task(state=TaskState.PREPARING, version=7)]
     assert surplus_history(slot, limit=0, updating=Version(index=7)) == (second,)
+
+
+async def test_attempts_at_both_sides_of_a_resume_and_of_the_start_of_a_term_stay() -> None:
+    """Attempts that had ended by then no longer decide about the update, so others do."""
+    store = MemoryStore(SystemClock())
+    put = await store.update(lambda tx: tx.put(a_service()))
+    attempts = [a_task(node="n1", state=FAILED, desired=SHUTDOWN, service=put) for _ in range(14)]
+    status = UpdateStatus(state=UpdateState.UPDATING, tolerated_until=attempts[3].created_at)
+    await store.update(lambda tx: tx.put(replace(put, update_status=status)))
+    await store.update(lambda tx: [tx.put(task) for task in attempts[:8]])
+    state = ReaperState(store.view, SystemClock(), Random(1))
+    deque(state.start(store.view()), maxlen=0)
+    await store.update(lambda tx: [tx.put(task) for task in attempts[8:]])
+    found = state.decide(Key(f"{put.id}/1"))
+    numbers = {task.id: number for number, task in enumerate(attempts)}
+    deleted = [numbers[one.task.id] for one in found if isinstance(one, DeleteTask)]
+    assert deleted == [1, 2, 5, 6, 9, 10, 11, 12]
 
 
 def test_what_is_to_be_removed_goes_once_it_has_stopped_or_never_began() -> None:
