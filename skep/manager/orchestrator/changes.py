@@ -65,6 +65,7 @@ class Cause(Enum):
     """
 
     NODE_IS_LOST = "its node is down or gone"
+    NODE_IS_LOST_AND_DRAINED = "its node is drained and down"
     NODE_IS_UNFIT = "its node is drained, or does not meet its constraints"
     NODE_IS_TOO_SMALL = "its node has less than its tasks have reserved"
     MOVES = "it moves to another node for an even spread"
@@ -193,8 +194,9 @@ def cause_to_leave(task: Task, node: Node | None) -> Cause | None:
     """Return the reason why ``task`` must leave its ``node``, or None if it has ended or leaves for another reason."""
     if task.status.state.is_terminal or node is None:
         return None
-    if is_lost(node) and node.spec.availability is not Availability.DRAIN:
-        return Cause.NODE_IS_LOST
+    if is_lost(node):
+        is_drained = node.spec.availability is Availability.DRAIN
+        return Cause.NODE_IS_LOST_AND_DRAINED if is_drained else Cause.NODE_IS_LOST
     if is_unfit(node, task):
         return Cause.NODE_IS_UNFIT
     return Cause.MOVES if task.relocation is not None else None
@@ -391,6 +393,11 @@ def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
     match cause:
         case Cause.NODE_IS_LOST:
             return not is_lost(tx.rely_on(Node, task.node_id, "status"))
+        case Cause.NODE_IS_LOST_AND_DRAINED:
+            # If its node has returned, it leaves as other tasks of drained nodes do.
+            node = tx.rely_on(Node, task.node_id, HEAD, "status")
+            is_drained = node is not None and node.spec.availability is Availability.DRAIN
+            return node is not None and not (is_lost(node) and is_drained)
         case Cause.NODE_IS_UNFIT:
             node = tx.rely_on(Node, task.node_id, HEAD, "status")
             if node is not None and (not is_unfit(node, task) or _keeps_unfit(tx, node, task)):
@@ -447,11 +454,14 @@ def _can_take_over(tx: Transaction, successor: TaskId, *, is_refused: bool) -> b
     return not is_refused or task.status.state <= TaskState.PENDING
 
 
+_STOPS_BY_NODE = (Cause.NODE_IS_LOST, Cause.NODE_IS_LOST_AND_DRAINED, Cause.NODE_IS_UNFIT)
+
+
 def _stop_cause(tx: Transaction, task: Task, cause: Cause | None) -> str:
     """Return what the history says about a task that leaves its node.  The node may be another one later."""
     if cause is Cause.MOVES:
         return str(StopCause.REBALANCED.value)
-    if cause not in (Cause.NODE_IS_LOST, Cause.NODE_IS_UNFIT) or not task.node_id:
+    if cause not in _STOPS_BY_NODE or not task.node_id:
         return ""
     node = tx.lookup(Node, task.node_id)
     if node is None:

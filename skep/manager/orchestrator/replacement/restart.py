@@ -109,7 +109,7 @@ def cause_of(task: Task, situation: Situation) -> Cause | None:
     """Return ``cause_to_leave``, also for a task that its node has become too small for."""
     node = situation.node_of(task)
     cause = cause_to_leave(task, node)
-    if cause is Cause.NODE_IS_LOST or node is None or task.status.state.is_terminal:
+    if node is None or is_lost(node) or task.status.state.is_terminal:
         return cause
     if task.preemption is not None or any(situation.is_drained(one.id) for one in task.volumes):
         return None  # it leaves whether or not the node fits, and also during a change freeze

@@ -274,7 +274,20 @@ def test_tasks_leave_a_node_that_is_drained_while_it_is_down_whatever_is_frozen(
     task = a_task(node="n1")
     assert cause_to_leave(task, a_node("n1", state=NodeState.DOWN)) is Cause.NODE_IS_LOST
     drained = a_node("n1", state=NodeState.DOWN, availability=Availability.DRAIN)
-    assert cause_to_leave(task, drained) is Cause.NODE_IS_UNFIT
+    assert cause_to_leave(task, drained) is Cause.NODE_IS_LOST_AND_DRAINED
+
+
+def test_a_task_whose_drained_node_returned_since_the_decision_leaves_once_it_is_replaced() -> None:
+    world = a_world(replicas=1)
+    (task,) = world.tasks.values()
+    world.nodes[N1] = a_node("n1", state=NodeState.DOWN, availability=Availability.DRAIN)
+    changes = world.changes()
+    assert [type(change) for change in changes] == [ReplaceTask], "the case that is to be tested"
+    world.nodes[N1] = a_node("n1", availability=Availability.DRAIN)
+    world.apply(changes)
+    assert world.tasks[task.id].is_wanted
+    world.settle()
+    assert [one.status.state for one in wanted(world)] == [TaskState.RUNNING, TaskState.NEW]
 
 
 @pytest.mark.parametrize(("state", "stays"), [(TaskState.PENDING, False), (TaskState.ASSIGNED, True)])
