@@ -514,9 +514,13 @@ def _retire(
 
 
 def _is_surplus(tx: Transaction, task: Task) -> bool:
-    """Return whether an older task of the slot is wanted, and stays unless ``task`` has done its work."""
-    slot = tx.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
-    return not task.is_done and any(one.is_wanted and age(one) < age(task) for one in slot)
+    """Return whether an older task of the slot is wanted, or has done the work of a newer spec."""
+    older = (
+        one
+        for one in tx.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
+        if age(one) < age(task)
+    )
+    return any(one.is_wanted or (one.is_done and one.spec_index > task.spec_index) for one in older)
 
 
 def _is_same_update(service: Service, decided: Service) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 from msgspec.structs import replace
 
+from skep.manager.orchestrator.changes import RetireTask
 from skep.manager.orchestrator.reaper.history import surplus_history
 from skep.manager.orchestrator.slots import DoneSlots
 from skep.model.node import Availability
@@ -115,6 +116,24 @@ def test_a_global_task_that_is_done_is_not_started_again_after_an_update_that_wa
     world.settle()
     assert state(world) is UpdateState.ROLLBACK_COMPLETED
     world.report("old", TaskState.COMPLETE)
+    world.settle()
+    assert not wanted(world)
+
+
+def test_a_new_task_that_is_done_as_it_is_stopped_ends_its_slot() -> None:
+    """The update retires the old task that has filled the slot since, so that another one would fill it, without end."""
+    labels = {"skep.update": "canary", "skep.update.steps": "5%,50%"}
+    update = UpdateConfig(parallelism=0)
+    world = a_world(update, replicas=1, restart=ON_FAILURE)
+    world.update(replace(a_spec("app:2", replicas=1, update=update, restart=ON_FAILURE), labels=labels))
+    world.settle()
+    (old,), (new,) = wanted(world, "app:1"), wanted(world, "app:2")
+    world.put(replace(new, node_id=N1))
+    world.run_all()
+    world.apply([RetireTask(old), RetireTask(new)])
+    world.settle()
+    assert len(wanted(world, "app:1")) == 1, "the case that is to be tested"
+    world.report(new.id, TaskState.COMPLETE)
     world.settle()
     assert not wanted(world)
 
