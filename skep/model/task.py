@@ -272,8 +272,9 @@ class Task(ApiObject):
 
     @property
     def was_surplus(self) -> bool:
-        """Return whether an older task of its slot ran on when it was retired.  Then its end does not end the slot, unless
-        it has done its work.
+        """Return whether an older task of its slot ran on when it was retired, and it has not done its work.
+
+        Its end does not end the slot.
         """
         return self.restart is not None and self.restart.was_surplus and not self.is_done
 

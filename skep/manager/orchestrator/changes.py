@@ -445,11 +445,14 @@ def _is_frozen(tx: Transaction, task: Task) -> bool:
 
 
 def _can_take_over(tx: Transaction, successor: TaskId, *, is_refused: bool) -> bool:
-    """Return whether the task is still active, and if it was refused, still without a node.  The commit fails if that
-    changes.
+    """Return whether the task is still active, its node is not lost, and no other task takes its place.
+
+    If it was refused, it has to be without a node still.  The commit fails if any of that changes.
     """
-    task = tx.rely_on(Task, successor, "status")
-    if task is None or not task.is_active:
+    task = tx.rely_on(Task, successor, HEAD, "status")
+    if task is None or not task.is_active or task.preemption is not None:
+        return False
+    if task.node_id and is_lost(tx.rely_on(Node, task.node_id, "status")):
         return False
     return not is_refused or task.status.state <= TaskState.PENDING
 

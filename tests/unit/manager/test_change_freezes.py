@@ -187,7 +187,7 @@ SMALL_NODE = a_node("n1", has=Resources(nano_cpus=1))
 async def test_a_task_that_was_about_to_leave_its_node_stays_if_a_freeze_has_begun_since(
     service: Service, node: Node, relocation: Relocation | None, *, has_freeze: bool
 ) -> None:
-    store = await a_store(service, node)
+    store = await a_store(service, node, a_node("n2"))
     service = store.view().get(Service, service.id)
     old = replace(a_task("old", service=service, node="n1"), relocation=relocation)
     new = a_task("new", service=service, node="n2")

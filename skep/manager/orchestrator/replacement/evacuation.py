@@ -37,7 +37,11 @@ def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
         return
     others = [task for task in current if task not in leaving]
     serving = [
-        task for task in others if task.status.state is TaskState.RUNNING and not situation.is_misplaced(task)
+        task
+        for task in others
+        if task.status.state is TaskState.RUNNING
+        and not situation.is_misplaced(task)
+        and not situation.is_on_lost_node(task)
     ]
     for old in leaving:
         heirs = (one for one in serving if is_dirty(old, situation) or not is_dirty(one, situation))

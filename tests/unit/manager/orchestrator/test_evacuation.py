@@ -344,6 +344,18 @@ def test_a_drain_at_once_after_a_drain_leaves_the_replacement(state: TaskState) 
     assert [task.id for task in wanted(world)] == [new.id]
 
 
+def test_a_task_on_a_drained_node_stays_while_the_node_of_its_replacement_is_lost() -> None:
+    world = a_world(replace(a_spec(), labels={"skep.on-disconnect-delay": "10m"}))
+    drain(world)
+    (new,) = new_ones(world)
+    world.nodes[NodeId("n9")] = a_node("n9", state=NodeState.DOWN)
+    assign(world, new.id, state=RUNNING)
+    assert world.tasks[TaskId("old1")].is_wanted
+    world.nodes[NodeId("n9")] = a_node("n9")
+    world.settle()
+    assert not world.tasks[TaskId("old1")].is_wanted
+
+
 def test_attempts_at_a_spec_that_was_taken_back_do_not_keep_a_task_on_a_drained_node() -> None:
     """They used up their restart policy, and the drain took them for replacements that had failed for good."""
     policy = RestartPolicy(delay=0, max_attempts=1)

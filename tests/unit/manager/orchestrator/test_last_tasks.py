@@ -121,7 +121,7 @@ def test_a_global_task_that_is_done_is_not_started_again_after_an_update_that_wa
 
 
 def test_a_new_task_that_is_done_as_it_is_stopped_ends_its_slot() -> None:
-    """The update retires the old task that has filled the slot since, so that another one would fill it, without end."""
+    """The update retires the old task that has filled the slot since, so that the next one filled it, without end."""
     labels = {"skep.update": "canary", "skep.update.steps": "5%,50%"}
     update = UpdateConfig(parallelism=0)
     world = a_world(update, replicas=1, restart=ON_FAILURE)
