@@ -141,6 +141,8 @@ class Restart(ApiObject):
             up.
         was_stopped: the leader retired the task before it had ended.  This is the cause of its end, whatever state its
             node reports, as the stop itself can fail.
+        was_surplus: the leader retired the task while an older task of the slot ran on, such as the replacement of a
+            drain that was undone, or an attempt of an update that was rolled back.
         stop_cause: a ``StopCause`` if the leader retired the task because of its node, for display only.
         since: time of the first of the failures in a row by its node's clock, for display only.
     """
@@ -150,6 +152,7 @@ class Restart(ApiObject):
     not_before: Timestamp = always(ZERO_TIME)
     is_due: bool = False
     was_stopped: bool = False
+    was_surplus: bool = False
     stop_cause: str = ""
     since: Timestamp | None = None
 
@@ -266,6 +269,14 @@ class Task(ApiObject):
     def _was_interrupted(self) -> bool:
         """Return whether its end has a cause that does not count as a failure of the task."""
         return self.status.end is not None and self.status.end.cause in INTERRUPTIONS
+
+    @property
+    def was_surplus(self) -> bool:
+        """Return whether an older task of its slot ran on when it was retired, and it has not done its work.
+
+        Its end does not end the slot.
+        """
+        return self.restart is not None and self.restart.was_surplus and not self.is_done
 
     @property
     def is_done(self) -> bool:

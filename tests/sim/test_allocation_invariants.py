@@ -171,6 +171,29 @@ def test_a_task_that_takes_over_from_another_version_is_no_restart_also_when_its
     assert history.violations == (["task t3 is restart 2 of its slot, of 1"] if is_wrong else [])
 
 
+def test_a_task_that_ran_on_after_a_younger_one_was_retired_ends_its_slot() -> None:
+    history = History(rule := RestartPolicies())
+    spec = a_service_spec(restart=RestartPolicy(condition=RestartCondition.ON_FAILURE))
+    history.put(replace(a_service(), spec=spec))
+    service = history.state.find(type(a_service()))[0]
+    old, surplus, again = (
+        replace(a_task(id, node=W1), spec=spec.task_template, spec_version=service.spec_version)
+        for id in ("old", "surplus", "again")
+    )
+    history.put(old)
+    history.after(1).put(surplus)
+    history.after(1).put(replace(surplus, desired_state=TaskState.SHUTDOWN))
+    done = replace(old, status=replace(old.status, state=TaskState.COMPLETE))
+    history.after(1).put(done)
+    history.after(1).put(replace(done, desired_state=TaskState.SHUTDOWN))
+    stopped = replace(surplus.status, state=TaskState.SHUTDOWN)
+    history.after(1).put(replace(surplus, desired_state=TaskState.SHUTDOWN, status=stopped))
+    assert rule.is_given_up(service, 1)
+    history.after(1).put(again)
+    (found,) = history.violations
+    assert "task again follows old, which ended as complete" in found
+
+
 def test_a_slot_is_given_up_when_its_policy_has_had_all_that_it_asks_for() -> None:
     assert simulated(RestartPolicy(condition=RestartCondition.NONE), TaskState.FAILED, 0)[1]
     assert not simulated(RestartPolicy(max_attempts=1), TaskState.FAILED, 0)[1]

@@ -25,6 +25,7 @@ class _Begun(msgspec.Struct):
     created_at: float
     term: int
     ended_at: float = inf
+    retired_at: float = inf
 
 
 class RestartPolicies:
@@ -48,7 +49,9 @@ class RestartPolicies:
                     before = [one for one in slot if one.task.spec_version == task.spec_version]
                     # A restored snapshot has tasks that have ended.
                     ended_at = change.time_s if task.status.state.is_terminal else inf
-                    slot.append(_Begun(task, change.time_s, change.term, ended_at))
+                    retired_at = -inf if task.was_surplus else change.time_s
+                    retired_at = inf if task.is_wanted else retired_at
+                    slot.append(_Begun(task, change.time_s, change.term, ended_at, retired_at))
                     service = view.lookup(Service, task.service_id)
                     is_same = service is not None and service.spec_version == task.spec_version
                     retired = self._retired.pop(_slot_of(task), task.spec_version)
@@ -61,6 +64,8 @@ class RestartPolicies:
                     for one in self._slots.get(_slot_of(task), ()):
                         if one.task.id == task.id:
                             one.task = task
+                            if old.is_wanted and not task.is_wanted:
+                                one.retired_at = change.time_s
                             if task.status.state.is_terminal and not old.status.state.is_terminal:
                                 one.ended_at = change.time_s
                 case Deleted(Service() as service):
@@ -71,9 +76,11 @@ class RestartPolicies:
     def is_given_up(self, service: Service, key: int | NodeId) -> bool:
         """Return whether the last task of a slot ended and its policy allows no further restart."""
         slot = self._slots.get(f"{service.id}/{key}", [])
-        if not slot or not slot[-1].task.status.state.is_terminal:
+        if not slot:
             return False
-        last = slot[-1]
+        last = _last(slot)
+        if not last.task.status.state.is_terminal:
+            return False
         policy = last.task.spec.restart_policy or RestartPolicy()
         if _is_final(policy, last.task):
             return True
@@ -82,7 +89,9 @@ class RestartPolicies:
         window_s = (policy.window or 0) / SECOND_NS or inf
         if not last.task.ended_by_itself:
             return False
-        same = _attempts([one for one in slot if one.task.spec_version == last.task.spec_version])
+        same = _attempts(
+            [one for one in slot[: slot.index(last) + 1] if one.task.spec_version == last.task.spec_version]
+        )
         return sum(one.created_at > last.ended_at - window_s - SLACK_S for one in same) >= policy.max_attempts
 
     def given_up(self, service: Service) -> int:
@@ -91,7 +100,8 @@ class RestartPolicies:
         return sum(self.is_given_up(service, NodeId(key)) for key in keys)
 
     def _surplus(self, before: list[_Begun], task: Task, change: Change) -> Iterable[str]:
-        last = before[-1]
+        last = _last(before)
+        before = before[: before.index(last) + 1]
         policy = last.task.spec.restart_policy or RestartPolicy()
         if last.task.ended_by_itself and _is_final(policy, last.task):
             yield (
@@ -108,6 +118,20 @@ class RestartPolicies:
             counted = _attempts(before)
         if len(counted) >= policy.max_attempts:
             yield f"task {task.id} is restart {len(counted) + 1} of its slot, of {policy.max_attempts}"
+
+
+def _last(slot: list[_Begun]) -> _Begun:
+    """Return the youngest task, or an older task if that ran on after it.
+
+    An older task runs on when a drain is undone or an update rolled back.  A task that is done replaces it.
+    """
+    longest = -inf
+    last = slot[-1]
+    for one in slot:
+        if one.task.is_done or one.retired_at >= longest:
+            last = one
+        longest = max(longest, one.retired_at)
+    return last
 
 
 def _attempts(made: list[_Begun]) -> list[_Begun]:

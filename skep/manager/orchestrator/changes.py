@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from skep.errors import NamesAnother, SkepError, Unavailable
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.replacement.enforcement import is_unfit
-from skep.manager.orchestrator.slots import is_assigned, is_lost, is_stopping
+from skep.manager.orchestrator.slots import age, is_assigned, is_lost, is_stopping
 from skep.manager.services.dependent_services import requiring, restart_dependents
 from skep.manager.services.disruption_budget import is_available
 from skep.manager.services.freezes import is_held_at_commit, stack_of_service
@@ -66,7 +66,9 @@ class Cause(Enum):
     """
 
     NODE_IS_LOST = "its node is down or gone"
+    NODE_IS_LOST_AND_DRAINED = "its node is drained and down"
     NODE_IS_UNFIT = "its node is drained, or does not meet its constraints"
+    NODE_IS_TOO_SMALL = "its node has less than its tasks have reserved"
     MOVES = "it moves to another node for an even spread"
     DOES_NOT_RUN = "it does not run"
     IS_LATE = "no node took it before the run's deadline"
@@ -193,8 +195,9 @@ def cause_to_leave(task: Task, node: Node | None) -> Cause | None:
     """Return the reason why ``task`` must leave its ``node``, or None if it has ended or leaves for another reason."""
     if task.status.state.is_terminal or node is None:
         return None
-    if is_lost(node) and node.spec.availability is not Availability.DRAIN:
-        return Cause.NODE_IS_LOST
+    if is_lost(node):
+        is_drained = node.spec.availability is Availability.DRAIN
+        return Cause.NODE_IS_LOST_AND_DRAINED if is_drained else Cause.NODE_IS_LOST
     if is_unfit(node, task):
         return Cause.NODE_IS_UNFIT
     return Cause.MOVES if task.relocation is not None else None
@@ -391,15 +394,21 @@ def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
     match cause:
         case Cause.NODE_IS_LOST:
             return not is_lost(tx.rely_on(Node, task.node_id, "status"))
+        case Cause.NODE_IS_LOST_AND_DRAINED:
+            # If its node has returned, it leaves as other tasks of drained nodes do.
+            node = tx.rely_on(Node, task.node_id, HEAD, "status")
+            is_drained = node is not None and node.spec.availability is Availability.DRAIN
+            return node is not None and not (is_lost(node) and is_drained)
         case Cause.NODE_IS_UNFIT:
             node = tx.rely_on(Node, task.node_id, HEAD, "status")
             if node is not None and (not is_unfit(node, task) or _keeps_unfit(tx, node, task)):
                 return True
-            # A task that runs leaves after its replacement has started, and not below the service's minimum.
-            return task.status.state is not TaskState.RUNNING and _runs_now(tx, task)
+            return _has_begun_to_run(tx, task)
+        case Cause.NODE_IS_TOO_SMALL:
+            return _is_frozen(tx, task) or _has_begun_to_run(tx, task)
         case Cause.MOVES:
             present = tx.rely_on(Task, task.id, HEAD)
-            return present is not None and present.relocation is None
+            return (present is not None and present.relocation is None) or _is_frozen(tx, task)
         case Cause.DOES_NOT_RUN:
             if has_unreadable_status(tx, task):
                 raise Unavailable(f"the status of task {task.id} cannot be read")
@@ -416,30 +425,47 @@ def _runs_now(tx: Transaction, task: Task) -> bool:
     return current is not None and current.status.state is TaskState.RUNNING
 
 
+def _has_begun_to_run(tx: Transaction, task: Task) -> bool:
+    """Return whether the task runs since the decision.  Such a task leaves after its replacement has started, and not
+    below the service's minimum.
+    """
+    return task.status.state is not TaskState.RUNNING and _runs_now(tx, task)
+
+
 def _keeps_unfit(tx: Transaction, node: Node, task: Task) -> bool:
     """Return whether a change freeze has begun since the decision.  It does not delay a drain and new constraints."""
     service = tx.lookup(Service, task.service_id)
     if node.spec.availability is Availability.DRAIN or service is None:
         return False
-    is_placed_alike = service.spec.task_template.placement == task.spec.placement
-    return is_placed_alike and is_held_at_commit(tx, stack_of_service(service))
+    return service.spec.task_template.placement == task.spec.placement and _is_frozen(tx, task)
+
+
+def _is_frozen(tx: Transaction, task: Task) -> bool:
+    """Return whether a change freeze holds for the task's service, and let the commit fail if that changes."""
+    return is_held_at_commit(tx, stack_of_service(tx.lookup(Service, task.service_id)))
 
 
 def _can_take_over(tx: Transaction, successor: TaskId, *, is_refused: bool) -> bool:
-    """Return whether the task is still active, and if it was refused, still without a node.  The commit fails if that
-    changes.
+    """Return whether the task is still active, its node is not lost, and no other task takes its place.
+
+    If it was refused, it has to be without a node still.  The commit fails if any of that changes.
     """
-    task = tx.rely_on(Task, successor, "status")
-    if task is None or not task.is_active:
+    task = tx.rely_on(Task, successor, HEAD, "status")
+    if task is None or not task.is_active or task.preemption is not None:
+        return False
+    if task.node_id and is_lost(tx.rely_on(Node, task.node_id, "status")):
         return False
     return not is_refused or task.status.state <= TaskState.PENDING
+
+
+_STOPS_BY_NODE = (Cause.NODE_IS_LOST, Cause.NODE_IS_LOST_AND_DRAINED, Cause.NODE_IS_UNFIT)
 
 
 def _stop_cause(tx: Transaction, task: Task, cause: Cause | None) -> str:
     """Return what the history says about a task that leaves its node.  The node may be another one later."""
     if cause is Cause.MOVES:
         return str(StopCause.REBALANCED.value)
-    if cause not in (Cause.NODE_IS_LOST, Cause.NODE_IS_UNFIT) or not task.node_id:
+    if cause not in _STOPS_BY_NODE or not task.node_id:
         return ""
     node = tx.lookup(Node, task.node_id)
     if node is None:
@@ -470,7 +496,8 @@ def _retire(
         and not task.status.state.is_terminal
         and not has_unreadable_status(tx, task)  # it may have ended by itself
     )
-    if is_due or was_stopped:
+    was_surplus = desired is TaskState.SHUTDOWN and _is_surplus(tx, task)
+    if is_due or was_stopped or was_surplus:
         restart = task.restart or Restart()
         task = replace(
             task,
@@ -478,6 +505,7 @@ def _retire(
                 restart,
                 is_due=restart.is_due or is_due,
                 was_stopped=restart.was_stopped or was_stopped,
+                was_surplus=was_surplus,
                 stop_cause=_stop_cause(tx, task, cause) if was_stopped else restart.stop_cause,
             ),
         )
@@ -489,10 +517,29 @@ def _retire(
     return True
 
 
+def _is_surplus(tx: Transaction, task: Task) -> bool:
+    """Return whether an older task of the slot is wanted, or has done the work of a newer spec."""
+    older = (
+        one
+        for one in tx.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
+        if age(one) < age(task)
+    )
+    return any(one.is_wanted or (one.is_done and one.spec_index > task.spec_index) for one in older)
+
+
 def _is_same_update(service: Service, decided: Service) -> bool:
-    """Return whether the update of ``decided`` continues: users have not removed, updated or paused the service."""
+    """Return whether the update of ``decided`` continues: users have not removed or updated the service, and not paused
+    or resumed its update.
+    """
     is_current = service.removed_at is None and service.spec_version == decided.spec_version
-    return is_current and not _is_paused_since(service, decided)
+    return is_current and not _is_paused_since(service, decided) and not _is_resumed_since(service, decided)
+
+
+def _is_resumed_since(service: Service, decided: Service) -> bool:
+    """Return whether the update was resumed after the decision, so that it must not be paused by earlier failures."""
+    before, now = decided.update_status or UpdateStatus(), service.update_status or UpdateStatus()
+    is_other = before.state in PAUSED or before.tolerated_until != now.tolerated_until
+    return now.state not in PAUSED and is_other
 
 
 def _set_update_status(tx: Transaction, wanted: SetUpdateStatus, now: Timestamp) -> None:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.disconnection import policy_on, replaced_at
 from skep.manager.orchestrator.replacement.enforcement import violates_constraints
-from skep.manager.orchestrator.slots import is_unusable
+from skep.manager.orchestrator.slots import is_lost, is_unusable
 from skep.manager.services.disruption_budget import required, rollout_config
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import OnDisconnect, drains_now
@@ -91,6 +91,10 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     def node_of(self, task: Task) -> Node | None:
         """Return the task's node, or None if the task has none or the node was removed."""
         return self.node(task.node_id) if task.node_id else None
+
+    def is_on_lost_node(self, task: Task) -> bool:
+        """Return whether the task's node is down or removed, so that a task that shows RUNNING may not serve."""
+        return bool(task.node_id) and is_lost(self.node_of(task))
 
     def is_misplaced(self, task: Task) -> bool:
         """Return whether the task must leave its node, because of the node itself or for a task of higher priority."""

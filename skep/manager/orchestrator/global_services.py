@@ -13,6 +13,7 @@ from skep.manager.orchestrator.slots import (
     history,
     is_unknown,
     is_unusable,
+    last_of,
     wanted,
 )
 from skep.model.node import Availability, Node
@@ -98,9 +99,9 @@ def _is_filled(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
     """Return whether the node has a desired task, or a task that ended for good.  A rollback replaces the latter."""
     if wanted(slot) or has_unread_end(slot):
         return True
-    past = history(slot)
+    last = last_of(slot)
     status = service.update_status
     is_rollback = status is not None and status.state is UpdateState.ROLLBACK_STARTED
-    if not past or is_rollback:
+    if last is None or is_rollback:
         return False
-    return not should_restart(past[-1], past, seen)
+    return not should_restart(last, history(slot), seen)

@@ -30,10 +30,10 @@ from skep.manager.orchestrator.changes import (
     RetireTask,
     SettleRun,
     Step,
-    cause_to_leave,
 )
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.replacement.restart import (
+    cause_of,
     restart_steps,
     should_restart,
     start_steps,
@@ -86,7 +86,7 @@ def next_steps(situation: Situation) -> list[Step]:
         fills = _missing_nodes(service, slots, situation)
         steps += _late(present, situation)
         steps += [
-            RetireTask(task, cause=cause_to_leave(task, situation.node_of(task)))
+            RetireTask(task, cause=cause_of(task, situation))
             for slot in slots.values()
             for task in wanted(slot)
             if _must_leave(task, situation)

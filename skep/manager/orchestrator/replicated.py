@@ -9,7 +9,15 @@ from skep.errors import InvalidArgument
 from skep.manager.orchestrator.changes import Change, FillSlot, RetireTask
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.restart import should_restart
-from skep.manager.orchestrator.slots import Slot, first_state, group_by_slot, has_unread_end, history, wanted
+from skep.manager.orchestrator.slots import (
+    Slot,
+    first_state,
+    group_by_slot,
+    has_unread_end,
+    history,
+    last_of,
+    wanted,
+)
 from skep.model.service import REPLICAS_MAX, Service, UpdateState
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
@@ -111,13 +119,13 @@ def is_filled(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
     """
     if wanted(slot) or has_unread_end(slot):
         return True
-    past = history(slot)
-    if not past:
+    last = last_of(slot)
+    if last is None:
         return False
     status = service.update_status
     if status is not None and status.state is UpdateState.ROLLBACK_STARTED:
         return False
-    return not should_restart(past[-1], slot, seen)
+    return not should_restart(last, slot, seen)
 
 
 def _is_running(slot: Slot) -> bool:

@@ -74,6 +74,15 @@ def history(slot: Slot) -> Slot:
     return tuple([task for task in slot if task.desired_state < TaskState.REMOVE])
 
 
+def last_of(slot: Slot) -> Task | None:
+    """Return the task that decides whether a slot without wanted tasks is filled again.
+
+    It is the youngest task, without surplus tasks: an older task ran on after them.
+    """
+    past = history(slot)
+    return next((task for task in reversed(past) if not task.was_surplus), past[-1] if past else None)
+
+
 def is_assigned(task: Task) -> bool:
     """Return whether the task is assigned to a node and its agent has not reported its end."""
     return TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
@@ -85,14 +94,14 @@ def is_stopping(task: Task) -> bool:
 
 
 class DoneSlots:
-    """Finds the slots of one-shot services whose youngest task is done (``Task.is_done``)."""
+    """Finds the slots of one-shot services whose last task (``last_of``) is done (``Task.is_done``)."""
 
     def __init__(self) -> None:
         self._youngest: dict[tuple[ServiceId, int | NodeId], Task] = {}
 
     def add(self, task: Task) -> None:
-        """Add a task of a service whose tasks end on success.  Tasks that are being removed are ignored."""
-        if task.desired_state < TaskState.REMOVE:
+        """Add a task of a service whose tasks end on success.  Surplus and tasks that are being removed are ignored."""
+        if task.desired_state < TaskState.REMOVE and not task.was_surplus:
             key = task.service_id, task.slot or task.node_id
             before = self._youngest.get(key)
             if before is None or age(before) < age(task):

@@ -179,7 +179,9 @@ class _Rollout:
         elif not view.serving:
             yield from retired(view.outdated)
         elif self._may_take_over(view):
-            active = [task for task in view.current if task.is_active]
+            active = [
+                task for task in view.current if task.is_active and not self._situation.is_on_lost_node(task)
+            ]
             successor = max(active, key=lambda task: task.status.state.number)
             is_refused = not any(map(self._is_ready, view.current))
             yield from (
@@ -470,7 +472,10 @@ class _Rollout:
         More slots than that have a current task if restarts created them, because the predecessors were of a version
         that this update replaced.
         """
-        if any(task.status.state is TaskState.RUNNING for task in view.current):
+        if any(
+            task.status.state is TaskState.RUNNING and not self._situation.is_on_lost_node(task)
+            for task in view.current
+        ):
             return True
         if self.leaves(view):
             return False
@@ -501,7 +506,7 @@ class _Rollout:
     def _is_ready(self, task: Task) -> bool:
         """Return whether ``task`` runs, or (stop-first) is prepared to run."""
         least = TaskState.RUNNING if self._starts_first else TaskState.READY
-        return least <= task.status.state <= TaskState.RUNNING
+        return least <= task.status.state <= TaskState.RUNNING and not self._situation.is_on_lost_node(task)
 
     def _settled_at(self, view: SlotView) -> float | None:
         """Return the time at which the slot's lead began to run, ended or became overdue.

@@ -23,7 +23,7 @@ from skep.errors import (
 from skep.manager.autoscaling.state import Scaling, write_replicas
 from skep.manager.cluster import cluster_of
 from skep.manager.control.quotas import check_quota
-from skep.manager.orchestrator.changes import ReplaceTask, RetireTask
+from skep.manager.orchestrator.changes import ReplaceTask, RetireTask, apply
 from skep.manager.orchestrator.global_services import reconcile
 from skep.manager.orchestrator.reaper.node_loop import remove_lost
 from skep.manager.orchestrator.state import _holds_others
@@ -44,10 +44,10 @@ from skep.manager.services.freezes import (
 from skep.model.node import Node, NodeState, NodeStatus
 from skep.model.options.autoscaling import autoscaling_of
 from skep.model.options.freezes import CLUSTER, STACKS_MAX, ChangeFreeze, FreezeRequest, MaintenanceWindow
-from skep.model.service import Service
+from skep.model.service import Resources, Service
 from skep.model.swarm import Swarm
-from skep.model.task import TaskState
-from skep.model.values.ids import ClusterId, NodeId
+from skep.model.task import Preemption, Relocation, Task, TaskState
+from skep.model.values.ids import ClusterId, NodeId, TaskId, new_id
 from skep.model.values.times import SECOND_NS, timestamp
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
@@ -169,6 +169,49 @@ def test_tasks_stay_on_a_node_whose_labels_changed_until_the_end_of_the_freeze()
     world.put(task)
     world.keeps_unfit = False
     assert [type(step) for step in world.steps()] == [ReplaceTask]
+
+
+SMALL = a_service(reserve=Resources(nano_cpus=10))
+SMALL_NODE = a_node("n1", has=Resources(nano_cpus=1))
+
+
+@pytest.mark.parametrize("has_freeze", [True, False])
+@pytest.mark.parametrize(
+    ("service", "node", "relocation"),
+    [
+        (NORTH, SOUTH_NODE, None),
+        (SMALL, SMALL_NODE, None),
+        (a_service(), a_node("n1"), Relocation(target=NodeId("n2"))),
+    ],
+)
+async def test_a_task_that_was_about_to_leave_its_node_stays_if_a_freeze_has_begun_since(
+    service: Service, node: Node, relocation: Relocation | None, *, has_freeze: bool
+) -> None:
+    store = await a_store(service, node, a_node("n2"))
+    service = store.view().get(Service, service.id)
+    old = replace(a_task("old", service=service, node="n1"), relocation=relocation)
+    new = a_task("new", service=service, node="n2")
+    tasks = [old, new] if relocation is not None else [old]
+    await store.update(lambda tx: [tx.put(task) for task in tasks])
+    world = World(service, tasks, [node, a_node("n2")])
+    decided = [one for one in world.changes() if isinstance(one, ReplaceTask | RetireTask)]
+    assert [one.task.id for one in decided] == ["old"], "the case that is to be tested"
+    if has_freeze:
+        wanted = FreezeRequest(until=timestamp(2 * HOUR_NS))
+        await store.update(set_freeze, CLUSTER, wanted, by="alice", now_ns=0)
+    await store.update_each(lambda tx, one: apply(tx, one, new_id, timestamp(0)), decided)
+    assert store.view().get(Task, "old").is_wanted is has_freeze
+
+
+def test_a_victim_of_preemption_leaves_a_node_that_does_not_fit_during_a_freeze() -> None:
+    victim = replace(a_task("old", service=SMALL, node="n1"), preemption=Preemption(task_id=TaskId("vip")))
+    (step,) = World(SMALL, [victim], [SMALL_NODE]).steps()
+    assert isinstance(step, ReplaceTask)
+    assert step.cause is None, "nothing holds it back"
+    victim = replace(victim, spec=NORTH.spec.task_template)
+    (step,) = World(NORTH, [victim], [SOUTH_NODE]).steps()
+    assert isinstance(step, ReplaceTask)
+    assert step.cause is None
 
 
 def test_a_task_of_a_lost_node_is_replaced_during_a_freeze() -> None:

@@ -10,16 +10,17 @@ Source: swarmkit, manager/orchestrator/taskreaper/task_reaper.go; manager/orches
 removed node).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 
-from skep.manager.orchestrator.slots import Slot, age, has_reported_end, is_assigned
+from skep.manager.orchestrator.slots import Slot, age, has_reported_end, is_assigned, last_of
 from skep.model.node import Node
 from skep.model.options.schedules import max_attempts_of
 from skep.model.service import RestartPolicy, Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import TaskId
 from skep.model.values.meta import Version
+from skep.model.values.times import Timestamp, unix_ns
 
 DEFAULT_LIMIT = 5
 """Ended tasks that a slot keeps if the cluster sets no limit, as in Docker."""
@@ -64,11 +65,12 @@ def surplus_history(
     iteration: Version | None = None,
     updating: Collection[Version | None] = (),
     attempts: int = 0,
+    counted_from: Sequence[Timestamp] = (),
 ) -> Slot:
     """Return the tasks of one slot that exceed its history limit, oldest first.
 
-    Tasks that decisions depend on are kept, whatever the limit: the slot's youngest task (for its restart delay, and
-    whether the slot may be filled again), and the tasks named below.
+    Tasks that decisions depend on are kept, whatever the limit: the slot's youngest and last task (for its restart
+    delay, and whether the slot may be filled again), and the tasks named below.
 
     Args:
         slot: The slot's tasks.
@@ -77,23 +79,24 @@ def surplus_history(
             repeated.
         updating: The versions of the update in progress, of which a staged update that was scaled has several.  The
             tasks that decide about its success are kept.
-        attempts: How many tasks that ended by themselves to keep, because restarts are counted by them
-            (``restart.attempts_of``), of each version of a wanted task.  Tasks that were moved must not displace them.
-            Their successors are kept as well: without a successor that was moved, a later task would count as the
-            restart.
+        attempts: How many tasks that ended by themselves to keep of each version of a wanted task, because restarts are
+            counted by them, or more if a task's own policy counts more.  Tasks that were moved must not displace them.
+        counted_from: Creation times of the newest task when the update was resumed, and when this leader's term began.
+            Attempts that had ended by then decide nothing, so a later one does.
     """
     if limit < 0 or len(slot) <= limit:
         return ()
     present = [task for task in slot if not _is_past(task)]
-    ordered = sorted(slot, key=age)
-    kept: set[TaskId] = set()
+    ordered = tuple(sorted(slot, key=age))
+    last = last_of(ordered) or ordered[-1]
+    kept = {last.id}
     for version in updating:
-        kept.update(task.id for task in _judged([task for task in ordered if task.spec_version == version]))
-    for version in {ordered[-1].spec_version, *(task.spec_version for task in present)} if attempts else ():
-        same = [task for task in ordered if task.spec_version == version]
-        counted = [task for task in same if task.ended_by_itself and task.job_iteration == iteration]
-        kept.update(task.id for task in counted[max(len(counted) - attempts, 0) :])
-        kept |= {after.id for before, after in pairwise(same) if before.id in kept and before.ended_by_itself}
+        made = [task for task in ordered if task.spec_version == version]
+        kept.update(task.id for row in _rows(made, counted_from) for task in _judged(row))
+    # An old task may run on after attempts at a newer spec, which may have another policy.
+    for decided in (ordered[-1], last, *(task for task in present if task.is_wanted)):
+        same = [task for task in ordered if task.spec_version == decided.spec_version]
+        kept |= _counted(same, iteration, max(attempts, _attempts_kept(decided.spec.restart_policy)))
     past = [
         task
         for task in ordered[:-1]
@@ -104,16 +107,34 @@ def surplus_history(
     return tuple(past[: max(size - limit, 0)])
 
 
+def _rows(attempts: Sequence[Task], counted_from: Iterable[Timestamp]) -> Iterator[Sequence[Task]]:
+    """Yield all ``attempts``, and the attempts up to each time and after it."""
+    yield attempts
+    for time in counted_from:
+        yield [task for task in attempts if unix_ns(task.created_at) <= unix_ns(time)]
+        yield [task for task in attempts if unix_ns(task.created_at) > unix_ns(time)]
+
+
 def _judged(attempts: Sequence[Task]) -> Sequence[Task]:
     """Return the ``attempts`` at one version in a slot that ``update`` may choose as the slot's lead.
 
     They are the first attempt that reported its end, because it may have run; the first that ended by itself, because
-    earlier ones may have been stopped before they ran; and the last, because a new leader ignores attempts that ended
-    before its term.
+    earlier ones may have been stopped before they ran; and the last, because it may have ended after a time from which
+    attempts count.
     """
     ended = [task for task in attempts if has_reported_end(task)]
     failed = [task for task in ended if task.ended_by_itself]
     return (*ended[:1], *failed[:1], *ended[-1:])
+
+
+def _counted(same: Sequence[Task], iteration: Version | None, attempts: int) -> set[TaskId]:
+    """Return the tasks of one version by which its restarts are counted (``restart.attempts_of``).
+
+    Their successors are kept as well: without a successor that was moved, a later task would count as the restart.
+    """
+    ended = [task.id for task in same if task.ended_by_itself and task.job_iteration == iteration]
+    kept = {*ended[max(len(ended) - attempts, 0) :]}
+    return kept | {after.id for before, after in pairwise(same) if before.id in kept}
 
 
 def _counts(task: Task, iteration: Version | None) -> bool:
@@ -135,8 +156,11 @@ def attempts_kept(service: Service) -> int:
     Args:
         service: For a job, the service as of its current run.
     """
-    policy = service.spec.task_template.restart_policy or RestartPolicy()
-    limit = policy.attempts_limit or max_attempts_of(service.spec.labels)
+    return _attempts_kept(service.spec.task_template.restart_policy, max_attempts_of(service.spec.labels))
+
+
+def _attempts_kept(policy: RestartPolicy | None, default: int = 0) -> int:
+    limit = (policy or RestartPolicy()).attempts_limit or default
     return limit + 1 if limit else 0
 
 

@@ -45,6 +45,7 @@ from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.values.meta import Version
+from skep.model.values.times import ZERO_TIME, Timestamp
 from skep.store.interface import Commit, Created, Deleted, Updated, View
 from skep.store.kinds import (
     SpecVersion,
@@ -130,10 +131,13 @@ class ReaperState:
         self.failures = Failures(clock, random)
         self._waiting: dict[NodeId, set[Key]] = {}
         """Slots with a task that waits for a report of this node (``unreported``), until the node's next change."""
+        self._youngest = ZERO_TIME
+        """Creation time of the newest task at the start of the term."""
 
     def start(self, snapshot: View) -> Iterator[None]:
         """Queue every service, and the slots that may have something to remove."""
         self._waiting.clear()
+        self._youngest = ZERO_TIME
         self.queue.add(Key(service.id) for service in snapshot.find(Service))
         self.queue.add(Key(one.service_id) for one in snapshot.find(SpecVersion))
         yield
@@ -141,6 +145,7 @@ class ReaperState:
         for tasks in batches_of(self._view, Task):
             node = partial(self._view().lookup, Node)
             self.queue.add(_slot_key(task) for task in tasks if not is_live(task, node(task.node_id)))
+            self._youngest = max((self._youngest, *(task.created_at for task in tasks)), key=_sortable)
             yield
 
     def on_commit(self, commit: Commit) -> None:
@@ -211,7 +216,10 @@ class ReaperState:
             kept = [task for task in tasks if task not in disposable]
             iteration = service.job_status.job_iteration if service.job_status is not None else None
             attempts = max(map(attempts_kept, (run, as_before_update(view, run))))
-            surplus = surplus_history(kept, limit, iteration, _updating(service), attempts)
+            status = service.update_status
+            resumed = status.tolerated_until if status is not None else None
+            times = [self._youngest] if resumed is None else [self._youngest, resumed]
+            surplus = surplus_history(kept, limit, iteration, _updating(service), attempts, times)
             yield from (DeleteTask(task) for task in surplus if task.id not in waiting)
 
     def _of_service(self, view: View, service_id: ServiceId) -> Iterator[Removal | Recheck]:
@@ -231,6 +239,11 @@ class ReaperState:
             yield Recheck(self._clock.monotonic() + RETRY_S)
         if len(versions) > 1:
             yield from map(DeleteVersion, unused_versions(service, versions, tasks))
+
+
+def _sortable(time: Timestamp) -> str:
+    """Return a sort key as in ``slots.age``.  Parsing the times of all tasks would take too long."""
+    return time.rstrip("Z")
 
 
 def _slot_key(task: Task) -> Key:

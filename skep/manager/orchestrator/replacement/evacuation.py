@@ -15,10 +15,10 @@ Difference from swarmkit: swarmkit stops the old task first.  The node's label `
 
 from collections.abc import Iterator
 
-from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, Step, cause_to_leave
+from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, Step
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
-from skep.manager.orchestrator.replacement.restart import failures_in_a_row, should_restart
+from skep.manager.orchestrator.replacement.restart import cause_of, failures_in_a_row, should_restart
 from skep.manager.orchestrator.slots import Slot, history, wanted
 from skep.model.node import Availability
 from skep.model.staging.updates import is_undecided
@@ -37,15 +37,19 @@ def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
         return
     others = [task for task in current if task not in leaving]
     serving = [
-        task for task in others if task.status.state is TaskState.RUNNING and not situation.is_misplaced(task)
+        task
+        for task in others
+        if task.status.state is TaskState.RUNNING
+        and not situation.is_misplaced(task)
+        and not situation.is_on_lost_node(task)
     ]
     for old in leaving:
         heirs = (one for one in serving if is_dirty(old, situation) or not is_dirty(one, situation))
         if (heir := next(heirs, None)) is not None:
-            yield RetireTask(old, successor=heir.id, cause=cause_to_leave(old, situation.node_of(old)))
+            yield RetireTask(old, successor=heir.id, cause=cause_of(old, situation))
     *surplus, last = sorted(leaving, key=lambda old: not is_dirty(old, situation))
     for old in surplus:
-        yield RetireTask(old, successor=last.id, cause=cause_to_leave(old, situation.node_of(old)))
+        yield RetireTask(old, successor=last.id, cause=cause_of(old, situation))
     if is_dirty(last, situation):
         return  # the update replaces it, with as many slots at a time as it may
     if any(
@@ -54,7 +58,10 @@ def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
     ):
         return  # it is the replacement, or gets one
     youngest = history(slot)[-1]
-    if youngest.ended_by_itself and not should_restart(youngest, slot, situation.seen):
+    is_replacement = youngest.ended_by_itself and not is_dirty(
+        youngest, situation
+    )  # not of an earlier update
+    if is_replacement and not should_restart(youngest, slot, situation.seen):
         return  # the replacement failed for good
     nodes = ((old.id, situation.node_of(old)) for old in leaving)
     fill = FillSlot(
@@ -68,7 +75,7 @@ def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
     )
     if serving and is_undecided(situation.service):
         # The old task serves, so the new one need not run until its replacement does.
-        yield ReplaceTask(last, fill, cause_to_leave(last, situation.node_of(last)))
+        yield ReplaceTask(last, fill, cause_of(last, situation))
         return
     yield ReplaceTask(others.pop(), fill) if others else fill
     yield from map(RetireTask, others)

@@ -30,6 +30,7 @@ from msgspec.structs import replace
 
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import (
+    Cause,
     FillSlot,
     ReplaceTask,
     RetireTask,
@@ -40,7 +41,7 @@ from skep.manager.orchestrator.changes import (
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty, is_old_one
-from skep.manager.orchestrator.slots import Slot, age, history, is_lost, is_stopping, wanted
+from skep.manager.orchestrator.slots import Slot, age, history, is_lost, is_stopping, last_of, wanted
 from skep.model.node import Availability
 from skep.model.options.labels import drain_s
 from skep.model.service import RestartCondition, RestartPolicy, UpdateOrder
@@ -99,7 +100,7 @@ def _restarts(current: Slot, slot: Slot, situation: Situation) -> list[Step]:
             continue
         if not task.status.state.is_terminal and situation.moves_start_first(task):
             continue  # its replacement runs first (``evacuation_steps``)
-        cause = cause_to_leave(task, situation.node_of(task))
+        cause = cause_of(task, situation)
         if task is not current[-1]:
             # An update has already created a newer task in the slot.
             steps.append(RetireTask(task, cause=cause))
@@ -114,6 +115,17 @@ def _restarts(current: Slot, slot: Slot, situation: Situation) -> list[Step]:
         else:
             steps.append(ReplaceTask(task, _successor(task, slot, situation), cause))
     return steps
+
+
+def cause_of(task: Task, situation: Situation) -> Cause | None:
+    """Return ``cause_to_leave``, also for a task that its node has become too small for."""
+    node = situation.node_of(task)
+    cause = cause_to_leave(task, node)
+    if node is None or is_lost(node) or task.status.state.is_terminal:
+        return cause
+    if task.preemption is not None or any(situation.is_drained(one.id) for one in task.volumes):
+        return None  # it leaves whether or not the node fits, and also during a change freeze
+    return cause or (Cause.NODE_IS_TOO_SMALL if task.id in situation.overcommitted(node.id) else None)
 
 
 def _is_superseded(task: Task, current: Slot, situation: Situation) -> bool:
@@ -219,11 +231,11 @@ def refill(fill: FillSlot, slot: Slot, situation: Situation) -> FillSlot:
 
     SwarmKit creates such a task without a delay, repeatedly if it fails at once.
     """
-    past = history(slot)
-    if not past or not past[-1].ended_by_itself or should_restart(past[-1], slot, situation.seen):
+    last = last_of(slot)
+    if last is None or not last.ended_by_itself or should_restart(last, slot, situation.seen):
         return fill
-    successor = _successor(past[-1], slot, situation)
-    ended_at = situation.seen.ended(past[-1])
+    successor = _successor(last, slot, situation)
+    ended_at = situation.seen.ended(last)
     waited_s = situation.now - ended_at if ended_at is not None else 0.0
     if (left_s := successor.delay_s - waited_s) > 0:
         return replace(successor, delay_s=left_s)

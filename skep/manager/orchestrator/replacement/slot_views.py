@@ -9,7 +9,7 @@ from skep.manager.orchestrator.changes import RetireTask
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty, is_old_one
 from skep.manager.orchestrator.replacement.restart import is_held
-from skep.manager.orchestrator.slots import Slot, age, history, is_assigned, wanted
+from skep.manager.orchestrator.slots import Slot, age, history, is_assigned, last_of, wanted
 from skep.model.service import UpdateConfig
 from skep.model.task import Task, TaskState
 from skep.model.values.times import SECOND_NS
@@ -66,7 +66,8 @@ def _outdated(kept: Slot, past: Slot, situation: Situation) -> Slot:
     """Return the outdated tasks among a slot's wanted tasks, or its last task in ``past`` if none is wanted."""
     if len(kept) == 1:
         return kept if is_dirty(kept[0], situation) else ()
-    return tuple([task for task in kept or past[-1:] if is_dirty(task, situation)])
+    last = last_of(past) if not kept else None
+    return tuple([task for task in (kept if last is None else (last,)) if is_dirty(task, situation)])
 
 
 def view_of(slot: Slot, situation: Situation) -> SlotView:

@@ -13,6 +13,7 @@ from skep.model.service import (
     PublishMode,
     RestartCondition,
     RestartPolicy,
+    ServiceSpec,
     UpdateOrder,
     UpdateState,
     UpdateStatus,
@@ -341,6 +342,40 @@ def test_a_drain_at_once_after_a_drain_leaves_the_replacement(state: TaskState) 
     world.report(new.id, state)
     drain(world, labels={DRAIN_NOW: "true"})
     assert [task.id for task in wanted(world)] == [new.id]
+
+
+def test_a_task_on_a_drained_node_stays_while_the_node_of_its_replacement_is_lost() -> None:
+    world = a_world(replace(a_spec(), labels={"skep.on-disconnect-delay": "10m"}))
+    drain(world)
+    (new,) = new_ones(world)
+    world.nodes[NodeId("n9")] = a_node("n9", state=NodeState.DOWN)
+    assign(world, new.id, state=RUNNING)
+    assert world.tasks[TaskId("old1")].is_wanted
+    world.nodes[NodeId("n9")] = a_node("n9")
+    world.settle()
+    assert not world.tasks[TaskId("old1")].is_wanted
+
+
+def test_attempts_at_a_spec_that_was_taken_back_do_not_keep_a_task_on_a_drained_node() -> None:
+    """They used up their restart policy, and the drain took them for replacements that had failed for good."""
+    policy = RestartPolicy(delay=0, max_attempts=1)
+
+    def spec(image: str) -> ServiceSpec:
+        given = a_spec(image=image)
+        return replace(given, task_template=replace(given.task_template, restart_policy=policy))
+
+    world = a_world(spec("app:1"))
+    world.update(spec("app:2"))
+    for _ in range(2):
+        world.settle()
+        for task in of_image(world, "app:2"):
+            world.report(task.id, TaskState.REJECTED)
+    world.settle()
+    assert not of_image(world, "app:2"), "it is given up"
+    world.update(spec("app:1"))
+    world.settle()
+    drain(world)
+    assert len(of_image(world, "app:1")) == 2
 
 
 def test_a_new_leader_neither_creates_nor_stops_tasks() -> None:

@@ -1,5 +1,6 @@
 """What of a slot's past is kept."""
 
+from collections import deque
 from random import Random
 
 import pytest
@@ -120,6 +121,23 @@ def test_an_attempt_that_was_stopped_before_it_ran_stands_for_no_other() -> None
     assert surplus_history(slot, limit=0, updating=[Version(index=7)]) == (second,)
 
 
+async def test_attempts_at_both_sides_of_a_resume_and_of_the_start_of_a_term_stay() -> None:
+    """Attempts that had ended by then no longer decide about the update, so others do."""
+    store = MemoryStore(SystemClock())
+    put = await store.update(lambda tx: tx.put(a_service()))
+    attempts = [a_task(node="n1", state=FAILED, desired=SHUTDOWN, service=put) for _ in range(14)]
+    status = UpdateStatus(state=UpdateState.UPDATING, tolerated_until=attempts[3].created_at)
+    await store.update(lambda tx: tx.put(replace(put, update_status=status)))
+    await store.update(lambda tx: [tx.put(task) for task in attempts[:8]])
+    state = ReaperState(store.view, SystemClock(), Random(1))
+    deque(state.start(store.view()), maxlen=0)
+    await store.update(lambda tx: [tx.put(task) for task in attempts[8:]])
+    found = state.decide(Key(f"{put.id}/1"))
+    numbers = {task.id: number for number, task in enumerate(attempts)}
+    deleted = [numbers[one.task.id] for one in found if isinstance(one, DeleteTask)]
+    assert deleted == [1, 2, 5, 6, 9, 10, 11, 12]
+
+
 def test_what_is_to_be_removed_goes_once_it_has_stopped_or_never_began() -> None:
     assert is_disposable(a_task(state=FAILED, desired=REMOVE))
     assert is_disposable(a_task(state=TaskState.PENDING, desired=REMOVE))
@@ -172,6 +190,24 @@ def test_what_is_deleted_changes_no_number_of_attempts(states: list[TaskState], 
     before, after = attempts_of(slot, slot[-1]), attempts_of(left, slot[-1])
     assert after == before[len(before) - len(after) :]
     assert len(after) >= min(len(before), most)
+
+
+def test_attempts_of_a_task_that_runs_on_stay_beside_attempts_at_a_newer_spec() -> None:
+    before, after = (a_service(restart=RestartPolicy(max_attempts=2), version=index) for index in (1, 2))
+    old = [a_task(node="n1", state=FAILED, desired=SHUTDOWN, service=before) for _ in range(2)]
+    running = a_task(node="n1", service=before)
+    new = [a_task(node="n1", state=FAILED, desired=SHUTDOWN, service=after) for _ in range(3)]
+    slot = [*old, running, *new]
+    surplus = surplus_history(slot, history_limit(after, None), attempts=attempts_kept(after))
+    assert len(attempts_of([task for task in slot if task not in surplus], running)) == 2
+
+
+def test_attempts_of_a_task_whose_policy_an_update_lifts_stay_until_the_update_replaces_it() -> None:
+    before, after = a_service(restart=RestartPolicy(max_attempts=6)), a_service(restart=RestartPolicy())
+    old = [a_task(node="n1", state=FAILED, desired=SHUTDOWN, service=before) for _ in range(9)]
+    slot = [*old, a_task(node="n1", service=before)]
+    surplus = surplus_history(slot, history_limit(after, None), attempts=attempts_kept(after))
+    assert surplus == tuple(old[:2])
 
 
 def test_versions_that_a_task_or_the_service_follows_stay() -> None:

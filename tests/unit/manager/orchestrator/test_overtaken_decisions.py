@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable
+from skep.manager.control.updates import pause_update, resume_update
 from skep.manager.orchestrator.changes import (
     Cause,
     Change,
@@ -43,7 +44,7 @@ from skep.model.values.times import Timestamp
 from skep.store.interface import Commit, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.managers.rollouts import a_spec, a_world, wanted
+from tests.support.managers.rollouts import a_spec, a_world, state, wanted
 from tests.support.managers.worlds import World
 
 N1 = NodeId("n1")
@@ -85,6 +86,34 @@ def test_the_old_task_runs_on_if_its_update_was_withdrawn() -> None:
     world.update(a_spec("app:1", replicas=1, update=start_first))
     world.apply(changes)
     assert wanted(world, "app:1") == [old]
+
+
+def test_an_update_that_a_user_resumed_since_the_decision_is_not_paused_again() -> None:
+    """The leader was about to write the failure that the user tolerates, or the share of a paused update."""
+    world = a_world(replicas=2)
+    world.update(a_spec("app:2", replicas=2))
+    world.settle()
+    world.report(wanted(world, "app:2")[0].id, TaskState.REJECTED)
+    changes = [change for change in world.changes() if isinstance(change, SetUpdateStatus)]
+    assert [change.state for change in changes] == [UpdateState.PAUSED], "the case that is to be tested"
+    pause_update(world, world.service.id, now=OLD)  # type: ignore[arg-type]
+    resume_update(world, world.service.id)  # type: ignore[arg-type]
+    world.apply(changes)
+    assert state(world) is UpdateState.UPDATING
+
+
+def test_a_paused_staged_update_that_a_user_resumed_since_the_decision_is_not_paused_again() -> None:
+    world = a_world(UpdateConfig(parallelism=0))
+    spec = a_spec("app:2", update=UpdateConfig(parallelism=0))
+    world.update(replace(spec, labels={"skep.update": "canary", "skep.update.steps": "5%,50%"}))
+    world.settle()
+    pause_update(world, world.service.id, now=OLD)  # type: ignore[arg-type]
+    world.run_all()
+    changes = [change for change in world.changes() if isinstance(change, SetUpdateStatus)]
+    assert [change.state for change in changes] == [UpdateState.PAUSED], "it has a share now"
+    resume_update(world, world.service.id)  # type: ignore[arg-type]
+    world.apply(changes)
+    assert state(world) is UpdateState.UPDATING
 
 
 def test_tasks_run_on_if_a_service_is_scaled_up_again_as_they_are_to_be_removed() -> None:
@@ -245,7 +274,20 @@ def test_tasks_leave_a_node_that_is_drained_while_it_is_down_whatever_is_frozen(
     task = a_task(node="n1")
     assert cause_to_leave(task, a_node("n1", state=NodeState.DOWN)) is Cause.NODE_IS_LOST
     drained = a_node("n1", state=NodeState.DOWN, availability=Availability.DRAIN)
-    assert cause_to_leave(task, drained) is Cause.NODE_IS_UNFIT
+    assert cause_to_leave(task, drained) is Cause.NODE_IS_LOST_AND_DRAINED
+
+
+def test_a_task_whose_drained_node_returned_since_the_decision_leaves_once_it_is_replaced() -> None:
+    world = a_world(replicas=1)
+    (task,) = world.tasks.values()
+    world.nodes[N1] = a_node("n1", state=NodeState.DOWN, availability=Availability.DRAIN)
+    changes = world.changes()
+    assert [type(change) for change in changes] == [ReplaceTask], "the case that is to be tested"
+    world.nodes[N1] = a_node("n1", availability=Availability.DRAIN)
+    world.apply(changes)
+    assert world.tasks[task.id].is_wanted
+    world.settle()
+    assert [one.status.state for one in wanted(world)] == [TaskState.RUNNING, TaskState.NEW]
 
 
 @pytest.mark.parametrize(("state", "stays"), [(TaskState.PENDING, False), (TaskState.ASSIGNED, True)])

@@ -3,6 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
+from skep.manager.control.updates import resume_update
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.reaper.history import surplus_history
@@ -362,6 +363,36 @@ def test_an_update_in_spite_of_a_crash_loop_goes_on_whatever_history_is_kept(inc
                 del world.tasks[surplus.id]
     assert state(world) is UpdateState.COMPLETED
     assert {task.slot for task in wanted(world, "app:2")} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("incident", ["a user resumes the update", "the leader changes"])
+def test_the_first_attempt_that_counts_decides_whatever_history_is_kept(incident: str) -> None:
+    """It ran for the monitor time.  A later attempt that fails at once must not take its place."""
+    update = UpdateConfig(parallelism=1, delay=60 * SECOND_NS, monitor=3 * SECOND_NS)
+    world = a_world(update, replicas=2)
+    world.update(a_spec("app:2", replicas=2, update=update))
+    advance(world)
+    (lead,) = wanted(world, "app:2")
+    world.report(lead.id, TaskState.FAILED)
+    newest = max(world.tasks.values(), key=age).created_at
+    if incident == "the leader changes":
+        world.seen = ObservedTimes(world.now)
+    else:
+        world.settle()
+        assert state(world) is UpdateState.PAUSED
+        resume_update(world, world.service.id)  # type: ignore[arg-type]
+    advance(world)
+    for seconds in (4.0, 0.1, 0.1):
+        world.now += seconds
+        for task in wanted(world, "app:2"):
+            world.report(task.id, TaskState.FAILED)
+        advance(world)
+        for slot in (1, 2):
+            past = sorted((one for one in world.tasks.values() if one.slot == slot), key=age)
+            updating = [world.service.spec_version]
+            for surplus in surplus_history(past, 0, updating=updating, counted_from=[newest]):
+                del world.tasks[surplus.id]
+    assert state(world) is UpdateState.UPDATING
 
 
 def test_a_rollback_returns_to_the_previous_spec_and_says_why_to_the_end() -> None:

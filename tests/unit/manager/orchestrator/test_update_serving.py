@@ -5,9 +5,10 @@ from collections.abc import Iterable
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.changes import ReplaceTask
+from skep.manager.orchestrator.changes import ReplaceTask, RetireTask
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
+from skep.model.node import NodeState
 from skep.model.service import (
     PortConfig,
     PublishMode,
@@ -17,8 +18,8 @@ from skep.model.service import (
     UpdateOrder,
     UpdateState,
 )
-from skep.model.task import Task, TaskState
-from skep.model.values.ids import NodeId
+from skep.model.task import Preemption, Task, TaskState
+from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
@@ -269,3 +270,47 @@ def test_a_task_that_is_stopped_does_not_stand_for_a_new_one_with_the_same_spec(
     Slow(world, (1, 1, 10)).live(60)
     assert not any(task.spec.force_update for task in wanted(world))
     assert slots_without_service(world.tasks.values()) == set()
+
+
+def a_successor(order: UpdateOrder) -> tuple[World, Task, Task]:
+    """Return an update whose new task, on n2, lets the old one on n1 stop.  Lost tasks are not replaced at once."""
+    update = UpdateConfig(parallelism=1, order=order)
+    labels = {"skep.on-disconnect-delay": "10m"}
+    world = World(
+        service := a_service(spec=replace(a_spec(replicas=1, update=update), labels=labels)),
+        nodes=[a_node("n1"), a_node("n2")],
+    )
+    world.put(old := a_task(node="n1", service=service))
+    world.update(replace(a_spec("app:2", replicas=1, update=update), labels=labels))
+    world.settle()
+    (new,) = wanted(world, "app:2")
+    new = replace(new, node_id=NodeId("n2"))
+    reached = RUNNING if order is UpdateOrder.START_FIRST else READY
+    world.put(replace(new, status=replace(new.status, state=reached)))
+    return world, old, new
+
+
+@pytest.mark.parametrize("order", UpdateOrder)
+@pytest.mark.parametrize("is_decided_before", [False, True])
+def test_an_old_task_stays_while_the_node_of_its_successor_is_lost(
+    order: UpdateOrder, *, is_decided_before: bool
+) -> None:
+    world, old, _ = a_successor(order)
+    decided = world.changes() if is_decided_before else []
+    world.nodes[NodeId("n2")] = a_node("n2", state=NodeState.DOWN)
+    world.apply(decided or world.changes())
+    world.settle()
+    assert world.tasks[old.id].is_wanted
+    world.nodes[NodeId("n2")] = a_node("n2")
+    world.settle()
+    assert not world.tasks[old.id].is_wanted
+
+
+@pytest.mark.parametrize("order", UpdateOrder)
+def test_an_old_task_stays_if_its_successor_was_preempted_since_the_decision(order: UpdateOrder) -> None:
+    world, old, new = a_successor(order)
+    decided = world.changes()
+    assert [one.task.id for one in decided if isinstance(one, RetireTask)] == [old.id]
+    world.put(replace(world.tasks[new.id], preemption=Preemption(task_id=TaskId("vip"))))
+    world.apply(decided)
+    assert world.tasks[old.id].is_wanted
