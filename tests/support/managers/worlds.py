@@ -208,6 +208,9 @@ class World:
             self.service = object
         elif isinstance(object, Payload):
             self.payloads[object.id] = object
+        elif isinstance(object, Node):
+            self.seen.record(Commit(1, (Updated(self.nodes[object.id], object),)), self.now)
+            self.nodes[object.id] = object
         else:
             old = self.tasks.get(object.id)
             event: Event = Created(object) if old is None else Updated(old, object)

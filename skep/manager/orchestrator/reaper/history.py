@@ -16,7 +16,7 @@ from itertools import pairwise
 from skep.manager.orchestrator.slots import Slot, age, has_reported_end, is_assigned, last_of
 from skep.model.node import Node
 from skep.model.options.schedules import max_attempts_of
-from skep.model.service import RestartPolicy, Service
+from skep.model.service import UNDER_WAY, RestartPolicy, Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import TaskId
 from skep.model.values.meta import Version
@@ -65,7 +65,7 @@ def surplus_history(
     iteration: Version | None = None,
     updating: Collection[Version | None] = (),
     attempts: int = 0,
-    counted_from: Sequence[Timestamp] = (),
+    times: Sequence[Timestamp] = (),
 ) -> Slot:
     """Return the tasks of one slot that exceed its history limit, oldest first.
 
@@ -81,8 +81,7 @@ def surplus_history(
             tasks that decide about its success are kept.
         attempts: How many tasks that ended by themselves to keep of each version of a wanted task, because restarts are
             counted by them, or more if a task's own policy counts more.  Tasks that were moved must not displace them.
-        counted_from: Creation times of the newest task when the update was resumed, and when this leader's term began.
-            Attempts that had ended by then decide nothing, so a later one does.
+        times: Times from which attempts count (``counted_from``).  Earlier ones decide nothing, so a later one does.
     """
     if limit < 0 or len(slot) <= limit:
         return ()
@@ -92,7 +91,7 @@ def surplus_history(
     kept = {last.id}
     for version in updating:
         made = [task for task in ordered if task.spec_version == version]
-        kept.update(task.id for row in _rows(made, counted_from) for task in _judged(row))
+        kept.update(task.id for row in _rows(made, times) for task in _judged(row))
     # An old task may run on after attempts at a newer spec, which may have another policy.
     for decided in (ordered[-1], last, *(task for task in present if task.is_wanted)):
         same = [task for task in ordered if task.spec_version == decided.spec_version]
@@ -107,10 +106,28 @@ def surplus_history(
     return tuple(past[: max(size - limit, 0)])
 
 
-def _rows(attempts: Sequence[Task], counted_from: Iterable[Timestamp]) -> Iterator[Sequence[Task]]:
+def updating_versions(service: Service) -> Collection[Version | None]:
+    """Return the versions of the update in progress."""
+    status = service.update_status
+    if status is None or status.state not in UNDER_WAY:
+        return ()
+    scaled = status.split.versions if status.split is not None and status.split.old is not None else ()
+    return {service.spec_version, *(Version(index=index) for index in scaled)}
+
+
+def counted_from(service: Service, newest_before_term: Timestamp) -> Sequence[Timestamp]:
+    """Return the creation times of the newest task when the leader's term began, and when the update was resumed.
+
+    Attempts that had ended by then decide nothing about the update.
+    """
+    resumed = service.update_status.tolerated_until if service.update_status is not None else None
+    return (newest_before_term,) if resumed is None else (newest_before_term, resumed)
+
+
+def _rows(attempts: Sequence[Task], times: Iterable[Timestamp]) -> Iterator[Sequence[Task]]:
     """Yield all ``attempts``, and the attempts up to each time and after it."""
     yield attempts
-    for time in counted_from:
+    for time in times:
         yield [task for task in attempts if unix_ns(task.created_at) <= unix_ns(time)]
         yield [task for task in attempts if unix_ns(task.created_at) > unix_ns(time)]
 

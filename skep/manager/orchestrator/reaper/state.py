@@ -1,6 +1,6 @@
 """State of the reaper: which slots and services are due, and which of their objects ``history`` no longer needs."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from random import Random
 from typing import NewType
@@ -12,6 +12,7 @@ from skep.manager.control_loops.loop_driver import Decision, Recheck
 from skep.manager.control_loops.work_queue import WorkQueue
 from skep.manager.orchestrator.reaper.history import (
     attempts_kept,
+    counted_from,
     history_limit,
     is_disposable,
     is_live,
@@ -19,6 +20,7 @@ from skep.manager.orchestrator.reaper.history import (
     is_orphaned,
     is_past_attachment,
     surplus_history,
+    updating_versions,
 )
 from skep.manager.orchestrator.reaper.kept_nodes import has_cut_report
 from skep.manager.orchestrator.reaper.removals import (
@@ -40,11 +42,10 @@ from skep.model.options.slot_volumes import (
     may_be,
     slot_volumes_of,
 )
-from skep.model.service import UNDER_WAY, Service
+from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId, TaskId
-from skep.model.values.meta import Version
 from skep.model.values.times import ZERO_TIME, Timestamp
 from skep.store.interface import Commit, Created, Deleted, Updated, View
 from skep.store.kinds import (
@@ -216,10 +217,8 @@ class ReaperState:
             kept = [task for task in tasks if task not in disposable]
             iteration = service.job_status.job_iteration if service.job_status is not None else None
             attempts = max(map(attempts_kept, (run, as_before_update(view, run))))
-            status = service.update_status
-            resumed = status.tolerated_until if status is not None else None
-            times = [self._youngest] if resumed is None else [self._youngest, resumed]
-            surplus = surplus_history(kept, limit, iteration, _updating(service), attempts, times)
+            times = counted_from(service, self._youngest)
+            surplus = surplus_history(kept, limit, iteration, updating_versions(service), attempts, times)
             yield from (DeleteTask(task) for task in surplus if task.id not in waiting)
 
     def _of_service(self, view: View, service_id: ServiceId) -> Iterator[Removal | Recheck]:
@@ -249,15 +248,6 @@ def _sortable(time: Timestamp) -> str:
 def _slot_key(task: Task) -> Key:
     """Return the task's key in the store's "slot" index."""
     return Key(f"{task.service_id}/{task.slot or task.node_id}")
-
-
-def _updating(service: Service) -> Collection[Version | None]:
-    """Return the versions of the update in progress."""
-    status = service.update_status
-    if status is None or status.state not in UNDER_WAY:
-        return ()
-    scaled = status.split.versions if status.split is not None and status.split.old is not None else ()
-    return {service.spec_version, *(Version(index=index) for index in scaled)}
 
 
 def cluster_limit(view: View) -> int | None:

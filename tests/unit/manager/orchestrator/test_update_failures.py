@@ -390,7 +390,7 @@ def test_the_first_attempt_that_counts_decides_whatever_history_is_kept(incident
         for slot in (1, 2):
             past = sorted((one for one in world.tasks.values() if one.slot == slot), key=age)
             updating = [world.service.spec_version]
-            for surplus in surplus_history(past, 0, updating=updating, counted_from=[newest]):
+            for surplus in surplus_history(past, 0, updating=updating, times=[newest]):
                 del world.tasks[surplus.id]
     assert state(world) is UpdateState.UPDATING
 
