@@ -221,12 +221,13 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
         case RetireTask(task, desired, successor, is_due, cause, service, is_refused, keeps):
             if service is not None and not _is_current_at_commit(tx, service):
                 return
-            if (cause is not None and _has_passed(tx, cause, task)) or not _are_available(tx, keeps):
+            may_run = desired is TaskState.REMOVE
+            if _is_overtaken(tx, task, cause, may_run=may_run) or not _are_available(tx, keeps):
                 return
             if successor is None or _can_take_over(tx, successor, is_refused=is_refused):
                 _retire(tx, task.id, desired, now, is_due=is_due, cause=cause)
         case ReplaceTask(task, successor, cause, keeps):
-            if (cause is not None and _has_passed(tx, cause, task)) or not _are_available(tx, keeps):
+            if _is_overtaken(tx, task, cause) or not _are_available(tx, keeps):
                 return
             # Both or neither, because a slot that was only emptied would be filled at once, without the restart delay.
             if _is_current(tx, successor.service) and _retire(
@@ -387,6 +388,16 @@ def _is_assigned_since(tx: Transaction, decided: Task) -> bool:
     return decided.status.state < TaskState.ASSIGNED and task is not None and is_stopping(task)
 
 
+def _is_overtaken(tx: Transaction, task: Task, cause: Cause | None, *, may_run: bool = False) -> bool:
+    """Return whether the task is no longer retired: its cause has passed, or it runs since the decision.
+
+    A task that runs may have to wait for its replacement, or for the service's minimum.  ``may_run``: it does not wait.
+    """
+    if not may_run and task.status.state is not TaskState.RUNNING and _runs_now(tx, task):
+        return True
+    return cause is not None and _has_passed(tx, cause, task)
+
+
 def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
     """Return whether the cause no longer holds.  Other managers write as well, and the leader's view may have been
     older.
@@ -401,11 +412,9 @@ def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
             return node is not None and not (is_lost(node) and is_drained)
         case Cause.NODE_IS_UNFIT:
             node = tx.rely_on(Node, task.node_id, HEAD, "status")
-            if node is not None and (not is_unfit(node, task) or _keeps_unfit(tx, node, task)):
-                return True
-            return _has_begun_to_run(tx, task)
+            return node is not None and (not is_unfit(node, task) or _keeps_unfit(tx, node, task))
         case Cause.NODE_IS_TOO_SMALL:
-            return _is_frozen(tx, task) or _has_begun_to_run(tx, task)
+            return _is_frozen(tx, task)
         case Cause.MOVES:
             present = tx.rely_on(Task, task.id, HEAD)
             return (present is not None and present.relocation is None) or _is_frozen(tx, task)
@@ -423,13 +432,6 @@ def _runs_now(tx: Transaction, task: Task) -> bool:
     """Return whether the task runs, and let the commit fail if that changes."""
     current = tx.rely_on(Task, task.id, "status")
     return current is not None and current.status.state is TaskState.RUNNING
-
-
-def _has_begun_to_run(tx: Transaction, task: Task) -> bool:
-    """Return whether the task runs since the decision.  Such a task leaves after its replacement has started, and not
-    below the service's minimum.
-    """
-    return task.status.state is not TaskState.RUNNING and _runs_now(tx, task)
 
 
 def _keeps_unfit(tx: Transaction, node: Node, task: Task) -> bool:

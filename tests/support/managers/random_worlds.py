@@ -36,13 +36,18 @@ FAILED, RUNNING = TaskState.FAILED, TaskState.RUNNING
 class RandomWorld:
     """Changes a world by one random event at a time.
 
+    Args:
+        seed: Decides about all events.
+        has_minimum: Whether every spec has ``skep.min-available``.
+        delay_s: Longest delay between the slots of an update.
+
     Attributes:
         newest_before_term: Creation time of the newest task when the leader's term began.
     """
 
-    def __init__(self, seed: int, *, has_minimum: bool = False) -> None:
+    def __init__(self, seed: int, *, has_minimum: bool = False, delay_s: int = 3) -> None:
         self.random = Random(seed)
-        self.has_minimum = has_minimum
+        self.has_minimum, self.delay_s = has_minimum, delay_s
         self.is_global = not has_minimum and self.random.random() < 0.25
         self.newest_before_term = ZERO_TIME
         self.world = World(
@@ -176,7 +181,7 @@ class RandomWorld:
         )
         update = UpdateConfig(
             parallelism=choose((0, 1, 2)),
-            delay=choose((0, 3 * SECOND_NS)),
+            delay=choose((0, self.delay_s * SECOND_NS)),
             failure_action=choose(tuple(UpdateFailureAction)),
             monitor=choose((0, 2 * SECOND_NS)),
             max_failure_ratio=choose((0.0, 0.4)),

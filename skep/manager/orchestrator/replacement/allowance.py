@@ -16,7 +16,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.manager.control_loops.loop_driver import Recheck
-from skep.manager.orchestrator.changes import Cause, ReplaceTask, RetireTask, StartTask, Step
+from skep.manager.orchestrator.changes import ReplaceTask, RetireTask, StartTask, Step
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.replacement.held_places import excludes
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
@@ -47,7 +47,7 @@ def within_budget(decided: Sequence[Step], situation: Situation) -> Allowed:
 
     ``situation`` has all tasks of the service.
     """
-    steps = [_unless_it_runs(step, situation) for step in decided]
+    steps = list(decided)
     limited = [number for number, step in enumerate(steps) if _takes_away(step, situation)]
     if not limited:
         return Allowed(steps)
@@ -151,17 +151,6 @@ def _witnesses(serving: dict[int, set[TaskId]], minimum: int) -> tuple[TaskId, .
     """Return tasks that have to be available still when the steps are written."""
     slots: Sequence[int] = sorted(serving)[: min(minimum, WITNESSES_MAX)]
     return tuple(min(serving[slot]) for slot in slots)
-
-
-def _unless_it_runs(step: Step, situation: Situation) -> Step:
-    """Return the step, for which nothing is written if its task has begun to run since and then draws on the budget."""
-    if (
-        not _is_limited(step, situation)
-        or step.cause is not None
-        or step.task.status.state is TaskState.RUNNING
-    ):
-        return step
-    return replace(step, cause=Cause.DOES_NOT_RUN)
 
 
 def _takes_away(step: Step, situation: Situation) -> bool:

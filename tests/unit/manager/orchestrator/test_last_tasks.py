@@ -130,7 +130,7 @@ def test_a_new_task_that_is_done_as_it_is_stopped_ends_its_slot() -> None:
     (old,), (new,) = wanted(world, "app:1"), wanted(world, "app:2")
     world.put(replace(new, node_id=N1))
     world.run_all()
-    world.apply([RetireTask(old), RetireTask(new)])
+    world.apply([RetireTask(world.tasks[one.id]) for one in (old, new)])
     world.settle()
     assert len(wanted(world, "app:1")) == 1, "the case that is to be tested"
     world.report(new.id, TaskState.COMPLETE)
