@@ -21,7 +21,7 @@ from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import named
 from skep.cli.running import do_each, run_requests, say
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
-from skep.model.node_reports.departures import STAYS, UNREPLACED
+from skep.model.node_reports.departures import STAYS
 from skep.model.node_reports.node_refusals import is_no_node
 from skep.model.options.labels import DRAIN_NOW, VOLUME_AFFINITY, VolumeAffinity, volume_affinity
 from skep.model.options.overlap import why_stop_first
@@ -37,7 +37,7 @@ _LOOK_S = 0.5
 """Seconds between two looks at a node that is drained or evicted.  Both take seconds to minutes."""
 _PATH = "/skep/cluster/evict"
 _ASKED_MAX = 20
-"""Tasks whose reasons one look asks for, as each is a request.  With more tasks left, a drain waits for its timeout."""
+"""Tasks whose reasons one look asks for, as each is a request."""
 _AVAILABILITY = "docker node update --availability"
 _CONTAINERS = {
     False: "It stops its containers when it reaches a manager. Run docker swarm leave --force there to remove them.",
@@ -127,11 +127,7 @@ async def _drain(
 
 def without_node(services: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line for each of the services whose tasks no other node takes."""
-    waiting = Counter(
-        task.get("ServiceID", "")
-        for task in tasks
-        if task["Status"]["State"] == "pending" and is_no_node(task["Status"].get("Err", ""))
-    )
+    waiting = Counter(task.get("ServiceID", "") for task in tasks if _is_unplaced(task))
     names = sorted((str(one["Spec"]["Name"]), waiting[one["ID"]]) for one in services)
     return [
         f"{name}: no other node takes {counted(number, 'task')}. Run skep explain {name}."
@@ -266,17 +262,37 @@ class _Stays(NamedTuple):
 
 
 async def _stays(client: Requests, tasks: Mapping[str, Mapping[str, Any]]) -> _Stays:
-    """Return why ``tasks``, by name, stay.  Asks no further once a reason is known and waiting may help."""
-    name = why = ""
-    are_unplaced = len(tasks) <= _ASKED_MAX
+    """Return the first known reason why ``tasks``, by name, stay, and whether no node takes their replacements."""
+    are_unplaced = await _are_unplaced(client, tuple(tasks.values()))
     for one in sorted(tasks)[:_ASKED_MAX]:
-        found = await _why_it_stays(client, str(tasks[one]["ID"]))
-        if found and not why:
-            name, why = one, found
-        are_unplaced = are_unplaced and is_no_node(found.partition(UNREPLACED)[2])
-        if why and not are_unplaced:
-            break
-    return _Stays(name, why, are_unplaced)
+        if why := await _why_it_stays(client, str(tasks[one]["ID"])):
+            return _Stays(one, why, are_unplaced)
+    return _Stays()
+
+
+async def _are_unplaced(client: Requests, tasks: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether all ``tasks`` still run because no node accepts their replacements.
+
+    The replacements' states decide, because the words of an explanation name first what a task needs.
+    """
+    if any(task.get("DesiredState") != "running" for task in tasks):
+        return False
+    services = sorted({str(task.get("ServiceID", "")) for task in tasks})
+    filters = {"service": services, "desired-state": ["running"]}
+    try:
+        found = await client.get("/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S)
+    except NotFound:  # A service has just been removed.
+        return False
+    unplaced = {_slot(task) for task in found if _is_unplaced(task)}
+    return all(_slot(task) in unplaced for task in tasks)
+
+
+def _is_unplaced(task: Mapping[str, Any]) -> bool:
+    return task["Status"]["State"] == "pending" and is_no_node(task["Status"].get("Err", ""))
+
+
+def _slot(task: Mapping[str, Any]) -> tuple[str, int]:
+    return str(task.get("ServiceID", "")), int(task.get("Slot", 0))
 
 
 async def _why_it_stays(client: Requests, task_id: str) -> str:

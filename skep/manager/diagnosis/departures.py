@@ -17,7 +17,7 @@ from skep.manager.diagnosis.reasons import (
 from skep.manager.orchestrator.replacement.enforcement import violates_constraints
 from skep.manager.services.disruption_budget import budget_of, required
 from skep.model.node import Availability, Node
-from skep.model.node_reports.departures import STAYS, UNREPLACED
+from skep.model.node_reports.departures import STAYS
 from skep.model.options.labels import drains_now
 from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.task import Task, TaskState
@@ -53,7 +53,7 @@ def why_it_stays(
     successors = [one for one in slot if one.is_active and one.id != task.id]
     if successors:
         last = max(successors, key=lambda one: (one.created_at, one.id))
-        why = f"{UNREPLACED}{_why_unreplaced(task, last, slot, nodes, service)}"
+        why = f"its replacement does not run yet: {_why_unreplaced(task, last, slot, nodes, service)}"
     elif _is_outdated(task, service):
         why = "the update replaces it in its turn"
     else:

@@ -452,12 +452,13 @@ def _of_job(
     if done >= total:
         return completed, "", True
     if given_up:
-        key, slot = min(given_up.items(), key=lambda item: str(item[0]))
-        where = f"slot {key}" if job is not None else hostname(nodes.get(slot[-1].node_id), slot[-1])
+        _, slot = min(given_up.items(), key=lambda item: str(item[0]))
+        last, node = slot[-1], nodes.get(slot[-1].node_id)
+        where = f"slot {last.shown_slot}" if job is not None else hostname(node, last)
         others = f" and {len(given_up) - 1} more" if len(given_up) > 1 else ""
-        last = summary(slot[-1], nodes.get(slot[-1].node_id))
-        text = f"FAILED: {last}; {where}{others} gave up {restarts_in(slot)}; {completed}"
-        return text, f"failed: {last}", False
+        cause = summary(last, node)
+        text = f"FAILED: {cause}; {where}{others} gave up {restarts_in(slot)}; {completed}"
+        return text, f"failed: {cause}", False
     progress = f"{completed}, {running} running"
     if not problems:
         return progress, f"{running} running" if running else "its tasks are not created yet", False

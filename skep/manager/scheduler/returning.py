@@ -140,4 +140,4 @@ def must_wait(task: Task, view: View) -> bool:
 def away_words(task: Task, home: Home, node: Node, why: str) -> str:
     """Return a text such as ``volume data of slot 2 is on node w1, which is down``."""
     name = node.shown_name
-    return f"volume {home.volume} of slot {task.slot} is on node {name}{why}"
+    return f"volume {home.volume} of slot {task.shown_slot} is on node {name}{why}"

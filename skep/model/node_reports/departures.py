@@ -3,5 +3,3 @@
 from typing import Final
 
 STAYS: Final = "it stays on"
-UNREPLACED: Final = "its replacement does not run yet: "
-"""Words before the reason why a replacement does not run."""

@@ -1,6 +1,7 @@
 """What ``skep node evict`` prints while the managers work, and ``drain`` before."""
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import pytest
@@ -23,7 +24,7 @@ from skep.errors import Unavailable
 from skep.manager.routes import ManagerApi
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, Node
-from skep.model.node_reports.departures import STAYS, UNREPLACED
+from skep.model.node_reports.departures import STAYS
 from skep.model.node_reports.node_refusals import NO_NODE
 from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
 from skep.model.service import JobStatus, ReplicatedJob, ServiceMode
@@ -220,23 +221,30 @@ async def test_a_drain_of_a_node_that_is_down_says_why_its_tasks_are_left(
 
 class PinnedTasks(DownNode):
     """Managers of a drained node with two tasks.  The replacement of the second one starts after ``starts_after``
-    looks.
+    looks.  The explanations name first what the tasks need.
     """
 
-    def __init__(self, starts_after: int) -> None:
+    def __init__(self, starts_after: int, desired: str = "running") -> None:
         self._left = starts_after
+        self._desired = desired
 
-    async def get(self, path: str, **_: object) -> Any:
+    async def get(self, path: str, *, filters: Mapping[str, Sequence[str]] | None = None, **_: object) -> Any:
         if path == "/tasks":
-            state = {"State": "running"}
+            slots = range(1, 3 if self._left else 2)
+            is_here = filters == {"node": ["w9"]}
+            status = (
+                {"State": "running"} if is_here else {"State": "pending", "Err": f"{NO_NODE} (constraints)"}
+            )
+            desired = self._desired if is_here else "running"
             return [
-                {"ID": f"t{slot}", "ServiceID": "s1", "Slot": slot, "Status": state}
-                for slot in range(1, 3 if self._left else 2)
+                {"ID": f"t{slot}", "ServiceID": "s1", "Slot": slot, "DesiredState": desired, "Status": status}
+                for slot in slots
             ]
         if path.endswith("/explain"):
-            self._left -= path.startswith("/skep/tasks/t2")
-            return {"Summary": f"{STAYS} w9, which is drained: {UNREPLACED}{NO_NODE} (constraints)"}
+            why = f"its replacement does not run yet: needs node.hostname==w9; {NO_NODE} (constraints)"
+            return {"Summary": f"{STAYS} w9, which is drained: {why}"}
         if path == "/nodes/w9":
+            self._left -= 1
             return {"ID": "n9", "Version": {"Index": 1}, "Spec": {}, "Status": {"State": "ready"}}
         return await super().get(path)
 
@@ -256,6 +264,16 @@ def test_a_drain_ends_once_no_node_has_accepted_a_replacement_for_a_minute(
         loop.close()
 
 
+def test_a_drain_waits_for_tasks_that_are_stopping_although_no_node_accepts_replacements() -> None:
+    loop = VirtualLoop()
+    try:
+        managers = PinnedTasks(-1, desired="shutdown")
+        with pytest.raises(Unavailable, match="not drained within 600 s"):
+            loop.run_until_complete(drain_and_wait(cast("ApiClient", managers), "w9", 600.0))
+    finally:
+        loop.close()
+
+
 @pytest.mark.parametrize(
     ("command", "availability"), [("activate", "active"), ("uncordon", "active"), ("cordon", "pause")]
 )
@@ -266,6 +284,14 @@ def test_a_command_that_nobody_has_names_the_one_to_run(command: str, availabili
         f"No such command '{command}'. Run docker node update --availability {availability} NODE."
         in found.output
     )
+
+
+async def test_a_drain_waits_for_tasks_whose_service_was_removed(cluster: tuple[ManagerApi, Any]) -> None:
+    manager, host = cluster
+    for one in (a_node("w1"), a_task("t1", node="w1", service=a_service("gone"), slot=1)):
+        await manager.store.update(put, one)
+    with pytest.raises(Unavailable, match=r"not drained within 0\.2 s: 1 task left: t1"):
+        await _drain(host, "w1", 0.2)
 
 
 async def test_a_drain_names_the_jobs_that_no_other_node_takes(

@@ -263,7 +263,7 @@ def test_a_job_that_gave_up_says_where_after_how_many_restarts_and_of_what(failu
     tasks = [a_run(job, 1, TaskState.COMPLETE), moved, *failed]
     reported = explain_service(job, tasks, wanted=1, nodes={}, now_ns=0)
     assert not reported.is_healthy
-    assert reported.summary == f"FAILED: exit 1; slot 2 gave up {words}; 1 of 2 completed"
+    assert reported.summary == f"FAILED: exit 1; slot 1 gave up {words}; 1 of 2 completed", "as in NAME.1"
 
 
 def test_a_job_under_way_is_neither_done_nor_failed_and_earlier_iterations_do_not_count() -> None:

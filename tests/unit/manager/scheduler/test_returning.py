@@ -5,12 +5,12 @@ from functools import partial
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
+from skep.manager.scheduler.returning import away_words, must_wait, volumes_elsewhere
 from skep.manager.scheduler.state import SchedulerState
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, EngineDescription, Node, NodeState
 from skep.model.options.labels import VOLUME_AFFINITY
-from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, Home
 from skep.model.service import (
     Placement,
     Resources,
@@ -22,6 +22,8 @@ from skep.model.service import (
 )
 from skep.model.staging.updates import CANARY, UPDATE
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
+from skep.model.values.ids import NodeId
+from skep.model.values.meta import Version
 from skep.model.volume import PublishState, VolumeScope, VolumeSharing
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_cluster_volume, a_node, a_service, a_task, with_disks
@@ -147,6 +149,12 @@ async def test_a_node_that_is_drained_is_named_with_its_availability() -> None:
     words = "volume data of slot 1 is on node n3, whose availability is drain"
     async with scheduling(store):
         await wait_for(store, lambda: store.view().get(Task, task.id).status.err == words)
+
+
+def test_the_slot_of_a_job_has_the_number_in_the_name_of_its_task() -> None:
+    task = replace(waiting(a_stateful_service()), job_iteration=Version(index=1))
+    words = away_words(task, Home(NodeId("n3"), "data"), down("n3"), ", which is down")
+    assert words == "volume data of slot 0 is on node n3, which is down", "as in NAME.0"
 
 
 async def test_a_kept_task_goes_elsewhere_once_its_volume_is_given_up() -> None:
