@@ -64,8 +64,9 @@ class Groups:
             group
             for name, slot in slots
             for service in view.find(Service, name=name)
-            for task in view.find(Task, slot=f"{service.id}/{slot}")
-            if (group := self.of.get(task.id)) is not None
+            for number in (slot, slot + 1)  # a job's slots begin at 1 in the store
+            for task in view.find(Task, slot=f"{service.id}/{number}")
+            if task.shown_slot == slot and (group := self.of.get(task.id)) is not None
         }
 
     def of_service(self, id: ServiceId, view: View) -> set[Group]:

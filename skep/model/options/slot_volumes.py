@@ -34,7 +34,7 @@ _LOCATING = ("type", "device")
 """Options of a volume that locate its data, perhaps on another machine."""
 
 SlotName: TypeAlias = tuple[str, int]
-"""A service's name and the number of a slot."""
+"""A service's name and the number of a slot as nodes know it (``Task.shown_slot``)."""
 
 
 _Shape: TypeAlias = tuple[str, str | None]
@@ -42,7 +42,11 @@ _Shape: TypeAlias = tuple[str, str | None]
 
 
 class SlotVolume(msgspec.Struct, frozen=True, gc=False):
-    """A volume that a slot's tasks have used on a node.  ``at_ms``: creation time of the last such task, Unix time."""
+    """A volume that a slot's tasks have used on a node.
+
+    ``slot`` is the number that nodes know (``Task.shown_slot``), and ``at_ms`` the creation time of the last such task,
+    Unix time.
+    """
 
     volume: str
     service: str
@@ -215,14 +219,14 @@ def homes_of(task: Task, service_name: str, past: Iterable[Task], index: SlotVol
     for other in sorted((one for one in past if had_volumes(one)), key=created_ms, reverse=True):
         shared = next((one for one in local_volumes(other.spec) if one in volumes), None)
         if other.id != task.id and shared is not None:
-            name = shared.replace("{{.Task.Slot}}", str(task.slot))
+            name = shared.replace("{{.Task.Slot}}", str(task.shown_slot))
             if index.is_forgotten(other.node_id, name, created_ms(other)):
                 continue
             found.setdefault(other.node_id, Home(other.node_id, name))
     shapes = [shape_of(name) for name in volumes]
     reported = [
         (-one.at_ms, node_id, one.volume)
-        for node_id, some in index.of((service_name, task.slot)).items()
+        for node_id, some in index.of((service_name, task.shown_slot)).items()
         for one in some
         if any(_is_named(one.volume, shape) for shape in shapes)
         and not index.is_forgotten(node_id, one.volume, one.at_ms)

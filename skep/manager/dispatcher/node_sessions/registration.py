@@ -277,5 +277,5 @@ def _seen(tx: Transaction, node_id: NodeId) -> dict[tuple[str, int], list[int]]:
     for task in tx.find(Task, node_id=node_id):
         service = tx.lookup(Service, task.service_id)
         if service is not None:
-            found.setdefault((service.spec.name, task.slot), []).append(created_ms(task))
+            found.setdefault((service.spec.name, task.shown_slot), []).append(created_ms(task))
     return found

@@ -113,7 +113,7 @@ def _is_reported(task: Task, service: Service, node: Node) -> bool:
     """
     if is_docker_node(node) or has_cut_report(node):
         return True
-    at_ms, key = created_ms(task), (service.spec.name, task.slot)
+    at_ms, key = created_ms(task), (service.spec.name, task.shown_slot)
     forgotten = forgotten_in(node.spec.labels.get(FORGOTTEN_LABEL, ""))
     known = {
         one.volume for one in slot_volumes_of(node) if (one.service, one.slot) == key and one.at_ms >= at_ms

@@ -9,6 +9,7 @@ from skep.model.node import EngineDescription, Node, NodeDescription
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, created_ms
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, SessionId
+from skep.model.values.meta import Version
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service, a_task
 
@@ -53,6 +54,14 @@ async def test_a_slot_that_a_node_never_had_is_not_believed_of_it(store: MemoryS
     assert believed(store) == ""
     await store.update(describe_node, W1, SESSION, described(f"{lies} data=web.2@{own}"))
     assert believed(store) == f"data=web.2@{own}"
+
+
+async def test_a_slot_of_a_job_has_the_number_that_its_node_knows(store: MemoryStore) -> None:
+    task = store.view().get(Task, "t1")
+    await store.update(lambda tx: tx.put(replace(task, job_iteration=Version())))
+    at = created_ms(task)
+    await store.update(take_session, registered(f"data=web.2@{at} data=web.1@{at}"))
+    assert believed(store) == f"data=web.1@{at}"
 
 
 async def test_what_was_believed_once_is_believed_without_the_task(store: MemoryStore) -> None:

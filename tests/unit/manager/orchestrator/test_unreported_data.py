@@ -20,6 +20,7 @@ from skep.model.service import Service
 from skep.model.task import ContainerStatus, Task, TaskState
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.ids import new_id as a_new_id
+from skep.model.values.meta import Version
 from skep.model.values.times import Timestamp
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
@@ -73,6 +74,13 @@ def test_a_task_with_data_waits_for_a_report_that_has_it_or_a_later_one() -> Non
         assert waits(task, node=reporting(other, **SKEP)) == [task.id], other
     assert waits(task, node=reporting(f"data-2=web.2@{at}", **SKEP)) == []
     assert waits(task, node=reporting(f"data-2=web.2@{at + 1}", **SKEP)) == []
+
+
+def test_a_task_of_a_job_waits_for_a_report_with_the_number_that_nodes_know() -> None:
+    task = replace(ended(), job_iteration=Version())
+    at = created_ms(task)
+    assert waits(task, node=reporting(f"data-2=web.2@{at}", **SKEP)) == [task.id]
+    assert waits(task, node=reporting(f"data-1=web.1@{at}", **SKEP)) == []
 
 
 def test_only_the_last_task_with_data_of_a_slot_on_a_node_waits() -> None:

@@ -12,6 +12,7 @@ from skep.model.node import Availability, EngineDescription, Node, NodeState
 from skep.model.options.labels import VOLUME_AFFINITY
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, Home
 from skep.model.service import (
+    JobStatus,
     Placement,
     Resources,
     Service,
@@ -88,6 +89,21 @@ async def test_a_slot_whose_tasks_are_gone_is_found_by_what_nodes_report() -> No
     store = await a_store(service, *nodes, *tasks)
     await scheduled(store, *tasks)
     assert [on(store, task) for task in tasks] == ["n7", "n6", "n5"]
+
+
+async def test_a_slot_of_a_job_is_found_by_the_number_that_nodes_know() -> None:
+    service = replace(a_stateful_service("required", source="data-{{.Task.Slot}}"), job_status=JobStatus())
+    first, second = (replace(waiting(service, slot=slot), job_iteration=Version()) for slot in (1, 2))
+    away = reporting("away", "data-0=web.0@1")
+    away = replace(away, status=replace(away.status, state=NodeState.DOWN))
+    store = await a_store(away, reporting("n2", "data-1=web.1@1"), service, first, second)
+    async with scheduling(store):
+        await wait_for(store, lambda: on(store, second) and store.view().get(Task, first.id).status.err)
+        assert "slot 0 is on node away" in store.view().get(Task, first.id).status.err
+        present = store.view().get(Node, "away")
+        await store.update(put, replace(present, description=reporting("away", "data-5=web.5@1").description))
+        await wait_for(store, lambda: on(store, first) != "")
+    assert on(store, second) == "n2"
 
 
 async def test_without_its_node_a_task_goes_elsewhere_and_says_so() -> None:
