@@ -182,7 +182,11 @@ class KeyPairCredentials:
         """Try once to renew the certificate.  Returns whether it is now valid for the node's role."""
         try:
             if not (self.is_expired and self._is_renewed_beside()):
-                self._adopt(await self._request_pair(choose()))
+                before = self.pair
+                renewed = await self._request_pair(choose())
+                # A manager may have sent other roots during the request.
+                is_same = self.pair.root_pem == before.root_pem
+                self._adopt(renewed if is_same else renewed.with_root(self.pair.root_pem))
         except (SkepError, OSError) as error:
             log.warning(
                 "certificate not renewed", error=describe_error(error), until=self.pair.not_after.isoformat()
