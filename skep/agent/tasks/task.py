@@ -212,7 +212,10 @@ class TaskDriver:
         Returns whether the controller must be updated, because limits or the number of kept log lines changed.
         """
         before, self.task = self.task, task
-        if before.task.desired_state is not task.task.desired_state:
+        is_drained_otherwise = task.task.desired_state >= TaskState.SHUTDOWN and drain_s(
+            before.service_labels
+        ) != drain_s(task.service_labels)
+        if before.task.desired_state is not task.task.desired_state or is_drained_otherwise:
             self._desired_changed.set()
         if last_lines(before.service_labels) != last_lines(task.service_labels):
             return True

@@ -491,19 +491,21 @@ class Drained(SimulatedController):
         await super().shutdown()
 
 
-async def test_a_stop_waits_for_clients_as_long_as_the_service_says_now(node: Node) -> None:
+@pytest.mark.parametrize("stop", [TaskState.SHUTDOWN, TaskState.REMOVE])
+async def test_a_stop_waits_for_clients_as_long_as_the_service_says_now(node: Node, stop: TaskState) -> None:
     """The label was changed while the task ran; then the service is removed while its task waits."""
     node.controllers["a"] = Drained
+    Drained.waited = ()
     async with node.working() as worker:
         await worker.assign(complete(assigned("a")))
         await node.reports.wait("a", RUNNING)
-        for desired, drain in ((RUNNING, "90s"), (TaskState.SHUTDOWN, "90s"), (TaskState.REMOVE, "0s")):
+        for desired, drain in ((RUNNING, "90s"), (stop, "90s"), (TaskState.REMOVE, "0s")):
             labels = {DRAIN: drain}
             await worker.assign(
                 difference(msgspec.structs.replace(assigned("a", desired), service_labels=labels))
             )
             async with asyncio.timeout(DEADLINE_S):
-                while desired is TaskState.SHUTDOWN and not Drained.waited:  # noqa: ASYNC110
+                while desired is stop and not Drained.waited:  # noqa: ASYNC110
                     await asyncio.sleep(0)
         await node.reports.wait("a", TaskState.SHUTDOWN)
     assert Drained.waited == (90.0, 0.0)
