@@ -173,6 +173,21 @@ async def test_shutdown_kills_a_process_that_does_not_listen(machines: Machines)
     await controller.remove()
 
 
+async def test_a_shutdown_that_is_interrupted_and_repeated_signals_once(machines: Machines) -> None:
+    """As when a service is removed while its task stops.  Many programs end at once at the second signal."""
+    counting = "trap 'n=$((n + 1)); [ $n -lt 2 ] || exit 9' TERM; while :; do sleep 0.05; done"
+    executor = await machines.executor(Behavior(shutdown_s=5))
+    controller = await started(executor, a_task("sh", "-c", counting, grace_s=2))
+    await machines.wait_listening(controller)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await controller.shutdown()
+    async with asyncio.timeout(10):
+        await controller.shutdown()
+    assert (await controller.wait()).exit_code in (137, 143)
+    await controller.remove()
+
+
 async def test_a_new_executor_adopts_what_runs(machines: Machines) -> None:
     task = a_task(*FOREVER)
     first = await started(await machines.executor(), task)

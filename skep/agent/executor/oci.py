@@ -25,6 +25,7 @@ from skep.agent.executor.pulling import Bring, ImagePuller, nothing_beside
 from skep.agent.tasks.cluster_volumes import ClusterVolumes, PathQueries, PublishedVolume
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
+from skep.aio.race import SharedWork
 from skep.csi.drivers import Drivers
 from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.netns.kernel.namespaces import inbound_of
@@ -256,6 +257,9 @@ class OciController:
         self._registry_auth = registry_auth
         self._stopping_since: float | None = None
         """Time of the clock when the running container was told to stop."""
+        self._draining_since: float | None = None
+        """Time of the clock when the task began to wait for its last connection."""
+        self._stop_work = SharedWork()
 
     def observed(self) -> Running | None:
         """Return the state in the container's record."""
@@ -387,7 +391,8 @@ class OciController:
         """Wait for the last connection, then stop the container and free its networks."""
         container = self._container()
         if container is not None:
-            await self._drain(container, drain_s)
+            if self._stopping_since is None:
+                await self._drain(container, drain_s)
             if self._stopping_since is None and self._engine.get(container.id).is_running:
                 self._stopping_since = self._executor.clock.monotonic()
             await self._stop(container.id)
@@ -396,12 +401,16 @@ class OciController:
     async def _stop(self, id: ContainerId) -> None:
         """Stop the container and wait for its end without a limit, because its slot is not free before that.
 
+        A stop that is interrupted and repeated sends its signal once: many programs end at once at the second one.
+
         Raises:
             NotFound: The container does not exist.
         """
         stop = partial(self._engine.stop, id)
         event = "container of a task not stopped"
-        await retry(stop, event, clock=self._executor.clock, kinds=(Unavailable,), container=id)
+        await self._stop_work.run(
+            lambda: retry(stop, event, clock=self._executor.clock, kinds=(Unavailable,), container=id)
+        )
 
     async def _drain(self, container: Container, limit_s: float) -> None:
         """Wait until the last connection over a cluster network has ended, or ``limit_s`` has passed.
@@ -411,9 +420,11 @@ class OciController:
         """
         if not container.pid or not _is_routed(self._task) or not limit_s:
             return
-        self._engine.events.publish("drain", container)
         clock = self._executor.clock
-        until = clock.monotonic() + limit_s
+        if self._draining_since is None:
+            self._engine.events.publish("drain", container)
+            self._draining_since = clock.monotonic()
+        until = self._draining_since + limit_s
         while inbound_of(container.pid) and (left_s := until - clock.monotonic()) > 0:
             await clock.sleep(min(DRAIN_POLL_S, left_s))
 
