@@ -14,6 +14,7 @@ from skep.agent.executor.interface import Controller, Executor, Rejected
 from skep.agent.executor.process import ProcessExecutor
 from skep.agent.executor.simulated import Behavior, SimulatedExecutor, SimulatedMachine
 from skep.aio.clock import SystemClock
+from skep.errors import NotFound
 from skep.model.container import ContainerSpec
 from skep.model.service import TaskSpec
 from skep.model.task import AssignedTask, Task
@@ -151,6 +152,17 @@ async def test_shutdown_of_what_never_started_is_nothing(machines: Machines) -> 
     await controller.shutdown()
     await controller.remove()
     assert await executor.leftovers() == []
+
+
+async def test_what_was_prepared_and_never_started_has_not_ended_well(machines: Machines) -> None:
+    """A node process may end between the two steps of a restart without a manager."""
+    executor = await machines.executor()
+    controller = executor.controller(a_task(*FOREVER))
+    await controller.prepare()
+    with pytest.raises(NotFound):
+        async with asyncio.timeout(10):
+            await controller.wait()
+    await controller.remove()
 
 
 async def test_shutdown_ends_a_process_within_its_grace(machines: Machines) -> None:

@@ -366,8 +366,14 @@ class OciController:
         return _running(container)
 
     async def wait(self, on_unhealthy: OnUnhealthy = ignored) -> TaskExit:
-        """Wait until the container has ended.  A container that becomes unhealthy is stopped first."""
+        """Wait until the container has ended.  A container that becomes unhealthy is stopped first.
+
+        Raises:
+            NotFound: The container does not exist, or was never started.
+        """
         id = self._require().id
+        if not self._engine.get(id).was_started:
+            raise NotFound(f"Container {id} was not started")
         container = await self._engine.health.wait(id, HealthStatus.UNHEALTHY)
         reason = ""
         if _is_unhealthy(container):

@@ -311,18 +311,22 @@ class TaskDriver:
         return ended.message
 
     async def _wait_ended(self) -> TaskExit:
-        """Wait until the process has ended.
+        """Wait until the process has ended.  A process that does not exist has failed.
 
-        If waiting fails, try again, because the failure does not mean that the process ended.
+        An earlier process of the node may have ended while it started the task again.  If waiting fails otherwise, try
+        again, because the failure does not mean that the process ended.
         """
-        return await retry(
-            partial(self.controller.wait, self._note_unhealthy),
-            "end of task not observed",
-            clock=self._clock,
-            longest_s=10.0,
-            passes=(SkepError,),
-            task=self.task.task.id,
-        )
+        try:
+            return await retry(
+                partial(self.controller.wait, self._note_unhealthy),
+                "end of task not observed",
+                clock=self._clock,
+                longest_s=10.0,
+                passes=(SkepError,),
+                task=self.task.task.id,
+            )
+        except SkepError as error:
+            return TaskExit(exit_code=1, message=str(error))
 
     def _note_unhealthy(self, end: TaskEnd | None) -> None:
         """Report why the running process is stopped, so that it gets no connections meanwhile, or None if it is not."""
