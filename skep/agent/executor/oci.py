@@ -268,8 +268,12 @@ class OciController:
 
     async def prepare(self) -> None:
         """Fetch the image and create the container with its networks and ports."""
-        if self._container() is not None:
-            return
+        if self._container() is None:
+            await self._create()
+        # An earlier process of the node may have ended right after the creation.
+        await self._note_volumes()
+
+    async def _create(self) -> None:
         task, executor = self._task, self._executor
         spec = adapter.container_spec(task)
         image = EMPTY
@@ -292,7 +296,6 @@ class OciController:
                 )
         except InvalidArgument as error:
             raise Rejected(str(error)) from error
-        await self._note_volumes()
 
     @asynccontextmanager
     async def _cluster_volumes(self) -> AsyncIterator[Sequence[PublishedVolume]]:
