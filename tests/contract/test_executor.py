@@ -4,7 +4,7 @@ import asyncio
 import random
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -163,6 +163,33 @@ async def test_what_was_prepared_and_never_started_has_not_ended_well(machines: 
         async with asyncio.timeout(10):
             await controller.wait()
     await controller.remove()
+
+
+async def test_a_start_that_is_interrupted_at_any_moment_leaves_no_process(tmp_path: Path) -> None:
+    """As when the task is retired at that moment."""
+    executor = ProcessExecutor(tmp_path)
+    async with executor.running():
+        for turns in range(40):
+            task = a_task("sleep", f"4{turns:02}.5")
+            controller = executor.controller(task)
+            await controller.prepare()
+            starting = asyncio.create_task(controller.start())
+            for _ in range(turns):
+                await asyncio.sleep(0.0005)
+            starting.cancel()
+            await asyncio.wait([starting])
+            await controller.shutdown()
+            await controller.remove()
+    assert [one for one in command_lines() if one.startswith(b"sleep\x004")] == []
+
+
+def command_lines() -> list[bytes]:
+    """The command lines of all processes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(path.read_bytes())
+    return found
 
 
 async def test_shutdown_ends_a_process_within_its_grace(machines: Machines) -> None:

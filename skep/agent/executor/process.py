@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from skep.agent.executor.interface import Controller, OnUnhealthy, Rejected, Running, TaskExit, ignored
-from skep.aio.race import SharedWork
+from skep.aio.race import SharedWork, run_to_end
 from skep.aio.trees import remove_tree
 from skep.engine.containers.container import ProcessName
 from skep.engine.containers.signals import signal_number
@@ -142,7 +142,8 @@ class ProcessController:
                     f'starting process failed: exec: "{(*spec.command, *spec.args)[0]}":'
                     " executable file not found in $PATH"
                 )
-            await self._launch(spec)
+            # Otherwise a command could run whose process no file names.
+            await run_to_end(self._launch(spec))
         observed = self.observed()
         assert observed is not None
         return observed
