@@ -39,7 +39,13 @@ from skep.node.cluster.founding import (
     found,
     moved,
 )
-from skep.node.cluster.leaving import clear_unfinished, forget_swarm, leave_manager_group, objection
+from skep.node.cluster.leaving import (
+    clear_former,
+    clear_unfinished,
+    forget_swarm,
+    leave_manager_group,
+    objection,
+)
 from skep.node.cluster.local import LocalNode, read_local_node, write_local_node
 from skep.node.cluster.membership_states import MembershipEvent, MembershipState, after, docker_state
 from skep.node.cluster.restoring import RestoredData, endpoints_for, plan_of, receive, restored_node
@@ -425,6 +431,7 @@ class Membership:
         self._no_vote_reason = ""
         self._apply(MembershipEvent.ENTER)
         try:
+            await clear_former(self._paths)
             await asyncio.to_thread(keypair.save, pair, self._paths.certificates)
             if node.is_manager:
                 await asyncio.to_thread(write_files)
