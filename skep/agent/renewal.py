@@ -22,6 +22,7 @@ from skep.agent.session.managers import KnownManager
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, log_error
+from skep.aio.race import wait_first
 from skep.errors import SkepError, Unavailable
 from skep.model.node import NodeRole
 from skep.model.values.meta import TLSInfo
@@ -162,7 +163,7 @@ class KeyPairCredentials:
             if attempt.result():
                 backoff.reset()
                 continue
-            await backoff.sleep(self._clock)
+            await wait_first(backoff.sleep(self._clock), self._wanted.wait())  # a request does not wait
             self._wanted.set()
 
     async def _wait_due(self) -> None:
