@@ -440,7 +440,7 @@ class Membership:
             await self._wait_session(timeout_s)
             if node.is_manager:
                 await self._wait_ready(node, timeout_s)
-            await asyncio.to_thread(write_local_node, self._paths.node_json, self.node or node)
+            await self._write_new(node)
         except BaseException:
             if node.is_manager and self._runner is not None:
                 # Remove the raft member. A stopped member would make it harder for the next manager to reach a
@@ -450,6 +450,13 @@ class Membership:
             await self._end()
             raise
         self._apply(MembershipEvent.ENTERED)
+
+    async def _write_new(self, node: LocalNode) -> None:
+        """Write ``node.json``, and write it again if managers or role have changed meanwhile."""
+        written: LocalNode | None = None
+        while written != (present := self.node or node):
+            await asyncio.to_thread(write_local_node, self._paths.node_json, present)
+            written = present
 
     async def _look(self) -> None:
         """Read the machine's networks again, because the cluster's networks must avoid networks that have

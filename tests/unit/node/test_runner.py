@@ -18,7 +18,7 @@ from skep.configuration.configuration import Configuration
 from skep.errors import Unavailable
 from skep.model.node import NodeRole
 from skep.model.values.ids import ClusterId, NodeId, new_id
-from skep.node.cluster.local import LocalNode
+from skep.node.cluster.local import LocalNode, read_local_node
 from skep.node.cluster.manager_files import ManagerFiles
 from skep.node.cluster.membership import Membership
 from skep.node.cluster.runner import Dependencies, NodeRunner
@@ -190,6 +190,39 @@ def a_member() -> tuple[LocalNode, KeyPair]:
         root_pem=authority.root_pem,
     )
     return node, pair
+
+
+async def test_managers_that_arrive_while_the_file_of_a_new_member_is_written_are_kept(paths: Paths) -> None:
+    """The file is written in a thread, and until it exists nothing else writes it."""
+    fakes = Fakes(paths, NodeRole.WORKER)
+    fakes.processes.has_spare = False
+    fakes.agent.registered.set()
+    node, pair = a_member()
+    membership = Membership(
+        fakes.dependencies, manager_api=ApiClient.local(paths.manager_socket, "m"), new_id=new_id
+    )
+    loop, managers = asyncio.get_running_loop(), (KnownManager(NodeId("m2"), "10.0.0.2:2377"),)
+
+    async def arrive() -> None:
+        fakes.save_managers(managers)
+
+    def write(call: str, path: Path) -> None:
+        if call in ("rename", "replace") and path.name.startswith(paths.node_json.name) and not has_arrived:
+            has_arrived.append(True)
+            asyncio.run_coroutine_threadsafe(arrive(), loop).result(5)
+
+    has_arrived: list[bool] = []
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        running = group.create_task(membership.run())
+        await until(lambda: fakes.processes.has_spare)
+        with file_faults(paths.data) as disk:
+            disk.before_each = write
+            await membership.enter(node, pair, lambda: None, timeout_s=10)
+        assert has_arrived
+        running.cancel()
+    kept = read_local_node(paths.node_json)
+    assert kept is not None
+    assert kept.managers == managers
 
 
 async def test_what_a_leave_could_not_remove_is_no_part_of_the_next_swarm(paths: Paths) -> None:
