@@ -22,6 +22,7 @@ from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem
+from skep.security.trust import tls_info
 from tests.component.test_expired import Earlier
 from tests.component.test_external_ca import leader, named, update
 from tests.support.file_faults import file_faults
@@ -156,6 +157,20 @@ async def test_the_managers_server_shows_the_renewed_certificate_at_the_next_han
         await cluster.store.update(request_renewal, Renewal(agent.node_id))
         await renewed(cluster, agent, before)
         await until(lambda: cluster.tls.pair.certificate.serial_number == serial(agent))
+
+
+async def test_roots_that_a_full_disk_refused_are_written_later(cluster, tmp_path):
+    """The manager sends them again only with its next message, which may take days."""
+    async with an_agent(cluster, await a_worker(cluster, tmp_path), tmp_path) as (agent, _):
+        both = cluster.authority.root_pem + Authority.create().root_pem
+        with file_faults(tmp_path) as disk:
+            disk.choose(
+                errno.ENOSPC, lambda call, path: call == "open" and path.name.startswith(keypair.ROOT_FILE)
+            )
+            await put(cluster, replace(cluster.swarm, tls_info=tls_info(both)))
+            await until(lambda: disk.hits)
+        await until(lambda: keypair.load(tmp_path).root_pem == both)
+        assert pair_of(agent).root_pem == both
 
 
 async def test_roots_that_arrive_during_a_renewal_are_kept(tmp_path):
