@@ -306,6 +306,11 @@ class Paths(msgspec.Struct, frozen=True):
         """The unencrypted lock key, on tmpfs, while the node is unlocked."""
         return self.run / "lock.key"
 
+    @property
+    def keys_guard(self) -> Path:
+        """Locked by the process that replaces ``locked_files`` or the node's certificate."""
+        return self.run / "keys.guard"
+
     def pid_file(self, process: str) -> Path:
         """Return the file with pid and start time of a detached process: ``manager`` or ``net``."""
         return self.run / f"{process}.pid"

@@ -195,11 +195,13 @@ class Agent:
         while True:
             started = self._clock.monotonic()
             self._try_now.clear()
-            # A separate task, because a broken connection cancels the task that uses it, which must not be this loop.
-            async with asyncio.TaskGroup() as group:
-                attempt = group.create_task(self._attempt(), name="session attempt")
-            self.registered.clear()
-            self._session_state.end()
+            try:
+                # A separate task: a broken connection cancels the task that uses it, which must not be this loop.
+                async with asyncio.TaskGroup() as group:
+                    attempt = group.create_task(self._attempt(), name="session attempt")
+            finally:  # the node may leave its cluster, and its tasks outlive the agent if the manager recovers
+                self.registered.clear()
+                self._session_state.end()
             if self._session_state.removal is not None:
                 self._managers.clear_unreached()
             elif self._session_state.silence_s() >= UNREACHED_S:

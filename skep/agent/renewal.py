@@ -22,6 +22,7 @@ from skep.agent.session.managers import KnownManager
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, log_error
+from skep.aio.race import wait_first
 from skep.errors import SkepError, Unavailable
 from skep.model.node import NodeRole
 from skep.model.values.meta import TLSInfo
@@ -93,6 +94,7 @@ class KeyPairCredentials:
         self._on_change = on_change
         self._lock = lock
         self._role: NodeRole | None = None
+        self._unwritten_roots = b""
         self._wanted = asyncio.Event()
         self.pair = keypair.load(directory, lock)
         self.changed = changed if changed is not None else asyncio.Event()
@@ -129,7 +131,10 @@ class KeyPairCredentials:
 
         Source: swarmkit, node/node.go (updateRootCA).
         """
-        if not root_pem or root_pem == self.pair.root_pem:
+        if not root_pem:
+            return
+        if root_pem == self.pair.root_pem:
+            self._unwritten_roots = b""
             return
         pair = self.pair.with_root(root_pem)
         try:
@@ -140,8 +145,10 @@ class KeyPairCredentials:
             return
         try:
             self._adopt(pair)
-        except OSError as error:  # the next message contains them again
-            log_error(error, "the cluster's root certificates not written")
+        except OSError as error:  # the next message, which contains them again, may come in days
+            log_error(error, "the cluster's root certificates not written, will retry with a renewal")
+            self._unwritten_roots = root_pem
+            self._wanted.set()
             return
         log.info("the cluster's root certificates changed")
 
@@ -162,7 +169,7 @@ class KeyPairCredentials:
             if attempt.result():
                 backoff.reset()
                 continue
-            await backoff.sleep(self._clock)
+            await wait_first(backoff.sleep(self._clock), self._wanted.wait())  # a request does not wait
             self._wanted.set()
 
     async def _wait_due(self) -> None:
@@ -182,7 +189,12 @@ class KeyPairCredentials:
         """Try once to renew the certificate.  Returns whether it is now valid for the node's role."""
         try:
             if not (self.is_expired and self._is_renewed_beside()):
-                self._adopt(await self._request_pair(choose()))
+                before = self.pair
+                renewed = await self._request_pair(choose())
+                # A manager may have sent other roots during the request.
+                is_same = self.pair.root_pem == before.root_pem
+                roots = self._unwritten_roots or (renewed.root_pem if is_same else self.pair.root_pem)
+                self._adopt(renewed.with_root(roots))
         except (SkepError, OSError) as error:
             log.warning(
                 "certificate not renewed", error=describe_error(error), until=self.pair.not_after.isoformat()
@@ -214,5 +226,6 @@ class KeyPairCredentials:
         """Use ``pair`` from the next connection on.  Open connections stay."""
         keypair.save(pair, self._directory, self._lock)
         self.pair = pair
+        self._unwritten_roots = b""
         self.changed.set()
         self._on_change(pair)

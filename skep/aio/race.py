@@ -110,3 +110,19 @@ async def thread_to_end(act: Callable[[], T], stop: Callable[[], None] = lambda:
     ``stop`` lets it end soon after a cancellation.  Otherwise it would use what its caller frees.
     """
     return await run_to_end(asyncio.to_thread(act), stop)
+
+
+class SharedWork:
+    """Work that continues when its caller is cancelled.  A further caller meanwhile waits for the same work."""
+
+    def __init__(self) -> None:
+        self._running: asyncio.Future[tuple[Any]] | None = None
+
+    async def run(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Do ``work``, or wait for the work of an earlier call.  Raises: any error of the work."""
+        running = self._running
+        if running is None or running.done():
+            running = self._running = asyncio.gather(work())
+            # Otherwise asyncio would log an error that no caller has awaited.
+            running.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(running)

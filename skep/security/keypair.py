@@ -6,6 +6,7 @@ stands next to the old certificate.  The new certificate is still in its tempora
 """
 
 import os
+from contextlib import nullcontext
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -80,6 +81,11 @@ def save(pair: KeyPair, directory: Path, lock: KeyLock | None = None) -> None:
 
     Raises: Locked.
     """
+    with lock.replacing() if lock is not None else nullcontext():
+        _save(pair, directory, lock)
+
+
+def _save(pair: KeyPair, directory: Path, lock: KeyLock | None) -> None:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     _complete(directory, lock)
     temporary = directory / (CERTIFICATE_FILE + NEW_SUFFIX)

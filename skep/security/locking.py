@@ -20,10 +20,13 @@ Source: swarmkit, ca/keyreadwriter.go, manager/deks.go (what the unlock key prot
 
 import base64
 import binascii
+import fcntl
 import hashlib
 import os
 import secrets
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -76,7 +79,10 @@ def parsed_unlock_key(shown: str) -> bytes:
 
 
 REPLACING = threading.Lock()
-"""Held while a thread reads and replaces a locked file, so that no concurrent write is lost."""
+"""Held while a thread reads and replaces a locked file, so that no concurrent write is lost.
+
+The private key, which two processes replace, is also guarded by ``KeyLock.replacing``.
+"""
 
 
 class KeyLock:
@@ -117,8 +123,20 @@ class KeyLock:
 
         A call after a crash in the middle completes the change.  Raises: Locked; FailedPrecondition: a file is damaged.
         """
-        with REPLACING:
+        with self.replacing():
             return self._turn(unlock_key)
+
+    @contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Wait until no other thread or process of this node replaces its keys, and exclude them for the block."""
+        self._paths.run.mkdir(parents=True, exist_ok=True)
+        with REPLACING:
+            guard = os.open(self._paths.keys_guard, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(guard, fcntl.LOCK_EX)
+                yield
+            finally:
+                os.close(guard)
 
     def _turn(self, unlock_key: bytes | None) -> bool:
         if unlock_key is None:

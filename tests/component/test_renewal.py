@@ -1,23 +1,33 @@
 """Certificates are renewed under a running session, over real mutual TLS on loopback."""
 
+import asyncio
 import errno
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from random import Random
 
 import pytest
+from aiohttp import web
 from msgspec.structs import replace
 
 from skep.agent.agent import Agent
+from skep.agent.renewal import KeyPairCredentials
+from skep.agent.session.managers import KnownManager
+from skep.aio.clock import SystemClock
 from skep.manager.ca.rotation import Renewal, request_renewal
 from skep.model.node import Node, NodeRole
+from skep.model.values.ids import NodeId
 from skep.model.values.times import SECOND_NS
 from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem
+from skep.security.trust import tls_info
 from tests.component.test_expired import Earlier
+from tests.component.test_external_ca import leader, named, update
 from tests.support.file_faults import file_faults
-from tests.support.managers.wire_rig import Cluster, a_worker, an_agent, pair_of, put, until
+from tests.support.managers.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, pair_of, put, until
+from tests.support.security.external_ca import ExternalAuthority
 
 
 @pytest.fixture
@@ -147,3 +157,53 @@ async def test_the_managers_server_shows_the_renewed_certificate_at_the_next_han
         await cluster.store.update(request_renewal, Renewal(agent.node_id))
         await renewed(cluster, agent, before)
         await until(lambda: cluster.tls.pair.certificate.serial_number == serial(agent))
+
+
+async def test_roots_that_a_full_disk_refused_are_written_later(cluster, tmp_path):
+    """The manager sends them again only with its next message, which may take days."""
+    async with an_agent(cluster, await a_worker(cluster, tmp_path), tmp_path) as (agent, _):
+        both = cluster.authority.root_pem + Authority.create().root_pem
+        with file_faults(tmp_path) as disk:
+            disk.choose(
+                errno.ENOSPC, lambda call, path: call == "open" and path.name.startswith(keypair.ROOT_FILE)
+            )
+            await put(cluster, replace(cluster.swarm, tls_info=tls_info(both)))
+            await until(lambda: disk.hits)
+        await until(lambda: keypair.load(tmp_path).root_pem == both)
+        assert pair_of(agent).root_pem == both
+
+
+async def test_roots_that_arrive_during_a_renewal_are_kept(tmp_path):
+    """The renewal was requested with the roots before them."""
+    made = Cluster(heartbeat_s=3)
+    signing, answers = asyncio.Event(), asyncio.Event()
+    async with (
+        made.serving() as cluster,
+        cluster.leading(),
+        leader(cluster.store),
+        ExternalAuthority(cluster.authority).serving() as authority,
+    ):
+        await update(cluster, named(authority))
+        pair = await a_worker(cluster, tmp_path)
+
+        async def late(request: web.Request) -> web.StreamResponse:
+            signing.set()
+            await answers.wait()
+            authority.respond = None
+            return await authority.sign(request)
+
+        authority.respond = late
+        roots = pair.root_pem + Authority.create().root_pem
+        keypair.save(pair, tmp_path)
+        credentials = KeyPairCredentials(tmp_path, SystemClock(), Random(1))
+        manager = KnownManager(NodeId(MANAGER_ID), cluster.address)
+        credentials.want_renewal()
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(credentials.run(lambda: manager))
+            await signing.wait()
+            credentials.take_roots(roots)
+            answers.set()
+            await until(lambda: credentials.pair.key_pem != pair.key_pem)
+            running.cancel()
+        assert credentials.pair.root_pem == roots
+        assert keypair.load(tmp_path).root_pem == roots

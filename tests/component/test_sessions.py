@@ -14,6 +14,7 @@ from skep.aio.clock import SystemClock
 from skep.errors import (
     InvalidArgument,
     PermissionDenied,
+    Unavailable,
 )
 from skep.manager.nodes.heartbeats import AWAY_GRACE_S
 from skep.model.node import Node, NodeState
@@ -264,6 +265,19 @@ async def test_a_node_that_stops_as_planned_is_waited_for_longer_than_one_that_f
     async with an_agent(cluster, planned, tmp_path / "planned") as (back, _):
         assert cluster.node(back.node_id).status.state is NodeState.READY
     await cluster.until(lambda view: view.get(Node, back.node_id).status.state is NodeState.DOWN)
+
+
+async def test_a_node_that_leaves_its_cluster_has_no_session(cluster, tmp_path):
+    """Its agent is cancelled, and the state outlives it."""
+    async with an_agent(cluster, await a_worker(cluster, tmp_path), tmp_path) as (agent, _):
+        state = agent.session_state
+        assert state.has_session
+    assert not state.has_session
+    assert not agent.registered.is_set()
+    with pytest.raises(Unavailable):
+        state.channel.address  # noqa: B018
+    async with asyncio.timeout(5):
+        await state.wait_no_session()
 
 
 async def test_a_load_goes_with_the_heartbeats_to_the_node_that_the_scheduler_sees(cluster, tmp_path):

@@ -4,7 +4,7 @@ import asyncio
 import random
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -14,6 +14,7 @@ from skep.agent.executor.interface import Controller, Executor, Rejected
 from skep.agent.executor.process import ProcessExecutor
 from skep.agent.executor.simulated import Behavior, SimulatedExecutor, SimulatedMachine
 from skep.aio.clock import SystemClock
+from skep.errors import NotFound
 from skep.model.container import ContainerSpec
 from skep.model.service import TaskSpec
 from skep.model.task import AssignedTask, Task
@@ -153,6 +154,44 @@ async def test_shutdown_of_what_never_started_is_nothing(machines: Machines) -> 
     assert await executor.leftovers() == []
 
 
+async def test_what_was_prepared_and_never_started_has_not_ended_well(machines: Machines) -> None:
+    """A node process may end between the two steps of a restart without a manager."""
+    executor = await machines.executor()
+    controller = executor.controller(a_task(*FOREVER))
+    await controller.prepare()
+    with pytest.raises(NotFound):
+        async with asyncio.timeout(10):
+            await controller.wait()
+    await controller.remove()
+
+
+async def test_a_start_that_is_interrupted_at_any_moment_leaves_no_process(tmp_path: Path) -> None:
+    """As when the task is retired at that moment."""
+    executor = ProcessExecutor(tmp_path)
+    async with executor.running():
+        for turns in range(40):
+            task = a_task("sleep", f"4{turns:02}.5")
+            controller = executor.controller(task)
+            await controller.prepare()
+            starting = asyncio.create_task(controller.start())
+            for _ in range(turns):
+                await asyncio.sleep(0.0005)
+            starting.cancel()
+            await asyncio.wait([starting])
+            await controller.shutdown()
+            await controller.remove()
+    assert [one for one in command_lines() if one.startswith(b"sleep\x004")] == []
+
+
+def command_lines() -> list[bytes]:
+    """The command lines of all processes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(path.read_bytes())
+    return found
+
+
 async def test_shutdown_ends_a_process_within_its_grace(machines: Machines) -> None:
     executor = await machines.executor()
     controller = await started(executor, a_task(*FOREVER, grace_s=20))
@@ -170,6 +209,21 @@ async def test_shutdown_kills_a_process_that_does_not_listen(machines: Machines)
         await controller.shutdown()
     # 2: on a crowded machine the signal may come before runc's own process has become the container's.
     assert (await controller.wait()).exit_code in (137, 143, 2)
+    await controller.remove()
+
+
+async def test_a_shutdown_that_is_interrupted_and_repeated_signals_once(machines: Machines) -> None:
+    """As when a service is removed while its task stops.  Many programs end at once at the second signal."""
+    counting = "trap 'n=$((n + 1)); [ $n -lt 2 ] || exit 9' TERM; while :; do sleep 0.05; done"
+    executor = await machines.executor(Behavior(shutdown_s=5))
+    controller = await started(executor, a_task("sh", "-c", counting, grace_s=2))
+    await machines.wait_listening(controller)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await controller.shutdown()
+    async with asyncio.timeout(10):
+        await controller.shutdown()
+    assert (await controller.wait()).exit_code in (137, 143)
     await controller.remove()
 
 

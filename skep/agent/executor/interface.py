@@ -86,6 +86,9 @@ class Controller(Protocol):
         """Wait until the process has ended for any reason.  May be awaited any number of times.
 
         A process that becomes unhealthy is stopped, and ``on_unhealthy`` gets the reason before that.
+
+        Raises:
+            NotFound: The process does not exist, or was never started.
         """
 
     async def fetch_end(self) -> TaskEnd | None:

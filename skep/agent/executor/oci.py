@@ -25,6 +25,7 @@ from skep.agent.executor.pulling import Bring, ImagePuller, nothing_beside
 from skep.agent.tasks.cluster_volumes import ClusterVolumes, PathQueries, PublishedVolume
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
+from skep.aio.race import SharedWork
 from skep.csi.drivers import Drivers
 from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.netns.kernel.namespaces import inbound_of
@@ -256,6 +257,9 @@ class OciController:
         self._registry_auth = registry_auth
         self._stopping_since: float | None = None
         """Time of the clock when the running container was told to stop."""
+        self._draining_since: float | None = None
+        """Time of the clock when the task began to wait for its last connection."""
+        self._stop_work = SharedWork()
 
     def observed(self) -> Running | None:
         """Return the state in the container's record."""
@@ -264,8 +268,12 @@ class OciController:
 
     async def prepare(self) -> None:
         """Fetch the image and create the container with its networks and ports."""
-        if self._container() is not None:
-            return
+        if self._container() is None:
+            await self._create()
+        # An earlier process of the node may have ended right after the creation.
+        await self._note_volumes()
+
+    async def _create(self) -> None:
         task, executor = self._task, self._executor
         spec = adapter.container_spec(task)
         image = EMPTY
@@ -288,7 +296,6 @@ class OciController:
                 )
         except InvalidArgument as error:
             raise Rejected(str(error)) from error
-        await self._note_volumes()
 
     @asynccontextmanager
     async def _cluster_volumes(self) -> AsyncIterator[Sequence[PublishedVolume]]:
@@ -362,8 +369,14 @@ class OciController:
         return _running(container)
 
     async def wait(self, on_unhealthy: OnUnhealthy = ignored) -> TaskExit:
-        """Wait until the container has ended.  A container that becomes unhealthy is stopped first."""
+        """Wait until the container has ended.  A container that becomes unhealthy is stopped first.
+
+        Raises:
+            NotFound: The container does not exist, or was never started.
+        """
         id = self._require().id
+        if not self._engine.get(id).was_started:
+            raise NotFound(f"Container {id} was not started")
         container = await self._engine.health.wait(id, HealthStatus.UNHEALTHY)
         reason = ""
         if _is_unhealthy(container):
@@ -387,7 +400,8 @@ class OciController:
         """Wait for the last connection, then stop the container and free its networks."""
         container = self._container()
         if container is not None:
-            await self._drain(container, drain_s)
+            if self._stopping_since is None:
+                await self._drain(container, drain_s)
             if self._stopping_since is None and self._engine.get(container.id).is_running:
                 self._stopping_since = self._executor.clock.monotonic()
             await self._stop(container.id)
@@ -396,12 +410,16 @@ class OciController:
     async def _stop(self, id: ContainerId) -> None:
         """Stop the container and wait for its end without a limit, because its slot is not free before that.
 
+        A stop that is interrupted and repeated sends its signal once: many programs end at once at the second one.
+
         Raises:
             NotFound: The container does not exist.
         """
         stop = partial(self._engine.stop, id)
         event = "container of a task not stopped"
-        await retry(stop, event, clock=self._executor.clock, kinds=(Unavailable,), container=id)
+        await self._stop_work.run(
+            lambda: retry(stop, event, clock=self._executor.clock, kinds=(Unavailable,), container=id)
+        )
 
     async def _drain(self, container: Container, limit_s: float) -> None:
         """Wait until the last connection over a cluster network has ended, or ``limit_s`` has passed.
@@ -411,9 +429,11 @@ class OciController:
         """
         if not container.pid or not _is_routed(self._task) or not limit_s:
             return
-        self._engine.events.publish("drain", container)
         clock = self._executor.clock
-        until = clock.monotonic() + limit_s
+        if self._draining_since is None:
+            self._engine.events.publish("drain", container)
+            self._draining_since = clock.monotonic()
+        until = self._draining_since + limit_s
         while inbound_of(container.pid) and (left_s := until - clock.monotonic()) > 0:
             await clock.sleep(min(DRAIN_POLL_S, left_s))
 

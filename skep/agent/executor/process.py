@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from skep.agent.executor.interface import Controller, OnUnhealthy, Rejected, Running, TaskExit, ignored
+from skep.aio.race import SharedWork, run_to_end
 from skep.aio.trees import remove_tree
 from skep.engine.containers.container import ProcessName
 from skep.engine.containers.signals import signal_number
@@ -94,6 +95,7 @@ class ProcessController:
     def __init__(self, directory: Path, task: AssignedTask) -> None:
         self._task = task
         self._path = directory / task.task.id
+        self._stop_work = SharedWork()
 
     def observed(self) -> Running | None:
         """Return the state in the files that the waiting shell has written."""
@@ -140,7 +142,8 @@ class ProcessController:
                     f'starting process failed: exec: "{(*spec.command, *spec.args)[0]}":'
                     " executable file not found in $PATH"
                 )
-            await self._launch(spec)
+            # Otherwise a command could run whose process no file names.
+            await run_to_end(self._launch(spec))
         observed = self.observed()
         assert observed is not None
         return observed
@@ -163,6 +166,9 @@ class ProcessController:
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Send the stop signal, then kill.  Nothing is drained."""
+        await self._stop_work.run(self._stop)
+
+    async def _stop(self) -> None:
         started = _started(self._path)
         if started is None or not is_alive(started.command):
             return

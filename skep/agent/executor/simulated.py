@@ -152,6 +152,8 @@ class SimulatedController:
     async def wait(self, on_unhealthy: OnUnhealthy = ignored) -> TaskExit:
         """Wait until the process has ended.  If ``run_s`` is set, the process ends by itself after about that time."""
         process, behavior = self._require(), self._executor.behavior
+        if not process.started:
+            raise NotFound(f"Process {self._id} was not started")
         if behavior.run_s is None:
             await process.ended.wait()
         elif process.exit_code is None:

@@ -176,7 +176,9 @@ class HeldAddresses:
                 elif (former := before.get(order.address)) is None or former.epoch != order.epoch:
                     self.changed.set()  # it is new, so it is renewed at once
             await self._hold_confirmed()
-            if not self._orders:
+            if self._orders:
+                self._are_free.clear()
+            else:
                 self._are_free.set()
 
     async def extend(self) -> None:

@@ -17,11 +17,11 @@ from typing import TypeAlias
 import msgspec
 import structlog
 
-from skep.agent.executor.interface import Controller, TaskExit
+from skep.agent.executor.interface import Controller, Rejected, TaskExit
 from skep.agent.session.session_state import SessionState
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, log_error, retry
-from skep.aio.race import LostRace, run_unless
+from skep.aio.race import LostRace, run_unless, wait_first
 from skep.errors import SkepError
 from skep.model.options.labels import drain_s, last_lines
 from skep.model.service import MAX_ATTEMPTS_MAX, RestartCondition, RestartPolicy
@@ -36,7 +36,7 @@ log = structlog.get_logger()
 DEFAULT_DELAY_S = 5.0
 """Restart delay in seconds of a policy that sets none, as in SwarmKit."""
 CUT_OFF_S = 10.0
-"""Seconds without a manager before this node restarts tasks itself.
+"""Seconds without a manager before this node restarts tasks itself, or rejects a task without its credentials.
 
 Short outages, when a manager restarts or the leader changes, are left to the leader.
 """
@@ -180,6 +180,10 @@ class TaskDriver:
         self._attempts = deque([clock.monotonic()] * attempts, maxlen=MAX_ATTEMPTS_MAX)
         self._stopped = ""
         self._desired_changed = asyncio.Event()
+        self.lacks_credentials = False
+        """Whether the task is from this node's disk, where its credentials are not."""
+        self._next_controller: Controller | None = None
+        self._has_credentials = asyncio.Event()
 
     @property
     def attempts(self) -> int:
@@ -212,11 +216,20 @@ class TaskDriver:
         Returns whether the controller must be updated, because limits or the number of kept log lines changed.
         """
         before, self.task = self.task, task
-        if before.task.desired_state is not task.task.desired_state:
+        is_drained_otherwise = task.task.desired_state >= TaskState.SHUTDOWN and drain_s(
+            before.service_labels
+        ) != drain_s(task.service_labels)
+        if before.task.desired_state is not task.task.desired_state or is_drained_otherwise:
             self._desired_changed.set()
         if last_lines(before.service_labels) != last_lines(task.service_labels):
             return True
         return before.task.spec.resources != task.task.spec.resources
+
+    def take_credentials(self, controller: Controller) -> None:
+        """Use ``controller``, which has the credentials of the first assignment, if the image is refused without."""
+        self.lacks_credentials = False
+        self._next_controller = controller
+        self._has_credentials.set()
 
     async def run(self) -> None:
         """Take one step after the other until cancelled."""
@@ -268,7 +281,7 @@ class TaskDriver:
         """Execute ``verb``.  Returns the failure of the task's process, or an empty text."""
         match verb:
             case Verb.PREPARE:
-                await self.controller.prepare()
+                await self._prepare()
             case Verb.START:
                 await run_unless(self.controller.start(), self._report_failed_checks())
             case Verb.WAIT:
@@ -276,6 +289,21 @@ class TaskDriver:
             case Verb.SHUTDOWN:
                 await self.controller.shutdown(self.drain_s)
         return ""
+
+    async def _prepare(self) -> None:
+        """Prepare the task, or prepare it again with the credentials that the first assignment brings.
+
+        Raises: SkepError.
+        """
+        try:
+            await self.controller.prepare()
+        except Rejected:
+            if self.lacks_credentials:
+                await wait_first(self._has_credentials.wait(), self._clock.sleep(CUT_OFF_S))
+            if self._next_controller is None:
+                raise
+            self.controller, self._next_controller = self._next_controller, None
+            await self.controller.prepare()
 
     async def _report_failed_checks(self) -> None:
         """Report failed health checks of a container that is not healthy yet, until cancelled."""
@@ -308,18 +336,22 @@ class TaskDriver:
         return ended.message
 
     async def _wait_ended(self) -> TaskExit:
-        """Wait until the process has ended.
+        """Wait until the process has ended.  A process that does not exist has failed.
 
-        If waiting fails, try again, because the failure does not mean that the process ended.
+        An earlier process of the node may have ended while it started the task again.  If waiting fails otherwise, try
+        again, because the failure does not mean that the process ended.
         """
-        return await retry(
-            partial(self.controller.wait, self._note_unhealthy),
-            "end of task not observed",
-            clock=self._clock,
-            longest_s=10.0,
-            passes=(SkepError,),
-            task=self.task.task.id,
-        )
+        try:
+            return await retry(
+                partial(self.controller.wait, self._note_unhealthy),
+                "end of task not observed",
+                clock=self._clock,
+                longest_s=10.0,
+                passes=(SkepError,),
+                task=self.task.task.id,
+            )
+        except SkepError as error:
+            return TaskExit(exit_code=1, message=str(error))
 
     def _note_unhealthy(self, end: TaskEnd | None) -> None:
         """Report why the running process is stopped, so that it gets no connections meanwhile, or None if it is not."""
@@ -351,7 +383,7 @@ class TaskDriver:
         self._attempts.append(self._clock.monotonic())
         log.info("task restarted without a manager", task=self.task.task.id, attempt=self.attempts)
         await self.controller.remove()
-        await self.controller.prepare()
+        await self._prepare()
         await self.controller.start()
         self._reach(TaskState.RUNNING, f"started again without a manager (attempt {self.attempts})")
 

@@ -164,7 +164,9 @@ class Worker:
             self._group = group
             load = partial(asyncio.to_thread, self._files.load)
             for remembered in await retry(load, "task files not read", clock=self._clock, longest_s=10.0):
-                self._add(remembered.assigned, remembered.status, attempts=remembered.attempts)
+                self._add(
+                    remembered.assigned, remembered.status, attempts=remembered.attempts, is_remembered=True
+                )
             # a session may have started before these statuses were known
             for id, status in self.statuses().items():
                 self._reports.report(id, status)
@@ -228,30 +230,41 @@ class Worker:
             self._add(assigned, assigned.task.status, registry_auth)
             self._remember(id)
             return
+        if driver.lacks_credentials:
+            driver.take_credentials(self._controller(assigned, registry_auth))
         if driver.task == assigned:
             return
         if driver.assign(assigned) and not driver.status.state.is_terminal:
             self._spawn(self._update(driver), f"update-{id}")
         self._remember(id)
 
+    def _controller(self, assigned: AssignedTask, registry_auth: str) -> Controller:
+        try:
+            return self.executor.controller(assigned, registry_auth)
+        except Exception as error:
+            log_error(error, "task without a controller", task=assigned.task.id)
+            return BrokenController(error)
+
     def _add(
-        self, assigned: AssignedTask, status: TaskStatus, registry_auth: str = "", attempts: int = 0
+        self,
+        assigned: AssignedTask,
+        status: TaskStatus,
+        registry_auth: str = "",
+        attempts: int = 0,
+        *,
+        is_remembered: bool = False,
     ) -> None:
         id = assigned.task.id
-        try:
-            controller: Controller = self.executor.controller(assigned, registry_auth)
-        except Exception as error:
-            log_error(error, "task without a controller", task=id)
-            controller = BrokenController(error)
         driver = TaskDriver(
             assigned,
             status,
-            controller,
+            self._controller(assigned, registry_auth),
             clock=self._clock,
             on_status=self._on_status,
             session_state=self.session_state,
             attempts=attempts,
         )
+        driver.lacks_credentials = is_remembered
         self._drivers[id] = driver
         self._running[id] = self._spawn(self._drive(driver), f"task-{id}")
 

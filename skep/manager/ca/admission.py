@@ -147,7 +147,7 @@ def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: 
 
     Raises:
         PermissionDenied: The node was removed, or its certificate revoked, in the meantime.
-        Unavailable: The root was rotated in the meantime.
+        Unavailable: The root was rotated, or the node's role was changed, in the meantime.
         ResourceExhausted: The node has too many certificates as a manager.
     """
     identity = issued.identity
@@ -159,6 +159,8 @@ def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: 
             f"Permission denied: this certificate in the name of node {identity.node_id} does not belong to it"
         )
     node = tx.lookup(Node, identity.node_id)
+    if node is not None and node.certificate is not None and node.certificate.role is not identity.role:
+        raise Unavailable(f"the role of node {identity.node_id} has just changed: try again")
     certificate = issued_certificate(
         identity.role,
         issued.certificate,

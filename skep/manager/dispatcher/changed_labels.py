@@ -28,9 +28,12 @@ class ChangedLabels:
         self._has_changed = Event()
 
     def on_update(self, old: Service, new: Service) -> None:
-        """Record a changed service."""
+        """Record a changed service, or a removed one, which is no longer drained."""
         before, now = old.spec.labels, new.spec.labels
-        if before != now and (sent_labels(before) != sent_labels(now) or is_door(before) is not is_door(now)):
+        has_changed = before != now and (
+            sent_labels(before) != sent_labels(now) or is_door(before) is not is_door(now)
+        )
+        if has_changed or (new.removed_at is not None and old.removed_at is None):
             self._changed[new.id] = None
             self._has_changed.set()
 
@@ -45,8 +48,12 @@ class ChangedLabels:
 
     def wake_nodes(self, id: ServiceId) -> Iterator[None]:
         # Later assignments are sent with the new labels.
-        for number, task in enumerate(self._store.view().find(Task, service_id=id), 1):
-            if task.node_id and not task.status.state.is_terminal:
+        view = self._store.view()
+        service = view.lookup(Service, id)
+        is_removed = service is not None and service.removed_at is not None
+        for number, task in enumerate(view.find(Task, service_id=id), 1):
+            is_next = is_removed and task.is_wanted  # its stop is sent with the labels
+            if task.node_id and not task.status.state.is_terminal and not is_next:
                 self._wake(task.node_id, (task.id,))
             if number % STEP == 0:
                 yield

@@ -2,7 +2,7 @@
 
 A serving task is removed from its networks' tables as soon as it is retired.  The stop is sent to its node when no node
 uses a table with the task, or when its service's ``skep.drain`` has passed (docs/architecture.md, "Stopping").
-Nothing is delayed if the service itself is removed, or if the task does not serve.
+Nothing is delayed, or any longer, if the service itself is removed.  Nor is it if the task does not serve.
 """
 
 import asyncio
@@ -74,6 +74,15 @@ class Stops:
         self.delayed[new.id] = None
         self._pending.append(_PendingStop(new, revision, seconds))
         self._has_pending.set()
+
+    def on_service(self, old: Service, new: Service) -> None:
+        """End the delays of a service's stops when it is removed."""
+        if new.removed_at is None or old.removed_at is not None:
+            return
+        tasks = (self._store.view().lookup(Task, id) for id in tuple(self.delayed))
+        for task in tasks:
+            if task is not None and task.service_id == new.id:
+                self.release(task)
 
     def release(self, task: Task) -> None:
         """Wake the node's streams at once for a task that was created, was deleted or has ended."""

@@ -95,6 +95,7 @@ class DispatcherState:
                     self._stops.on_update(old, new, commit.revision)
                 case Updated(Service() as before, Service() as service):
                     self._labels.on_update(before, service)
+                    self._stops.on_service(before, service)
                 case Created(Node() as node):
                     has_new_managers |= node.manager_status is not None
                 case Updated(Node() as old, Node() as node) if not differ_in_load_alone(old, node):

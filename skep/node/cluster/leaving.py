@@ -11,7 +11,7 @@ import structlog
 
 from skep.aio.trees import discard_tree_now
 from skep.api.client.client import ApiClient
-from skep.errors import SkepError
+from skep.errors import SkepError, Unavailable
 from skep.linux.detached import read_pid_file
 from skep.linux.files import file_exists
 from skep.node.cluster.runner import ClusterWork
@@ -115,3 +115,14 @@ async def clear_unfinished(paths: Paths, work: ClusterWork) -> None:
         log.warning("removing leftovers of an unfinished init, join or leave")
         await work.remove_all()
         remove_cluster_data(paths)
+
+
+async def clear_former(paths: Paths) -> None:
+    """Remove what a leave could not remove, because a new manager would continue with the former swarm's data.
+
+    Raises: Unavailable: it still cannot be removed.
+    """
+    if file_exists(paths.manager):
+        await asyncio.to_thread(remove_cluster_data, paths)
+    if file_exists(paths.manager):
+        raise Unavailable(f"{paths.manager} has data of a former swarm: remove this directory and try again")

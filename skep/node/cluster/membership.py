@@ -39,7 +39,13 @@ from skep.node.cluster.founding import (
     found,
     moved,
 )
-from skep.node.cluster.leaving import clear_unfinished, forget_swarm, leave_manager_group, objection
+from skep.node.cluster.leaving import (
+    clear_former,
+    clear_unfinished,
+    forget_swarm,
+    leave_manager_group,
+    objection,
+)
 from skep.node.cluster.local import LocalNode, read_local_node, write_local_node
 from skep.node.cluster.membership_states import MembershipEvent, MembershipState, after, docker_state
 from skep.node.cluster.restoring import RestoredData, endpoints_for, plan_of, receive, restored_node
@@ -425,6 +431,7 @@ class Membership:
         self._no_vote_reason = ""
         self._apply(MembershipEvent.ENTER)
         try:
+            await clear_former(self._paths)
             await asyncio.to_thread(keypair.save, pair, self._paths.certificates)
             if node.is_manager:
                 await asyncio.to_thread(write_files)
@@ -433,7 +440,7 @@ class Membership:
             await self._wait_session(timeout_s)
             if node.is_manager:
                 await self._wait_ready(node, timeout_s)
-            await asyncio.to_thread(write_local_node, self._paths.node_json, self.node or node)
+            await self._write_new(node)
         except BaseException:
             if node.is_manager and self._runner is not None:
                 # Remove the raft member. A stopped member would make it harder for the next manager to reach a
@@ -443,6 +450,13 @@ class Membership:
             await self._end()
             raise
         self._apply(MembershipEvent.ENTERED)
+
+    async def _write_new(self, node: LocalNode) -> None:
+        """Write ``node.json``, and write it again if managers or role have changed meanwhile."""
+        written: LocalNode | None = None
+        while written != (present := self.node or node):
+            await asyncio.to_thread(write_local_node, self._paths.node_json, present)
+            written = present
 
     async def _look(self) -> None:
         """Read the machine's networks again, because the cluster's networks must avoid networks that have

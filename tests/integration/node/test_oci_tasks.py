@@ -40,6 +40,7 @@ from skep.model.service import (
 from skep.model.task import AssignedTask, Task
 from skep.model.values.ids import ConfigId, NodeId, SecretId, ServiceId, TaskId, new_id
 from skep.model.values.meta import Driver
+from skep.model.values.times import Timestamp
 from tests.support.engine.runc_lab import IMAGE, Lab, with_defaults
 
 
@@ -82,6 +83,24 @@ async def test_the_container_has_dockers_name_and_labels(executor: OciExecutor) 
         "com.docker.swarm.task.name": f"web.2.{task.task.id}",
     }
     assert container.image == IMAGE
+
+
+async def test_the_use_of_a_volume_is_kept_if_the_node_process_ended_right_after_the_creation(
+    lab: Lab, executor: OciExecutor
+) -> None:
+    """Otherwise the next task of the slot would be placed on a node without its data."""
+    made = a_task("true", mounts=(Mount(type="volume", source="data", target="/data"),))
+    created = msgspec.structs.replace(made.task, created_at=Timestamp("2026-01-01T00:00:00Z"))
+    task = msgspec.structs.replace(made, task=created)
+    await executor.controller(task).prepare()
+    uses = lab.paths.volumes / "data" / "uses.json"
+    uses.unlink()
+    later = lab.executor()
+    async with later.running():
+        assert later.engine.volumes.uses == {}
+        await later.controller(task).prepare()
+        assert set(later.engine.volumes.uses["data"]) == {"web.2"}
+        assert uses.exists()
 
 
 async def test_a_missing_image_is_rejected_with_dockers_words(executor: OciExecutor) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from random import Random
 from typing import Any, cast
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.agent.executor.interface import OnUnhealthy, Running, TaskExit
+from skep.agent.executor.simulated import SimulatedExecutor, SimulatedMachine
 from skep.agent.session.session_state import SessionState
 from skep.agent.tasks.task import (
     CHECK_REPORT_MAX_S,
@@ -218,3 +220,39 @@ async def test_a_running_task_that_becomes_unhealthy_is_reported_before_it_has_s
         running.cancel()
     ends = [(one.state, one.end) for one in reported]
     assert ends == [*([(RUNNING, None)] if known else []), (RUNNING, SICK), (TaskState.FAILED, SICK)]
+
+
+@pytest.mark.parametrize("was_prepared", [False, True])
+async def test_a_restart_without_a_manager_goes_on_after_the_node_process_ended_within_it(
+    was_prepared: bool,
+) -> None:
+    clock, machine, runs = Sleeper(), SimulatedMachine(), asyncio.Event()
+    task = replace(a_task("t1"), desired_state=RUNNING)
+    policy = RestartPolicy(condition=RestartCondition.ON_FAILURE, delay=0)
+    assigned = AssignedTask(task=replace(task, spec=replace(task.spec, restart_policy=policy)))
+    reported = list[TaskStatus]()
+    controller = SimulatedExecutor(clock, Random(1), machine).controller(assigned)
+    if was_prepared:
+        await controller.prepare()
+
+    def on_status(_: TaskId, status: TaskStatus) -> None:
+        reported.append(status)
+        runs.set()
+
+    driver = TaskDriver(
+        assigned,
+        TaskStatus(state=RUNNING, message="started"),
+        controller,
+        clock=clock,
+        on_status=on_status,
+        session_state=SessionState(clock),
+        attempts=1,
+    )
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        running = group.create_task(driver.run())
+        await runs.wait()
+        running.cancel()
+    assert [(one.state, one.message) for one in reported] == [
+        (RUNNING, "started again without a manager (attempt 2)")
+    ]
+    assert machine.processes[task.id].started

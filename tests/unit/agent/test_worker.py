@@ -122,7 +122,10 @@ class ChoosingExecutor(SimulatedExecutor):
         self._kinds: Mapping[str, type[SimulatedController]] = node.controllers
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
-        return self._kinds.get(task.task.id, SimulatedController)(self, task)
+        controller = self._kinds.get(task.task.id, SimulatedController)(self, task)
+        if isinstance(controller, Private):
+            controller.registry_auth = registry_auth
+        return controller
 
     async def leftovers(self) -> Sequence[TaskId]:
         if self._node.unlisted is not None:
@@ -491,22 +494,66 @@ class Drained(SimulatedController):
         await super().shutdown()
 
 
-async def test_a_stop_waits_for_clients_as_long_as_the_service_says_now(node: Node) -> None:
+@pytest.mark.parametrize("stop", [TaskState.SHUTDOWN, TaskState.REMOVE])
+async def test_a_stop_waits_for_clients_as_long_as_the_service_says_now(node: Node, stop: TaskState) -> None:
     """The label was changed while the task ran; then the service is removed while its task waits."""
     node.controllers["a"] = Drained
+    Drained.waited = ()
     async with node.working() as worker:
         await worker.assign(complete(assigned("a")))
         await node.reports.wait("a", RUNNING)
-        for desired, drain in ((RUNNING, "90s"), (TaskState.SHUTDOWN, "90s"), (TaskState.REMOVE, "0s")):
+        for desired, drain in ((RUNNING, "90s"), (stop, "90s"), (TaskState.REMOVE, "0s")):
             labels = {DRAIN: drain}
             await worker.assign(
                 difference(msgspec.structs.replace(assigned("a", desired), service_labels=labels))
             )
             async with asyncio.timeout(DEADLINE_S):
-                while desired is TaskState.SHUTDOWN and not Drained.waited:  # noqa: ASYNC110
+                while desired is stop and not Drained.waited:  # noqa: ASYNC110
                     await asyncio.sleep(0)
         await node.reports.wait("a", TaskState.SHUTDOWN)
     assert Drained.waited == (90.0, 0.0)
+
+
+class Private(SimulatedController):
+    """Its image needs credentials."""
+
+    registry_auth = ""
+
+    async def prepare(self) -> None:
+        if not self.registry_auth:
+            raise Rejected("No such image: i: pull access denied")
+        await super().prepare()
+
+
+async def test_a_task_that_was_not_prepared_gets_its_credentials_after_a_restart_of_the_node(
+    node: Node,
+) -> None:
+    """They are in memory only, and the first assignment brings them again."""
+    given = AssignmentSet(complete=True, tasks=(assigned("a"),), registry_auths={TaskId("a"): "secret"})
+    node.controllers["a"] = Endless
+    async with node.working() as worker:
+        await worker.assign(given)
+        await node.reports.wait("a", TaskState.PREPARING)
+    node.controllers["a"] = Private
+    async with node.working() as worker:
+        await node.reports.wait("a", TaskState.PREPARING)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        await worker.assign(given)
+        await node.reports.wait("a", RUNNING)
+        assert TaskState.REJECTED not in node.reports.states("a")
+
+
+async def test_a_task_whose_image_is_refused_with_its_credentials_is_rejected(node: Node) -> None:
+    node.controllers["a"] = Endless
+    async with node.working() as worker:
+        await worker.assign(complete(assigned("a")))
+        await node.reports.wait("a", TaskState.PREPARING)
+    node.controllers["a"] = Private
+    async with node.working() as worker:
+        await worker.assign(complete(assigned("a")))
+        status = await node.reports.wait("a", TaskState.REJECTED)
+        assert status.err == "No such image: i: pull access denied"
 
 
 async def test_no_credentials_are_written_to_disk(node: Node) -> None:

@@ -11,8 +11,9 @@ from skep.aio.clock import SystemClock
 from skep.errors import PermissionDenied, ResourceExhausted, Unavailable
 from skep.manager.ca.admission import SERIALS_MAX, Issued, issued_certificate, record_issue, stamp
 from skep.manager.ca.caller_check import UNKNOWN_MAX, UNKNOWN_S, CallerCheck, check_caller
+from skep.manager.membership.manager_changes import set_certificate_role
 from skep.manager.nodes.revocation import expired, forget, issue_not_before_s, revoke
-from skep.model.node import Availability, Node, NodeRole
+from skep.model.node import Availability, Node, NodeRole, NodeSpec
 from skep.model.swarm import Swarm
 from skep.model.values.ids import ClusterId, NodeId
 from skep.model.values.times import SECOND_NS
@@ -212,6 +213,28 @@ async def test_no_certificate_as_a_manager_is_ever_forgotten_before_it_expires(s
     assert len(node.certificate.serials) == SERIALS_MAX
     assert node.certificate.serials[0] == held.serials[0]
     await store.update(record_issue, issued(), NOW + timedelta(days=2), is_renewal=True)
+
+
+@pytest.mark.parametrize("changed", [NodeRole.WORKER, NodeRole.MANAGER])
+async def test_a_certificate_of_the_role_that_a_node_had_when_it_was_signed_is_not_recorded(store, changed):
+    """An external authority may take seconds, and the node may be demoted or promoted meanwhile."""
+    before = NodeRole.MANAGER if changed is NodeRole.WORKER else NodeRole.WORKER
+    swarm = Swarm(id=ClusterId("c"), tls_info=tls_info(ROOT.root_pem))
+    held = issued_certificate(before, a_certificate(before), NOW)
+    node = Node(id=NodeId("m1"), spec=NodeSpec(role=changed), certificate=held)
+    await store.update(lambda tx: [tx.put(one) for one in (swarm, node)])
+    late = Issued(
+        identity=replace(MANAGER, role=before),
+        availability=Availability.ACTIVE,
+        csr_pem=b"",
+        certificate_pem=a_certificate(before).public_bytes(Encoding.PEM),
+        issuer=issuer_digest(swarm.tls_info),
+    )
+    await store.update(set_certificate_role, node.id, changed, NOW_NS)
+    with pytest.raises(Unavailable, match="role of node m1 has just changed"):
+        await store.update(record_issue, late, NOW, is_renewal=True)
+    certificate = store.view().get(Node, node.id).certificate
+    assert (certificate.role, certificate.state) == (changed, "rotate")
 
 
 async def test_a_removal_that_cannot_be_read_counts(store):

@@ -1,6 +1,7 @@
 """Agent and manager of a node: what happens until the first session, and with it."""
 
 import asyncio
+import errno
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
@@ -14,9 +15,10 @@ from skep.api.backups import BackupManifest, Sealer, key_of, new_header
 from skep.api.client.client import ApiClient
 from skep.api.errors import Untranslated
 from skep.configuration.configuration import Configuration
+from skep.errors import Unavailable
 from skep.model.node import NodeRole
 from skep.model.values.ids import ClusterId, NodeId, new_id
-from skep.node.cluster.local import LocalNode
+from skep.node.cluster.local import LocalNode, read_local_node
 from skep.node.cluster.manager_files import ManagerFiles
 from skep.node.cluster.membership import Membership
 from skep.node.cluster.runner import Dependencies, NodeRunner
@@ -25,6 +27,7 @@ from skep.security.authority import Authority
 from skep.security.identity import NodeIdentity
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
+from tests.support.file_faults import file_faults
 
 
 class FakeAgent:
@@ -176,11 +179,8 @@ async def test_a_worker_keeps_no_spare_manager_process_once_it_has_a_session(pat
         await until(lambda: not fakes.processes.has_spare)
 
 
-async def test_the_machine_is_looked_at_before_its_first_description(paths: Paths) -> None:
-    """The first networks of a cluster avoid those of its machine, also one of a moment ago."""
-    fakes = Fakes(paths, NodeRole.WORKER)
-    fakes.processes.has_spare = False
-    fakes.agent.registered.set()
+def a_member() -> tuple[LocalNode, KeyPair]:
+    """A worker with a certificate."""
     authority, key = Authority.create(), new_private_key()
     node = local_node(NodeRole.WORKER)
     identity = NodeIdentity(node_id=node.node_id, cluster_id=node.cluster_id, role=NodeRole.WORKER)
@@ -189,6 +189,74 @@ async def test_the_machine_is_looked_at_before_its_first_description(paths: Path
         key_pem=private_pem(key),
         root_pem=authority.root_pem,
     )
+    return node, pair
+
+
+async def test_managers_that_arrive_while_the_file_of_a_new_member_is_written_are_kept(paths: Paths) -> None:
+    """The file is written in a thread, and until it exists nothing else writes it."""
+    fakes = Fakes(paths, NodeRole.WORKER)
+    fakes.processes.has_spare = False
+    fakes.agent.registered.set()
+    node, pair = a_member()
+    membership = Membership(
+        fakes.dependencies, manager_api=ApiClient.local(paths.manager_socket, "m"), new_id=new_id
+    )
+    loop, managers = asyncio.get_running_loop(), (KnownManager(NodeId("m2"), "10.0.0.2:2377"),)
+
+    async def arrive() -> None:
+        fakes.save_managers(managers)
+
+    def write(call: str, path: Path) -> None:
+        if call in ("rename", "replace") and path.name.startswith(paths.node_json.name) and not has_arrived:
+            has_arrived.append(True)
+            asyncio.run_coroutine_threadsafe(arrive(), loop).result(5)
+
+    has_arrived: list[bool] = []
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        running = group.create_task(membership.run())
+        await until(lambda: fakes.processes.has_spare)
+        with file_faults(paths.data) as disk:
+            disk.before_each = write
+            await membership.enter(node, pair, lambda: None, timeout_s=10)
+        assert has_arrived
+        running.cancel()
+    kept = read_local_node(paths.node_json)
+    assert kept is not None
+    assert kept.managers == managers
+
+
+async def test_what_a_leave_could_not_remove_is_no_part_of_the_next_swarm(paths: Paths) -> None:
+    """An etcd with its data would start as a member of the former one."""
+    fakes = Fakes(paths, NodeRole.WORKER)
+    fakes.processes.has_spare = False
+    fakes.agent.registered.set()
+    node, pair = a_member()
+    membership = Membership(
+        fakes.dependencies, manager_api=ApiClient.local(paths.manager_socket, "m"), new_id=new_id
+    )
+    former = paths.etcd / "member"
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        running = group.create_task(membership.run())
+        await until(lambda: fakes.processes.has_spare)
+        await membership.enter(node, pair, lambda: None, timeout_s=10)
+        former.mkdir(parents=True)
+        with file_faults(paths.data) as disk:
+            disk.choose(errno.EIO, lambda call, path: call in ("open", "rmdir") and path.name == former.name)
+            await membership.leave(force=True)
+            assert former.is_dir()
+            with pytest.raises(Unavailable, match="of a former swarm"):
+                await membership.enter(node, pair, lambda: None, timeout_s=10)
+        await membership.enter(node, pair, lambda: None, timeout_s=10)
+        assert not former.exists()
+        running.cancel()
+
+
+async def test_the_machine_is_looked_at_before_its_first_description(paths: Paths) -> None:
+    """The first networks of a cluster avoid those of its machine, also one of a moment ago."""
+    fakes = Fakes(paths, NodeRole.WORKER)
+    fakes.processes.has_spare = False
+    fakes.agent.registered.set()
+    node, pair = a_member()
     membership = Membership(
         fakes.dependencies, manager_api=ApiClient.local(paths.manager_socket, "m"), new_id=new_id
     )

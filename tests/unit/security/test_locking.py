@@ -1,12 +1,22 @@
 """Autolock on disk: what a stolen disk shows, what a crash leaves, what a rotation changes."""
 
+import subprocess
+import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from skep.errors import FailedPrecondition, InvalidArgument
+from skep.model.node import NodeRole
+from skep.model.values.ids import ClusterId, NodeId
 from skep.paths import Paths
+from skep.security import keypair
+from skep.security.authority import Authority
+from skep.security.identity import NodeIdentity
+from skep.security.keypair import KeyPair
+from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.locking import (
     KeyLock,
     Locked,
@@ -164,3 +174,61 @@ def test_damaged_files_are_distinguished_from_wrong_keys(paths: Paths) -> None:
     paths.lock_key.write_bytes(b"")
     with pytest.raises(FailedPrecondition, match="is damaged"):
         lock.unlock(key)
+
+
+SAVE = """
+import sys
+from pathlib import Path
+from skep.paths import Paths
+from skep.security import keypair
+from skep.security.locking import KeyLock
+
+data, run, renewed = map(Path, sys.argv[1:])
+paths = Paths(data, run)
+keypair.save(keypair.load(renewed), paths.certificates, KeyLock(paths))
+"""
+
+
+def a_pair() -> KeyPair:
+    authority, key = Authority.create(), new_private_key()
+    identity = NodeIdentity(node_id=NodeId("n1"), cluster_id=ClusterId("c1"), role=NodeRole.MANAGER)
+    chain = authority.sign(signing_request(key), identity)
+    return KeyPair(certificate_pem=chain, key_pem=private_pem(key), root_pem=authority.root_pem)
+
+
+def waits_for(path: Path) -> bool:
+    """Whether a process waits for a lock on the file."""
+    try:
+        inode = path.stat().st_ino
+    except FileNotFoundError:
+        return False
+    return any(f":{inode} " in line and "->" in line for line in Path("/proc/locks").read_text().splitlines())
+
+
+@pytest.mark.parametrize("was_on", [False, True])
+def test_a_certificate_that_another_process_renews_while_the_lock_turns_keeps_its_key(
+    paths: Paths, was_on: bool
+) -> None:
+    """The manager process turns the lock, and the node process renews."""
+    lock, unlock_key, renewed = KeyLock(paths), new_unlock_key(), a_pair()
+    keypair.save(a_pair(), paths.certificates, lock)
+    keypair.save(renewed, paths.data / "renewed")
+    if was_on:
+        lock.turn(unlock_key)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def renew(call: str, path: Path) -> None:
+        if started or call not in ("rename", "replace") or not path.name.startswith(keypair.KEY_FILE):
+            return
+        words = (sys.executable, "-c", SAVE, str(paths.data), str(paths.run), str(paths.data / "renewed"))
+        started.append(subprocess.Popen(words))
+        while started[0].poll() is None and not waits_for(paths.keys_guard):
+            time.sleep(0.01)
+
+    with file_faults(paths.data) as disk:
+        disk.before_each = renew
+        lock.turn(None if was_on else unlock_key)
+    assert started[0].wait(20) == 0
+    assert lock.is_on is not was_on
+    assert keypair.load(paths.certificates, lock).key_pem == renewed.key_pem
+    assert paths.node_key.read_bytes().startswith(NODE_KEY.strip()) is was_on

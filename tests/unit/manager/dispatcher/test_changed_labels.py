@@ -13,6 +13,7 @@ from skep.model.options.labels import ON_DISCONNECT
 from skep.model.service import Service
 from skep.model.task import TaskState
 from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.times import Timestamp
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service, a_task
 from tests.support.store.damage_rigs import put_all
@@ -84,3 +85,17 @@ async def test_very_many_tasks_are_gone_through_in_steps() -> None:
     assert len(rig.woken) == STEP
     assert list(steps) == []
     assert len(rig.woken) == STEP + 1
+
+
+async def test_a_removed_service_wakes_the_nodes_of_tasks_that_stop_because_it_is_no_longer_drained() -> None:
+    rig = Rig()
+    removed = replace(WEB, removed_at=Timestamp("2026-01-01T00:00:00Z"))
+    await put_all(
+        rig.store,
+        removed,
+        a_task("t1", node="n1", service=WEB),
+        a_task("t2", node="n2", service=WEB, desired=TaskState.REMOVE),
+    )
+    rig.labels.on_update(WEB, removed)
+    await rig.run()
+    assert rig.woken == [("n2", "t2")]

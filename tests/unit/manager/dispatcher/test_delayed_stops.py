@@ -19,7 +19,7 @@ from skep.model.options.labels import check_service_labels
 from skep.model.service import Service
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import NetworkAttachment, Task, TaskState
-from skep.model.values.ids import ClusterId, NodeId
+from skep.model.values.ids import ClusterId, NodeId, TaskId
 from skep.model.values.meta import Driver
 from skep.model.values.times import Timestamp
 from skep.security.authority import Authority
@@ -137,6 +137,37 @@ def test_a_stop_waits_for_nodes_of_a_manager_whose_etcd_restarts_for_a_new_root(
         await put_all(store, a_manager(PRESENT))
         await clock.sleep(60)
         assert [at - began for at in stopped] == [pytest.approx(stopped_s, abs=0.2)]
+
+    running = loop.create_task(stops.run())
+    loop.run_until_complete(live())
+    running.cancel()
+    loop.run_until_complete(asyncio.wait([running]))
+
+
+@pytest.mark.parametrize("desired", [TaskState.SHUTDOWN, TaskState.REMOVE])
+def test_the_delay_of_a_stop_ends_when_the_service_is_removed(loop: VirtualLoop, desired: TaskState) -> None:
+    """The stop began with an update or when the service was scaled in, and its clients never leave."""
+    clock = VirtualClock(loop)
+    store = MemoryStore(clock)
+    woken: list[tuple[float, str]] = []
+    session = SimpleNamespace(
+        wake_assignments=lambda ids: woken.extend((clock.monotonic(), id) for id in ids)
+    )
+    stops = Stops(store, cast("Sessions", SimpleNamespace(live=lambda _: session)), clock, never)
+    service, other = labeled("60s"), a_service("db")
+    task, another = on(NET), replace(on(NET), id=TaskId("t2"), service_id=other.id)
+
+    async def live() -> None:
+        await put_all(store, service, other, a_node("n1"), task, another)
+        for one in (task, another):
+            stops.on_update(one, replace(one, desired_state=desired), store.view().revision)
+        await clock.sleep(0.5)
+        assert woken == []
+        removed = replace(service, removed_at=Timestamp("2026-01-01T00:00:00Z"))
+        await put_all(store, removed)
+        at = clock.monotonic()
+        stops.on_service(service, removed)
+        assert woken == [(at, task.id)]
 
     running = loop.create_task(stops.run())
     loop.run_until_complete(live())

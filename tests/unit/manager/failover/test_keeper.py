@@ -139,6 +139,22 @@ async def test_a_planned_stop_moves_the_address_at_once() -> None:
 
 
 @on_virtual_time
+async def test_a_planned_stop_waits_until_the_managers_know_that_the_address_is_free() -> None:
+    """Also if the node had no address for a while, as at its start: the process ends next."""
+    async with rig() as cluster:
+        await asyncio.sleep(1)
+        await cluster.add()
+        first = await cluster.wait_held()
+        await asyncio.sleep(1)
+        began = cluster.loop.time()
+        await cluster.held[first].give_up()
+        await cluster.kill(first)
+        await cluster.wait_held(first)
+        assert cluster.loop.time() - began <= 0.2
+        assert not cluster.violations
+
+
+@on_virtual_time
 async def test_a_managers_loss_does_not_move_the_address() -> None:
     async with rig() as cluster:
         await cluster.add()
