@@ -118,7 +118,7 @@ def create_service(
             created_at=now,
             spec=spec,
             author=SpecAuthor(by=by, at=now),
-            trusted=trusted_after(tx, None, spec, by_admin=by_admin),
+            trusted=trusted_after(tx, None, spec, None, by_admin=by_admin),
             job_status=first_job(tx, spec, now),
         )
     )
@@ -154,24 +154,25 @@ def update_service(
     _check_rights(tx, spec, service.spec)
     check_quota(tx, spec, service)
     _check_volumes(tx, spec, service.spec)
+    previous = previous_after(service, spec)
     current_auth = with_registry(service.spec, auth_of(tx, registry_auth_id(id)))
+    previous_auth = auth_of(tx, previous_registry_auth_id(id))
+    previous_auth = with_registry(service.previous_spec or service.spec, previous_auth)
     if registry_auth:
         registry_auth = with_registry(spec, registry_auth)
-    elif registry_auth_from == "previous-spec":
-        previous_auth = auth_of(tx, previous_registry_auth_id(id))
-        registry_auth = with_registry(service.previous_spec or service.spec, previous_auth)
     else:
-        registry_auth = current_auth
+        registry_auth = previous_auth if registry_auth_from == "previous-spec" else current_auth
     keep_auth(tx, registry_auth_id(id), auth_for(spec, registry_auth))
-    keep_auth(tx, previous_registry_auth_id(id), current_auth)
+    # The previous spec of an undecided staged update stays, and may have an image of another registry.
+    keep_auth(tx, previous_registry_auth_id(id), auth_for(previous, current_auth, previous_auth))
     restart_dependents(tx, service, spec.task_template, now)
     return tx.put(
         replace(
             service,
             spec=spec,
             author=keep_spec(tx, service, spec, SpecAuthor(by=by, at=now)),
-            previous_spec=previous_after(service, spec),
-            trusted=trusted_after(tx, service, spec, by_admin=by_admin),
+            previous_spec=previous,
+            trusted=trusted_after(tx, service, spec, previous, by_admin=by_admin),
             update_status=status_after(service, spec, now),
             job_status=next_job(tx, service, spec, now),
         )
@@ -214,12 +215,13 @@ def previous_after(service: Service, new: ServiceSpec) -> ServiceSpec:
     A rollback shall not stop a service that ``new`` starts, and not lead to a staged update that never ended.  It
     keeps the number of tasks that a staged update was scaled to.
     """
+    previous = service.spec
     if is_undecided(service) and service.previous_spec is not None:
         previous = service.previous_spec
-        return replace(previous, mode=new.mode) if is_same_update(service.spec, new) else previous
-    spec = service.spec
-    is_started = is_stopped(spec.labels) and not is_stopped(new.labels)
-    return comparable(spec) if is_started else spec
+        if is_same_update(service.spec, new):
+            previous = replace(previous, mode=new.mode)
+    is_started = is_stopped(service.spec.labels) and not is_stopped(new.labels)
+    return comparable(previous) if is_started else previous
 
 
 def rollback_service(
@@ -249,7 +251,7 @@ def rollback_service(
             spec=previous,
             author=keep_spec(tx, service, previous, SpecAuthor(by=by, at=now)),
             previous_spec=service.spec,
-            trusted=trusted_after(tx, service, previous, by_admin=False),
+            trusted=trusted_after(tx, service, previous, service.spec, by_admin=False),
             update_status=UpdateStatus(
                 state=UpdateState.ROLLBACK_STARTED,
                 message="manually requested rollback",

@@ -27,10 +27,17 @@ from skep.store.interface import View
 T = TypeVar("T")
 
 
-def trusted_after(view: View, service: Service | None, spec: ServiceSpec, *, by_admin: bool) -> Trusted:
-    """Return the trusted values of a service after it gets ``spec``, with its current spec as the previous one.
+def trusted_after(
+    view: View,
+    service: Service | None,
+    spec: ServiceSpec,
+    previous: ServiceSpec | None,
+    *,
+    by_admin: bool,
+) -> Trusted:
+    """Return the trusted values of a service after it gets ``spec`` and ``previous`` as its previous spec.
 
-    ``service`` is None for a new service.
+    ``service`` and ``previous`` are None for a new service.
     """
     before = service.spec if service is not None else None
     kept = trusted_of(view, service) if service is not None else Trusted()
@@ -41,7 +48,7 @@ def trusted_after(view: View, service: Service | None, spec: ServiceSpec, *, by_
     def after(values: Callable[..., list[T]], trusted: Sequence[T]) -> tuple[T, ...]:
         of_known = values(known)
         result: list[T] = []
-        for one in values(spec, before):
+        for one in values(spec, previous):
             if one in trusted and one not in result:
                 result.append(one)
         for one in values(spec) if by_admin else ():

@@ -36,6 +36,7 @@ from skep.model.service import (
     UpdateOrder,
     UpdateState,
 )
+from skep.model.staging.updates import CANARY, UPDATE
 from skep.model.swarm import Swarm
 from skep.model.values.ids import ClusterId, new_id
 from skep.model.values.times import Timestamp
@@ -259,6 +260,22 @@ async def test_a_chain_of_updates_leads_no_credentials_to_another_registry(store
     assert f"registry/{service.id}" not in payloads(store)
     service = await rollback(store, service, evil)
     assert f"registry/{service.id}" not in payloads(store)
+
+
+async def test_an_update_that_replaces_a_canary_keeps_the_credentials_of_the_spec_before_it(store):
+    """Its old tasks still run, and a rollback leads to them."""
+
+    def canary(image):
+        return replace(a_service_spec(image=image), labels={UPDATE: CANARY})
+
+    service = await create(store, canary("corp.example/shop:1"), auth=an_auth())
+    auth = an_auth(address="other.example")
+    service = await update(store, service, canary("other.example/shop:2"), registry_auth=auth)
+    service = await update(store, service, canary("other.example/shop:3"))
+    assert credentials(store, service.id)[1] == "other.example"
+    assert credentials(store, service.id, "registry-previous")[1] == "corp.example"
+    service = await rollback(store, service, service.spec)
+    assert credentials(store, service.id)[1] == "corp.example"
 
 
 async def test_a_removal_forgets_the_credentials(store):
