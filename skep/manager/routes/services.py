@@ -163,6 +163,7 @@ async def update_service(request: web.Request) -> web.StreamResponse:
                     fenced(
                         bounded(control.update_service, stack, is_admin=by_admin), deploy_of(request), stack
                     ),
+                    stack_of(service.spec.labels),
                     stack,
                 ),
                 service.id,
@@ -261,7 +262,9 @@ async def change_services(request: web.Request) -> web.StreamResponse:
     kept = {one.id: shown_auth(view, one.id) for one in changes if one.id}
 
     def unless_frozen(tx: Transaction, one: ServiceChange) -> Service:
-        return unfrozen(request, change, stack_of(one.spec.labels))(tx, one)
+        present = tx.lookup(Service, one.id)
+        before = stack_of(present.spec.labels) if present is not None else ""
+        return unfrozen(request, change, before, stack_of(one.spec.labels))(tx, one)
 
     results = await manager.store.update_each(unless_frozen, changes)
     after = manager.store.view()

@@ -15,9 +15,9 @@ R = TypeVar("R")
 
 
 def unfrozen(
-    request: web.Request, operation: Callable[Concatenate[Transaction, P], R], stack: str = ""
+    request: web.Request, operation: Callable[Concatenate[Transaction, P], R], *stacks: str
 ) -> Callable[Concatenate[Transaction, P], R]:
-    """Return ``operation`` with a check that no strict freeze of the cluster or of ``stack`` refuses it.
+    """Return ``operation`` with a check that no strict freeze of the cluster or of one of ``stacks`` refuses it.
 
     A deploy that has begun may end, so only the record of its revision is checked.
     """
@@ -25,7 +25,7 @@ def unfrozen(
         return operation
     return unless_frozen(
         operation,
-        stack,
+        *stacks,
         is_override=request.headers.get(OVERRIDE_HEADER, "").lower() == "true",
         is_admin=identity_of(request).is_admin,
     )
