@@ -61,6 +61,7 @@ from skep.stack.progress import (
     UP_TO_DATE,
     ServiceProgress,
     progress_of,
+    progress_without,
 )
 from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile
 from skep.stack.revisions import DEPLOYED
@@ -129,6 +130,7 @@ class Deployment:
         Raises:
             FileProblems: a secret exists with other content.  No service was changed.
             Replaced: a newer deploy of the stack has replaced this one.
+            FailedPrecondition: someone else has removed a service that this deploy waits for.
             SkepError: a change was refused.  Earlier changes stay, and a repeated deploy continues after them.
             Unavailable: the services did not converge in time, or waiting cannot help.  The error names the cause.
         """
@@ -453,6 +455,8 @@ class Deployment:
     # --- waiting
 
     async def _wait(self, changes: Sequence[PlannedChange]) -> None:
+        specs = {one.name: one.spec for one in changes}
+
         async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
             claim = self._created.claim
             self._is_overtaken = self._is_overtaken or (claim is not None and await claim.follow())
@@ -460,9 +464,10 @@ class Deployment:
                 await self._plan_again()
                 await self._services_as_wanted()
             looks = await self._looks()
-            return await self._reasons.explain({name: one for name, one in looks.items() if name in waiting})
+            found = await self._reasons.explain({name: one for name, one in looks.items() if name in waiting})
+            return found | {name: progress_without(name, specs[name]) for name in waiting - looks.keys()}
 
-        await wait_done({one.name for one in changes}, look, self._show)
+        await wait_done(specs, look, self._show)
 
     async def _looks(self) -> dict[str, Look]:
         label = {"label": [f"{NAMESPACE}={self._stack.name}"]}

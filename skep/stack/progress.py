@@ -8,10 +8,11 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
+from skep.errors import FailedPrecondition
 from skep.model.node_reports.node_refusals import is_no_node
-from skep.model.options.labels import is_stopped
-from skep.model.service import ENDED, UNDER_WAY, RestartCondition, Service, UpdateState
-from skep.model.staging.updates import end_of_step, resting_step, tasks_of_step
+from skep.model.options.labels import JOB_TTL, is_stopped
+from skep.model.service import ENDED, UNDER_WAY, RestartCondition, Service, ServiceSpec, UpdateState
+from skep.model.staging.updates import WITHOUT_TASKS, end_of_step, resting_step, tasks_of_step
 from skep.model.task import Task, TaskState
 from skep.model.values.times import SECOND_NS
 
@@ -234,6 +235,19 @@ def progress_of(
     return ServiceProgress(text, cause, problem=problem, is_updating=is_updating)
 
 
+def progress_without(name: str, spec: ServiceSpec | None) -> ServiceProgress:
+    """Return the progress of a service that a deploy waits for and that no longer exists.
+
+    Args:
+        spec: the desired spec.  Its label may let the cluster remove a job as soon as it has ended.
+
+    Raises: FailedPrecondition: someone else has removed it.
+    """
+    if spec is not None and JOB_TTL in spec.labels:
+        return ServiceProgress(f"ended, and removed by its label {JOB_TTL}", is_done=True, is_final=True)
+    raise FailedPrecondition(f"service {name} was removed meanwhile. Deploy again to create it.")
+
+
 def _stopping(left: Sequence[Task]) -> ServiceProgress:
     """Return the progress of a service that is stopped, from the tasks that have yet to end."""
     text = f"tasks left to stop: {len(left)}" if left else "stopped"
@@ -245,9 +259,9 @@ def _stopping(left: Sequence[Task]) -> ServiceProgress:
 def _end_of_rest(service: Service, updated: int, count: int) -> str:
     """Return what ends the present step of a staged update that waits for it, or an empty text."""
     step = resting_step(service)
-    if step is None or updated < tasks_of_step(step, count):
+    if step is None or (count and updated < tasks_of_step(step, count)):
         return ""
-    return end_of_step(step, service.spec.name)
+    return end_of_step(step, service.spec.name) if count else WITHOUT_TASKS
 
 
 def _steady_s(service: Service, tasks: Sequence[Task], current: Collection[str]) -> float:

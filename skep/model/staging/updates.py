@@ -108,6 +108,8 @@ class UpdateStage(msgspec.Struct, frozen=True):
 
 IN_PROGRESS: Final = "update in progress"
 """Docker's message."""
+WITHOUT_TASKS: Final = "a task, without which the update stays in its step"
+"""End of the step of a service that was scaled to 0."""
 _PERCENTAGE: Final = re.compile(r"(100|[0-9]{1,2}(?:\.[0-9]{1,2})?)%", re.ASCII)
 _NUMBER: Final = re.compile(r"-?[0-9]{1,12}(?:\.[0-9]{1,9})?", re.ASCII)
 SHOWN_MAX: Final = 100
@@ -348,6 +350,8 @@ def end_of_present_step(service: Service) -> str:
     if status is None or status.state is not UpdateState.UPDATING or status.split is None or not stages:
         return ""
     stage = stages[min(status.split.step, len(stages) - 1)]
+    if _lacks_tasks(stage, service):
+        return WITHOUT_TASKS
     words = end_of_step(stage, service.spec.name)
     bounds = query_bounds_of(service.spec.labels) if stage.keeps_old and stage.least_s < inf else None
     if bounds is None:
@@ -363,14 +367,22 @@ def _is_switched(stage: UpdateStage) -> bool:
 def resting_step(service: Service) -> UpdateStage | None:
     """Return the present step of an update if a wait for its end makes no sense, or None.
 
-    The step ends when a user promotes the update, or when old tasks without connections have been kept for their time.
-    It is recognized by the update's message, because Docker's API does not have the step.
+    The step ends when a user promotes the update or scales up a service without tasks, or when old tasks without
+    connections have been kept for their time.  It is recognized by the update's message, because Docker's API does not
+    have the step.
     """
     status, stages = service.update_status, stages_of(service.spec.labels)
     if status is None or status.state is not UpdateState.UPDATING:
         return None
     named = (stage for step, stage in enumerate(stages) if message_of(stages, step) == status.message)
-    return next((stage for stage in named if stage.least_s == inf or _is_switched(stage)), None)
+    return next(
+        (one for one in named if one.least_s == inf or _is_switched(one) or _lacks_tasks(one, service)), None
+    )
+
+
+def _lacks_tasks(stage: UpdateStage, service: Service) -> bool:
+    """Return whether the update stays in a step because the service has no tasks."""
+    return stage.keeps_old and not service.spec.replicas
 
 
 def is_undecided(service: Service) -> bool:

@@ -21,9 +21,11 @@ from skep.model.service import (
     ServiceSpec,
     TaskSpec,
     UpdateConfig,
+    UpdateSplit,
     UpdateState,
     UpdateStatus,
 )
+from skep.model.staging.updates import end_of_present_step, message_of, stages_of
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.values.meta import Version
@@ -484,6 +486,23 @@ def test_a_wait_ends_at_a_step_that_ends_by_a_user_or_after_the_time_of_kept_tas
     assert found.text == f"2 of 2 tasks updated, 2 running, waiting for {end}"
     starting = [replace(new[0], status=TaskStatus(state=TaskState.STARTING)), new[1]]
     assert not progress_of(service, [*old, *starting], current).is_done
+
+
+@pytest.mark.parametrize("promote", ["auto", "manual"])
+def test_a_wait_ends_at_a_step_that_a_service_without_tasks_stays_in(promote: str) -> None:
+    """It was scaled to 0 during its update."""
+    labels = {"skep.update": "canary", "skep.update.promote": promote}
+    status = UpdateStatus(state=UpdateState.UPDATING, message=message_of(stages_of(labels), 0))
+    mode = ServiceMode(replicated=ReplicatedService(replicas=0))
+    service = replace(STAGED, spec=replace(STAGED.spec, labels=labels, mode=mode), update_status=status)
+    stopping = replace(a_task(TaskState.RUNNING), slot=1)
+    assert not progress_of(service, [stopping], set()).is_done
+    found = progress_of(service, [], set())
+    assert found.is_done
+    assert found.text.endswith("waiting for a task, without which the update stays in its step")
+    split = UpdateSplit(percent=0, old=1)
+    stored = replace(service, update_status=replace(status, split=split))
+    assert end_of_present_step(stored) == "a task, without which the update stays in its step"
 
 
 def test_a_wait_does_not_end_at_a_step_that_ends_by_itself() -> None:
