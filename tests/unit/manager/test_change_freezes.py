@@ -41,7 +41,7 @@ from skep.manager.services.freezes import (
     set_window,
     unless_frozen,
 )
-from skep.model.node import Node, NodeState, NodeStatus
+from skep.model.node import Availability, Node, NodeState, NodeStatus
 from skep.model.options.autoscaling import autoscaling_of
 from skep.model.options.freezes import CLUSTER, STACKS_MAX, ChangeFreeze, FreezeRequest, MaintenanceWindow
 from skep.model.service import Service
@@ -297,6 +297,16 @@ async def test_requests_are_refused_by_name_and_pass_with_the_header() -> None:
         async with client.post(path, json=drain) as response:
             assert response.status == 400
         async with client.post(path, json={**drain, "Availability": "pause"}) as response:
+            assert response.status == 200
+        drained = replace(node, spec=replace(node.spec, availability=Availability.DRAIN))
+        version = (await api.store.update(lambda tx: tx.put(drained))).version.index
+        path = f"/nodes/{node.id}/update?version={version}"
+        now = {**drain, "Labels": {"skep.drain-now": "true"}}
+        async with client.post(path, json=now) as response:
+            assert response.status == 400, (
+                "it stops the tasks that the drain keeps until their replacements run"
+            )
+        async with client.post(path, json={**drain, "Labels": {"zone": "north"}}) as response:
             assert response.status == 200
         assert [text[:40] for text in freeze_warnings(api.store.view())] == [
             "WARNING: the cluster is frozen until " + body["Until"][:3]
