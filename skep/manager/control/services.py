@@ -17,15 +17,13 @@ from skep.errors import (
     InvalidArgument,
     NotFound,
     OutOfSequence,
-    PermissionDenied,
     Unimplemented,
 )
 from skep.manager.acme.own_certificates import check_certificates
-from skep.manager.cluster import cluster_of
 from skep.manager.control.networks import known_ingress_network
 from skep.manager.control.quotas import check_quota
 from skep.manager.control.validation.service_rules import check_service_spec
-from skep.manager.nodes.trust import trusted_after
+from skep.manager.nodes.trust import check_rights, trusted_after
 from skep.manager.services.dependent_services import check_dependencies, restart_dependents
 from skep.manager.services.job_runs import first_job, next_job
 from skep.manager.services.registry_auth import auth_for, auth_of, follow_rollback, keep_auth, with_registry
@@ -39,7 +37,6 @@ from skep.model.options.autoscaling import AUTOSCALE, wakes_on_request, with_num
 from skep.model.options.constraints import is_dockers, parsed
 from skep.model.options.labels import FORMER_VOLUMES, VOLUME_AFFINITY, is_stopped
 from skep.model.options.schedules import CRON
-from skep.model.permissions.rights import allowed_by, rights_of, rights_text
 from skep.model.secret import Config, Secret
 from skep.model.service import (
     NetworkAttachmentConfig,
@@ -106,7 +103,7 @@ def create_service(
     check_dependencies(tx, spec)
     check_routes(tx, spec)
     check_certificates(tx, spec)
-    _check_rights(tx, spec)
+    check_rights(tx, spec)
     check_quota(tx, spec)
     _check_volumes(tx, spec)
     _check_attachments(tx, spec)
@@ -151,7 +148,7 @@ def update_service(
     spec = with_number_kept(spec, service.spec)
     check_routes(tx, spec, id)
     check_certificates(tx, spec, id)
-    _check_rights(tx, spec, service.spec)
+    check_rights(tx, spec, service)
     check_quota(tx, spec, service)
     _check_volumes(tx, spec, service.spec)
     previous = previous_after(service, spec)
@@ -240,7 +237,7 @@ def rollback_service(
     check_routes(tx, previous, id)
     check_certificates(tx, previous, id)
     _check_ingress(tx, previous)
-    _check_rights(tx, previous, service.spec)
+    check_rights(tx, previous, service)
     check_quota(tx, previous, service)
     _check_volumes(tx, previous)
     follow_rollback(tx, service)
@@ -374,22 +371,6 @@ def check_level(view: View, spec: ServiceSpec) -> None:
     new += [f"the constraint {one.text}" for one in constraints if not is_dockers(one)]
     if new and view.level < PLACEMENTS:
         raise FailedPrecondition(f"{new[0]} needs managers of this version: upgrade the others first")
-
-
-def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:
-    """Check that the cluster allows the rights that the spec requests.  Raises: PermissionDenied.
-
-    Tasks like the present ones are not checked again, so a service can be scaled when the cluster allows less than
-    before.
-    """
-    kinds = rights_of(spec.task_template.container_spec).kinds
-    if not kinds or (present is not None and spec.task_template == present.task_template):
-        return
-    refused = kinds - allowed_by(cluster_of(view).spec.labels)
-    if refused:
-        raise PermissionDenied(
-            f"this cluster does not allow services to use: {rights_text(refused)} (see `skep cluster allow`)"
-        )
 
 
 def _check_volumes(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:

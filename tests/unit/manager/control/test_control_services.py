@@ -20,6 +20,7 @@ from skep.errors import (
 )
 from skep.manager.control.networks import first_networks, ingress_network, remove_network
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
+from skep.manager.orchestrator.changes import ROLLED_BACK, RollBack, apply
 from skep.model.container import ContainerSpec, Mount
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.permissions.registry_auth import decoded_auth
@@ -373,9 +374,21 @@ async def test_a_service_gets_no_right_over_its_nodes_that_the_cluster_does_not_
         await update(store, service, privileged)
     with pytest.raises(PermissionDenied, match=words):
         await rollback(store, service, plain)
+    with pytest.raises(PermissionDenied, match=words):
+        await store.update(apply, RollBack(service, ROLLED_BACK), new_id, NOW)
     assert store.view().get(Service, service.id).spec == settled(plain)
     await allow(store, "all")
     assert (await rollback(store, service, plain)).spec == settled(privileged)
+
+
+async def test_a_canary_returns_to_its_old_tasks_when_the_cluster_allows_less(store):
+    """They still run, so no task gets a right that it did not have."""
+    await allow(store, "all")
+    privileged = with_labels(a_service_spec("web"), **{"skep.privileged": "true"})
+    old, new = (replace(one, labels={UPDATE: CANARY}) for one in (privileged, a_service_spec("web")))
+    service = await update(store, await create(store, old), new)
+    await allow(store, "none")
+    assert (await rollback(store, service, new)).spec == settled(old)
 
 
 async def test_what_leaves_the_tasks_as_they_are_is_not_refused_when_the_cluster_allows_less(store):
