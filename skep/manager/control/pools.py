@@ -52,6 +52,8 @@ def change_pools(tx: Transaction, change: PoolChange) -> Swarm:
     swarm = tx.get(Swarm, cluster_of(tx).id)
     present = [_pool(text) for text in swarm.default_addr_pool]
     removed = [_pool(text) for text in change.remove]
+    if removed:
+        tx.rely_on_all(Network)  # the leader may allocate a subnet of the pool at the same time
     for pool in removed:
         if pool not in present:
             raise NotFound(
