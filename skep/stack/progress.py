@@ -209,17 +209,22 @@ def progress_of(
         cause = _cause(tasks)
         return ServiceProgress(_stuck(update.state, update.message, cause), is_stuck=True)
     wanted = [task for task in tasks if task.desired_state == TaskState.RUNNING]
-    # A task of a global service that waits for its restart belongs to a node that has no other task.
-    slots = {_slot(task) for task in tasks if task in wanted or _is_held(task)}
-    updated = _running([task for task in wanted if task.id in current])
+    done = _done_slots(tasks, current)
+    slots = _wanted_slots(tasks) | done
+    running = {
+        _slot(task) for task in wanted if task.id in current and task.status.state is TaskState.RUNNING
+    }
+    # A slot of a one-shot service that is done needs no running task.
+    updated = len(running | done)
     count = max(len(slots), service.spec.replicas if mode.global_ is None else 0)
     is_updating = update is not None and update.state in UNDER_WAY
-    is_all = updated == count == len(wanted) and not is_updating and bool(count or mode.global_ is None)
+    is_settled = len(wanted) == len(running) and updated == count
+    is_all = is_settled and not is_updating and bool(count or mode.global_ is None)
     end = _end_of_rest(service, updated, count)
     if is_all or end:
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running, waiting for {end}"
         return ServiceProgress(
-            text if end else f"{updated} of {count} tasks run",
+            text if end else _running_text(updated, count, len(done - running)),
             is_done=True,
             steady_s=_steady_s(service, tasks, current),
             started_at=max((task.status.timestamp for task in wanted), default=""),
@@ -228,7 +233,7 @@ def progress_of(
     of_spec = [task for task in tasks if task.id in current]
     cause = _cause(of_spec) if updated < count else ""
     problem = _problem(of_spec)
-    text = f"{updated} of {count} tasks run"
+    text = _running_text(updated, count, len(done - running))
     # This counts slots, because an old and a new task of one slot may both run.
     if any(task.id not in current for task in wanted):
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
@@ -290,6 +295,34 @@ def _slot(task: Task) -> Hashable:
     return task.slot or task.node_id or task.id
 
 
+def _wanted_slots(tasks: Iterable[Task]) -> set[Hashable]:
+    """Return the slots with a task that should run now or later.
+
+    A task of a global service that waits for its restart belongs to a node that has no other task.
+    """
+    return {_slot(task) for task in tasks if task.desired_state == TaskState.RUNNING or _is_held(task)}
+
+
+def _done_slots(tasks: Iterable[Task], current: Collection[str]) -> set[Hashable]:
+    """Return the slots of a one-shot service that are done with the present spec.
+
+    Only the youngest task of a slot counts: an ended task of an earlier deploy may have had the same spec.
+    """
+    return {slot for slot, task in _youngest(tasks).items() if task.id in current and task.is_done}
+
+
+def _youngest(tasks: Iterable[Task]) -> dict[Hashable, Task]:
+    """Return the youngest task of each slot that is not being removed."""
+    kept = (task for task in tasks if task.desired_state < TaskState.REMOVE)
+    return {_slot(task): task for task in sorted(kept, key=lambda task: task.created_at.rstrip("Z"))}
+
+
+def _running_text(updated: int, count: int, done: int) -> str:
+    """Return the count of tasks that run, with ``done`` tasks of a one-shot service, which have ended."""
+    completed = f", {done} completed" if done else ""
+    return f"{updated - done} of {count} tasks run{completed}"
+
+
 def _is_held(task: Task) -> bool:
     """Return whether a task waits for its turn or for a restart."""
     return task.desired_state is TaskState.READY and not task.status.state.is_terminal
@@ -313,12 +346,13 @@ def _ended(service: Service, tasks: Sequence[Task], present: Collection[str]) ->
     policy = service.spec.task_template.restart_policy
     if policy is None or policy.condition is RestartCondition.ANY:
         return None
-    # Only the youngest task of a slot counts: an ended task of an earlier deploy may have had the same spec.
-    youngest = {_slot(task): task for task in sorted(tasks, key=lambda task: task.created_at.rstrip("Z"))}
-    current = [task for task in youngest.values() if task.id in present]
-    complete = sum(task.status.state is TaskState.COMPLETE for task in current)
-    if complete and complete == service.spec.replicas:
-        return ServiceProgress(f"{complete} of {complete} tasks completed", is_done=True, is_final=True)
+    current = [task for task in _youngest(tasks).values() if task.id in present]
+    done = _done_slots(tasks, present)
+    # A global service has a slot on each of its nodes.
+    is_global = service.spec.mode.global_ is not None
+    count = len(_wanted_slots(tasks) | done) if is_global else service.spec.replicas
+    if done and len(done) == count:
+        return ServiceProgress(f"{count} of {count} tasks completed", is_done=True, is_final=True)
     is_failed = any(task.status.state in _FAILED for task in current)
     if (
         policy.condition is RestartCondition.NONE

@@ -206,6 +206,29 @@ def test_tasks_that_are_not_started_again_are_done_or_have_failed() -> None:
     assert progress_of(replace(ONCE, update_status=paused), [complete]).is_done
 
 
+def test_a_one_shot_service_is_done_when_its_slots_run_or_have_completed() -> None:
+    service = replace(ONCE, spec=replace(ONCE.spec, mode=SERVICE.spec.mode))
+    done = replace(a_task(TaskState.COMPLETE, TaskState.SHUTDOWN, of=service), slot=1)
+    starts, runs = (replace(a_task(state, of=service), slot=2) for state in (PREPARING, RUNNING))
+    assert progress_of(service, [done, starts]).text == "0 of 2 tasks run, 1 completed"
+    assert not progress_of(service, [done, starts]).is_done
+    found = progress_of(service, [done, runs])
+    assert (found.is_done, found.text) == (True, "1 of 2 tasks run, 1 completed")
+    assert progress_of(service, [done, runs], {runs.id}).text == "1 of 2 tasks run"
+
+
+def test_a_global_one_shot_service_is_done_when_it_has_completed_on_each_of_its_nodes() -> None:
+    service = replace(ONCE, spec=replace(ONCE.spec, mode=ServiceMode(global_=GlobalService())))
+
+    def on(node: str, state: TaskState, desired: TaskState = RUNNING) -> Task:
+        return replace(a_task(state, desired, of=service), slot=0, node_id=NodeId(node))
+
+    first, second = (on(node, TaskState.COMPLETE, TaskState.SHUTDOWN) for node in ("n1", "n2"))
+    found = progress_of(service, [first, second])
+    assert (found.is_done, found.text) == (True, "2 of 2 tasks completed")
+    assert not progress_of(service, [first, on("n2", PREPARING)]).is_done
+
+
 def test_an_update_of_ports_alone_has_to_reach_the_tasks() -> None:
     """Their template is the same: only the cluster knows which tasks the leader will replace."""
     ports = EndpointSpec(ports=(PortConfig(target_port=80, published_port=8080),))
