@@ -102,6 +102,8 @@ class ServiceProgress(msgspec.Struct, frozen=True):
     """Whether an update is under way.  Its settings then decide what follows a failure."""
     problem: ServiceProblem = ServiceProblem()
     """The worst problem that the tasks show."""
+    is_empty: bool = False
+    """Whether it is a global service without tasks, because it was just created or no node is eligible."""
 
     @property
     def text(self) -> str:
@@ -116,6 +118,9 @@ class Explanation(msgspec.Struct, frozen=True, rename="pascal"):
 
     reason: str = ""
     problem: ServiceProblem | None = None
+    is_healthy: bool = False
+    desired: int = 0
+    """Number of tasks that should run."""
 
 
 def explanation_of(response: Any) -> Explanation:
@@ -152,6 +157,8 @@ def explained(
         return progress
     if progress.is_stuck:
         return replace(progress, cause=explanation.reason or progress.cause)
+    if progress.is_empty and explanation.is_healthy and not explanation.desired:
+        return replace(progress, cause="no node is eligible", is_done=True)
     problem = explanation.problem or progress.problem
     cause = explanation.reason or progress.cause
     if problem.task_id and problem.task_id not in current:
@@ -237,7 +244,7 @@ def progress_of(
     # This counts slots, because an old and a new task of one slot may both run.
     if any(task.id not in current for task in wanted):
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
-    return ServiceProgress(text, cause, problem=problem, is_updating=is_updating)
+    return ServiceProgress(text, cause, problem=problem, is_updating=is_updating, is_empty=not count)
 
 
 def progress_without(name: str, spec: ServiceSpec | None) -> ServiceProgress:

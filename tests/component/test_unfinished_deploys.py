@@ -142,6 +142,14 @@ async def test_a_deploy_ends_when_a_service_that_it_waits_for_is_removed(cluster
                 await deploy
 
 
+async def test_a_deploy_is_done_with_a_global_service_for_which_no_node_is_eligible(cluster: Cluster) -> None:
+    constrained = "{mode: global, placement: {constraints: [node.labels.gpu == yes]}}"
+    shown: list[str] = []
+    async with Client(cluster) as client:
+        await carried_out(client, f"services: {{gpu: {{image: busybox, deploy: {constrained}}}}}", shown)
+    assert shown[-1] == "shop_gpu: 0 of 0 tasks run: no node is eligible"
+
+
 async def test_a_deploy_is_done_with_a_job_that_ended_and_was_removed(cluster: Cluster) -> None:
     """The label removes it between two looks of the deploy."""
     job = "services: {migrate: {image: busybox, deploy: {mode: replicated-job}, x-skep: {job-ttl: 0s}}}"
