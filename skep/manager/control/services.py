@@ -233,6 +233,9 @@ def rollback_service(
     if service.previous_spec is None:
         raise FailedPrecondition(f"service {id} does not have a previous spec")
     previous = with_number_kept(service.previous_spec, service.spec)
+    if CRON in previous.labels:  # only a request for a run starts one
+        forced = service.spec.task_template.force_update
+        previous = replace(previous, task_template=replace(previous.task_template, force_update=forced))
     check_dependencies(tx, previous)
     check_routes(tx, previous, id)
     check_certificates(tx, previous, id)

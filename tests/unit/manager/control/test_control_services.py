@@ -23,6 +23,7 @@ from skep.manager.control.services import create_service, remove_service, rollba
 from skep.manager.orchestrator.changes import ROLLED_BACK, RollBack, apply
 from skep.model.container import ContainerSpec, Mount
 from skep.model.options.dependencies import DEPENDS_ON
+from skep.model.options.schedules import CRON
 from skep.model.permissions.registry_auth import decoded_auth
 from skep.model.service import (
     EndpointSpec,
@@ -43,6 +44,7 @@ from skep.model.values.ids import ClusterId, new_id
 from skep.model.values.times import Timestamp
 from skep.model.volume import VolumeSharing
 from skep.store.kinds import Payload, spec_history_id
+from skep.store.level import LEVEL
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_cluster_volume, a_service_spec, an_auth
 
@@ -167,6 +169,20 @@ async def test_an_update_of_a_job_runs_it_again(store):
     job = await create(store, spec)
     assert job.job_status.job_iteration.index == 0
     assert (await update(store, job, spec)).job_status.job_iteration.index == 1
+
+
+async def test_a_rollback_of_a_job_with_a_schedule_starts_no_run(store):
+    """Only a forced update and ``skep job run`` do, and a run would end the present one."""
+    await store.update(lambda tx: tx.raise_level(LEVEL))
+    mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1))
+    spec = replace(a_service_spec("job"), mode=mode, labels={CRON: "@daily"})
+    job = await create(store, spec)
+    forced = replace(spec, task_template=replace(spec.task_template, force_update=1))
+    job = await update(store, job, forced)
+    assert len(job.job_status.schedule.starts) == 1
+    for _ in range(2):
+        job = await rollback(store, job, forced)
+        assert len(job.job_status.schedule.starts) == 1
 
 
 async def test_a_job_whose_run_cannot_be_read_is_not_changed(store):
