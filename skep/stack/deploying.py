@@ -25,6 +25,7 @@ from skep.errors import (
 from skep.model.options.autoscaling import with_present_number
 from skep.model.options.schedules import CRON
 from skep.model.service import Service, ServiceSpec
+from skep.model.staging.updates import rollback_target
 from skep.model.task import Task
 from skep.model.values.encoding import to_json
 from skep.model.values.unknown import leniently
@@ -418,8 +419,9 @@ class Deployment:
 
         def changed(current: Mapping[str, Any]) -> msgspec.Raw | None:
             nonlocal rolls_back_to
-            (found,) = services_of([current])
-            present = with_network_names(found, names).spec
+            (read,) = services_of([current])
+            found = with_network_names(read, names)
+            present = found.spec
             if present.labels.get(NAMESPACE) != self._stack.name:
                 raise AlreadyExists(
                     f"service {change.name} exists outside of the stack {self._stack.name}. Remove or rename it."
@@ -430,7 +432,7 @@ class Deployment:
             is_done = present.task_template.container_spec is not None and not any(differences(present, spec))
             if is_done:
                 return None
-            rolls_back_to = present
+            rolls_back_to = rollback_target(found)
             return msgspec.Raw(to_json(self._with_ids(spec)))
 
         await update(

@@ -472,3 +472,15 @@ def replaced_spec(service: Service) -> ServiceSpec | None:
     status = service.update_status
     is_updating = status is not None and status.state in (UpdateState.UPDATING, UpdateState.PAUSED)
     return service.previous_spec if is_updating and stages_of(service.spec.labels) else None
+
+
+def rollback_target(service: Service) -> ServiceSpec:
+    """Return the spec to which a rollback of the service's next update leads.
+
+    It is the present one, or until the last step of a staged update the one before, whose tasks are the old ones.  The
+    step is recognized by the update's message, as in ``resting_step``.
+    """
+    old, stages, status = replaced_spec(service), stages_of(service.spec.labels), service.update_status
+    if old is None or status is None or status.message == message_of(stages, len(stages) - 1):
+        return service.spec
+    return old
