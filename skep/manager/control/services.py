@@ -52,6 +52,7 @@ from skep.model.service import (
 )
 from skep.model.staging.updates import (
     IN_PROGRESS,
+    UPDATE,
     has_same_tasks,
     is_same_update,
     is_undecided,
@@ -377,8 +378,8 @@ def check_level(view: View, spec: ServiceSpec) -> None:
 
 
 def _check_volumes(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:
-    """Check that start-first can replace a task, because the new task needs its cluster volumes while the old one still
-    has them.
+    """Check that start-first or a staged update can replace a task, because the new task needs its cluster volumes
+    while the old one still has them.
 
     SwarmKit starts such an update, which never ends.  A service whose spec was accepted earlier can still be scaled.
 
@@ -386,17 +387,21 @@ def _check_volumes(view: View, spec: ServiceSpec, present: ServiceSpec | None = 
         InvalidArgument: A volume cannot be shared.
     """
     rollouts = ("update", spec.update_config), ("rollback", spec.rollback_config)
-    first = [
-        name for name, config in rollouts if config is not None and config.order is UpdateOrder.START_FIRST
+    changes = [
+        f"use stop-first as the {name} order"
+        for name, config in rollouts
+        if config is not None and config.order is UpdateOrder.START_FIRST
     ]
-    if not first or (present is not None and spec == replace(present, mode=spec.mode)):
+    if stages_of(spec.labels):
+        changes.append(f"remove the label {UPDATE}")
+    if not changes or (present is not None and spec == replace(present, mode=spec.mode)):
         return
     for mount in needs_of(spec).cluster_volumes:
         for volume in view.find(Volume, name=mount.source):
             if cannot_share(volume, mount):
                 raise InvalidArgument(
                     f"cluster volume {mount.source} has sharing mode {volume.spec.access_mode.sharing.value}, so a new "
-                    f"task cannot start while the old one runs: use stop-first as the {first[0]} order"
+                    f"task cannot start while the old one runs: {changes[0]}"
                 )
 
 

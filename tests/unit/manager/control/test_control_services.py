@@ -474,6 +474,17 @@ async def test_start_first_is_refused_with_a_volume_that_two_tasks_cannot_have(
         await create(store, replace(start_first, name="other"))
 
 
+async def test_a_staged_update_is_refused_with_a_volume_that_old_and_new_tasks_cannot_have(store):
+    """They only read it, so its data would not forbid that both run."""
+    await store.update(lambda tx: tx.put(a_cluster_volume("orders", sharing=VolumeSharing.NONE)))
+    service = await create(store, mounting(UpdateOrder.STOP_FIRST, read_only=True))
+    staged = replace(service.spec, labels={UPDATE: CANARY})
+    with pytest.raises(InvalidArgument, match=r"cannot start while .* remove the label skep\.update$"):
+        await update(store, service, staged)
+    with pytest.raises(InvalidArgument, match="cluster volume orders has sharing mode"):
+        await create(store, replace(staged, name="other"))
+
+
 async def test_a_service_that_was_made_before_its_volume_can_still_be_scaled(store):
     service = await create(store, mounting(UpdateOrder.START_FIRST))
     await store.update(lambda tx: tx.put(a_cluster_volume("orders")))
