@@ -206,9 +206,8 @@ def progress_of(
         return _job(service, tasks)
     if is_stopped(service.spec.labels):
         return _stopping([task for task in tasks if not task.status.state.is_terminal])
-    if (
-        ended := _ended(service, tasks, current)
-    ) is not None:  # This comes first, because an update counts every early end as a failure.
+    # This comes first, because an update counts every early end as a failure.
+    if (ended := _ended(service, tasks, current)) is not None:
         return ended
     update = service.update_status
     is_rollback = is_kept and update is not None and update.state in _ROLLBACK
