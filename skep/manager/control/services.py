@@ -46,17 +46,15 @@ from skep.model.service import (
     ServiceSpec,
     SpecAuthor,
     UpdateOrder,
-    UpdateSplit,
     UpdateState,
     UpdateStatus,
 )
 from skep.model.staging.updates import (
-    IN_PROGRESS,
     UPDATE,
-    has_same_tasks,
     is_same_update,
     is_undecided,
     stages_of,
+    status_after,
 )
 from skep.model.values.ids import IdSource, ServiceId
 from skep.model.values.meta import Version
@@ -175,36 +173,6 @@ def update_service(
             job_status=next_job(tx, service, spec, now),
         )
     )
-
-
-def status_after(service: Service, new: ServiceSpec, now: Timestamp) -> UpdateStatus | None:
-    """Return the status of the update to ``new``.
-
-    A staged update continues if its tasks and steps stay the same.  If another update replaces it, its tasks no
-    longer get connections, and the old tasks stay the old ones.
-    """
-    status = service.update_status or UpdateStatus()
-    split, is_going = status.split, status.state in (UpdateState.UPDATING, UpdateState.PAUSED)
-    if split is not None and is_going and is_same_update(service.spec, new):
-        return replace(status, split=replace(split, changes=split.changes + 1))
-    begun = UpdateStatus(state=UpdateState.UPDATING, started_at=now, message=IN_PROGRESS)
-    present, wanted = ((one.task_template, one.endpoint_spec) for one in (service.spec, new))
-    if split is not None and split.old is not None and is_going and present == wanted:
-        # Other steps for the same tasks, or no steps.
-        again = replace(split, step=0, percent=0, changes=split.changes + 1)
-        return replace(begun, split=again if stages_of(new.labels) else None)
-    kept, index = service.spec, service.spec_version.index if service.spec_version is not None else None
-    withdrawn: tuple[int, ...] = ()
-    if split is not None and (is_undecided(service) or not is_going or split.old is None):
-        withdrawn = (status.withdrawn or split).versions
-    elif split is not None:
-        withdrawn = split.withdrawn  # the last step has begun
-    if is_undecided(service) and service.previous_spec is not None:
-        kept, index = service.previous_spec, service.old_version
-    is_back = is_going and service.previous_spec is not None and has_same_tasks(service.previous_spec, new)
-    if stages_of(new.labels) and service.spec.replicas and not is_back and not has_same_tasks(kept, new):
-        return replace(begun, split=UpdateSplit(percent=0, old=index, withdrawn=withdrawn))
-    return replace(begun, split=UpdateSplit(percent=0, versions=withdrawn)) if withdrawn else None
 
 
 def previous_after(service: Service, new: ServiceSpec) -> ServiceSpec:

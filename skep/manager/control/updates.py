@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition
 from skep.manager.control.quotas import check_quota
-from skep.manager.control.services import check_level, present_service, rollback_service, status_after
+from skep.manager.control.services import check_level, present_service, rollback_service
 from skep.manager.control.tasks import is_up_to_date
 from skep.manager.services.job_runs import next_job
 from skep.model.options.labels import STOPPED, is_stopped
@@ -24,6 +24,7 @@ from skep.model.staging.updates import (
     message_of,
     percent_in_force,
     stages_of,
+    status_after,
     tasks_of_step,
 )
 from skep.model.task import Task, TaskState

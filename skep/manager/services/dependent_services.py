@@ -23,6 +23,7 @@ from skep.model.options.autoscaling import AUTOSCALE, may_be_at_zero
 from skep.model.options.dependencies import DEPENDS_ON, Dependency, dependencies_of
 from skep.model.options.schedules import CRON
 from skep.model.service import ENDED, Service, ServiceSpec, TaskSpec
+from skep.model.staging.updates import is_undecided, status_after
 from skep.model.values.counts import counted
 from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction, View
@@ -239,12 +240,15 @@ def restart_dependents(tx: Transaction, changed: Service, template: TaskSpec, no
 
 def _restart(tx: Transaction, service: Service, now: Timestamp) -> None:
     """Replace the service's tasks.  If it has an unfinished update, that keeps its paused state and its rollback
-    target.
+    target.  A staged update begins again, and keeps the old tasks.
     """
     template = service.spec.task_template
     spec = replace(service.spec, task_template=replace(template, force_update=template.force_update + 1))
     status, previous = service.update_status, service.previous_spec
-    if status is not None:
+    begun = status_after(service, spec, now) if is_undecided(service) and service.spec.replicas else None
+    if status is not None and begun is not None:
+        is_over, status = False, replace(begun, state=status.state)
+    elif status is not None:
         is_over = status.state in ENDED
         status = replace(
             status, started_at=now
