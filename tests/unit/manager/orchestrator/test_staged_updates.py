@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from random import Random
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -15,7 +15,6 @@ from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.staging import RequestCounts
-from skep.manager.services.dependent_services import _restart
 from skep.model.networks.tables import TableEndpoint, TableService, TableSplit
 from skep.model.node import Availability
 from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateSplit, UpdateState
@@ -107,35 +106,6 @@ def test_tasks_that_a_scale_adds_in_the_last_step_decide_about_the_update(fails:
     else:
         pass_time(world, 6)
         assert state(world) is UpdateState.COMPLETED
-
-
-@pytest.mark.parametrize("labels", [CANARY, BLUE_GREEN])
-def test_old_tasks_stay_if_the_update_of_a_dependency_restarts_the_service(labels: dict[str, str]) -> None:
-    """The new tasks are replaced, and the steps begin again."""
-    world = a_world(update=ALL_AT_ONCE)
-    world.update(a_canary(labels=labels))
-    advance(world)
-    old = {task.id for task in wanted(world, "app:1")}
-    _restart(cast("Transaction", world), world.service, NOW)
-    assert percent(world) == 0
-    advance(world)
-    new = wanted(world, "app:2")
-    assert {task.id for task in wanted(world, "app:1")} == old
-    assert {task.spec.force_update for task in new} == {1}
-    for _ in range(3):
-        pass_time(world, 101)
-    assert counts(world) == (0, 4)
-    assert state(world) is UpdateState.COMPLETED
-
-
-def test_a_paused_staged_update_stays_paused_if_a_dependency_restarts_the_service() -> None:
-    world = begun()
-    assert world.service.update_status is not None
-    status = replace(world.service.update_status, state=UpdateState.PAUSED)
-    world.put(replace(world.service, update_status=status))
-    _restart(cast("Transaction", world), world.service, NOW)
-    advance(world)
-    assert (state(world), percent(world), len(wanted(world, "app:1"))) == (UpdateState.PAUSED, 0, 4)
 
 
 def test_the_versions_of_new_tasks_are_told_apart() -> None:
