@@ -25,6 +25,7 @@ from skep.errors import (
 from skep.model.options.autoscaling import with_present_number
 from skep.model.options.schedules import CRON
 from skep.model.service import Service, ServiceSpec
+from skep.model.staging.updates import rollback_target
 from skep.model.task import Task
 from skep.model.values.encoding import to_json
 from skep.model.values.unknown import leniently
@@ -61,6 +62,7 @@ from skep.stack.progress import (
     UP_TO_DATE,
     ServiceProgress,
     progress_of,
+    progress_without,
 )
 from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile
 from skep.stack.revisions import DEPLOYED
@@ -129,6 +131,7 @@ class Deployment:
         Raises:
             FileProblems: a secret exists with other content.  No service was changed.
             Replaced: a newer deploy of the stack has replaced this one.
+            FailedPrecondition: someone else has removed a service that this deploy waits for.
             SkepError: a change was refused.  Earlier changes stay, and a repeated deploy continues after them.
             Unavailable: the services did not converge in time, or waiting cannot help.  The error names the cause.
         """
@@ -416,8 +419,9 @@ class Deployment:
 
         def changed(current: Mapping[str, Any]) -> msgspec.Raw | None:
             nonlocal rolls_back_to
-            (found,) = services_of([current])
-            present = with_network_names(found, names).spec
+            (read,) = services_of([current])
+            found = with_network_names(read, names)
+            present = found.spec
             if present.labels.get(NAMESPACE) != self._stack.name:
                 raise AlreadyExists(
                     f"service {change.name} exists outside of the stack {self._stack.name}. Remove or rename it."
@@ -428,7 +432,7 @@ class Deployment:
             is_done = present.task_template.container_spec is not None and not any(differences(present, spec))
             if is_done:
                 return None
-            rolls_back_to = present
+            rolls_back_to = rollback_target(found)
             return msgspec.Raw(to_json(self._with_ids(spec)))
 
         await update(
@@ -453,6 +457,8 @@ class Deployment:
     # --- waiting
 
     async def _wait(self, changes: Sequence[PlannedChange]) -> None:
+        specs = {one.name: one.spec for one in changes}
+
         async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
             claim = self._created.claim
             self._is_overtaken = self._is_overtaken or (claim is not None and await claim.follow())
@@ -460,9 +466,10 @@ class Deployment:
                 await self._plan_again()
                 await self._services_as_wanted()
             looks = await self._looks()
-            return await self._reasons.explain({name: one for name, one in looks.items() if name in waiting})
+            found = await self._reasons.explain({name: one for name, one in looks.items() if name in waiting})
+            return found | {name: progress_without(name, specs[name]) for name in waiting - looks.keys()}
 
-        await wait_done({one.name for one in changes}, look, self._show)
+        await wait_done(specs, look, self._show)
 
     async def _looks(self) -> dict[str, Look]:
         label = {"label": [f"{NAMESPACE}={self._stack.name}"]}

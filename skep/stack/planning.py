@@ -16,7 +16,7 @@ from skep.model.needs import needs_of
 from skep.model.options.autoscaling import with_number_kept, with_present_number
 from skep.model.options.labels import STACK_REVISION
 from skep.model.service import Service, ServiceSpec
-from skep.model.staging.updates import replaced_spec
+from skep.model.staging.updates import replaced_spec, rollback_target
 from skep.model.values.encoding import to_json
 from skep.model.values.ids import ConfigId, SecretId
 from skep.model.values.unknown import leniently
@@ -398,7 +398,7 @@ def _service(
         id=current.id,
         version=current.version.index,
         before=current.spec,
-        rolls_back_to=current.spec if found else current.previous_spec,
+        rolls_back_to=rollback_target(current) if found else current.previous_spec,
         keeps_old=old is not None and not any(one.restarts for one in differences(old, wanted)),
     )
 

@@ -8,10 +8,11 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
+from skep.errors import FailedPrecondition
 from skep.model.node_reports.node_refusals import is_no_node
-from skep.model.options.labels import is_stopped
-from skep.model.service import ENDED, UNDER_WAY, RestartCondition, Service, UpdateState
-from skep.model.staging.updates import end_of_step, resting_step, tasks_of_step
+from skep.model.options.labels import JOB_TTL, is_stopped
+from skep.model.service import ENDED, UNDER_WAY, RestartCondition, Service, ServiceSpec, UpdateState
+from skep.model.staging.updates import WITHOUT_TASKS, end_of_step, resting_step, tasks_of_step
 from skep.model.task import Task, TaskState
 from skep.model.values.times import SECOND_NS
 
@@ -101,6 +102,8 @@ class ServiceProgress(msgspec.Struct, frozen=True):
     """Whether an update is under way.  Its settings then decide what follows a failure."""
     problem: ServiceProblem = ServiceProblem()
     """The worst problem that the tasks show."""
+    is_empty: bool = False
+    """Whether it is a global service without tasks, because it was just created or no node is eligible."""
 
     @property
     def text(self) -> str:
@@ -115,6 +118,9 @@ class Explanation(msgspec.Struct, frozen=True, rename="pascal"):
 
     reason: str = ""
     problem: ServiceProblem | None = None
+    is_healthy: bool = False
+    desired: int = 0
+    """Number of tasks that should run."""
 
 
 def explanation_of(response: Any) -> Explanation:
@@ -151,6 +157,8 @@ def explained(
         return progress
     if progress.is_stuck:
         return replace(progress, cause=explanation.reason or progress.cause)
+    if progress.is_empty and explanation.is_healthy and not explanation.desired:
+        return replace(progress, cause="no node is eligible", is_done=True)
     problem = explanation.problem or progress.problem
     cause = explanation.reason or progress.cause
     if problem.task_id and problem.task_id not in current:
@@ -198,9 +206,8 @@ def progress_of(
         return _job(service, tasks)
     if is_stopped(service.spec.labels):
         return _stopping([task for task in tasks if not task.status.state.is_terminal])
-    if (
-        ended := _ended(service, tasks, current)
-    ) is not None:  # This comes first, because an update counts every early end as a failure.
+    # This comes first, because an update counts every early end as a failure.
+    if (ended := _ended(service, tasks, current)) is not None:
         return ended
     update = service.update_status
     is_rollback = is_kept and update is not None and update.state in _ROLLBACK
@@ -208,17 +215,22 @@ def progress_of(
         cause = _cause(tasks)
         return ServiceProgress(_stuck(update.state, update.message, cause), is_stuck=True)
     wanted = [task for task in tasks if task.desired_state == TaskState.RUNNING]
-    # A task of a global service that waits for its restart belongs to a node that has no other task.
-    slots = {_slot(task) for task in tasks if task in wanted or _is_held(task)}
-    updated = _running([task for task in wanted if task.id in current])
+    done = _done_slots(tasks, current)
+    slots = _wanted_slots(tasks) | done
+    running = {
+        _slot(task) for task in wanted if task.id in current and task.status.state is TaskState.RUNNING
+    }
+    # A slot of a one-shot service that is done needs no running task.
+    updated = len(running | done)
     count = max(len(slots), service.spec.replicas if mode.global_ is None else 0)
     is_updating = update is not None and update.state in UNDER_WAY
-    is_all = updated == count == len(wanted) and not is_updating and bool(count or mode.global_ is None)
+    is_settled = len(wanted) == len(running) and updated == count
+    is_all = is_settled and not is_updating and bool(count or mode.global_ is None)
     end = _end_of_rest(service, updated, count)
     if is_all or end:
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running, waiting for {end}"
         return ServiceProgress(
-            text if end else f"{updated} of {count} tasks run",
+            text if end else _running_text(updated, count, len(done - running)),
             is_done=True,
             steady_s=_steady_s(service, tasks, current),
             started_at=max((task.status.timestamp for task in wanted), default=""),
@@ -227,11 +239,24 @@ def progress_of(
     of_spec = [task for task in tasks if task.id in current]
     cause = _cause(of_spec) if updated < count else ""
     problem = _problem(of_spec)
-    text = f"{updated} of {count} tasks run"
+    text = _running_text(updated, count, len(done - running))
     # This counts slots, because an old and a new task of one slot may both run.
     if any(task.id not in current for task in wanted):
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
-    return ServiceProgress(text, cause, problem=problem, is_updating=is_updating)
+    return ServiceProgress(text, cause, problem=problem, is_updating=is_updating, is_empty=not count)
+
+
+def progress_without(name: str, spec: ServiceSpec | None) -> ServiceProgress:
+    """Return the progress of a service that a deploy waits for and that no longer exists.
+
+    Args:
+        spec: the desired spec.  Its label may let the cluster remove a job as soon as it has ended.
+
+    Raises: FailedPrecondition: someone else has removed it.
+    """
+    if spec is not None and JOB_TTL in spec.labels:
+        return ServiceProgress(f"ended, and removed by its label {JOB_TTL}", is_done=True, is_final=True)
+    raise FailedPrecondition(f"service {name} was removed meanwhile. Deploy again to create it.")
 
 
 def _stopping(left: Sequence[Task]) -> ServiceProgress:
@@ -245,9 +270,9 @@ def _stopping(left: Sequence[Task]) -> ServiceProgress:
 def _end_of_rest(service: Service, updated: int, count: int) -> str:
     """Return what ends the present step of a staged update that waits for it, or an empty text."""
     step = resting_step(service)
-    if step is None or updated < tasks_of_step(step, count):
+    if step is None or (count and updated < tasks_of_step(step, count)):
         return ""
-    return end_of_step(step, service.spec.name)
+    return end_of_step(step, service.spec.name) if count else WITHOUT_TASKS
 
 
 def _steady_s(service: Service, tasks: Sequence[Task], current: Collection[str]) -> float:
@@ -276,6 +301,34 @@ def _slot(task: Task) -> Hashable:
     return task.slot or task.node_id or task.id
 
 
+def _wanted_slots(tasks: Iterable[Task]) -> set[Hashable]:
+    """Return the slots with a task that should run now or later.
+
+    A task of a global service that waits for its restart belongs to a node that has no other task.
+    """
+    return {_slot(task) for task in tasks if task.desired_state == TaskState.RUNNING or _is_held(task)}
+
+
+def _done_slots(tasks: Iterable[Task], current: Collection[str]) -> set[Hashable]:
+    """Return the slots of a one-shot service that are done with the present spec.
+
+    Only the youngest task of a slot counts: an ended task of an earlier deploy may have had the same spec.
+    """
+    return {slot for slot, task in _youngest(tasks).items() if task.id in current and task.is_done}
+
+
+def _youngest(tasks: Iterable[Task]) -> dict[Hashable, Task]:
+    """Return the youngest task of each slot that is not being removed."""
+    kept = (task for task in tasks if task.desired_state < TaskState.REMOVE)
+    return {_slot(task): task for task in sorted(kept, key=lambda task: task.created_at.rstrip("Z"))}
+
+
+def _running_text(updated: int, count: int, done: int) -> str:
+    """Return the count of tasks that run, with ``done`` tasks of a one-shot service, which have ended."""
+    completed = f", {done} completed" if done else ""
+    return f"{updated - done} of {count} tasks run{completed}"
+
+
 def _is_held(task: Task) -> bool:
     """Return whether a task waits for its turn or for a restart."""
     return task.desired_state is TaskState.READY and not task.status.state.is_terminal
@@ -299,12 +352,13 @@ def _ended(service: Service, tasks: Sequence[Task], present: Collection[str]) ->
     policy = service.spec.task_template.restart_policy
     if policy is None or policy.condition is RestartCondition.ANY:
         return None
-    # Only the youngest task of a slot counts: an ended task of an earlier deploy may have had the same spec.
-    youngest = {_slot(task): task for task in sorted(tasks, key=lambda task: task.created_at.rstrip("Z"))}
-    current = [task for task in youngest.values() if task.id in present]
-    complete = sum(task.status.state is TaskState.COMPLETE for task in current)
-    if complete and complete == service.spec.replicas:
-        return ServiceProgress(f"{complete} of {complete} tasks completed", is_done=True, is_final=True)
+    current = [task for task in _youngest(tasks).values() if task.id in present]
+    done = _done_slots(tasks, present)
+    # A global service has a slot on each of its nodes.
+    is_global = service.spec.mode.global_ is not None
+    count = len(_wanted_slots(tasks) | done) if is_global else service.spec.replicas
+    if done and len(done) == count:
+        return ServiceProgress(f"{count} of {count} tasks completed", is_done=True, is_final=True)
     is_failed = any(task.status.state in _FAILED for task in current)
     if (
         policy.condition is RestartCondition.NONE

@@ -530,7 +530,9 @@ async def _restore(
             if not is_still(written, present):
                 kept[name] = "someone else has changed it"
                 return None
-            return msgspec.Raw(to_json(with_present_number(before, present)))
+            # A forced update since then is not undone, which would start a run of a job with a schedule.
+            template = replace(before.task_template, force_update=present.task_template.force_update)
+            return msgspec.Raw(to_json(with_present_number(replace(before, task_template=template), present)))
 
         try:
             await update(client, "services", name, restored, timeout_s=RESPONSE_TIMEOUT_S)

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from skep.api.client.raw import RawClient
 from skep.api.client.requests import PlainRequests
 from skep.api.client.updates import update
-from skep.errors import Unavailable
+from skep.errors import FailedPrecondition, Unavailable
 from skep.model.network import Network
 from skep.model.service import Service
+from skep.model.task import Task, TaskState, TaskStatus
 from skep.stack.cluster_state import existing_of
 from skep.stack.compose.conversion import stack_of
 from skep.stack.compose.document import parse
@@ -21,6 +23,7 @@ from skep.stack.compose.reading import ProblemReport
 from skep.stack.created import CreatedObjects
 from skep.stack.planning import plan_of
 from skep.stack.recording import carry_out
+from skep.store.interface import Transaction
 from tests.support.clients.command_rig import FAILS, HANGS, Cluster, a_cluster
 
 SOON = "deploy: {update_config: {monitor: 1ms}, restart_policy: {delay: 10ms}}"
@@ -118,6 +121,49 @@ async def test_a_deploy_that_waits_does_not_read_the_networks_again(cluster: Clu
     looks = client.reads.count("/services")
     assert looks >= 6, client.reads
     assert client.reads.count("/networks") <= 5, client.reads
+
+
+async def waiting(client: Client, text: str, words: str) -> asyncio.Task[None]:
+    """Start a deploy, and return it once it has shown ``words``."""
+    shown: list[str] = []
+    deploy = asyncio.create_task(carried_out(client, text, shown))
+    while words not in shown:
+        assert not deploy.done(), shown
+        await asyncio.sleep(0.01)
+    return deploy
+
+
+async def test_a_deploy_ends_when_a_service_that_it_waits_for_is_removed(cluster: Cluster) -> None:
+    async with Client(cluster) as client:
+        deploy = await waiting(client, file(web=HANGS), "shop_web: 0 of 1 tasks run")
+        await client.delete("/services/shop_web", timeout_s=5.0)
+        with pytest.raises(FailedPrecondition, match="service shop_web was removed meanwhile"):
+            async with asyncio.timeout(10.0):
+                await deploy
+
+
+async def test_a_deploy_is_done_with_a_global_service_for_which_no_node_is_eligible(cluster: Cluster) -> None:
+    constrained = "{mode: global, placement: {constraints: [node.labels.gpu == yes]}}"
+    shown: list[str] = []
+    async with Client(cluster) as client:
+        await carried_out(client, f"services: {{gpu: {{image: busybox, deploy: {constrained}}}}}", shown)
+    assert shown[-1] == "shop_gpu: 0 of 0 tasks run: no node is eligible"
+
+
+async def test_a_deploy_is_done_with_a_job_that_ended_and_was_removed(cluster: Cluster) -> None:
+    """The label removes it between two looks of the deploy."""
+    job = "services: {migrate: {image: busybox, deploy: {mode: replicated-job}, x-skep: {job-ttl: 0s}}}"
+
+    def complete(tx: Transaction) -> None:
+        for task in list(tx.find(Task)):
+            tx.put(replace(task, status=TaskStatus(state=TaskState.COMPLETE)))
+
+    async with Client(cluster) as client:
+        deploy = await waiting(client, job, "shop_migrate: 0 of 1 tasks completed")
+        await cluster.store.update(complete)
+        async with asyncio.timeout(10.0):
+            await deploy
+    assert cluster.names() == []
 
 
 async def killed(cluster: Cluster, text: str) -> None:

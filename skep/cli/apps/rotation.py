@@ -423,18 +423,18 @@ class _Rotation:
         """Return the service and its progress, or None as progress if it was removed meanwhile."""
         try:
             service = await self._client.get(f"/services/{id}", timeout_s=RESPONSE_TIMEOUT_S)
+            filters = {"service": [id], "desired-state": ["running"]}
+            tasks = await self._client.get("/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S)
+            found = version_progress(self._kind, service, tasks, new["ID"], self._old)
+            look = None if found.is_complete or found.stuck else await look_at(self._client, id)
         except NotFound:
             return {}, None
-        filters = {"service": [id], "desired-state": ["running"]}
-        tasks = await self._client.get("/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S)
-        found = version_progress(self._kind, service, tasks, new["ID"], self._old)
-        if not (found.is_complete or found.stuck):
-            look = await look_at(self._client, id)
+        if look is not None:
             explained = (await self._reasons.explain({id: look}))[id]
             stuck = explained.text if explained.is_stuck else ""
             found = replace(
                 found,
-                is_complete=explained.is_resting,
+                is_complete=explained.is_resting or explained.is_final,
                 stuck=stuck,
                 cause=explained.cause,
                 problem=explained.problem,

@@ -156,6 +156,8 @@ async def wait_task(client: RawClient, service_id: str, states: frozenset[str]) 
 async def _task_of(client: RawClient, service_id: str) -> dict[str, Any]:
     """Return the task of a run, or an empty document before it is created.
 
+    The run of a drained or lost node starts again elsewhere, in a younger task.
+
     Raises: FailedPrecondition: the run was removed.
     """
     filters = json({"service": [service_id]}).decode()
@@ -165,7 +167,7 @@ async def _task_of(client: RawClient, service_id: str) -> dict[str, Any]:
             await client.get(f"/services/{service_id}")
         except NotFound as error:
             raise FailedPrecondition("the run was removed before its command ended. Run it again.") from error
-    return found[0] if found else {}
+    return max(found, key=lambda one: str(one.get("CreatedAt", "")).rstrip("Z"), default={})
 
 
 async def _require_hope(client: RawClient, service_id: str, held: HeldTimes) -> None:

@@ -145,14 +145,17 @@ def rollback(
 
 
 def returned_to(wanted: Mapping[str, Any], present: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the earlier spec ``wanted`` with what belongs to the service now: a stop, and the autoscaled number.
+    """Return the earlier spec ``wanted`` with what belongs to the service now: a stop, the autoscaled number, and the
+    number of forced updates, which would replace tasks again or start a run of a job.
 
     Both specs are as the API shows them, because they may have fields of a newer version.
     """
     before, now = wanted.get("Labels") or {}, present.get("Labels") or {}
     labels = {**without_stop(before), **stop_labels(now)}
     mode = present["Mode"] if AUTOSCALE in before and AUTOSCALE in now else wanted["Mode"]
-    return {**wanted, "Labels": labels, "Mode": mode}
+    template = dict(wanted.get("TaskTemplate") or {})
+    template["ForceUpdate"] = (present.get("TaskTemplate") or {}).get("ForceUpdate", 0)
+    return {**wanted, "Labels": labels, "Mode": mode, "TaskTemplate": template}
 
 
 async def _revisions(host: HostOptions, name: str) -> Mapping[int, Mapping[str, Any]]:

@@ -212,7 +212,8 @@ async def _set_draining(client: Requests, name: str, *, now: bool) -> None:
 async def drain_and_wait(client: Requests, name: str, within_s: float, *, now: bool = False) -> None:
     """Drain a node and wait until its tasks have ended.
 
-    Raises: Unavailable: some are left, or no node has accepted replacements of the tasks that are left.
+    Raises: Unavailable: some are left, no node has accepted replacements of the tasks that are left, or someone else
+        has ended the drain.
 
     Args:
         now: Stop tasks before their replacements run.
@@ -224,12 +225,17 @@ async def drain_and_wait(client: Requests, name: str, within_s: float, *, now: b
     held = HeldTimes()
     try:
         async with asyncio.timeout(within_s):
-            while left := await persistently(partial(_tasks_of, client, name), say):
+            while True:
+                node = await persistently(partial(_node, client, name), say)
+                left = await persistently(partial(_tasks_of, client, name), say)
+                _require_drain(node, name, len(left))
+                if not left:
+                    return
                 tasks = {_task_name(task, names): task for task in left}
                 some = sorted(tasks)
                 first = some[0]
                 text = f"{counted(len(left), 'task')} left: {named(some)}"
-                if await persistently(partial(_is_down, client, name), say):
+                if node["Status"]["State"] == "down":
                     text += (
                         f". {name} is down and reports no end of them until it is back. "
                         f"If it is lost for good, run skep node forget {name}"
@@ -305,9 +311,19 @@ async def _why_it_stays(client: Requests, task_id: str) -> str:
     return summary if summary.startswith(STAYS) else ""
 
 
-async def _is_down(client: Requests, name: str) -> bool:
-    node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
-    return bool(node["Status"]["State"] == "down")
+async def _node(client: Requests, name: str) -> Mapping[str, Any]:
+    node: Mapping[str, Any] = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
+    return node
+
+
+def _require_drain(node: Mapping[str, Any], name: str, left: int) -> None:
+    """Check that a node is drained still, or its tasks would stay.  Raises: Unavailable."""
+    availability = node["Spec"].get("Availability", "drain")
+    if availability != "drain":
+        raise Unavailable(
+            f"{name} is no longer drained, because someone else has set it to {availability}: "
+            f"{counted(left, 'task')} left. Run skep node drain {name} again."
+        )
 
 
 async def _tasks_of(client: Requests, name: str) -> Sequence[Mapping[str, Any]]:

@@ -38,6 +38,7 @@ from skep.cli.running import say
 from skep.cli.start.up import INSTALLS_WITHIN_S
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.model.values.counts import counted
+from skep.stack.progress import UP_TO_DATE
 
 T = TypeVar("T")
 
@@ -320,9 +321,10 @@ class _Upgrade:
 
     async def _distribute(self, names: Sequence[str]) -> None:
         """Force updates of services, by their own policy, so that the scheduler spreads tasks after a drain."""
+        client = overriding(self._client, is_override=True)  # as for drains
         for name in names:
             say(f"{name}: redistributing its tasks")
-            await update(self._client, "services", name, _forced, timeout_s=RESPONSE_TIMEOUT_S)
+            await update(client, "services", name, _forced, timeout_s=RESPONSE_TIMEOUT_S)
         try:
             async with asyncio.timeout(self._within_s):
                 left = list(names)
@@ -391,7 +393,12 @@ def _forced(service: Mapping[str, Any]) -> Mapping[str, Any]:
 
 async def _is_updated(client: ApiClient, name: str) -> bool:
     service = await client.get(f"/services/{name}", timeout_s=RESPONSE_TIMEOUT_S)
-    state = (service.get("UpdateStatus") or {}).get("State", "completed")
+    state = (service.get("UpdateStatus") or {}).get("State")
+    if state is None:  # the leader has not begun the update, or has nothing to replace
+        filters = {"service": [service["ID"]], "desired-state": ["running"]}
+        tasks = await client.get("/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S)
+        present = await client.get("/tasks", filters={**filters, **UP_TO_DATE}, timeout_s=RESPONSE_TIMEOUT_S)
+        state = "completed" if {one["ID"] for one in tasks} <= {one["ID"] for one in present} else "updating"
     if state not in ("updating", "completed"):
         raise FailedPrecondition(
             f"{name} could not be redistributed, because its update is {state}. Run skep explain {name}."

@@ -5,24 +5,32 @@ from typing import TypeAlias, assert_never
 import msgspec
 from msgspec.structs import replace
 
+from skep.errors import Unavailable
 from skep.manager.allocator.subnets import is_allocated
 from skep.manager.control_loops.failures import ERROR_CHARACTERS_MAX
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.service import Endpoint, Service
+from skep.model.swarm import Swarm
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId
 from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction
+from skep.store.keys import HEAD
 
 PENDING = "pending task scheduling"
 """Message of a task that waits for the scheduler after its allocation, in SwarmKit's words."""
 
 
 class AllocateSubnets(msgspec.Struct, frozen=True):
-    """Set a network's driver state and subnets.  ``network`` is the result."""
+    """Set a network's driver state and subnets.  ``network`` is the result.
+
+    ``pools`` are the cluster's address pools at the time of the decision.  If they have changed, the network is decided
+    again.
+    """
 
     network: Network
+    pools: tuple[str, ...]
 
 
 class WriteClaims(msgspec.Struct, frozen=True):
@@ -65,9 +73,12 @@ Change: TypeAlias = AllocateSubnets | WriteClaims | AllocateEndpoint | AttachNod
 def apply(tx: Transaction, change: Change, now: Timestamp) -> None:
     """Write ``change``, unless its preconditions no longer hold."""
     match change:
-        case AllocateSubnets(wanted_network):
+        case AllocateSubnets(wanted_network, pools):
             network = tx.lookup(Network, wanted_network.id)
             if network is not None and not is_allocated(network):
+                swarms = [tx.rely_on(Swarm, one.id, HEAD) for one in tx.find(Swarm)]
+                if any(one is None or one.default_addr_pool != pools for one in swarms):
+                    raise Unavailable("the cluster's address pools have changed meanwhile")
                 state, addresses = wanted_network.driver_state, wanted_network.ipam_options
                 tx.put(replace(network, driver_state=state, ipam_options=addresses))
         case WriteClaims(wanted_network):

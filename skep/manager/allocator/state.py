@@ -314,7 +314,7 @@ class AllocatorState:
         else:
             # At once: the next network of this batch must get another subnet.
             self.allocations.enter_network(given)
-            yield AllocateSubnets(given)
+            yield AllocateSubnets(given, pools)
 
     def endpoint(self, key: str, networks: AttachableNetworks) -> Decision[Change]:
         """Yield the endpoint of a service, if it has to change."""
@@ -489,7 +489,7 @@ class AllocatorState:
 
     def _resync(self, change: Change) -> None:
         match change:
-            case AllocateSubnets(network):
+            case AllocateSubnets(network, _):
                 current = self._view().lookup(Network, network.id)
                 if current is not None:
                     self.allocations.enter_network(current)

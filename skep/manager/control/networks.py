@@ -16,6 +16,7 @@ from skep.manager.control.validation.network_specs import (
     check_network_spec,
     check_subnets,
 )
+from skep.manager.failover.records import addresses_in
 from skep.manager.services.job_runs import runs_with
 from skep.model.network import (
     OVERLAP_LABEL,
@@ -26,6 +27,7 @@ from skep.model.network import (
     is_ingress,
     subnet_of,
 )
+from skep.model.networks.addresses import parsed
 from skep.model.networks.data_planes import is_overlay
 from skep.model.networks.overlays import vxlan_ids
 from skep.model.networks.routes import Subnet, overlap, route_overlaps
@@ -186,7 +188,11 @@ def _check_vxlan_ids(tx: Transaction, spec: NetworkSpec) -> None:
 
 
 def _check_room(tx: Transaction, network: Network, configs: Sequence[IPAMConfig]) -> None:
-    """Check that no other network has one of the subnets, and no machine a route to it.  Raises: FailedPrecondition."""
+    """Check that no other network has one of the subnets, that it has no failover address, and that no machine has a
+    route to it.
+
+    Raises: FailedPrecondition.
+    """
     wanted = [subnet_of(config) for config in configs if config.subnet]
     for other in tx.find(Network) if wanted else ():
         for theirs in subnets_of(other) if other.id != network.id else ():
@@ -198,6 +204,14 @@ def _check_room(tx: Transaction, network: Network, configs: Sequence[IPAMConfig]
                         stack=other.spec.labels.get(STACK_LABEL, ""),
                         unnamed=f"{overlaps} and a network of another stack",
                     )
+    for address in addresses_in(tx).addresses if wanted else ():
+        for mine in wanted:
+            if parsed(address.address) in mine:
+                # Users who may create networks need not see failover addresses.
+                raise FailedPrecondition(
+                    f"Pool overlaps with other one on this address space: {mine} and a failover address "
+                    "(skep cluster address)"
+                )
     driver = network.spec.driver_configuration
     allowed = {**network.spec.labels, **(driver.options if driver is not None else {})}.get(OVERLAP_LABEL)
     if not wanted or allowed == "true":

@@ -10,9 +10,11 @@ from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound
 from skep.manager.cluster import cluster_of
+from skep.manager.failover.records import addresses_in
 from skep.model.network import Network, subnet_of
+from skep.model.networks.addresses import parsed
 from skep.model.networks.data_planes import why_reserved
-from skep.model.networks.routes import Subnet, overlap, routes_of
+from skep.model.networks.routes import Subnet, overlap, routes_of, routes_of_all
 from skep.model.node import Node
 from skep.model.swarm import Swarm
 from skep.model.values.encoding import ApiObject
@@ -52,6 +54,8 @@ def change_pools(tx: Transaction, change: PoolChange) -> Swarm:
     swarm = tx.get(Swarm, cluster_of(tx).id)
     present = [_pool(text) for text in swarm.default_addr_pool]
     removed = [_pool(text) for text in change.remove]
+    if removed:
+        tx.rely_on_all(Network)  # the leader may allocate a subnet of the pool at the same time
     for pool in removed:
         if pool not in present:
             raise NotFound(
@@ -81,13 +85,21 @@ def _pool(text: str) -> IPv4Network:
 
 
 def _check_new(view: View, pool: IPv4Network, others: Sequence[IPv4Network]) -> None:
-    """Refuse a pool that overlaps another pool, or that has no usable subnet because a node has a route to all of
-    it.
+    """Refuse a pool that overlaps another pool, that has a failover address which networks would not avoid, or that has
+    no usable subnet because a node has a route to all of it.
     """
     if clash := next((other for other in others if pool.overlaps(other)), None):
         raise InvalidArgument(f"address pool {pool} overlaps address pool {clash}")
     if reason := why_reserved(pool):
         raise InvalidArgument(f"address pool {pool} {reason}")
+    routes = routes_of_all(view.find(Node))
+    for one in addresses_in(view).addresses:
+        ip = parsed(one.address)
+        # Networks get no subnet of a pool to which a node has a route.
+        if ip in pool and not any(ip in route for route in routes):
+            raise InvalidArgument(
+                f"address pool {pool} has the failover address {ip}, which is in no subnet of a node"
+            )
     for node in view.find(Node):
         for route in routes_of(node):
             if isinstance(route.subnet, IPv4Network) and pool.subnet_of(route.subnet):

@@ -17,15 +17,13 @@ from skep.errors import (
     InvalidArgument,
     NotFound,
     OutOfSequence,
-    PermissionDenied,
     Unimplemented,
 )
 from skep.manager.acme.own_certificates import check_certificates
-from skep.manager.cluster import cluster_of
 from skep.manager.control.networks import known_ingress_network
 from skep.manager.control.quotas import check_quota
 from skep.manager.control.validation.service_rules import check_service_spec
-from skep.manager.nodes.trust import trusted_after
+from skep.manager.nodes.trust import check_rights, trusted_after
 from skep.manager.services.dependent_services import check_dependencies, restart_dependents
 from skep.manager.services.job_runs import first_job, next_job
 from skep.manager.services.registry_auth import auth_for, auth_of, follow_rollback, keep_auth, with_registry
@@ -39,7 +37,6 @@ from skep.model.options.autoscaling import AUTOSCALE, wakes_on_request, with_num
 from skep.model.options.constraints import is_dockers, parsed
 from skep.model.options.labels import FORMER_VOLUMES, VOLUME_AFFINITY, is_stopped
 from skep.model.options.schedules import CRON
-from skep.model.permissions.rights import allowed_by, rights_of, rights_text
 from skep.model.secret import Config, Secret
 from skep.model.service import (
     NetworkAttachmentConfig,
@@ -49,18 +46,16 @@ from skep.model.service import (
     ServiceSpec,
     SpecAuthor,
     UpdateOrder,
-    UpdateSplit,
     UpdateState,
     UpdateStatus,
 )
 from skep.model.staging.updates import (
-    IN_PROGRESS,
-    continued,
-    has_same_tasks,
+    UPDATE,
     is_same_update,
     is_undecided,
     split_of_rollback,
     stages_of,
+    status_after,
 )
 from skep.model.values.ids import IdSource, ServiceId
 from skep.model.values.meta import Version
@@ -108,7 +103,7 @@ def create_service(
     check_dependencies(tx, spec)
     check_routes(tx, spec)
     check_certificates(tx, spec)
-    _check_rights(tx, spec)
+    check_rights(tx, spec)
     check_quota(tx, spec)
     _check_volumes(tx, spec)
     _check_attachments(tx, spec)
@@ -120,7 +115,7 @@ def create_service(
             created_at=now,
             spec=spec,
             author=SpecAuthor(by=by, at=now),
-            trusted=trusted_after(tx, None, spec, by_admin=by_admin),
+            trusted=trusted_after(tx, None, spec, None, by_admin=by_admin),
             job_status=first_job(tx, spec, now),
         )
     )
@@ -153,61 +148,32 @@ def update_service(
     spec = with_number_kept(spec, service.spec)
     check_routes(tx, spec, id)
     check_certificates(tx, spec, id)
-    _check_rights(tx, spec, service.spec)
+    check_rights(tx, spec, service)
     check_quota(tx, spec, service)
     _check_volumes(tx, spec, service.spec)
+    previous = previous_after(service, spec)
     current_auth = with_registry(service.spec, auth_of(tx, registry_auth_id(id)))
+    previous_auth = auth_of(tx, previous_registry_auth_id(id))
+    previous_auth = with_registry(service.previous_spec or service.spec, previous_auth)
     if registry_auth:
         registry_auth = with_registry(spec, registry_auth)
-    elif registry_auth_from == "previous-spec":
-        previous_auth = auth_of(tx, previous_registry_auth_id(id))
-        registry_auth = with_registry(service.previous_spec or service.spec, previous_auth)
     else:
-        registry_auth = current_auth
+        registry_auth = previous_auth if registry_auth_from == "previous-spec" else current_auth
     keep_auth(tx, registry_auth_id(id), auth_for(spec, registry_auth))
-    keep_auth(tx, previous_registry_auth_id(id), current_auth)
+    # The previous spec of an undecided staged update stays, and may have an image of another registry.
+    keep_auth(tx, previous_registry_auth_id(id), auth_for(previous, current_auth, previous_auth))
     restart_dependents(tx, service, spec.task_template, now)
     return tx.put(
         replace(
             service,
             spec=spec,
             author=keep_spec(tx, service, spec, SpecAuthor(by=by, at=now)),
-            previous_spec=previous_after(service, spec),
-            trusted=trusted_after(tx, service, spec, by_admin=by_admin),
+            previous_spec=previous,
+            trusted=trusted_after(tx, service, spec, previous, by_admin=by_admin),
             update_status=status_after(service, spec, now),
             job_status=next_job(tx, service, spec, now),
         )
     )
-
-
-def status_after(service: Service, new: ServiceSpec, now: Timestamp) -> UpdateStatus | None:
-    """Return the status of the update to ``new``.
-
-    A staged update continues if its tasks and steps stay the same.  If another update replaces it, its tasks no
-    longer get connections, and the old tasks stay the old ones.
-    """
-    status = service.update_status or UpdateStatus()
-    split, is_going = status.split, status.state in (UpdateState.UPDATING, UpdateState.PAUSED)
-    if (present_update := continued(service, new)) is not None:
-        return present_update
-    begun = UpdateStatus(state=UpdateState.UPDATING, started_at=now, message=IN_PROGRESS)
-    present, wanted = ((one.task_template, one.endpoint_spec) for one in (service.spec, new))
-    if split is not None and split.old is not None and is_going and present == wanted:
-        # Other steps for the same tasks, or no steps.
-        again = replace(split, step=0, percent=0, changes=split.changes + 1)
-        return replace(begun, split=again if stages_of(new.labels) else None)
-    kept, index = service.spec, service.spec_version.index if service.spec_version is not None else None
-    withdrawn: tuple[int, ...] = ()
-    if split is not None and (is_undecided(service) or not is_going or split.old is None):
-        withdrawn = (status.withdrawn or split).versions
-    elif split is not None:
-        withdrawn = split.withdrawn  # the last step has begun
-    if is_undecided(service) and service.previous_spec is not None:
-        kept, index = service.previous_spec, service.old_version
-    is_back = is_going and service.previous_spec is not None and has_same_tasks(service.previous_spec, new)
-    if stages_of(new.labels) and service.spec.replicas and not is_back and not has_same_tasks(kept, new):
-        return replace(begun, split=UpdateSplit(percent=0, old=index, withdrawn=withdrawn))
-    return replace(begun, split=UpdateSplit(percent=0, versions=withdrawn)) if withdrawn else None
 
 
 def previous_after(service: Service, new: ServiceSpec) -> ServiceSpec:
@@ -216,12 +182,13 @@ def previous_after(service: Service, new: ServiceSpec) -> ServiceSpec:
     A rollback shall not stop a service that ``new`` starts, and not lead to a staged update that never ended.  It
     keeps the number of tasks that a staged update was scaled to.
     """
+    previous = service.spec
     if is_undecided(service) and service.previous_spec is not None:
         previous = service.previous_spec
-        return replace(previous, mode=new.mode) if is_same_update(service.spec, new) else previous
-    spec = service.spec
-    is_started = is_stopped(spec.labels) and not is_stopped(new.labels)
-    return comparable(spec) if is_started else spec
+        if is_same_update(service.spec, new):
+            previous = replace(previous, mode=new.mode)
+    is_started = is_stopped(service.spec.labels) and not is_stopped(new.labels)
+    return comparable(previous) if is_started else previous
 
 
 def rollback_service(
@@ -236,11 +203,14 @@ def rollback_service(
     if service.previous_spec is None:
         raise FailedPrecondition(f"service {id} does not have a previous spec")
     previous = with_number_kept(service.previous_spec, service.spec)
+    if CRON in previous.labels:  # only a request for a run starts one
+        forced = service.spec.task_template.force_update
+        previous = replace(previous, task_template=replace(previous.task_template, force_update=forced))
     check_dependencies(tx, previous)
     check_routes(tx, previous, id)
     check_certificates(tx, previous, id)
     _check_ingress(tx, previous)
-    _check_rights(tx, previous, service.spec)
+    check_rights(tx, previous, service)
     check_quota(tx, previous, service)
     _check_volumes(tx, previous)
     follow_rollback(tx, service)
@@ -251,7 +221,7 @@ def rollback_service(
             spec=previous,
             author=keep_spec(tx, service, previous, SpecAuthor(by=by, at=now)),
             previous_spec=service.spec,
-            trusted=trusted_after(tx, service, previous, by_admin=False),
+            trusted=trusted_after(tx, service, previous, service.spec, by_admin=False),
             update_status=UpdateStatus(
                 state=UpdateState.ROLLBACK_STARTED,
                 message="manually requested rollback",
@@ -376,25 +346,9 @@ def check_level(view: View, spec: ServiceSpec) -> None:
         raise FailedPrecondition(f"{new[0]} needs managers of this version: upgrade the others first")
 
 
-def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:
-    """Check that the cluster allows the rights that the spec requests.  Raises: PermissionDenied.
-
-    Tasks like the present ones are not checked again, so a service can be scaled when the cluster allows less than
-    before.
-    """
-    kinds = rights_of(spec.task_template.container_spec).kinds
-    if not kinds or (present is not None and spec.task_template == present.task_template):
-        return
-    refused = kinds - allowed_by(cluster_of(view).spec.labels)
-    if refused:
-        raise PermissionDenied(
-            f"this cluster does not allow services to use: {rights_text(refused)} (see `skep cluster allow`)"
-        )
-
-
 def _check_volumes(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:
-    """Check that start-first can replace a task, because the new task needs its cluster volumes while the old one still
-    has them.
+    """Check that start-first or a staged update can replace a task, because the new task needs its cluster volumes
+    while the old one still has them.
 
     SwarmKit starts such an update, which never ends.  A service whose spec was accepted earlier can still be scaled.
 
@@ -402,17 +356,21 @@ def _check_volumes(view: View, spec: ServiceSpec, present: ServiceSpec | None = 
         InvalidArgument: A volume cannot be shared.
     """
     rollouts = ("update", spec.update_config), ("rollback", spec.rollback_config)
-    first = [
-        name for name, config in rollouts if config is not None and config.order is UpdateOrder.START_FIRST
+    changes = [
+        f"use stop-first as the {name} order"
+        for name, config in rollouts
+        if config is not None and config.order is UpdateOrder.START_FIRST
     ]
-    if not first or (present is not None and spec == replace(present, mode=spec.mode)):
+    if stages_of(spec.labels):
+        changes.append(f"remove the label {UPDATE}")
+    if not changes or (present is not None and spec == replace(present, mode=spec.mode)):
         return
     for mount in needs_of(spec).cluster_volumes:
         for volume in view.find(Volume, name=mount.source):
             if cannot_share(volume, mount):
                 raise InvalidArgument(
                     f"cluster volume {mount.source} has sharing mode {volume.spec.access_mode.sharing.value}, so a new "
-                    f"task cannot start while the old one runs: use stop-first as the {first[0]} order"
+                    f"task cannot start while the old one runs: {changes[0]}"
                 )
 
 

@@ -11,14 +11,22 @@ from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition
 from skep.manager.control.quotas import check_quota
-from skep.manager.control.services import check_level, present_service, rollback_service, status_after
+from skep.manager.control.services import check_level, present_service, rollback_service
 from skep.manager.control.tasks import is_up_to_date
 from skep.manager.services.job_runs import next_job
 from skep.model.options.labels import STOPPED, is_stopped
 from skep.model.options.schedules import CRON, CRON_SUSPEND
 from skep.model.service import Service, ServiceSpec, UpdateSplit, UpdateState, UpdateStatus
 from skep.model.staging.shares import ALL_PERCENT
-from skep.model.staging.updates import UPDATE, UpdateStage, message_of, stages_of, tasks_of_step
+from skep.model.staging.updates import (
+    UPDATE,
+    UpdateStage,
+    message_of,
+    percent_in_force,
+    stages_of,
+    status_after,
+    tasks_of_step,
+)
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import ServiceId
 from skep.model.values.times import Timestamp, unix_ns
@@ -108,7 +116,8 @@ def promote_update(tx: Transaction, id: ServiceId) -> Service:
     Its share follows once its tasks run.
 
     Raises:
-        FailedPrecondition: The update has no next step, is paused, or not all new tasks of the step run.
+        FailedPrecondition: The update has no next step, is paused, its step has just begun, or not all new tasks of the
+            step run.
         NotFound: The service was removed.
     """
     service = present_service(tx, id)
@@ -120,18 +129,26 @@ def promote_update(tx: Transaction, id: ServiceId) -> Service:
         raise FailedPrecondition(
             f"the update of service {name} is in its last step: skep service wait {name}"
         )
+    tasks = [task for task in tx.find(Task, service_id=id) if task.is_wanted]
     running = {
         task.slot
-        for task in tx.find(Task, service_id=id)
+        for task in tasks
         if task.spec_version is not None
         and task.spec_version.index in split.versions
-        and task.is_wanted
         and task.status.state is TaskState.RUNNING
     }
     wanted = tasks_of_step(stages[split.step], service.spec.replicas)
     if len(running) < wanted:
         raise FailedPrecondition(
             f"{len(running)} of {wanted} new tasks of service {name} run: see skep explain {name}"
+        )
+    slots = max(len({task.slot for task in tasks}), service.spec.replicas)
+    stage = stages[split.step]
+    if split.percent != stage.percent == percent_in_force(stage, len(running), slots):
+        # The user has not seen this step: the leader, another user or a repeated request has just begun it.
+        raise FailedPrecondition(
+            f"step {split.step + 1} of the update of service {name} has just begun: repeat the command in a few "
+            "seconds if it shall end"
         )
     return _put_step(tx, service, stages, split.step + 1, split.percent)
 

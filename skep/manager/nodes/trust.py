@@ -10,14 +10,16 @@ import ipaddress
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from skep.errors import InvalidArgument
-from skep.manager.cluster import known_cluster
+from skep.errors import InvalidArgument, PermissionDenied
+from skep.manager.cluster import cluster_of, known_cluster
 from skep.model.history import stack_of
 from skep.model.measures.queries import MetricQuery, is_of_machine, queries_in
 from skep.model.options.labels import allowed_repositories, allows_machine_logs
 from skep.model.permissions.access import EVERY_STACK, Role
+from skep.model.permissions.rights import allowed_by, rights_of, rights_text
 from skep.model.permissions.user import User
 from skep.model.service import Service, ServiceSpec, TaskSpec, Trusted
+from skep.model.staging.updates import is_undecided
 from skep.model.task import Task, Trust
 from skep.model.values.images import registry_of
 from skep.model.values.meta import Driver
@@ -27,10 +29,17 @@ from skep.store.interface import View
 T = TypeVar("T")
 
 
-def trusted_after(view: View, service: Service | None, spec: ServiceSpec, *, by_admin: bool) -> Trusted:
-    """Return the trusted values of a service after it gets ``spec``, with its current spec as the previous one.
+def trusted_after(
+    view: View,
+    service: Service | None,
+    spec: ServiceSpec,
+    previous: ServiceSpec | None,
+    *,
+    by_admin: bool,
+) -> Trusted:
+    """Return the trusted values of a service after it gets ``spec`` and ``previous`` as its previous spec.
 
-    ``service`` is None for a new service.
+    ``service`` and ``previous`` are None for a new service.
     """
     before = service.spec if service is not None else None
     kept = trusted_of(view, service) if service is not None else Trusted()
@@ -41,7 +50,7 @@ def trusted_after(view: View, service: Service | None, spec: ServiceSpec, *, by_
     def after(values: Callable[..., list[T]], trusted: Sequence[T]) -> tuple[T, ...]:
         of_known = values(known)
         result: list[T] = []
-        for one in values(spec, before):
+        for one in values(spec, previous):
             if one in trusted and one not in result:
                 result.append(one)
         for one in values(spec) if by_admin else ():
@@ -96,6 +105,27 @@ def machine_log(view: View, driver: Driver | None) -> str:
         if name.endswith(("-address", "-url")) and _is_of_machine(value):
             return f"an address of its machine (log option {name})"
     return ""
+
+
+def check_rights(view: View, spec: ServiceSpec, service: Service | None = None) -> None:
+    """Check that the cluster allows the rights that the spec requests.  Raises: PermissionDenied.
+
+    Tasks that ``service`` already has are not checked again, so a service can be scaled when the cluster allows less
+    than before, and a staged update can return to its old tasks.
+    """
+    kinds = rights_of(spec.task_template.container_spec).kinds
+    if not kinds:
+        return
+    present = [service.spec] if service is not None else []
+    if service is not None and service.previous_spec is not None and is_undecided(service):
+        present.append(service.previous_spec)
+    if any(spec.task_template == one.task_template for one in present):
+        return
+    refused = kinds - allowed_by(cluster_of(view).spec.labels)
+    if refused:
+        raise PermissionDenied(
+            f"this cluster does not allow services to use: {rights_text(refused)} (see `skep cluster allow`)"
+        )
 
 
 def machine_query(spec: ServiceSpec, trusted: Trusted) -> str:

@@ -13,16 +13,19 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import NamesAnother, SkepError, Unavailable
+from skep.manager.acme.own_certificates import check_certificates
 from skep.manager.control_loops.loop_driver import Recheck
+from skep.manager.nodes.trust import check_rights
 from skep.manager.orchestrator.replacement.enforcement import is_unfit
 from skep.manager.orchestrator.slots import age, is_assigned, is_lost, is_stopping
-from skep.manager.services.dependent_services import requiring, restart_dependents
+from skep.manager.services.dependent_services import check_dependencies, requiring, restart_dependents
 from skep.manager.services.disruption_budget import is_available
 from skep.manager.services.freezes import is_held_at_commit, stack_of_service
 from skep.manager.services.job_runs import settled
 from skep.manager.services.quotas import claim_service
 from skep.manager.services.registry_auth import follow_rollback
 from skep.manager.services.removal import hide_service
+from skep.manager.services.routes import check_routes
 from skep.manager.services.spec_history import keep_spec
 from skep.model.history import stack_of
 from skep.model.node import Availability, Node
@@ -575,6 +578,11 @@ def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -
     if service.previous_spec is None or not _is_same_update(service, wanted):
         return
     previous = with_number_kept(service.previous_spec, service.spec)
+    # Other services may have changed since, as before a rollback that a user requests.
+    check_dependencies(tx, previous)
+    check_routes(tx, previous, service.id)
+    check_certificates(tx, previous, service.id)
+    check_rights(tx, previous, service)
     if why := claim_service(tx, previous, service):
         # This is not an error. The message of the pause says why, and a user decides how to continue.
         pause = SetUpdateStatus(wanted, UpdateState.PAUSED, _paused_instead(message, why))

@@ -24,6 +24,7 @@ from skep.manager.routes.access import current_view, manager_of, version_paramet
 from skep.manager.routes.guard.strict_freezes import unfrozen
 from skep.manager.routes.representations import has_labels, problems_of, shown_node
 from skep.model.node import Availability, Node, NodeRole
+from skep.model.options.labels import drains_now
 from skep.store.interface import View
 
 E = TypeVar("E", bound=Enum)
@@ -89,8 +90,11 @@ async def update_node(request: web.Request) -> web.StreamResponse:
     version = version_parameter(request, "node")
     spec = control.node_spec(body)
     node = (await current_view(request)).resolve(Node, request.match_info["id"])
-    is_drain = spec.availability is Availability.DRAIN is not node.spec.availability
-    change = unfrozen(request, control.update_node) if is_drain else control.update_node
+    is_drained = spec.availability is Availability.DRAIN
+    is_begun = is_drained and node.spec.availability is not Availability.DRAIN
+    # Tasks that the drain has kept until then stop as well.
+    is_hurried = is_drained and drains_now(spec.labels) and not drains_now(node.spec.labels)
+    change = unfrozen(request, control.update_node) if is_begun or is_hurried else control.update_node
     await manager_of(request).update(change, node.id, spec, version)
     return web.Response()
 

@@ -117,6 +117,7 @@ async def create_service(request: web.Request) -> web.StreamResponse:
             request,
             fenced(bounded(control.create_service, stack, is_admin=by_admin), deploy_of(request), stack),
             stack,
+            is_fenced=True,
         ),
         settled(spec),
         new_id=manager.new_id,
@@ -163,7 +164,9 @@ async def update_service(request: web.Request) -> web.StreamResponse:
                     fenced(
                         bounded(control.update_service, stack, is_admin=by_admin), deploy_of(request), stack
                     ),
+                    stack_of(service.spec.labels),
                     stack,
+                    is_fenced=True,
                 ),
                 service.id,
                 spec,
@@ -261,7 +264,9 @@ async def change_services(request: web.Request) -> web.StreamResponse:
     kept = {one.id: shown_auth(view, one.id) for one in changes if one.id}
 
     def unless_frozen(tx: Transaction, one: ServiceChange) -> Service:
-        return unfrozen(request, change, stack_of(one.spec.labels))(tx, one)
+        present = tx.lookup(Service, one.id)
+        before = stack_of(present.spec.labels) if present is not None else ""
+        return unfrozen(request, change, before, stack_of(one.spec.labels), is_fenced=True)(tx, one)
 
     results = await manager.store.update_each(unless_frozen, changes)
     after = manager.store.view()
@@ -293,7 +298,7 @@ async def remove_service(request: web.Request) -> web.StreamResponse:
     version = version_parameter(request, "service") if "version" in request.query else None
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
     remove = fenced(control.remove_service, deploy_of(request), stack_of(service.spec.labels))
-    remove = unfrozen(request, remove, stack_of(service.spec.labels))
+    remove = unfrozen(request, remove, stack_of(service.spec.labels), is_fenced=True)
     await manager.update(remove, service.id, now=manager.now(), version=version)
     return web.Response()
 

@@ -180,7 +180,7 @@ class _Check:
         for one in dependencies:
             if one.key in path or not (reason := self._unmet(one, path)):
                 continue
-            # Two concurrent transactions, or a rollback by the leader, may have created a cycle of dependencies.
+            # Two concurrent transactions, or a rollback by a leader of an earlier version, may have created a cycle.
             if not circle(self._view, self._name, [one]):
                 return reason
         return ""

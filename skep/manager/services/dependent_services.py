@@ -22,8 +22,8 @@ from skep.model.options.affinity import (
 from skep.model.options.autoscaling import AUTOSCALE, may_be_at_zero
 from skep.model.options.dependencies import DEPENDS_ON, Dependency, dependencies_of
 from skep.model.options.schedules import CRON
-from skep.model.service import ENDED, Service, ServiceSpec, TaskSpec, UpdateSplit
-from skep.model.staging.updates import is_undecided
+from skep.model.service import ENDED, PAUSED, Service, ServiceSpec, TaskSpec
+from skep.model.staging.updates import is_undecided, status_after
 from skep.model.values.counts import counted
 from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction, View
@@ -240,20 +240,23 @@ def restart_dependents(tx: Transaction, changed: Service, template: TaskSpec, no
 
 def _restart(tx: Transaction, service: Service, now: Timestamp) -> None:
     """Replace the service's tasks.  If it has an unfinished update, that keeps its paused state and its rollback
-    target.  A staged update begins again with its first step, and the old tasks stay.
+    target.  A staged update begins again with its first step, and keeps the old tasks.
     """
     template = service.spec.task_template
     spec = replace(service.spec, task_template=replace(template, force_update=template.force_update + 1))
     status, previous = service.update_status, service.previous_spec
-    if status is not None:
+    begun = status_after(service, spec, now) if is_undecided(service) and service.spec.replicas else None
+    if status is not None and begun is not None:
+        is_paused = status.state in PAUSED
+        is_over, status = (
+            False,
+            replace(begun, state=status.state, message=status.message) if is_paused else begun,
+        )
+    elif status is not None:
         is_over = status.state in ENDED
         status = replace(
             status, started_at=now
         )  # the store drops the update status of a changed spec unless both are written together
-        if status.split is not None and is_undecided(service):
-            withdrawn = status.withdrawn.versions if status.withdrawn is not None else ()
-            split = UpdateSplit(percent=0, old=status.split.old, withdrawn=withdrawn)
-            status = replace(status, split=split)
     else:  # no update changed the tasks, or the leader has not started it yet
         is_over = previous is None or is_same_task(previous.task_template, template)
     if is_over:

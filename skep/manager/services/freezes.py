@@ -111,32 +111,34 @@ def stack_of_service(service: Service | None) -> str:
 
 
 def unless_frozen(
-    operation: Callable[Concatenate[Transaction, P], R], stack: str, *, is_override: bool, is_admin: bool
+    operation: Callable[Concatenate[Transaction, P], R], *stacks: str, is_override: bool, is_admin: bool
 ) -> Callable[Concatenate[Transaction, P], R]:
-    """Return ``operation`` with a check of strict freezes.
+    """Return ``operation`` with a check of strict freezes, now and when the transaction commits.
 
     Args:
+        stacks: Stacks of the object before and after the operation.
         is_override: Whether the user overrides a freeze of the stack, or as an administrator of the cluster.
     """
 
     def run(tx: Transaction, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        require_unfrozen(tx, stack, is_override=is_override, is_admin=is_admin)
+        require_unfrozen(tx, *stacks, is_override=is_override, is_admin=is_admin)
         return operation(tx, *args, **kwargs)
 
     return run
 
 
-def require_unfrozen(view: View, stack: str, *, is_override: bool, is_admin: bool) -> None:
+def require_unfrozen(tx: Transaction, *stacks: str, is_override: bool, is_admin: bool) -> None:
     """Check that no strict freeze refuses the user's change.
 
     Raises:
         FailedPrecondition: There is one.
         PermissionDenied: The user may not override it.
     """
-    swarm = known_cluster(view)
+    known = known_cluster(tx)
+    swarm = tx.rely_on(Swarm, known.id, "holds") if known is not None else None
     if swarm is None:
         return
-    for scope in (CLUSTER, stack):
+    for scope in (CLUSTER, *stacks):
         freeze = swarm.change_freezes.get(scope)
         if freeze is None or not freeze.is_strict:
             continue

@@ -37,7 +37,7 @@ from skep.model.service import (
 )
 from skep.model.staging.shares import ALL_PERCENT
 from skep.model.values.counts import counted
-from skep.model.values.times import SECOND_NS, duration_ns, exact_duration
+from skep.model.values.times import SECOND_NS, Timestamp, duration_ns, exact_duration
 
 UPDATE: Final = "skep.update"
 CANARY: Final = "canary"
@@ -110,6 +110,8 @@ class UpdateStage(msgspec.Struct, frozen=True):
 
 IN_PROGRESS: Final = "update in progress"
 """Docker's message."""
+WITHOUT_TASKS: Final = "a task, without which the update stays in its step"
+"""End of the step of a service that was scaled to 0."""
 _PERCENTAGE: Final = re.compile(r"(100|[0-9]{1,2}(?:\.[0-9]{1,2})?)%", re.ASCII)
 _NUMBER: Final = re.compile(r"-?[0-9]{1,12}(?:\.[0-9]{1,9})?", re.ASCII)
 SHOWN_MAX: Final = 100
@@ -350,6 +352,8 @@ def end_of_present_step(service: Service) -> str:
     if status is None or status.state is not UpdateState.UPDATING or status.split is None or not stages:
         return ""
     stage = stages[min(status.split.step, len(stages) - 1)]
+    if _lacks_tasks(stage, service):
+        return WITHOUT_TASKS
     words = end_of_step(stage, service.spec.name)
     bounds = query_bounds_of(service.spec.labels) if stage.keeps_old and stage.least_s < inf else None
     if bounds is None:
@@ -365,14 +369,22 @@ def _is_switched(stage: UpdateStage) -> bool:
 def resting_step(service: Service) -> UpdateStage | None:
     """Return the present step of an update if a wait for its end makes no sense, or None.
 
-    The step ends when a user promotes the update, or when old tasks without connections have been kept for their time.
-    It is recognized by the update's message, because Docker's API does not have the step.
+    The step ends when a user promotes the update or scales up a service without tasks, or when old tasks without
+    connections have been kept for their time.  It is recognized by the update's message, because Docker's API does not
+    have the step.
     """
     status, stages = service.update_status, stages_of(service.spec.labels)
     if status is None or status.state is not UpdateState.UPDATING:
         return None
     named = (stage for step, stage in enumerate(stages) if message_of(stages, step) == status.message)
-    return next((stage for stage in named if stage.least_s == inf or _is_switched(stage)), None)
+    return next(
+        (one for one in named if one.least_s == inf or _is_switched(one) or _lacks_tasks(one, service)), None
+    )
+
+
+def _lacks_tasks(stage: UpdateStage, service: Service) -> bool:
+    """Return whether the update stays in a step because the service has no tasks."""
+    return stage.keeps_old and not service.spec.replicas
 
 
 def is_undecided(service: Service) -> bool:
@@ -443,6 +455,36 @@ def continued(service: Service, new: ServiceSpec) -> UpdateStatus | None:
     return replace(status, split=replace(status.split, changes=status.split.changes + 1))
 
 
+def status_after(service: Service, new: ServiceSpec, now: Timestamp) -> UpdateStatus | None:
+    """Return the status of the update to ``new``.
+
+    A staged update continues if its tasks and steps stay the same.  If another update replaces it, its tasks no
+    longer get connections, and the old tasks stay the old ones.
+    """
+    status = service.update_status or UpdateStatus()
+    split, is_going = status.split, status.state in (UpdateState.UPDATING, UpdateState.PAUSED)
+    if (present_update := continued(service, new)) is not None:
+        return present_update
+    begun = UpdateStatus(state=UpdateState.UPDATING, started_at=now, message=IN_PROGRESS)
+    present, wanted = ((one.task_template, one.endpoint_spec) for one in (service.spec, new))
+    if split is not None and split.old is not None and is_going and present == wanted:
+        # Other steps for the same tasks, or no steps.
+        again = replace(split, step=0, percent=0, changes=split.changes + 1)
+        return replace(begun, split=again if stages_of(new.labels) else None)
+    kept, index = service.spec, service.spec_version.index if service.spec_version is not None else None
+    withdrawn: tuple[int, ...] = ()
+    if split is not None and (is_undecided(service) or not is_going or split.old is None):
+        withdrawn = (status.withdrawn or split).versions
+    elif split is not None:
+        withdrawn = split.withdrawn  # the last step has begun
+    if is_undecided(service) and service.previous_spec is not None:
+        kept, index = service.previous_spec, service.old_version
+    is_back = is_going and service.previous_spec is not None and has_same_tasks(service.previous_spec, new)
+    if stages_of(new.labels) and service.spec.replicas and not is_back and not has_same_tasks(kept, new):
+        return replace(begun, split=UpdateSplit(percent=0, old=index, withdrawn=withdrawn))
+    return replace(begun, split=UpdateSplit(percent=0, versions=withdrawn)) if withdrawn else None
+
+
 def _parsed(labels: Mapping[str, str]) -> tuple[UpdateStage, ...]:
     kind = labels.get(UPDATE)
     if kind is None:
@@ -494,3 +536,15 @@ def replaced_spec(service: Service) -> ServiceSpec | None:
     status = service.update_status
     is_updating = status is not None and status.state in (UpdateState.UPDATING, UpdateState.PAUSED)
     return service.previous_spec if is_updating and stages_of(service.spec.labels) else None
+
+
+def rollback_target(service: Service) -> ServiceSpec:
+    """Return the spec to which a rollback of the service's next update leads.
+
+    It is the present one, or until the last step of a staged update the one before, whose tasks are the old ones.  The
+    step is recognized by the update's message, as in ``resting_step``.
+    """
+    old, stages, status = replaced_spec(service), stages_of(service.spec.labels), service.update_status
+    if old is None or status is None or status.message == message_of(stages, len(stages) - 1):
+        return service.spec
+    return old

@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from skep.manager.control.services import previous_after, status_after
+from skep.manager.control.services import previous_after
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import Change, Step, apply, decided_for
 from skep.manager.orchestrator.convergence import next_steps
@@ -16,7 +16,7 @@ from skep.manager.orchestrator.replacement.enforcement import overcommitted
 from skep.model.node import Node
 from skep.model.permissions.user import User
 from skep.model.service import Service, ServiceSpec
-from skep.model.staging.updates import QueryVerdict, TaskRequests
+from skep.model.staging.updates import QueryVerdict, TaskRequests, status_after
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.task_end import TaskEnd

@@ -219,6 +219,30 @@ async def test_a_drain_of_a_node_that_is_down_says_why_its_tasks_are_left(
     assert "w9 is down" in capsys.readouterr().err
 
 
+async def test_a_drain_ends_when_someone_else_gives_the_node_tasks_again(
+    cluster: tuple[ManagerApi, Any],
+) -> None:
+    manager, host = cluster
+    service = a_service("web")
+    for one in (a_node("w1"), service, a_task("t1", node="w1", service=service)):
+        await manager.store.update(put, one)
+
+    async def activate() -> None:
+        async with manager.store.watch(Node) as watch:
+            async for _ in watch:
+                node = manager.store.view().get(Node, "w1")
+                if node.spec.availability is Availability.DRAIN:
+                    break
+        await manager.store.update(
+            put, replace(node, spec=replace(node.spec, availability=Availability.ACTIVE))
+        )
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(activate())
+        with pytest.raises(Unavailable, match="w1 is no longer drained, because someone else has set it to"):
+            await _drain(host, "w1", 10.0)
+
+
 class PinnedTasks(DownNode):
     """Managers of a drained node with two tasks.  The replacement of the second one starts after ``starts_after``
     looks.  The explanations name first what the tasks need.

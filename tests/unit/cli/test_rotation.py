@@ -1,5 +1,6 @@
 """What a rotation of secrets decides, and what it does before a manager's API."""
 
+import asyncio
 import base64
 import re
 from collections.abc import AsyncIterator
@@ -366,6 +367,39 @@ async def test_a_rotation_whose_tasks_cannot_run_ends_with_the_reason(is_given_u
         await _rotate(host, SECRET, "key", None, 9)
     reason = f'{why}: exit 3, last line "no such key". Run skep explain web.'
     assert str(ended.value) == f"web: 0 of 2 tasks run: {reason}"
+
+
+class _Once(_Services):
+    """A one-shot service that ends with the new version, or is removed between two requests of a look."""
+
+    def __init__(self, *, is_removed: bool) -> None:
+        super().__init__({}, "web")
+        self._is_removed = is_removed
+        policy = {"RestartPolicy": {"Condition": "none"}}
+        self._specs["web"]["TaskTemplate"] |= policy
+        self._specs["web"]["Mode"] = {"Replicated": {"Replicas": 1}}
+
+    async def get(self, path: str, *, timeout_s: float, **query: Any) -> Any:
+        if path != "/tasks":
+            return await super().get(path, timeout_s=timeout_s)
+        if "desired-state" in query["filters"]:
+            if self._is_removed:
+                self._specs.clear()
+            return []
+        ended = a_task("i2", "complete") | {"ID": "t1", "Slot": 1, "DesiredState": "shutdown"}
+        ended["Spec"]["RestartPolicy"] = {"Condition": "none"}
+        return [ended]
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+@on_virtual_time
+async def test_a_rotation_ends_with_a_service_whose_tasks_ended_or_that_was_removed(is_removed: bool) -> None:
+    rotation = _Rotation(SECRET, _Once(is_removed=is_removed))  # type: ignore[arg-type]
+    new = an_object("i2", "key-v2")
+    ids = await rotation.move({"i1": "password"}, new)
+    async with asyncio.timeout(9.0):
+        await rotation.wait(ids, new)
+    assert rotation.problems == []
 
 
 class _Blinking(_Failing):

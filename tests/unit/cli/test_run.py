@@ -32,12 +32,12 @@ class Managers:
         return answer
 
 
-def waited(answers: Mapping[str, Answer]) -> tuple[dict[str, Any], float]:
+def waited(answers: Mapping[str, Answer], *states: str) -> tuple[dict[str, Any], float]:
     """Return the task for which a run has waited, and for how many seconds."""
     loop = VirtualLoop()
     try:
         client = cast("RawClient", Managers(loop, answers))
-        task = loop.run_until_complete(wait_task(client, "s1", frozenset({"running", "complete"})))
+        task = loop.run_until_complete(wait_task(client, "s1", frozenset(states or ("running", "complete"))))
         return task, loop.time()
     finally:
         loop.close()
@@ -68,6 +68,19 @@ def test_a_run_that_somebody_removes_ends() -> None:
     }
     with pytest.raises(FailedPrecondition, match="the run was removed before its command ended"):
         waited(answers)
+
+
+def test_a_run_whose_node_is_drained_before_it_starts_goes_on_elsewhere() -> None:
+    stopped = {"ID": "t0", "CreatedAt": "2026-01-01T00:00:00.5Z", "Status": {"State": "shutdown"}}
+    pending, running = (
+        {"ID": "t9", "CreatedAt": "2026-01-01T00:00:01Z", "Status": {"State": state}}
+        for state in ("pending", "running")
+    )
+    answers: dict[str, Answer] = {
+        "/tasks": lambda now: [stopped, pending if now < 2 else running],
+        "/skep/services/s1/explain": lambda _: Unavailable("no leader"),
+    }
+    assert waited(answers, "running", "shutdown")[0] == running
 
 
 def test_a_change_of_leader_does_not_end_a_run() -> None:

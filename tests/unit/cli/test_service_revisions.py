@@ -7,8 +7,23 @@ FIVE = {"Replicated": {"Replicas": 5}}
 
 
 def test_an_earlier_spec_returns_whole_even_with_fields_that_are_not_known() -> None:
-    wanted = {"Name": "web", "Labels": {"tier": "front"}, "Mode": THREE, "NewField": {"x": 1}}
-    assert returned_to(wanted, {"Name": "web", "Labels": {}, "Mode": FIVE}) == wanted
+    template = {"ForceUpdate": 2, "OtherField": "y"}
+    wanted = {
+        "Name": "web",
+        "Labels": {"tier": "front"},
+        "Mode": THREE,
+        "NewField": {"x": 1},
+        "TaskTemplate": template,
+    }
+    present = {"Name": "web", "Labels": {}, "Mode": FIVE, "TaskTemplate": {"ForceUpdate": 2}}
+    assert returned_to(wanted, present) == wanted
+
+
+def test_forced_updates_are_not_undone() -> None:
+    """It would replace all tasks of a service again, or start a run of a job with a schedule."""
+    wanted = {"Mode": THREE, "TaskTemplate": {"ForceUpdate": 1}}
+    found = returned_to(wanted, {"Mode": FIVE, "TaskTemplate": {"ForceUpdate": 4}})
+    assert found["TaskTemplate"] == {"ForceUpdate": 4}
 
 
 def test_a_stop_belongs_to_the_service_and_not_to_the_spec() -> None:

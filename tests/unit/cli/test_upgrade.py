@@ -13,12 +13,17 @@ from skep.api.client.client import ApiClient
 from skep.cli.endpoint import HostOptions
 from skep.cli.maintain import maintenance, upgrade, upgrade_means
 from skep.cli.maintain.maintenance import LockHolder
-from skep.cli.maintain.upgrade import _Upgrade
+from skep.cli.maintain.upgrade import _is_updated, _Upgrade
 from skep.cli.maintain.upgrade_means import Means
 from skep.cli.maintain.upgrade_plan import UpgradableNode
 from skep.errors import FailedPrecondition, Unavailable
+from skep.manager.routes import ManagerApi
 from skep.model.options.labels import MAINTENANCE
+from skep.model.service import Service
+from skep.model.task import TaskState
+from tests.support.builders import a_service, a_task
 from tests.support.managers.upgraded_clusters import Installing, UpgradedCluster
+from tests.support.store.store_transactions import put
 
 OLD, NEW = "1.0.0", "1.1.0"
 
@@ -114,6 +119,23 @@ async def test_a_command_gets_no_host_name_that_is_an_option(
     means = Means(version=NEW, command=f'printf %s "$SKEP_NODE" >{tmp_path}/name')
     await means.upgrade(UpgradableNode(id="id1", name=hostname))
     assert (tmp_path / "name").read_text() == shown
+
+
+async def test_tasks_are_not_spread_again_before_the_leader_has_begun_that_update(
+    cluster: tuple[ManagerApi, Any],
+) -> None:
+    manager, host = cluster
+    service = a_service("web")
+    template = replace(service.spec.task_template, force_update=1)
+    forced = replace(service, spec=replace(service.spec, task_template=template))
+    for one in (service, a_task("t1", service=service), forced):
+        await manager.store.update(put, one)
+    async with host.client() as client:
+        assert not await _is_updated(client, "web")
+        retired = replace(a_task("t1", service=service), desired_state=TaskState.SHUTDOWN)
+        for one in (retired, a_task("t2", service=manager.store.view().get(Service, "web"))):
+            await manager.store.update(put, one)
+        assert await _is_updated(client, "web")
 
 
 OTHER = LockHolder(

@@ -41,9 +41,10 @@ from skep.manager.services.freezes import (
     set_window,
     unless_frozen,
 )
-from skep.model.node import Node, NodeState, NodeStatus
+from skep.model.node import Availability, Node, NodeState, NodeStatus
 from skep.model.options.autoscaling import autoscaling_of
 from skep.model.options.freezes import CLUSTER, STACKS_MAX, ChangeFreeze, FreezeRequest, MaintenanceWindow
+from skep.model.permissions.access import REVISION_HEADER
 from skep.model.service import Resources, Service
 from skep.model.swarm import Swarm
 from skep.model.task import Preemption, Relocation, Task, TaskState
@@ -286,6 +287,35 @@ async def test_a_strict_freeze_refuses_changes_unless_those_override_it_who_may_
         await store.update(attempt(**who))
 
 
+async def test_a_strict_freeze_that_begins_before_the_write_refuses_the_change() -> None:
+    """The manager that runs the request may not show the freeze yet, although it was acknowledged."""
+    store = await a_store()
+    behind = MemoryStore(SystemClock(), store.cluster)
+    behind.faults.lag_s = 0.05
+    freezes = {CLUSTER: a_freeze(is_strict=True)}
+    await store.update(lambda tx: tx.put(replace(cluster_of(tx), change_freezes=freezes)))
+    assert not held_by(behind.view()), "the case that is to be tested"
+    create = unless_frozen(lambda tx: tx.put(NORTH), is_override=False, is_admin=True)
+    with pytest.raises(FailedPrecondition, match="the cluster is frozen until"):
+        await behind.update(create)
+
+
+async def test_a_service_does_not_leave_its_frozen_stack() -> None:
+    async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
+
+        def freeze(tx: Transaction) -> Service:
+            tx.put(replace(cluster_of(tx), change_freezes={"shop": a_freeze(is_strict=True)}))
+            return tx.put(SHOP)
+
+        version = (await api.store.update(freeze)).version.index
+        web = {"Name": "web", "TaskTemplate": {"ContainerSpec": {"Image": "app"}}}
+        body = [{"ID": SHOP.id, "Version": version, "Spec": web}]
+        async with client.post("/skep/services/changes", json=body) as response:
+            assert "stack shop is frozen until" in await response.text()
+        async with client.post(f"/services/{SHOP.id}/update?version={version}", json=web) as response:
+            assert "stack shop is frozen until" in await response.text()
+
+
 async def test_requests_are_refused_by_name_and_pass_with_the_header() -> None:
     async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
         body = {"Until": timestamp(api.clock.now_ns() + HOUR_NS), "Reason": "sale", "IsStrict": True}
@@ -311,6 +341,16 @@ async def test_requests_are_refused_by_name_and_pass_with_the_header() -> None:
         async with client.post(path, json=drain) as response:
             assert response.status == 400
         async with client.post(path, json={**drain, "Availability": "pause"}) as response:
+            assert response.status == 200
+        drained = replace(node, spec=replace(node.spec, availability=Availability.DRAIN))
+        version = (await api.store.update(lambda tx: tx.put(drained))).version.index
+        path = f"/nodes/{node.id}/update?version={version}"
+        now = {**drain, "Labels": {"skep.drain-now": "true"}}
+        async with client.post(path, json=now) as response:
+            assert response.status == 400, (
+                "it stops the tasks that the drain keeps until their replacements run"
+            )
+        async with client.post(path, json={**drain, "Labels": {"zone": "north"}}) as response:
             assert response.status == 200
         assert [text[:40] for text in freeze_warnings(api.store.view())] == [
             "WARNING: the cluster is frozen until " + body["Until"][:3]
@@ -424,5 +464,7 @@ async def test_a_strict_freeze_refuses_each_operation_on_a_service(verb: str) ->
             tx.put(NORTH)
 
         await api.store.update(freeze)
-        async with client.post(f"/skep/services/{NORTH.id}/{verb}") as response:
-            assert "the cluster is frozen until" in await response.text()
+        # A deploy that has begun may end, but these requests do not check that there is one.
+        for headers in ({}, {REVISION_HEADER: "1"}):
+            async with client.post(f"/skep/services/{NORTH.id}/{verb}", headers=headers) as response:
+                assert "the cluster is frozen until" in await response.text()

@@ -17,7 +17,7 @@ from skep.model.options.autoscaling import autoscaling_of
 from skep.model.options.labels import ALLOW_CREDENTIAL_HELPERS, ALLOW_MACHINE_LOGS, check_swarm_labels
 from skep.model.permissions.user import User, UserSpec
 from skep.model.service import Service, ServiceSpec
-from skep.model.staging.updates import query_bounds_of
+from skep.model.staging.updates import CANARY, UPDATE, query_bounds_of
 from skep.model.swarm import Swarm, SwarmSpec
 from skep.model.task import Trust
 from skep.model.values.ids import ClusterId, UserId, new_id
@@ -95,6 +95,23 @@ async def test_an_operators_other_change_keeps_the_trust_and_their_own_values_ha
     assert cluster.trust(service) == Trust()
     service = await cluster.rollback(service)
     assert cluster.trust(service) == Trust(logs=True, logins=True)
+
+
+async def test_an_update_that_replaces_a_canary_keeps_the_trust_of_the_spec_before_it():
+    """Its old tasks still run, and a rollback leads to them."""
+    cluster = Cluster("operator:shop")
+
+    def canary(spec: ServiceSpec) -> ServiceSpec:
+        return replace(spec, labels={**spec.labels, UPDATE: CANARY})
+
+    first = await cluster.create(canary(a_spec()), by_admin=True)
+    service = first
+    for tag in ("2", "3"):
+        spec = canary(a_spec(OTHER, f"registry.corp.example/payments/api:{tag}"))
+        service = await cluster.update(service, spec, by_admin=False)
+        assert cluster.trust(service) == Trust()
+        assert cluster.trust(service, first.spec) == Trust(logs=True, logins=True)
+    assert cluster.trust(await cluster.rollback(service)) == Trust(logs=True, logins=True)
 
 
 async def test_an_administrator_who_changes_something_else_does_not_bless_an_operators_values():

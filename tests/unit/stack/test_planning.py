@@ -9,7 +9,8 @@ from msgspec.structs import replace
 from skep.api.formats.service_form import settled
 from skep.cli.stack.stack_screens import lines_of, placement_lines
 from skep.model.options.autoscaling import with_replicas
-from skep.model.service import Service
+from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.staging.updates import message_of, stages_of
 from skep.model.values.ids import ServiceId
 from skep.stack.compose.conversion import stack_of
 from skep.stack.compose.document import FileProblems, parse
@@ -436,3 +437,23 @@ def test_an_image_has_a_tag_as_docker_writes_it_so_that_a_scale_by_docker_replac
     assert not plan_of(stack, deployed(stack), images={}, prune=False).effective, (
         "an earlier deploy wrote no tag"
     )
+
+
+@pytest.mark.parametrize(("step", "image"), [(0, "app:1"), (1, "app:1"), (2, "app:2")])
+def test_a_deploy_that_replaces_a_canary_is_rolled_back_to_the_tasks_that_the_canary_kept(
+    step: int, image: str
+) -> None:
+    text = "services: {web: {image: %s, x-skep: {update: canary}}}"
+    before, present = (deployed(a_stack(text % one)).services[0] for one in ("app:1", "app:2"))
+    message = message_of(stages_of(present.spec.labels), step)
+    canary = replace(
+        present,
+        previous_spec=before.spec,
+        update_status=UpdateStatus(state=UpdateState.UPDATING, message=message),
+    )
+    existing = replace(deployed(a_stack(text % "app:2")), services=(canary,))
+    plan = plan_of(a_stack(text % "app:3"), existing, images={}, prune=False)
+    (change,) = plan.of("service", PlanAction.UPDATE)
+    assert change.rolls_back_to is not None
+    assert change.rolls_back_to.task_template.container_spec is not None
+    assert change.rolls_back_to.task_template.container_spec.image == image

@@ -21,9 +21,11 @@ from skep.model.service import (
     ServiceSpec,
     TaskSpec,
     UpdateConfig,
+    UpdateSplit,
     UpdateState,
     UpdateStatus,
 )
+from skep.model.staging.updates import end_of_present_step, message_of, stages_of
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.values.meta import Version
@@ -202,6 +204,29 @@ def test_tasks_that_are_not_started_again_are_done_or_have_failed() -> None:
     assert not progress_of(ONCE, [a_task(TaskState.RUNNING, of=ONCE)]).is_stuck
     paused = UpdateStatus(state=UpdateState.PAUSED, message="early termination of task t")
     assert progress_of(replace(ONCE, update_status=paused), [complete]).is_done
+
+
+def test_a_one_shot_service_is_done_when_its_slots_run_or_have_completed() -> None:
+    service = replace(ONCE, spec=replace(ONCE.spec, mode=SERVICE.spec.mode))
+    done = replace(a_task(TaskState.COMPLETE, TaskState.SHUTDOWN, of=service), slot=1)
+    starts, runs = (replace(a_task(state, of=service), slot=2) for state in (PREPARING, RUNNING))
+    assert progress_of(service, [done, starts]).text == "0 of 2 tasks run, 1 completed"
+    assert not progress_of(service, [done, starts]).is_done
+    found = progress_of(service, [done, runs])
+    assert (found.is_done, found.text) == (True, "1 of 2 tasks run, 1 completed")
+    assert progress_of(service, [done, runs], {runs.id}).text == "1 of 2 tasks run"
+
+
+def test_a_global_one_shot_service_is_done_when_it_has_completed_on_each_of_its_nodes() -> None:
+    service = replace(ONCE, spec=replace(ONCE.spec, mode=ServiceMode(global_=GlobalService())))
+
+    def on(node: str, state: TaskState, desired: TaskState = RUNNING) -> Task:
+        return replace(a_task(state, desired, of=service), slot=0, node_id=NodeId(node))
+
+    first, second = (on(node, TaskState.COMPLETE, TaskState.SHUTDOWN) for node in ("n1", "n2"))
+    found = progress_of(service, [first, second])
+    assert (found.is_done, found.text) == (True, "2 of 2 tasks completed")
+    assert not progress_of(service, [first, on("n2", PREPARING)]).is_done
 
 
 def test_an_update_of_ports_alone_has_to_reach_the_tasks() -> None:
@@ -484,6 +509,23 @@ def test_a_wait_ends_at_a_step_that_ends_by_a_user_or_after_the_time_of_kept_tas
     assert found.text == f"2 of 2 tasks updated, 2 running, waiting for {end}"
     starting = [replace(new[0], status=TaskStatus(state=TaskState.STARTING)), new[1]]
     assert not progress_of(service, [*old, *starting], current).is_done
+
+
+@pytest.mark.parametrize("promote", ["auto", "manual"])
+def test_a_wait_ends_at_a_step_that_a_service_without_tasks_stays_in(promote: str) -> None:
+    """It was scaled to 0 during its update."""
+    labels = {"skep.update": "canary", "skep.update.promote": promote}
+    status = UpdateStatus(state=UpdateState.UPDATING, message=message_of(stages_of(labels), 0))
+    mode = ServiceMode(replicated=ReplicatedService(replicas=0))
+    service = replace(STAGED, spec=replace(STAGED.spec, labels=labels, mode=mode), update_status=status)
+    stopping = replace(a_task(TaskState.RUNNING), slot=1)
+    assert not progress_of(service, [stopping], set()).is_done
+    found = progress_of(service, [], set())
+    assert found.is_done
+    assert found.text.endswith("waiting for a task, without which the update stays in its step")
+    split = UpdateSplit(percent=0, old=1)
+    stored = replace(service, update_status=replace(status, split=split))
+    assert end_of_present_step(stored) == "a task, without which the update stays in its step"
 
 
 def test_a_wait_does_not_end_at_a_step_that_ends_by_itself() -> None:

@@ -1,9 +1,11 @@
 """What follows a deploy that failed: never the removal of something that was there before."""
 
+import json
 from typing import Any
 
 import pytest
 from msgspec import to_builtins
+from msgspec.structs import replace
 
 from sim.world.time import VirtualLoop
 from skep.api.client.client import ApiClient
@@ -84,6 +86,34 @@ async def test_an_undo_leaves_a_service_that_someone_else_has_changed() -> None:
     text = await undo(cluster, plan, lambda *_: None, 1.0, lambda _: None, created)
     assert text.endswith("previous specs again, except for shop_web (someone else has changed it)")
     assert cluster.changes == []
+
+
+class Forced(Cluster):
+    """Someone has run the job once more since the deploy (``docker service update --force``)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        spec = a_spec("bad")
+        self.spec = to_builtins(replace(spec, task_template=replace(spec.task_template, force_update=4)))
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        if path == "/services/w/update":
+            self.spec = json.loads(bytes(options["body"]))
+        if path == "/services/shop_web":
+            return {"ID": "w", "Version": {"Index": 9}, "Spec": self.spec}
+        return await super().request(method, path, **options)
+
+
+async def test_an_undo_does_not_undo_a_forced_update_which_would_start_another_run_of_a_job() -> None:
+    change = PlannedChange(
+        action=PlanAction.UPDATE, kind="service", name="shop_web", spec=a_spec("bad"), id="w"
+    )
+    created = CreatedObjects(updated={"shop_web": (a_spec("good"), a_spec("bad"))})
+    plan, cluster = StackPlan(stack="shop", changes=(change,), is_new=False), Forced()
+    with pytest.raises(Unavailable, match="not done within"):  # nothing runs the task
+        await undo(cluster, plan, lambda *_: None, 0.1, lambda _: None, created)
+    template = cluster.spec["TaskTemplate"]
+    assert (template["ContainerSpec"]["Image"], template["ForceUpdate"]) == ("good", 4)
 
 
 class Full(Cluster):

@@ -15,17 +15,23 @@ R = TypeVar("R")
 
 
 def unfrozen(
-    request: web.Request, operation: Callable[Concatenate[Transaction, P], R], stack: str = ""
+    request: web.Request,
+    operation: Callable[Concatenate[Transaction, P], R],
+    *stacks: str,
+    is_fenced: bool = False,
 ) -> Callable[Concatenate[Transaction, P], R]:
-    """Return ``operation`` with a check that no strict freeze of the cluster or of ``stack`` refuses it.
+    """Return ``operation`` with a check that no strict freeze of the cluster or of one of ``stacks`` refuses it.
 
     A deploy that has begun may end, so only the record of its revision is checked.
+
+    Args:
+        is_fenced: Whether the operation checks that the deploy which the request names is in progress.
     """
-    if request.headers.get(REVISION_HEADER):
+    if is_fenced and request.headers.get(REVISION_HEADER):
         return operation
     return unless_frozen(
         operation,
-        stack,
+        *stacks,
         is_override=request.headers.get(OVERRIDE_HEADER, "").lower() == "true",
         is_admin=identity_of(request).is_admin,
     )

@@ -104,6 +104,8 @@ async def test_a_rollback_closes_no_circle(store):
     await update(store, store.view().resolve(Service, "db"), depending("db", "web=service_started"))
     with pytest.raises(InvalidArgument, match="web -> db -> web"):
         await rollback(store, web, web.spec)
+    with pytest.raises(InvalidArgument, match="web -> db -> web"):
+        await store.update(apply, RollBack(web, "failed"), new_id, NOW)
 
 
 async def test_a_rollback_that_changes_no_task_restarts_nothing(store):

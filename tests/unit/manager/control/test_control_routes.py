@@ -6,6 +6,7 @@ from msgspec.structs import replace
 from skep.aio.time_slices import run_at_once
 from skep.errors import AlreadyExists, InvalidArgument, RouteTaken, Unavailable
 from skep.manager.control.quotas import HOSTS_MAX, quota_state, set_quota
+from skep.manager.orchestrator.changes import ROLLED_BACK, RollBack, apply
 from skep.manager.services.quotas import quota_of
 from skep.manager.services.routes import route_problem, route_problems, shown_routes
 from skep.model.network import Network, NetworkSpec
@@ -19,7 +20,7 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import NetworkAttachment, TaskState
-from skep.model.values.ids import NetworkId
+from skep.model.values.ids import NetworkId, new_id
 from skep.model.values.times import Timestamp
 from skep.store.level import USERS
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
@@ -48,6 +49,15 @@ async def test_a_taken_route_is_refused(store):
     await update(store, other, routed("other", "a.example,b.example"))
     with pytest.raises(RouteTaken, match=r"a\.example belongs to service other"):
         await rollback(store, web, web.spec)
+
+
+async def test_a_failed_update_takes_no_route_back_that_another_service_has_by_now(store):
+    """The older service would get the host, without a word to the users of the other one."""
+    web = await create(store, routed("web", "a.example"))
+    web = await update(store, web, routed("web", "c.example"))
+    await create(store, routed("other", "a.example"))
+    with pytest.raises(RouteTaken, match=r"a\.example belongs to service other"):
+        await store.update(apply, RollBack(web, ROLLED_BACK), new_id, NOW)
 
 
 async def test_a_second_service_with_a_name_is_refused_because_of_its_name(store):

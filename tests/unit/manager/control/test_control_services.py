@@ -20,8 +20,10 @@ from skep.errors import (
 )
 from skep.manager.control.networks import first_networks, ingress_network, remove_network
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
+from skep.manager.orchestrator.changes import ROLLED_BACK, RollBack, apply
 from skep.model.container import ContainerSpec, Mount
 from skep.model.options.dependencies import DEPENDS_ON
+from skep.model.options.schedules import CRON
 from skep.model.permissions.registry_auth import decoded_auth
 from skep.model.service import (
     EndpointSpec,
@@ -36,11 +38,13 @@ from skep.model.service import (
     UpdateOrder,
     UpdateState,
 )
+from skep.model.staging.updates import CANARY, UPDATE
 from skep.model.swarm import Swarm
 from skep.model.values.ids import ClusterId, new_id
 from skep.model.values.times import Timestamp
 from skep.model.volume import VolumeSharing
 from skep.store.kinds import Payload, spec_history_id
+from skep.store.level import LEVEL
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_cluster_volume, a_service_spec, an_auth
 
@@ -167,6 +171,20 @@ async def test_an_update_of_a_job_runs_it_again(store):
     assert (await update(store, job, spec)).job_status.job_iteration.index == 1
 
 
+async def test_a_rollback_of_a_job_with_a_schedule_starts_no_run(store):
+    """Only a forced update and ``skep job run`` do, and a run would end the present one."""
+    await store.update(lambda tx: tx.raise_level(LEVEL))
+    mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1))
+    spec = replace(a_service_spec("job"), mode=mode, labels={CRON: "@daily"})
+    job = await create(store, spec)
+    forced = replace(spec, task_template=replace(spec.task_template, force_update=1))
+    job = await update(store, job, forced)
+    assert len(job.job_status.schedule.starts) == 1
+    for _ in range(2):
+        job = await rollback(store, job, forced)
+        assert len(job.job_status.schedule.starts) == 1
+
+
 async def test_a_job_whose_run_cannot_be_read_is_not_changed(store):
     """Without the number of its next run it would be no job any more, for no manager."""
     mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1))
@@ -259,6 +277,22 @@ async def test_a_chain_of_updates_leads_no_credentials_to_another_registry(store
     assert f"registry/{service.id}" not in payloads(store)
     service = await rollback(store, service, evil)
     assert f"registry/{service.id}" not in payloads(store)
+
+
+async def test_an_update_that_replaces_a_canary_keeps_the_credentials_of_the_spec_before_it(store):
+    """Its old tasks still run, and a rollback leads to them."""
+
+    def canary(image):
+        return replace(a_service_spec(image=image), labels={UPDATE: CANARY})
+
+    service = await create(store, canary("corp.example/shop:1"), auth=an_auth())
+    auth = an_auth(address="other.example")
+    service = await update(store, service, canary("other.example/shop:2"), registry_auth=auth)
+    service = await update(store, service, canary("other.example/shop:3"))
+    assert credentials(store, service.id)[1] == "other.example"
+    assert credentials(store, service.id, "registry-previous")[1] == "corp.example"
+    service = await rollback(store, service, service.spec)
+    assert credentials(store, service.id)[1] == "corp.example"
 
 
 async def test_a_removal_forgets_the_credentials(store):
@@ -356,9 +390,21 @@ async def test_a_service_gets_no_right_over_its_nodes_that_the_cluster_does_not_
         await update(store, service, privileged)
     with pytest.raises(PermissionDenied, match=words):
         await rollback(store, service, plain)
+    with pytest.raises(PermissionDenied, match=words):
+        await store.update(apply, RollBack(service, ROLLED_BACK), new_id, NOW)
     assert store.view().get(Service, service.id).spec == settled(plain)
     await allow(store, "all")
     assert (await rollback(store, service, plain)).spec == settled(privileged)
+
+
+async def test_a_canary_returns_to_its_old_tasks_when_the_cluster_allows_less(store):
+    """They still run, so no task gets a right that it did not have."""
+    await allow(store, "all")
+    privileged = with_labels(a_service_spec("web"), **{"skep.privileged": "true"})
+    old, new = (replace(one, labels={UPDATE: CANARY}) for one in (privileged, a_service_spec("web")))
+    service = await update(store, await create(store, old), new)
+    await allow(store, "none")
+    assert (await rollback(store, service, new)).spec == settled(old)
 
 
 async def test_what_leaves_the_tasks_as_they_are_is_not_refused_when_the_cluster_allows_less(store):
@@ -426,6 +472,17 @@ async def test_start_first_is_refused_with_a_volume_that_two_tasks_cannot_have(
         await update(store, service, start_first)
     with pytest.raises(InvalidArgument, match="use stop-first"):
         await create(store, replace(start_first, name="other"))
+
+
+async def test_a_staged_update_is_refused_with_a_volume_that_old_and_new_tasks_cannot_have(store):
+    """They only read it, so its data would not forbid that both run."""
+    await store.update(lambda tx: tx.put(a_cluster_volume("orders", sharing=VolumeSharing.NONE)))
+    service = await create(store, mounting(UpdateOrder.STOP_FIRST, read_only=True))
+    staged = replace(service.spec, labels={UPDATE: CANARY})
+    with pytest.raises(InvalidArgument, match=r"cannot start while .* remove the label skep\.update$"):
+        await update(store, service, staged)
+    with pytest.raises(InvalidArgument, match="cluster volume orders has sharing mode"):
+        await create(store, replace(staged, name="other"))
 
 
 async def test_a_service_that_was_made_before_its_volume_can_still_be_scaled(store):

@@ -245,6 +245,23 @@ async def test_no_step_begins_before_its_new_tasks_run(store: MemoryStore) -> No
         await store.update(promote_update, service.id)
 
 
+async def test_a_promotion_that_is_repeated_at_once_skips_no_step(store: MemoryStore) -> None:
+    """It would end the old tasks, to which a switch back returns."""
+    service = await in_step(store, BLUE_GREEN, 0, runs=True)
+    promoted = await store.update(promote_update, service.id)
+    with pytest.raises(FailedPrecondition, match="step 2 of the update of service web has just begun"):
+        await store.update(promote_update, service.id)
+    assert promoted.update_status is not None
+    assert promoted.update_status.split is not None
+    split = replace(promoted.update_status.split, percent=100)  # as the leader does
+    status = replace(promoted.update_status, split=split)
+    await store.update(lambda tx: tx.put(replace(tx.get(Service, service.id), update_status=status)))
+    last = await store.update(promote_update, service.id)
+    assert last.update_status is not None
+    assert last.update_status.split is not None
+    assert last.update_status.split.step == 2
+
+
 async def test_blue_green_switches_back_and_pauses_until_it_is_resumed(store: MemoryStore) -> None:
     service = await in_step(store, BLUE_GREEN, 1, runs=True)
     for _ in range(2):

@@ -1,10 +1,14 @@
 """Address pools are changed after a cluster's begin."""
 
+from random import Random
+
 import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError, Unavailable
+from skep.manager.allocator.changes import apply, network_key
+from skep.manager.allocator.state import AllocatorState
 from skep.manager.control.pools import PoolChange, change_pools
 from skep.model.network import IPAMConfig, IPAMOptions, Network
 from skep.model.networks.routes import ROUTES_LABEL
@@ -12,8 +16,11 @@ from skep.model.node import Node
 from skep.model.swarm import Swarm
 from skep.model.values.ids import ClusterId
 from skep.model.values.meta import Driver
+from skep.model.values.times import Timestamp
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, an_overlay
+
+NOW = Timestamp("2026-01-02T03:04:05Z")
 
 
 @pytest.fixture
@@ -59,6 +66,29 @@ async def test_a_pool_in_use_is_not_removed_and_its_networks_are_named(store):
     with pytest.raises(FailedPrecondition, match=r"10\.1\.0\.0/16 is in use by networks: auto$"):
         await changed(store, remove=("10.1.0.0/16",))
     await changed(store, remove=("10.2.0.0/16",))  # its network's user named the subnet
+
+
+async def test_a_manager_that_is_behind_does_not_remove_a_pool_in_use(store):
+    behind = MemoryStore(SystemClock(), store.cluster)
+    behind.faults.lag_s = 0.05
+    await store.update(lambda tx: tx.put(an_overlay("late", subnet="10.2.1.0/24")))
+    assert len(behind.view().find(Network)) == 2, "the case that is to be tested"
+    with pytest.raises(FailedPrecondition, match=r"10\.2\.0\.0/16 is in use by networks: late$"):
+        await changed(behind, remove=("10.2.0.0/16",))
+
+
+async def test_a_network_gets_no_subnet_of_a_pool_that_was_removed_since_the_decision(store):
+    new = an_overlay("new", subnet="")
+    await store.update(lambda tx: tx.put(new))
+    state = AllocatorState(store.view, SystemClock(), Random(1))
+    for _ in state.start(store.view()):
+        pass
+    (change,) = state.subnets(network_key(new.id))
+    assert change.network.ipam_options.configs[0].subnet == "10.1.1.0/24"
+    await store.update(lambda tx: tx.delete(Network, store.view().resolve(Network, "auto").id))
+    await changed(store, remove=("10.1.0.0/16",))
+    with pytest.raises(Unavailable, match="address pools have changed"):
+        await store.update(apply, change, NOW)
 
 
 async def test_adding_a_pool_that_is_there_changes_nothing(store):

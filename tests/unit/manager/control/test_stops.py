@@ -15,6 +15,7 @@ from skep.model.options.labels import STOPPED, is_stopped
 from skep.model.options.schedules import CRON, CRON_SUSPEND
 from skep.model.quota import QuotaSpec
 from skep.model.service import ReplicatedJob, Service, ServiceMode, ServiceSpec
+from skep.model.staging.updates import CANARY, UPDATE
 from skep.model.values.ids import new_id
 from skep.model.values.times import Timestamp
 from skep.store.level import LEVEL, STOPS
@@ -97,6 +98,20 @@ async def test_a_rollback_does_not_stop_a_service_that_an_update_has_started(sto
     service = await store.update(update_service, stopped.id, a_spec("app:2"), stopped.version.index, now=NOW)
     back = await store.update(rollback_service, service.id, service.spec, service.version.index, now=NOW)
     assert back.spec == a_spec()
+
+
+@pytest.mark.parametrize("image", ["app:2", "app:3"])
+async def test_a_rollback_does_not_stop_a_service_that_was_stopped_during_a_canary(
+    store: MemoryStore, image: str
+) -> None:
+    """A deploy starts it, with the same update or with another one that replaces it."""
+    old, new, started = (a_spec(one, **{UPDATE: CANARY}) for one in ("app:1", "app:2", image))
+    service = await created(store, old)
+    service = await store.update(update_service, service.id, new, service.version.index, now=NOW)
+    service = await store.update(stop, service.id)
+    service = await store.update(update_service, service.id, started, service.version.index, now=NOW)
+    back = await store.update(rollback_service, service.id, service.spec, service.version.index, now=NOW)
+    assert back.spec == old
 
 
 async def test_a_start_is_bounded_by_the_quota_of_its_stack(store: MemoryStore) -> None:

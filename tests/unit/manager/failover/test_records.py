@@ -9,6 +9,8 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, SkepError
+from skep.manager.control.networks import create_network
+from skep.manager.control.pools import PoolChange, change_pools
 from skep.manager.failover.decision import DoorNodes, Seen, decide, observed, why_unheld
 from skep.manager.failover.editing import add_address, remove_address, shown_addresses
 from skep.manager.failover.records import (
@@ -28,8 +30,10 @@ from skep.manager.telemetry.events import messages_of
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.networks.failover import ADDRESSES_MAX, LEASE_S, SILENT, UNASKED, AddressRequest
 from skep.model.node import NodeState
-from skep.model.values.ids import NetworkId, NodeId
-from skep.model.values.times import SECOND_NS
+from skep.model.swarm import Swarm
+from skep.model.values.ids import ClusterId, NetworkId, NodeId, new_id
+from skep.model.values.meta import Driver
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.store.interface import Transaction
 from skep.store.kinds import Payload
 from skep.store.level import LEVEL
@@ -160,6 +164,21 @@ async def test_addresses_that_are_refused(text: str, words: str) -> None:
     await store.update(lambda tx: tx.put(network))
     with pytest.raises(InvalidArgument, match=words):
         await store.update(add_address, AddressRequest(address=text))
+
+
+async def test_no_network_and_no_pool_gets_an_address_that_exists_already() -> None:
+    """An address in one of them is refused, so the order of the commands does not matter."""
+    store = await a_store("10.9.0.7/24")
+    options = IPAMOptions(driver=Driver(name="default"), configs=(IPAMConfig(subnet="10.9.0.0/24"),))
+    spec = NetworkSpec(name="web", driver_configuration=Driver(name="overlay"), ipam_options=options)
+    with pytest.raises(FailedPrecondition, match=r"10\.9\.0\.0/24 and a failover address"):
+        await store.update(create_network, spec, new_id=new_id, now=timestamp(0))
+    swarm = Swarm(id=ClusterId("c"), default_addr_pool=("10.1.0.0/16",), subnet_size=24)
+    await store.update(lambda tx: tx.put(swarm))
+    with pytest.raises(InvalidArgument, match=r"10\.9\.0\.0/16 has the failover address 10\.9\.0\.7"):
+        await store.update(change_pools, PoolChange(add=("10.9.0.0/16",)))
+    await store.update(remove_address, "10.9.0.7")
+    await store.update(create_network, spec, new_id=new_id, now=timestamp(0))
 
 
 async def test_an_address_of_a_node_is_refused_by_name() -> None:
