@@ -32,6 +32,8 @@ SECRET_BYTES_MAX = 500 * 1024
 """Size limit of a secret, as in SwarmKit."""
 CONFIG_BYTES_MAX = 1000 * 1024
 """Size limit of a config, as in SwarmKit."""
+_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
+"""Part of a secret that the front door may use."""
 
 
 def create_secret(
@@ -84,14 +86,17 @@ def remove_secret(tx: Transaction, id: SecretId) -> None:
     """Remove a secret, with its data.  Raises: NotFound; InvalidArgument: a service uses it."""
     secret = tx.get(Secret, id)
     _check_runs(tx, "secret", id, secret.spec.name)
+    payload = tx.lookup(Payload, _payload_id(id))
+    if payload is not None and _CERTIFICATE in payload.data:
+        tx.rely_on_all(Service)  # services have no reference to such a secret, because labels name it
     if users := services_with(tx, secret.spec.name):
         raise _used_by("secret", secret.spec.name, users)
     try:
         tx.delete(Secret, id)
     except InUse as error:
         raise _in_use(tx, "secret", secret.spec.name, error) from error
-    if tx.lookup(Payload, _payload_id(id)) is not None:
-        tx.delete(Payload, _payload_id(id))
+    if payload is not None:
+        tx.delete(Payload, payload.id)
 
 
 def create_config(

@@ -30,6 +30,7 @@ from skep.manager.services.registry_auth import auth_for, auth_of, follow_rollba
 from skep.manager.services.removal import hide_service
 from skep.manager.services.routes import check_routes
 from skep.manager.services.spec_history import comparable, keep_spec
+from skep.model.door.routes import tls_secrets
 from skep.model.needs import cannot_share, needs_of
 from skep.model.network import Network, is_ingress
 from skep.model.options.affinity import PLACEMENT_LABELS
@@ -404,7 +405,15 @@ def needs_ingress(spec: ServiceSpec) -> bool:
 
 
 def check_files(tx: Transaction, spec: ServiceSpec) -> None:
-    """Check that the secrets and configs of ``spec`` exist under its names.  Raises: InvalidArgument."""
+    """Check that the secrets and configs of ``spec`` exist under its names, now and when the transaction commits.
+
+    Secrets with certificates, which labels name, are checked by ``check_certificates``.
+
+    Raises: InvalidArgument.
+    """
+    for name in tls_secrets(spec.labels):
+        for secret in tx.find(Secret, name=name):
+            tx.rely_on(Secret, secret.id)
     container = spec.task_template.container_spec
     if container is None:
         return

@@ -32,11 +32,12 @@ from skep.manager.acme.own_certificates import (
 from skep.manager.acme.state import NO_DOOR, names_of_routes
 from skep.manager.acme.steps import Wanted
 from skep.manager.control.files import remove_secret
+from skep.manager.control.services import create_service
 from skep.manager.control.validation.new_objects import new_service, planned_service
 from skep.model.door.payloads import DoorPayload
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
-from skep.model.values.ids import SecretId, ServiceId
+from skep.model.values.ids import SecretId, ServiceId, new_id
 from skep.model.values.times import Timestamp
 from skep.security.authority import Authority
 from skep.security.keys import load_private_key
@@ -102,6 +103,25 @@ async def test_a_secret_without_a_usable_certificate_is_refused_by_name(data: by
     with pytest.raises(InvalidArgument, match=r"invalid label skep\.http\.tls=site: ") as refused:
         check_certificates(store.view(), spec_with("site"))
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("is_removed_first", [False, True])
+async def test_a_certificate_is_not_removed_beside_a_new_service_that_names_it(
+    is_removed_first: bool,
+) -> None:
+    """The manager that gets the second request does not show the result of the first one yet."""
+    store = await store_with(site=CHAIN + KEY)
+    behind = MemoryStore(SystemClock(), store.cluster)
+    behind.faults.lag_s = 0.05
+    create = partial(create_service, spec=spec_with("site"), new_id=new_id, new_name=str, now=Timestamp(""))
+    if is_removed_first:
+        await store.update(remove_secret, SecretId("site"))
+        with pytest.raises(InvalidArgument, match="there is no secret site"):
+            await behind.update(create)
+    else:
+        await store.update(create)
+        with pytest.raises(InvalidArgument, match="secret 'site' is in use by the following service: web"):
+            await behind.update(remove_secret, SecretId("site"))
 
 
 async def test_a_missing_secret_is_refused_by_name() -> None:
