@@ -392,7 +392,7 @@ def _is_assigned_since(tx: Transaction, decided: Task) -> bool:
 
 
 def _is_overtaken(tx: Transaction, task: Task, cause: Cause | None, *, may_run: bool = False) -> bool:
-    """Return whether the task is no longer retired: its cause has passed, or it runs since the decision.
+    """Return whether the cause has passed, or the task has begun to run since the decision.
 
     A task that runs may have to wait for its replacement, or for the service's minimum.  ``may_run``: it does not wait.
     """
@@ -402,9 +402,7 @@ def _is_overtaken(tx: Transaction, task: Task, cause: Cause | None, *, may_run: 
 
 
 def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
-    """Return whether the cause no longer holds.  Other managers write as well, and the leader's view may have been
-    older.
-    """
+    """Return whether the cause has passed.  Other managers write as well, and the leader's view may have been older."""
     match cause:
         case Cause.NODE_IS_LOST:
             return not is_lost(tx.rely_on(Node, task.node_id, "status"))

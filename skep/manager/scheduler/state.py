@@ -497,9 +497,8 @@ class SchedulerState:
             if not self._may_return(task, self._view()):
                 left.append(task)
                 continue
-            if (
-                task.id not in self._away
-            ):  # its slot has data, or its service another affinity, since it was queued
+            if task.id not in self._away:
+                # Its slot has data, or its service another affinity, since it was queued.
                 self._enqueue(task)
                 continue
             match self._returning.decide(task, requirements, self._view()):

@@ -58,9 +58,8 @@ def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
     ):
         return  # it is the replacement, or gets one
     youngest = history(slot)[-1]
-    is_replacement = youngest.ended_by_itself and not is_dirty(
-        youngest, situation
-    )  # not of an earlier update
+    # An attempt at another spec is not the replacement.
+    is_replacement = youngest.ended_by_itself and not is_dirty(youngest, situation)
     if is_replacement and not should_restart(youngest, slot, situation.seen):
         return  # the replacement failed for good
     nodes = ((old.id, situation.node_of(old)) for old in leaving)
