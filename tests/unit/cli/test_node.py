@@ -256,6 +256,7 @@ class PinnedTasks(DownNode):
         if path == "/tasks":
             slots = range(1, 3 if self._left else 2)
             is_here = filters == {"node": ["w9"]}
+            self._left -= is_here
             status = (
                 {"State": "running"} if is_here else {"State": "pending", "Err": f"{NO_NODE} (constraints)"}
             )
@@ -268,7 +269,6 @@ class PinnedTasks(DownNode):
             why = f"its replacement does not run yet: needs node.hostname==w9; {NO_NODE} (constraints)"
             return {"Summary": f"{STAYS} w9, which is drained: {why}"}
         if path == "/nodes/w9":
-            self._left -= 1
             return {"ID": "n9", "Version": {"Index": 1}, "Spec": {}, "Status": {"State": "ready"}}
         return await super().get(path)
 
