@@ -146,7 +146,9 @@ class Machine:
             (directory / name).mkdir()
 
     def run(self, command: str, *, stdin: str = "", user: str = "0") -> subprocess.CompletedProcess[str]:
-        inner = f"chroot --userspec={user} . env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root sh -c"
+        # needrestart, where it is installed, would look at every process of this machine.
+        environment = "PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root NEEDRESTART_SUSPEND=1"
+        inner = f"chroot --userspec={user} . env -i {environment} sh -c"
         return subprocess.run(
             [
                 *("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-euc"),
