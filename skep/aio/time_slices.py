@@ -42,23 +42,23 @@ class TimeSlices:
 
 def run_at_once(work: SlicedWork[T]) -> T:
     """Return the result of ``work``, without pauses."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
+    results: list[T] = []
+    for _ in _collecting(work, results):
+        pass
+    return results[0]
 
 
 def pausing(work: SlicedWork[T], pause: P) -> Generator[P, None, T]:
     """Run ``work``, and yield ``pause`` wherever it may pause."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
+    results: list[T] = []
+    for _ in _collecting(work, results):
         yield pause
+    return results[0]
+
+
+def _collecting(work: SlicedWork[T], results: list[T]) -> Generator[None, None, None]:
+    """Run ``work``, and append its result to ``results``."""
+    results.append((yield from work))
 
 
 async def run_in_slices(work: Iterable[None], clock: Clock) -> None:
@@ -73,14 +73,11 @@ async def result_in_slices(
 ) -> T:
     """Return the result of ``work`` and let other tasks run in between.  Awaits ``resumed`` after each pause."""
     slices = TimeSlices(clock)
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
+    results: list[T] = []
+    for _ in _collecting(work, results):
         if await slices.yield_if_due() and resumed is not None:
             await resumed()
+    return results[0]
 
 
 def collect_in_slices(things: Iterable[T], into: "list[T]") -> SlicedWork[None]:

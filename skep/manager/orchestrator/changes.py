@@ -328,7 +328,7 @@ def _failing_since(slot: Iterable[Task]) -> Timestamp | None:
     """Return the time at which the current series of failures in ``slot`` began, by the clock of the failed task's
     node.
     """
-    last = max(slot, key=lambda task: (task.created_at, task.id), default=None)
+    last = max(slot, key=age, default=None)
     if last is None:
         return None
     before = last.restart

@@ -37,6 +37,7 @@ from skep.manager.routes.access import current_view, manager_of, version_paramet
 from skep.manager.routes.guard.audit import CHANGED_SERVICES, author_of
 from skep.manager.routes.guard.strict_freezes import unfrozen
 from skep.manager.routes.representations import has_labels, problems_of, shown_service
+from skep.manager.services.freezes import stack_of_service
 from skep.manager.services.registry_auth import dropped_warnings, shown_auth
 from skep.model.container import ContainerSpec, Mount
 from skep.model.network import Network
@@ -264,8 +265,7 @@ async def change_services(request: web.Request) -> web.StreamResponse:
     kept = {one.id: shown_auth(view, one.id) for one in changes if one.id}
 
     def unless_frozen(tx: Transaction, one: ServiceChange) -> Service:
-        present = tx.lookup(Service, one.id)
-        before = stack_of(present.spec.labels) if present is not None else ""
+        before = stack_of_service(tx.lookup(Service, one.id))
         return unfrozen(request, change, before, stack_of(one.spec.labels), is_fenced=True)(tx, one)
 
     results = await manager.store.update_each(unless_frozen, changes)

@@ -25,7 +25,7 @@ from skep.model.service import (
 from skep.model.staging.updates import CANARY, UPDATE, UPDATE_STEP_TIME, UPDATE_STEPS
 from skep.model.task import Preemption, Task, TaskState
 from skep.model.values.ids import TaskId
-from skep.model.values.times import SECOND_NS, ZERO_TIME
+from skep.model.values.times import SECOND_NS, ZERO_TIME, unix_ns
 from tests.support.builders import a_node, a_service, a_service_spec
 from tests.support.managers.worlds import World
 
@@ -161,7 +161,7 @@ class RandomWorld:
     def _begin_term(self) -> None:
         self.world.seen = ObservedTimes(self.world.now)
         self.newest_before_term = max(
-            (one.created_at for one in self.world.tasks.values()), default=ZERO_TIME
+            (one.created_at for one in self.world.tasks.values()), key=unix_ns, default=ZERO_TIME
         )
 
     def _preempt(self) -> None:

@@ -42,11 +42,11 @@ from skep.model.options.slot_volumes import (
     may_be,
     slot_volumes_of,
 )
-from skep.model.service import Service
+from skep.model.service import ENDED, Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId, TaskId
-from skep.model.values.times import ZERO_TIME, Timestamp
+from skep.model.values.times import ZERO_TIME, unix_ns
 from skep.store.interface import Commit, Created, Deleted, Updated, View
 from skep.store.kinds import (
     SpecVersion,
@@ -133,20 +133,24 @@ class ReaperState:
         self._waiting: dict[NodeId, set[Key]] = {}
         """Slots with a task that waits for a report of this node (``unreported``), until the node's next change."""
         self._youngest = ZERO_TIME
-        """Creation time of the newest task at the start of the term."""
+        """Creation time of the newest task of an unfinished update at the start of the term."""
 
     def start(self, snapshot: View) -> Iterator[None]:
         """Queue every service, and the slots that may have something to remove."""
         self._waiting.clear()
         self._youngest = ZERO_TIME
-        self.queue.add(Key(service.id) for service in snapshot.find(Service))
+        services = snapshot.find(Service)
+        self.queue.add(Key(service.id) for service in services)
+        updated = ((service.id, service.update_status) for service in services)
+        unfinished = {id for id, status in updated if status is not None and status.state not in ENDED}
         self.queue.add(Key(one.service_id) for one in snapshot.find(SpecVersion))
         yield
         # A slot has nothing to remove without a task that has ended, is not wanted, or has lost its node.
         for tasks in batches_of(self._view, Task):
             node = partial(self._view().lookup, Node)
             self.queue.add(_slot_key(task) for task in tasks if not is_live(task, node(task.node_id)))
-            self._youngest = max((self._youngest, *(task.created_at for task in tasks)), key=_sortable)
+            times = (task.created_at for task in tasks if task.service_id in unfinished)
+            self._youngest = max((self._youngest, *times), key=unix_ns)
             yield
 
     def on_commit(self, commit: Commit) -> None:
@@ -238,11 +242,6 @@ class ReaperState:
             yield Recheck(self._clock.monotonic() + RETRY_S)
         if len(versions) > 1:
             yield from map(DeleteVersion, unused_versions(service, versions, tasks))
-
-
-def _sortable(time: Timestamp) -> str:
-    """Return a sort key as in ``slots.age``.  Parsing the times of all tasks would take too long."""
-    return time.rstrip("Z")
 
 
 def _slot_key(task: Task) -> Key:
