@@ -92,6 +92,11 @@ def surplus_history(
     for version in updating:
         made = [task for task in ordered if task.spec_version == version]
         kept.update(task.id for row in _rows(made, times) for task in _judged(row))
+    if updating:
+        # An attempt of an earlier version with the same task spec shows that the update need not wait for the next one.
+        kept |= {
+            before.id for before, after in pairwise(ordered) if after.is_wanted and before.ended_by_itself
+        }
     # An old task may run on after attempts at a newer spec, which may have another policy.
     for decided in (ordered[-1], last, *(task for task in present if task.is_wanted)):
         same = [task for task in ordered if task.spec_version == decided.spec_version]

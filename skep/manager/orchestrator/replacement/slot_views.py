@@ -117,12 +117,13 @@ def _leads(past: Slot, situation: Situation, *, is_given_up: bool) -> tuple[Task
         return None, None
     first: Task | None = None
     for task in made[:-1]:
-        is_past = task.ended_by_itself
         if not _says_something(task, situation):
             continue
         first = first or task
-        is_unseen = is_past and situation.seen.is_unseen(task, monitor_s(situation.rollout_config))
-        if not (is_unseen or (is_past and situation.is_tolerated(task))):
+        is_unseen = task.ended_by_itself and situation.seen.is_unseen(
+            task, monitor_s(situation.rollout_config)
+        )
+        if not (is_unseen or situation.is_tolerated(task)):
             return first, task
     if is_given_up and made[-1].status.state.is_terminal and not _says_something(made[-1], situation):
         return first, None

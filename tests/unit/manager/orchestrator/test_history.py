@@ -106,6 +106,14 @@ def test_what_an_update_may_fail_by_stays_until_it_is_over() -> None:
     assert surplus_history(slot, limit=0) == (old, lead, retry, last)
 
 
+def test_the_attempt_before_a_task_of_an_earlier_version_stays_during_an_update() -> None:
+    """After a rollback it may have the same task spec.  Without it, the update would wait for the next attempt."""
+    first, last = (replace(a_past_task(), spec_version=Version(index=3)) for _ in range(2))
+    slot = [first, last, a_task(state=TaskState.NEW, desired=TaskState.READY, version=3)]
+    assert surplus_history(slot, limit=0, updating=[Version(index=7)]) == (first,)
+    assert surplus_history(slot, limit=0) == (first, last)
+
+
 def test_an_attempt_that_was_given_up_with_its_node_stands_for_no_other() -> None:
     """An update is judged by the first one that reported its end, and by the last one under a new leader."""
     given_up = a_task(node="gone", state=TaskState.ORPHANED, desired=SHUTDOWN, version=7)

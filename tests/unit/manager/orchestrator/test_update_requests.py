@@ -7,10 +7,13 @@ from skep.manager.control.updates import PAUSED_BY_USER, abort_update, pause_upd
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
+from skep.model.node import Availability
 from skep.model.service import UpdateConfig, UpdateFailureAction, UpdateState
 from skep.model.task import TaskState
+from skep.model.values.ids import NodeId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, Timestamp
+from tests.support.builders import a_node
 from tests.support.managers.rollouts import a_spec, a_world, advance, message, state, wanted
 from tests.support.managers.worlds import World
 
@@ -108,6 +111,25 @@ def test_a_task_that_fails_after_the_resume_counts_though_it_is_from_before() ->
     world.settle()
     assert state(world) is UpdateState.PAUSED
     assert first.id in message(world)
+
+
+def test_an_attempt_that_was_drained_before_the_resume_hides_no_failure_after_it() -> None:
+    update = UpdateConfig(parallelism=1, failure_action=UpdateFailureAction.PAUSE, monitor=5 * SECOND_NS)
+    world = a_paused_one(update)
+    world.nodes[NodeId("n2")] = a_node("n2")
+    (lead, *_) = wanted(world, "app:2")
+    world.put(replace(lead, node_id=NodeId("n2")))
+    world.put(a_node("n2", availability=Availability.DRAIN))
+    advance(world)
+    world.stop_all()
+    (moved,) = (task for task in wanted(world, "app:2") if task.slot == lead.slot)
+    assert (world.tasks[lead.id].status.state, moved.status.state) == (TaskState.SHUTDOWN, TaskState.RUNNING)
+    resume(world)
+    world.now = 1.0
+    world.report(moved.id, TaskState.FAILED)
+    world.settle()
+    assert state(world) is UpdateState.PAUSED
+    assert moved.id in message(world)
 
 
 @pytest.mark.parametrize("starts", [True, False])
