@@ -96,6 +96,10 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         """Return whether the task's node is down or removed, so that a task that shows RUNNING may not serve."""
         return bool(task.node_id) and is_lost(self.node_of(task))
 
+    def is_known_to_run(self, task: Task) -> bool:
+        """Return whether the task shows RUNNING and its node is not lost."""
+        return task.status.state is TaskState.RUNNING and not self.is_on_lost_node(task)
+
     def is_misplaced(self, task: Task) -> bool:
         """Return whether the task must leave its node, because of the node itself or for a task of higher priority."""
         if not task.node_id:

@@ -406,9 +406,13 @@ class _Rollout:
 
     def _settled_leads(self) -> list[float] | None:
         """Return when each lead has settled, or None while some have not, or do not run as a step demands."""
-        return (
-            None if self._keeps_old and not all(map(_is_ready_for_step, self._views)) else self._all_settled()
-        )
+        if self._keeps_old and not all(map(self._is_ready_for_step, self._views)):
+            return None
+        return self._all_settled()
+
+    def _is_ready_for_step(self, view: SlotView) -> bool:
+        """Return whether the new task of the slot runs on a node that is not lost, if the slot has one."""
+        return not view.current or any(map(self._situation.is_known_to_run, view.current))
 
     def _all_settled(self) -> list[float] | None:
         leads = [view.lead if self._staging is None else view.started for view in self._views]
@@ -472,10 +476,7 @@ class _Rollout:
         More slots than that have a current task if restarts created them, because the predecessors were of a version
         that this update replaced.
         """
-        if any(
-            task.status.state is TaskState.RUNNING and not self._situation.is_on_lost_node(task)
-            for task in view.current
-        ):
+        if any(map(self._situation.is_known_to_run, view.current)):
             return True
         if self.leaves(view):
             return False
@@ -576,8 +577,3 @@ class _Rollout:
             return False
         ended_at, ran_at = self._seen.ended(lead), self._seen.running(lead)
         return ran_at is None or ended_at is None or ended_at - ran_at <= self._monitor_s
-
-
-def _is_ready_for_step(view: SlotView) -> bool:
-    """Return whether the new task of the slot runs, if the slot has one."""
-    return not view.current or any(map(serves, view.current))

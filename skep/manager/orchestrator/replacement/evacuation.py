@@ -22,7 +22,7 @@ from skep.manager.orchestrator.replacement.restart import cause_of, failures_in_
 from skep.manager.orchestrator.slots import Slot, history, wanted
 from skep.model.node import Availability
 from skep.model.staging.updates import is_undecided
-from skep.model.task import Task, TaskState
+from skep.model.task import Task
 from skep.model.values.ids import NodeId
 
 
@@ -37,11 +37,7 @@ def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
         return
     others = [task for task in current if task not in leaving]
     serving = [
-        task
-        for task in others
-        if task.status.state is TaskState.RUNNING
-        and not situation.is_misplaced(task)
-        and not situation.is_on_lost_node(task)
+        task for task in others if situation.is_known_to_run(task) and not situation.is_misplaced(task)
     ]
     for old in leaving:
         heirs = (one for one in serving if is_dirty(old, situation) or not is_dirty(one, situation))

@@ -5,13 +5,15 @@ from msgspec.structs import replace
 
 from skep.manager.orchestrator.replacement.staging import JUDGED_S
 from skep.manager.services.dependent_services import restart_dependents
+from skep.model.node import NodeState
 from skep.model.options.autoscaling import with_replicas
 from skep.model.options.dependencies import DEPENDS_ON
-from skep.model.options.labels import PROGRESS_DEADLINE
+from skep.model.options.labels import ON_DISCONNECT, PROGRESS_DEADLINE
 from skep.model.service import RestartPolicy, UpdateConfig, UpdateState
 from skep.model.task import TaskState
+from skep.model.values.ids import NodeId
 from skep.model.values.times import SECOND_NS
-from tests.support.builders import a_service
+from tests.support.builders import a_node, a_service
 from tests.support.managers.rollouts import a_spec, a_world, advance, image_of, message, state, wanted
 from tests.unit.manager.orchestrator.test_staged_updates import (
     ALL_AT_ONCE,
@@ -47,6 +49,23 @@ def test_an_old_task_on_a_lost_node_is_replaced_by_an_old_one_beside_the_new_one
     assert counts(world) == (4, 4)
     (successor,) = (task for task in wanted(world, "app:1") if task.slot == lost.slot)
     assert successor.id != lost.id
+
+
+def test_a_step_does_not_end_while_the_node_of_its_task_is_lost() -> None:
+    """With ``skep.on-disconnect``, the task is not replaced meanwhile."""
+    world = a_world(update=ALL_AT_ONCE)
+    canary = a_canary()
+    world.update(replace(canary, labels={**canary.labels, ON_DISCONNECT: "keep"}))
+    advance(world)
+    (new,) = wanted(world, "app:2")
+    world.nodes[NodeId("n2")] = a_node("n2")
+    world.put(replace(new, node_id=NodeId("n2")))
+    world.put(a_node("n2", state=NodeState.DOWN))
+    pass_time(world, 100)
+    assert (percent(world), counts(world)) == (5, (4, 1))
+    world.put(a_node("n2"))
+    pass_time(world, 1)
+    assert percent(world) == 50
 
 
 def test_an_old_task_that_was_restarted_does_not_take_over_from_a_new_one_that_fails() -> None:
