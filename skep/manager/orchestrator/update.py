@@ -208,19 +208,25 @@ class _Rollout:
         """Return whether a drained node keeps a task of the slot until its replacement runs."""
         return any(map(self._situation.moves_start_first, view.serving))
 
-    def retire_surplus(self, view: SlotView) -> Iterator[RetireTask]:
+    def retire_surplus(self, view: SlotView) -> Iterable[RetireTask]:
         """Retire the outdated tasks of a slot that waits for its turn, except for a running task.
 
         A slot has two running tasks after a drain that was undone.
         """
         if len(view.outdated) == 1:
-            return iter(())
+            return ()
         running = [task for task in self._by_rank(view.serving) if serves(task)]
-        best = max(
-            reversed(running), key=lambda task: not self._situation.moves_start_first(task), default=None
-        )
+        best = max(reversed(running), key=self._stays, default=None)
         kept = view.serving if best is None else (best,)
-        return retired(task for task in view.outdated if view.serving and task not in kept)
+        steps = retired(task for task in view.outdated if view.serving and task not in kept)
+        if best is None or not all(self._stays(best)[:2]):
+            return steps
+        return [replace(step, successor=best.id) for step in steps]
+
+    def _stays(self, task: Task) -> tuple[bool, bool, bool]:
+        """Return a sort key for how surely a running task stays where it is."""
+        is_moved = self._situation.moves_start_first(task)
+        return self._situation.is_known_to_run(task), task.preemption is None, not is_moved
 
     def count_stopped(self) -> SlicedWork[None]:
         """Count the slots that the update took out of service, so that ``finish`` can limit them."""

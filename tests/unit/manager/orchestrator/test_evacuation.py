@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.node import Availability, NodeState
-from skep.model.options.labels import DRAIN_NOW
+from skep.model.options.labels import DRAIN_NOW, ON_DISCONNECT
 from skep.model.service import (
     EndpointSpec,
     PortConfig,
@@ -292,6 +292,27 @@ def test_a_slot_that_waits_for_its_turn_keeps_one_running_task_after_a_drain_is_
     world.update(a_spec(3, image="app:2"))
     world.settle()
     assert [task.id for task in of_image(world, "app:1") if task.slot == 3] == [new.id]
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_slot_that_waits_for_its_turn_keeps_the_task_that_still_runs(is_lost: bool) -> None:
+    """The newest one failed between decision and write, or is kept on a lost node by ``skep.on-disconnect``."""
+    labels = {ON_DISCONNECT: "keep"}
+    world = a_world(replace(a_spec(3), labels=labels), ("n9", "n9", "n1"))
+    world.nodes[NodeId("n2")] = a_node("n2")
+    drain(world)
+    (new,) = new_ones(world)
+    world.nodes[N1] = a_node("n1")
+    world.put(replace(new, node_id=NodeId("n2")))
+    world.report(new.id, RUNNING)
+    world.update(replace(a_spec(3, image="app:2"), labels=labels))
+    if is_lost:
+        world.put(a_node("n2", state=NodeState.DOWN))
+    changes = world.changes()
+    if not is_lost:
+        world.report(new.id, TaskState.FAILED)
+    world.apply(changes)
+    assert [task.id for task in of_image(world, "app:1") if task.slot == 3 and task.id != new.id] == ["old3"]
 
 
 @pytest.mark.parametrize("state", [TaskState.STARTING, RUNNING])
