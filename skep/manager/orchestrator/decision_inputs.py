@@ -11,7 +11,7 @@ from skep.manager.orchestrator.replacement.disconnection import policy_on, repla
 from skep.manager.orchestrator.replacement.enforcement import violates_constraints
 from skep.manager.orchestrator.slots import is_lost, is_unusable
 from skep.manager.services.disruption_budget import required, rollout_config
-from skep.model.node import Availability, Node, NodeState
+from skep.model.node import Availability, Node, NodeState, takes_tasks
 from skep.model.options.labels import OnDisconnect, drains_now
 from skep.model.options.overlap import why_stop_first
 from skep.model.options.schedules import max_attempts_of
@@ -152,8 +152,14 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return self.may_overlap(task)
 
     def is_relocating(self, task: Task) -> bool:
-        """Return whether the task moves to another node for an even spread.  A freeze delays the move."""
-        return task.relocation is not None and not self.keeps_unfit
+        """Return whether the task moves to another node for an even spread.  A freeze delays the move.
+
+        A move to a node that takes no tasks waits until ``manager.rebalance`` withdraws it.
+        """
+        if task.relocation is None or self.keeps_unfit:
+            return False
+        target = self.node(task.relocation.target)
+        return target is not None and takes_tasks(target)
 
     def may_overlap(self, task: Task) -> bool:
         """Return whether ``task`` and a new task of the service may run at a time."""

@@ -9,7 +9,7 @@ from skep.errors import SkepError
 from skep.manager.control.updates import pause_update, resume_update
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.node import Availability, NodeState
-from skep.model.options.labels import MIN_AVAILABLE
+from skep.model.options.labels import MIN_AVAILABLE, ON_DISCONNECT, ON_DISCONNECT_DELAY, PROGRESS_DEADLINE
 from skep.model.service import (
     ReplicatedService,
     RestartCondition,
@@ -23,8 +23,8 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.staging.updates import CANARY, UPDATE, UPDATE_STEP_TIME, UPDATE_STEPS
-from skep.model.task import Preemption, Task, TaskState
-from skep.model.values.ids import TaskId
+from skep.model.task import Preemption, Relocation, Task, TaskState
+from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.times import SECOND_NS, ZERO_TIME, unix_ns
 from tests.support.builders import a_node, a_service, a_service_spec
 from tests.support.managers.worlds import World
@@ -76,6 +76,8 @@ class RandomWorld:
             self._begin_term()
         elif self.random.random() < 0.1:
             self._preempt()
+        elif self.random.random() < 0.1:
+            self._relocate()
         else:
             self.random.choices(events, weights)[0]()
 
@@ -169,6 +171,16 @@ class RandomWorld:
             preemption = Preemption(service="important", task_id=TaskId("important"))
             self.world.put(replace(self.random.choice(tasks), preemption=preemption))
 
+    def _relocate(self) -> None:
+        """Have a running task moved for an even spread, or take such a move back, as the rebalancing loop does."""
+        if tasks := [task for task in self.world.tasks.values() if task.is_active and task.node_id]:
+            task = self.random.choice(tasks)
+            if task.relocation is not None:
+                self.world.put(replace(task, relocation=None))
+            elif task.status.state is RUNNING and not self.is_global:
+                target = NodeId(self.random.choice(NODES))
+                self.world.put(replace(task, relocation=Relocation(target=target)))
+
     # -- the spec ----------------------------------------------------------------------------------------------
 
     def _spec(self, image: str) -> ServiceSpec:
@@ -200,4 +212,11 @@ class RandomWorld:
             labels[MIN_AVAILABLE] = choose(("1", "50%", "100%"))
         if not self.is_global and self.random.random() < 0.25:
             labels |= {UPDATE: CANARY, UPDATE_STEPS: "5%,50%", UPDATE_STEP_TIME: "5s"}
+        if self.random.random() < 0.3:
+            labels |= {
+                ON_DISCONNECT: choose(("keep", "stop", "replace")),
+                ON_DISCONNECT_DELAY: choose(("0s", "20s")),
+            }
+        if self.random.random() < 0.2:
+            labels[PROGRESS_DEADLINE] = "15s"
         return replace(spec, labels=labels)

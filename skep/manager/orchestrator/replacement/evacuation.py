@@ -80,4 +80,6 @@ def _target(task: Task, situation: Situation) -> NodeId:
     """Return the node that was chosen for the successor of a task, or an empty id if the scheduler chooses one."""
     node = situation.node_of(task)
     is_drained = node is not None and node.spec.availability is Availability.DRAIN
-    return NodeId("") if task.relocation is None or is_drained else task.relocation.target
+    if task.relocation is None or is_drained or not situation.is_relocating(task):
+        return NodeId("")
+    return task.relocation.target

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.observed_times import ObservedTimes
-from skep.model.node import Availability, NodeState
+from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import DRAIN_NOW, ON_DISCONNECT
 from skep.model.service import (
     EndpointSpec,
@@ -18,7 +18,7 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
-from skep.model.task import TaskState
+from skep.model.task import Relocation, TaskState
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_task
@@ -292,6 +292,22 @@ def test_a_slot_that_waits_for_its_turn_keeps_one_running_task_after_a_drain_is_
     world.update(a_spec(3, image="app:2"))
     world.settle()
     assert [task.id for task in of_image(world, "app:1") if task.slot == 3] == [new.id]
+
+
+@pytest.mark.parametrize(
+    "target", [a_node("n9", state=NodeState.DOWN), a_node("n9", availability=Availability.PAUSE)]
+)
+def test_a_move_to_a_node_that_no_longer_takes_tasks_is_not_tried_again_and_again(target: Node) -> None:
+    world = a_world(a_spec())
+    old = world.tasks[TaskId("old1")]
+    world.put(replace(old, relocation=Relocation(target=NodeId("n9"))))
+    world.settle()
+    (new,) = new_ones(world)
+    assert new.node_id == "n9"
+    world.report(new.id, TaskState.REJECTED)
+    world.put(target)
+    world.settle()
+    assert [task.id for task in wanted(world)] == ["old1"]
 
 
 @pytest.mark.parametrize("is_lost", [False, True])

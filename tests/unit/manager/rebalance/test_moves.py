@@ -123,8 +123,7 @@ def test_a_move_whose_target_takes_no_tasks_is_given_up_and_the_task_stays() -> 
     copy.apply(lambda tx: tx.put(replace(target, spec=replace(target.spec, availability=Availability.PAUSE))))
     copy.apply(begin_move, move, NOW)
     finish(asked.settle())
-    (waiting,) = [one for one in copy.view().find(Task) if one.status.state is TaskState.PENDING]
-    assert (waiting.node_id, copy.view().get(Task, move.task_id).is_active) == (move.target, True)
+    assert len(copy.view().find(Task)) == 3, "no successor is made for a node that takes none"
     copy.apply(give_up, copy.view().get(Task, move.task_id))
     finish(asked.settle())
     wanted = [one for one in copy.view().find(Task) if one.is_wanted]
