@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . setup/say.sh
+. setup/signing.sh
 
 target=$(realpath "${1:?which directory?}")
 version=${2:?which version?}
@@ -15,11 +16,10 @@ export SOURCE_DATE_EPOCH
 keyring=skep-archive-keyring.gpg
 fingerprint=
 if [ -n "${KEY:-}" ]; then
-    fingerprint=$(gpg --batch --with-colons --list-secret-keys "$KEY" | awk -F : '$1 == "fpr" { print $10; exit }')
-    [ -n "$fingerprint" ] || fail "gpg has no secret key $KEY" "name one of gpg --list-secret-keys"
+    fingerprint=$(signing_key "$KEY" "$SOURCE_DATE_EPOCH")
 fi
 
-# sign OPTION INPUT OUTPUT: signs at the commit's time, because a signature contains its time.
+# sign OPTION INPUT OUTPUT
 sign() {
     gpg --batch --yes --quiet --faked-system-time "$SOURCE_DATE_EPOCH!" --local-user "$fingerprint!" --digest-algo SHA512 \
         --armor "$1" --output "$3" "$2"

@@ -8,12 +8,14 @@ cd "$(dirname "$0")/.."
 . setup/say.sh
 . setup/suite.sh
 . setup/machine.sh
+. setup/signing.sh
 
 version=${1:?which version?}
 target=$PWD/dist/release-$version
 [ -z "$(git status --porcelain --untracked-files=no)" ] || say "files are changed: this is the release of no commit"
 SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
 export SOURCE_DATE_EPOCH
+[ -z "${KEY:-}" ] || signing_key "$KEY" "$SOURCE_DATE_EPOCH" >/dev/null  # before the work of many minutes
 native=$(dpkg --print-architecture)
 arches=${ARCHES:-amd64 arm64}
 

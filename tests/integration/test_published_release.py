@@ -209,6 +209,36 @@ def test_a_release_is_the_same_in_every_run(made: Release) -> None:
     assert listed == {name: sum for name, sum in before.items() if "/" not in name and name not in apart}
 
 
+@pytest.mark.parametrize(
+    ("script", "key", "epoch", "words"),
+    [
+        ("setup/publish.sh", KEY, "1770000000", "is younger than the commit, at whose time it would sign"),
+        ("setup/publish.sh", "nobody", EPOCH, "gpg has no secret key nobody"),
+        ("setup/release.sh", "nobody", EPOCH, "gpg has no secret key nobody"),
+    ],
+)
+def test_a_key_that_cannot_sign_is_refused_before_anything_is_made(
+    made: Release, tmp_path: Path, script: str, key: str, epoch: str, words: str
+) -> None:
+    environment = {
+        **os.environ,
+        "GNUPGHOME": str(made.gnupg_home),
+        "KEY": key,
+        "SOURCE_DATE_EPOCH": epoch,
+    }
+    target = [tmp_path] if "publish" in script else []
+    done = subprocess.run(
+        [ROOT / script, *target, VERSION],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert (done.returncode, words in done.stderr) == (1, True), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_notes_are_the_versions_section_of_the_changelog(made: Release, tmp_path: Path) -> None:
     """Of a version that the changelog does not have yet, the section that its fragments will become."""
     notes = (made.folder / "RELEASE-NOTES.md").read_text()
