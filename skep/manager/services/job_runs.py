@@ -14,7 +14,7 @@ with a time after everything that it has to follow (``asked_at``, ``joined_at``)
 time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from msgspec.structs import replace
 
@@ -212,7 +212,7 @@ def settled(view: View, service: Service, *, is_over: bool, is_late: bool) -> Jo
     if run.spec.mode.replicated_job is not None:
         ending = outcome(view, service) if is_over else job.present_outcome
         return replace(job, outcome=ending, settled_iteration=job.job_iteration) if ending else job
-    ended = {id for id, slot in slots.items() if not any(map(_is_to_go_on, slot))}
+    ended = {id for id, slot in slots.items() if _has_ended(slot)}
     candidates = [node.id for node in nodes_of(run, tasks, view.find(Node)) if is_candidate(node, run)]
     started = {task.node_id for task in tasks if task.job_iteration == job.job_iteration}
     if not is_late and not started.issuperset(candidates):
@@ -224,9 +224,13 @@ def settled(view: View, service: Service, *, is_over: bool, is_late: bool) -> Jo
     return replace(job, nodes_fixed=is_fixed(run), outcome=ending, settled_iteration=job.job_iteration)
 
 
-def _is_to_go_on(task: Task) -> bool:
-    """Return whether the task will run, or will be replaced by the restart policy."""
-    return task.is_wanted and task.status.state is not TaskState.COMPLETE
+def _has_ended(slot: Sequence[Task]) -> bool:
+    """Return whether no task of the slot will run, and the restart policy replaces none.
+
+    In a slot with a completed task, it does not replace a task that failed later.
+    """
+    is_replaced = any(task.is_wanted for task in slot) and not _is_done(slot)
+    return not is_replaced and not _is_active(slot)
 
 
 def _is_given_up(slot: Iterable[Task]) -> bool:

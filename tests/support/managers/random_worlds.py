@@ -48,12 +48,13 @@ class RandomWorld:
     def __init__(self, seed: int, *, has_minimum: bool = False, delay_s: int = 3) -> None:
         self.random = Random(seed)
         self.has_minimum, self.delay_s = has_minimum, delay_s
-        self.is_global = not has_minimum and self.random.random() < 0.25
         self.newest_before_term = ZERO_TIME
-        self.world = World(
-            replace(a_service("web", is_global=self.is_global), spec=self._spec("a")),
-            nodes=map(a_node, NODES),
-        )
+        self.world = self._begin()
+
+    def _begin(self) -> World:
+        self.is_global = not self.has_minimum and self.random.random() < 0.25
+        service = replace(a_service("web", is_global=self.is_global), spec=self._spec("a"))
+        return World(service, nodes=map(a_node, NODES))
 
     def fork(self) -> World:
         """Return a copy of the world, to see what another order of events would lead to."""
@@ -87,7 +88,7 @@ class RandomWorld:
         if not (tasks := [task for task in self.world.tasks.values() if not task.status.state.is_terminal]):
             return
         task = self.random.choice(tasks)
-        if task.desired_state > RUNNING:
+        if not task.is_wanted:
             if task.status.state >= TaskState.ASSIGNED:
                 ends = (TaskState.SHUTDOWN, FAILED, TaskState.COMPLETE)
                 self.world.report(task.id, self.random.choice(ends))

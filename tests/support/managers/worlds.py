@@ -27,11 +27,14 @@ from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Event, Updated
 from skep.store.keys import HEAD
 from skep.store.kinds import Payload, SpecVersion, spec_version_id
+from skep.store.level import LEVEL
 from skep.store.schema import SCHEMA_BY_TYPE
 
 
 class World:
     """Holds one service.  Time stands still unless ``now`` is changed."""
+
+    level = LEVEL
 
     def __init__(self, service: Service, tasks: Iterable[Task] = (), nodes: Iterable[Node] = ()) -> None:
         self.service = service

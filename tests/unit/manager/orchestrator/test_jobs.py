@@ -191,6 +191,21 @@ def test_a_run_that_was_replaced_and_completes_after_all_is_enough() -> None:
     assert world.tasks[successor.id].desired_state is TaskState.SHUTDOWN
 
 
+def test_a_run_ends_in_a_slot_that_has_completed_although_what_took_its_place_failed() -> None:
+    world = World(a_global_job(), nodes=[an_old_node("n1")])
+    world.settle()
+    (moved,) = live(world)
+    world.put(replace(moved, desired_state=TaskState.SHUTDOWN))
+    world.settle()
+    (successor,) = live(world)
+    world.report(successor.id, TaskState.REJECTED)
+    world.report(moved.id, TaskState.COMPLETE)
+    world.settle()
+    assert world.service.job_status is not None
+    assert world.service.job_status.present_outcome == COMPLETED
+    assert live(world) == []
+
+
 def test_what_took_the_place_of_a_completed_run_counts_until_it_is_retired() -> None:
     """The decision to retire it may fail: until it is written, nothing begins in its place."""
     world = World(a_job(concurrent=1, total=2))

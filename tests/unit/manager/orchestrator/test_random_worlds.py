@@ -1,7 +1,7 @@
 """Properties of decisions in worlds where features meet, whatever happens and in whatever order."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from random import Random
 
 import pytest
@@ -15,6 +15,7 @@ from skep.manager.orchestrator.changes import (
     SetUpdateStatus,
     key_of,
 )
+from skep.manager.orchestrator.jobs import is_done, iteration_of
 from skep.manager.orchestrator.reaper.history import (
     attempts_kept,
     counted_from,
@@ -22,10 +23,14 @@ from skep.manager.orchestrator.reaper.history import (
     surplus_history,
     updating_versions,
 )
+from skep.manager.orchestrator.replacement.restart import stopped_at
+from skep.manager.orchestrator.slots import is_assigned, is_lost
 from skep.manager.services.disruption_budget import is_available, required
 from skep.model.service import ENDED
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.meta import Version
+from tests.support.managers.random_jobs import RandomJob
 from tests.support.managers.random_worlds import RandomWorld
 from tests.support.managers.worlds import World
 
@@ -36,7 +41,8 @@ EVENTS = 60
 
 
 @pytest.mark.parametrize("seeds", WORLDS)
-def test_what_the_history_deletes_changes_no_decision(seeds: range) -> None:
+@pytest.mark.parametrize("kind", [RandomWorld, RandomJob])
+def test_what_the_history_deletes_changes_no_decision(kind: type[RandomWorld], seeds: range) -> None:
     """Neither the present decision, nor the one after the end of any task.
 
     Updates have no delay: it may begin anew if the history forgets when a slot began to run.
@@ -44,7 +50,7 @@ def test_what_the_history_deletes_changes_no_decision(seeds: range) -> None:
     for seed in seeds:
         limits = Random(seed)
         limit, is_deleted = limits.choice((0, 1, 2, 5)), limits.random() < 0.5
-        random = RandomWorld(seed, delay_s=0)
+        random = kind(seed, delay_s=0)
         for number in range(EVENTS):
             random.step()
             random.world.settle()
@@ -81,9 +87,12 @@ def test_no_change_that_is_written_late_takes_a_service_below_its_minimum(seeds:
 
 
 @pytest.mark.parametrize("seeds", WORLDS)
-def test_no_change_that_is_written_late_stops_a_task_that_a_later_decision_keeps(seeds: range) -> None:
+@pytest.mark.parametrize("kind", [RandomWorld, RandomJob])
+def test_no_change_that_is_written_late_stops_a_task_that_a_later_decision_keeps(
+    kind: type[RandomWorld], seeds: range
+) -> None:
     for seed in seeds:
-        random = RandomWorld(seed)
+        random = kind(seed)
         world = random.world
         for number in range(EVENTS):
             random.step()
@@ -100,17 +109,62 @@ def test_no_change_that_is_written_late_stops_a_task_that_a_later_decision_keeps
             world.settle()
 
 
+@pytest.mark.parametrize("seeds", WORLDS)
+def test_a_job_does_no_work_twice_at_a_time_whatever_is_written_late(seeds: range) -> None:
+    """Neither two tasks of a slot, nor a task of a slot that has completed, nor tasks of two runs."""
+    for seed in seeds:
+        random = RandomJob(seed)
+        world = random.world
+        for number in range(EVENTS):
+            random.step()
+            changes, lost = world.changes(), [node.id for node in world.nodes.values() if is_lost(node)]
+            for _ in range(random.random.randrange(3)):
+                random.step()
+            before = dict(world.tasks)
+            world.apply(changes)
+            world.settle()
+            run = iteration_of(world.service)
+            for slot in _slots(_of_run(world, run)):
+                working = [task for task in slot if task.is_active]
+                assert len(working) <= (0 if is_done(slot) else 1), (seed, number, working)
+            started = [task.id for task in _of_run(world, run) if _starts(before.get(task.id), task)]
+            earlier = [
+                task.id
+                for task in world.tasks.values()
+                if task.job_iteration != run and is_assigned(task) and task.node_id not in lost
+                if stopped_at(task, world.situation) > world.now
+            ]
+            assert not (started and earlier), (seed, number, started, earlier)
+
+
+def _of_run(world: World, run: Version) -> list[Task]:
+    return [task for task in world.tasks.values() if task.job_iteration == run]
+
+
+def _starts(before: Task | None, after: Task) -> bool:
+    """Return whether the task was allowed to run since."""
+    is_allowed = after.desired_state is TaskState.COMPLETE and after.is_active
+    return is_allowed and (before is None or before.desired_state is TaskState.READY)
+
+
+def _slots(tasks: Iterable[Task]) -> Collection[list[Task]]:
+    slots: defaultdict[int | NodeId, list[Task]] = defaultdict(list)
+    for task in tasks:
+        slots[task.slot or task.node_id].append(task)
+    return slots.values()
+
+
 def _surplus(random: RandomWorld, limit: int) -> Iterator[TaskId]:
     """Yield the ids of the tasks that the reaper would delete with this limit of the cluster."""
     service = random.world.service
-    slots: defaultdict[tuple[int, NodeId], list[Task]] = defaultdict(list)
-    for task in random.world.tasks.values():
-        if task.desired_state < TaskState.REMOVE:
-            slots[task.slot, NodeId("") if task.slot else task.node_id].append(task)
+    kept = [task for task in random.world.tasks.values() if task.desired_state < TaskState.REMOVE]
     times = counted_from(service, random.newest_before_term)
     attempts, versions = attempts_kept(service), updating_versions(service)
-    for slot in slots.values():
-        for task in surplus_history(slot, history_limit(service, limit), None, versions, attempts, times):
+    iteration = service.job_status.job_iteration if service.job_status is not None else None
+    for slot in _slots(kept):
+        for task in surplus_history(
+            slot, history_limit(service, limit), iteration, versions, attempts, times
+        ):
             yield task.id
 
 
