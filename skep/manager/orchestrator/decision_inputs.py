@@ -10,7 +10,7 @@ from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.disconnection import policy_on, replaced_at
 from skep.manager.orchestrator.replacement.enforcement import violates_constraints
 from skep.manager.orchestrator.slots import is_lost, is_unusable
-from skep.manager.services.disruption_budget import required, rollout_config
+from skep.manager.services.disruption_budget import keeps_all, required, rollout_config
 from skep.model.node import Availability, Node, NodeState, takes_tasks
 from skep.model.options.labels import OnDisconnect, drains_now
 from skep.model.options.overlap import why_stop_first
@@ -128,7 +128,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         """Return whether the task runs on until its replacement runs (``evacuation``), although it must leave its node.
 
         The node is drained.  Or the node no longer fits, and the service has a minimum of available tasks.  Or the
-        task moves for an even spread, and no freeze holds it back.
+        task moves for an even spread, and no freeze holds it back.  Or it was preempted before its service was updated
+        to keep all tasks, so that it may never stop first.
 
         Other tasks stop first.  These are tasks without a process, tasks with a volume or host path to write to, tasks
         without restarts, and tasks of a node that is down or drained at once.
@@ -136,10 +137,16 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         node = self.node_of(task)
         if node is None or node.status.state is NodeState.DOWN or self.service.spec.mode.name != "replicated":
             return False
+        if task.preemption is not None and not keeps_all(self.service):
+            return False
         if node.spec.availability is Availability.DRAIN:
             if drains_now(node.spec.labels):
                 return False
-        elif not self.is_relocating(task) and not (required(self.service) and self.is_unfit(task, node)):
+        elif not (
+            task.preemption is not None
+            or self.is_relocating(task)
+            or (required(self.service) and self.is_unfit(task, node))
+        ):
             return False
         may_run = task.status.state is TaskState.RUNNING or self.has_unknown_status(task)
         if task.desired_state is not TaskState.RUNNING or not task.is_active or not may_run:
@@ -147,7 +154,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         policy = task.spec.restart_policy
         if policy is not None and policy.condition is RestartCondition.NONE:
             return False
-        if task.preemption is not None or any(self.is_drained(one.id) for one in task.volumes):
+        if any(self.is_drained(one.id) for one in task.volumes):
             return False
         return self.may_overlap(task)
 

@@ -57,6 +57,10 @@ class RandomJob(RandomWorld):
         with suppress(SkepError):  # nothing has failed
             retry_job(self.world, self.world.service.id)  # type: ignore[arg-type]
 
+    def _ask_for_the_last(self) -> None:
+        world = self.world
+        run_job(world, world.service.id, now=self._time(world), replaces=True)  # type: ignore[arg-type]
+
     # -- the spec ----------------------------------------------------------------------------------------------
 
     def _spec(self, image: str) -> ServiceSpec:

@@ -30,6 +30,8 @@ from tests.support.builders import a_node, a_service, a_service_spec
 from tests.support.managers.worlds import World
 
 NODES = ("n1", "n2", "n3")
+GOOD = "good"
+"""Image of the last update."""
 FAILED, RUNNING = TaskState.FAILED, TaskState.RUNNING
 
 
@@ -81,6 +83,38 @@ class RandomWorld:
             self._relocate()
         else:
             self.random.choices(events, weights)[0]()
+
+    def end_well(self) -> None:
+        """Let all nodes be ready and a last update without fault come, and carry out everything for a while."""
+        for id in NODES:
+            self.world.put(a_node(id))
+        for task in self.world.tasks.values():
+            self.world.put(replace(task, relocation=None))
+        self._ask_for_the_last()
+        for _ in range(120):
+            self.world.settle()
+            for task in [*self.world.tasks.values()]:
+                self._obey(task)
+            self.world.now += self.random.choice((0.5, 3.0, 12.0))
+
+    def _ask_for_the_last(self) -> None:
+        choose = self.random.choice
+        update = UpdateConfig(parallelism=choose((0, 1, 2)), order=choose((None, *UpdateOrder)))
+        spec = a_service_spec(replicas=3, image=GOOD, update=update, is_global=self.is_global)
+        self.world.update(replace(spec, labels=self._labels()))
+
+    def _obey(self, task: Task) -> None:
+        """Report what the task's node would report without any failure."""
+        if task.status.state.is_terminal:
+            return
+        if not task.is_wanted:
+            self.world.report(task.id, TaskState.SHUTDOWN)
+        elif not task.node_id:
+            self._place(task)
+        elif task.desired_state is TaskState.COMPLETE and task.status.state is RUNNING:
+            self.world.report(task.id, TaskState.COMPLETE)
+        else:
+            self.world.report(task.id, TaskState.READY if task.desired_state is TaskState.READY else RUNNING)
 
     # -- events ------------------------------------------------------------------------------------------------
 
@@ -208,7 +242,13 @@ class RandomWorld:
             restart=restart,
             is_global=self.is_global,
         )
-        labels: dict[str, str] = {}
+        labels = self._labels()
+        if self.random.random() < 0.2:
+            labels[PROGRESS_DEADLINE] = "15s"
+        return replace(spec, labels=labels)
+
+    def _labels(self) -> dict[str, str]:
+        choose, labels = self.random.choice, dict[str, str]()
         if not self.is_global and (self.has_minimum or self.random.random() < 0.3):
             labels[MIN_AVAILABLE] = choose(("1", "50%", "100%"))
         if not self.is_global and self.random.random() < 0.25:
@@ -218,6 +258,4 @@ class RandomWorld:
                 ON_DISCONNECT: choose(("keep", "stop", "replace")),
                 ON_DISCONNECT_DELAY: choose(("0s", "20s")),
             }
-        if self.random.random() < 0.2:
-            labels[PROGRESS_DEADLINE] = "15s"
-        return replace(spec, labels=labels)
+        return labels

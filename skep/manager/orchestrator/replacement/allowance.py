@@ -102,14 +102,15 @@ def _may_start_first(
 ) -> bool:
     """Return whether the successor of the step's task may start before it stops.
 
-    That requires that they write no data, and that at least one node does not refuse the successor.
+    That requires that they write no data, and that at least one node does not refuse the successor.  A task that is
+    never restarted may have none.
     """
     if not situation.may_overlap(step.task):
         return False
     if not isinstance(step, RetireTask):
         return True
     successor = tasks.get(step.successor) if step.successor else None
-    return successor is None or not excludes(step.task, successor, situation)
+    return successor is not None and not excludes(step.task, successor, situation)
 
 
 def _take(task: Task, serving: dict[int, set[TaskId]]) -> None:

@@ -9,6 +9,8 @@ from skep.model.service import (
     EndpointSpec,
     PortConfig,
     PublishMode,
+    RestartCondition,
+    RestartPolicy,
 )
 from skep.model.task import Preemption, Task, TaskState
 from skep.model.values.ids import NodeId, TaskId
@@ -40,6 +42,33 @@ def test_preemption_waits_until_the_minimum_is_available() -> None:
     (new,) = new_ones(world)
     assign(world, new.id, state=RUNNING)
     assert not world.tasks[TaskId("old1")].is_wanted
+
+
+def test_a_preempted_task_of_a_service_that_keeps_all_since_leaves_once_it_is_replaced() -> None:
+    world = a_world(a_spec(2))
+    preempt(world, "old1")
+    world.update(a_spec(2, minimum="100%"))
+    world.settle()
+    (new,) = new_ones(world)
+    assert world.tasks[TaskId("old1")].is_wanted
+    assign(world, new.id, state=RUNNING)
+    assert not world.tasks[TaskId("old1")].is_wanted
+
+
+def test_an_update_replaces_a_preempted_task_that_is_never_restarted_although_all_are_kept() -> None:
+    spec = a_spec(2)
+    never = RestartPolicy(condition=RestartCondition.NONE)
+    world = a_world(replace(spec, task_template=replace(spec.task_template, restart_policy=never)))
+    preempt(world, "old1")
+    world.update(a_spec(2, minimum="100%", image="app:2"))
+    for _ in range(5):
+        world.settle()
+        world.stop_all()
+        for task in of_image(world, "app:2"):
+            if task.desired_state is RUNNING:
+                assign(world, task.id, state=RUNNING)
+    assert len(of_image(world, "app:2")) == 2
+    assert len(wanted(world)) == 2
 
 
 def test_a_stop_first_update_waits_until_the_minimum_is_available() -> None:

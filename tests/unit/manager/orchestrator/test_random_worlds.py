@@ -26,12 +26,13 @@ from skep.manager.orchestrator.reaper.history import (
 from skep.manager.orchestrator.replacement.restart import stopped_at
 from skep.manager.orchestrator.slots import is_assigned, is_lost
 from skep.manager.services.disruption_budget import is_available, required
-from skep.model.service import ENDED
+from skep.manager.services.job_runs import COMPLETED
+from skep.model.service import ENDED, UpdateState
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.meta import Version
 from tests.support.managers.random_jobs import RandomJob
-from tests.support.managers.random_worlds import RandomWorld
+from tests.support.managers.random_worlds import GOOD, RandomWorld
 from tests.support.managers.worlds import World
 
 WORLDS = [pytest.param(range(first, first + 20), id=f"{first} and next") for first in range(0, 80, 20)] + [
@@ -107,6 +108,45 @@ def test_no_change_that_is_written_late_stops_a_task_that_a_later_decision_keeps
             needless = {id for id in stopped if decided_now.tasks[id].is_wanted}
             assert not needless, (seed, number, changes)
             world.settle()
+
+
+@pytest.mark.parametrize("seeds", WORLDS)
+@pytest.mark.parametrize("has_minimum", [False, True])
+def test_whatever_happened_an_update_to_a_good_image_ends(has_minimum: bool, seeds: range) -> None:
+    for seed in seeds:
+        random = RandomWorld(seed, has_minimum=has_minimum)
+        _live(random)
+        random.end_well()
+        tasks = [task for task in random.world.tasks.values() if task.is_wanted]
+        images = [task.spec.container_spec.image for task in tasks if task.spec.container_spec is not None]
+        status = random.world.service.update_status
+        assert images == [GOOD] * 3, (seed, images, status)
+        assert all(map(_serves, tasks)), (seed, tasks)
+        assert status is None or status.state is UpdateState.COMPLETED, (seed, status)
+
+
+@pytest.mark.parametrize("seeds", WORLDS)
+def test_whatever_happened_a_run_that_does_not_fail_completes(seeds: range) -> None:
+    for seed in seeds:
+        random = RandomJob(seed)
+        _live(random)
+        random.end_well()
+        job = random.world.service.job_status
+        assert job is not None
+        assert job.present_outcome == COMPLETED, (seed, job)
+        assert not [task for task in random.world.tasks.values() if task.is_active], seed
+
+
+def _live(random: RandomWorld) -> None:
+    """Let random events happen, and let changes be written late."""
+    for _ in range(EVENTS):
+        random.step()
+        changes = random.world.changes()
+        for _ in range(random.random.randrange(3)):
+            random.step()
+        random.world.apply(changes)
+        if random.random.random() < 0.7:
+            random.world.settle()
 
 
 @pytest.mark.parametrize("seeds", WORLDS)
