@@ -36,7 +36,7 @@ from tests.support.managers.random_worlds import GOOD, RandomWorld
 from tests.support.managers.worlds import World
 
 WORLDS = [pytest.param(range(first, first + 20), id=f"{first} and next") for first in range(0, 80, 20)] + [
-    pytest.param(range(1000, 2000), id="a thousand", marks=pytest.mark.slow)
+    pytest.param(range(1000, 2000), id="a thousand", marks=[pytest.mark.slow, pytest.mark.timeout(600)])
 ]
 EVENTS = 60
 
