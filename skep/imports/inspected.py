@@ -13,7 +13,7 @@ from skep.imports.document import Imported, Note, read_back
 from skep.model.container import ContainerSpec
 from skep.model.service import EndpointSpec, NetworkAttachmentConfig, ServiceSpec
 from skep.model.values.unknown import NOTHING, Unknown, UnknownOfItems, divided
-from skep.stack.planning import differences
+from skep.stack.differences import differences
 from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS
 
 _STACK_LABELS: Final = (f"Labels.{NAMESPACE}", f"Labels.{IMAGE}")

@@ -42,11 +42,11 @@ from skep.stack.cluster_state import (
 )
 from skep.stack.compose.document import FileProblem, FileProblems
 from skep.stack.created import CreatedObjects
+from skep.stack.differences import differences
 from skep.stack.planning import (
     PlanAction,
     PlannedChange,
     StackPlan,
-    differences,
     freeing,
     is_rolled_back,
     is_still,
