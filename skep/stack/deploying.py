@@ -23,7 +23,6 @@ from skep.errors import (
     reason_of,
 )
 from skep.model.options.autoscaling import with_present_number
-from skep.model.options.schedules import CRON
 from skep.model.service import Service, ServiceSpec
 from skep.model.staging.updates import rollback_target
 from skep.model.task import Task
@@ -61,7 +60,7 @@ from skep.stack.progress import (
     FAILURES_MAX,
     UP_TO_DATE,
     ServiceProgress,
-    progress_of,
+    progress_after_deploy,
     progress_without,
 )
 from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile
@@ -498,14 +497,11 @@ class Deployment:
         *,
         is_kept: bool,
     ) -> ServiceProgress:
-        """Return the progress of a service.  A scheduled job is done at once: its next run has the new spec.
+        """Return the progress of a service.
 
         The status of a rollback is lost if the service is updated once more, so the specs are compared as well.
         """
-        if CRON in service.spec.labels:
-            found = ServiceProgress("it has a schedule", is_done=True)
-        else:
-            found = progress_of(service, tasks, current, is_kept=is_kept)
+        found = progress_after_deploy(service, tasks, current, is_kept=is_kept)
         to, wanted = self._rollbacks.get(service.spec.name, (None, None))
         if not found.is_stuck and is_rolled_back(
             to, wanted, with_network_names(service, self._networks).spec

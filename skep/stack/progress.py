@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from skep.errors import FailedPrecondition
 from skep.model.node_reports.node_refusals import is_no_node
 from skep.model.options.labels import JOB_TTL, is_stopped
+from skep.model.options.schedules import CRON
 from skep.model.service import ENDED, UNDER_WAY, RestartCondition, Service, ServiceSpec, UpdateState
 from skep.model.staging.updates import WITHOUT_TASKS, end_of_step, resting_step, tasks_of_step
 from skep.model.task import Task, TaskState
@@ -244,6 +245,22 @@ def progress_of(
     if any(task.id not in current for task in wanted):
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
     return ServiceProgress(text, cause, problem=problem, is_updating=is_updating, is_empty=not count)
+
+
+def progress_after_deploy(
+    service: Service,
+    tasks: Sequence[Task],
+    current: Collection[str] | None = None,
+    *,
+    is_kept: bool = False,
+) -> ServiceProgress:
+    """Return ``progress_of`` a service that a deploy has written.
+
+    A scheduled job is done at once: its next run has the new spec.
+    """
+    if CRON in service.spec.labels:
+        return ServiceProgress("it has a schedule", is_done=True)
+    return progress_of(service, tasks, current, is_kept=is_kept)
 
 
 def progress_without(name: str, spec: ServiceSpec | None) -> ServiceProgress:

@@ -196,7 +196,7 @@ async def _inherit(client: Requests, revisions: Sequence[StackRevision], created
 async def _run(client: Requests, services: Iterable[Service]) -> bool:
     """Return whether all services are in their desired state."""
     for one in services:
-        if not (await look_at(client, one.id)).progress.is_done:
+        if not (await look_at(client, one.id, is_deployed=True)).progress.is_done:
             return False
     return True
 
@@ -541,7 +541,7 @@ async def _restore(
         if name not in kept:
             show(name, "previous spec restored")
             restoring.append(name)
-    await wait_for(client, restoring, show, wait_s)
+    await wait_for(client, restoring, show, wait_s, is_deployed=True)
     return kept
 
 
