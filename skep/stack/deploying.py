@@ -43,6 +43,7 @@ from skep.stack.compose.document import FileProblem, FileProblems
 from skep.stack.created import CreatedObjects
 from skep.stack.differences import differences
 from skep.stack.planning import (
+    Existing,
     PlanAction,
     PlannedChange,
     StackPlan,
@@ -207,10 +208,11 @@ class Deployment:
     async def prune(self, former: Collection[str] = (), kept: Collection[str] = ()) -> None:
         """Remove the secrets and configs named in ``former``, unless they are still used or named in ``kept``.
 
+        A deploy without a wait names what only removed revisions need, because tasks may still run with former specs.
         Other secrets and configs with the stack's label stay, because a concurrent deploy or a user may have just
         created them.
         """
-        existing = await existing_of(self._client, self._stack.name, former)
+        existing = await existing_of(self._client, self._stack.name, former) if former else Existing()
         for kind, objects in (("secret", existing.secrets), ("config", existing.configs)):
             candidates = [one for one in objects if one["Spec"]["Name"] in former]
             for one in superseded(self._stack, kind, candidates, existing.services, kept):
