@@ -16,8 +16,8 @@ from skep.cli.formatting import age
 from skep.cli.output import OutputOptions, Shown, shows, table
 from skep.cli.running import do_each, run_requests
 from skep.cli.stack.stack_screens import ProgressPrinter, differing, max_failures
-from skep.errors import FailedPrecondition, NotFound
-from skep.model.door.routes import HTTP, has_routes, is_http_label, label_class
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound
+from skep.model.door.routes import HTTP, has_routes, is_http_label, label_class, routes_of
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.schedules import CRON, stop_labels, without_stop
 from skep.model.service import ServiceSpec
@@ -276,8 +276,12 @@ def expose(
 
 
 def exposed(spec: Mapping[str, Any], address: str, port: int | None) -> Mapping[str, Any]:
-    """Return the spec with one more route.  The first one also replaces the tasks, which get the network with it."""
+    """Return the spec with one more route.  The first one also replaces the tasks, which get the network with it.
+
+    Raises: InvalidArgument: another route of the service would lead to another port.
+    """
     labels = dict(spec.get("Labels") or {})
+    before = {one.address: one.options.port for one in routes_of(labels)}
     template = spec["TaskTemplate"]
     if not has_routes(labels):
         template = {**template, "ForceUpdate": template.get("ForceUpdate", 0) + 1}
@@ -285,6 +289,12 @@ def exposed(spec: Mapping[str, Any], address: str, port: int | None) -> Mapping[
     labels[HTTP] = ",".join(dict.fromkeys((*routes, address)))
     if port is not None:
         labels[f"{HTTP}.port"] = str(port)
+    for one in routes_of(labels):
+        if before.get(one.address, one.options.port) != one.options.port and one.address != address.lower():
+            raise InvalidArgument(
+                f"the route {one.address} leads to port {before[one.address]}, and would lead to {port}. Run docker "
+                f"service update --label-add {HTTP}.NAME={address} --label-add {HTTP}.NAME.port={port} {spec['Name']}."
+            )
     return {**spec, "Labels": labels, "TaskTemplate": template}
 
 
