@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
@@ -11,9 +12,11 @@ from skep.errors import InvalidArgument
 from skep.imports.composing import ObjectKeys, names_volume, service_entry
 from skep.imports.document import Imported, Note, read_back
 from skep.model.container import ContainerSpec
+from skep.model.options.affinity import AFFINITY_LABELS
+from skep.model.options.dependencies import dependencies_of, label_of
 from skep.model.service import EndpointSpec, NetworkAttachmentConfig, ServiceSpec
 from skep.model.values.unknown import NOTHING, Unknown, UnknownOfItems, divided
-from skep.stack.planning import differences
+from skep.stack.differences import differences
 from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS
 
 _STACK_LABELS: Final = (f"Labels.{NAMESPACE}", f"Labels.{IMAGE}")
@@ -64,16 +67,20 @@ def imported(
     found: Sequence[tuple[ServiceSpec, Unknown]],
     stack: str,
     networks: Mapping[str, Mapping[str, Any]],
+    others: Mapping[str, str] = MappingProxyType({}),
 ) -> Imported:
     """Convert services to a stack file.
 
     Args:
         stack: the stack's name.  A deploy renames services of other stacks, or of none, to STACK_NAME.
         networks: networks from ``GET /networks``, by id; may be empty.
+        others: new names of services of other files, by their old names in lower case.
     """
     names_of = {id: str(one["Name"]) for id, one in networks.items()}
     specs = [_named(spec, names_of) for spec, _ in found]
     names = _names(specs, stack, networks)
+    renamed = {**others} | {name.lower(): f"{stack}_{key}" for name, key in names.services.items()}
+    specs = [replace(spec, labels=_relabeled(spec.labels, renamed)) for spec in specs]
     document: dict[str, Any] = {
         "name": stack,
         "services": {names.services[spec.name]: service_entry(spec, names) for spec in specs},
@@ -105,6 +112,20 @@ def _named(spec: ServiceSpec, names_of: Mapping[str, str]) -> ServiceSpec:
         for one in template.networks or spec.networks
     )
     return replace(spec, networks=(), task_template=replace(template, networks=attached))
+
+
+def _relabeled(labels: Mapping[str, str], renamed: Mapping[str, str]) -> dict[str, str]:
+    """Return the labels with the new names of the services that they name.  ``renamed``: by the old name in lower
+    case.
+    """
+    made = {**labels}
+    if found := dependencies_of(labels):
+        made |= label_of(replace(one, service=renamed.get(one.key, one.service)) for one in found)
+    for label in AFFINITY_LABELS:
+        terms = [one.strip().partition("@") for one in labels.get(label, "").split(",")]
+        if label in labels:
+            made[label] = ",".join(renamed.get(name.lower(), name) + at + rest for name, at, rest in terms)
+    return made
 
 
 def _names(specs: Sequence[ServiceSpec], stack: str, networks: Mapping[str, Mapping[str, Any]]) -> ObjectKeys:

@@ -80,6 +80,9 @@ def move_of(objects: SwarmObjects) -> SwarmExport:
     stacks: dict[str, list[tuple[ServiceSpec, Unknown]]] = {}
     for spec, unknown in specs:
         stacks.setdefault(spec.labels.get(NAMESPACE) or rest, []).append((spec, unknown))
+    renamed = {
+        spec.name.lower(): f"{rest}_{spec.name.removeprefix(f'{rest}_')}" for spec, _ in stacks.get(rest, ())
+    }
     contents, labels = dict(_contents(objects.configs)), _labels(objects.configs)
     made: dict[str, Imported] = {}
     files: dict[str, bytes] = {}
@@ -87,7 +90,7 @@ def move_of(objects: SwarmObjects) -> SwarmExport:
         if not _FILE_NAME.fullmatch(name):
             raise InvalidArgument(f"the stack {name!r} has a name that no file can have")
         made[name] = _with_configs(
-            imported(sorted(found, key=lambda one: one[0].name), name, networks), contents, labels
+            imported(sorted(found, key=lambda one: one[0].name), name, networks, renamed), contents, labels
         )
         files[f"{name}.yaml"] = made[name].text.encode()
     files |= {f"configs/{name}": content for name, content in contents.items()}

@@ -23,7 +23,6 @@ from skep.errors import (
     reason_of,
 )
 from skep.model.options.autoscaling import with_present_number
-from skep.model.options.schedules import CRON
 from skep.model.service import Service, ServiceSpec
 from skep.model.staging.updates import rollback_target
 from skep.model.task import Task
@@ -42,11 +41,12 @@ from skep.stack.cluster_state import (
 )
 from skep.stack.compose.document import FileProblem, FileProblems
 from skep.stack.created import CreatedObjects
+from skep.stack.differences import differences
 from skep.stack.planning import (
+    Existing,
     PlanAction,
     PlannedChange,
     StackPlan,
-    differences,
     freeing,
     is_rolled_back,
     is_still,
@@ -61,7 +61,7 @@ from skep.stack.progress import (
     FAILURES_MAX,
     UP_TO_DATE,
     ServiceProgress,
-    progress_of,
+    progress_after_deploy,
     progress_without,
 )
 from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile
@@ -208,10 +208,11 @@ class Deployment:
     async def prune(self, former: Collection[str] = (), kept: Collection[str] = ()) -> None:
         """Remove the secrets and configs named in ``former``, unless they are still used or named in ``kept``.
 
+        A deploy without a wait names what only removed revisions need, because tasks may still run with former specs.
         Other secrets and configs with the stack's label stay, because a concurrent deploy or a user may have just
         created them.
         """
-        existing = await existing_of(self._client, self._stack.name, former)
+        existing = await existing_of(self._client, self._stack.name, former) if former else Existing()
         for kind, objects in (("secret", existing.secrets), ("config", existing.configs)):
             candidates = [one for one in objects if one["Spec"]["Name"] in former]
             for one in superseded(self._stack, kind, candidates, existing.services, kept):
@@ -498,14 +499,11 @@ class Deployment:
         *,
         is_kept: bool,
     ) -> ServiceProgress:
-        """Return the progress of a service.  A scheduled job is done at once: its next run has the new spec.
+        """Return the progress of a service.
 
         The status of a rollback is lost if the service is updated once more, so the specs are compared as well.
         """
-        if CRON in service.spec.labels:
-            found = ServiceProgress("it has a schedule", is_done=True)
-        else:
-            found = progress_of(service, tasks, current, is_kept=is_kept)
+        found = progress_after_deploy(service, tasks, current, is_kept=is_kept)
         to, wanted = self._rollbacks.get(service.spec.name, (None, None))
         if not found.is_stuck and is_rolled_back(
             to, wanted, with_network_names(service, self._networks).spec

@@ -8,9 +8,8 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
-from skep.api.formats.service_form import settled, with_defaults
+from skep.api.formats.service_form import settled
 from skep.errors import SkepError
-from skep.model.container import ConfigReference, SecretReference
 from skep.model.door.routes import tls_secrets
 from skep.model.needs import needs_of
 from skep.model.options.autoscaling import with_number_kept, with_present_number
@@ -21,12 +20,11 @@ from skep.model.values.encoding import to_json
 from skep.model.values.ids import ConfigId, SecretId
 from skep.model.values.unknown import leniently
 from skep.stack.compose.document import FileProblem, FileProblems
+from skep.stack.differences import Difference, differences
 from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS, Stack, StackFile, StackNetwork, StackService
 
 _UNSET: Final = object()
 _IMAGE_ID: Final = re.compile("[0-9a-f]{64}")
-_HIDDEN: Final = frozenset({"SecretID", "ConfigID"})
-"""Ids in references.  They are not compared, because they follow from the names."""
 
 
 class Existing(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,21 +43,6 @@ class PlanAction(Enum):
     UPDATE = "~"
     REMOVE = "-"
     KEEP = " "
-
-
-class Difference(msgspec.Struct, frozen=True):
-    """A changed field of a spec: its path, and both values as text, empty if unset."""
-
-    path: str
-    before: str
-    after: str
-
-    @property
-    def restarts(self) -> bool:
-        """Return whether the change replaces all tasks.  A changed placement moves only tasks that no longer fit."""
-        if self.path.startswith("TaskTemplate.Placement."):
-            return False
-        return self.path.startswith(("TaskTemplate.", "EndpointSpec."))
 
 
 class PlannedChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -484,65 +467,6 @@ def is_rolled_back(to: ServiceSpec | None, wanted: ServiceSpec | None, present: 
     Other changes of the service by users do not count.
     """
     return to is not None and wanted is not None and is_still(to, present) and not is_still(to, wanted)
-
-
-def differences(before: ServiceSpec, after: ServiceSpec) -> Iterator[Difference]:
-    """Yield the fields in which two specs differ, with defaults filled in and unordered lists sorted."""
-    old, new = dict(_flat(_comparable(before))), dict(_flat(_comparable(after)))
-    for path in [*new, *(path for path in old if path not in new)]:
-        if old.get(path) != new.get(path):
-            yield Difference(path, old.get(path, ""), new.get(path, ""))
-
-
-def _comparable(spec: ServiceSpec) -> Mapping[str, Any]:
-    spec = with_defaults(spec)
-    template = spec.task_template
-    container = template.container_spec
-    assert container is not None
-    template = replace(
-        template,
-        container_spec=replace(
-            container,
-            env=tuple(sorted(container.env)),
-            secrets=tuple(sorted(container.secrets, key=_reference_key)),
-            configs=tuple(sorted(container.configs, key=_reference_key)),
-        ),
-        networks=tuple(sorted(template.networks, key=lambda one: one.target)),
-    )
-    endpoint = spec.endpoint_spec
-    if endpoint is not None:
-        ports = tuple(
-            sorted(endpoint.ports, key=lambda one: (one.published_port, one.target_port, one.protocol))
-        )
-        spec = replace(spec, endpoint_spec=replace(endpoint, ports=ports))
-    decoded = msgspec.json.decode(to_json(replace(spec, task_template=template)))
-    assert isinstance(decoded, dict)
-    return decoded
-
-
-def _reference_key(reference: SecretReference | ConfigReference) -> tuple[str, str]:
-    name = reference.secret_name if isinstance(reference, SecretReference) else reference.config_name
-    return name, reference.file.name if reference.file is not None else ""
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield path and value of each leaf of a spec.  A list of texts is one leaf.  Empty values are left out."""
-    match value:
-        case dict():
-            for key, one in value.items():
-                if key not in _HIDDEN:
-                    yield from _flat(one, f"{path}.{key}" if path else key)
-        case list() if value and all(isinstance(one, str) for one in value):
-            yield path, " ".join(value)
-        case list():
-            for at, one in enumerate(value):
-                yield from _flat(one, f"{path}[{at}]")
-        case None | "" | 0 | False:
-            return
-        case True:
-            yield path, "true"
-        case _:
-            yield path, str(value)
 
 
 def superseded(

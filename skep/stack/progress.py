@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from skep.errors import FailedPrecondition
 from skep.model.node_reports.node_refusals import is_no_node
 from skep.model.options.labels import JOB_TTL, is_stopped
+from skep.model.options.schedules import CRON
 from skep.model.service import ENDED, UNDER_WAY, RestartCondition, Service, ServiceSpec, UpdateState
 from skep.model.staging.updates import WITHOUT_TASKS, end_of_step, resting_step, tasks_of_step
 from skep.model.task import Task, TaskState
@@ -52,12 +53,13 @@ UNPLACED: Final[Mapping[str, tuple[float, str]]] = {
 GIVEN_UP_S: Final = 1.0
 """Seconds from giving up a task to the end of a wait.  A service that was scaled has its new tasks by then."""
 
-_STUCK = (
-    UpdateState.PAUSED,
+_UNDONE: Final = (
     UpdateState.ROLLBACK_STARTED,
     UpdateState.ROLLBACK_PAUSED,
     UpdateState.ROLLBACK_COMPLETED,
 )
+"""States of an update after which the service does not have the wanted spec."""
+_STUCK: Final = (UpdateState.PAUSED, *_UNDONE)
 _ROLLBACK: Final = (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_COMPLETED)
 _BY_HAND: Final = ("manually requested rollback", "rollback completed")
 """Messages of a rollback that a user requested.  After a failed update, they name its cause."""
@@ -206,14 +208,14 @@ def progress_of(
         return _job(service, tasks)
     if is_stopped(service.spec.labels):
         return _stopping([task for task in tasks if not task.status.state.is_terminal])
-    # This comes first, because an update counts every early end as a failure.
-    if (ended := _ended(service, tasks, current)) is not None:
-        return ended
     update = service.update_status
     is_rollback = is_kept and update is not None and update.state in _ROLLBACK
+    is_undone = update is not None and update.state in _UNDONE and not is_rollback
+    # This comes before a pause, because a leader of an earlier version pauses an update at every early end.
+    if not is_undone and (ended := _ended(service, tasks, current)) is not None:
+        return ended
     if update is not None and update.state in _STUCK and not is_rollback:
-        cause = _cause(tasks)
-        return ServiceProgress(_stuck(update.state, update.message, cause), is_stuck=True)
+        return ServiceProgress(_stuck(update.state, update.message, _cause(tasks)), is_stuck=True)
     wanted = [task for task in tasks if task.desired_state == TaskState.RUNNING]
     done = _done_slots(tasks, current)
     slots = _wanted_slots(tasks) | done
@@ -244,6 +246,22 @@ def progress_of(
     if any(task.id not in current for task in wanted):
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
     return ServiceProgress(text, cause, problem=problem, is_updating=is_updating, is_empty=not count)
+
+
+def progress_after_deploy(
+    service: Service,
+    tasks: Sequence[Task],
+    current: Collection[str] | None = None,
+    *,
+    is_kept: bool = False,
+) -> ServiceProgress:
+    """Return ``progress_of`` a service that a deploy has written.
+
+    A scheduled job is done at once: its next run has the new spec.
+    """
+    if CRON in service.spec.labels:
+        return ServiceProgress("it has a schedule", is_done=True)
+    return progress_of(service, tasks, current, is_kept=is_kept)
 
 
 def progress_without(name: str, spec: ServiceSpec | None) -> ServiceProgress:

@@ -129,9 +129,9 @@ async def carry_out(
     except BaseException as error:
         await _end(client, created, error, warn)
         raise
-    kept = await _forget_surplus(client, stack.name)
-    if wait_s is not None:
-        await deployment.prune(names_of(revisions) | plan.former, names_of(kept))
+    kept, surplus = await _forget_surplus(client, stack.name)
+    former = names_of(revisions) | plan.former if wait_s is not None else names_of(surplus)
+    await deployment.prune(former, names_of(kept))
 
 
 async def _without_changes(
@@ -196,19 +196,21 @@ async def _inherit(client: Requests, revisions: Sequence[StackRevision], created
 async def _run(client: Requests, services: Iterable[Service]) -> bool:
     """Return whether all services are in their desired state."""
     for one in services:
-        if not (await look_at(client, one.id)).progress.is_done:
+        if not (await look_at(client, one.id, is_deployed=True)).progress.is_done:
             return False
     return True
 
 
-async def _forget_surplus(client: Requests, name: str) -> Sequence[StackRevision]:
-    """Remove surplus revisions of a stack, and return the others."""
+async def _forget_surplus(
+    client: Requests, name: str
+) -> tuple[Sequence[StackRevision], Sequence[StackRevision]]:
+    """Remove surplus revisions of a stack, and return the others and the removed ones."""
     present = await known_revisions(client, name)
     kept = kept_of(present)
-    for one in present:
-        if one not in kept:
-            await _forget(client, one)
-    return kept
+    surplus = [one for one in present if one not in kept]
+    for one in surplus:
+        await _forget(client, one)
+    return kept, surplus
 
 
 def _whole(stack: Stack, plan: StackPlan, revisions: Sequence[StackRevision]) -> Stack | None:
@@ -541,7 +543,7 @@ async def _restore(
         if name not in kept:
             show(name, "previous spec restored")
             restoring.append(name)
-    await wait_for(client, restoring, show, wait_s)
+    await wait_for(client, restoring, show, wait_s, is_deployed=True)
     return kept
 
 

@@ -26,6 +26,7 @@ from skep.stack.progress import (
     explanation_of,
     failed_by_slot,
     is_rolled_back_by_hand,
+    progress_after_deploy,
     progress_of,
     running_by_slot,
 )
@@ -71,8 +72,15 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-async def look_at(client: Requests, word: str) -> Look:
-    """Return the progress of the service with the name or id ``word``, as its tasks show it.  Raises: SkepError."""
+async def look_at(client: Requests, word: str, *, is_deployed: bool = False) -> Look:
+    """Return the progress of the service with the name or id ``word``, as its tasks show it.
+
+    Args:
+        is_deployed: whether a deploy wants the present spec, even if an automatic rollback has led to it.  Of a
+            scheduled job, it then awaits no run.
+
+    Raises: SkepError.
+    """
     found = await client.get(f"/services/{word}", timeout_s=_RESPONSE_TIMEOUT_S)
     filters = {"service": [found["ID"]]}
     tasks = await client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
@@ -80,7 +88,10 @@ async def look_at(client: Requests, word: str) -> Look:
     current = frozenset(str(one["ID"]) for one in present)
     shown = [leniently(msgspec.json.encode(task), Task) for task in tasks]
     service = leniently(msgspec.json.encode(found), Service)
-    progress = progress_of(service, shown, current, is_kept=is_rolled_back_by_hand(service))
+    if is_deployed:
+        progress = progress_after_deploy(service, shown, current, is_kept=True)
+    else:
+        progress = progress_of(service, shown, current, is_kept=is_rolled_back_by_hand(service))
     return Look.of(found["ID"], progress, shown, current)
 
 
@@ -258,18 +269,27 @@ async def wait_for(
     show: Callable[[str, str], None],
     wait_s: float,
     failures_max: int = FAILURES_MAX,
+    *,
+    is_deployed: bool = False,
 ) -> None:
     """Wait until services are in their desired state, and pass the progress of each to ``show``.
+
+    ``is_deployed``: see ``look_at``.
 
     Raises: Unavailable: they are not within ``wait_s``, or waiting cannot help.
     """
     reasons, open_, shown = Reasons(client, failures_max), set(names), dict[str, str]()
 
     async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
-        looks = {name: await look_at(client, name) for name in sorted(waiting, key=names.index)}
+        nonlocal open_
+        looks = {
+            name: await look_at(client, name, is_deployed=is_deployed)
+            for name in sorted(waiting, key=names.index)
+        }
         found = await reasons.explain(looks)
         shown.pop(_MANAGERS, None)
-        open_.intersection_update(name for name, progress in found.items() if not progress.is_done)
+        # A service that ran at an earlier look may have failed since.
+        open_ = {name for name, progress in found.items() if not progress.is_done}
         return found
 
     def noted(name: str, text: str) -> None:

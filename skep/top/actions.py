@@ -12,7 +12,7 @@ from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.service import ServiceSpec
 from skep.model.values.counts import counted
 from skep.model.values.unknown import leniently
-from skep.stack.planning import differences
+from skep.stack.differences import differences
 from skep.top.snapshot import Snapshot, mode_of, tasks_of
 
 _RESPONSE_TIMEOUT_S = 20.0

@@ -1,6 +1,6 @@
 """The logs of a service or a task, followed across reconnections."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 
 import msgspec
 
@@ -18,6 +18,10 @@ _LINE_CHARACTERS_MAX = 2000
 """Longest line that is kept, in characters."""
 _RECONNECT_S_MAX = 10.0
 """Longest delay in seconds before a reconnection."""
+_CLOCKS_DIFFER_NS = 60 * SECOND_NS
+"""Lines of the last minute are requested again after a reconnection, because the clock of a line's node may be behind
+the clock of the node with the last line.  Clocks of a cluster differ by far less.
+"""
 _TASK = "com.docker.swarm.task.id="
 
 
@@ -40,7 +44,10 @@ async def follow_logs(
     """
     backoff = Backoff(0.5, _RECONNECT_S_MAX, rng=rng)
     tail, since = str(_TAIL), ""
+    last: dict[str, int] = {}
+    """Time of the last line of each task, by the clock of its node."""
     while True:
+        shown = dict(last)
         try:
             is_terminal = await _has_terminal(client, kind, id)
             path = f"/{kind}s/{id}/logs"
@@ -50,13 +57,17 @@ async def follow_logs(
                 async for data, output in _outputs(stream, is_terminal):
                     for text in data.decode(errors="replace").splitlines():
                         line = line_of(text, output)
-                        if line.stamp and (after := _after(line.stamp)):
-                            tail, since = "all", after
+                        stamp_ns = _time_of(line)
+                        if stamp_ns is not None:
+                            last[line.task] = stamp_ns
                         backoff.reset()
-                        yield line
+                        if stamp_ns is None or stamp_ns > shown.get(line.task, -1):
+                            yield line
             reason = "the stream ended"
         except Unavailable as error:
             reason = str(error)
+        if last:
+            tail, since = "all", _since(last)
         delay_s = backoff.next_delay_s()
         yield ShownLine(f"{reason}. Reconnecting in {delay_s:.1f} s.")
         await clock.sleep(delay_s)
@@ -97,10 +108,20 @@ def line_of(text: str, output: OutputStream) -> ShownLine:
     return ShownLine(message[:_LINE_CHARACTERS_MAX], task, stamp, output is OutputStream.STDERR)
 
 
-def _after(stamp: str) -> str:
-    """Return the time after ``stamp`` as the API expects it, or an empty text for an invalid one."""
+def _time_of(line: ShownLine) -> int | None:
+    """Return the time of a line in Unix nanoseconds, or None if it has no valid one."""
     try:
-        seconds, nanoseconds = divmod(unix_ns(stamp) + 1, SECOND_NS)
+        return unix_ns(line.stamp) if line.stamp else None
     except InvalidArgument:
-        return ""
+        return None
+
+
+def _since(last: Mapping[str, int]) -> str:
+    """Return the time from which lines are requested again, as the API expects it.
+
+    Args:
+        last: Time of the last line of each task, in Unix nanoseconds.
+    """
+    begin = max(min(last.values()), max(last.values()) - _CLOCKS_DIFFER_NS)
+    seconds, nanoseconds = divmod(begin, SECOND_NS)
     return f"{seconds}.{nanoseconds:09d}"

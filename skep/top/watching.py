@@ -7,7 +7,7 @@ ids.  The rate of lists is proportional to their cost, so that ten thousand task
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -163,6 +163,8 @@ class _Connected:
         self._touched = Touched()
         self._changed = asyncio.Event()
         self._headers: Mapping[str, str] = {}
+        self._reading_tasks = asyncio.Lock()
+        """Held during each read of tasks, because a long list would overwrite tasks that were read after it began."""
         self._tasks_again_at = 0.0
         self._routes_again_at = 0.0
 
@@ -262,6 +264,10 @@ class _Connected:
 
     async def _read_tasks(self, ids: Iterable[str]) -> None:
         wanted = sorted(ids)
+        async with self._reading_tasks:
+            await self._read_wanted(wanted)
+
+    async def _read_wanted(self, wanted: Sequence[str]) -> None:
         if len(wanted) > _ONE_BY_ONE:
             if self._clock.monotonic() >= self._tasks_again_at:
                 await self._list_tasks()

@@ -115,8 +115,9 @@ async def test_a_plan_ends_with_two_if_something_would_change_and_writes_nothing
     assert (code, cluster.names()) == (0, []), err
 
 
+@pytest.mark.parametrize("wait_s", [30.0, None])
 async def test_ten_revisions_are_kept_and_the_configs_that_only_older_ones_name_are_removed(
-    cluster: Cluster,
+    cluster: Cluster, wait_s: float | None
 ) -> None:
     text = "services: {web: {image: busybox, configs: [c], secrets: [s], deploy: {update_config: {monitor: 1ms}}}}\n"
     text += "configs: {c: {content: v%d}}\nsecrets: {s: {file: f}}"
@@ -133,7 +134,7 @@ async def test_ten_revisions_are_kept_and_the_configs_that_only_older_ones_name_
             plan = plan_of(
                 made, await existing_of(client, "shop", config_names(made)), images={}, prune=False
             )
-            await carry_out(client, made, plan, lambda *_: None, 30.0, pytest.fail)
+            await carry_out(client, made, plan, lambda *_: None, wait_s, pytest.fail)
         assert [one.number for one in await known_revisions(client, "shop")] == list(numbers)[-KEPT:]
         kept = [stack(number) for number in list(numbers)[-KEPT:]]
         for path, section in (("/secrets", "secrets"), ("/configs", "configs")):

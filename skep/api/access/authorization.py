@@ -109,7 +109,9 @@ async def _filter(
     found = msgspec.json.decode(await body.as_bytes() if isinstance(body, Payload) else body or b"[]")
 
     def shown(items: Any) -> list[Any]:
-        return [one for one in items or () if sees(identity, objects.stack_of(kind, one))]
+        # Warnings about volume plug-ins are texts, and belong to no stack.
+        objects_only = (one for one in items or () if isinstance(one, dict))
+        return [one for one in objects_only if sees(identity, objects.stack_of(kind, one))]
 
     if isinstance(found, dict):  # the list of volumes is inside an object, next to warnings
         found = {key: shown(value) if isinstance(value, list) else None for key, value in found.items()}

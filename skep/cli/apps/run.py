@@ -48,7 +48,8 @@ def run_spec(
 ) -> dict[str, Any]:
     """Return the spec of a job with one task that runs ``command`` with the settings of the spec ``service``.
 
-    It publishes no ports, has no health check, and is not restarted.
+    It publishes no ports, has no health check, and is not restarted.  It has no aliases and no host name, because other
+    services would connect to it by these.
     """
     task = copy.deepcopy(dict(service["TaskTemplate"]))
     container = task.get("ContainerSpec")
@@ -60,13 +61,20 @@ def run_spec(
     container["TTY"] = container["OpenStdin"] = tty
     task["RestartPolicy"] = {"Condition": "none"}
     task.pop("ForceUpdate", None)
+    container.pop("Hostname", None)
+    if task.get("Networks"):
+        task["Networks"] = _without_aliases(task["Networks"])
     return {
         "Name": name,
         "Labels": {JOB_TTL: _TTL},
         "TaskTemplate": task,
         "Mode": {"ReplicatedJob": {"MaxConcurrent": 1, "TotalCompletions": 1}},
-        "Networks": service.get("Networks"),
+        "Networks": _without_aliases(service.get("Networks") or ()),
     }
+
+
+def _without_aliases(networks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in one.items() if key != "Aliases"} for one in networks]
 
 
 @click.command(cls=OrDocker, context_settings={"allow_interspersed_args": False})

@@ -8,6 +8,7 @@ from urllib.parse import quote
 import click
 import msgspec
 
+from skep.api.client.requests import Requests
 from skep.api.client.updates import update
 from skep.cli import options, passthrough
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
@@ -15,8 +16,8 @@ from skep.cli.formatting import age
 from skep.cli.output import OutputOptions, Shown, shows, table
 from skep.cli.running import do_each, run_requests
 from skep.cli.stack.stack_screens import ProgressPrinter, differing, max_failures
-from skep.errors import NotFound
-from skep.model.door.routes import HTTP, has_routes, is_http_label, label_class
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound
+from skep.model.door.routes import HTTP, has_routes, is_http_label, label_class, routes_of
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.schedules import CRON, stop_labels, without_stop
 from skep.model.service import ServiceSpec
@@ -123,18 +124,14 @@ def rollback(
         """Return whether the service is a job with a schedule, whose next run has the spec."""
         async with host.requests() as client:
             if to is None:
-
-                def changed(found: Mapping[str, Any]) -> Any:
-                    return found["Spec"]
-
+                await return_to_previous(client, name)
             else:
                 wanted = numbered(await _revisions(host, name), to)["Spec"]
 
                 def changed(found: Mapping[str, Any]) -> Any:
                     return returned_to(wanted, found["Spec"])
 
-            query = {"rollback": "previous"} if to is None else {}
-            await update(client, "services", name, changed, timeout_s=RESPONSE_TIMEOUT_S, query=query)
+                await update(client, "services", name, changed, timeout_s=RESPONSE_TIMEOUT_S)
             found = await client.get(f"/services/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
             return CRON in (found["Spec"].get("Labels") or {})
 
@@ -142,6 +139,26 @@ def rollback(
         click.echo(f"{name}: its next run has this spec", err=True)
     elif not detach:
         run_requests(_wait(host, (name,), timeout, FAILURES_MAX, is_quiet=quiet))
+
+
+async def return_to_previous(client: Requests, name: str) -> None:
+    """Swap the current and the previous spec of a service.
+
+    Raises: FailedPrecondition: the leader, or another user, has rolled back or updated the service meanwhile.  A second
+        swap would return to the spec that it was rolled back from.
+    """
+    seen: list[Any] = []
+
+    def changed(found: Mapping[str, Any]) -> Any:
+        seen.append(found.get("PreviousSpec"))
+        if seen[-1] != seen[0]:
+            raise FailedPrecondition(
+                f"{name} was rolled back or updated meanwhile, and was not changed again. Run skep service diff {name}."
+            )
+        return found["Spec"]
+
+    query = {"rollback": "previous"}
+    await update(client, "services", name, changed, timeout_s=RESPONSE_TIMEOUT_S, query=query)
 
 
 def returned_to(wanted: Mapping[str, Any], present: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -259,8 +276,12 @@ def expose(
 
 
 def exposed(spec: Mapping[str, Any], address: str, port: int | None) -> Mapping[str, Any]:
-    """Return the spec with one more route.  The first one also replaces the tasks, which get the network with it."""
+    """Return the spec with one more route.  The first one also replaces the tasks, which get the network with it.
+
+    Raises: InvalidArgument: another route of the service would lead to another port.
+    """
     labels = dict(spec.get("Labels") or {})
+    before = {one.address: one.options.port for one in routes_of(labels)}
     template = spec["TaskTemplate"]
     if not has_routes(labels):
         template = {**template, "ForceUpdate": template.get("ForceUpdate", 0) + 1}
@@ -268,6 +289,12 @@ def exposed(spec: Mapping[str, Any], address: str, port: int | None) -> Mapping[
     labels[HTTP] = ",".join(dict.fromkeys((*routes, address)))
     if port is not None:
         labels[f"{HTTP}.port"] = str(port)
+    for one in routes_of(labels):
+        if before.get(one.address, one.options.port) != one.options.port and one.address != address.lower():
+            raise InvalidArgument(
+                f"the route {one.address} leads to port {before[one.address]}, and would lead to {port}. Run docker "
+                f"service update --label-add {HTTP}.NAME={address} --label-add {HTTP}.NAME.port={port} {spec['Name']}."
+            )
     return {**spec, "Labels": labels, "TaskTemplate": template}
 
 

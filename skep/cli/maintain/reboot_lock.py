@@ -154,11 +154,13 @@ async def _release(host: HostOptions, word: str, everything: bool) -> None:
 
 async def _release_one(client: ApiClient, word: str) -> None:
     members, _ = await maintenance.nodes_and_time(client)
-    node, is_held = named(members, word).id, False
+    is_held = False
 
     def decide(text: str) -> str:
         nonlocal is_held
         holders = maintenance.read(text)
+        # The node of a lock may have been removed since. Its id is then all that is known of it.
+        node = word if any(one.node == word for one in holders) else named(members, word).id
         kept = [one for one in holders if one.is_upgrade or one.node != node]
         is_held = len(kept) < len(holders)
         return maintenance.written(kept)

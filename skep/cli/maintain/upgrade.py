@@ -73,11 +73,13 @@ class _Upgrade:
         self._spread: set[str] = set()
         self._visited: set[str] = set()
         """Nodes whose turn is over in this run."""
+        self._is_held = False
+        """Whether this run has taken the lock and not released it."""
 
     async def take(self, *, continues: bool) -> None:
         """Take the lock.  Raises: FailedPrecondition: another upgrade, or a node's reboot, has it."""
         members, now = await maintenance.nodes_and_time(self._client)
-        former = next((one for one in await maintenance.holders_of(self._client) if one.is_upgrade), None)
+        former = await _upgrade_of(self._client)
         if former is not None:
             held = maintenance.described(former, members, now)
             if former.is_system != self.holder.is_system:
@@ -93,7 +95,8 @@ class _Upgrade:
     async def hold(self, former: LockHolder | None = None, **changes: Any) -> None:
         """Renew the lock with ``changes`` of its contents, or take it over from ``former``.
 
-        Raises: FailedPrecondition: another holder has the lock, perhaps because it took it over from this one.
+        Raises: FailedPrecondition: another holder has the lock, perhaps because it took it over from this one, or a
+            user has released it.
         """
         self.holder = msgspec.structs.replace(self.holder, **changes)
 
@@ -102,9 +105,15 @@ class _Upgrade:
             lease = timedelta(seconds=max(_LEASE_S_MIN, 3 * self._within_s + 2 * INSTALLS_WITHIN_S))
             renewed = msgspec.structs.replace(self.holder, until=now + lease)
             holders = [one for one in maintenance.read(text) if one != former]
-            return maintenance.written(maintenance.taken(holders, renewed, members, now))
+            taken = maintenance.taken(holders, renewed, members, now)
+            if self._is_held and not any(maintenance.is_same(one, renewed) for one in holders):
+                raise FailedPrecondition(
+                    "The upgrade was aborted meanwhile. To continue it, rerun the command."
+                )
+            return maintenance.written(taken)
 
         await self._retry(lambda: maintenance.change_by_nodes(self._client, decide))
+        self._is_held = True
 
     async def release(self) -> None:
         """Release the lock if this upgrade holds it."""
@@ -114,11 +123,17 @@ class _Upgrade:
             return maintenance.written([one for one in holders if not maintenance.is_same(one, self.holder)])
 
         await self._retry(lambda: maintenance.change(self._client, decide))
+        self._is_held = False
 
     async def end(self) -> None:
-        """Activate a node that was not upgraded and release the lock, unless another upgrade holds it now."""
-        holders = await self._retry(lambda: maintenance.holders_of(self._client))
-        if any(maintenance.is_same(one, self.holder) for one in holders):
+        """Activate a node that was not upgraded and release the lock, unless another upgrade holds it now.
+
+        The node may have been drained after an abort, which activated it before.
+        """
+        holders = [
+            one for one in await self._retry(lambda: maintenance.holders_of(self._client)) if one.is_upgrade
+        ]
+        if all(maintenance.is_same(one, self.holder) for one in holders):
             if self.holder.node and self.holder.availability:
                 await self._restore_availability()
             await self.release()
@@ -452,16 +467,23 @@ async def show_plan(host: HostOptions, means: Means, *, drains: bool) -> int:
 
 async def abort(host: HostOptions) -> None:
     async with host.client() as client:
-        former = next((one for one in await maintenance.holders_of(client) if one.is_upgrade), None)
+        former = await _upgrade_of(client)
         if former is None:
             raise FailedPrecondition("No upgrade is running. Run skep reboot-lock status.")
-        if former.node and former.availability:
-            await _set_availability(client, former.node, former.availability)
-
-        def decide(text: str) -> str:
-            return maintenance.written([one for one in maintenance.read(text) if not one.is_upgrade])
-
-        await maintenance.change(client, decide)
+        while former is not None:  # an upgrade that still runs may have drained another node meanwhile
+            if former.node and former.availability:
+                await _set_availability(client, former.node, former.availability)
+            await maintenance.change(client, partial(_without, former))
+            former = await _upgrade_of(client)
     click.echo(
         "The upgrade is aborted. Nodes keep their present versions. Run skep version --all to see them."
     )
+
+
+async def _upgrade_of(client: ApiClient) -> LockHolder | None:
+    return next((one for one in await maintenance.holders_of(client) if one.is_upgrade), None)
+
+
+def _without(holder: LockHolder, text: str) -> str:
+    """Return the lock without ``holder``, unless it has changed."""
+    return maintenance.written([one for one in maintenance.read(text) if one != holder])

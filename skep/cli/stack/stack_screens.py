@@ -19,14 +19,13 @@ from skep.model.task_end import printable
 from skep.model.values.counts import counted
 from skep.model.values.times import exact_duration
 from skep.stack.compose.document import SCALAR_TAG, FileProblem, YamlNode, resolved
+from skep.stack.differences import Difference, differences
 from skep.stack.planning import (
-    Difference,
     PlacementRefusal,
     PlanAction,
     PlannedChange,
     PredictedPlacement,
     StackPlan,
-    differences,
 )
 from skep.stack.progress import FAILURES_MAX
 from skep.stack.project import IMAGE, Stack

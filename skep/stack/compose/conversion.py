@@ -7,7 +7,7 @@ from typing import Any, Final
 from msgspec.structs import replace
 
 from skep.model.options.affinity import named_services
-from skep.model.options.dependencies import label_of
+from skep.model.options.dependencies import dependencies_of, label_of
 from skep.model.service import PublishMode
 from skep.model.values.encoding import to_json
 from skep.model.values.meta import Driver
@@ -154,13 +154,19 @@ def _check_ports(stack: Stack, report: ProblemReport) -> None:
 
 
 def _with_dependencies(service: StackService, stack: Stack) -> StackService:
-    """Return the service with the dependency label, by which the cluster orders starts."""
+    """Return the service with the dependency label, by which the cluster orders starts.
+
+    Dependencies in a label of the file stay, because only a label can name services of other stacks.
+    """
     found = [
         replace(one, service=stack.services[one.service].spec.name)
         for one in service.depends_on
         if one.service in stack.services
     ]
     spec = service.spec
+    if found:
+        keys = {one.key for one in found}
+        found += [one for one in dependencies_of(spec.labels) if one.key not in keys]
     return replace(service, spec=replace(spec, labels={**spec.labels, **label_of(found)}))
 
 

@@ -138,14 +138,14 @@ def resources_of(service: MappingReader, deploy: MappingReader) -> ResourceRequi
     limits = resources.reader("limits") if resources is not None else None
     reserved = resources.reader("reservations") if resources is not None else None
     made_limits = Limits(
-        nano_cpus=_nano_cpus(limits, "cpus") or _nano_cpus(service, "cpus") or _quota(service),
+        nano_cpus=_first(_nano_cpus(limits, "cpus"), _nano_cpus(service, "cpus"), _quota(service)),
         memory_bytes=_first(limits.size("memory") if limits is not None else None, service.size("mem_limit")),
         pids=_first(
             limits.integer("pids", -1) if limits is not None else None, service.integer("pids_limit", -1)
         ),
     )
     made_reserved = Resources(
-        nano_cpus=_nano_cpus(reserved, "cpus"),
+        nano_cpus=_first(_nano_cpus(reserved, "cpus")),
         memory_bytes=_first(
             reserved.size("memory") if reserved is not None else None, service.size("mem_reservation")
         ),
@@ -169,8 +169,9 @@ def _first(*given: int | None) -> int:
     return next((one for one in given if one is not None), 0)
 
 
-def _nano_cpus(reader: MappingReader | None, key: str) -> int:
-    return round((reader.number(key) or 0.0) * 1e9) if reader is not None else 0
+def _nano_cpus(reader: MappingReader | None, key: str) -> int | None:
+    number = reader.number(key) if reader is not None else None
+    return None if number is None else round(number * 1e9)
 
 
 def _quota(service: MappingReader) -> int:

@@ -5,7 +5,7 @@ Source: compose-spec, 13-merge.md, 14-include.md, 15-profiles.md; compose-go, lo
 
 import os
 import stat
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +26,7 @@ from skep.stack.compose.document import (
 )
 from skep.stack.compose.interpolation import interpolated
 from skep.stack.compose.merging import canonical, merged, without_tags
+from skep.stack.compose.paths import with_dockerfiles, with_paths, within
 from skep.stack.compose.reading import MappingReader, ProblemReport
 
 _FILES_MAX: Final = 2000
@@ -107,7 +108,7 @@ def load(
     return LoadedStack(
         document=document,
         name=name,
-        contents=_contents(document, variables, files, report),
+        contents=_contents(document, variables, loader.values, files, report),
         variables=variables,
         directory=directory,
     )
@@ -138,6 +139,8 @@ class _Loader:
     def __init__(self, files: FileReader, report: ProblemReport) -> None:
         self._files = files
         self._report = report
+        self.values: dict[FilePosition, str] = {}
+        """Contents of secrets and configs from the variables of included files, by the position of the variable."""
 
     def project(
         self,
@@ -157,7 +160,7 @@ class _Loader:
                 )
             made = whole
         assert made is not None
-        return _with_dockerfiles(made, directory)
+        return with_dockerfiles(made, directory)
 
     def _file(
         self, path: Path | str, directory: Path, variables: Mapping[str, str], including: tuple[str, ...]
@@ -208,25 +211,44 @@ class _Loader:
             reader = MappingReader(
                 mapping({"path": one}, one.place) if one.entries is None else one, "include", self._report
             )
-            paths = [_within(directory, text) for text in reader.texts("path")]
+            paths = [within(directory, text) for text in reader.texts("path")]
             if not paths:
                 reader.problem("path", "it names no file")
                 continue
             inner = (
-                _within(directory, reader.text("project_directory"))
+                within(directory, reader.text("project_directory"))
                 if reader.text("project_directory")
                 else paths[0].parent
             )
-            env_files = [_within(directory, text) for text in reader.texts("env_file")]
+            env_files = [within(directory, text) for text in reader.texts("env_file")]
             reader.close()
             report = ProblemReport()
             more = _variables(
                 inner, LoadOptions(environment=variables, env_files=tuple(env_files)), self._files, report
             )
             self._report.warnings += report.warnings
-            document = self.project(paths, inner, more, including)
+            document = self._with_variables(self.project(paths, inner, more, including), more)
             made = document if made is None else _united(made, document, one.place, self._report)
         return made
+
+    def _with_variables(self, document: YamlNode, variables: Mapping[str, str]) -> YamlNode:
+        """Return an included document without its name, and with the names in its environments filled in from its own
+        variables.
+
+        Source: compose-go, loader/environment.go (ResolveEnvironment), loader/include.go (importResources).
+        """
+        entries = {key: one for key, one in (document.entries or {}).items() if key != "name"}
+        for section in ("secrets", "configs"):
+            found = entries.get(section)
+            for node in (found.entries or {}).values() if found is not None else ():
+                name = (node.entries or {}).get("environment")
+                if name is not None and name.text in variables:
+                    self.values.setdefault(name.place, variables[name.text])
+        services = entries.get("services")
+        if services is not None and services.entries is not None:
+            made = {name: _filled_in(one, variables) for name, one in services.entries.items()}
+            entries["services"] = replace(services, value=made)
+        return replace(document, value=entries)
 
     # --- extends
 
@@ -278,7 +300,7 @@ class _Loader:
         reader.close()
         found, inner, source = services, directory, path[0]
         if file:
-            source = str(_within(directory, file))
+            source = str(within(directory, file))
             inner = Path(source).parent
             document = self._read(source, inner, variables)
             below = (document.entries or {}).get("services")
@@ -303,6 +325,18 @@ class _Loader:
         return made
 
 
+def _filled_in(service: YamlNode, variables: Mapping[str, str]) -> YamlNode:
+    """Return the service with values for the names without a value in its environment."""
+    given = (service.entries or {}).get("environment")
+    if given is None or given.entries is None:
+        return service
+    made = {
+        name: scalar(variables[name], one.place) if one.value is None and name in variables else one
+        for name, one in given.entries.items()
+    }
+    return replace(service, value={**(service.entries or {}), "environment": replace(given, value=made)})
+
+
 def _united(base: YamlNode, other: YamlNode, place: FilePosition, report: ProblemReport) -> YamlNode:
     """Unite two included documents.  An object that both define is an error."""
     first, second = base.entries or {}, other.entries or {}
@@ -324,113 +358,13 @@ def _united(base: YamlNode, other: YamlNode, place: FilePosition, report: Proble
     return made
 
 
-# --- paths ---------------------------------------------------------------------------------------------------------
-
-
-def _within(directory: Path, text: str) -> Path:
-    return Path(os.path.normpath(directory / os.path.expanduser(text)))
-
-
-def with_paths(document: YamlNode, directory: Path) -> YamlNode:
-    """Return the document with its relative paths made absolute."""
-    entries = dict(document.entries or {})
-    for section in ("secrets", "configs"):
-        if (found := entries.get(section)) is not None and found.entries is not None:
-            entries[section] = replace(
-                found,
-                value={name: _path_below(one, directory, "file") for name, one in found.entries.items()},
-            )
-    services = entries.get("services")
-    if services is not None and services.entries is not None:
-        entries["services"] = replace(
-            services, value={name: _service_paths(one, directory) for name, one in services.entries.items()}
-        )
-    return replace(document, value=entries)
-
-
-def _path_below(node: YamlNode, directory: Path, *keys: str) -> YamlNode:
-    if node.entries is None:
-        return node
-    made = dict(node.entries)
-    for key in keys:
-        one = made.get(key)
-        if one is not None and isinstance(one.value, str):
-            made[key] = scalar(str(_within(directory, one.text)), one.place)
-    return replace(node, value=made)
-
-
-def _service_paths(service: YamlNode, directory: Path) -> YamlNode:
-    if service.entries is None:
-        return service
-    made = dict(service.entries)
-    for key in ("env_file", "label_file"):
-        if (found := made.get(key)) is not None and found.items is not None:
-            made[key] = replace(found, value=tuple(_file_path(one, directory) for one in found.items))
-    if (build := made.get("build")) is not None and build.entries is not None:
-        made["build"] = _build_paths(build, directory)
-    if (volumes := made.get("volumes")) is not None and volumes.items is not None:
-        made["volumes"] = replace(volumes, value=tuple(_volume_path(one, directory) for one in volumes.items))
-    return replace(service, value=made)
-
-
-def _build_paths(build: YamlNode, directory: Path) -> YamlNode:
-    context = (build.entries or {}).get("context")
-    made = build if context is not None and _is_remote(context) else _path_below(build, directory, "context")
-    others = (build.entries or {}).get("additional_contexts")
-    if others is None or others.entries is None:
-        return made
-    local = [name for name, one in others.entries.items() if not _is_remote(one)]
-    return replace(
-        made,
-        value={**(made.entries or {}), "additional_contexts": _path_below(others, directory, *local)},
-    )
-
-
-def _with_dockerfiles(document: YamlNode, directory: Path) -> YamlNode:
-    """Return the document with each Dockerfile's path made absolute, as it is relative to its build context."""
-    services = (document.entries or {}).get("services")
-    if services is None or services.entries is None:
-        return document
-    made = {name: _with_dockerfile(one, directory) for name, one in services.entries.items()}
-    return replace(document, value={**(document.entries or {}), "services": replace(services, value=made)})
-
-
-def _with_dockerfile(service: YamlNode, directory: Path) -> YamlNode:
-    build = (service.entries or {}).get("build")
-    if build is None or build.entries is None or build.tag:
-        return service
-    context = build.entries.get("context") or scalar(str(directory), build.place)
-    made = replace(build, value={**build.entries, "context": context})
-    if not _is_remote(context):
-        made = _path_below(made, Path(context.text), "dockerfile")
-    return replace(service, value={**(service.entries or {}), "build": made})
-
-
-def _is_remote(context: YamlNode) -> bool:
-    """Return whether the build context is a repository, an image or an archive instead of a local directory."""
-    return "://" in context.text or context.text.startswith(("git@", "github.com/", "service:"))
-
-
-def _file_path(node: YamlNode, directory: Path) -> YamlNode:
-    if isinstance(node.value, str):
-        return scalar(str(_within(directory, node.text)), node.place)
-    return _path_below(node, directory, "path")
-
-
-def _volume_path(node: YamlNode, directory: Path) -> YamlNode:
-    if isinstance(node.value, str):
-        source, separator, rest = node.text.partition(":")
-        is_path = separator and source.startswith((".", "~"))
-        return scalar(f"{_within(directory, source)}:{rest}", node.place) if is_path else node
-    kind = (node.entries or {}).get("type")
-    return _path_below(node, directory, "source") if kind is not None and kind.text == "bind" else node
-
-
 # --- services ------------------------------------------------------------------------------------------------------
 
 
 def _chosen(document: YamlNode, profiles: Collection[str]) -> YamlNode:
-    """Return the document without the services of other profiles and without values that ``!reset`` removes."""
+    """Return the document without the services of other profiles, without the secrets and configs that only these use,
+    and without values that ``!reset`` removes.
+    """
     kept = without_tags(document)
     assert kept is not None
     services = (kept.entries or {}).get("services")
@@ -442,7 +376,25 @@ def _chosen(document: YamlNode, profiles: Collection[str]) -> YamlNode:
         names = [item.text for item in wanted.items or ()] if wanted is not None else []
         if not names or set(names) & set(profiles):
             made[name] = one
-    return replace(kept, value={**(kept.entries or {}), "services": replace(services, value=made)})
+    entries = {**(kept.entries or {}), "services": replace(services, value=made)}
+    used = {word for one in made.values() for word in _words(one)}
+    left_out = [one for name, one in services.entries.items() if name not in made]
+    for section in ("secrets", "configs"):
+        references = [(one.entries or {}).get(section) for one in left_out]
+        unused = {word for one in references if one is not None for word in _words(one)} - used
+        if (found := entries.get(section)) is not None and found.entries is not None:
+            files = {name: one for name, one in found.entries.items() if name not in unused}
+            entries[section] = replace(found, value=files)
+    return replace(kept, value=entries)
+
+
+def _words(node: YamlNode) -> Iterator[str]:
+    """Yield all texts in a tree.  A list in one text, such as a label with names of secrets, is split."""
+    if node.entries is not None or node.items is not None:
+        for one in (*(node.entries or {}).values(), *(node.items or ())):
+            yield from _words(one)
+    else:
+        yield from map(str.strip, node.text.split(","))
 
 
 def _with_environment(
@@ -521,9 +473,16 @@ def _labels(service: YamlNode, path: str, files: FileReader, report: ProblemRepo
 
 
 def _contents(
-    document: YamlNode, variables: Mapping[str, str], files: FileReader, report: ProblemReport
+    document: YamlNode,
+    variables: Mapping[str, str],
+    included: Mapping[FilePosition, str],
+    files: FileReader,
+    report: ProblemReport,
 ) -> dict[tuple[str, str], bytes]:
-    """Return the contents of secrets and configs that come from a file or the environment, by section and name."""
+    """Return the contents of secrets and configs that come from a file or the environment, by section and name.
+
+    ``included``: values of variables of included files, by the position of the variable.
+    """
     made: dict[tuple[str, str], bytes] = {}
     for section in ("secrets", "configs"):
         found = (document.entries or {}).get(section)
@@ -540,7 +499,8 @@ def _contents(
                     reader.problem("file", str(error))
             elif "environment" in reader:
                 variable = reader.text("environment")
-                if variable not in variables:
+                value = included.get(node.entries["environment"].place, variables.get(variable))
+                if value is None:
                     reader.problem("environment", f"the variable {variable} is not set")
-                made[section, name] = variables.get(variable, "").encode()
+                made[section, name] = (value or "").encode()
     return made

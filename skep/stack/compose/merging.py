@@ -6,8 +6,10 @@ Mappings are merged, lists are joined, and other values are replaced, except for
 Source: compose-spec, 13-merge.md; compose-go, override/merge.go.
 """
 
+import posixpath
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
 from msgspec.structs import replace
@@ -176,9 +178,16 @@ def _target(node: YamlNode) -> object:
     return parts[1] if len(parts) > 1 else parts[0]
 
 
-def _file(node: YamlNode) -> object:
-    """Return the path of a secret or config in the container."""
-    return _field(node, "target", "source") if node.entries is not None else node.text
+def _file_in(directory: str, node: YamlNode) -> object:
+    """Return the path of a secret or config in the container.  A relative path is below ``directory``."""
+    return posixpath.join(
+        directory, _field(node, "target", "source") if node.entries is not None else node.text
+    )
+
+
+def _path(node: YamlNode) -> object:
+    """Return the path of an environment file."""
+    return _field(node, "path") if node.entries is not None else node.text
 
 
 def _port(node: YamlNode) -> object:
@@ -202,7 +211,8 @@ def _device(node: YamlNode) -> object:
 _IDENTITIES: Final[Mapping[str, Callable[[YamlNode], object]]] = {
     "volumes": _target,
     "ports": _port,
-    "secrets": _file,
-    "configs": _file,
+    "secrets": partial(_file_in, "/run/secrets"),
+    "configs": partial(_file_in, "/"),
+    "env_file": _path,
     "devices": _device,
 }

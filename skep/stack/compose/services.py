@@ -307,25 +307,25 @@ def _endpoint(deploy: MappingReader, ports: tuple[PortConfig, ...]) -> EndpointS
 
 def _ports(service: MappingReader) -> tuple[tuple[PortConfig, ...], dict[str, str]]:
     """Return the published ports, and labels with the node addresses that they listen on."""
-    made: dict[PortConfig, None] = {}
-    labels: dict[str, str] = {}
+    made, addresses = dict[PortConfig, None](), dict[str, str]()
     for node, path in service.each("ports"):
         before = len(service.report.problems)
-        for port, address in (
+        for port, given in (
             _long_port(MappingReader(node, path, service.report))
             if node.entries is not None
             else _short_ports(node, path, service)
         ):
             made[port] = None
-            if address and address not in ("0.0.0.0", "::"):
-                label = f"{PREFIX}{port.published_port}/{port.protocol}.host-ip"
-                if labels.get(label, address) != address:
-                    service.problem_at(
-                        node, path, f"the port answers on {labels[label]} already: it has one address"
-                    )
-                labels[f"{PREFIX}{port.published_port}/{port.protocol}.host-ip"] = address
-                if not port.published_port and len(service.report.problems) == before:
+            address = "" if given in ("0.0.0.0", "::") else given
+            if not port.published_port:
+                if address and len(service.report.problems) == before:
                     service.problem_at(node, path, "an address of the node needs a published port")
+                continue
+            label = f"{PREFIX}{port.published_port}/{port.protocol}.host-ip"
+            if (other := addresses.setdefault(label, address)) != address:
+                text = f"the port answers on {other or 'all addresses'} already: it has one address"
+                service.problem_at(node, path, text)
+    labels = {label: address for label, address in addresses.items() if address}
     return tuple(sorted(made, key=lambda one: (one.published_port, one.target_port, one.protocol))), labels
 
 

@@ -25,7 +25,7 @@ from skep.cli.cluster.door import (
 )
 from skep.cli.main import main
 from skep.cli.output import Screen
-from skep.errors import NotFound, PermissionDenied
+from skep.errors import InvalidArgument, NotFound, PermissionDenied
 
 WEB = {"Route": "a.example", "Service": "web", "Port": 80, "Tasks": 1, "State": "ok"}
 PROXIES = "1 proxy runs."
@@ -131,6 +131,18 @@ def test_the_first_route_replaces_the_tasks() -> None:
     assert second["Labels"]["skep.http"] == "a.example,b.example/x"
     assert second["TaskTemplate"]["ForceUpdate"] == 3
     assert exposed(second, "a.example", None)["Labels"] == second["Labels"]
+
+
+def test_the_port_of_a_new_route_does_not_change_that_of_others() -> None:
+    labels = {"skep.http": "a.example", "skep.http.b": "b.example"}
+    spec = {"Name": "web", "Labels": labels, "TaskTemplate": {}}
+    with pytest.raises(
+        InvalidArgument, match=r"^the route a\.example leads to port 80, and would lead to 8080\. "
+    ):
+        exposed(spec, "c.example/x", 8080)
+    assert exposed(spec, "c.example/x", 80)["Labels"]["skep.http"] == "a.example,c.example/x"
+    alone = {"Labels": {"skep.http": "a.example"}, "TaskTemplate": {}}
+    assert exposed(alone, "a.example", 8080)["Labels"]["skep.http.port"] == "8080"
 
 
 def test_hiding_removes_one_route_or_all() -> None:

@@ -19,7 +19,7 @@ from skep.cli.maintain.maintenance import (
 )
 from skep.cli.maintain.reboot_lock import _release_one
 from skep.cli.maintain.upgrade_plan import UpgradableNode
-from skep.errors import FailedPrecondition, OutOfSequence
+from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence
 from skep.model.options.labels import MAINTENANCE
 
 NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
@@ -170,3 +170,12 @@ async def test_a_release_for_a_node_that_does_not_hold_the_lock_says_so(
     assert client.lock
     await _release_one(cast("ApiClient", client), "m1")
     assert (client.lock, capsys.readouterr().err) == ("", "")
+
+
+async def test_the_lock_of_a_removed_node_is_released_by_its_id() -> None:
+    client = Holding()
+    client.lock = written((a_holder("m1"), a_holder("removed")))
+    await _release_one(cast("ApiClient", client), "id-removed")
+    assert read(client.lock) == (a_holder("m1"),)
+    with pytest.raises(InvalidArgument, match="no node is called 'id-removed'"):
+        await _release_one(cast("ApiClient", client), "id-removed")

@@ -3,13 +3,18 @@
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from sim.world.time import VirtualLoop
 from skep.api.client.raw import RawClient
-from skep.cli.apps.run import exit_code_of, wait_task
+from skep.cli.apps.run import exit_code_of, run_spec, wait_task
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
+from skep.manager.discovery.derive import service_on
+from skep.model.service import Service, ServiceSpec
+from skep.model.values.ids import ServiceId
 from skep.stack.progress import UNPLACED_S
+from tests.support.store.store_transactions import a_network
 
 Answer = Callable[[float], Any]
 """Returns the document at a time, in seconds since the start.  An error is raised."""
@@ -41,6 +46,25 @@ def waited(answers: Mapping[str, Answer], *states: str) -> tuple[dict[str, Any],
         return task, loop.time()
     finally:
         loop.close()
+
+
+@pytest.mark.parametrize("is_former", [False, True])
+def test_a_run_gets_no_connections_of_its_service(*, is_former: bool) -> None:
+    """Older clients name a service's networks beside its tasks."""
+    networks = [{"Target": "front", "Aliases": ["web"], "DriverOpts": {"a": "b"}}]
+    template = {"ContainerSpec": {"Image": "w", "Hostname": "web-{{.Task.Slot}}"}}
+    spec = {"Name": "shop_web", "TaskTemplate": template | ({} if is_former else {"Networks": networks})}
+    made = run_spec(spec | ({"Networks": networks} if is_former else {}), ["true"], name="shop_web-run-1")
+    run = Service(id=ServiceId("r"), spec=msgspec.convert(made, ServiceSpec))
+    network = a_network("front")
+    entry = service_on(run, network, has_tasks=True)
+    assert entry is not None
+    assert (entry.name, entry.aliases) == ("shop_web-run-1", ())
+    container = run.spec.task_template.container_spec
+    assert container is not None
+    assert container.hostname == ""
+    (attached,) = run.spec.networks or run.spec.task_template.networks
+    assert attached.driver_opts == {"a": "b"}
 
 
 def test_a_run_that_no_node_takes_ends_with_the_reason() -> None:

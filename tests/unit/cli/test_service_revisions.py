@@ -1,6 +1,13 @@
-"""The spec that ``skep service rollback --to N`` writes."""
+"""What ``skep service rollback`` writes."""
 
-from skep.cli.apps.service import returned_to
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from skep.api.client.requests import Requests
+from skep.cli.apps.service import return_to_previous, returned_to
+from skep.errors import FailedPrecondition, OutOfSequence
 
 THREE = {"Replicated": {"Replicas": 3}}
 FIVE = {"Replicated": {"Replicas": 5}}
@@ -48,3 +55,38 @@ def test_the_number_that_autoscaling_chose_stays() -> None:
     scaled = {"skep.autoscale": "2..10"}
     assert returned_to({"Labels": scaled, "Mode": THREE}, {"Labels": scaled, "Mode": FIVE})["Mode"] == FIVE
     assert returned_to({"Labels": {}, "Mode": THREE}, {"Labels": scaled, "Mode": FIVE})["Mode"] == THREE
+
+
+class Swapped(Requests):
+    """Someone else rolls the service back between the read and the rollback, or autoscaling scales it."""
+
+    def __init__(self, meanwhile: Mapping[str, Any]) -> None:
+        self.service: dict[str, Any] = {"ID": "w", "Version": {"Index": 1}, "Spec": BAD, "PreviousSpec": GOOD}
+        self._meanwhile = meanwhile
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        if method == "GET":
+            return dict(self.service)
+        if self.service["Version"] == {"Index": 1}:
+            self.service |= {"Version": {"Index": 2}, **self._meanwhile}
+        if options["query"] != {"rollback": "previous", "version": str(self.service["Version"]["Index"])}:
+            raise OutOfSequence("update out of sequence")
+        self.service |= {"Spec": self.service["PreviousSpec"], "PreviousSpec": self.service["Spec"]}
+        return None
+
+
+GOOD: dict[str, Any] = {"Name": "web", "Mode": THREE, "Labels": {"is": "good"}}
+BAD: dict[str, Any] = {"Name": "web", "Mode": THREE, "Labels": {"is": "bad"}}
+
+
+async def test_a_service_that_is_rolled_back_meanwhile_is_not_rolled_back_again() -> None:
+    cluster = Swapped({"Spec": GOOD, "PreviousSpec": BAD})
+    with pytest.raises(FailedPrecondition, match="web was rolled back or updated meanwhile"):
+        await return_to_previous(cluster, "web")
+    assert cluster.service["Spec"] == GOOD
+
+
+async def test_a_service_that_is_scaled_meanwhile_is_rolled_back() -> None:
+    cluster = Swapped({"Spec": BAD | {"Mode": FIVE}})
+    await return_to_previous(cluster, "web")
+    assert cluster.service["Spec"] == GOOD

@@ -5,7 +5,8 @@ from msgspec.structs import replace
 
 from skep.cli.stack.stack_screens import ProgressPrinter, line_of, lines_of, shortened
 from skep.model.service import UpdateState, UpdateStatus
-from skep.stack.planning import Difference, plan_of
+from skep.stack.differences import Difference
+from skep.stack.planning import plan_of
 from tests.unit.stack.test_planning import a_stack, deployed
 
 LONG = "sh -c test -s /run/secrets/dbpass && date >> /data/boots && exec nc -l -p 5432 -e /bin/serve --level "

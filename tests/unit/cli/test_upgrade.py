@@ -177,6 +177,56 @@ async def test_what_another_one_has_taken_over_is_left_to_it() -> None:
     assert (cluster.availability("w1"), cluster.holders) == ("drain", (other,))
 
 
+class Aborted(Installing, frozen=True, kw_only=True):
+    """A user aborts the upgrade while it runs: before or after its first node is installed."""
+
+    is_early: bool = False
+
+    async def check(self, node: UpgradableNode) -> bool:
+        if self.is_early:
+            await upgrade.abort(cast("HostOptions", self.cluster))
+        return await super().check(node)
+
+    async def upgrade(self, node: UpgradableNode) -> None:
+        await super().upgrade(node)
+        await upgrade.abort(cast("HostOptions", self.cluster))
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+async def test_an_upgrade_that_was_aborted_takes_no_other_node(*, is_early: bool) -> None:
+    cluster = MadeUp("m1", "w1", "w2")
+    means = Aborted(version=NEW, command="true", cluster=cluster, is_early=is_early)
+    with pytest.raises(FailedPrecondition, match=r"^The upgrade was aborted meanwhile\."):
+        await upgrade.carry_out(
+            cast("HostOptions", cluster), means, drains=True, within_s=0.05, continues=False
+        )
+    versions = [one["Description"]["Engine"]["EngineVersion"] for one in cluster.nodes.values()]
+    assert versions == [OLD, OLD if is_early else NEW, OLD]
+    assert (cluster.holders, {cluster.availability(name) for name in cluster.nodes}) == ((), {"active"})
+
+
+class MovesOn(MadeUp):
+    """The upgrade drains its next node while its abort activates the first one."""
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        found = await super().request(method, path, **options)
+        if path == "/nodes/w1/update":
+            text = maintenance.written([replace(self.holders[0], node="w2")])
+            self.swarm["Spec"] = {"Labels": {MAINTENANCE: text}}
+            self.nodes["w2"]["Spec"]["Availability"] = "drain"
+        return found
+
+
+async def test_an_abort_activates_the_node_that_the_upgrade_has_drained_meanwhile() -> None:
+    cluster = MovesOn("m1", "w1", "w2")
+    run = a_run(cluster)
+    await run.take(continues=False)
+    await run.hold(node="w1", availability="active")
+    cluster.nodes["w1"]["Spec"]["Availability"] = "drain"
+    await upgrade.abort(cast("HostOptions", cluster))
+    assert (cluster.holders, {cluster.availability(name) for name in cluster.nodes}) == ((), {"active"})
+
+
 async def held_by_an_upgrade_of_a_removed_node() -> tuple[MadeUp, _Upgrade]:
     cluster = MadeUp("m1", "w1")
     run = a_run(cluster)

@@ -229,3 +229,30 @@ def test_notes_are_a_comment_that_a_reader_of_yaml_takes() -> None:
     made = imported(specs_in(json.dumps([{"Spec": spec}])), "shop", {})
     assert "Odd[2J: not known, dropped" in made.text
     assert parse(made.text, "f").entries
+
+
+def test_labels_name_services_of_no_stack_by_their_new_names() -> None:
+    """A task would wait for a service that does not exist."""
+    labels = {
+        "skep.depends-on": "DB=service_healthy+restart,vault=service_started",
+        "skep.affinity": "db@zone, cache",
+        "skep.anti-affinity.preferred": "other",
+    }
+    specs = [
+        {
+            "Name": name,
+            "Labels": labels if name == "web" else {},
+            "TaskTemplate": {"ContainerSpec": {"Image": "i"}},
+        }
+        for name in ("web", "db", "cache")
+    ]
+    made = imported(specs_in(json.dumps([{"Spec": spec} for spec in specs])), "shop", {})
+    assert made.document["services"]["web"]["deploy"]["labels"] == {
+        "skep.depends-on": "shop_db=service_healthy+restart,vault=service_started",
+        "skep.affinity": "shop_db@zone,shop_cache",
+        "skep.anti-affinity.preferred": "other",
+    }
+    again = imported(
+        specs_in(json.dumps([{"Spec": specs[1] | {"Name": "shop_web", "Labels": labels}}])), "shop", {}
+    )
+    assert again.document["services"]["web"]["deploy"]["labels"]["skep.affinity"] == "db@zone,cache"

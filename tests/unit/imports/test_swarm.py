@@ -153,3 +153,12 @@ def test_an_empty_swarm_is_a_page_and_no_file_leaves_the_directory() -> None:
     assert set(move_of(SwarmObjects()).files) == {"MOVING.md"}
     with pytest.raises(InvalidArgument, match="a name that no file can have"):
         move_of(SwarmObjects(services=(a_service("x_web", "../x"),)))
+
+
+def test_labels_name_a_service_of_no_stack_by_its_new_name_in_all_files() -> None:
+    web, db = a_service("shop_web", "shop"), a_service("db", "")
+    web["Spec"]["Labels"]["skep.depends-on"] = "db=service_started"
+    made = move_of(SwarmObjects(services=(web, db)))
+    assert list(made.stacks["services"].document["services"]) == ["db"]
+    labels = made.stacks["shop"].document["services"]["web"]["deploy"]["labels"]
+    assert labels == {"skep.depends-on": "services_db=service_started"}

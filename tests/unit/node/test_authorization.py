@@ -1,11 +1,14 @@
 """Of which stack the containers of a node are, for users with a role in single stacks."""
 
+import json
 from pathlib import Path
 from typing import cast
 
 import pytest
+from aiohttp import web
 from msgspec.structs import replace
 
+from skep.api.access.authorization import _filter
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument, NotFound
 from skep.model.permissions.access import Identity, Origin, parse_binding
@@ -62,3 +65,15 @@ async def test_a_prefix_is_of_the_containers_that_a_user_sees(tmp_path: Path) ->
             engine.get(letter)
         with pytest.raises(NotFound):
             visible_container(engine, shop, letter)
+
+
+async def test_a_list_of_volumes_with_warnings_about_plug_ins_is_filtered() -> None:
+    """A plug-in that does not answer is named by a text, which has no stack."""
+    own, other = ({"Name": f"{stack}_data", "Labels": {STACK_LABEL: stack}} for stack in ("shop", "blog"))
+    listed = {"Volumes": [own, other], "Warnings": ["list sshfs: connection refused"]}
+    identity = Identity(name="bob", origin=Origin.TOKEN, bindings=(parse_binding("viewer:shop"),))
+    objects = NodeObjects(None, cast("ClusterNetworks", None))
+    found = await _filter(web.json_response(listed), identity, "volume", objects)
+    assert isinstance(found, web.Response)
+    assert isinstance(found.body, bytes)
+    assert json.loads(found.body) == {"Volumes": [own], "Warnings": []}

@@ -389,6 +389,10 @@ volumes: {orders: {external: true}, data: {}}
             "f:1:36: services.w.volumes[0]: 'ro,rw' is both read-only and writable",
         ),
         (
+            "services: {w: {image: w, ports: ['80:80', '127.0.0.1:80:80']}}",
+            "f:1:43: services.w.ports[1]: the port answers on all addresses already: it has one address",
+        ),
+        (
             "services: {w: {image: w, ports: ['127.0.0.1:80:80', '10.0.0.1:80:80']}}",
             "f:1:53: services.w.ports[1]: the port answers on 127.0.0.1 already: it has one address",
         ),
@@ -592,8 +596,3 @@ def test_the_mode_of_a_secret_is_octal_in_quotes_too(text: str, mode: int) -> No
         "Secrets"
     ]
     assert found["File"]["Mode"] == mode
-
-
-def test_no_limit_is_a_limit_that_is_given() -> None:
-    found = spec("deploy: {resources: {limits: {pids: 0, memory: 0}}}, pids_limit: 5, mem_limit: 1g")
-    assert "Resources" not in found["TaskTemplate"]

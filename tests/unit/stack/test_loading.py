@@ -116,6 +116,43 @@ def test_included_files_have_their_own_folder_and_variables(tmp_path: Path) -> N
     assert one.contents == {("configs", "c"): b"content"}
 
 
+def test_names_without_a_value_in_an_included_file_get_the_variables_of_that_file(tmp_path: Path) -> None:
+    """The name of the included project stays its own."""
+    report = ProblemReport()
+    one = loaded(
+        tmp_path,
+        "main",
+        environment={"OUT": "o"},
+        report=report,
+        main="include: [{path: sub/inner.yml, env_file: sub/vars_env}]\nservices: {web: {image: w}}",
+        sub__inner="""
+name: inner
+services: {db: {image: d, environment: [V, OUT, NOBODY], env_file: e_env}}
+secrets: {s: {environment: V}}
+""",
+        sub__vars_env="V=7\nOUT=inner",
+        sub__e_env="NOBODY=e",
+    )
+    assert services(one)["db"]["environment"] == {"V": "7", "OUT": "o", "NOBODY": "e"}
+    assert (one.name, one.contents) == ("", {("secrets", "s"): b"7"})
+    report.raise_problems()
+
+
+def test_one_file_in_a_container_has_one_identity_in_all_files(tmp_path: Path) -> None:
+    base = "services: {web: {image: i, configs: [c, d], secrets: [s], env_file: [e_env, f_env]}}"
+    above = """
+services:
+  web:
+    configs: [{source: x, target: /c}]
+    secrets: [{source: y, target: /run/secrets/s}]
+    env_file: [{path: ./e_env, required: false}]
+"""
+    one = services(loaded(tmp_path, "base", "above", base=base, above=above, f_env=""))["web"]
+    assert one["configs"] == [{"source": "x", "target": "/c"}, "d"]
+    assert one["secrets"] == [{"source": "y", "target": "/run/secrets/s"}]
+    assert one["env_file"] == [{"path": f"{tmp_path}/e_env", "required": False}, f"{tmp_path}/f_env"]
+
+
 def test_a_dockerfile_is_in_its_context_and_contexts_are_beside_the_file(tmp_path: Path) -> None:
     text = """
 services:
@@ -211,6 +248,22 @@ def test_services_of_other_profiles_are_left_out(tmp_path: Path) -> None:
         [tmp_path / "main.yml"], LoadOptions(environment={}, profiles=("*",)), FileReader(), ProblemReport()
     )
     assert sorted(services(every)) == ["a", "b", "c"]
+
+
+def test_files_of_services_of_other_profiles_are_not_read(tmp_path: Path) -> None:
+    """A certificate that a label names is used as well."""
+    text = """
+services:
+  a: {image: a, secrets: [both], x-skep: {http: {host: h.example, tls-secret: cert}}}
+  c: {image: c, profiles: [other], secrets: [both, {source: own}, cert], configs: [own]}
+secrets: {both: {file: s}, own: {file: no}, cert: {file: s}, nobody: {file: s}}
+configs: {own: {environment: NO}}
+"""
+    (tmp_path / "s").write_text("s")
+    report = ProblemReport()
+    one = loaded(tmp_path, "main", report=report, main=text)
+    report.raise_problems()
+    assert sorted(one.contents) == [("secrets", name) for name in ("both", "cert", "nobody")]
 
 
 def test_a_file_of_variables_and_a_variable_that_are_not_there_are_errors(tmp_path: Path) -> None:

@@ -457,3 +457,25 @@ def test_a_deploy_that_replaces_a_canary_is_rolled_back_to_the_tasks_that_the_ca
     assert change.rolls_back_to is not None
     assert change.rolls_back_to.task_template.container_spec is not None
     assert change.rolls_back_to.task_template.container_spec.image == image
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("command: [sh, -c, sleep, '5']", "command: [sh, -c, sleep 5]"),
+        ("command: [a, '']", "command: [a, ' ']"),
+        ('command: ["\'a", "b\'"]', "command: [a b]"),
+        ("environment: {A: 1 B=2}", "environment: {A: 1, B: 2}"),
+        ("deploy: {}", "deploy: {labels: {a: ''}}"),
+        ("labels: [a]", "labels: []"),
+        ("logging: {driver: x}", "logging: {driver: x, options: {a: ''}}"),
+        ("deploy: {mode: replicated, replicas: 0}", "deploy: {mode: global}"),
+        ("deploy: {mode: global}", "deploy: {mode: global-job}"),
+    ],
+)
+def test_specs_that_read_the_same_once_they_are_joined_differ(before: str, after: str) -> None:
+    text = "services: {{web: {{image: w, {0}}}}}"
+    was, wanted = (a_stack(text.format(one)) for one in (before, after))
+    found = plan_of(wanted, deployed(was), images={}, prune=False)
+    assert [one.name for one in found.of("service", PlanAction.UPDATE)] == ["shop_web"]
+    assert not plan_of(was, deployed(was), images={}, prune=False).effective

@@ -206,6 +206,16 @@ def test_tasks_that_are_not_started_again_are_done_or_have_failed() -> None:
     assert progress_of(replace(ONCE, update_status=paused), [complete]).is_done
 
 
+def test_a_one_shot_service_whose_update_was_rolled_back_is_not_done() -> None:
+    message = "rollback completed: update rolled back due to failure of task t"
+    status = UpdateStatus(state=UpdateState.ROLLBACK_COMPLETED, message=message)
+    back = replace(ONCE, update_status=status)
+    complete = a_task(TaskState.COMPLETE, TaskState.SHUTDOWN, of=ONCE)
+    assert progress_of(back, [complete]).text == message
+    assert progress_of(back, [complete]).is_stuck
+    assert progress_of(back, [complete], is_kept=True).is_done
+
+
 def test_a_one_shot_service_is_done_when_its_slots_run_or_have_completed() -> None:
     service = replace(ONCE, spec=replace(ONCE.spec, mode=SERVICE.spec.mode))
     done = replace(a_task(TaskState.COMPLETE, TaskState.SHUTDOWN, of=service), slot=1)

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from msgspec import to_builtins
+from msgspec import convert, to_builtins
 from msgspec.structs import replace
 
 from sim.world.time import VirtualLoop
@@ -114,6 +114,64 @@ async def test_an_undo_does_not_undo_a_forced_update_which_would_start_another_r
         await undo(cluster, plan, lambda *_: None, 0.1, lambda _: None, created)
     template = cluster.spec["TaskTemplate"]
     assert (template["ContainerSpec"]["Image"], template["ForceUpdate"]) == ("good", 4)
+
+
+class Nightly(Forced):
+    """The service is a job with a schedule, whose last run has failed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec |= {"Labels": {"skep.cron": "0 3 * * *"}, "Mode": {"ReplicatedJob": {}}}
+        self.spec["TaskTemplate"]["RestartPolicy"] = {"Condition": "none"}
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        if path == "/tasks":
+            failed = {"ID": "t", "ServiceID": "w", "Slot": 1, "Status": {"State": "failed"}}
+            return [failed | {"DesiredState": "shutdown"}]
+        return await super().request(method, path, **options)
+
+
+@on_virtual_time
+async def test_an_undo_does_not_fail_because_the_last_run_of_a_scheduled_job_did() -> None:
+    cluster = Nightly()
+    bad = convert(cluster.spec, ServiceSpec)
+    good = replace(bad, task_template=a_spec("good").task_template)
+    change = PlannedChange(action=PlanAction.UPDATE, kind="service", name="shop_web", spec=bad, id="w")
+    created = CreatedObjects(updated={"shop_web": (good, bad)})
+    plan = StackPlan(stack="shop", changes=(change,), is_new=False)
+    text = await undo(cluster, plan, lambda *_: None, 30.0, lambda _: None, created)
+    assert text.endswith("its updated services have their previous specs again")
+    assert cluster.spec["TaskTemplate"]["ContainerSpec"]["Image"] == "good"
+
+
+class RolledBack(Cluster):
+    """The cluster has rolled the service back by itself after its new tasks failed."""
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        if path == "/services/shop_web":
+            status = {"State": "rollback_completed", "Message": "update rolled back due to failure of task t"}
+            return {
+                "ID": "w",
+                "Version": {"Index": 9},
+                "Spec": to_builtins(a_spec("good")),
+                "UpdateStatus": status,
+            }
+        if path == "/tasks":
+            running = {"ID": "t", "ServiceID": "w", "Slot": 1, "Status": {"State": "running"}}
+            return [running | {"DesiredState": "running"}]
+        return await super().request(method, path, **options)
+
+
+@on_virtual_time
+async def test_an_undo_succeeds_after_a_rollback_by_the_service_itself() -> None:
+    change = PlannedChange(
+        action=PlanAction.UPDATE, kind="service", name="shop_web", spec=a_spec("bad"), id="w"
+    )
+    created = CreatedObjects(updated={"shop_web": (a_spec("good"), a_spec("bad"))})
+    plan, cluster = StackPlan(stack="shop", changes=(change,), is_new=False), RolledBack()
+    text = await undo(cluster, plan, lambda *_: None, 30.0, lambda _: None, created)
+    assert text.endswith("its updated services have their previous specs again")
+    assert cluster.changes == []
 
 
 class Full(Cluster):

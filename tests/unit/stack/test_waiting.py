@@ -213,6 +213,33 @@ def test_a_wait_whose_managers_lose_their_leader_says_so_at_its_end() -> None:
         loop.close()
 
 
+class Crashing(ApiClient):
+    """The only task of the service runs at the first look and has failed at all later ones."""
+
+    def __init__(self) -> None:
+        super().__init__("http://nowhere")
+        self._looks = 0
+
+    async def request(self, method: str, path: str, **_: Any) -> Any:
+        if path == "/services/web":
+            self._looks += 1
+            return {"ID": "w", "Version": {"Index": 9}, "Spec": {"Name": "web", "TaskTemplate": {}}}
+        if path != "/tasks":
+            raise NotFound("an earlier version")
+        state, wanted = ("running", "running") if self._looks == 1 else ("failed", "shutdown")
+        status = {"State": state, "Err": "" if self._looks == 1 else "exit 4"}
+        return [{"ID": "t", "ServiceID": "w", "Slot": 1, "Status": status, "DesiredState": wanted}]
+
+
+def test_the_error_of_a_wait_names_a_service_that_has_failed_after_it_ran() -> None:
+    async def main() -> list[bool]:
+        with pytest.raises(Unavailable, match=r"^not done within 20 s: web: 0 of 1 tasks run: exit 4\."):
+            await wait_for(Crashing(), ("web",), lambda *_: None, 20.0)
+        return []
+
+    in_virtual_time(main())
+
+
 def test_a_service_that_has_just_started_has_to_run_for_its_monitor_time() -> None:
     first = ServiceProgress("1 of 1 tasks run", is_done=True, steady_s=3.0, started_at="t1")
     steadiness = Steadiness()

@@ -1,4 +1,4 @@
-"""The keys below ``x-skep``: labels of services."""
+"""The keys below ``x-skep`` and ``deploy``, beside labels and older keys."""
 
 import pytest
 
@@ -35,6 +35,16 @@ def test_every_label_of_services_has_a_key() -> None:
             key = label.name.removeprefix("skep.").replace(".", "-")
             found = spec(f"x-skep: {{{key}: '{value}'}}")
             assert found["Labels"][label.name] == value
+
+
+def test_a_label_adds_dependencies_on_services_of_other_stacks() -> None:
+    label = "skep.depends-on: 'infra_vault=service_healthy,shop_db=service_healthy'"
+    stack, report = read(
+        f"services: {{web: {{image: w, depends_on: [db], deploy: {{labels: {{{label}}}}}}}, db: {{image: d}}}}"
+    )
+    assert not report.problems
+    found = stack.services["web"].spec.labels["skep.depends-on"]
+    assert found == "infra_vault=service_healthy,shop_db=service_started"
 
 
 def test_a_certificate_is_a_secret_of_the_file_or_of_the_cluster() -> None:
@@ -240,3 +250,9 @@ def test_the_error_of_a_label_is_at_the_place_where_the_file_has_it() -> None:
     ):
         _, report = read(f"services: {{web: {{image: w, {settings}}}}}")
         assert str(report.problems[0]).startswith(f"{place}invalid label skep.drain=never: "), report.problems
+
+
+def test_no_limit_is_a_limit_that_is_given() -> None:
+    limits = "pids: 0, memory: 0, cpus: 0"
+    found = spec(f"deploy: {{resources: {{limits: {{{limits}}}}}}}, pids_limit: 5, mem_limit: 1g, cpus: 2")
+    assert "Resources" not in found["TaskTemplate"]
