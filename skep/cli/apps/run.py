@@ -18,10 +18,11 @@ import click
 from skep.api.client.raw import RawClient, json
 from skep.api.client.waiting import persistently
 from skep.cli.apps import terminal
+from skep.cli.apps.registry_logins import RegistryLogins
 from skep.cli.apps.targets import OrDocker, to_docker
 from skep.cli.endpoint import HostOptions
 from skep.cli.running import run_requests, say
-from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError, Unavailable
 from skep.model.options.labels import JOB_TTL
 from skep.stack.progress import FAILURES_MAX, UNPLACED, ServiceProblem, explanation_of, why_hopeless
 from skep.stack.waiting import HeldTimes
@@ -125,7 +126,7 @@ async def _run(
             return None
         name = f"{found['Spec']['Name'][:50]}-run-{secrets.token_hex(3)}"
         spec = run_spec(found["Spec"], command, name=name, env=env, tty=tty)
-        created = await client.post("/services/create", spec)
+        created = await create(client, spec, RegistryLogins(host.docker_folder))
         try:
             task = await wait_task(client, created["ID"], _BEGUN)
             await _show(client, created["ID"], task, tty=tty)
@@ -133,6 +134,16 @@ async def _run(
         finally:
             with suppress(SkepError):
                 await client.request("DELETE", f"/services/{created['ID']}")
+
+
+async def create(client: RawClient, spec: Mapping[str, Any], logins: RegistryLogins) -> dict[str, Any]:
+    """Create the service of a run, and let its node use the user's registry login, as ``docker run`` does."""
+    auth = ""
+    with suppress(InvalidArgument):  # an unreadable login matters only if the registry asks for one
+        auth = logins.of(spec["TaskTemplate"]["ContainerSpec"]["Image"])
+    headers = {"X-Registry-Auth": auth} if auth else {}
+    created: dict[str, Any] = await client.request("POST", "/services/create", spec, headers=headers)
+    return created
 
 
 async def wait_task(client: RawClient, service_id: str, states: frozenset[str]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """How ``skep run`` waits for its task."""
 
+import base64
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -8,7 +10,8 @@ import pytest
 
 from sim.world.time import VirtualLoop
 from skep.api.client.raw import RawClient
-from skep.cli.apps.run import exit_code_of, run_spec, wait_task
+from skep.cli.apps.registry_logins import RegistryLogins
+from skep.cli.apps.run import create, exit_code_of, run_spec, wait_task
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.manager.discovery.derive import service_on
 from skep.model.service import Service, ServiceSpec
@@ -65,6 +68,39 @@ def test_a_run_gets_no_connections_of_its_service(*, is_former: bool) -> None:
     assert container.hostname == ""
     (attached,) = run.spec.networks or run.spec.task_template.networks
     assert attached.driver_opts == {"a": "b"}
+
+
+class Registrar:
+    """Keeps the headers of the request that creates a service."""
+
+    def __init__(self) -> None:
+        self.headers: Mapping[str, str] = {}
+
+    async def request(
+        self, _method: str, _path: str, _body: Any, *, headers: Mapping[str, str]
+    ) -> dict[str, Any]:
+        self.headers = headers
+        return {"ID": "s1"}
+
+
+@pytest.mark.parametrize(
+    ("config", "login"),
+    [
+        ({"auths": {"registry.example:5000": {"auth": base64.b64encode(b"me:secret").decode()}}}, "secret"),
+        ({"auths": {"other.example": {"auth": base64.b64encode(b"me:secret").decode()}}}, ""),
+        ({"credsStore": "not-installed"}, ""),
+    ],
+)
+async def test_a_run_uses_the_login_for_its_registry(
+    config: dict[str, Any], login: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_bytes(msgspec.json.encode(config))
+    managers = Registrar()
+    image = "registry.example:5000/app:1@sha256:" + 64 * "0"
+    spec = {"TaskTemplate": {"ContainerSpec": {"Image": image}}}
+    await create(cast("RawClient", managers), spec, RegistryLogins(tmp_path))
+    sent = base64.urlsafe_b64decode(managers.headers.get("X-Registry-Auth", "")).decode()
+    assert (login in sent, bool(sent)) == (True, bool(login))
 
 
 def test_a_run_that_no_node_takes_ends_with_the_reason() -> None:
