@@ -53,7 +53,7 @@ class RandomJob(RandomWorld):
             run_job(world, world.service.id, now=self._time(world), replaces=replaces)  # type: ignore[arg-type]
 
     def _pause_or_resume(self) -> None:
-        """Retry what has failed."""
+        """Retry the failed slots."""
         with suppress(SkepError):  # nothing has failed
             retry_job(self.world, self.world.service.id)  # type: ignore[arg-type]
 

@@ -104,7 +104,7 @@ class RandomWorld:
         self.world.update(replace(spec, labels=self._labels()))
 
     def _obey(self, task: Task) -> None:
-        """Report what the task's node would report without any failure."""
+        """Report the next state of the task, as its node does if nothing fails."""
         if task.status.state.is_terminal:
             return
         if not task.is_wanted:
