@@ -85,7 +85,8 @@ class ServiceRegistrar:
         self._reason = ""
         self._shown_reason = ""
         self._is_registered: bool | None = None
-        """None if the managers may still have a registration of an earlier command."""
+        """None if the managers may have a registration: of an earlier command, or by a request without a response."""
+        self._was_accepted = False
         self._renew_at = 0.0
         self._retry_at = 0.0
         self._backoff = Backoff(*RETRY_S)
@@ -119,7 +120,7 @@ class ServiceRegistrar:
         try:
             await self._send(now)
         except SkepError as error:
-            if isinstance(error, InvalidArgument) and self._is_registered is None:
+            if isinstance(error, InvalidArgument) and not self._was_accepted:
                 self._is_registered = False
                 raise
             self._retry_at = now + self._backoff.next_delay_s()
@@ -151,10 +152,11 @@ class ServiceRegistrar:
             except NotFound:  # the lease was over
                 self._is_registered = False
         if not self._is_registered:
+            self._is_registered = None
             body = msgspec.to_builtins(self._registration)
             await self._client.request("PUT", self._path, body=body, timeout_s=REQUEST_S)
             self._report(f"{self._name} registered")
-        self._is_registered = True
+        self._is_registered = self._was_accepted = True
         self._renew_at = now + self._registration.ttl / 3
 
     async def _remove(self) -> None:
