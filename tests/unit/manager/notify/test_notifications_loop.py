@@ -290,6 +290,42 @@ def test_an_incident_that_lasts_is_told_again_every_day(rig: Rig) -> None:
     rig.run(body)
 
 
+def test_nobody_is_reminded_of_a_rollback_that_is_over_and_took_a_while(rig: Rig) -> None:
+    async def body() -> None:
+        await rig.found(a_target(topics=(Topic.DEPLOY,)))
+        async with rig.leading():
+            for state, seconds in (
+                (UpdateState.ROLLBACK_STARTED, 120.0),
+                (UpdateState.ROLLBACK_COMPLETED, REMIND_NS / SECOND_NS * 2.5),
+            ):
+                status = UpdateStatus(state=state)
+                await rig.store.update(
+                    lambda tx, status=status: tx.put(replace(a_service("web"), update_status=status))
+                )
+                await asyncio.sleep(seconds)
+        assert rig.told() == ["began update of service web is being rolled back"]
+
+    rig.run(body)
+
+
+def test_a_reminder_is_about_the_present_state(rig: Rig) -> None:
+    async def body() -> None:
+        await rig.found(a_target(topics=(Topic.DEPLOY,)))
+        async with rig.leading():
+            for state in (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED):
+                status = UpdateStatus(state=state)
+                await rig.store.update(
+                    lambda tx, status=status: tx.put(replace(a_service("web"), update_status=status))
+                )
+                await asyncio.sleep(0.75 * REMIND_NS / SECOND_NS)
+        assert rig.told() == [
+            "began update of service web was paused",
+            "reminder update of service web was rolled back, and the rollback was paused",
+        ]
+
+    rig.run(body)
+
+
 def test_a_certificate_that_is_not_renewed_is_told_until_it_is(rig: Rig) -> None:
     async def body() -> None:
         await rig.found(a_target(topics=(Topic.CERTIFICATE,)))
