@@ -372,6 +372,22 @@ def test_a_cluster_without_a_backup_for_days_is_told_and_one_with_a_backup_is_no
     rig.run(body)
 
 
+@pytest.mark.parametrize(("error", "later"), [("no space left", ""), ("", "no space left")])
+def test_the_last_backup_counts_although_the_clock_of_its_manager_is_behind(
+    rig: Rig, error: str, later: str
+) -> None:
+    async def body() -> None:
+        await rig.found(a_target(topics=(Topic.BACKUP,)))
+        now_ns = rig.clock.now_ns()
+        await rig.store.update(note_backup, error, now_ns + 60 * SECOND_NS)
+        await rig.store.update(note_backup, later, now_ns)
+        async with rig.leading():
+            await asyncio.sleep(60)
+        assert rig.told() == ([f"began the last backup of the cluster failed: {later}"] if later else [])
+
+    rig.run(body)
+
+
 def test_a_new_target_is_told_what_is_wrong_now_and_a_removed_one_nothing(rig: Rig) -> None:
     async def body() -> None:
         await rig.found(a_target("first"))
