@@ -19,12 +19,13 @@ from skep.manager.acme.state import STEP, WATCHED, CertificatesState
 from skep.manager.acme.steps import ASK_S, AcmeFailed, BeginOrder, WindowKnown
 from skep.manager.acme.writing import note_outcome
 from skep.model.door.settings import DOOR
+from skep.model.node import NodeState
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId, ServiceId
 from skep.store.interface import Transaction
 from skep.store.kinds import write_record
 from skep.store.memory import MemoryStore
-from tests.support.builders import a_service, a_service_spec, a_task
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
 
 APP = "app.example.com"
 ACCOUNT = AcmeAccount(email="", directory="https://ca/dir", key="key", url="https://ca/account")
@@ -40,6 +41,7 @@ def write_all(tx: Transaction) -> None:
     web = replace(a_service_spec("web"), labels={"skep.http": APP})
     tx.put(a_service("door", id="door", spec=door))
     tx.put(a_service("web", id="web", spec=web))
+    tx.put(a_node("n1"))
     tx.put(door_task(TaskState.STARTING))
     write_record(tx, ACCOUNT_ID, ACCOUNT)
 
@@ -61,6 +63,20 @@ async def test_a_task_of_the_door_that_starts_begins_the_orders() -> None:
     assert state.due() == BeginOrder(APP)
     [shown] = shown_certificates(store.view(), 1).certificates
     assert (shown.state.value, shown.error) == ("wanted", "")
+
+
+async def test_a_task_of_the_door_on_a_lost_node_serves_no_challenge_until_the_node_returns() -> None:
+    store = MemoryStore(SystemClock())
+    await store.update(write_all)
+    await store.update(lambda tx: tx.put(door_task(TaskState.RUNNING)))
+    await store.update(lambda tx: tx.put(a_node("n1", state=NodeState.DOWN)))
+    state = CertificatesState(store.view, SystemClock(), Random(1))
+    assert state.due() is None, "the orders would fail, and delay those after the return by hours"
+    async with store.watch(*WATCHED) as watch:
+        await store.update(lambda tx: tx.put(a_node("n1")))
+        state.on_commit(await anext(aiter(watch)))
+    assert state.queue.take_due(1) == [STEP]
+    assert state.due() == BeginOrder(APP)
 
 
 @pytest.mark.parametrize("is_away", [True, False])
