@@ -14,7 +14,7 @@ from skep.model.task import Relocation, Task, TaskState
 from skep.model.values.counts import counted
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import ServiceId
-from skep.model.values.times import SECOND_NS, Timestamp, unix_ns
+from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction, View
 from skep.store.keys import HEAD
 from skep.store.kinds import Payload
@@ -167,8 +167,12 @@ def give_up(tx: Transaction, task: Task) -> None:
         _write(tx, replace(present, run=replace(run, skipped=skipped)))
 
 
-def is_stuck(task: Task, view: View, now_ns: int) -> bool:
-    """Return whether the move of ``task`` cannot succeed, or takes too long."""
+def is_stuck(task: Task, view: View, seconds: float) -> bool:
+    """Return whether the move of ``task`` cannot succeed, or takes too long.
+
+    Args:
+        seconds: Time for which this leader has seen the move, without times in which a freeze held it back.
+    """
     assert task.relocation is not None, "it moves"
     target = view.lookup(Node, task.relocation.target)
     if target is None or not takes_tasks(target):
@@ -176,7 +180,7 @@ def is_stuck(task: Task, view: View, now_ns: int) -> bool:
     slot = view.find(Task, slot=f"{task.service_id}/{task.slot}")
     if any(one.created_at > task.relocation.at and _has_failed(one) for one in slot):
         return True
-    return now_ns - unix_ns(task.relocation.at) > MOVE_S * SECOND_NS
+    return seconds > MOVE_S
 
 
 def _has_failed(task: Task) -> bool:
