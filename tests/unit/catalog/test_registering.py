@@ -1,11 +1,13 @@
 """How results of checks change the state of a registered service."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio.clock import Clock, SystemClock
 from skep.api.client.requests import Requests
 from skep.catalog.registering import RETRY_S, CheckRules, CheckState, ServiceRegistrar, after_check
@@ -21,11 +23,13 @@ class Managers(Requests):
     def __init__(self, error: SkepError | None = None) -> None:
         self.error = error
         self.paths: list[str] = []
+        self.on_request: Callable[[], object] = lambda: None
 
     async def request(self, method: str, path: str, **_: Any) -> Mapping[str, Any] | None:
         self.paths.append(f"{method} {path}")
         if self.error is not None:
             raise self.error
+        self.on_request()
         if method == "DELETE":
             raise NotFound("there is none")
         return None
@@ -134,6 +138,34 @@ async def test_a_registration_whose_answer_was_lost_is_removed_at_the_end() -> N
     running.cancel()
     await asyncio.wait([running])
     assert managers.paths[-1] == "DELETE /skep/registrations/pg@one"
+
+
+def test_a_registration_is_renewed_between_checks_that_are_rarer_than_its_lease() -> None:
+    loop = VirtualLoop()
+    managers, registration = Managers(), ServiceRegistration(service="pg", instance="one", ttl=30)
+    renewed_at: list[float] = []
+
+    async def check() -> str:
+        return ""
+
+    async def live() -> None:
+        rules = CheckRules(interval_s=100, rise=1)
+        registrar = ServiceRegistrar(managers, registration, check, rules, VirtualClock(loop), print)
+        running = asyncio.create_task(registrar.run())
+        managers.on_request = lambda: renewed_at.append(loop.time())
+        await asyncio.sleep(35)
+        managers.error = Unavailable("no leader")
+        await asyncio.sleep(20)
+        managers.error = None
+        await asyncio.sleep(300)
+        running.cancel()
+        await asyncio.wait([running])
+
+    loop.run_until_complete(live())
+    loop.close()
+    assert max(later - before for before, later in pairwise(renewed_at)) < 30
+    assert managers.paths[-1] == "DELETE /skep/registrations/pg@one"
+    assert managers.paths.count("PUT /skep/registrations/pg@one") == 1
 
 
 async def test_a_worker_that_refuses_a_registration_leads_to_the_managers() -> None:
