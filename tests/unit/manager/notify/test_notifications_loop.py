@@ -37,6 +37,7 @@ from skep.store.kinds import Payload
 from skep.store.level import LEVEL
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
+from tests.support.store.damage_rigs import damage
 
 DAY_S = 86_400.0
 
@@ -445,6 +446,30 @@ def test_services_are_degraded_as_status_shows_it(rig: Rig) -> None:
             await rig.store.update(lambda tx: tx.put(replace(task, node_id=NodeId("n2"), status=running)))
             await asyncio.sleep(120)
             assert rig.told()[1:] == [line.replace("began", "ended", 1)]
+
+    rig.run(body)
+
+
+def test_an_incident_lasts_while_its_object_cannot_be_read(rig: Rig) -> None:
+    async def body() -> None:
+        await rig.found(a_target())
+        web = a_service("web", replicas=1)
+        task = a_task("t1", service=web, state=TaskState.PENDING)
+        status = replace(task.status, err="no suitable node (insufficient resources on 2 nodes)")
+        await rig.store.update(lambda tx: [tx.put(web), tx.put(replace(task, status=status))])
+        await rig.set_node("n1", NodeState.DOWN)
+        async with rig.leading():
+            await asyncio.sleep(60)
+        began = rig.told()
+        assert len(began) == 2
+        damage(rig.store.cluster, "service", web.id, "")
+        damage(rig.store.cluster, "node", "n1", "")
+        rig.store = MemoryStore(
+            rig.clock, rig.store.cluster
+        )  # another manager, to which it was never readable
+        async with rig.leading():
+            await asyncio.sleep(600)
+        assert rig.told() == began
 
     rig.run(body)
 
