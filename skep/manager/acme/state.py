@@ -115,6 +115,8 @@ class CertificatesState:
         wanted = self._wanted(view)
         stacks = {name: stack for name, stack in wanted.stacks.items() if name not in locked}
         wanted = Wanted(stacks, wanted.problem)
+        if view.unreadable(Service):  # such a service may have any name without a service
+            records = {name: one for name, one in records.items() if name in stacks}
         step = next_step(account, wanted, records, now_ns, self.look_at, self._publish_s)
         if not isinstance(step, WaitUntil):
             return step

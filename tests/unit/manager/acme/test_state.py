@@ -16,16 +16,18 @@ from skep.manager.acme.records import (
 )
 from skep.manager.acme.showing import shown_certificates
 from skep.manager.acme.state import STEP, WATCHED, CertificatesState
-from skep.manager.acme.steps import ASK_S, AcmeFailed, BeginOrder, WindowKnown
-from skep.manager.acme.writing import note_outcome
+from skep.manager.acme.steps import ASK_S, AcmeFailed, BeginOrder, DropOrder, WindowKnown
+from skep.manager.acme.writing import begin_order, note_outcome
 from skep.model.door.settings import DOOR
 from skep.model.node import NodeState
+from skep.model.service import Service
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId, ServiceId
 from skep.store.interface import Transaction
 from skep.store.kinds import write_record
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.store.damage_rigs import damage
 
 APP = "app.example.com"
 ACCOUNT = AcmeAccount(email="", directory="https://ca/dir", key="key", url="https://ca/account")
@@ -77,6 +79,18 @@ async def test_a_task_of_the_door_on_a_lost_node_serves_no_challenge_until_the_n
         state.on_commit(await anext(aiter(watch)))
     assert state.queue.take_due(1) == [STEP]
     assert state.due() == BeginOrder(APP)
+
+
+async def test_a_name_keeps_its_order_while_its_service_cannot_be_read() -> None:
+    store = MemoryStore(SystemClock())
+    await store.update(write_all)
+    await store.update(lambda tx: tx.put(door_task(TaskState.RUNNING)))
+    await store.update(begin_order, APP, "key", 1)
+    damage(store.cluster, "service", "web", "")
+    view = MemoryStore(SystemClock(), store.cluster).view()
+    assert CertificatesState(lambda: view, SystemClock(), Random(1)).due() is None
+    await store.update(lambda tx: tx.delete(Service, "web"))
+    assert CertificatesState(store.view, SystemClock(), Random(1)).due() == DropOrder(APP)
 
 
 @pytest.mark.parametrize("is_away", [True, False])
