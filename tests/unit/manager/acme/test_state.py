@@ -1,23 +1,36 @@
 """What wakes the loop for certificates, and when it orders."""
 
+import asyncio
 from random import Random
 
 import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.manager.acme.loop import Certificates
 from skep.manager.acme.records import (
     ACCOUNT_ID,
+    NAMES_ID,
     AcmeAccount,
+    CertificateOrder,
     HostCertificate,
+    KnownNames,
     account_in,
     record_id,
     record_in,
 )
 from skep.manager.acme.showing import shown_certificates
 from skep.manager.acme.state import STEP, WATCHED, CertificatesState
-from skep.manager.acme.steps import ASK_S, AcmeFailed, BeginOrder, DropOrder, WindowKnown
-from skep.manager.acme.writing import begin_order, note_outcome
+from skep.manager.acme.steps import (
+    ASK_S,
+    AcmeFailed,
+    BeginOrder,
+    DropOrder,
+    Outcome,
+    Wanted,
+    WindowKnown,
+)
+from skep.manager.acme.writing import begin_order, configure, note_outcome
 from skep.model.door.settings import DOOR
 from skep.model.node import NodeState
 from skep.model.service import Service
@@ -25,9 +38,11 @@ from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId, ServiceId
 from skep.store.interface import Transaction
 from skep.store.kinds import write_record
+from skep.store.level import LEVEL
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.store.damage_rigs import damage
+from tests.support.store.store_transactions import raise_level
 
 APP = "app.example.com"
 ACCOUNT = AcmeAccount(email="", directory="https://ca/dir", key="key", url="https://ca/account")
@@ -113,3 +128,30 @@ async def test_a_suggested_renewal_in_an_absurd_year_can_be_stored() -> None:
     for renew_at_ns in (-(10**20), 10**20):
         await store.update(note_outcome, ACCOUNT, before, WindowKnown(renew_at_ns, 1e15), 7, 0.5)
         assert 0 <= record_in(store.view(), APP).renew_at_ns <= before.not_after_ns
+
+
+async def test_an_order_is_not_continued_at_an_authority_that_was_set_since() -> None:
+    store, asked = MemoryStore(SystemClock()), list[tuple[str, str]]()
+    other, came = replace(ACCOUNT, directory="https://other/dir", key="other", url=""), asyncio.Event()
+    order = CertificateOrder(key="k", began_ns=1, url="https://ca/order")
+    record = HostCertificate(name=APP, order=order, tried=ACCOUNT.directory)
+    await store.update(raise_level, LEVEL)
+    await store.update(write_record, ACCOUNT_ID, ACCOUNT)
+    await store.update(write_record, NAMES_ID, KnownNames((APP,)))
+    await store.update(write_record, record_id(APP), record)
+
+    async def confirm() -> None:
+        await store.update(configure, other)
+
+    async def run_step(account: AcmeAccount, record: HostCertificate | None) -> Outcome:
+        asked.append((account.directory, record.name if record is not None else ""))
+        came.set()
+        return AcmeFailed(reason="it is away", is_away=True)
+
+    loop = Certificates(store, SystemClock(), Random(1), run_step, confirm, lambda _: Wanted({APP: ""}))
+    running = asyncio.create_task(loop.run())
+    async with asyncio.timeout(10):
+        await came.wait()
+    running.cancel()
+    await asyncio.wait([running])
+    assert asked == [(other.directory, "")], "the account is registered first"
