@@ -65,7 +65,7 @@ class Balancer:
         self._report = report
         self._pace_s = pace_s
         self._applied = ""
-        """The configuration of the last reload.  Empty at first, because the last command may have failed to reload."""
+        """The configuration of the last reload.  Empty at first and after a failed reload, whose effect is unknown."""
 
     async def run(self, known: KnownCatalog) -> None:
         """Follow the catalog until cancelled."""
@@ -95,6 +95,7 @@ class Balancer:
             return False
         self.require_own_file()
         await self._check(text)
+        self._applied = ""  # a reload that fails, or does not end in time, may have taken effect
         try:
             await asyncio.to_thread(replace_file, self._files.file, text.encode())
         except OSError as error:

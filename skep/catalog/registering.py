@@ -14,6 +14,7 @@ import msgspec
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.aio.groups import errors_as_they_are
 from skep.api.client.requests import Requests
 from skep.catalog.following import of_a_manager
 from skep.errors import InvalidArgument, NotFound, SkepError, reason_of
@@ -25,6 +26,8 @@ LEAVE_S: Final = 5.0
 """Longest time in seconds for the last request when the command ends."""
 REQUEST_S: Final = 10.0
 """Longest time in seconds for a renewal."""
+WAIT_S_MIN: Final = 0.05
+"""Shortest wait in seconds for a renewal, so that rounded times cause no busy loop."""
 RETRY_S: Final = 0.5, 10.0
 """First and longest delay in seconds, with jitter, after a request that failed."""
 
@@ -85,11 +88,13 @@ class ServiceRegistrar:
         self._reason = ""
         self._shown_reason = ""
         self._is_registered: bool | None = None
-        """None if the managers may still have a registration of an earlier command."""
+        """None if the managers may have a registration: of an earlier command, or by a request without a response."""
+        self._was_accepted = False
         self._renew_at = 0.0
         self._retry_at = 0.0
         self._backoff = Backoff(*RETRY_S)
         self._is_failing = False
+        self._sending = asyncio.Lock()
 
     async def run(self) -> None:
         """Check and register until cancelled, and then remove the registration.
@@ -97,12 +102,26 @@ class ServiceRegistrar:
         Raises: InvalidArgument: the managers refuse a first registration that they can never accept.
         """
         try:
-            while True:
-                await self.step()
-                await self._clock.sleep(self._rules.interval_s)
+            async with errors_as_they_are(), asyncio.TaskGroup() as group:
+                group.create_task(self._check_again(), name="checks")
+                group.create_task(self._renew_meanwhile(), name="renewals")
         finally:
             if self._is_registered is not False:
                 await asyncio.shield(self._leave())
+
+    async def _check_again(self) -> None:
+        while True:
+            await self.step()
+            await self._clock.sleep(self._rules.interval_s)
+
+    async def _renew_meanwhile(self) -> None:
+        """Renew the lease between two checks and during one, which may take longer than the lease."""
+        while True:
+            now, third_s = self._clock.monotonic(), self._registration.ttl / 3
+            due_at = max(self._renew_at, self._retry_at) if self._state.is_up else now + third_s
+            await self._clock.sleep(max(due_at - now, WAIT_S_MIN))
+            if self._state.is_up:
+                await self._send_due()
 
     async def step(self) -> None:
         """Run the check once, and send what follows from it.  Raises: see ``run``."""
@@ -113,13 +132,19 @@ class ServiceRegistrar:
             self._reason = f"the check took more than {self._rules.timeout_s:g} s"
         self._state = after_check(self._state, passed=not self._reason, rules=self._rules)
         self._show_failure()
-        now = self._clock.monotonic()
-        if now < self._retry_at:
-            return
+        await self._send_due()
+
+    async def _send_due(self) -> None:
+        """Send what follows from the state, unless the next attempt has to wait.  Raises: see ``run``."""
+        async with self._sending:
+            if self._clock.monotonic() >= self._retry_at:
+                await self._try_to_send(self._clock.monotonic())
+
+    async def _try_to_send(self, now: float) -> None:
         try:
             await self._send(now)
         except SkepError as error:
-            if isinstance(error, InvalidArgument) and self._is_registered is None:
+            if isinstance(error, InvalidArgument) and not self._was_accepted:
                 self._is_registered = False
                 raise
             self._retry_at = now + self._backoff.next_delay_s()
@@ -151,10 +176,11 @@ class ServiceRegistrar:
             except NotFound:  # the lease was over
                 self._is_registered = False
         if not self._is_registered:
+            self._is_registered = None
             body = msgspec.to_builtins(self._registration)
             await self._client.request("PUT", self._path, body=body, timeout_s=REQUEST_S)
             self._report(f"{self._name} registered")
-        self._is_registered = True
+        self._is_registered = self._was_accepted = True
         self._renew_at = now + self._registration.ttl / 3
 
     async def _remove(self) -> None:

@@ -242,6 +242,27 @@ async def test_a_file_of_somebody_else_and_a_refused_configuration_change_nothin
     assert machine.files.file.read_text() == written
 
 
+async def test_a_catalog_that_returns_after_a_failed_reload_is_applied_again(
+    machine: Machine, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    reload = f"sh -c 'test ! -e {broken}'"
+    files = msgspec.structs.replace(machine.files, reload=reload)
+    balancer = Balancer([BalancedPort(SERVICE, "127.0.0.1", machine.port)], files, SystemClock(), [].append)
+    before, after = (
+        {SERVICE: CatalogService(name=SERVICE, instances=(CatalogInstance(id=id, address=address, port=70),))}
+        for id, address in (("t1", "10.0.0.1"), ("t2", "10.0.0.2"))
+    )
+    assert await balancer.apply(before)
+    written = files.file.read_text()
+    broken.touch()
+    with pytest.raises(FailedPrecondition, match="test ! -e"):
+        await balancer.apply(after)
+    broken.unlink()
+    assert await balancer.apply(before), "the reload may have taken effect"
+    assert files.file.read_text() == written
+
+
 async def test_a_service_is_registered_while_its_check_passes(tmp_path: Path) -> None:
     backend, messages = Backend("one"), list[str]()
     await backend.start()

@@ -180,6 +180,39 @@ async def test_a_node_that_is_away_is_named_and_gone_on_with_where_it_was(cluste
         await again.stop()
 
 
+class LaterClock(SystemClock):
+    """A clock that the test moves on."""
+
+    later_s = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.later_s
+
+
+async def test_a_node_that_cannot_be_read_at_first_has_everything_since_the_beginning(
+    cluster, tmp_path, events
+):
+    follow, clock = events.follow, LaterClock()
+
+    async def refuses(*_: object) -> AsyncIterator[Mapping[str, Any]]:
+        yield msgspec.Raw(b"no event")  # type: ignore[misc]
+
+    events.follow = refuses
+    cluster.all_events = AllEvents(cluster.tunnels, cluster.store.view, clock)
+    pair = await a_worker(cluster, tmp_path)
+    async with a_node(cluster, tmp_path, pair, events):
+        stream = Stream(cluster)
+        await until(lambda: "disconnect" in stream.of("stream"))
+        publish(events, "start")
+        clock.later_s = 20.0
+        events.follow = follow
+        await until(lambda: "connect" in stream.of("stream"))
+        publish(events, "die")
+        await stream.reads(1)
+        assert stream.of("container")[0] == "start"
+        await stream.stop()
+
+
 async def test_the_nodes_filter_and_the_end_are_those_of_the_request(cluster, node, events):
     publish(events, "start", "die")
     events.publish("image", "pull", "busybox:1", {"name": "busybox"})

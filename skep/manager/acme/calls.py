@@ -48,8 +48,8 @@ class AuthorityCalls:
         if record is not None and record.left:
             await self._hook.remove(record.left)
             return RecordsRemoved(record.left)
-        records = record.order.dns if record is not None and record.order is not None else {}
-        if records and (problem := await self._hook.set(records)):
+        order = record.order if record is not None else None
+        if order is not None and order.dns and (problem := await self._hook.set(order.dns, order.key)):
             return AcmeFailed(reason=problem)
         return await self._ask(account, record)
 

@@ -40,12 +40,24 @@ class DnsHook:
         self._path = path
         self._deadline_s = deadline_s
         self._is_set: frozenset[tuple[str, str]] = frozenset()
+        """Records that this process has written for the last order."""
+        self._order = ""
 
     def __bool__(self) -> bool:
         return bool(self._path)
 
-    async def set(self, records: Mapping[str, str]) -> str:
-        """Write records, unless this process has written them.  Returns the reason of a failure, or an empty text."""
+    async def set(self, records: Mapping[str, str], order: str) -> str:
+        """Write the records of an order, unless this process has written them for it.
+
+        Another order may have the same records, and another leader may have removed them in between.
+
+        Args:
+            order: What identifies the order.
+
+        Returns the reason of a failure, or an empty text.
+        """
+        if order != self._order:
+            self._order, self._is_set = order, frozenset()
         for record in sorted(set(records.items()) - self._is_set):
             if problem := await self._run("set", *record):
                 return problem

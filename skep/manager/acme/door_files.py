@@ -13,7 +13,8 @@ from skep.manager.acme.records import (
 )
 from skep.model.assignment import SecretFile
 from skep.model.door.payloads import DoorPayload, door_file
-from skep.model.door.routes import http_labels
+from skep.model.door.routes import has_routes, http_labels
+from skep.model.history import stack_of
 from skep.model.service import Service
 from skep.model.values.ids import SecretId
 from skep.store.interface import Created, Deleted, Event, Updated, View
@@ -42,7 +43,7 @@ class DoorFiles:
             case Updated(Service() as old, Service() as new):
                 is_concerned = _routes(old) != _routes(new)
             case Created(Service() as one) | Deleted(Service() as one):
-                is_concerned = bool(_routes(one))
+                is_concerned = one.removed_at is None and has_routes(one.spec.labels)
             case _:
                 is_concerned = False
         if is_concerned:
@@ -59,8 +60,10 @@ class DoorFiles:
         return self._files
 
 
-def _routes(service: Service) -> Mapping[str, str]:
-    return http_labels(service.spec.labels) if service.removed_at is None else {}
+def _routes(service: Service) -> tuple[str, Mapping[str, str]]:
+    """Return the labels of routes, and the stack, which may not choose the certificates of another stack's hosts."""
+    labels = http_labels(service.spec.labels) if service.removed_at is None else {}
+    return stack_of(service.spec.labels) if labels else "", labels
 
 
 def _certificates(view: View, before: Mapping[str, SecretFile]) -> Iterator[tuple[str, SecretFile]]:

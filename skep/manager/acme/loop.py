@@ -90,19 +90,19 @@ class Certificates:
                 key = private_pem(new_private_key()).decode()
                 await self._term.update(begin_order, name, key, self._clock.now_ns())
             case RegisterAccount():
-                self._start("")
+                self._start(RegisterAccount(), "")
             case OpenOrder(name) | ContinueOrder(name) | RemoveRecords(name) | AskWindow(name):
-                self._start(name)
+                self._start(step, name)
 
-    def _start(self, name: str) -> None:
+    def _start(self, step: Step, name: str) -> None:
         """Make a step at the authority in a job of its own, so that the loop keeps up with the store."""
         self._is_busy = True
-        self._driver.spawn(self._make(name), f"acme {name}")
+        self._driver.spawn(self._make(step, name), f"acme {name}")
 
-    async def _make(self, name: str) -> None:
+    async def _make(self, step: Step, name: str) -> None:
         delay_s = 0.0
         try:
-            await self._ask_and_record(name)
+            await self._ask_and_record(step, name)
         except NotLeader:
             raise
         except SkepError as error:
@@ -112,8 +112,13 @@ class Certificates:
             self._is_busy = False
         self.state.queue.add_at(STEP, self._clock.monotonic() + delay_s)
 
-    async def _ask_and_record(self, name: str) -> None:
+    async def _ask_and_record(self, step: Step, name: str) -> None:
         await self._confirm()
+        present = None
+        with self.state.failures.caught(STEP):
+            present = self.state.due()
+        if present != step:
+            return  # another authority or a renewal was requested meanwhile
         view = self._term.view()
         account, record = account_in(view), record_in(view, name) if name else None
         if account is None or (record is not None and not (record.order or record.left or record.pem)):

@@ -10,16 +10,17 @@ from skep.manager.acme.records import ACCOUNT_ID, account_in, locked_names, reco
 from skep.manager.acme.steps import PUBLISH_S, Step, WaitUntil, Wanted, next_step
 from skep.manager.control_loops.failures import Failures
 from skep.manager.control_loops.work_queue import WorkQueue
-from skep.manager.services.routes import claimant_of, exposed
+from skep.manager.services.routes import claimant_of, exposed, runs_a_proxy
 from skep.model.door.claims import settled
 from skep.model.door.settings import is_door
+from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.values.times import SECOND_NS
 from skep.store.interface import Commit, Created, Deleted, Updated, View
 from skep.store.kinds import Payload
 
-WATCHED = (Service, Payload, Task)
+WATCHED = (Service, Payload, Task, Node)
 STEP: Final = "step"
 """The only key: one step follows the other."""
 GATHER_S = 1.0
@@ -48,13 +49,13 @@ def names_of_routes(view: View) -> Wanted:
 def _why_unserved(view: View) -> str:
     """Return why no proxy serves challenges, with the next step, or an empty text."""
     doors = [one for one in view.find(Service) if is_door(one.spec.labels)]
-    if any(_serves(task) for door in doors for task in view.find(Task, service_id=door.id)):
+    if runs_a_proxy(view, [one.id for one in doors]):
         return ""
     return f"no proxy of the front door runs. Run skep explain {doors[0].spec.name}" if doors else NO_DOOR
 
 
 def _serves(task: Task) -> bool:
-    return task.status.state is TaskState.RUNNING
+    return task.is_wanted and task.status.state is TaskState.RUNNING
 
 
 class CertificatesState:
@@ -83,7 +84,7 @@ class CertificatesState:
         yield
 
     def on_commit(self, commit: Commit) -> None:
-        """Queue a step if the account, a renewal or a service's names changed."""
+        """Queue a step if the account, a renewal, a service's names or the proxies of the door changed."""
         for event in commit.events:
             match event:
                 case Created(Payload(id=id)) | Updated(_, Payload(id=id)) | Deleted(Payload(id=id)):
@@ -95,6 +96,9 @@ class CertificatesState:
                     continue
                 case Updated(Task() as was, Task() as task):
                     if _serves(was) != _serves(task) and self._is_of_door(task):
+                        self.queue.add((STEP,))
+                case Updated(Node() as before, Node() as node):
+                    if before.status.state is not node.status.state:
                         self.queue.add((STEP,))
                 case Created(Service()) | Updated(_, Service()) | Deleted(Service()):
                     self.queue.add_at(STEP, self._clock.monotonic() + GATHER_S)
@@ -111,6 +115,8 @@ class CertificatesState:
         wanted = self._wanted(view)
         stacks = {name: stack for name, stack in wanted.stacks.items() if name not in locked}
         wanted = Wanted(stacks, wanted.problem)
+        if view.unreadable(Service):  # such a service may have any name without a service
+            records = {name: one for name, one in records.items() if name in stacks}
         step = next_step(account, wanted, records, now_ns, self.look_at, self._publish_s)
         if not isinstance(step, WaitUntil):
             return step

@@ -158,10 +158,14 @@ def renew(tx: Transaction, name: str) -> None:
 
     Raises:
         NotFound: It does not exist.
-        AlreadyExists: A service of the same name was created since, and belongs to another stack.
+        AlreadyExists: A service of the same name was created since, and belongs to another stack.  Or a registration of
+            another stack was made at the same moment at another manager, and the catalog has that one.
     """
     found = record_in(tx, name)
     _require_own_service(tx, found.registration)
+    same = found.registration.service.lower()
+    first = next(one.registration for one in records_in(tx) if one.registration.service.lower() == same)
+    _require_same(found.registration, first.service, first.stack)
     write_record(tx, PREFIX + name, msgspec.structs.replace(found, renewals=found.renewals + 1))
 
 

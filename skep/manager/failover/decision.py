@@ -10,7 +10,13 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
-from skep.manager.failover.records import FailoverAddress, FailoverAddresses, HolderChange, Renewals
+from skep.manager.failover.records import (
+    FailoverAddress,
+    FailoverAddresses,
+    HolderChange,
+    Renewals,
+    addresses_in,
+)
 from skep.model.door.settings import is_door
 from skep.model.networks.addresses import parsed
 from skep.model.networks.failover import LEASE_S, SILENT, STOPS
@@ -73,15 +79,19 @@ def door_services(services: Iterable[Service]) -> frozenset[ServiceId]:
 
 
 def holders_in(view: View, doors: Iterable[ServiceId]) -> DoorNodes:
-    """Return the nodes that may hold addresses."""
+    """Return the nodes that may hold addresses.
+
+    While a service cannot be read, it may be the front door, so the present holders keep their addresses.
+    """
     running = {
         task.node_id for door in sorted(doors) for task in view.find(Task, service_id=door) if serves(task)
     }
-    nodes = [node for id in sorted(running) if (node := view.lookup(Node, id)) is not None]
+    holding = {one.node_id for one in addresses_in(view).addresses} if view.unreadable(Service) else set()
+    nodes = [node for id in sorted(running | holding) if (node := view.lookup(Node, id)) is not None]
     kept = [node for node in nodes if keeps_addresses(node)]
     return DoorNodes(
         {node.id: _subnets(node) for node in kept},
-        frozenset(node.id for node in kept if not takes_tasks(node)),
+        frozenset(node.id for node in kept if not takes_tasks(node) or node.id not in running),
     )
 
 

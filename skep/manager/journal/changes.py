@@ -412,7 +412,7 @@ def _eviction(before: Any, payload: Payload) -> Iterator[JournalEntry]:
     """Yield an entry when the eviction begins and when it is complete.  ``skep node evict`` shows its steps."""
     eviction = decoded_eviction(payload)
     earlier: Eviction | None = decoded_eviction(before) if before is not None else None
-    is_new = earlier is None or earlier.nodes != eviction.nodes
+    is_new = earlier is None or (earlier.nodes, earlier.asked_at) != (eviction.nodes, eviction.asked_at)
     if is_new:
         message = f"eviction of node {eviction.hostname} requested by {eviction.asked_by}"
     elif eviction.next_step is None and earlier is not None and earlier.next_step is not None:

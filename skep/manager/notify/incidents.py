@@ -23,11 +23,11 @@ REMIND_NS = 24 * 3600 * SECOND_NS
 
 
 class IncidentChanges(msgspec.Struct, frozen=True, kw_only=True):
-    """Problems that begin an incident, and keys of incidents that end or need a reminder."""
+    """Problems that begin an incident or need a reminder, and keys of incidents that end."""
 
     began: tuple[Problem, ...] = ()
     ended: tuple[str, ...] = ()
-    reminded: tuple[str, ...] = ()
+    reminded: tuple[Problem, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.began or self.ended or self.reminded)
@@ -66,9 +66,11 @@ class ProblemTimes:
         began = [key for key, since in present.items() if since + SETTLE_S <= now][:free]
         ended = [key for key, since in absent.items() if since + RESOLVE_S <= now]
         reminded = [
-            key
+            problem
             for key, one in incidents.items()
-            if key in problems and not one.is_over and one.reminded_ns + REMIND_NS <= now_ns
+            if (problem := problems.get(key)) is not None
+            and not problem.is_over
+            and one.reminded_ns + REMIND_NS <= now_ns
         ]
         later = [since + SETTLE_S for since in present.values() if since + SETTLE_S > now]
         later += [since + RESOLVE_S for since in absent.values() if since + RESOLVE_S > now]
@@ -92,9 +94,10 @@ def changed(
     after = {key: one for key, one in incidents.items() if key not in changes.ended}
     over = [incidents[key] for key in changes.ended if key in incidents]
     notices = [Notice(status="ended", incident=one, at_ns=now_ns) for one in over]
-    for key in changes.reminded:
-        if (reminded := after.get(key)) is not None:
-            after[key] = replace(reminded, reminded_ns=now_ns)
+    for problem in changes.reminded:
+        if (opened := after.get(problem.key)) is not None:
+            reminded = replace(opened, message=problem.message, reminded_ns=now_ns)
+            after[problem.key] = reminded
             notices.append(Notice(status="reminder", incident=reminded, at_ns=now_ns))
     for problem in changes.began:
         if problem.key not in after:

@@ -65,12 +65,19 @@ class Notifications:
             with failures.caught(key):
                 if key == STEP:
                     await self._step()
-                else:
+                elif self._is_readable(key):
                     self.state.note(key, await self._problems(key))
+                else:
+                    self.state.read_later(key)
             if (failure := failures.of(key)) is not None:
                 self.state.queue.add_at(key, failure.retry_at)
         cost_s = self._clock.monotonic() - began
         await self._clock.sleep(min(REST * cost_s, REST_S_MAX))
+
+    def _is_readable(self, key: str) -> bool:
+        """Return whether the store can read an object.  Otherwise its problems are unknown, and none is over."""
+        view = self._term.view()
+        return node_of(key) not in view.unreadable(Node) and service_of(key) not in view.unreadable(Service)
 
     async def _problems(self, key: str) -> list[Problem]:
         view, now_ns = self._term.view(), self._clock.now_ns()

@@ -53,7 +53,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LastBackup(msgspec.Struct, frozen=True):
-    """The last complete backup and the last failed one, as Unix times, or 0 if it is unknown."""
+    """The last complete backup and a failed one after it, as Unix times, or 0 without one."""
 
     complete_ns: int = 0
     failed_ns: int = 0

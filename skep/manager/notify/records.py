@@ -143,10 +143,10 @@ def backup_in(view: View) -> LastBackup:
 
 
 def note_backup(tx: Transaction, error: str, now_ns: int) -> None:
-    """Record that a backup is complete, or failed with ``error``."""
-    last = backup_in(tx)
-    changed = LastBackup(last.complete_ns, now_ns, error) if error else LastBackup(now_ns, last.failed_ns)
-    write_record(tx, BACKUP_ID, changed)
+    """Record that a backup is complete, or failed with ``error``.  Clocks of managers differ, so the order decides."""
+    complete_ns = backup_in(tx).complete_ns
+    failed = LastBackup(complete_ns, max(now_ns, complete_ns + 1), error)
+    write_record(tx, BACKUP_ID, failed if error else LastBackup(now_ns))
 
 
 def expects_backups_since_ns(targets: tuple[Target, ...]) -> int:

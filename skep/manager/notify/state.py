@@ -112,6 +112,10 @@ class NotifyState:
         elif found:
             self.queue.add_at(key, now + RECHECK_S)
 
+    def read_later(self, key: str) -> None:
+        """Read an object again after a while.  A repair may not show as a change of it."""
+        self.queue.add_at(key, self._clock.monotonic() + RECHECK_S)
+
     def due(self, incidents: Mapping[str, Incident]) -> IncidentChanges:
         """Return the changes of incidents that are due, and queue the next step."""
         now = self._clock.monotonic()

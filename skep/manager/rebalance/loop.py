@@ -25,10 +25,11 @@ from skep.manager.rebalance.records import (
     rebalancing_in,
     start_run,
 )
-from skep.manager.services.freezes import held_by
+from skep.manager.services.freezes import held_by, stack_of_service
 from skep.model.node import Node, takes_tasks
+from skep.model.service import Service
 from skep.model.task import Task
-from skep.model.values.ids import NodeId, ServiceId
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.values.times import timestamp
 from skep.store.interface import LoopStore, NotLeader, View
 
@@ -55,6 +56,8 @@ class Rebalancer:
         """Whether tasks may move without a run, because the record of an earlier run was lost."""
         self._due_at: float | None = None
         """When a run starts because of a returned node."""
+        self._moving_since: dict[TaskId, float] = {}
+        """Since when this leader has seen each move without a freeze that holds it back."""
 
     async def run(self) -> None:
         """Rebalance until cancelled."""
@@ -93,7 +96,11 @@ class Rebalancer:
 
     async def _continue(self, run: RebalanceRun | None, view: View) -> None:
         moving = [task for task in view.find(Task) if task.relocation is not None and task.is_active]
-        for task in [one for one in moving if is_stuck(one, view, self._clock.now_ns())]:
+        now = self._clock.monotonic()
+        self._moving_since = {
+            one.id: now if _is_held(one, view) else self._moving_since.get(one.id, now) for one in moving
+        }
+        for task in [one for one in moving if is_stuck(one, view, now - self._moving_since[one.id])]:
             log.warning("move given up", task=task.id, node=task.node_id)
             await self._term.update(give_up, task)
             return  # the next step plans without its service
@@ -111,8 +118,14 @@ class Rebalancer:
             await self._term.update(end_run, run.started_at)
             log.info("rebalance ended", moves=run.moved)
         for move in first_moves(moves, moving, AT_ONCE - len(moving)):
-            await self._term.update(begin_move, move, timestamp(self._clock.now_ns()))
+            if await self._term.update(begin_move, move, timestamp(self._clock.now_ns())):
+                self._moving_since[move.task_id] = self._clock.monotonic()
 
     async def _plan(self, view: View, skipped: Sequence[ServiceId]) -> Sequence[PlannedMove]:
         balance = Balance(view, loads_of(view), self._clock.now_ns())
         return await result_in_slices(balance.planning(skipped), self._clock)
+
+
+def _is_held(task: Task, view: View) -> bool:
+    """Return whether a freeze or a closed window holds the move of a task back."""
+    return bool(held_by(view, stack_of_service(view.lookup(Service, task.service_id))))

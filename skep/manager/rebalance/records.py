@@ -6,15 +6,16 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound
-from skep.manager.rebalance.plan import PlannedMove
+from skep.manager.rebalance.plan import PlannedMove, locked_nodes
 from skep.manager.services.freezes import held_by, is_held_at_commit, stack_of_service
 from skep.model.node import Node, takes_tasks
 from skep.model.service import Service
+from skep.model.swarm import Swarm
 from skep.model.task import Relocation, Task, TaskState
 from skep.model.values.counts import counted
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import ServiceId
-from skep.model.values.times import SECOND_NS, Timestamp, unix_ns
+from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction, View
 from skep.store.keys import HEAD
 from skep.store.kinds import Payload
@@ -135,7 +136,7 @@ def note_waiting(tx: Transaction, reason: str) -> None:
 def begin_move(tx: Transaction, move: PlannedMove, now: Timestamp) -> bool:
     """Mark the task, so that the orchestrator starts its successor.  Return whether it was marked.
 
-    Nothing is written if the run was stopped, a freeze has begun, or the task has changed since the plan.
+    Nothing is written if the run was stopped, a freeze has begun, or the task or a node has changed since the plan.
     """
     present, task = rebalancing_in(tx), tx.rely_on(Task, move.task_id, HEAD, "status")
     service = tx.rely_on(Service, move.service_id, HEAD)
@@ -150,11 +151,20 @@ def begin_move(tx: Transaction, move: PlannedMove, now: Timestamp) -> bool:
         and task.spec_version == service.spec_version
         and task.relocation is None
     )
-    if not is_unchanged or is_held_at_commit(tx, stack_of_service(service)):
+    if not is_unchanged or not _takes_part(tx, move) or is_held_at_commit(tx, stack_of_service(service)):
         return False
     tx.put(replace(task, relocation=Relocation(target=move.target, at=now)))
     _write(tx, replace(present, run=replace(present.run, moved=present.run.moved + 1, waiting="")))
     return True
+
+
+def _takes_part(tx: Transaction, move: PlannedMove) -> bool:
+    """Return whether the target takes tasks, and no node of the move is about to restart."""
+    for swarm in tx.find(Swarm):
+        tx.rely_on(Swarm, swarm.id, HEAD)
+    target = tx.rely_on(Node, move.target, HEAD, "status")
+    is_locked = not locked_nodes(tx).isdisjoint((move.source, move.target))
+    return target is not None and takes_tasks(target) and not is_locked
 
 
 def give_up(tx: Transaction, task: Task) -> None:
@@ -167,8 +177,12 @@ def give_up(tx: Transaction, task: Task) -> None:
         _write(tx, replace(present, run=replace(run, skipped=skipped)))
 
 
-def is_stuck(task: Task, view: View, now_ns: int) -> bool:
-    """Return whether the move of ``task`` cannot succeed, or takes too long."""
+def is_stuck(task: Task, view: View, seconds: float) -> bool:
+    """Return whether the move of ``task`` cannot succeed, or takes too long.
+
+    Args:
+        seconds: Time for which this leader has seen the move, without times in which a freeze held it back.
+    """
     assert task.relocation is not None, "it moves"
     target = view.lookup(Node, task.relocation.target)
     if target is None or not takes_tasks(target):
@@ -176,7 +190,7 @@ def is_stuck(task: Task, view: View, now_ns: int) -> bool:
     slot = view.find(Task, slot=f"{task.service_id}/{task.slot}")
     if any(one.created_at > task.relocation.at and _has_failed(one) for one in slot):
         return True
-    return now_ns - unix_ns(task.relocation.at) > MOVE_S * SECOND_NS
+    return seconds > MOVE_S
 
 
 def _has_failed(task: Task) -> bool:

@@ -253,6 +253,6 @@ def _at(swarm: Swarm, view: View, now_ns: int) -> Swarm:
     windows = {
         stack: window_at(one, now_ns)
         for stack, one in swarm.stack_windows.items()
-        if _has_services(view, stack)
+        if _has_services(view, stack) or view.unreadable(Service)  # such a service may be of any stack
     }
     return replace(swarm, change_freezes=freezes, window=window, stack_windows=windows)

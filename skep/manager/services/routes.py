@@ -88,7 +88,7 @@ def route_problems(view: View, service: Service, sees: Callable[[str], bool]) ->
     ]
     shown = _worded(settled(map(claimant_of, others)).refused.get(service.id, {}), sees)
     proxies = doors_in(view)
-    door, has_proxy = _network_of(view, proxies), _has_proxy(view, proxies)
+    door, has_proxy = _network_of(view, proxies), runs_a_proxy(view, proxies)
     tasks = [one for one in view.find(Task, service_id=service.id) if one.is_wanted]
     for route in wanted:
         if problem := route_problem(service, tasks, door, shown, route.address, has_proxy=has_proxy):
@@ -110,7 +110,7 @@ def shown_routes(
     counted = {(one.service_id, one.route): one for one in traffic}
     services, proxies = list(exposed(view)), doors_in(view)
     claims, door = settled(map(claimant_of, services)), _network_of(view, proxies)
-    has_proxy = _has_proxy(view, proxies)
+    has_proxy = runs_a_proxy(view, proxies)
     found = []
     for service in services:
         yield
@@ -157,7 +157,7 @@ def _network_of(view: View, proxies: Collection[ServiceId]) -> Network | None:
     return min(doors, key=lambda one: (one.created_at, one.id), default=None)
 
 
-def _has_proxy(view: View, proxies: Collection[ServiceId]) -> bool:
+def runs_a_proxy(view: View, proxies: Collection[ServiceId]) -> bool:
     """Return whether a task of ``proxies`` runs on a node that is not down."""
     nodes = (view.lookup(Node, id) for id in proxies_in(view, proxies))
     return any(node is not None and node.status.state is not NodeState.DOWN for node in nodes)

@@ -223,12 +223,14 @@ class ClusterEvents:
             EventsLost: The reader has fallen behind.
         """
         first = self._revision if after is None else after
+        is_ahead = first > self._revision
+        """Whether the client has events from another manager that this one has not derived yet."""
         yield _progress(self.cursor(first), self._clock.now_ns())
         async with aclosing(self._read_kept(lambda kept: kept.revision > first, until_ns)) as reading:
             async for kept in reading:
                 if kept is None:
                     yield _progress(self.cursor(), self._clock.now_ns())
-                elif kept.revision > first and fits(kept.message):
+                elif (kept.revision > first or not is_ahead) and fits(kept.message):
                     yield replace(kept.message, cursor=self.cursor(max(kept.after, first)))
 
     async def _read_kept(

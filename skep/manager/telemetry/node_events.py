@@ -270,23 +270,22 @@ class AllEvents:
                             await queue.put(_notice("disconnect", node, why, position, self._clock.now_ns()))
                         continue
                     away.discard(node.id)
-                    age_s = self._clock.monotonic() - begun_at
                     reader = _Reader(node, wanted, position, queue)
                     reading[node.id] = group.create_task(
-                        self._read_node(reader, age_s), name=f"events of {node.id}"
+                        self._read_node(reader, begun_at), name=f"events of {node.id}"
                     )
                 until_ns = wanted.until_ns
                 if until_ns is not None and until_ns <= self._clock.now_ns():
                     return  # once its readers have returned as well
                 await self._clock.sleep(_LOOK_S)
 
-    async def _read_node(self, reader: "_Reader", age_s: float) -> None:
-        """Read a node's events until it is unavailable."""
+    async def _read_node(self, reader: "_Reader", begun_at: float) -> None:
+        """Read a node's events until it is unavailable.  The stream began at ``begun_at`` (monotonic seconds)."""
         backoff = Backoff(0.2, 10.0)
         is_away, node = False, reader.node
         while True:
             try:
-                head = reader.head(age_s)
+                head = reader.head(self._clock.monotonic() - begun_at)
                 async with self._tunnels.open_node(node, head) as tunnel, aclosing(_lines(tunnel)) as lines:
                     async for line in lines:
                         await reader.take(line)

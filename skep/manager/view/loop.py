@@ -71,7 +71,7 @@ class ClusterView:
     async def watch(self, cursor: str = "") -> AsyncGenerator[Sent | None, None]:
         """Yield a snapshot, or the changes after ``cursor``, then new changes.  Yields None after an idle period.
 
-        Yields None at once if nothing has changed since ``cursor``, so that a stream's head is not held back.
+        If it can resume after ``cursor``, the first change comes at once, so that a stream's head is not held back.
         Unread changes are not queued: a reader gets each row in its state at the time of reading.
 
         Raises:
@@ -79,10 +79,12 @@ class ClusterView:
         """
         with self.viewers.viewing():
             known, number = await self._ready(), None
-            if cursor:
-                number = known.number_of(cursor)
-                if number == known.number:
-                    yield None
+            if cursor and (found := known.number_of(cursor)) is not None:
+                number = known.number
+                if (change := known.change_for_resumed(found)) is not None:
+                    yield Sent("change", known.cursor, change)
+                else:
+                    yield Sent("snapshot", known.cursor, known.snapshot())
             while True:
                 table, stepped = await self._ready(), self._stepped
                 if table is not known:

@@ -6,7 +6,7 @@ in later steps.  So a slow or disconnected viewer costs nothing, and gets each r
 
 A *cursor* is ``INCARNATION-REVISION``, as in ``skep.manager.telemetry.events``.  It means that the viewer's rows show
 at least that revision of the store.  Any manager can resume from it.  Rows are complete, so it does no harm to send
-rows again that the viewer already has.
+rows again that the viewer already has.  Only the row of the cluster differs between managers, so it is always sent.
 """
 
 from collections import deque
@@ -134,13 +134,20 @@ class RowTableState:
     def change_after(self, number: int) -> bytes | None:
         """Return the changes after step ``number`` as one JSON object, or None if the viewer needs a snapshot."""
         if number not in self._encoded:
-            self._encoded[number] = self._encode(number)
+            self._encoded[number] = self._encode(number, ())
         return self._encoded[number]
 
-    def _encode(self, number: int) -> bytes | None:
+    def change_for_resumed(self, number: int) -> bytes | None:
+        """Return ``change_after`` for a viewer that may come from another manager.
+
+        It always has the row of the cluster, where each manager shows its own problems.
+        """
+        return self._encode(number, (CLUSTER_KEY,))
+
+    def _encode(self, number: int, always: Iterable[Key]) -> bytes | None:
         if number < self._floor[0]:
             return None
-        keys: set[Key] = set()
+        keys = set(always)
         for step in reversed(self._steps):
             if step.number <= number:
                 break

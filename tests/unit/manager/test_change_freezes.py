@@ -55,6 +55,7 @@ from skep.store.memory import MemoryStore
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.managers.worlds import World
+from tests.support.store.damage_rigs import damage
 
 HOUR_NS = 3600 * SECOND_NS
 NORTH = a_service("web", constraints=("node.labels.zone == north",))
@@ -141,6 +142,16 @@ async def test_the_window_of_a_removed_stack_goes_with_it() -> None:
     assert is_out_of_date(store.view(), 0)
     await store.update(bring_up_to_date, 0)
     assert not has_freezes(store.view())
+
+
+async def test_the_window_of_a_stack_stays_while_its_services_cannot_be_read() -> None:
+    store = await a_store(SHOP)
+    await store.update(set_window, MaintenanceWindow(cron="0 2 * * *", length=HOUR_NS), "shop", now_ns=0)
+    damage(store.cluster, "service", SHOP.id, "")
+    restarted = MemoryStore(SystemClock(), store.cluster)
+    assert restarted.view().unreadable(Service)
+    await restarted.update(bring_up_to_date, 0)
+    assert held_by(restarted.view(), "shop")
 
 
 async def test_only_stacks_with_services_are_frozen_and_only_once() -> None:

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.api.formats.filters import Filters
 from skep.errors import InvalidArgument
+from skep.manager.ca.expiry_warnings import Expiry
 from skep.manager.routes.events import fits
 from skep.manager.telemetry.events import (
     BEHIND_MAX,
@@ -26,7 +27,7 @@ from skep.model.task import ContainerStatus, NetworkAttachment, Task, TaskState
 from skep.model.task_end import TaskEnd
 from skep.model.values.encoding import to_json
 from skep.model.values.ids import ConfigId, NodeId, SecretId, VolumeId
-from skep.model.values.times import SECOND_NS, Timestamp
+from skep.model.values.times import SECOND_NS, Timestamp, moment
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeAvailability, VolumeSpec
 from skep.store.interface import Created, Deleted, Updated
 from skep.store.memory import MemoryStore
@@ -444,6 +445,20 @@ async def test_a_stream_begins_with_the_cursor_of_what_is_past(events):
         assert (await anext(stream)).actor.id == "b"
     await idle()
     assert [one.actor.id for one in await read_after(events, begins.cursor, 1)] == ["b"]
+
+
+async def test_a_certificate_that_expires_is_told_although_nothing_has_changed_since_the_beginning(events):
+    store, events = events
+    await put(store, "a")
+    await idle()
+    expiry = Expiry(kind="node", id="n1", name="n1", not_after=moment(10**18), warning="it expires")
+    async with aclosing(events.subscribe_after(None, None, everything)) as stream:
+        begins = await anext(stream)
+        reading = asyncio.ensure_future(anext(stream))
+        await idle()
+        events.expires(expiry)
+        message = await reading
+        assert (message.action, message.actor.id, message.cursor) == ("expire", "n1", begins.cursor)
 
 
 @asynccontextmanager

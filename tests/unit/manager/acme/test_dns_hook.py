@@ -25,19 +25,26 @@ def a_program(directory: Path, text: str) -> str:
 
 async def test_values_reach_the_program_as_they_are_and_once(tmp_path: Path) -> None:
     hook = DnsHook(a_program(tmp_path, 'printf "%s|" "$@" "$(env | grep -c TOKEN)" >>runs'))
-    assert await hook.set(RECORD) == await hook.set(RECORD) == ""
+    assert await hook.set(RECORD, "key") == await hook.set(RECORD, "key") == ""
     await hook.remove(RECORD)
-    await hook.set(RECORD)
+    await hook.set(RECORD, "key")
     [(name, value)] = RECORD.items()
     run = f"{name}|{value}|0|"
     assert (tmp_path / "runs").read_text() == f"set|{run}remove|{run}set|{run}"
 
 
+async def test_records_of_another_order_are_written_although_they_are_the_same(tmp_path: Path) -> None:
+    hook = DnsHook(a_program(tmp_path, 'echo "$1" >>runs'))
+    for order in ("key 1", "key 1", "key 2"):  # another leader has removed those of the first order
+        assert await hook.set(RECORD, order) == ""
+    assert (tmp_path / "runs").read_text().split() == ["set", "set"]
+
+
 async def test_a_failure_is_shown_with_the_end_of_the_program(tmp_path: Path) -> None:
     hook = DnsHook(a_program(tmp_path, "echo no such zone >&2; exit 3"))
-    assert (await hook.set(RECORD)).endswith("set failed with exit code 3: no such zone")
+    assert (await hook.set(RECORD, "key")).endswith("set failed with exit code 3: no such zone")
     assert (
-        await DnsHook("/nonexistent").set(RECORD)
+        await DnsHook("/nonexistent").set(RECORD, "key")
     ) == "/nonexistent cannot be run: no such file or directory"
 
 
@@ -46,20 +53,20 @@ async def test_a_program_that_others_can_change_is_refused_by_name(tmp_path: Pat
     for path, mode in ((program, 0o775), (program, 0o757), (tmp_path, 0o777)):
         before = path.stat().st_mode
         path.chmod(mode)
-        assert f"others than root may change {path}: let it belong to root" in await hook.set(RECORD)
+        assert f"others than root may change {path}: let it belong to root" in await hook.set(RECORD, "key")
         path.chmod(before)
     (tmp_path / "link").symlink_to(program)
-    assert "may change" in await DnsHook(str(tmp_path / "link")).set(RECORD)
+    assert "may change" in await DnsHook(str(tmp_path / "link")).set(RECORD, "key")
     os.chown(program, 1000, 1000)
-    assert f"may change {program}" in await hook.set(RECORD)
+    assert f"may change {program}" in await hook.set(RECORD, "key")
     assert not (tmp_path / "ran").exists()
     os.chown(program, 0, 0)
-    assert await hook.set(RECORD) == ""
+    assert await hook.set(RECORD, "key") == ""
 
 
 async def test_a_program_that_does_not_end_is_killed_with_its_children(tmp_path: Path) -> None:
     hook = DnsHook(a_program(tmp_path, "sleep 600 & echo $! >child; wait"), deadline_s=0.3)
-    assert "did not end within 0.3 s" in await hook.set(RECORD)
+    assert "did not end within 0.3 s" in await hook.set(RECORD, "key")
     words = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/cmdline")
     assert not words.exists() or words.read_bytes() == b""  # of a process that nobody waits for
 

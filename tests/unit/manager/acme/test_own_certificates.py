@@ -147,6 +147,19 @@ async def test_the_front_door_gets_the_chain_and_its_key_alone() -> None:
     assert names_of_routes(store.view()).stacks == {}
 
 
+async def test_a_service_that_leaves_the_stack_of_a_host_no_longer_chooses_its_certificate() -> None:
+    owner = service("owner", spec_with("auto", stack="one", **{"skep.http.share": "true"}), "1")
+    member = service("member", spec_with("site", host=f"{APP}/more", stack="one"), "2")
+    store, files = await store_with(owner, member, site=CHAIN + KEY), DoorFiles()
+    assert len(files.present(store.view())) == 1
+    moved = service("member", spec_with("site", host=f"{APP}/more", stack="two"), "2")
+    async with store.watch(Service) as watch:
+        await store.update(lambda tx: tx.put(moved))
+        [event] = (await anext(aiter(watch))).events
+    assert files.on_event(event)
+    assert files.present(store.view()) == {}
+
+
 async def test_a_wildcard_certificate_serves_the_hosts_below_it() -> None:
     chain, key = server_certificate(ROOT, "*.example.com")
     store = await store_with(site=chain + key)

@@ -3,8 +3,14 @@
 import asyncio
 from random import Random
 
+import msgspec
+import pytest
+
 from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
+from skep.aio.time_slices import run_at_once
+from skep.errors import AlreadyExists
+from skep.manager.catalog.building import built_catalog
 from skep.manager.catalog.loop import LeaseTimes, RegistrationLeases
 from skep.manager.catalog.registrations import RegistrationRecord, expire, records_in, register, renew
 from skep.model.catalog import ServiceRegistration
@@ -91,3 +97,23 @@ def test_a_renewal_in_the_last_moment_keeps_the_registration() -> None:
         assert len(list(records_in(store.view()))) == 1
 
     asyncio.run(race())
+
+
+async def test_one_of_two_stacks_that_register_a_name_at_once_is_told_so() -> None:
+    """The manager that gets the second request does not show the result of the first one yet."""
+    store = MemoryStore(SystemClock())
+    await store.update(raise_level)
+    behind = MemoryStore(SystemClock(), store.cluster)
+    behind.faults.lag_s = 0.05
+    first, second = (
+        msgspec.structs.replace(a_record(instance, 0).registration, stack=stack)
+        for instance, stack in (("a", "one"), ("b", "two"))
+    )
+    await store.update(register, first)
+    await behind.update(register, second)
+    shown = run_at_once(built_catalog(store.view(), lambda _: True)).catalog
+    assert shown is not None
+    assert [one.id for one in shown.services[0].instances] == ["a"]
+    await store.update(renew, "db@a")
+    with pytest.raises(AlreadyExists, match="belongs to another stack"):
+        await store.update(renew, "db@b")

@@ -11,9 +11,18 @@ from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, SkepError
 from skep.manager.control.networks import create_network
 from skep.manager.control.pools import PoolChange, change_pools
-from skep.manager.failover.decision import DoorNodes, Seen, decide, observed, why_unheld
+from skep.manager.failover.decision import (
+    DoorNodes,
+    Seen,
+    decide,
+    door_services,
+    holders_in,
+    observed,
+    why_unheld,
+)
 from skep.manager.failover.editing import add_address, remove_address, shown_addresses
 from skep.manager.failover.records import (
+    ADDRESSES_ID,
     AddressRefusal,
     FailoverAddress,
     FailoverAddresses,
@@ -27,18 +36,21 @@ from skep.manager.failover.records import (
 )
 from skep.manager.journal.changes import entries_of
 from skep.manager.telemetry.events import messages_of
+from skep.model.door.settings import DOOR
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.networks.failover import ADDRESSES_MAX, LEASE_S, SILENT, UNASKED, AddressRequest
-from skep.model.node import NodeState
+from skep.model.node import Availability, NodeState
+from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.values.ids import ClusterId, NetworkId, NodeId, new_id
 from skep.model.values.meta import Driver
 from skep.model.values.times import SECOND_NS, timestamp
 from skep.store.interface import Transaction
-from skep.store.kinds import Payload
+from skep.store.kinds import Payload, write_record
 from skep.store.level import LEVEL
 from skep.store.memory import MemoryStore
-from tests.support.builders import a_node
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.store.damage_rigs import damage
 
 ONE, TWO = NodeId("n1"), NodeId("n2")
 ADDRESS = "10.0.0.100"
@@ -284,3 +296,28 @@ def test_a_look_at_the_end_of_a_lease_finds_it_over(at: float) -> None:
     assert first.look_at is not None
     (change,) = decide(record, seen, ANY, first.look_at, 0).changes
     assert change.is_over
+
+
+async def test_a_holder_keeps_its_address_while_the_service_of_the_front_door_cannot_be_read() -> None:
+    store = MemoryStore(SystemClock())
+    spec = replace(a_service_spec("door", is_global=True), labels={DOOR: "true"})
+    door = a_service("door", spec=spec)
+    held = FailoverAddress(address="10.0.0.100", prefix=24, node_id=NodeId("n1"), epoch=7)
+
+    def write(tx: Transaction) -> None:
+        for one in (door, a_node("n1"), a_node("n2"), a_task("t1", node="n1", service=door, slot=0)):
+            tx.put(one)
+        write_record(tx, ADDRESSES_ID, FailoverAddresses(addresses=(held,)))
+
+    await store.update(write)
+    damage(store.cluster, "service", door.id, "")
+    view = MemoryStore(SystemClock(), store.cluster).view()
+    assert view.unreadable(Service)
+    record, holders = addresses_in(view), holders_in(view, door_services(view.find(Service)))
+    seen = observed({}, record, {}, 0.0)
+    assert decide(record, seen, holders, 1.0, 1).changes == (), "it serves, and no other node can be named"
+    down = replace(a_node("n1"), spec=replace(a_node("n1").spec, availability=Availability.DRAIN))
+    await store.update(lambda tx: tx.put(down))
+    view = MemoryStore(SystemClock(), store.cluster).view()
+    holders = holders_in(view, door_services(view.find(Service)))
+    assert [one.asks for one in decide(record, seen, holders, 1.0, 1).changes] == [True]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 from msgspec.structs import replace
 
+from skep.manager.eviction.steps import EVICTION_ID, WORKER_STEPS, Eviction
 from skep.manager.journal.changes import entries_of, folded, folded_requests
 from skep.model.history import By, EntryType, JournalEntry, Severity
 from skep.model.node import (
@@ -21,7 +22,7 @@ from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Autoscaled, UpdateState, UpdateStatus
 from skep.model.task import ContainerStatus, Preemption, Restart, StopCause, Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, TaskEnd
-from skep.model.values.ids import SecretId, TaskId
+from skep.model.values.ids import NodeId, SecretId, TaskId
 from skep.model.values.times import SECOND_NS, Timestamp
 from skep.store.interface import Created, Deleted, Event, Updated
 from skep.store.kinds import Payload
@@ -248,6 +249,23 @@ def test_nodes_and_their_managers() -> None:
     assert told(Updated(node, leads)) == [("leader", f"manager {name} became the leader")]
     assert told(Updated(leads, leads)) == []
     assert told(Deleted(node)) == [("remove", f"node {name} was removed")]
+
+
+def test_each_eviction_of_a_node_has_an_entry_with_its_user() -> None:
+    first = Eviction(
+        node_id=NodeId("n1"),
+        hostname="n1",
+        was_manager=False,
+        asked_by="ada",
+        asked_through=NodeId("m1"),
+        asked_at=EARLIER,
+        done=WORKER_STEPS,
+    )
+    again = replace(first, asked_by="bob", asked_at=LATER, done=())
+    before, after = (Payload(id=EVICTION_ID, data=one.encode()) for one in (first, again))
+    assert told(Updated(before, after)) == [("evict", "eviction of node n1 requested by bob")]
+    waits = Payload(id=EVICTION_ID, data=replace(again, waits_for="a node").encode())
+    assert told(Updated(after, waits)) == []
 
 
 def test_of_secrets_only_their_names_are_recorded() -> None:

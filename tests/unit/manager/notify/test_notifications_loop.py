@@ -37,6 +37,7 @@ from skep.store.kinds import Payload
 from skep.store.level import LEVEL
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
+from tests.support.store.damage_rigs import damage
 
 DAY_S = 86_400.0
 
@@ -290,6 +291,42 @@ def test_an_incident_that_lasts_is_told_again_every_day(rig: Rig) -> None:
     rig.run(body)
 
 
+def test_nobody_is_reminded_of_a_rollback_that_is_over_and_took_a_while(rig: Rig) -> None:
+    async def body() -> None:
+        await rig.found(a_target(topics=(Topic.DEPLOY,)))
+        async with rig.leading():
+            for state, seconds in (
+                (UpdateState.ROLLBACK_STARTED, 120.0),
+                (UpdateState.ROLLBACK_COMPLETED, REMIND_NS / SECOND_NS * 2.5),
+            ):
+                status = UpdateStatus(state=state)
+                await rig.store.update(
+                    lambda tx, status=status: tx.put(replace(a_service("web"), update_status=status))
+                )
+                await asyncio.sleep(seconds)
+        assert rig.told() == ["began update of service web is being rolled back"]
+
+    rig.run(body)
+
+
+def test_a_reminder_is_about_the_present_state(rig: Rig) -> None:
+    async def body() -> None:
+        await rig.found(a_target(topics=(Topic.DEPLOY,)))
+        async with rig.leading():
+            for state in (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED):
+                status = UpdateStatus(state=state)
+                await rig.store.update(
+                    lambda tx, status=status: tx.put(replace(a_service("web"), update_status=status))
+                )
+                await asyncio.sleep(0.75 * REMIND_NS / SECOND_NS)
+        assert rig.told() == [
+            "began update of service web was paused",
+            "reminder update of service web was rolled back, and the rollback was paused",
+        ]
+
+    rig.run(body)
+
+
 def test_a_certificate_that_is_not_renewed_is_told_until_it_is(rig: Rig) -> None:
     async def body() -> None:
         await rig.found(a_target(topics=(Topic.CERTIFICATE,)))
@@ -332,6 +369,22 @@ def test_a_cluster_without_a_backup_for_days_is_told_and_one_with_a_backup_is_no
                 "ended the last backup of the cluster failed: no space left",
                 f"began the cluster has no complete backup from the last {BACKUP_DAYS} days: run skep backup",
             ]
+
+    rig.run(body)
+
+
+@pytest.mark.parametrize(("error", "later"), [("no space left", ""), ("", "no space left")])
+def test_the_last_backup_counts_although_the_clock_of_its_manager_is_behind(
+    rig: Rig, error: str, later: str
+) -> None:
+    async def body() -> None:
+        await rig.found(a_target(topics=(Topic.BACKUP,)))
+        now_ns = rig.clock.now_ns()
+        await rig.store.update(note_backup, error, now_ns + 60 * SECOND_NS)
+        await rig.store.update(note_backup, later, now_ns)
+        async with rig.leading():
+            await asyncio.sleep(60)
+        assert rig.told() == ([f"began the last backup of the cluster failed: {later}"] if later else [])
 
     rig.run(body)
 
@@ -393,6 +446,30 @@ def test_services_are_degraded_as_status_shows_it(rig: Rig) -> None:
             await rig.store.update(lambda tx: tx.put(replace(task, node_id=NodeId("n2"), status=running)))
             await asyncio.sleep(120)
             assert rig.told()[1:] == [line.replace("began", "ended", 1)]
+
+    rig.run(body)
+
+
+def test_an_incident_lasts_while_its_object_cannot_be_read(rig: Rig) -> None:
+    async def body() -> None:
+        await rig.found(a_target())
+        web = a_service("web", replicas=1)
+        task = a_task("t1", service=web, state=TaskState.PENDING)
+        status = replace(task.status, err="no suitable node (insufficient resources on 2 nodes)")
+        await rig.store.update(lambda tx: [tx.put(web), tx.put(replace(task, status=status))])
+        await rig.set_node("n1", NodeState.DOWN)
+        async with rig.leading():
+            await asyncio.sleep(60)
+        began = rig.told()
+        assert len(began) == 2
+        damage(rig.store.cluster, "service", web.id, "")
+        damage(rig.store.cluster, "node", "n1", "")
+        rig.store = MemoryStore(
+            rig.clock, rig.store.cluster
+        )  # another manager, to which it was never readable
+        async with rig.leading():
+            await asyncio.sleep(600)
+        assert rig.told() == began
 
     rig.run(body)
 

@@ -152,6 +152,39 @@ async def test_a_move_that_takes_too_long_is_given_up_and_its_service_stays(lead
     assert run.skipped == (slow.service_id,)
 
 
+async def test_a_move_that_a_freeze_holds_back_is_not_given_up_meanwhile(leader: Leader) -> None:
+    await leader.store.update(start_run, "ada", NOW)
+    await leader.step()
+    moving = {one.id for one in leader.moving()}
+    until = FreezeRequest(until=timestamp(3600 * SECOND_NS))
+    await leader.store.update(set_freeze, "", until, by="bob", now_ns=0)
+    await leader.step()
+    leader.clock.now_s += 301
+    await leader.step()
+    await leader.store.update(end_freeze, "")
+    await leader.step()
+    run = rebalancing_in(leader.store.view()).run
+    assert run is not None
+    assert ({one.id for one in leader.moving()}, run.skipped) == (moving, ())
+    leader.clock.now_s += 301
+    await leader.step()
+    assert len(leader.moving()) < len(moving), (
+        "nothing holds it back any more, and its successor does not run"
+    )
+
+
+async def test_a_move_has_its_time_under_a_new_leader_whose_clock_is_ahead(leader: Leader) -> None:
+    await leader.store.update(start_run, "ada", NOW)
+    await leader.step()
+    moving = {one.id for one in leader.moving()}
+    assert leader.running is not None
+    leader.running.cancel()
+    leader.running = None
+    leader.clock.now_s += 301
+    await leader.step(2)
+    assert {one.id for one in leader.moving()} == moving
+
+
 async def test_after_a_return_a_run_starts_when_the_wait_is_over(leader: Leader) -> None:
     await leader.store.update(set_after_return, 60)
 

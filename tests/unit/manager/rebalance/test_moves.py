@@ -23,7 +23,7 @@ from skep.manager.what_if.answer import Question
 from skep.manager.what_if.rehearsal import Rehearsal
 from skep.model.node import Availability, Node, SessionOwner
 from skep.model.options.freezes import FreezeRequest
-from skep.model.options.labels import MIN_AVAILABLE
+from skep.model.options.labels import MAINTENANCE, MIN_AVAILABLE
 from skep.model.swarm import Swarm
 from skep.model.task import StopCause, Task, TaskState
 from skep.model.values.ids import ClusterId, NodeId, ServiceId, SessionId, TaskId
@@ -105,6 +105,23 @@ def test_a_move_that_no_run_wants_any_longer_is_not_begun() -> None:
         copy.apply(start_run, "me", NOW)
 
 
+def test_a_move_to_a_node_that_takes_no_tasks_since_the_plan_is_not_begun() -> None:
+    asked = question(cluster("n1", "n1", "n1"))
+    copy, (move, *_) = asked.rehearsal.copy, plan_of(asked.rehearsal)
+    copy.apply(start_run, "me", NOW)
+    target = copy.view().get(Node, move.target)
+    paused = replace(target, spec=replace(target.spec, availability=Availability.PAUSE))
+    copy.apply(lambda tx: tx.put(paused))
+    assert not copy.apply(begin_move, move, NOW)
+    copy.apply(lambda tx: tx.put(target))
+    lock = f'{{"holders":[{{"node":"{move.target}","by":"me","until":"2027-01-01T00:00:00Z"}}]}}'
+    swarm = copy.view().get(Swarm, "c")
+    copy.apply(lambda tx: tx.put(replace(swarm, spec=replace(swarm.spec, labels={MAINTENANCE: lock}))))
+    assert not copy.apply(begin_move, move, NOW), "it is about to restart"
+    copy.apply(lambda tx: tx.put(replace(tx.get(Swarm, "c"), spec=swarm.spec)))
+    assert copy.apply(begin_move, move, NOW)
+
+
 def test_a_freeze_delays_a_move_that_was_begun() -> None:
     asked = question(cluster("n1", "n1", "n1"))
     copy, (move, *_) = asked.rehearsal.copy, plan_of(asked.rehearsal)
@@ -120,8 +137,8 @@ def test_a_move_whose_target_takes_no_tasks_is_given_up_and_the_task_stays() -> 
     copy, (move, *_) = asked.rehearsal.copy, plan_of(asked.rehearsal)
     copy.apply(start_run, "me", NOW)
     target = copy.view().get(Node, move.target)
-    copy.apply(lambda tx: tx.put(replace(target, spec=replace(target.spec, availability=Availability.PAUSE))))
     copy.apply(begin_move, move, NOW)
+    copy.apply(lambda tx: tx.put(replace(target, spec=replace(target.spec, availability=Availability.PAUSE))))
     finish(asked.settle())
     assert len(copy.view().find(Task)) == 3, "no successor is made for a node that takes none"
     copy.apply(give_up, copy.view().get(Task, move.task_id))

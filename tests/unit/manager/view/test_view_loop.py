@@ -221,6 +221,24 @@ def test_viewers_that_read_at_any_pace_come_to_hold_what_the_store_shows(seed: i
     run(body)
 
 
+def test_a_viewer_that_comes_from_another_manager_has_this_managers_row_of_the_cluster() -> None:
+    async def body(rig: Rig) -> None:
+        async def cut_off(view: View) -> ClusterRow:
+            return replace(await rig.cluster(view), warnings=("WARNING: this manager has no leader",))
+
+        await rig.put(a_node("n1"))
+        other, viewer = ClusterView(rig.store, rig.view._clock, cut_off), Viewer()
+        running = asyncio.create_task(other.run())
+        await viewer.read(other, lambda: True)
+        running.cancel()
+        assert viewer.sent[-1]["cluster"]["warnings"]
+        await viewer.read(rig.view, lambda: len(viewer.sent) == 2)
+        assert viewer.events[1] == "change", "the other rows are the same at every manager"
+        assert viewer.sent[1]["set"]["cluster"]["warnings"] == []
+
+    run(body)
+
+
 def test_nothing_is_followed_before_the_first_viewer_and_after_the_last() -> None:
     async def body(rig: Rig) -> None:
         def is_followed() -> bool:
