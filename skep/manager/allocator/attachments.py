@@ -11,14 +11,13 @@ Source: swarmkit, manager/allocator/network.go (taskCreateNetworkAttachments),
 cnmallocator/networkallocator.go (AllocateService).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from skep.manager.allocator.addresses import NoAddress, has_ipv6
 from skep.manager.allocator.subnets import has_addresses, is_allocated
 from skep.model.door.routes import has_routes
-from skep.model.door.settings import is_door
 from skep.model.network import Network
 from skep.model.networks.data_planes import is_overlay
 from skep.model.service import EndpointVirtualIP, NetworkAttachmentConfig, Service, ServiceSpec
@@ -104,12 +103,6 @@ def wanted_networks(
         # The last one: a container's default route leads over its first network.
         found.append(NetworkAttachmentConfig(target=door.id))
     return found
-
-
-def door_network(networks: Iterable[Network]) -> Network | None:
-    """Return the network of HTTP routes, which is the oldest one with its label, or None."""
-    found = (one for one in networks if is_door(one.spec.labels))
-    return min(found, key=lambda one: (one.created_at, one.id), default=None)
 
 
 def is_new(task: Task) -> bool:

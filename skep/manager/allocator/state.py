@@ -16,7 +16,6 @@ from skep.manager.allocator.attachments import (
     AttachedTask,
     NotAttached,
     attachments_for,
-    door_network,
     is_new,
     overlays_of,
     spec_or_template,
@@ -46,7 +45,7 @@ from skep.manager.control_loops.informer import batches_of
 from skep.manager.control_loops.loop_driver import Decision
 from skep.manager.control_loops.work_queue import WorkQueue
 from skep.model.door.routes import has_routes
-from skep.model.door.settings import is_door
+from skep.model.door.settings import door_network, is_door
 from skep.model.network import Network
 from skep.model.networks.data_planes import is_docker_node, is_overlay
 from skep.model.networks.routes import differ_in_routes, routes_of, routes_of_all
