@@ -15,6 +15,7 @@ from skep.manager.discovery.derive import (
     endpoint_of,
     has_endpoint,
     is_publishing,
+    most_complete,
     node_on,
     overlay_attachments,
     service_on,
@@ -85,6 +86,8 @@ class TableBuilder:
         """Services whose objects are unreadable.  Nodes keep the entries of these services."""
         self._headless: set[ServiceId] = set()
         """Services without any readable data.  Each may publish ports."""
+        self._copies: dict[NetworkId, Network] = {}
+        """The copies of removed networks in their tasks, as of the present refresh."""
         self._stale = Stale()
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -385,17 +388,21 @@ class TableBuilder:
             self._stale.networks[id] = None
 
     def _network_of(self, table: VersionedTable) -> Network | None:
-        """Return the network object, else the copy in its earliest task, else None."""
+        """Return the network object, else the most complete copy in its tasks, else None."""
         if table.network is not None or not table.tasks:
             return table.network
-        attachment = overlay_attachments(self._tasks[min(table.tasks)])[table.id]
-        return attachment.network
+        if table.id not in self._copies:
+            attached = (one for id in table.tasks for one in self._tasks[id].networks_attachments)
+            copies = (one.network for one in attached if one.network is not None)
+            self._copies[table.id] = most_complete(one for one in copies if one.id == table.id)
+        return self._copies[table.id]
 
     # -- entries ------------------------------------------------------------------------------------------------
 
     def _refresh(self) -> AffectedStreams:
         """Derive the stale entries again.  Returns the affected streams."""
         stale, self._stale = self._stale, Stale()
+        self._copies.clear()
         changed: set[NetworkId] = set()
         for network_id in stale.networks:
             with isolated("table", network_id):
