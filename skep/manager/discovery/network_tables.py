@@ -200,8 +200,7 @@ class TableBuilder:
                 self._set_attachments(object, NO_ATTACHMENTS)
             case Service():
                 self._services.pop(object.id, None)
-                self._unread.discard(object.id)
-                self._headless.discard(object.id)
+                self._note_readable(object.id)
                 self._publish(object.id, is_publishing=False)
                 self._mark_service(object.id, frozenset())
             case Node():
@@ -268,14 +267,21 @@ class TableBuilder:
 
     def _enter_service(self, service: Service) -> None:
         if service.id in self._headless or has_endpoint(service) or service.removed_at is not None:
-            self._unread.discard(service.id)
-            self._headless.discard(service.id)
+            self._note_readable(service.id)
         before = self._services.get(service.id)
         self._services[service.id] = service
         self._publish(service.id, is_publishing=is_publishing(service))
         self._mark_service(service.id, self._networks_without_tasks(service))
         if before is None or _naming(before) != _naming(service):
             self._mark_endpoints_of(service.id)
+
+    def _note_readable(self, id: ServiceId) -> None:
+        """Let nodes that kept the entries of an unreadable service drop those that it no longer has."""
+        if id in self._unread:
+            self._unread.discard(id)
+            self._headless.discard(id)
+            self._stale.readable.add(id)
+            self._stale.services.update(dict.fromkeys((network_id, id) for network_id in self.tables))
 
     def _networks_without_tasks(self, service: Service) -> frozenset[NetworkId]:
         """Return the networks that have the service also without a task."""
@@ -420,7 +426,8 @@ class TableBuilder:
         for network_id, service_id in stale.services:
             if (table := self.tables.get(network_id)) is not None:
                 with isolated("service in a table", service_id):
-                    self._refresh_service(table, service_id, changed)
+                    was_unread = service_id in stale.readable
+                    self._refresh_service(table, service_id, changed, was_unread=was_unread)
         for network_id, node_id in stale.nodes:
             if (table := self.tables.get(network_id)) is not None:
                 with isolated("node in a table", node_id):
@@ -463,12 +470,14 @@ class TableBuilder:
         if table.set_endpoint(id, endpoint, self.revision):
             changed.add(table.id)
 
-    def _refresh_service(self, table: VersionedTable, id: ServiceId, changed: set[NetworkId]) -> None:
+    def _refresh_service(
+        self, table: VersionedTable, id: ServiceId, changed: set[NetworkId], *, was_unread: bool
+    ) -> None:
         service, network = self._services.get(id), self._network_of(table)
         entry = None
         if service is not None and network is not None and id not in self._unread:
             entry = service_on(service, network, has_tasks=table.id in self._tasks_of_service.get(id, ()))
-        if table.set_service(id, entry, self.revision):
+        if table.set_service(id, entry, self.revision, is_forced=was_unread):
             changed.add(table.id)
 
     def _refresh_node(self, table: VersionedTable, id: NodeId, changed: set[NetworkId]) -> None:
@@ -509,6 +518,8 @@ class Stale:
         self.endpoints: dict[tuple[NetworkId, TaskId], None] = {}
         self.services: dict[tuple[NetworkId, ServiceId], None] = {}
         self.nodes: dict[tuple[NetworkId, NodeId], None] = {}
+        self.readable: set[ServiceId] = set()
+        """Services that can be read again, or were removed."""
         self.resubscribed: set[NodeId] = set()
         self.all_nodes = False
 
