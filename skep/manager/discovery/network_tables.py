@@ -29,7 +29,7 @@ from skep.model.network import Network
 from skep.model.networks.data_planes import claimed_underlay, data_path_port, is_overlay
 from skep.model.networks.overlays import head_of
 from skep.model.node import Node, SessionOwner
-from skep.model.options.labels import publishes_not_ready, site_of
+from skep.model.options.labels import site_of
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import NetworkAttachment, Task
@@ -276,7 +276,7 @@ class TableBuilder:
             self._mark_endpoints_of(service.id)
 
     def _note_readable(self, id: ServiceId) -> None:
-        """Let nodes that kept the entries of an unreadable service drop those that it no longer has."""
+        """Let nodes drop entries of a service that were kept while it was unreadable."""
         if id in self._unread:
             self._unread.discard(id)
             self._headless.discard(id)
@@ -492,9 +492,9 @@ class TableBuilder:
             changed.add(table.id)
 
 
-def _naming(service: Service) -> tuple[str, bool]:
-    """Return the parts of a service that affect the names of its tasks."""
-    return service.spec.name, publishes_not_ready(service.spec.labels)
+def _naming(service: Service) -> tuple[str, Mapping[str, str]]:
+    """Return the parts of a service that affect the names of its tasks: templates of host names may use all labels."""
+    return service.spec.name, service.spec.labels
 
 
 def _relevant_fields(node: Node) -> tuple[object, ...]:
