@@ -225,12 +225,20 @@ class AllocatorState:
         )
         if current is None:
             return
-        if (is_docker_node(current) and not is_known) or self._needs_ingress_address(current):
+        is_new_engine = is_docker_node(current) and not is_known
+        if is_new_engine or self._needs_ingress_address(current) or self._is_on_removed_network(current):
             self.queue.add((node_key(node.id),))
 
     def _needs_ingress_address(self, node: Node) -> bool:
         """Return whether a skep node should serve published ports and has no ingress address yet."""
         return bool(self.allocations.publishing) and not node.attachments and is_ready(node)
+
+    def _is_on_removed_network(self, node: Node) -> bool:
+        """Return whether a skep node got an address of the ingress network after that was removed."""
+        networks, view = (one.network for one in node.attachments if one.network is not None), self._view()
+        unreadable = view.unreadable(Network)
+        is_gone = any(view.lookup(Network, one.id) is None and one.id not in unreadable for one in networks)
+        return is_gone and not is_docker_node(node)
 
     def _queue_nodes(self) -> None:
         """Queue every node whose attachments may have to change."""
