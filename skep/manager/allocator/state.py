@@ -369,7 +369,7 @@ class AllocatorState:
             return self._allocate_for(owner, key, network, allocate_one)
 
         try:
-            attachments = node_attachments(node, wanted, allocate)
+            attachments = node_attachments(node, wanted, allocate, networks.unreadable)
         except Unread:
             self.allocations.enter_node(node)
             return
@@ -483,6 +483,8 @@ class AllocatorState:
             find=lambda network_id: self._view().lookup(Network, network_id),
             ingress=ingress,
             door=door_network(known),
+            unreadable=frozenset(map(NetworkId, self._view().unreadable(Network)))
+            - {one.id for one in known},
             failure=lambda network_id: self._unallocated.get(network_id, "not yet"),
         )
 
