@@ -130,6 +130,20 @@ def is_any(address: str) -> bool:
     return address in ("", "::")
 
 
+def present_table(tables: Iterable[NetworkTable], node_id: NodeId) -> NetworkTable | None:
+    """Return the table of the ingress network, or None without one.
+
+    A removed ingress network keeps its table until its last task has ended, but nodes have no addresses there.
+    """
+
+    def order(table: NetworkTable) -> tuple[bool, bool]:
+        own = table.nodes.get(node_id)
+        has_nodes = any(one.addresses for one in table.nodes.values())
+        return own is not None and bool(own.addresses), has_nodes
+
+    return max((one for one in tables if one.head.is_ingress), key=order, default=None)
+
+
 def plan(table: NetworkTable, node_id: NodeId) -> IngressPlan:
     """Return the plan of the node ``node_id``, with no port held yet.
 
