@@ -395,6 +395,8 @@ def stale_ports(before: IngressPlan | None, after: IngressPlan, version: int) ->
         key: port.backends(version) for port, key in before.in_force(version) if port.protocol == "udp"
     }
     found, gone = [], set(earlier)
+    # A new ingress network may have other subnets than the one that it replaces.
+    subnets = tuple(dict.fromkeys((*after.subnets, *before.subnets)))
     for port, key in after.in_force(version):
         if port.protocol != "udp":
             continue
@@ -403,7 +405,7 @@ def stale_ports(before: IngressPlan | None, after: IngressPlan, version: int) ->
         # If a program of the node sends while no backend serves, it creates a flow to the node although the packet is
         # refused.
         if were is None or not backends >= were or (backends and not were):
-            found.append(StalePort(port.published, backends, after.subnets, _destination(key)))
+            found.append(StalePort(port.published, backends, subnets, _destination(key)))
     return (
         *found,
         *(StalePort(key[1], frozenset(), before.subnets, _destination(key)) for key in sorted(gone)),
