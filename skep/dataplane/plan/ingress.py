@@ -395,7 +395,7 @@ def stale_ports(before: IngressPlan | None, after: IngressPlan, version: int) ->
         key: port.backends(version) for port, key in before.in_force(version) if port.protocol == "udp"
     }
     found, gone = [], set(earlier)
-    # A new ingress network may have other subnets than the one that it replaces.
+    # A new ingress network may replace a network with other subnets.
     subnets = tuple(dict.fromkeys((*after.subnets, *before.subnets)))
     for port, key in after.in_force(version):
         if port.protocol != "udp":
