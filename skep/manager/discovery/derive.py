@@ -232,15 +232,6 @@ def overlay_attachments(task: Task) -> Mapping[NetworkId, NetworkAttachment]:
     }
 
 
-def most_complete(copies: Iterable[Network]) -> Network:
-    """Return the latest of the copies of a removed network in its tasks.  Subnets are only ever added."""
-
-    def order(one: Network) -> tuple[int, int]:
-        return len(one.ipam_options.configs) if one.ipam_options is not None else 0, one.version.index
-
-    return max(copies, key=order)
-
-
 def is_publishing(service: Service) -> bool:
     """Return whether the service has ports published on every node."""
     return service.removed_at is None and service.spec.publishes_in_ingress

@@ -15,7 +15,6 @@ from skep.manager.discovery.derive import (
     endpoint_of,
     has_endpoint,
     is_publishing,
-    most_complete,
     node_on,
     overlay_attachments,
     service_on,
@@ -25,7 +24,7 @@ from skep.manager.discovery.derive import (
 from skep.manager.discovery.versioned_table import VersionedTable, counted
 from skep.model.door.routes import has_routes
 from skep.model.door.settings import is_door
-from skep.model.network import Network
+from skep.model.network import Network, most_complete
 from skep.model.networks.data_planes import claimed_underlay, data_path_port, is_overlay
 from skep.model.networks.overlays import head_of
 from skep.model.node import Node, SessionOwner
