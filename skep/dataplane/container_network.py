@@ -89,11 +89,12 @@ class ContainerNetwork:
         Raises: SkepError: this node cannot network containers.
         """
         kept = {config.id for config, _ in live}
-        live = [(config, one) for config, one in live if self._is_sound(config.id, one)]
+        all_live = live
+        live = [(config, one) for config, one in all_live if self._is_sound(config.id, one)]
         sandboxes = {config.id: one for config, one in live}
-        await self._allocation.restore(live)
+        await self._allocation.restore(live, [one for one in all_live if one[0].id not in sandboxes])
         self._overlays.restore(sandboxes)
-        await self._gateway.restore(sandboxes)
+        await self._gateway.restore({config.id: one for config, one in all_live if has_sound_egress(one)})
         await self._overlays.begin(sandboxes)
         # not fatal, because a container can itself make its namespace unusable for these rules
         for id, sandbox in sandboxes.items():
@@ -342,6 +343,15 @@ class ContainerNetwork:
                     await self._namespaces.destroy(container_id)
                 finally:
                     await self._allocation.leave(container_id, endpoints)
+
+
+def has_sound_egress(sandbox: Sandbox) -> bool:
+    """Return whether the record of a sandbox is valid apart from its networks."""
+    try:
+        check_sandbox(msgspec.structs.replace(sandbox, endpoints=()))
+    except Exception:  # as for the whole record
+        return False
+    return True
 
 
 def needs_egress(mode: NetworkMode, endpoints: Sequence[EndpointConfig]) -> bool:

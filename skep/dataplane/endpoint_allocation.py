@@ -43,11 +43,18 @@ class EndpointAllocation:
         """Ids of the networks that every node has, by name."""
         return self._local.predefined_ids
 
-    async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
-        """Keep the endpoints of ``live`` sandboxes allocated."""
+    async def restore(
+        self,
+        live: Sequence[tuple[SandboxConfig, Sandbox]],
+        invalid: Sequence[tuple[SandboxConfig, Sandbox]] = (),
+    ) -> None:
+        """Keep the endpoints of ``live`` sandboxes allocated.
+
+        ``invalid``: live sandboxes with invalid addresses.  The cluster keeps their endpoints too.
+        """
         self._cluster.restore(
             (endpoint.config.attachment, container.id)
-            for container, sandbox in live
+            for container, sandbox in (*live, *invalid)
             for endpoint in sandbox.endpoints
             if endpoint.config.attachment
         )

@@ -280,10 +280,13 @@ class Overlays:
         """Disconnect a running container from networks.  ``sandbox`` is its new state.  Raises: SkepError; OSError."""
         if (before := self._containers.pop(id, None)) is not None:
             self._healer.forget(before[0])
-        for one in gone:
-            if self._endpoints.get(one.network_id, {}).pop(id, None) is not None:
-                await self._settle(one.network_id)
-        await (await self._watch_container(id, sandbox)).apply()
+        try:
+            for one in gone:
+                if self._endpoints.get(one.network_id, {}).pop(id, None) is not None:
+                    await self._settle(one.network_id)
+        finally:  # its other networks are maintained even if the kernel refuses to change this one
+            reconciler = await self._watch_container(id, sandbox)
+        await reconciler.apply()
 
     def disconnect(self, container_id: ContainerId, endpoints: Sequence[Endpoint]) -> None:
         """Disconnect a container whose namespace is about to be removed together with its ports.

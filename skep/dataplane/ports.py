@@ -220,6 +220,13 @@ class Reservations:
         """Return all reservations."""
         return tuple(self._held)
 
+    def has(self, protocol: str, port: int, address: str, owner: str | None) -> bool:
+        """Return whether the port is held for ``owner``, or for any owner if None."""
+        return any(
+            (one.protocol, one.port, one.address) == (protocol, port, address) and owner in (None, one.owner)
+            for one in self._held
+        )
+
     def sockets(self) -> Sequence[socket.socket]:
         """Return the sockets in the order of ``list``."""
         return tuple(self._held.values())

@@ -1,6 +1,6 @@
 """Cluster networks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_interface
 from typing import ClassVar, Final
@@ -72,6 +72,15 @@ def is_ingress(network: Network) -> bool:
     """Return whether this is the network for published ports between nodes."""
     spec = network.spec
     return spec.ingress or (spec.name == "ingress" and _INTERNAL_LABEL in spec.labels)
+
+
+def most_complete(copies: Iterable[Network]) -> Network:
+    """Return the latest of the copies of a removed network in its tasks.  Subnets are only ever added."""
+
+    def order(one: Network) -> tuple[int, int]:
+        return len(one.ipam_options.configs) if one.ipam_options is not None else 0, one.version.index
+
+    return max(copies, key=order)
 
 
 _INTERNAL_LABEL = "com.docker.swarm.internal"

@@ -14,6 +14,7 @@ from skep.model.networks.tables import NetworkTable, TablePort, TableSet
 from skep.model.service import Endpoint, EndpointSpec, EndpointVirtualIP, PortConfig, Service
 from skep.model.task import NetworkAttachment
 from skep.model.values.ids import NetworkId, NodeId
+from skep.model.values.times import Timestamp
 from skep.store.interface import Store
 from skep.store.memory import MemoryCluster, MemoryStore
 from skep.wire.convert.tables import messages_of, pieces_of, table_set_from_pb
@@ -97,6 +98,22 @@ async def test_a_service_that_cannot_be_read_keeps_its_place_on_the_nodes(part: 
     mended = anew.reported(after, commit_of)
     assert shown(mended) == (("mended", ("10.0.0.5",), ()),)
     assert mended[INGRESS.id].unread == ()
+
+
+async def test_a_service_that_is_removed_while_it_cannot_be_read_leaves_the_nodes() -> None:
+    cluster, store = await a_cluster()
+    tables = Manager(store).reported({}, None)
+    damage(cluster, "service", "web", "endpoint")
+    anew = Manager(MemoryStore(SystemClock(), cluster))
+    kept = anew.reported(tables, None)
+    assert shown(kept) == shown(tables)
+    await noted(
+        anew, a_service("other", ports=(replace(PORT, published_port=9090),))
+    )  # nodes stay on ingress
+    before = anew.tables.revision
+    removed = replace(anew.store.view().get(Service, WEB.id), removed_at=Timestamp("2026-01-01T00:00:00Z"))
+    await noted(anew, removed)
+    assert shown(anew.reported(kept, before)) == ()
 
 
 async def noted(manager: Manager, service: Service) -> bool:

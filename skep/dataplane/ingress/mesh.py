@@ -28,6 +28,7 @@ from skep.dataplane.plan.ingress import (
     ingress_table,
     lose_tcp_backends,
     plan,
+    present_table,
     stale_ports,
     unaccepted_ports,
 )
@@ -134,7 +135,7 @@ class Mesh:
         A port that cannot be held is retried in the background.  Raises: SkepError: another failure.
         """
         self._node_id = node_id
-        self._table = next((table for table in tables.values() if table.head.is_ingress), None)
+        self._table = present_table(tables.values(), node_id)
         await self._follow()
 
     async def apply_nothing(self) -> None:

@@ -47,6 +47,7 @@ class LocalEndpoints:
 
     def __init__(self, networks: LocalNetworks, tables: Path, naming: NameRegistration | None) -> None:
         self._networks = networks
+        networks.is_used = self.is_used
         self._tables = tables
         self._naming = naming
         self.pools: dict[str, tuple[_Pool, ...]] = {}

@@ -130,6 +130,8 @@ class LocalNetworks:
         If a network on such a device is created meanwhile, it creates the device again.
         """
         self._removing = asyncio.Lock()
+        self.is_used: Callable[[str], bool] = lambda _: False
+        """Returns whether the network with this id has containers, including starting ones."""
 
     def open(self) -> None:
         """Read the networks that an earlier process kept.  Undecodable content is replaced by new networks.
@@ -361,7 +363,14 @@ class LocalNetworks:
         return network
 
     async def remove_bridge(self, id: str) -> None:
-        """Remove a network that has no containers, and the device that was created for it.  Raises: NotFound."""
+        """Remove a network that has no containers, and the device that was created for it.
+
+        Raises: NotFound; Forbidden: a container has an endpoint on it.
+        """
+        if (network := find(self.all(), id)) is not None and self.is_used(network.id):
+            raise Forbidden(
+                f"error while removing network: network {network.name} id {network.id} has active endpoints"
+            )
         parent = parent_of(self._forget(id))
         if parent is None or not parent.made or self._devices is None:
             return

@@ -72,8 +72,8 @@ class NetClient:
                 raise _unexpected(other)
 
     async def release(self, protocol: str, port: int, address: str = "") -> None:
-        """Release ``port``.  Does nothing if it is not held.  Raises: Unavailable."""
-        response = await self._ask(ReleasePort(protocol, port, address))
+        """Release ``port``.  Does nothing if it is not held for this owner.  Raises: Unavailable."""
+        response = await self._ask(ReleasePort(protocol, port, address, self._owner))
         if not isinstance(response, Done):
             raise _unexpected(response)
 

@@ -228,7 +228,9 @@ async def _answer(request: Request, ports: Ports, serving: ServedContainers) -> 
                     is_taken=isinstance(error, AlreadyExists),
                     is_elsewhere=isinstance(error, AddressNotHere),
                 )
-        case ReleasePort(kind, port, address):
+        case ReleasePort(kind, port, address, owner):
+            if not ports.held.has(kind, port, address, owner):
+                return Done()  # perhaps another owner has got it since
             await ports.relays.end(kind, port, address)
             ports.mesh.end(kind, port, address)
             ports.held.release(kind, port, address)

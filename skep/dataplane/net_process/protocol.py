@@ -89,11 +89,15 @@ class Reserve(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReleasePort(msgspec.Struct, frozen=True, tag="Release"):
-    """Release a port if it is held.  Answered with ``Done``."""
+    """Release a port if it is held.  Answered with ``Done``.
+
+    ``owner``: releases the port only if this owner holds it.  None, from earlier versions: whoever does.
+    """
 
     protocol: str
     port: int
     address: str = ""
+    owner: str | None = None
 
 
 class List(msgspec.Struct, frozen=True, tag=True):

@@ -130,6 +130,20 @@ def is_any(address: str) -> bool:
     return address in ("", "::")
 
 
+def present_table(tables: Iterable[NetworkTable], node_id: NodeId) -> NetworkTable | None:
+    """Return the table of the ingress network, or None without one.
+
+    A removed ingress network keeps its table until its last task has ended, but nodes have no addresses there.
+    """
+
+    def order(table: NetworkTable) -> tuple[bool, bool]:
+        own = table.nodes.get(node_id)
+        has_nodes = any(one.addresses for one in table.nodes.values())
+        return own is not None and bool(own.addresses), has_nodes
+
+    return max((one for one in tables if one.head.is_ingress), key=order, default=None)
+
+
 def plan(table: NetworkTable, node_id: NodeId) -> IngressPlan:
     """Return the plan of the node ``node_id``, with no port held yet.
 
@@ -381,6 +395,8 @@ def stale_ports(before: IngressPlan | None, after: IngressPlan, version: int) ->
         key: port.backends(version) for port, key in before.in_force(version) if port.protocol == "udp"
     }
     found, gone = [], set(earlier)
+    # A new ingress network may replace a network with other subnets.
+    subnets = tuple(dict.fromkeys((*after.subnets, *before.subnets)))
     for port, key in after.in_force(version):
         if port.protocol != "udp":
             continue
@@ -389,7 +405,7 @@ def stale_ports(before: IngressPlan | None, after: IngressPlan, version: int) ->
         # If a program of the node sends while no backend serves, it creates a flow to the node although the packet is
         # refused.
         if were is None or not backends >= were or (backends and not were):
-            found.append(StalePort(port.published, backends, after.subnets, _destination(key)))
+            found.append(StalePort(port.published, backends, subnets, _destination(key)))
     return (
         *found,
         *(StalePort(key[1], frozenset(), before.subnets, _destination(key)) for key in sorted(gone)),

@@ -77,8 +77,9 @@ class Allocations:
             for attachment in task.networks_attachments:
                 network = attachment.network
                 if network is not None and not self.networks.has(network.id):
-                    self.networks.enter(network)
                     self._gone.add(network.id)
+                if network is not None and network.id in self._gone:
+                    self.networks.enter_copy(network)
             return self._hold(task.id, addresses)
         return frozenset()
 

@@ -11,16 +11,16 @@ Source: swarmkit, manager/allocator/network.go (taskCreateNetworkAttachments),
 cnmallocator/networkallocator.go (AllocateService).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 
 from skep.manager.allocator.addresses import NoAddress, has_ipv6
 from skep.manager.allocator.subnets import has_addresses, is_allocated
 from skep.model.door.routes import has_routes
-from skep.model.door.settings import is_door
 from skep.model.network import Network
 from skep.model.networks.data_planes import is_overlay
+from skep.model.options.dependencies import WAITS_FOR
 from skep.model.service import EndpointVirtualIP, NetworkAttachmentConfig, Service, ServiceSpec
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.values.ids import NetworkId
@@ -51,8 +51,16 @@ class AttachableNetworks(msgspec.Struct, frozen=True, kw_only=True):
     """The network of published ports, which may not be allocated yet, or None."""
     door: Network | None = None
     """The network of HTTP routes, which may not be allocated yet, or None."""
+    unreadable: Collection[NetworkId] = ()
+    """Networks that cannot be read.  Any of them may be the network of published ports, or of routes."""
     failure: Callable[[NetworkId], str] = lambda _: "not yet"
     """Returns the reason why a network is not allocated."""
+
+    def missing_for(self, spec: ServiceSpec) -> NetworkId | None:
+        """Return an unreadable network that tasks of ``spec`` may need although the spec does not name it, or None."""
+        needs_ingress = self.ingress is None and spec.publishes_in_ingress
+        needs_door = self.door is None and has_routes(spec.labels)
+        return min(self.unreadable, default=None) if needs_ingress or needs_door else None
 
 
 def attachments_for(
@@ -68,6 +76,8 @@ def attachments_for(
             addresses.  Raises NoAddress.
         requested: Attachments that name addresses (``docker run --ip``, ``--ip6``).
     """
+    if (missing := networks.missing_for(spec)) is not None:
+        return NotAttached(f"{WAITS_FOR}network {missing}, which is unreadable on the leader", missing)
     attachments = []
     addresses = {one.network.id: one.addresses for one in requested if one.network}
     for wanted in wanted_networks(spec, networks.ingress, networks.door):
@@ -106,12 +116,6 @@ def wanted_networks(
     return found
 
 
-def door_network(networks: Iterable[Network]) -> Network | None:
-    """Return the network of HTTP routes, which is the oldest one with its label, or None."""
-    found = (one for one in networks if is_door(one.spec.labels))
-    return min(found, key=lambda one: (one.created_at, one.id), default=None)
-
-
 def is_new(task: Task) -> bool:
     """Return whether the task waits for the allocator."""
     return task.status.state is TaskState.NEW and task.is_wanted
@@ -135,8 +139,8 @@ def virtual_ips_for(
     """Return the virtual addresses that ``service`` should have: its existing ones, and new ones where they are
     missing.
 
-    A network without an allocation is skipped until it has one.  The IPv4 address of a network comes first, because
-    engines read no other.
+    A network without an allocation is skipped until it has one.  An address of a network that cannot be read is kept.
+    The IPv4 address of a network comes first, because engines read no other.
 
     Args:
         allocate: Allocates an address of a network and an IP version.  Raises NoAddress.
@@ -145,7 +149,7 @@ def virtual_ips_for(
     if spec is not None and spec.mode == DNS_ROUND_ROBIN:
         return ()
     present = {(one.network_id, ":" in one.addr): one for one in service.endpoint.virtual_ips}
-    virtual_ips = []
+    virtual_ips = [one for one in service.endpoint.virtual_ips if one.network_id in networks.unreadable]
     for wanted in wanted_networks(service.spec, networks.ingress, networks.door):
         network = networks.find(NetworkId(wanted.target))
         if network is None or not is_overlay(network) or not has_addresses(network):

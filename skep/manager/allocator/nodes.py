@@ -8,7 +8,7 @@ have to be written whenever the last port is removed and another is published.
 Source: swarmkit, manager/allocator/network.go (allocateNode); moby, daemon/cluster/executor/container/executor.go.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from skep.model.network import Network
 from skep.model.networks.data_planes import is_docker_node, is_overlay
@@ -46,16 +46,21 @@ def networks_of_node(
 
 
 def node_attachments(
-    node: Node, wanted: dict[NetworkId, Network], allocate: Callable[[Network], tuple[str, ...]]
+    node: Node,
+    wanted: dict[NetworkId, Network],
+    allocate: Callable[[Network], tuple[str, ...]],
+    unreadable: Collection[NetworkId] = (),
 ) -> tuple[NetworkAttachment, ...]:
     """Return the attachments that ``node`` should have, in order of network id.  Existing attachments are kept.
+
+    ``unreadable``: networks that cannot be read, which the node may still need.
 
     Raises NoAddress.
     """
     present = {one.network.id: one for one in node.attachments if one.network is not None}
     return tuple(
         present.get(id) or NetworkAttachment(network=wanted[id], addresses=allocate(wanted[id]))
-        for id in sorted(wanted)
+        for id in sorted(wanted.keys() | (present.keys() & set(unreadable)))
     )
 
 

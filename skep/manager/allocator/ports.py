@@ -90,7 +90,7 @@ def endpoint_for(
 ) -> Endpoint:
     """Return the endpoint that ``service`` should have, equal to its current one if nothing has to change.
 
-    A service without ports and networks keeps its empty endpoint and is not written again.
+    A service without ports, networks and virtual addresses keeps its empty endpoint and is not written again.
 
     Args:
         is_free: Whether no other service has (protocol, port).
@@ -103,7 +103,8 @@ def endpoint_for(
     spec = service.spec.endpoint_spec or EndpointSpec()
     networks = service.spec.task_template.networks or service.spec.networks
     given = service.endpoint
-    if not spec.ports and not networks and not given.ports and not given.virtual_ips:
+    # A service with nothing but routes has a virtual address on the front door's network.
+    if not (spec.ports or networks or virtual_ips or given.ports or given.virtual_ips):
         return given
     ports = _ports(spec.ports, given.ports, is_free)
     return Endpoint(spec=spec, ports=ports, virtual_ips=virtual_ips)

@@ -16,7 +16,6 @@ from skep.manager.allocator.attachments import (
     AttachedTask,
     NotAttached,
     attachments_for,
-    door_network,
     is_new,
     overlays_of,
     spec_or_template,
@@ -46,7 +45,7 @@ from skep.manager.control_loops.informer import batches_of
 from skep.manager.control_loops.loop_driver import Decision
 from skep.manager.control_loops.work_queue import WorkQueue
 from skep.model.door.routes import has_routes
-from skep.model.door.settings import is_door
+from skep.model.door.settings import door_network, is_door
 from skep.model.network import Network
 from skep.model.networks.data_planes import is_docker_node, is_overlay
 from skep.model.networks.routes import differ_in_routes, routes_of, routes_of_all
@@ -226,12 +225,20 @@ class AllocatorState:
         )
         if current is None:
             return
-        if (is_docker_node(current) and not is_known) or self._needs_ingress_address(current):
+        is_new_engine = is_docker_node(current) and not is_known
+        if is_new_engine or self._needs_ingress_address(current) or self._is_on_removed_network(current):
             self.queue.add((node_key(node.id),))
 
     def _needs_ingress_address(self, node: Node) -> bool:
         """Return whether a skep node should serve published ports and has no ingress address yet."""
         return bool(self.allocations.publishing) and not node.attachments and is_ready(node)
+
+    def _is_on_removed_network(self, node: Node) -> bool:
+        """Return whether a skep node got an address of the ingress network after that was removed."""
+        networks, view = (one.network for one in node.attachments if one.network is not None), self._view()
+        unreadable = view.unreadable(Network)
+        is_gone = any(view.lookup(Network, one.id) is None and one.id not in unreadable for one in networks)
+        return is_gone and not is_docker_node(node)
 
     def _queue_nodes(self) -> None:
         """Queue every node whose attachments may have to change."""
@@ -362,7 +369,7 @@ class AllocatorState:
             return self._allocate_for(owner, key, network, allocate_one)
 
         try:
-            attachments = node_attachments(node, wanted, allocate)
+            attachments = node_attachments(node, wanted, allocate, networks.unreadable)
         except Unread:
             self.allocations.enter_node(node)
             return
@@ -476,6 +483,8 @@ class AllocatorState:
             find=lambda network_id: self._view().lookup(Network, network_id),
             ingress=ingress,
             door=door_network(known),
+            unreadable=frozenset(map(NetworkId, self._view().unreadable(Network)))
+            - {one.id for one in known},
             failure=lambda network_id: self._unallocated.get(network_id, "not yet"),
         )
 

@@ -93,6 +93,11 @@ class NetworkAllocations:
             self._spans[subnet.version].add(subnet)
         self._enter_ids(network.id, frozenset(vxlan_ids(network.driver_state.options)))
 
+    def enter_copy(self, network: Network) -> None:
+        """Add a removed network by the copy in a task, unless another copy has more subnets, which are only added."""
+        if len(_given(network)) > len(self._subnets.get(network.id, ())):
+            self.enter(network)
+
     def leave(self, network_id: NetworkId) -> None:
         """Release the ids and subnets of the network."""
         self._enter_ids(network_id, frozenset())

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 
 from skep.manager.allocator.addresses import NoAddress
 from skep.manager.allocator.allocations import node_owner, service_owner
-from skep.manager.allocator.attachments import door_network, spec_or_template, wanted_networks
+from skep.manager.allocator.attachments import spec_or_template, wanted_networks
 from skep.manager.allocator.nodes import occupies_networks
+from skep.model.door.settings import door_network
 from skep.model.network import Network
 from skep.model.networks.data_planes import is_docker_node
 from skep.model.node import Node

@@ -18,6 +18,8 @@ from skep.manager.control.validation.network_specs import (
 )
 from skep.manager.failover.records import addresses_in
 from skep.manager.services.job_runs import runs_with
+from skep.manager.services.routes import exposed
+from skep.model.door.settings import door_network, is_door
 from skep.model.network import (
     OVERLAP_LABEL,
     IPAMConfig,
@@ -117,6 +119,8 @@ def remove_network(tx: Transaction, id: NetworkId) -> None:
         )
     if is_ingress(network):
         _check_ingress_unused(tx)
+    if is_door(network.spec.labels):
+        _check_door_unused(tx, id)
     for job in runs_with(tx, "network", id):
         raise FailedPrecondition(f"network {id} is in use by service {job.id} ({job.spec.name})")
     try:
@@ -171,6 +175,14 @@ def _check_ingress_unused(tx: Transaction) -> None:
                 f"ingress network cannot be removed because service {service.id} depends on it"
             )
     tx.rely_on_all(Service)  # services have no reference to the ingress network, because specs do not name it
+
+
+def _check_door_unused(tx: Transaction, id: NetworkId) -> None:
+    """Check that no service has routes over the network.  Its tasks would not be on the network that replaces it."""
+    door = door_network(tx.find(Network))
+    for service in exposed(tx) if door is not None and door.id == id else ():
+        raise FailedPrecondition(f"network {id} is in use by service {service.id} ({service.spec.name})")
+    tx.rely_on_all(Service)  # services have no reference to it, because routes are labels
 
 
 def _check_vxlan_ids(tx: Transaction, spec: NetworkSpec) -> None:

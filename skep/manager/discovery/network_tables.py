@@ -24,11 +24,11 @@ from skep.manager.discovery.derive import (
 from skep.manager.discovery.versioned_table import VersionedTable, counted
 from skep.model.door.routes import has_routes
 from skep.model.door.settings import is_door
-from skep.model.network import Network
+from skep.model.network import Network, most_complete
 from skep.model.networks.data_planes import claimed_underlay, data_path_port, is_overlay
 from skep.model.networks.overlays import head_of
 from skep.model.node import Node, SessionOwner
-from skep.model.options.labels import publishes_not_ready, site_of
+from skep.model.options.labels import site_of
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import NetworkAttachment, Task
@@ -85,6 +85,8 @@ class TableBuilder:
         """Services whose objects are unreadable.  Nodes keep the entries of these services."""
         self._headless: set[ServiceId] = set()
         """Services without any readable data.  Each may publish ports."""
+        self._copies: dict[NetworkId, Network] = {}
+        """The copies of removed networks in their tasks, as of the present refresh."""
         self._stale = Stale()
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -197,8 +199,7 @@ class TableBuilder:
                 self._set_attachments(object, NO_ATTACHMENTS)
             case Service():
                 self._services.pop(object.id, None)
-                self._unread.discard(object.id)
-                self._headless.discard(object.id)
+                self._note_readable(object.id)
                 self._publish(object.id, is_publishing=False)
                 self._mark_service(object.id, frozenset())
             case Node():
@@ -265,14 +266,21 @@ class TableBuilder:
 
     def _enter_service(self, service: Service) -> None:
         if service.id in self._headless or has_endpoint(service) or service.removed_at is not None:
-            self._unread.discard(service.id)
-            self._headless.discard(service.id)
+            self._note_readable(service.id)
         before = self._services.get(service.id)
         self._services[service.id] = service
         self._publish(service.id, is_publishing=is_publishing(service))
         self._mark_service(service.id, self._networks_without_tasks(service))
         if before is None or _naming(before) != _naming(service):
             self._mark_endpoints_of(service.id)
+
+    def _note_readable(self, id: ServiceId) -> None:
+        """Let nodes drop entries of a service that were kept while it was unreadable."""
+        if id in self._unread:
+            self._unread.discard(id)
+            self._headless.discard(id)
+            self._stale.readable.add(id)
+            self._stale.services.update(dict.fromkeys((network_id, id) for network_id in self.tables))
 
     def _networks_without_tasks(self, service: Service) -> frozenset[NetworkId]:
         """Return the networks that have the service also without a task."""
@@ -385,17 +393,21 @@ class TableBuilder:
             self._stale.networks[id] = None
 
     def _network_of(self, table: VersionedTable) -> Network | None:
-        """Return the network object, else the copy in its earliest task, else None."""
+        """Return the network object, else the most complete copy in its tasks, else None."""
         if table.network is not None or not table.tasks:
             return table.network
-        attachment = overlay_attachments(self._tasks[min(table.tasks)])[table.id]
-        return attachment.network
+        if table.id not in self._copies:
+            attached = (one for id in table.tasks for one in self._tasks[id].networks_attachments)
+            copies = (one.network for one in attached if one.network is not None)
+            self._copies[table.id] = most_complete(one for one in copies if one.id == table.id)
+        return self._copies[table.id]
 
     # -- entries ------------------------------------------------------------------------------------------------
 
     def _refresh(self) -> AffectedStreams:
         """Derive the stale entries again.  Returns the affected streams."""
         stale, self._stale = self._stale, Stale()
+        self._copies.clear()
         changed: set[NetworkId] = set()
         for network_id in stale.networks:
             with isolated("table", network_id):
@@ -413,7 +425,8 @@ class TableBuilder:
         for network_id, service_id in stale.services:
             if (table := self.tables.get(network_id)) is not None:
                 with isolated("service in a table", service_id):
-                    self._refresh_service(table, service_id, changed)
+                    was_unread = service_id in stale.readable
+                    self._refresh_service(table, service_id, changed, was_unread=was_unread)
         for network_id, node_id in stale.nodes:
             if (table := self.tables.get(network_id)) is not None:
                 with isolated("node in a table", node_id):
@@ -456,12 +469,14 @@ class TableBuilder:
         if table.set_endpoint(id, endpoint, self.revision):
             changed.add(table.id)
 
-    def _refresh_service(self, table: VersionedTable, id: ServiceId, changed: set[NetworkId]) -> None:
+    def _refresh_service(
+        self, table: VersionedTable, id: ServiceId, changed: set[NetworkId], *, was_unread: bool
+    ) -> None:
         service, network = self._services.get(id), self._network_of(table)
         entry = None
         if service is not None and network is not None and id not in self._unread:
             entry = service_on(service, network, has_tasks=table.id in self._tasks_of_service.get(id, ()))
-        if table.set_service(id, entry, self.revision):
+        if table.set_service(id, entry, self.revision, is_forced=was_unread):
             changed.add(table.id)
 
     def _refresh_node(self, table: VersionedTable, id: NodeId, changed: set[NetworkId]) -> None:
@@ -476,9 +491,9 @@ class TableBuilder:
             changed.add(table.id)
 
 
-def _naming(service: Service) -> tuple[str, bool]:
-    """Return the parts of a service that affect the names of its tasks."""
-    return service.spec.name, publishes_not_ready(service.spec.labels)
+def _naming(service: Service) -> tuple[str, Mapping[str, str]]:
+    """Return the parts of a service that affect the names of its tasks: templates of host names may use all labels."""
+    return service.spec.name, service.spec.labels
 
 
 def _relevant_fields(node: Node) -> tuple[object, ...]:
@@ -502,6 +517,8 @@ class Stale:
         self.endpoints: dict[tuple[NetworkId, TaskId], None] = {}
         self.services: dict[tuple[NetworkId, ServiceId], None] = {}
         self.nodes: dict[tuple[NetworkId, NodeId], None] = {}
+        self.readable: set[ServiceId] = set()
+        """Services that can be read again, or were removed."""
         self.resubscribed: set[NodeId] = set()
         self.all_nodes = False
 

@@ -77,9 +77,12 @@ class VersionedTable:
         """Set a task's entry, or remove it with None."""
         return _set(self.endpoints, id, endpoint) and self._record_change((ENDPOINT, id), revision)
 
-    def set_service(self, id: ServiceId, service: TableService | None, revision: int) -> bool:
-        """Set a service's entry, or remove it with None."""
-        return _set(self.services, id, service) and self._record_change((SERVICE, id), revision)
+    def set_service(
+        self, id: ServiceId, service: TableService | None, revision: int, *, is_forced: bool
+    ) -> bool:
+        """Set a service's entry, or remove it with None.  With ``is_forced``, readers may have another entry."""
+        is_changed = _set(self.services, id, service) or is_forced
+        return is_changed and self._record_change((SERVICE, id), revision)
 
     def reset_changes(self, revision: int) -> None:
         """Treat the current table as new at ``revision``, and forget the revisions of its entries."""

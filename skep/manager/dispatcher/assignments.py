@@ -32,7 +32,7 @@ from skep.model.node import Node
 from skep.model.options.labels import DRAIN, sent_labels
 from skep.model.permissions.registry_auth import address_of, is_for
 from skep.model.secret import Config, Secret
-from skep.model.service import PortConfig, Service
+from skep.model.service import PortConfig, PublishMode, Service, ServiceSpec
 from skep.model.task import AssignedTask, Task, TaskState
 from skep.model.values.ids import ConfigId, NodeId, SecretId, TaskId, VolumeId
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeAssignment, VolumeInfo
@@ -46,6 +46,7 @@ from skep.store.kinds import (
     present_spec,
     previous_registry_auth_id,
     registry_auth_id,
+    spec_of,
 )
 from skep.store.schema import UNREAD_STATUS
 
@@ -291,7 +292,7 @@ def _assigned(view: View, task: Task) -> AssignedTask:
         task=task,
         service_name=service.spec.name,
         service_labels=_labels_of(service),
-        ports=_ports_of(service),
+        ports=_ports_of(view, service, task),
         virtual_ips=service.endpoint.virtual_ips,
         trust=trust_of(view, service, task),
     )
@@ -309,11 +310,20 @@ def _sent_labels(view: View, task: Task, before: Mapping[str, str]) -> Mapping[s
     return before if service is None else sent_labels(_labels_of(service))
 
 
-def _ports_of(service: Service) -> tuple[PortConfig, ...]:
-    """Return the published ports as allocated, or as in the spec: host-mode ports need no allocation."""
-    if service.endpoint.ports:
-        return service.endpoint.ports
-    return service.spec.endpoint_spec.ports if service.spec.endpoint_spec else ()
+def _ports_of(view: View, service: Service, task: Task) -> tuple[PortConfig, ...]:
+    """Return the published ports as allocated, or as in the spec: host-mode ports need no allocation.
+
+    A task of another spec version has the host-mode ports of its own spec, by which it was scheduled.
+    """
+    ports = service.endpoint.ports or _requested_ports(service.spec)
+    if task.spec_version == service.spec_version or (spec := spec_of(view, task)) is None:
+        return ports
+    own = (port for port in _requested_ports(spec) if port.publish_mode is PublishMode.HOST)
+    return (*(port for port in ports if port.publish_mode is not PublishMode.HOST), *own)
+
+
+def _requested_ports(spec: ServiceSpec) -> tuple[PortConfig, ...]:
+    return spec.endpoint_spec.ports if spec.endpoint_spec is not None else ()
 
 
 def _needs(task: Task) -> bool:

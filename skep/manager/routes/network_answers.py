@@ -16,6 +16,8 @@ from skep.manager.allocator.subnets import NetworkAllocations, NotAllocated, all
 from skep.manager.control import networks as control
 from skep.manager.control.tasks import damage_of
 from skep.manager.scheduler.nodes.requirements import paths_of
+from skep.model.door.routes import has_routes
+from skep.model.door.settings import door_network
 from skep.model.network import Network, is_ingress
 from skep.model.networks.data_planes import is_overlay
 from skep.model.networks.routes import route_overlaps
@@ -50,14 +52,16 @@ def facts_of(network: Network, used: frozenset[str]) -> NetworkFacts:
 
 
 def used_networks(view: View) -> frozenset[str]:
-    """Return the ids of the networks that services name, or that their ports need."""
+    """Return the ids of the networks that services name, or that their ports or routes need."""
     used: set[str] = set()
-    ingress = control.ingress_network(view)
+    ingress, door = control.ingress_network(view), door_network(view.find(Network))
     for service in view.find(Service):
         if service.removed_at is None:
             used.update(one.target for one in _attachments(service))
             if ingress is not None and _ports(service):
                 used.add(ingress.id)
+            if door is not None and has_routes(service.spec.labels):
+                used.add(door.id)
     return frozenset(used)
 
 

@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from skep.aio.time_slices import SlicedWork
 from skep.errors import InvalidArgument, RouteTaken, Unavailable
+from skep.model.door import settings
 from skep.model.door.claims import Claimant, Refusal, may_conflict, refusals, reserved, settled
 from skep.model.door.routes import has_routes, http_labels, parsed_routes, routes_of
 from skep.model.door.settings import is_door
@@ -153,8 +154,7 @@ def _network_of(view: View, proxies: Collection[ServiceId]) -> Network | None:
     services = (view.lookup(Service, id) for id in proxies)
     if not any(one is not None and one.removed_at is None for one in services):
         return None
-    doors = (one for one in view.find(Network) if is_door(one.spec.labels))
-    return min(doors, key=lambda one: (one.created_at, one.id), default=None)
+    return settings.door_network(view.find(Network))
 
 
 def runs_a_proxy(view: View, proxies: Collection[ServiceId]) -> bool:

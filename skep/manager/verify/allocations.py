@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TypeAlias
 
 from skep.manager.verify.rules import InvariantViolation
-from skep.model.network import Network
+from skep.model.network import Network, most_complete
 from skep.model.networks.data_planes import is_overlay
 from skep.model.node import Node
 from skep.model.service import PublishMode, Service
@@ -100,11 +100,12 @@ def networks_in_use(view: View) -> Mapping[str, Network]:
 
 
 def add_attached(task: Task, networks: dict[str, Network]) -> None:
-    """Add the networks to which ``task`` is attached, as they were then, unless they are known."""
+    """Add the networks to which ``task`` is attached, as they were then, unless a more complete copy is known."""
     if task.status.state <= TaskState.RUNNING:
         for attachment in task.networks_attachments:
             if attachment.network is not None and attachment.addresses:
-                networks.setdefault(attachment.network.id, attachment.network)
+                id, copy = attachment.network.id, attachment.network
+                networks[id] = most_complete((networks[id], copy)) if id in networks else copy
 
 
 def mixed_networks(networks: Mapping[str, Network]) -> Iterator[InvariantViolation]:

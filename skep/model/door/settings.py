@@ -1,12 +1,13 @@
 """Labels of the front door itself: of its service and of its network."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import msgspec
 
 from skep.errors import InvalidArgument
 from skep.model.door.routes import http_labels, networks
+from skep.model.network import Network
 
 DOOR: Final = "skep.door"
 """On a service: ``true`` if its tasks are the proxies.  On a network: ``true`` if routes lead over it."""
@@ -51,6 +52,12 @@ class DoorSettings(msgspec.Struct, frozen=True, kw_only=True):
 def is_door(labels: Mapping[str, str]) -> bool:
     """Return whether a service or network belongs to the front door."""
     return labels.get(DOOR, "").lower() == "true"
+
+
+def door_network(networks: Iterable[Network]) -> Network | None:
+    """Return the network of HTTP routes, which is the oldest one with its label, or None."""
+    found = (one for one in networks if is_door(one.spec.labels))
+    return min(found, key=lambda one: (one.created_at, one.id), default=None)
 
 
 def labels_for_proxies(labels: Mapping[str, str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ Source: moby 20.10, api/server/router/network/network_routes.go, daemon/network.
 
 import asyncio
 import socket
+from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
@@ -211,8 +212,9 @@ class _NodeNetworks:
         for network in self._local.bridges() if self._sources.docker is None else ():
             is_selected = is_prunable(network.created_at, network.labels, filters, until_ns)
             if is_selected and not self._users_of(network):
-                await self._remove_own(network)
-                removed.append(network.name)
+                with suppress(Forbidden):  # a container is just starting on it
+                    await self._remove_own(network)
+                    removed.append(network.name)
         return json_response({"NetworksDeleted": removed or None})
 
     async def connect(self, request: web.Request) -> web.StreamResponse:

@@ -180,3 +180,16 @@ def exchange_by_relay(port: int, server: socket.socket) -> None:
         except OSError:
             assert time.monotonic() < deadline, "no relay listens"
             time.sleep(0.02)
+
+
+async def test_a_port_that_another_owner_has_got_since_is_not_released(paths: Paths) -> None:
+    """A container's port was free for a moment, and then published by the routing mesh."""
+    async with forks(paths) as started, net(paths, started) as client:
+        mesh = NetClient(paths.net_socket, SystemClock(), random.random, owner=MESH)
+        port = await mesh.reserve("tcp", 0)
+        await client.release("tcp", port)
+        assert list(await mesh.list_held()) == [("tcp", port, "")]
+        assert not is_free(port)
+        await mesh.release("tcp", port)
+        assert is_free(port)
+        mesh.close()

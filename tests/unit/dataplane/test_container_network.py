@@ -14,6 +14,8 @@ from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.dataplane import DataPlane, Host, NetProcess
 from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.kernel.nft import NftFailed
+from skep.dataplane.netns.write import KernelRefused
+from skep.dataplane.overlays import Overlays
 from skep.dataplane.wireguard.tunnels import NO_ENCRYPTION
 from skep.model.networks.sandbox import Endpoint, EndpointConfig, Sandbox, SandboxConfig
 from skep.model.values.ids import ContainerId
@@ -150,3 +152,35 @@ async def test_a_container_that_made_its_namespace_unusable_keeps_no_other_from_
     await network.restore(live)
     assert replies.routed == [live[1][0].id]
     assert naming.served == [config.id for config, _ in live]
+
+
+async def test_a_container_that_could_not_leave_a_network_keeps_the_others(tmp_path: Path) -> None:
+    """The kernel refuses the removal of a network.  The container runs, and its other networks are maintained."""
+
+    async def refuse() -> None:
+        raise KernelRefused("the device is busy")
+
+    home: Any = SimpleNamespace(has_part=lambda _: True, remove_part=lambda _: None, apply=refuse)
+    watched: list[object] = []
+
+    async def watch(one: object) -> None:
+        watched.append(one)
+
+    healer: Any = SimpleNamespace(repairs=None, watch=watch, expect=lambda _: None, forget=watched.remove)
+    nobody: Any = SimpleNamespace()
+    overlays = Overlays(
+        namespaces=Namespaces(tmp_path),
+        pins=Namespaces(tmp_path),
+        home=home,
+        healer=healer,
+        deferred=nobody,
+        tunnels=nobody,
+        measurements=nobody,
+    )
+    config, sandbox = on_the_ingress_network(1)
+    overlays.restore({config.id: sandbox})
+    await overlays.begin({config.id: sandbox})
+    left = replace(sandbox, endpoints=())
+    with pytest.raises(KernelRefused, match="busy"):
+        await overlays.change(config.id, sandbox.endpoints, left)
+    assert overlays.reconciler_of(config.id) in watched

@@ -4,12 +4,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
+
+from skep.aio.clock import SystemClock
+from skep.dataplane.container_network import ContainerNetwork
+from skep.dataplane.endpoint_allocation import EndpointAllocation
+from skep.dataplane.local.endpoints import LocalEndpoints
+from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.netns.nft_table import NftTable
 from skep.errors import AlreadyExists
-from skep.model.networks.sandbox import PublishedPort, Sandbox
+from skep.model.networks.sandbox import Endpoint, EndpointConfig, PublishedPort, Sandbox, SandboxConfig
 from skep.model.service import PublishMode
-from skep.model.values.ids import ContainerId
-from tests.support.engine.container_networks import MemoryGateway, NetPorts, nothing
+from skep.model.values.ids import ContainerId, TaskId, new_container_id
+from tests.support.engine.container_networks import OVERLAY, Cluster, MemoryGateway, NetPorts, Wires, nothing
 
 ONE = ContainerId("c" * 64)
 WEB = PublishedPort(protocol="tcp", published_port=8080, target_port=80, publish_mode=PublishMode.HOST)
@@ -79,3 +86,31 @@ async def test_a_port_that_the_net_process_lost_is_held_again_or_no_longer_led(t
     ports.programs.add(("tcp", 8080, ""))
     await gateway.sweep()
     assert home.led == set()
+
+
+async def test_a_container_whose_networks_are_unknown_keeps_its_ports_and_its_address(tmp_path: Path) -> None:
+    """Its record has an invalid address on an overlay.  It runs, so nothing of it belongs to others."""
+    ports, cluster = NetPorts(), Cluster()
+    ports.keys.add(("tcp", 8080, ""))
+    gateway, home = a_gateway(tmp_path, ports)
+    config = EndpointConfig(head=OVERLAY, addresses=("10.0.9.300/24",), attachment=TaskId("t1"))
+    endpoint = Endpoint(config=config, interface="eth0", port="vs0", mac_address="02:00:00:00:00:02")
+    sandbox = msgspec.structs.replace(SANDBOX, address="172.18.0.2", endpoints=(endpoint,))
+    networks = LocalNetworks(tmp_path / "local", None, clock=SystemClock(), new_id=new_container_id)
+    replies: Any = SimpleNamespace()
+    overlays: Any = Wires()
+    spaces: Any = SimpleNamespace(pinned=list)
+    network = ContainerNetwork(
+        namespaces=spaces,
+        gateway=gateway,
+        overlays=overlays,
+        allocation=EndpointAllocation(LocalEndpoints(networks, tmp_path / "tables", None), cluster),
+        reply_routing=replies,
+        naming=None,
+        show_condition=lambda _: None,
+    )
+    await network.restore([(SandboxConfig(id=ONE, name="one"), sandbox)])
+    assert (len(home.led), ports.keys) == (1, {("tcp", 8080, "")})
+    assert cluster.held == {TaskId("t1"): ONE}
+    next_one = await gateway.connect(ContainerId("d" * 64), Path("/none"), "eth0", ())
+    assert next_one.address == "172.18.0.3"

@@ -14,7 +14,7 @@ from skep.dataplane.local.objects import LocalNetwork, flat_form, head_of
 from skep.dataplane.local.parent_request import parent_network_of
 from skep.errors import NotFound, SkepError
 from skep.model.network import ConfigReference
-from skep.model.networks.sandbox import EndpointConfig, SandboxConfig
+from skep.model.networks.sandbox import EndpointConfig, EndpointRequest, SandboxConfig
 from skep.model.networks.tables import ParentLink
 from skep.model.values.ids import ContainerId, new_container_id
 from skep.model.values.times import Timestamp
@@ -224,6 +224,21 @@ async def test_a_container_that_was_created_before_the_last_one_left_starts_on_t
     assert await again.for_start(made.id, ["eth0"], lambda _: True) == present, "after a restart of the node"
     with pytest.raises(NotFound):
         await local.for_start("0" * 64, ["eth0"], endpoints.is_used)
+
+
+async def test_a_network_that_a_starting_container_has_joined_is_not_removed(tmp_path: Path) -> None:
+    """The container does not run yet.  Without its network, its address and its names would be given to others."""
+    local = LocalNetworks(tmp_path / "local", NoContainers(), clock=SystemClock(), new_id=new_container_id)
+    endpoints = LocalEndpoints(local, tmp_path / "tables", None)
+    front = await local.add(NetworkBody(name="front"), (), ())
+    starting = SandboxConfig(id=ContainerId("c" * 64), name="c")
+    joined = await endpoints.take(starting, front, EndpointRequest(network=front.id))
+    with pytest.raises(Forbidden, match=f"network front id {front.id} has active endpoints"):
+        await local.remove_bridge(front.id)
+    assert endpoints.find("front") == front
+    await endpoints.give_back(starting.id, joined)
+    await local.remove_bridge(front.id)
+    assert endpoints.find("front") is None
 
 
 async def test_a_configuration_in_use_is_not_removed(tmp_path: Path) -> None:

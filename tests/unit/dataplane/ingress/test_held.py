@@ -22,6 +22,7 @@ from skep.model.networks.tables import (
     NetworkTable,
     Segment,
     TableEndpoint,
+    TableNode,
     TablePort,
     TableService,
 )
@@ -309,3 +310,23 @@ async def test_a_machine_without_ipv6_publishes_by_ipv4_without_a_warning(tmp_pa
     await publish(mesh, a_table({("tcp", 80): PublishOptions()}, ("10.0.0.9",)))
     assert net.in_force == {("tcp", 80, "")}
     assert not mesh.warnings()
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_a_new_ingress_network_is_published_while_a_task_is_left_on_the_removed_one(
+    tmp_path: Path, is_first: bool
+) -> None:
+    mesh, _ = a_mesh(tmp_path, NetProcess())
+    removed = a_table({("tcp", 80): PublishOptions()}, ("10.0.0.9",))
+    present = a_table({("tcp", 81): PublishOptions()}, ("10.9.0.9",))
+    nodes = {
+        NodeId(f"n{number}"): TableNode(
+            id=NodeId(f"n{number}"), underlay=f"192.0.2.{number}", addresses=(f"10.9.0.{number}",)
+        )
+        for number in (1, 2)
+    }
+    head = msgspec.structs.replace(HEAD, id=NetworkId("new"), segments=(Segment("10.9.0.0/24", "", 4097),))
+    both = [removed, msgspec.structs.replace(present, head=head, nodes=nodes)]
+    tables = {one.head.id: one for one in (both if is_first else reversed(both))}
+    await mesh.apply(NodeId("n1"), tables, frozenset(tables))
+    assert mesh.published == {("tcp", 81)}

@@ -467,6 +467,14 @@ def test_flows_are_judged_by_the_addresses_on_which_a_port_is_published_now() ->
     assert not any(is_stale(one, widened, is_local) for one in (by_it, by_another))
 
 
+def test_flows_to_a_task_on_the_former_ingress_network_are_stale() -> None:
+    """A node may get the table of the removed network and of the new one in a single message."""
+    before = held(a_port("t1", protocol="udp"), subnets=("10.0.0.0/24",))
+    after = held(a_port("t2", protocol="udp"), subnets=("10.9.0.0/24",))
+    flow = held_flow(80, "10.0.0.1", from_port=8000)
+    assert is_stale(flow, stale_ports(before, after, 4), is_local)
+
+
 def test_flows_of_a_family_that_the_node_does_not_hold_are_left_alone() -> None:
     """A program of the machine answers there."""
     port = a_port("t1", protocol="udp")

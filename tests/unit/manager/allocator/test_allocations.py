@@ -4,9 +4,11 @@ from msgspec.structs import replace
 
 from skep.manager.allocator.allocations import Allocations
 from skep.manager.allocator.subnets import allocated
-from skep.model.network import Network
+from skep.model.network import IPAMConfig, Network
 from skep.model.service import Endpoint, EndpointVirtualIP
 from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.model.values.ids import NetworkId
+from skep.model.values.meta import Driver
 from tests.support.builders import a_docker_node, a_service, a_task, an_overlay
 
 POOLS = ("10.0.0.0/8",)
@@ -61,6 +63,24 @@ def test_a_new_leader_finds_the_subnet_of_a_removed_network_in_its_tasks() -> No
     assert subnet_of_the_next(allocations) == "10.0.1.0/24"
     allocations.leave_task(a_task("t1").id)
     assert subnet_of_the_next(allocations) == "10.0.0.0/24"
+
+
+def test_a_new_leader_finds_all_subnets_of_a_removed_network_in_its_latest_task() -> None:
+    vxlan_ids = "com.docker.network.driver.overlay.vxlanid_list"
+    first = replace(NET, driver_state=Driver(name="overlay", options={vxlan_ids: "4097"}))
+    assert NET.ipam_options is not None
+    configs = (*NET.ipam_options.configs, IPAMConfig(subnet="10.0.1.0/24", gateway="10.0.1.1"))
+    grown = replace(
+        first,
+        driver_state=Driver(name="overlay", options={vxlan_ids: "4097,4098"}),
+        ipam_options=replace(NET.ipam_options, configs=configs),
+    )
+    allocations = Allocations()
+    for id, network, address in (("t1", first, "10.0.0.2/24"), ("t2", grown, "10.0.1.2/24")):
+        attachment = NetworkAttachment(network=network, addresses=(address,))
+        allocations.enter_task(replace(a_task(id), networks_attachments=(attachment,)))
+    assert subnet_of_the_next(allocations) == "10.0.2.0/24"
+    assert allocations.networks.has_vxlan_id(4098, but=NetworkId("next"))
 
 
 def test_a_service_that_goes_gives_its_virtual_address_back() -> None:

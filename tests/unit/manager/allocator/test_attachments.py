@@ -8,10 +8,10 @@ from skep.manager.allocator.attachments import (
     AttachedTask,
     NotAttached,
     attachments_for,
-    door_network,
     virtual_ips_for,
     wanted_networks,
 )
+from skep.model.door.settings import door_network
 from skep.model.network import IPAMConfig, Network, NetworkSpec
 from skep.model.service import (
     Endpoint,

@@ -13,7 +13,16 @@ from skep.manager.allocator.allocations import node_owner, service_owner
 from skep.manager.allocator.loop import Allocator
 from skep.manager.allocator.unreadable_addresses import Unread, check_known, unread_addresses
 from skep.model.network import Network
-from skep.model.service import Endpoint, EndpointVirtualIP, NetworkAttachmentConfig, Service, ServiceSpec
+from skep.model.node import Node
+from skep.model.service import (
+    Endpoint,
+    EndpointSpec,
+    EndpointVirtualIP,
+    NetworkAttachmentConfig,
+    PortConfig,
+    Service,
+    ServiceSpec,
+)
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.values.ids import new_id
 from skep.store.interface import Store, View
@@ -212,3 +221,33 @@ async def test_a_task_without_a_spec_is_not_released_and_does_not_go_back(is_sta
         await wait_for(store, is_released(store, "db"))
     assert store.view().get(Task, "old").status.state is NEW
     assert ("status" in store.view().damaged(Task).get("old", ())) is not is_status_read
+
+
+@pytest.mark.parametrize("unread", [INGRESS, NET])
+async def test_nothing_is_taken_away_while_a_network_cannot_be_read(unread: Network) -> None:
+    rig = await a_rig()
+    port = PortConfig(target_port=80, published_port=8080)
+    spec = replace(a_spec("web", NET), endpoint_spec=EndpointSpec(ports=(port,)))
+    addresses = {INGRESS.id: "10.0.3.3/24", NET.id: "10.0.1.2/24"}
+    virtual = tuple(EndpointVirtualIP(network_id=id, addr=one) for id, one in addresses.items())
+    endpoint = Endpoint(spec=spec.endpoint_spec, ports=(port,), virtual_ips=virtual)
+    web = replace(rig.store.view().get(Service, "web"), spec=spec, endpoint=endpoint)
+    await put(rig.store, web)
+    node = rig.store.view().get(Node, "n1")
+    await rig.damage(f"o/network/{unread.id}")
+    store = await rig.load()
+    async with allocating(store):
+        web = store.view().get(Service, "web")
+        next_one = replace(a_task("next", service=web), spec_version=web.spec_version)
+        await put(store, replace(next_one, status=TaskStatus(state=NEW)))
+        await wait_for(store, lambda: bool(store.view().get(Task, "next").status.err))
+        assert unread.id in store.view().get(Task, "next").status.err
+        assert sorted(store.view().get(Service, "web").endpoint.virtual_ips, key=str) == sorted(
+            virtual, key=str
+        )
+        assert store.view().get(Node, "n1").attachments == node.attachments
+        await put(store, unread)
+        await wait_for(store, is_released(store, "next"))
+    attached = store.view().get(Task, "next").networks_attachments
+    assert [one.network and one.network.id for one in attached] == [INGRESS.id, NET.id]
+    assert store.view().get(Service, "web").endpoint.virtual_ips == virtual

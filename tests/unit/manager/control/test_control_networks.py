@@ -9,6 +9,7 @@ from skep.errors import FailedPrecondition, InvalidArgument
 from skep.manager.allocator.subnets import NetworkAllocations, allocated, is_allocated
 from skep.manager.control.networks import add_subnets, create_network, first_networks, remove_network
 from skep.manager.control.services import create_service
+from skep.manager.routes.network_answers import used_networks
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.networks.routes import ROUTES_LABEL
 from skep.model.node import EngineDescription, Node
@@ -214,3 +215,15 @@ async def test_a_network_in_use_names_its_users(store):
     assert str(refusal.value) == (
         f"network {network.id} is in use by service {service.id} (service web, container cccccccccccc on node n1)"
     )
+
+
+async def test_the_network_of_the_front_door_stays_while_a_service_has_routes(store):
+    door = await create(store, a_spec("skep-door", labels={"skep.door": "true"}))
+    spec = replace(a_service_spec("web"), labels={"skep.http": "a.example"})
+    service = await store.update(create_service, settled(spec), new_id=new_id, new_name=str, now=NOW)
+    assert used_networks(store.view()) == {door.id}
+    with pytest.raises(FailedPrecondition) as refusal:
+        await store.update(remove_network, door.id)
+    assert str(refusal.value) == f"network {door.id} is in use by service {service.id} (web)"
+    await store.update(lambda tx: tx.put(replace(service, spec=replace(spec, labels={}))))
+    await store.update(remove_network, door.id)

@@ -12,7 +12,8 @@ from skep.aio.clock import SystemClock
 from skep.manager.discovery import versioned_table
 from skep.manager.discovery.derive import is_publishing, overlay_attachments, table_session
 from skep.manager.discovery.network_tables import KINDS, TableBuilder
-from skep.model.network import Network
+from skep.model.container import ContainerSpec
+from skep.model.network import IPAMConfig, Network
 from skep.model.networks.data_planes import NODE_LABEL, is_docker_node
 from skep.model.networks.tables import NetworkTable, changed
 from skep.model.node import EngineDescription, Node, NodeState, SessionOwner
@@ -332,6 +333,63 @@ def test_a_tasks_report_costs_no_look_at_the_others() -> None:
 class _Unread(dict[TaskId, Any]):
     def __iter__(self) -> Any:
         raise AssertionError("all endpoints are gone through")
+
+
+def in_zone(service: Service, zone: str) -> Service:
+    return replace(service, spec=replace(service.spec, labels={"zone": zone}))
+
+
+async def test_host_names_follow_the_labels_of_their_service_on_every_manager() -> None:
+    """A manager that has followed all commits has the same names as one that has just started."""
+    web = a_service("web")
+    container = ContainerSpec(image="web", hostname='{{index .Service.Labels "zone"}}')
+    place = NetworkAttachment(network=NETWORKS[0], addresses=("10.0.1.2/24",))
+    task = replace(a_task("t1", node="n1", service=web), networks_attachments=(place,))
+    task = replace(task, spec=replace(task.spec, container_spec=container))
+    store = MemoryStore(SystemClock())
+    for one in (NETWORKS[0], a_node("n1"), in_zone(web, "north"), task):
+        await store.update(lambda tx, one=one: tx.put(one))
+    async with store.watch(*KINDS) as watch:
+        tables = TableBuilder()
+        for _ in tables.begin(watch.snapshot):
+            pass
+        await store.update(lambda tx: tx.put(in_zone(web, "south")))
+        tables.note(await anext(aiter(watch)))
+    now = {id: table.table(0) for id, table in tables.tables.items()}
+    assert now[NETWORKS[0].id].endpoints[task.id].aliases[-1:] == ("south",)
+    assert now == without_revision(from_scratch(store.view()))
+
+
+async def test_a_removed_network_keeps_the_subnets_that_were_added_to_it() -> None:
+    """Its earliest task knows the first subnet only, and others have addresses in the second."""
+    first = an_overlay("net1")
+    assert first.ipam_options is not None
+    configs = (*first.ipam_options.configs, IPAMConfig(subnet="10.0.9.0/24", gateway="10.0.9.1"))
+    options = {"com.docker.network.driver.overlay.vxlanid_list": "4097,4098"}
+    grown = replace(
+        first,
+        driver_state=Driver(name="overlay", options=options),
+        ipam_options=replace(first.ipam_options, configs=configs),
+    )
+    store = MemoryStore(SystemClock())
+
+    def put(tx: Transaction) -> None:
+        tx.put(grown)
+        for id, network, address in (("t1", first, "10.0.1.2/24"), ("t2", grown, "10.0.9.2/24")):
+            place = NetworkAttachment(network=network, addresses=(address,))
+            tx.put(replace(a_task(id, node="n1"), networks_attachments=(place,)))
+
+    await store.update(put)
+    async with store.watch(*KINDS) as watch:
+        tables = TableBuilder()
+        for _ in tables.begin(watch.snapshot):
+            pass
+        before = tables.tables[first.id].head
+        await store.update(lambda tx: tx.delete(Network, first.id))
+        tables.note(await anext(aiter(watch)))
+        assert before is not None
+        assert [one.vni for one in before.segments] == [4097, 4098]
+        assert tables.tables[first.id].head == before
 
 
 def test_docker_engines_get_no_tables() -> None:

@@ -89,6 +89,21 @@ async def test_tasks_of_a_removed_service_do_not_wait_for_their_clients():
     assert drain_s(change.tasks[0].service_labels) == 0.0
 
 
+async def test_a_task_has_the_host_ports_of_its_own_spec_after_an_update_of_its_service():
+    """It was assigned before the update and is sent after it.  Its node has a place for the former port."""
+    ports = [
+        PortConfig(target_port=number, published_port=8000 + number, publish_mode=PublishMode.HOST)
+        for number in (80, 90)
+    ]
+    store = await store_with(a_service("web", ports=(ports[0],)))
+    service = store.view().get(Service, "web")
+    task = replace(a_task("t1", node="n1", service=service), spec_version=service.spec_version)
+    spec = replace(service.spec, endpoint_spec=EndpointSpec(ports=(ports[1],)))
+    await put(store, task, replace(service, spec=spec, endpoint=Endpoint(ports=(ports[1],))))
+    (assigned,) = everything(store.view(), N1)[0].tasks
+    assert assigned.ports == (ports[0],)
+
+
 async def test_ports_without_an_allocation_are_sent_as_in_the_spec():
     port = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
     service = a_service("web", ports=(port,))

@@ -12,11 +12,13 @@ from skep.manager.notify.problems import LastBackup, problems_of_cluster
 from skep.manager.routes.warnings import warnings_of
 from skep.manager.telemetry.events import messages_of
 from skep.manager.telemetry.metrics import violation_family
+from skep.manager.verify.allocations import add_attached, mixed_networks
 from skep.manager.verify.looks import StateLook
 from skep.manager.verify.loop import InvariantCheck, Verifier
 from skep.manager.verify.records import VIOLATIONS_ID, is_new, record, recorded, shown
 from skep.manager.verify.rules import RULES, InvariantViolation
 from skep.model.container import ContainerSpec, FileTarget, SecretReference
+from skep.model.network import IPAMConfig, Network
 from skep.model.node import NodeState
 from skep.model.options.freezes import ChangeFreeze
 from skep.model.options.labels import MIN_AVAILABLE
@@ -88,6 +90,7 @@ def texts(state: State) -> list[tuple[str, str]]:
 
 
 WEB = a_service("web", replicas=2)
+GROWN = an_overlay("net1")
 PLACE = NetworkAttachment(network=an_overlay("net1"), addresses=("10.0.1.9/24",))
 JOB = replace(
     a_service("job"),
@@ -187,6 +190,23 @@ FORGED: dict[str, tuple[list[Object], str]] = {
     "reference": ([READER], "secret key of reader was removed, and it uses it"),
     "leftover": ([a_task("t1", service="gone")], "task t1 is of a service that is gone"),
 }
+
+
+def test_a_subnet_that_was_added_to_a_removed_network_counts_while_tasks_use_it() -> None:
+    """A task keeps the copy of its network from its allocation, so the first one knows the first subnet only."""
+    assert GROWN.ipam_options is not None
+    added = IPAMConfig(subnet="10.0.2.0/24", gateway="10.0.2.1")
+    grown = replace(
+        GROWN, ipam_options=replace(GROWN.ipam_options, configs=(*GROWN.ipam_options.configs, added))
+    )
+    copies = {"t1": (GROWN, "10.0.1.9/24"), "t2": (grown, "10.0.2.9/24")}
+    networks: dict[str, Network] = {"net2": an_overlay("net2", subnet="10.0.2.0/24")}
+    for number, (id, (network, address)) in enumerate(copies.items(), 1):
+        place = NetworkAttachment(network=network, addresses=(address,))
+        add_attached(task(id, number, "n1", WEB, networks_attachments=(place,)), networks)
+    assert [one.text for one in mixed_networks(networks)] == [
+        "networks net1 and net2 overlap: 10.0.2.0/24 and 10.0.2.0/24"
+    ]
 
 
 @pytest.mark.parametrize("rule", [one for one in RULES if one != "backwards"])
