@@ -486,8 +486,9 @@ class Engine:
         self, id: ContainerId, grace_s: float | None = None, signal_name: str = ""
     ) -> Container:
         """Stop, if it runs, and start.  Raises: as ``stop`` and ``start``."""
-        await self._stop(id, grace_s, signal_name)
-        return await self.start(id)
+        with self.restart_monitor.restarting(id):
+            await self._stop(id, grace_s, signal_name)
+            return await self.start(id)
 
     async def _stop(self, id: ContainerId, grace_s: float | None, signal_name: str) -> Container:
         config = self.get(id).config
