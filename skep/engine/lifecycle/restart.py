@@ -165,7 +165,10 @@ class RestartMonitor:
 
     @contextmanager
     def restarting(self, id: ContainerId) -> Iterator[None]:
-        """Do not remove the container for the block, in which its user restarts it.  Source: moby, daemon/restart.go."""
+        """Do not remove the container for the block, in which its user restarts it.
+
+        Source: moby, daemon/restart.go.
+        """
         ended = asyncio.Event()
         self._user_restarts[id].append(ended)
         try:

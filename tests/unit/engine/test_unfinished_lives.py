@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.containers.container import Container, ContainerState, PlainOptions, RestartPolicy
+from skep.engine.containers.container import (
+    Container,
+    ContainerConfig,
+    ContainerState,
+    MountPoint,
+    PlainOptions,
+    RestartPolicy,
+)
 from skep.engine.lifecycle.driver import KILLED_S_MAX
 from skep.errors import Unavailable
 from skep.model.values.ids import ContainerId
@@ -98,3 +105,27 @@ def test_a_pause_that_failed_after_it_has_frozen_the_container_is_shown(tmp_path
         assert stubs.engine.get(ID).state is ContainerState.PAUSED
 
     on_virtual_time(body, tmp_path, a_container())
+
+
+@pytest.mark.parametrize("state", [ContainerState.RUNNING, ContainerState.PAUSED])
+def test_a_volume_has_the_user_that_still_runs_before_its_adoption(
+    tmp_path: Path, state: ContainerState
+) -> None:
+    """Otherwise another user's end would unmount it, and its plug-in would detach it."""
+    point = MountPoint(type="volume", name="data", source="/data", destination="/data")
+    seen: list[set[str]] = []
+
+    def before(stubs: StubEngine) -> None:
+        async def look() -> None:
+            seen.append(set(stubs.engine.volumes.users["data"]))
+
+        stubs.steps["network.restore"] = look
+
+    async def body(stubs: StubEngine) -> None:
+        assert seen == [{ID}]
+        await stubs.end()
+        await asyncio.sleep(1)
+        assert not stubs.engine.volumes.users["data"]
+
+    container = a_container(state=state, config=ContainerConfig(path="sh", mounts=(point,)))
+    on_virtual_time(body, tmp_path, container, before=before)
