@@ -130,21 +130,27 @@ class Volumes(VolumeStore):
         the plug-in refuses; Unavailable: it does not respond.
         """
         self.path(name)
+        driver = self._driver_for(name, driver)
+        if driver != LOCAL:
+            try:
+                plugin = await self.plugins.get(driver)
+                async with self.lock_of(name):
+                    self._driver_for(name, driver)  # the name may have been taken while this waited
+                    if await plugin.get(name) is None:
+                        await plugin.create(name, options or (self.options(name) if self.has(name) else {}))
+            except (PluginRefused, NotFound, Unavailable) as error:
+                raise type(error)(f"create {name}: {error}") from error
+            self._driver_for(name, driver)
+        self.ensure(name, labels, options, driver)
+
+    def _driver_for(self, name: str, driver: str) -> str:
+        """Return the volume's driver, or ``driver`` for a new volume.  Raises: AlreadyExists: it has another driver."""
         known = self.driver(name) if self.has(name) else ""
         if known and driver not in ("", known):
             raise AlreadyExists(
                 f"create {name}: driver '{known}' already has volume '{name}': volume name must be unique"
             )
-        driver = known or driver or LOCAL
-        if driver != LOCAL:
-            try:
-                plugin = await self.plugins.get(driver)
-                async with self.lock_of(name):
-                    if await plugin.get(name) is None:
-                        await plugin.create(name, options or (self.options(name) if known else {}))
-            except (PluginRefused, NotFound, Unavailable) as error:
-                raise type(error)(f"create {name}: {error}") from error
-        self.ensure(name, labels, options, driver)
+        return known or driver or LOCAL
 
     async def create_of_plugins(self, mounts: Iterable[Mount], stack: str = "") -> None:
         """Create the plug-in volumes of ``mounts``.
