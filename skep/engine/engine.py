@@ -466,6 +466,8 @@ class Engine:
         number = signal_number(signal_name)
         container = self.get(word)
         if not container.is_active:
+            container = await self.lifecycle.await_start(container.id)
+        if not container.is_active:
             raise NotRunning(f"Cannot kill container: {word}: Container {container.id} is not running")
         if number in (signal.SIGKILL, signal_number(container.config.stop_signal or "SIGTERM")):
             self.restart_monitor.note_stop(container.id)
