@@ -522,10 +522,14 @@ class Engine:
     async def attach(self, word: str) -> Attachment:
         """Return the standard streams.  Waits for a plain container to start, so that no output is missed.
 
+        A container that is starting has a conmon that serves clients.  Those who wait have got their streams before.
+
         Raises: NotFound; NotRunning: a task's container does not run, or the start that was waited for has failed.
         """
         container = self.get(word)
-        if container.plain is not None and not container.is_running:
+        if container.process is not None:
+            attachment = await attach(self.bundles.bundle(container.id))
+        elif container.plain is not None and not container.is_running:
             attachment = await self.lifecycle.waiting.wait(container.id)
         else:
             attachment = await attach(self.bundles.bundle(self._require_running(container.id).id))
