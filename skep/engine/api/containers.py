@@ -224,7 +224,7 @@ async def kill(served: ContainerRoutes, request: web.Request) -> web.StreamRespo
 
 @_table.post("/containers/{id}/stop")
 async def stop(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
-    """Handle ``docker stop``.  Responds with 304 if it does not run, but waits for a start in progress, as Docker does."""
+    """Handle ``docker stop``.  Responds with 304 if it does not run.  Waits for a start in progress, as Docker does."""
     container = served.engine.get(request.match_info["id"])
     grace_s = _grace(request)
     if not container.is_active:
