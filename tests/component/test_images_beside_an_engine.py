@@ -3,6 +3,7 @@
 The engine is Skep's own image routes on a socket of their own, with a store of their own.
 """
 
+import asyncio
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -235,3 +236,63 @@ async def test_an_engine_that_does_not_respond_fails_no_build_here(machine: Mach
     async with gone.api:
         beside = EngineImages(gone, machine.ours, list, machine.directory / "engine.json")
         await beside.hand_over_given()
+
+
+@pytest.mark.parametrize("slow", ["images", "image_id"])
+async def test_a_copy_to_the_engine_beside_a_comparison_keeps_the_name_here(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    """The engine identifies images by their manifests, so the copy has another id there."""
+    docker, reached, gate = machine.docker, asyncio.Event(), asyncio.Event()
+    list_images, find_id = docker.images, docker.image_id
+
+    async def stop(name: str) -> None:
+        if name == slow and machine.theirs.get("app:1").id == stage:
+            reached.set()
+            await gate.wait()
+
+    async def images() -> list[dict[str, Any]]:
+        found = [{**one, "Id": f"{one['Id']}-manifest"} for one in await list_images()]
+        await stop("images")
+        return found
+
+    async def image_id(word: str) -> str:
+        found = await find_id(word)
+        await stop("image_id")
+        return f"{found}-manifest" if found else ""
+
+    await machine.load(machine.theirs, "app:1", "first")
+    stage = ""
+    monkeypatch.setattr(docker, "images", images)
+    monkeypatch.setattr(docker, "image_id", image_id)
+    await machine.beside.reconcile()
+    await machine.load(machine.ours, "app:1", "second")
+    stage = id_of("first" if slow == "images" else "second")
+    comparing = asyncio.create_task(machine.beside.reconcile()) if slow == "images" else None
+    if comparing is not None:
+        await reached.wait()
+    copying = asyncio.create_task(machine.beside.hand_over("app:1"))
+    if comparing is None:
+        await reached.wait()
+        comparing = asyncio.create_task(machine.beside.reconcile())
+    await asyncio.wait([copying, comparing], timeout=1.5, return_when=asyncio.FIRST_COMPLETED)
+    gate.set()
+    await asyncio.gather(copying, comparing)
+    await machine.beside.reconcile()
+    assert machine.ours.get("app:1").id == id_of("second")
+
+
+async def test_two_builds_at_the_same_moment_copy_an_image_once(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, load = list[str](), machine.docker.load
+
+    async def count(archive: AsyncIterator[bytes]) -> None:
+        loaded.append("app:1")
+        await load(archive)
+
+    await machine.load(machine.ours, "app:1", "first")
+    monkeypatch.setattr(machine.docker, "load", count)
+    await asyncio.gather(*(machine.beside.hand_over("app:1") for _ in range(2)))
+    assert loaded == ["app:1"]
+    assert machine.theirs.get("app:1").id == id_of("first")
