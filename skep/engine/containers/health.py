@@ -206,15 +206,15 @@ class HealthMonitor:
             if container.state is ContainerState.PAUSED:
                 continue
             began_s = self._clock.monotonic() - since
-            pausing = asyncio.create_task(self._wait_paused(id))
-            try:
+            async with asyncio.TaskGroup() as group:
+                pausing = group.create_task(self._wait_paused(id))
                 probe = await self._probe(container, config)
-            finally:
+                self.count += 1
+                self.failures += probe.exit_code != SUCCESS
+                was_paused = pausing.done()
                 pausing.cancel()
-            self.count += 1
-            if pausing.done():
+            if was_paused:
                 continue  # a probe that was frozen says nothing about the container
-            self.failures += probe.exit_code != SUCCESS
             if probe.exit_code != SUCCESS and _has_ended(self._store.get(id)):
                 with suppress(TimeoutError):  # if a thread or conmon hangs, this counts as a failure
                     async with asyncio.timeout(self._ended_s):
