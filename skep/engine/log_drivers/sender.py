@@ -62,6 +62,7 @@ class Sender:
         """Orders for containers that were started again while the output of their last run is still being sent."""
         self._held: set[asyncio.Task[None]] = set()
         self._peers: frozenset[str] = frozenset()
+        self._is_ending = False
         self._clock = SystemClock()
 
     def take(self, order: Order) -> None:
@@ -87,6 +88,7 @@ class Sender:
 
     async def end(self) -> None:
         """Send the output of removed containers for up to ``_END_S``, then stop everything."""
+        self._is_ending = True
         for task in [task for task in self._tasks.values() if task not in self._held]:
             task.cancel()
         if self._held:
@@ -142,7 +144,10 @@ class Sender:
         self._held.discard(task)
         if self._tasks.get(id) is task:
             del self._tasks[id], self._forwarders[id]
-            if (later := self._later.pop(id, None)) is not None and not task.cancelled():
+            later = self._later.pop(id, None)
+            if (
+                later is not None and not self._is_ending
+            ):  # a removal that lost against a start has cancelled the task
                 self._start(later)
             else:
                 self._respond(Done(id))

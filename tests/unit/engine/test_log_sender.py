@@ -17,6 +17,7 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.engine.containers.container import LogConfig
+from skep.engine.log_drivers import sender as sender_process
 from skep.engine.log_drivers.facts import LogFacts
 from skep.engine.log_drivers.forwarder import Forwarder
 from skep.engine.log_drivers.message import LogMessage
@@ -191,6 +192,43 @@ async def test_an_order_that_fails_ends_that_containers_work_only(
     sender.take(End(ID))
     await eventually(lambda: Done(ID) in said)
     await sender.end()
+
+
+async def test_a_container_that_is_started_instead_of_removed_is_sent_although_its_remote_was_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender_process, "_HELD_S", 0.05)
+    (tmp_path / "current").write_text("2024-01-01T00:00:00.000000000+00:00 stdout F line\n")
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    said, received = list[Response](), asyncio.Event()
+    sender = Sender(said.append)
+    order = Forward(
+        id=ID,
+        current=str(tmp_path / "current"),
+        driver="syslog",
+        options={"syslog-address": f"tcp://127.0.0.1:{port}"},
+        facts=FACTS,
+        has_ended=True,
+    )
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if await reader.readline():
+            received.set()
+        writer.close()
+
+    sender.take(order)
+    sender.take(Hold(ID))
+    sender.take(msgspec.structs.replace(order, has_ended=False))
+    await eventually(lambda: [event_of(one) for one in said].count("log driver remote unreachable") == 2)
+    async with await asyncio.start_server(take, "127.0.0.1", port):
+        async with asyncio.timeout(20):
+            await received.wait()
+        await sender.end()
+
+
+def event_of(response: Response) -> str:
+    return response.event if isinstance(response, Report) else ""
 
 
 def test_an_order_that_is_too_long_for_a_line_is_not_sent() -> None:
