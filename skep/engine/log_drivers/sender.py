@@ -54,8 +54,10 @@ _END_S = 5.0
 class Sender:
     """All forwarders.  ``respond`` sends a response."""
 
-    def __init__(self, respond: Callable[[Response], None]) -> None:
+    def __init__(self, respond: Callable[[Response], None], held_s: float = _HELD_S) -> None:
+        """``held_s``: Seconds for sending the rest of a removed container's output."""
         self._respond = respond
+        self._held_s = held_s
         self._forwarders: dict[str, Forwarder] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._later: dict[str, Forward] = {}
@@ -129,7 +131,7 @@ class Sender:
     def _hold(self, id: str, forwarder: Forwarder) -> None:
         task = self._tasks[id]
         self._held.add(task)
-        asyncio.get_running_loop().call_later(_HELD_S, task.cancel)
+        asyncio.get_running_loop().call_later(self._held_s, task.cancel)
         try:
             forwarder.hold()
         except Exception as error:  # the same

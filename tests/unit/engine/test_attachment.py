@@ -4,8 +4,6 @@ import asyncio
 import socket
 from pathlib import Path
 
-import pytest
-
 from skep.aio.clock import SystemClock
 from skep.engine.containers.attachment import Attachment
 from skep.engine.containers.container import ContainerState, StandardStream
@@ -44,12 +42,10 @@ async def test_packets_of_no_known_stream_are_passed_over() -> None:
     attachment.close()
 
 
-async def test_a_client_that_comes_while_the_command_starts_gets_its_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_client_that_comes_while_the_command_starts_gets_its_output(tmp_path: Path) -> None:
     created = a_container(state=ContainerState.CREATED, process=None, started_at=ZERO_TIME)
     stubs, attached = StubEngine(SystemClock(), tmp_path, created), list[Attachment]()
-    monkeypatch.setattr(stubs.bundles, "bundle", lambda _: tmp_path)
+    stubs.bundles.bundle = lambda _: tmp_path  # type: ignore[method-assign]
 
     async def come() -> None:
         attached.append(await stubs.engine.attach(ID))

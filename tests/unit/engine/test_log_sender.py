@@ -17,7 +17,6 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.engine.containers.container import LogConfig
-from skep.engine.log_drivers import sender as sender_process
 from skep.engine.log_drivers.facts import LogFacts
 from skep.engine.log_drivers.forwarder import Forwarder
 from skep.engine.log_drivers.message import LogMessage
@@ -195,14 +194,13 @@ async def test_an_order_that_fails_ends_that_containers_work_only(
 
 
 async def test_a_container_that_is_started_instead_of_removed_is_sent_although_its_remote_was_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(sender_process, "_HELD_S", 0.05)
     (tmp_path / "current").write_text("2024-01-01T00:00:00.000000000+00:00 stdout F line\n")
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         port = reserved.getsockname()[1]
     said, received = list[Response](), asyncio.Event()
-    sender = Sender(said.append)
+    sender = Sender(said.append, held_s=0.05)
     order = Forward(
         id=ID,
         current=str(tmp_path / "current"),

@@ -13,6 +13,7 @@ import pytest
 from skep.engine.api.containers import image_users
 from skep.engine.images import local
 from skep.engine.images.digest import chain_ids, digest_of, hex_of
+from skep.engine.images.image import Image
 from skep.engine.images.layers import Layer
 from skep.engine.images.progress import quiet
 from skep.engine.images.reference import parse_reference
@@ -134,8 +135,10 @@ class Repository:
 
 
 async def test_a_pull_of_an_image_that_is_removed_meanwhile_fetches_it_again(
-    store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: ImageStore, tmp_path: Path
 ) -> None:
+    gone = threading.Event()
+
     class Slow(type(tmp_path)):  # type: ignore[misc]
         """A file that is read once it is gone."""
 
@@ -143,15 +146,19 @@ async def test_a_pull_of_an_image_that_is_removed_meanwhile_fetches_it_again(
             assert gone.wait(10)
             return Path(self).read_bytes()
 
-    gone, file = threading.Event(), store.config_file(store.get(ID))
-    monkeypatch.setattr(store, "config_file", lambda _: Slow(file))
-    pulling = asyncio.create_task(pull_from(store, Repository(), parse_reference("app:1"), quiet))
+    class SlowStore(ImageStore):
+        def config_file(self, image: Image) -> Path:
+            return Slow(super().config_file(image))
+
+    slow = SlowStore(tmp_path / "images")
+    await slow.open()
+    pulling = asyncio.create_task(pull_from(slow, Repository(), parse_reference("app:1"), quiet))
     await asyncio.wait([pulling], timeout=0.05)
-    await store.remove("app:1", users=list)
+    await slow.remove("app:1", users=list)
     gone.set()
     assert (await pulling).id == ID
-    assert store.get("app:1").id == ID
-    assert set(store.layer_store.all()) == {CHAIN_ID}
+    assert slow.get("app:1").id == ID
+    assert set(slow.layer_store.all()) == {CHAIN_ID}
 
 
 OTHER = CONFIG.replace(b"{", b'{"author":"another", ', 1)
