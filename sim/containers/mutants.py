@@ -48,6 +48,7 @@ SHOWN_ELSEWHERE: Mapping[str, str] = {
     "Retire in any state: missing": _TABLE,
     "RemovalFailed in removing, the caller was cancelled: missing": _TABLE,
     "Start in removing: nothing": "starts.py::test_a_start_that_has_waited_for_a_removal_that_failed_is_refused",
+    "Start in created, its volumes are not filled yet: nothing": "filled_volumes.py",
     f"{_TASK}, without secret variables: without take a start slot": _PLACES,
     f"{_TASK}: without take a start slot": _PLACES,
     "Start in created or exited: without its record": "restart_monitor.py",

@@ -170,10 +170,10 @@ class Engine:
             forwarding = retry(self.log_forwarding.run, "log sender failed", clock=self._clock)
             self.lifecycle.spawn(forwarding, name="log-forwarding")
             self.lifecycle.spawn(self.volumes.sweep(), name="volume-sweep")
-            for container in self.plain_containers():
-                if container.plain is not None and container.plain.is_step:
+            for container in self.list():
+                if container.is_unfilled or (container.plain is not None and container.plain.is_step):
                     remove = partial(self.remove, container.id, force=True, with_volumes=True)
-                    event = "container of an interrupted build not removed"
+                    event = "container of an interrupted build or creation not removed"
                     removing = retry(remove, event, clock=self._clock, passes=(NotFound,))
                     self.lifecycle.spawn(removing, name=f"remove-{container.id[:12]}")
             yield
@@ -354,10 +354,13 @@ class Engine:
         """
         container: Container | None = None
         try:
+            is_unfilled = any(point.type == "volume" for point in own)
             async with self.images.pin(chain):
-                container = await self.add(new)
+                container = await self.add(new, is_unfilled=is_unfilled)
             root = self.bundles.rootfs(container.id)
             await self.volumes.fill(container.id, own, mounts, root, container.users)
+            if is_unfilled:
+                container = self.store.change(container.id, is_unfilled=False)
         except BaseException:
             await self._undo(
                 self.volumes.remove_anonymous(own, self.list)
@@ -373,7 +376,7 @@ class Engine:
         """Undo a part of a creation or of a run's start, even if the caller is cancelled again."""
         await run_to_end(isolate(work, "container not removed", name=name))
 
-    async def add(self, new: NewContainer) -> Container:
+    async def add(self, new: NewContainer, *, is_unfilled: bool = False) -> Container:
         """Create a container whose configuration is complete: directories, root file system, network, ports.
 
         A plain container has a network and ports only while it runs.  Cleans up if the caller is cancelled.
@@ -398,6 +401,7 @@ class Engine:
             created_at=timestamp(self._clock.now_ns()),
             plain=new.plain,
             stack=new.stack,
+            is_unfilled=is_unfilled,
         )
         container = with_tag(container, self._config.hostname)
         self.store.add(container)
@@ -462,6 +466,8 @@ class Engine:
         number = signal_number(signal_name)
         container = self.get(word)
         if not container.is_active:
+            container = await self.lifecycle.await_start(container.id)
+        if not container.is_active:
             raise NotRunning(f"Cannot kill container: {word}: Container {container.id} is not running")
         if number in (signal.SIGKILL, signal_number(container.config.stop_signal or "SIGTERM")):
             self.restart_monitor.note_stop(container.id)
@@ -486,8 +492,9 @@ class Engine:
         self, id: ContainerId, grace_s: float | None = None, signal_name: str = ""
     ) -> Container:
         """Stop, if it runs, and start.  Raises: as ``stop`` and ``start``."""
-        await self._stop(id, grace_s, signal_name)
-        return await self.start(id)
+        with self.restart_monitor.restarting(id):
+            await self._stop(id, grace_s, signal_name)
+            return await self.start(id)
 
     async def _stop(self, id: ContainerId, grace_s: float | None, signal_name: str) -> Container:
         config = self.get(id).config
@@ -515,10 +522,14 @@ class Engine:
     async def attach(self, word: str) -> Attachment:
         """Return the standard streams.  Waits for a plain container to start, so that no output is missed.
 
+        A container that is starting has a conmon that serves clients.  Those who wait have got their streams before.
+
         Raises: NotFound; NotRunning: a task's container does not run, or the start that was waited for has failed.
         """
         container = self.get(word)
-        if container.plain is not None and not container.is_running:
+        if container.process is not None:
+            attachment = await attach(self.bundles.bundle(container.id))
+        elif container.plain is not None and not container.is_running:
             attachment = await self.lifecycle.waiting.wait(container.id)
         else:
             attachment = await attach(self.bundles.bundle(self._require_running(container.id).id))

@@ -3,10 +3,13 @@
 The engine is Skep's own image routes on a socket of their own, with a store of their own.
 """
 
+import asyncio
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -235,3 +238,70 @@ async def test_an_engine_that_does_not_respond_fails_no_build_here(machine: Mach
     async with gone.api:
         beside = EngineImages(gone, machine.ours, list, machine.directory / "engine.json")
         await beside.hand_over_given()
+
+
+class OtherIds(DockerEngine):
+    """An engine that identifies images by their manifests.
+
+    The call ``slow`` stops at ``gate`` while the engine's app:1 is the image ``stage``.
+    """
+
+    def __init__(self, machine: Machine, slow: str = "") -> None:
+        super().__init__(machine.docker.api)
+        self.slow, self.stage = slow, ""
+        self.reached, self.gate = asyncio.Event(), asyncio.Event()
+        self.loads = 0
+        self._store = machine.theirs
+        machine.docker = self
+        machine.beside = machine.new_beside()
+
+    async def _stop(self, name: str) -> None:
+        if name == self.slow and self._store.get("app:1").id == self.stage:
+            self.reached.set()
+            await self.gate.wait()
+
+    async def images(
+        self, query: Mapping[str, str] = MappingProxyType({}), path: str = "/images/json"
+    ) -> list[Any]:
+        found = [{**one, "Id": f"{one['Id']}-manifest"} for one in await super().images(query, path)]
+        await self._stop("images")
+        return found
+
+    async def image_id(self, word: str) -> str:
+        found = await super().image_id(word)
+        await self._stop("image_id")
+        return f"{found}-manifest" if found else ""
+
+    async def load(self, archive: AsyncIterable[bytes]) -> None:
+        self.loads += 1
+        await super().load(archive)
+
+
+@pytest.mark.parametrize("slow", ["images", "image_id"])
+async def test_a_copy_to_the_engine_beside_a_comparison_keeps_the_name_here(
+    machine: Machine, slow: str
+) -> None:
+    engine = OtherIds(machine, slow)
+    await machine.load(machine.theirs, "app:1", "first")
+    await machine.beside.reconcile()
+    await machine.load(machine.ours, "app:1", "second")
+    engine.stage = id_of("first" if slow == "images" else "second")
+    works = [machine.beside.reconcile, partial(machine.beside.hand_over, "app:1")]
+    if slow == "image_id":
+        works.reverse()
+    first = asyncio.create_task(works[0]())
+    await engine.reached.wait()
+    second = asyncio.create_task(works[1]())
+    await asyncio.wait([second], timeout=1.5)
+    engine.gate.set()
+    await asyncio.gather(first, second)
+    await machine.beside.reconcile()
+    assert machine.ours.get("app:1").id == id_of("second")
+
+
+async def test_two_builds_at_the_same_moment_copy_an_image_once(machine: Machine) -> None:
+    engine = OtherIds(machine)
+    await machine.load(machine.ours, "app:1", "first")
+    await asyncio.gather(*(machine.beside.hand_over("app:1") for _ in range(2)))
+    assert engine.loads == 1
+    assert machine.theirs.get("app:1").id == id_of("first")

@@ -224,12 +224,13 @@ async def kill(served: ContainerRoutes, request: web.Request) -> web.StreamRespo
 
 @_table.post("/containers/{id}/stop")
 async def stop(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
-    """Handle ``docker stop``.  Responds with 304 if it does not run."""
+    """Handle ``docker stop``.  Responds with 304 if it does not run.  Waits for a start in progress, as Docker does."""
     container = served.engine.get(request.match_info["id"])
     grace_s = _grace(request)
     if not container.is_active:
         served.engine.note_stopped(container.id)
-        raise NotModified
+        if not (await served.engine.lifecycle.await_start(container.id)).is_running:
+            raise NotModified
     try:
         await served.engine.stop(container.id, grace_s, _stop_signal(request))
     except (InvalidArgument, Unavailable) as error:
@@ -340,6 +341,7 @@ async def prune(served: ContainerRoutes, request: web.Request) -> web.StreamResp
     for container in served.engine.list():
         if (
             not container.is_active
+            and not container.is_unfilled
             and (container.was_started or container.plain is not None)
             and is_prunable(container.created_at, container.labels, filters, until_ns)
         ):

@@ -296,6 +296,8 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     """Options of a plain container, or None for a task's container."""
     is_retired: bool = False
     """Whether the container never ran and never will, so that its sandbox was freed."""
+    is_unfilled: bool = False
+    """Whether its creation has yet to fill its new volumes.  The next node process removes such a container."""
     is_at_rest: bool = False
     """Whether the restart policy ignores that the container has ended, until its next end or the next start of the node
     process.

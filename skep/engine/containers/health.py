@@ -185,6 +185,13 @@ class HealthMonitor:
         while (container := self._store.lookup(id)) is not None and container.is_running:
             await self._store.wait_changed(id)
 
+    async def _wait_paused(self, id: ContainerId) -> None:
+        """Wait until the container is paused or removed."""
+        while (container := self._store.lookup(id)) is not None:
+            if container.state is ContainerState.PAUSED:
+                return
+            await self._store.wait_changed(id)
+
     async def _probe_on(self, id: ContainerId) -> None:
         container = self._store.get(id)
         config = container.config.healthcheck
@@ -199,9 +206,15 @@ class HealthMonitor:
             if container.state is ContainerState.PAUSED:
                 continue
             began_s = self._clock.monotonic() - since
-            probe = await self._probe(container, config)
-            self.count += 1
-            self.failures += probe.exit_code != SUCCESS
+            async with asyncio.TaskGroup() as group:
+                pausing = group.create_task(self._wait_paused(id))
+                probe = await self._probe(container, config)
+                self.count += 1
+                self.failures += probe.exit_code != SUCCESS
+                was_paused = pausing.done()
+                pausing.cancel()
+            if was_paused:
+                continue  # a probe that was frozen says nothing about the container
             if probe.exit_code != SUCCESS and _has_ended(self._store.get(id)):
                 with suppress(TimeoutError):  # if a thread or conmon hangs, this counts as a failure
                     async with asyncio.timeout(self._ended_s):

@@ -15,6 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -26,7 +27,6 @@ from skep.engine.images.digest import Digest
 from skep.engine.images.image import Image
 from skep.engine.images.removal import Users
 from skep.engine.images.store import ImageStore
-from skep.errors import SkepError
 
 log = structlog.get_logger(__name__)
 
@@ -162,20 +162,33 @@ class ImageCollector:
         layer_bytes = await asyncio.to_thread(self._images.layer_store.bytes_on_disk)
         now_s = self._clock.now_ns() / 1e9
         removed = []
+        by_id = {image.id: image for image in images}
         for id in to_collect(candidates, layer_bytes, disk, marks, now_s):
-            image = self._images.get(id)
-            with suppress(SkepError):  # a container was created from it meanwhile
-                await self._images.remove(id, force=True, prune=False, users=self._users)
+            unchanged = partial(self._is_unchanged, by_id[id], used_at.get(id, 0.0))
+            gone, _ = await self._images.prune(unchanged, users=self._users)
+            if id in gone.deleted:
                 removed.append(id)
                 log.info(
                     "unused image removed",
                     image=id,
-                    names=[reference.familiar for reference in image.references],
+                    names=[reference.familiar for reference in by_id[id].references],
                     disk_percent=disk.used * 100 // disk.size,
                     high_mark=marks.high,
                     low_mark=marks.low,
                 )
         return removed
+
+    def _is_unchanged(self, before: Image, used_at_s: float, present: Image) -> bool:
+        """Return whether ``present`` is the image ``before``, with the names and the last use that were decided on.
+
+        A pull, a tag or a container may have come meanwhile, since an earlier removal can take minutes.
+        """
+        return (
+            present.id == before.id
+            and present.references == before.references
+            and self._images.is_fetched(present)
+            and self._used_at([present], ()).get(present.id, 0.0) == used_at_s
+        )
 
     def _used_at(self, images: Sequence[Image], in_use: Collection[str]) -> Mapping[str, float]:
         """Return the time when each image was last used as far as known, or else when it arrived.

@@ -107,6 +107,8 @@ class Adoption:
         for container in found.known:
             self._store.restore(container)
             self._awaited.add(container.id)
+            if container.is_running:  # before a request for another container could unmount its volumes
+                self._effects.hold_volumes(container)
         for id in found.unreadable:  # its addresses are unknown, and may be assigned to others now
             log.error("container ended: record not readable", container=id)
             await isolate(self._runtime.delete_unknown(id), "resource not freed", container=id)

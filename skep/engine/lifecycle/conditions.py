@@ -4,6 +4,7 @@ Pure.
 
 from skep.engine.containers.container import (
     BeingRemoved,
+    Conflicting,
     Container,
     ContainerState,
     NotRunning,
@@ -50,6 +51,11 @@ def is_prepared(container: Container, event: Start) -> bool:
 def is_attached(container: Container, _: Start) -> bool:
     """a task's with its networks"""
     return container.plain is None and container.sandbox is not None
+
+
+def is_unfilled(container: Container, _: Start) -> bool:
+    """its volumes are not filled yet"""
+    return container.is_unfilled
 
 
 def is_not_due(container: Container, event: Start) -> bool:
@@ -132,6 +138,10 @@ def has_leftovers(_: Container, event: Adopted) -> bool:
 
 def being_removed(_: Container, __: LifeEvent) -> SkepError:
     return BeingRemoved("container is marked for removal and cannot be started")
+
+
+def being_created(container: Container, _: LifeEvent) -> SkepError:
+    return Conflicting(f"Container {container.id} is being created: its volumes are not filled yet")
 
 
 def not_running(container: Container, _: LifeEvent) -> SkepError:

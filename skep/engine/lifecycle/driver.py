@@ -248,12 +248,14 @@ class LifecycleDriver:
             raise Unavailable("tried to kill container, but did not receive an exit event") from error
 
     async def end_restarting(self, container: Container) -> Container:
-        """Record that the user stopped it, and wait until a start by the restart policy has finished."""
+        """Record that the user stopped it, and wait until a start in progress has finished.  Raises: NotFound."""
         noted = self.note(container.id, life_events.UserStops())
-        if container.is_restarting:
-            async with self.locks.operation(container.id):
-                noted = self._store.require(container.id)
-        return noted
+        return noted if container.is_running else await self.await_start(container.id)
+
+    async def await_start(self, id: ContainerId) -> Container:
+        """Return the container once a start in progress has finished.  Raises: NotFound."""
+        async with self.locks.operation(id):
+            return self._store.require(id)
 
     @asynccontextmanager
     async def mount_root(self, id: ContainerId) -> AsyncIterator[RootFiles]:

@@ -377,8 +377,12 @@ class Effects:
 
     # --- adopting -----------------------------------------------------------------------------------------------
 
-    async def _adopt_volumes(self, container: Container, _: Program) -> None:
+    def hold_volumes(self, container: Container) -> None:
+        """Record a run of an earlier process as a user of its volumes."""
         self._volumes.adopt(container.id, container.config.mounts)
+
+    async def _adopt_volumes(self, container: Container, _: Program) -> None:
+        self.hold_volumes(container)
 
     async def _adopt_api(self, container: Container, _: Program) -> None:
         apis, id = self._bundles.apis, container.id

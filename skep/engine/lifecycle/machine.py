@@ -258,6 +258,7 @@ TABLE = (
     # Start.
     on(ANY, UserStarts, record=changes.wanted, saving=Saving.FIRST),
     on(REMOVING, Start, refusal=conditions.being_removed),
+    on(CREATED, Start, when=conditions.is_unfilled, refusal=conditions.being_created),
     on(LIVE, Start),
     on(AT_REST, Start, when=conditions.is_not_due),
     on(CREATED, Start, (*_BEFORE_START, *_START), when=conditions.is_prepared, fails=StartFailed),

@@ -6,7 +6,9 @@ Source: moby 20.10, restartmanager/restartmanager.go (delays and counted failure
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol, TypeAlias, assert_never
 
@@ -119,6 +121,8 @@ class RestartMonitor:
         """Containers that users have stopped since this process started.  None after the first decision."""
         self._resets: dict[ContainerId, asyncio.Event] = {}
         """For each waiting restart, the event that ends its delay."""
+        self._user_restarts: defaultdict[ContainerId, list[asyncio.Event]] = defaultdict(list)
+        """For each restart by a user that is in progress, the event of its end."""
 
     async def run(self) -> None:
         """Work until cancelled.  The containers keep running afterwards."""
@@ -158,6 +162,22 @@ class RestartMonitor:
             self._stopped.discard(id)
         if (waiting := self._resets.get(id)) is not None:
             waiting.set()
+
+    @contextmanager
+    def restarting(self, id: ContainerId) -> Iterator[None]:
+        """Do not remove the container for the block, in which its user restarts it.
+
+        Source: moby, daemon/restart.go.
+        """
+        ended = asyncio.Event()
+        self._user_restarts[id].append(ended)
+        try:
+            yield
+        finally:
+            ended.set()
+            self._user_restarts[id].remove(ended)
+            if not self._user_restarts[id]:
+                del self._user_restarts[id]
 
     def _check_id(self, group: asyncio.TaskGroup, id: ContainerId) -> None:
         for container in self._containers.plain_containers():
@@ -213,6 +233,8 @@ class RestartMonitor:
 
     async def _remove(self, id: ContainerId) -> Next:
         """Remove the container, and retry as long as that fails.  Return the next action.  Raises: NotFound."""
+        while id in self._user_restarts:
+            await self._user_restarts[id][0].wait()
         try:
             await retry(
                 partial(self._containers.remove, id, with_volumes=True),

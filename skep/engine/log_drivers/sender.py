@@ -54,14 +54,17 @@ _END_S = 5.0
 class Sender:
     """All forwarders.  ``respond`` sends a response."""
 
-    def __init__(self, respond: Callable[[Response], None]) -> None:
+    def __init__(self, respond: Callable[[Response], None], held_s: float = _HELD_S) -> None:
+        """``held_s``: Seconds for sending the rest of a removed container's output."""
         self._respond = respond
+        self._held_s = held_s
         self._forwarders: dict[str, Forwarder] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._later: dict[str, Forward] = {}
         """Orders for containers that were started again while the output of their last run is still being sent."""
         self._held: set[asyncio.Task[None]] = set()
         self._peers: frozenset[str] = frozenset()
+        self._is_ending = False
         self._clock = SystemClock()
 
     def take(self, order: Order) -> None:
@@ -87,6 +90,7 @@ class Sender:
 
     async def end(self) -> None:
         """Send the output of removed containers for up to ``_END_S``, then stop everything."""
+        self._is_ending = True
         for task in [task for task in self._tasks.values() if task not in self._held]:
             task.cancel()
         if self._held:
@@ -127,7 +131,7 @@ class Sender:
     def _hold(self, id: str, forwarder: Forwarder) -> None:
         task = self._tasks[id]
         self._held.add(task)
-        asyncio.get_running_loop().call_later(_HELD_S, task.cancel)
+        asyncio.get_running_loop().call_later(self._held_s, task.cancel)
         try:
             forwarder.hold()
         except Exception as error:  # the same
@@ -142,7 +146,10 @@ class Sender:
         self._held.discard(task)
         if self._tasks.get(id) is task:
             del self._tasks[id], self._forwarders[id]
-            if (later := self._later.pop(id, None)) is not None and not task.cancelled():
+            later = self._later.pop(id, None)
+            if (
+                later is not None and not self._is_ending
+            ):  # a removal that lost against a start has cancelled the task
                 self._start(later)
             else:
                 self._respond(Done(id))

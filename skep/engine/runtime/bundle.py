@@ -528,9 +528,9 @@ class Bundles:
         points = []
         for name, content in self._name_files(container).items():
             file = path / name
-            # Keep the file of a task's container, which may have changed it.  Rewrite a plain container's file,
-            # because it may be on other networks now.
-            if container.plain is not None or not file.exists():
+            # Keep the file of a task's container that has run, which may have changed it.  Rewrite a plain container's
+            # file, because it may be on other networks now.
+            if container.plain is not None or not container.was_started or not file.exists():
                 file.write_text(content)
                 file.chmod(0o644)
                 if container.users is not None:

@@ -1,8 +1,10 @@
 """Validates requested mounts of containers, and copies an image's files into new volumes."""
 
 import asyncio
+import errno
 import os
 import posixpath
+import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -172,6 +174,32 @@ async def copy_up(
         raise Unavailable(
             f"cannot fill volume {volume.parent.name}: {errors.decode(errors='replace').strip()}"
         )
+
+
+def move_files(source: Path, target: Path) -> bool:
+    """Move a directory's files into the directory ``target``, which gets its owner, mode and attributes.
+
+    Files that came to ``target`` meanwhile keep it as it is.  Returns False, with nothing moved, if ``target`` is on
+    another file system.  Raises: Unavailable.
+    """
+    try:
+        if any(target.iterdir()):
+            return True
+        status = source.stat()
+        if status.st_dev != target.stat().st_dev:
+            return False
+        for number, name in enumerate(os.listdir(source)):
+            try:
+                (source / name).rename(target / name)
+            except OSError as error:
+                if error.errno != errno.EXDEV or number:
+                    raise
+                return False
+        os.chown(target, status.st_uid, status.st_gid)
+        shutil.copystat(source, target)
+    except OSError as error:
+        raise Unavailable(f"cannot fill volume {target.parent.name}: {error.strerror}") from error
+    return True
 
 
 def mount_point(mount: Mount, source: str, name: str) -> MountPoint:

@@ -23,7 +23,7 @@ _LABELS, _OPTIONS, _USES = "labels.json", "options.json", "uses.json"
 _DRIVER = "driver.json"
 """File that names the plug-in of a plug-in volume."""
 _ASIDE = ".removed-"
-"""Name prefix of the directories of removed volumes.  No volume name can start with it."""
+"""Name prefix of the directories of removed and of unfinished volumes.  No volume name can start with it."""
 _USES_MAX = 64
 """Limit for the recorded users of a volume.  The latest ones are kept."""
 _NAMELESS = re.compile(r"[0-9a-f]{64}")
@@ -211,7 +211,7 @@ class VolumeStore:
 
         Raises: OSError.
         """
-        aside = self.directory / f"{_ASIDE}{secrets.token_hex(8)}"
+        aside = self.new_aside()
         try:
             self.path(name).parent.rename(aside)
         except FileNotFoundError:
@@ -219,7 +219,11 @@ class VolumeStore:
         self._uses.pop(name, None)
         return aside
 
+    def new_aside(self) -> Path:
+        """Return the path of a directory that belongs to no volume, and that the next process deletes."""
+        return self.directory / f"{_ASIDE}{secrets.token_hex(8)}"
+
     async def sweep(self) -> None:
-        """Delete the directories of removed volumes that earlier processes left."""
+        """Delete the directories of removed and of unfinished volumes that earlier processes left."""
         for left in sorted(self.directory.glob(f"{_ASIDE}*")):
             await discard_tree(left)

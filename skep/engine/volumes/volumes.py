@@ -10,17 +10,25 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import msgspec
 
 from skep.aio.failures import describe_error, isolate, log_error
-from skep.aio.race import afterwards, unless_done
+from skep.aio.race import afterwards, thread_to_end, unless_done
 from skep.aio.trees import discard_tree
 from skep.engine.containers.container import Container, MountPoint
 from skep.engine.events import Events
 from skep.engine.lifecycle.background import Background
 from skep.engine.volumes.bind_sources import BindSources
-from skep.engine.volumes.mounts import check_local_options, check_subpath, copy_up, has_directory, mount_point
+from skep.engine.volumes.mounts import (
+    check_local_options,
+    check_subpath,
+    copy_up,
+    has_directory,
+    mount_point,
+    move_files,
+)
 from skep.engine.volumes.volume_plugins import LOCAL, PluginRefused, VolumePlugins
 from skep.engine.volumes.volume_store import ANONYMOUS, VolumeStore
 from skep.errors import (
@@ -114,6 +122,8 @@ class Volumes(VolumeStore):
         """Work that continues if its caller is cancelled.  It runs while the engine runs."""
         self.bind_sources = BindSources()
         self.users: defaultdict[str, set[str]] = defaultdict(set)
+        self._filling = WeakValueDictionary[str, asyncio.Lock]()
+        """Locks by volume name, held while a volume gets the image's files."""
         self._unfinished: set[str] = set()
         """Volumes whose last unmount failed, for example because their plug-in was unreachable."""
 
@@ -130,21 +140,27 @@ class Volumes(VolumeStore):
         the plug-in refuses; Unavailable: it does not respond.
         """
         self.path(name)
+        driver = self._driver_for(name, driver)
+        if driver != LOCAL:
+            try:
+                plugin = await self.plugins.get(driver)
+                async with self.lock_of(name):
+                    self._driver_for(name, driver)  # the name may have been taken while this waited
+                    if await plugin.get(name) is None:
+                        await plugin.create(name, options or (self.options(name) if self.has(name) else {}))
+            except (PluginRefused, NotFound, Unavailable) as error:
+                raise type(error)(f"create {name}: {error}") from error
+            self._driver_for(name, driver)
+        self.ensure(name, labels, options, driver)
+
+    def _driver_for(self, name: str, driver: str) -> str:
+        """Return the volume's driver, or ``driver`` for a new volume.  Raises: AlreadyExists: it has another driver."""
         known = self.driver(name) if self.has(name) else ""
         if known and driver not in ("", known):
             raise AlreadyExists(
                 f"create {name}: driver '{known}' already has volume '{name}': volume name must be unique"
             )
-        driver = known or driver or LOCAL
-        if driver != LOCAL:
-            try:
-                plugin = await self.plugins.get(driver)
-                async with self.lock_of(name):
-                    if await plugin.get(name) is None:
-                        await plugin.create(name, options or (self.options(name) if known else {}))
-            except (PluginRefused, NotFound, Unavailable) as error:
-                raise type(error)(f"create {name}: {error}") from error
-        self.ensure(name, labels, options, driver)
+        return known or driver or LOCAL
 
     async def create_of_plugins(self, mounts: Iterable[Mount], stack: str = "") -> None:
         """Create the plug-in volumes of ``mounts``.
@@ -509,9 +525,25 @@ class Volumes(VolumeStore):
             if point.type != "volume" or point.destination in unfilled or point.subpath:
                 continue
             if not self._is_mounted(point.name):
-                await copy_up(root, point.destination, self.path(point.name), users=users)
+                await self._fill_local(point, root, users)
             elif has_directory(root, point.destination):
                 await self._fill_mounted(f"{user} fills {point.name}", point, root, users)
+
+    async def _fill_local(self, point: MountPoint, root: Path, users: UserMap | None) -> None:
+        """Fill a volume aside and then at once, since a volume with a part of the files would count as filled.
+
+        Of two containers that are created at the same time, the second waits.
+        """
+        volume, aside = self.path(point.name), self.new_aside()
+        async with self._filling.setdefault(point.name, asyncio.Lock()):
+            if any(volume.iterdir()) or not has_directory(root, point.destination):
+                return
+            async with afterwards(partial(discard_tree, aside)):
+                copy = aside / point.name / volume.name
+                copy.mkdir(mode=0o755, parents=True)
+                await copy_up(root, point.destination, copy, users=users)
+                if not await thread_to_end(partial(move_files, copy, volume)):
+                    await copy_up(root, point.destination, volume, users=users)
 
     async def _fill_mounted(self, user: str, point: MountPoint, root: Path, users: UserMap | None) -> None:
         try:

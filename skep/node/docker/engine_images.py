@@ -135,14 +135,17 @@ class EngineImages:
 
     async def reconcile(self) -> None:
         """Remove names from this node's images that now mean other images in the engine.  Raises: SkepError."""
-        names = await self._their_names()
-        if self._seen is not None:
-            for name, id in names.items():
-                ours = self._images.lookup(name)
-                if ours is not None and theirs_is_newer(name, ours.id, id, self._seen):
-                    log.info("image name has moved in the docker engine", name=name, before=ours.id, now=id)
-                    await self._images.remove(name, force=True, users=self._users)
-        await self._see(names)
+        async with self._copying:  # a copy moves names in one of the stores, and records that only at its end
+            names = await self._their_names()
+            if self._seen is not None:
+                for name, id in names.items():
+                    ours = self._images.lookup(name)
+                    if ours is not None and theirs_is_newer(name, ours.id, id, self._seen):
+                        log.info(
+                            "image name has moved in the docker engine", name=name, before=ours.id, now=id
+                        )
+                        await self._images.remove(name, force=True, users=self._users)
+            await self._see(names)
 
     async def bring(self, word: str) -> None:
         """Copy the image ``word`` from the engine if this node has none or an older one.
@@ -164,7 +167,7 @@ class EngineImages:
                 log.info("image copied from the docker engine", image=word)
                 async with self._docker.api.stream(f"/images/{quote(word)}/get") as archive:
                     await self._images.load(archive.pieces())
-            await self._see({**(self._seen or {}), name: theirs})
+                await self._see({**(self._seen or {}), name: theirs})
         except NotFound:
             return
         except (SkepError, TimeoutError) as error:
@@ -176,26 +179,29 @@ class EngineImages:
         Raises: Unavailable.
         """
         ours = self._images.resolve(word)
-        if ours is None:
+        if ours is None or not await self._is_missing_there(word, ours.id):
             return
-        name, theirs = _name_of(word), await self._docker.image_id(word)
-        if theirs == ours.id or theirs_is_newer(name, ours.id, theirs, self._seen or {}):
-            return
-        if theirs and self._handed.get(name) == (ours.id, theirs):
-            return  # the engine identifies images by their manifest
-        log.info("image copied to the docker engine", image=word)
         try:
             async with self._copying, asyncio.timeout(COPY_S_MAX):
+                if not await self._is_missing_there(word, ours.id):
+                    return  # it was copied, or the engine's name has moved, while this waited
+                log.info("image copied to the docker engine", image=word)
                 await self._docker.load(self._images.save([word]))
+                given = await self._docker.image_id(word)
+                self._handed[_name_of(word)] = (ours.id, given)
+                await self._see({**(self._seen or {}), _name_of(word): given})
         except NotFound:
             log.info("image was removed while it was copied to the docker engine", image=word)
-            return
         except TimeoutError:
             log.warning("image not copied to the docker engine in time", image=word)
-            return
-        given = await self._docker.image_id(word)
-        self._handed[name] = (ours.id, given)
-        await self._see({**(self._seen or {}), name: given})
+
+    async def _is_missing_there(self, word: str, ours: str) -> bool:
+        """Return whether the engine has neither this node's image ``ours`` by this name nor a newer one."""
+        name, theirs = _name_of(word), await self._docker.image_id(word)
+        if theirs == ours or theirs_is_newer(name, ours, theirs, self._seen or {}):
+            return False
+        # The engine identifies images by their manifest.
+        return not theirs or self._handed.get(name) != (ours, theirs)
 
     def names(self) -> Names:
         """Return the names of this node's images."""

@@ -123,3 +123,34 @@ async def test_what_a_user_has_loaded_or_tagged_stays(cluster: ImageCluster, dis
 
     assert await ImageCollector(worker.images, list, needed, clock, lambda: Marks(1, 0)).collect() == []
     assert len(worker.images.images()) == 2
+
+
+@pytest.mark.parametrize("change", ["tagged", "pulled again", "container created", "removed"])
+async def test_an_image_that_changes_after_the_decision_is_judged_again(
+    cluster: ImageCluster, disk: Path, change: str
+) -> None:
+    clock = LaterClock()
+    worker = await cluster.add(root=disk / "images")
+    images, containers = worker.images, list[ImageUser]()
+    content = an_image(IMAGE_BYTES)
+    await give(cluster.manager, content, "localhost:1/changed:1")
+    await give(cluster.manager, an_image(IMAGE_BYTES), "localhost:1/unused:1")
+    changed, unused = [await images.pull(f"localhost:1/{name}:1") for name in ("changed", "unused")]
+    clock.later_s = 2 * AGE_S_MIN
+
+    async def needed(_names: Sequence[str]) -> list[str]:
+        match change:
+            case "tagged":
+                await images.tag(changed.id, changed.references[0].with_tag("mine"))
+            case "pulled again":
+                await images.add(content.config, changed.references, is_fetched=True)
+            case "container created":
+                containers.append(ImageUser("c", changed.id, is_running=False))
+            case _:
+                await images.remove(changed.id, force=True, users=list)
+        return []
+
+    collector = ImageCollector(images, lambda: containers, needed, clock, lambda: Marks(1, 0))
+    assert await collector.collect() == [unused.id]
+    left = [] if change == "removed" else [changed.id]
+    assert [image.id for image in images.images()] == left

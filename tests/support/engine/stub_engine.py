@@ -279,10 +279,6 @@ class StepVolumes(Volumes):
         super().__init__(directory)
         self._steps = steps
 
-    def adopt(self, user: str, points: Iterable[MountPoint]) -> None:
-        self._steps.begin_now("volumes.adopt")
-        super().adopt(user, points)
-
     async def create_of_plugins(self, mounts: Iterable[Mount], stack: str = "") -> None:
         await self._steps.begin("volumes.create_of_plugins")
         await super().create_of_plugins(mounts, stack)

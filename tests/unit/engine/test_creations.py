@@ -113,6 +113,19 @@ async def test_of_a_creation_that_fails_nothing_stays(rig: Creating, stage: str)
     assert not rig.remains()
 
 
+async def test_a_creation_is_unfinished_until_its_volumes_are_filled(rig: Creating) -> None:
+    rig.stage = "fill"
+    creating = asyncio.create_task(rig.engine.create(REQUEST, name="c1"))
+    await rig.reached.wait()
+    id = rig.engine.get("c1").id
+    assert [one.is_unfilled for one in rig.engine.bundles.load().known] == [True]
+    rig.open()
+    assert not (await creating).is_unfilled
+    read = rig.engine.bundles.read(id)
+    assert read is not None
+    assert not read.is_unfilled
+
+
 async def test_a_second_cancellation_cuts_no_removal_off(rig: Creating) -> None:
     rig.stage = "fill"
     creating = asyncio.create_task(rig.engine.create(REQUEST, name="c1"))

@@ -360,15 +360,16 @@ def test_the_volumes_of_a_run_that_is_adopted_later_stay_mounted(tmp_path: Path)
     answers: list[Exception] = [OSError(12, "Cannot allocate memory") for _ in range(3)]
     unmounted: list[bool] = []
 
-    def adopt() -> None:
+    def is_frozen(_: Container) -> bool:
         if answers:
             raise answers.pop()
+        return False
 
     async def unmount() -> None:
         unmounted.append(not answers)
 
     def before(stubs: StubEngine) -> None:
-        stubs.steps["volumes.adopt"] = adopt
+        stubs.runtime.is_frozen = is_frozen  # type: ignore[method-assign]
         stubs.steps["volumes.unmount_unused"] = unmount
 
     on_virtual_time(body, tmp_path, a_container(), before=before)

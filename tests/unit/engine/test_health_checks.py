@@ -160,6 +160,23 @@ async def test_the_result_of_a_probe_is_discarded_when_its_container_has_ended_b
     await asyncio.wait_for(probing, 5)
 
 
+async def test_the_result_of_a_probe_is_discarded_when_its_container_is_paused_meanwhile(rig: Rig) -> None:
+    """A frozen probe runs into its time limit.  Source: moby, daemon/health.go (monitor)."""
+    rig.runtime.theirs.setblocking(False)
+    probing = asyncio.create_task(rig.checks.run(ID))
+    await rig.runtime.asked.wait()
+    rig.runtime.go.set()
+    await until(lambda: rig.execs.of(ID)[0].pid != 0)
+    rig.registry.change(ID, state=ContainerState.PAUSED)
+    rig.runtime.end.set()
+    rig.runtime.ours.close()
+    await until(lambda: rig.checks.count > 0)
+    await asyncio.wait([probing], timeout=0.01)
+    assert rig.registry.get(ID).health == health.initial(CHECK)
+    rig.registry.change(ID, state=ContainerState.EXITED)
+    await asyncio.wait_for(probing, 5)
+
+
 @pytest.mark.parametrize("rig", [{"ended_s": 0.001}], indirect=True)
 async def test_a_failed_probe_counts_if_the_end_of_its_container_does_not_come(rig: Rig) -> None:
     rig.registry.change(ID, process=ENDED)

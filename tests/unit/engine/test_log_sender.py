@@ -193,6 +193,42 @@ async def test_an_order_that_fails_ends_that_containers_work_only(
     await sender.end()
 
 
+async def test_a_container_that_is_started_instead_of_removed_is_sent_although_its_remote_was_away(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "current").write_text("2024-01-01T00:00:00.000000000+00:00 stdout F line\n")
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    said, received = list[Response](), asyncio.Event()
+    sender = Sender(said.append, held_s=0.05)
+    order = Forward(
+        id=ID,
+        current=str(tmp_path / "current"),
+        driver="syslog",
+        options={"syslog-address": f"tcp://127.0.0.1:{port}"},
+        facts=FACTS,
+        has_ended=True,
+    )
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if await reader.readline():
+            received.set()
+        writer.close()
+
+    sender.take(order)
+    sender.take(Hold(ID))
+    sender.take(msgspec.structs.replace(order, has_ended=False))
+    await eventually(lambda: [event_of(one) for one in said].count("log driver remote unreachable") == 2)
+    async with await asyncio.start_server(take, "127.0.0.1", port):
+        async with asyncio.timeout(20):
+            await received.wait()
+        await sender.end()
+
+
+def event_of(response: Response) -> str:
+    return response.event if isinstance(response, Report) else ""
+
+
 def test_an_order_that_is_too_long_for_a_line_is_not_sent() -> None:
     label = "x" * LINE_BYTES_MAX
     facts = LogFacts(

@@ -10,11 +10,18 @@ import pytest
 from aiohttp.test_utils import make_mocked_request
 from msgspec.structs import replace
 
-from skep.api.errors import Untranslated
+from skep.api.errors import NotModified, Untranslated
 from skep.api.http import server
 from skep.api.http.versions import ApiVersion
 from skep.engine.api import containers
-from skep.engine.containers.container import Container, ContainerConfig, ContainerState, PlainOptions
+from skep.engine.containers.container import (
+    Container,
+    ContainerConfig,
+    ContainerState,
+    NotRunning,
+    PlainOptions,
+)
+from skep.engine.runtime.conmon import StartError
 from skep.engine.runtime.processes import find
 from skep.engine.runtime.runtime import end_all_gracefully
 from skep.model.networks.sandbox import Sandbox
@@ -101,6 +108,54 @@ def test_a_stop_ends_although_its_user_starts_the_container_again_at_once(
         assert stubs.engine.get(ID).is_running
 
     simulated(body, a_container(state=ContainerState.PAUSED))
+
+
+@pytest.mark.parametrize("command", ["kill", "stop"])
+@pytest.mark.parametrize("state", [ContainerState.CREATED, ContainerState.EXITED])
+def test_a_run_that_another_user_is_starting_is_ended_too(
+    simulated: Run, command: str, state: ContainerState
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        gate = asyncio.Event()
+        stubs.steps["runtime.start"] = gate.wait
+        starting = asyncio.create_task(stubs.engine.start(ID))
+        await asyncio.sleep(1)
+        ending = asyncio.create_task(ask(stubs, command, ""))
+        await asyncio.sleep(1)
+        assert not ending.done()
+        gate.set()
+        await starting
+        await asyncio.sleep(1)
+        assert stubs.runtime.signals
+        await stubs.end(143)
+        assert await ending == 204
+
+    simulated(body, a_container(state=state, process=None))
+
+
+@pytest.mark.parametrize(("command", "refusal"), [("kill", NotRunning), ("stop", NotModified)])
+def test_a_start_that_fails_leaves_nothing_to_stop(
+    simulated: Run, command: str, refusal: type[Exception]
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        gate = asyncio.Event()
+
+        async def fail(*_: object) -> None:
+            await gate.wait()
+            raise StartError("no such file")
+
+        stubs.steps["runtime.create"] = fail
+        starting = asyncio.create_task(stubs.engine.start(ID))
+        await asyncio.sleep(1)
+        ending = asyncio.create_task(ask(stubs, command, ""))
+        await asyncio.sleep(1)
+        gate.set()
+        with pytest.raises(StartError):
+            await starting
+        with pytest.raises(refusal):
+            await ending
+
+    simulated(body, a_container(state=ContainerState.EXITED, process=None))
 
 
 async def test_a_container_that_cannot_be_stopped_takes_no_time_from_the_others(tmp_path: Path) -> None:

@@ -4,12 +4,22 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
-from skep.engine.containers.container import Container, ContainerState, PlainOptions, RestartPolicy
+from skep.engine.containers.container import (
+    Container,
+    ContainerConfig,
+    ContainerState,
+    MountPoint,
+    PlainOptions,
+    RestartPolicy,
+)
 from skep.engine.lifecycle.driver import KILLED_S_MAX
 from skep.errors import Unavailable
+from skep.model.networks.sandbox import Sandbox
 from skep.model.values.ids import ContainerId
-from skep.model.values.times import ZERO_TIME
+from skep.model.values.times import ZERO_TIME, timestamp
+from tests.support.engine.oci_rig import Machine, memory_engine
 from tests.support.engine.stub_engine import (
     ID,
     StubEngine,
@@ -98,3 +108,50 @@ def test_a_pause_that_failed_after_it_has_frozen_the_container_is_shown(tmp_path
         assert stubs.engine.get(ID).state is ContainerState.PAUSED
 
     on_virtual_time(body, tmp_path, a_container())
+
+
+@pytest.mark.parametrize("state", [ContainerState.RUNNING, ContainerState.PAUSED])
+def test_a_volume_has_the_user_that_still_runs_before_its_adoption(
+    tmp_path: Path, state: ContainerState
+) -> None:
+    """Otherwise another user's end would unmount it, and its plug-in would detach it."""
+    point = MountPoint(type="volume", name="data", source="/data", destination="/data")
+    seen: list[set[str]] = []
+
+    def before(stubs: StubEngine) -> None:
+        async def look() -> None:
+            seen.append(set(stubs.engine.volumes.users["data"]))
+
+        stubs.steps["network.restore"] = look
+
+    async def body(stubs: StubEngine) -> None:
+        assert seen == [{ID}]
+        await stubs.end()
+        await asyncio.sleep(1)
+        assert not stubs.engine.volumes.users["data"]
+
+    container = a_container(state=state, config=ContainerConfig(path="sh", mounts=(point,)))
+    on_virtual_time(body, tmp_path, container, before=before)
+
+
+async def test_the_files_of_names_are_written_again_until_a_task_has_started(tmp_path: Path) -> None:
+    """After a crash or a reboot, a task that waits for its start may have another address, or a part of a file."""
+    bundles = memory_engine(tmp_path, Machine()).bundles
+    created = a_container(
+        state=ContainerState.CREATED, process=None, started_at=ZERO_TIME, plain=None, sandbox=on("172.18.0.2")
+    )
+    bundles.make(created)
+    bundles.prepare(created)
+    hosts, resolver = (bundles.path(ID) / name for name in ("hosts", "resolv.conf"))
+    whole = resolver.read_text()
+    resolver.write_text(whole[:3])
+    bundles.prepare(replace(created, sandbox=on("172.18.0.3")))
+    assert "172.18.0.3" in hosts.read_text()
+    assert resolver.read_text() == whole
+    hosts.write_text("by the container")
+    bundles.prepare(replace(created, started_at=timestamp(1), sandbox=on("172.18.0.4")))
+    assert hosts.read_text() == "by the container"
+
+
+def on(address: str) -> Sandbox:
+    return Sandbox(netns="/nonexistent", address=address)

@@ -18,7 +18,7 @@ from skep.engine.volumes.volume_plugins import (
     checked_path,
 )
 from skep.engine.volumes.volumes import Volumes
-from skep.errors import Unavailable
+from skep.errors import AlreadyExists, Unavailable
 from tests.support.engine.oci_rig import Machine, memory_engine
 from tests.support.file_faults import file_faults
 from tests.support.storage.volume_plugin import TestPlugin
@@ -153,3 +153,33 @@ async def test_the_engine_tries_it_again_by_itself(tmp_path: Path) -> None:
         while volumes.mounts_of("data"):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert not server.mounts.get("data")
+
+
+async def test_of_two_drivers_one_gets_a_name_that_is_wanted_at_the_same_moment(tmp_path: Path) -> None:
+    sockets = tmp_path / "sockets"
+    async with (
+        TestPlugin(tmp_path / "one").listening(sockets / "one.sock") as one,
+        TestPlugin(tmp_path / "two").listening(sockets / "two.sock") as two,
+    ):
+        volumes = Volumes(tmp_path / "volumes", plugins=VolumePlugins(sockets, ()))
+        creations = [volumes.create("data", driver) for driver in ("one", "two")]
+        results = await asyncio.gather(*creations, return_exceptions=True)
+        refused = [one for one in results if one is not None]
+        assert [type(one) for one in refused] == [AlreadyExists]
+        assert len(one.methods + two.methods) == 1
+        assert "Create" in (one if volumes.driver("data") == "one" else two).methods
+
+
+async def test_a_local_volume_that_is_created_meanwhile_is_not_taken_for_one_of_a_driver(
+    tmp_path: Path,
+) -> None:
+    sockets = tmp_path / "sockets"
+    async with TestPlugin(tmp_path / "disks").listening(sockets / "disks.sock") as plugin:
+        volumes = Volumes(tmp_path / "volumes", plugins=VolumePlugins(sockets, ()))
+        async with volumes.lock_of("data"):
+            creating = asyncio.create_task(volumes.create("data", "disks"))
+            await asyncio.wait([creating], timeout=0)
+            volumes.ensure("data")
+        with pytest.raises(AlreadyExists, match="driver 'local' already has volume 'data'"):
+            await creating
+        assert plugin.methods == []

@@ -360,13 +360,15 @@ async def _pull_image(
     assert manifest.config is not None, "an index was resolved before"
     config_digest = parse_digest(manifest.config.digest)
     present = images.resolve(config_digest)
-    if present is not None:
-        content = await asyncio.to_thread(images.config_file(present).read_bytes)
-        return await images.add(content, names, is_fetched=True)
-    blobs = {manifest.config.digest, *(layer.digest for layer in manifest.layers)}
-    async with images.workspace("pull") as directory:
-        with images.arriving.expecting(blobs, names):
-            return await _pull_blobs(images, repository, manifest, names, directory, report)
+    async with images.pin(present.chain if present is not None else ()):
+        if present is not None:
+            with suppress(FileNotFoundError):  # a removal has deleted it by now, but not its pinned layers
+                content = await asyncio.to_thread(images.config_file(present).read_bytes)
+                return await images.add(content, names, is_fetched=True)
+        blobs = {manifest.config.digest, *(layer.digest for layer in manifest.layers)}
+        async with images.workspace("pull") as directory:
+            with images.arriving.expecting(blobs, names):
+                return await _pull_blobs(images, repository, manifest, names, directory, report)
 
 
 async def _pull_blobs(

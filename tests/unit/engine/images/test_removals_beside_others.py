@@ -2,6 +2,9 @@
 
 import asyncio
 import errno
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -10,8 +13,13 @@ import pytest
 from skep.engine.api.containers import image_users
 from skep.engine.images import local
 from skep.engine.images.digest import chain_ids, digest_of, hex_of
+from skep.engine.images.image import Image
 from skep.engine.images.layers import Layer
+from skep.engine.images.progress import quiet
 from skep.engine.images.reference import parse_reference
+from skep.engine.images.registry.endpoints import TransferLimits
+from skep.engine.images.registry.pulling import pull_from
+from skep.engine.images.registry.registry import OCI_MANIFEST, Document
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.store import ImageStore
 from tests.support.engine.oci_rig import Machine, memory_engine, new_container
@@ -102,6 +110,55 @@ async def test_the_layers_of_a_removed_image_go_with_its_last_container(
             assert store.layer_store.all()
             await engine.remove(container.id)
     assert not store.layer_store.all()
+
+
+class Repository:
+    """A registry's repository with the image."""
+
+    transfers = TransferLimits()
+
+    async def manifest(self, target: str, bytes_max: int) -> Document:
+        descriptors = [{"digest": digest_of(one), "size": len(one)} for one in (CONFIG, CONTENT)]
+        manifest = {"schemaVersion": 2, "config": descriptors[0], "layers": descriptors[1:]}
+        return Document(msgspec.json.encode({**manifest, "mediaType": OCI_MANIFEST}), OCI_MANIFEST)
+
+    @asynccontextmanager
+    async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        async def pieces() -> AsyncIterator[bytes]:
+            assert digest == ID, "the layer is here"
+            yield CONFIG
+
+        yield 0, pieces()
+
+    def mistrust(self, digest: str) -> bool:
+        return False
+
+
+async def test_a_pull_of_an_image_that_is_removed_meanwhile_fetches_it_again(
+    store: ImageStore, tmp_path: Path
+) -> None:
+    gone = threading.Event()
+
+    class Slow(type(tmp_path)):  # type: ignore[misc]
+        """A file that is read once it is gone."""
+
+        def read_bytes(self) -> bytes:
+            assert gone.wait(10)
+            return Path(self).read_bytes()
+
+    class SlowStore(ImageStore):
+        def config_file(self, image: Image) -> Path:
+            return Slow(super().config_file(image))
+
+    slow = SlowStore(tmp_path / "images")
+    await slow.open()
+    pulling = asyncio.create_task(pull_from(slow, Repository(), parse_reference("app:1"), quiet))
+    await asyncio.wait([pulling], timeout=0.05)
+    await slow.remove("app:1", users=list)
+    gone.set()
+    assert (await pulling).id == ID
+    assert slow.get("app:1").id == ID
+    assert set(slow.layer_store.all()) == {CHAIN_ID}
 
 
 OTHER = CONFIG.replace(b"{", b'{"author":"another", ', 1)
