@@ -35,7 +35,7 @@ from skep.model.values.ids import NodeId, ServiceId
 from skep.model.values.times import Timestamp
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.store.store_transactions import put
+from tests.support.store.store_transactions import a_network, put
 
 OPERATOR = "operator"
 SHOP = {STACK_LABEL: "shop"}
@@ -265,6 +265,25 @@ async def test_an_operator_changes_a_service_whose_log_driver_an_administrator_c
     update = f"POST /services/{service.id}/update?version={service.version.index}"
     status, text, _ = await rig.exchange("operator:shop", update, spec("syslog", "app:2"))
     assert (status, "the machine's own log" in text) == (403, True)
+
+
+async def test_a_rollback_has_the_rights_of_its_user_and_not_of_the_one_who_wrote_the_previous_spec(
+    rig: Rig,
+) -> None:
+    """An administrator joined the service with another stack's network for a while."""
+    network = a_network("blog_n")
+    network = replace(network, spec=replace(network.spec, labels={STACK_LABEL: "blog"}))
+    service = labeled(a_service("shop_web"), SHOP)
+    template = replace(service.spec.task_template, networks=(NetworkAttachmentConfig(target=network.id),))
+    previous = replace(service.spec, task_template=template)
+    for one in (network, replace(service, previous_spec=previous)):
+        await rig.api.store.update(put, one)
+    body = {"Name": "shop_web", "Labels": SHOP, "TaskTemplate": {"ContainerSpec": {"Image": "busybox:1"}}}
+    for role, expected in (("operator:shop", 403), (OPERATOR, 200)):
+        (present,) = rig.api.store.view().find(Service)
+        path = f"POST /services/{present.id}/update?version={present.version.index}&rollback=previous"
+        status, text, _ = await rig.exchange(role, path, body)
+        assert status == expected, text
 
 
 async def test_a_plan_and_an_explanation_name_no_service_of_another_stack(rig: Rig) -> None:

@@ -98,10 +98,10 @@ class ClusterObjects:
         bounds, slices, new = UserBounds(view, removed), TimeSlices(SystemClock()), []
         for one in bodies:
             if isinstance(one, ServiceSpec):
-                found = planned_service(view, one, among) if is_plan else new_service(view, one, among)
+                written = _written(request, view, known, one)
+                found = (planned_service if is_plan else new_service)(view, written, among)
                 if not is_placement:
-                    excess = bounds.service_refusal(_written(request, view, known, one))
-                    found = replace(found, excess=excess)
+                    found = replace(found, excess=bounds.service_refusal(written))
                 new.append(found)
             else:
                 new.append(_new_object(view, one, bounds, is_new=is_new))
