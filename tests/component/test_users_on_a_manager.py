@@ -27,7 +27,7 @@ from skep.model.container import ContainerSpec, Mount
 from skep.model.history import JournalEntry
 from skep.model.network import Network
 from skep.model.permissions.access import Identity, Origin, parse_binding
-from skep.model.service import NetworkAttachmentConfig, Resources, Service
+from skep.model.service import NetworkAttachmentConfig, Resources, Service, UpdateState, UpdateStatus
 from skep.model.swarm import Swarm
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd
@@ -267,8 +267,9 @@ async def test_an_operator_changes_a_service_whose_log_driver_an_administrator_c
     assert (status, "the machine's own log" in text) == (403, True)
 
 
+@pytest.mark.parametrize("request_path", ["update?version={}&rollback=previous", "update/abort?version={}"])
 async def test_a_rollback_has_the_rights_of_its_user_and_not_of_the_one_who_wrote_the_previous_spec(
-    rig: Rig,
+    rig: Rig, request_path: str
 ) -> None:
     """An administrator joined the service with another stack's network for a while."""
     network = a_network("blog_n")
@@ -276,12 +277,14 @@ async def test_a_rollback_has_the_rights_of_its_user_and_not_of_the_one_who_wrot
     service = labeled(a_service("shop_web"), SHOP)
     template = replace(service.spec.task_template, networks=(NetworkAttachmentConfig(target=network.id),))
     previous = replace(service.spec, task_template=template)
-    for one in (network, replace(service, previous_spec=previous)):
+    updated = replace(service, previous_spec=previous, update_status=UpdateStatus(state=UpdateState.UPDATING))
+    for one in (network, updated):
         await rig.api.store.update(put, one)
     body = {"Name": "shop_web", "Labels": SHOP, "TaskTemplate": {"ContainerSpec": {"Image": "busybox:1"}}}
     for role, expected in (("operator:shop", 403), (OPERATOR, 200)):
         (present,) = rig.api.store.view().find(Service)
-        path = f"POST /services/{present.id}/update?version={present.version.index}&rollback=previous"
+        prefix = "/skep" if "abort" in request_path else ""
+        path = f"POST {prefix}/services/{present.id}/{request_path.format(present.version.index)}"
         status, text, _ = await rig.exchange(role, path, body)
         assert status == expected, text
 

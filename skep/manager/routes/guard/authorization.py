@@ -90,6 +90,7 @@ class ClusterObjects:
             key = "id" if "id" in request.match_info else "name"
             known = await _known(view, rule.kind, request.match_info[key], identity)
             request.match_info[key] = known.id
+            bodies = _restored(request, view, known) or bodies
         is_new = rule.scope is PermissionScope.NEW
         is_placement = _path(request).endswith(_DRY_RUNS)
         is_plan = is_placement or _path(request).endswith("/stacks/check")
@@ -98,10 +99,9 @@ class ClusterObjects:
         bounds, slices, new = UserBounds(view, removed), TimeSlices(SystemClock()), []
         for one in bodies:
             if isinstance(one, ServiceSpec):
-                written = _written(request, view, known, one)
-                found = (planned_service if is_plan else new_service)(view, written, among)
+                found = planned_service(view, one, among) if is_plan else new_service(view, one, among)
                 if not is_placement:
-                    found = replace(found, excess=bounds.service_refusal(written))
+                    found = replace(found, excess=bounds.service_refusal(one))
                 new.append(found)
             else:
                 new.append(_new_object(view, one, bounds, is_new=is_new))
@@ -148,12 +148,17 @@ def _known_registration(view: View, name: str, identity: Identity) -> KnownObjec
     return KnownObject(id=name, stack=stack)
 
 
-def _written(request: web.Request, view: View, known: KnownObject | None, spec: ServiceSpec) -> ServiceSpec:
-    """Return the spec that the request writes: ``spec``, or for a rollback the service's previous one."""
-    service = view.lookup(Service, ServiceId(known.id)) if known is not None else None
-    if service is None or request.query.get("rollback") != "previous":
-        return spec
-    return service.previous_spec or spec
+def _restored(request: web.Request, view: View, known: KnownObject) -> tuple[ServiceSpec, ...]:
+    """Return the previous spec of the service if the request returns to it.  It counts instead of the request's body.
+
+    An administrator may have written it, with objects that the user may not give to a service.
+    """
+    is_abort = _path(request).endswith("/update/abort")
+    if not is_abort and request.query.get("rollback") != "previous":
+        return ()
+    service = view.lookup(Service, ServiceId(known.id))
+    previous = service.previous_spec if service is not None else None
+    return (previous,) if previous is not None else ()
 
 
 def _new_object(view: View, body: Any, bounds: UserBounds, *, is_new: bool) -> NewObject:
