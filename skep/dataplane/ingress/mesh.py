@@ -12,6 +12,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock, tick
 from skep.aio.failures import isolate, retry
+from skep.dataplane.gateway import BRIDGE as GATEWAY
 from skep.dataplane.ingress.reply_routing import ReplyRouting
 from skep.dataplane.netns.kernel import conntrack, nft
 from skep.dataplane.netns.kernel.forwarding import forward_ipv6, ipv6_nat_refusal
@@ -63,6 +64,8 @@ _PART = "published ports"
 OUR_TABLES = frozenset({"ip skep", "ip6 skep", "ip skep_ingress", "ip6 skep_ingress", "inet skep_overlay"})
 _TABLE = re.compile(r"table (\S+ \S+) {")
 _HOOK = re.compile(r"type filter hook forward priority [^;]+; policy (accept|drop);")
+DOCKER_USER = "DOCKER-USER"
+_COUNTER = re.compile(r"counter packets \d+ bytes \d+ ")
 _LAST_WORD = re.compile(r"\s*(?:counter packets \d+ bytes \d+ )?(?:drop|reject\b.*)")
 
 
@@ -339,10 +342,10 @@ class Mesh:
 
     async def _look_for_obstacles(self) -> None:
         while True:
-            found: tuple[str, ...] = ()
-            if self._plan is not None and self._plan.held:
-                work = self._namespaces.run(self._namespaces.home, _find_obstacles)
-                found = await isolate(work, "others' rules not read") or ()
+            work = self._namespaces.run(self._namespaces.home, _find_obstacles)
+            found = await isolate(work, "others' rules not read") or ()
+            if self._plan is None or not self._plan.held:
+                found = ()
             for sentence in set(found) - set(self._obstacles):
                 log.warning(sentence)
             self._obstacles = found
@@ -350,8 +353,13 @@ class Mesh:
 
 
 def _find_obstacles() -> tuple[str, ...]:
-    names = forwarding_tables(nft.run("list chains"))
-    return obstacles((nft.run(f"list table {name}") for name in names), (BRIDGE,))
+    """Find rules of other programs that block forwarding, after Docker's chain for exceptions has got ours."""
+    chains = nft.run("list chains")
+    for table in docker_tables(chains):
+        if lacking := exceptions(table, nft.run(f"list chain {table} {DOCKER_USER}")):
+            nft.run(lacking)
+            log.info("forwarding allowed beside a docker engine", table=table, chain=DOCKER_USER)
+    return obstacles((nft.run(f"list table {name}") for name in forwarding_tables(chains)), (BRIDGE,))
 
 
 def _sysctls(plan: IngressPlan) -> Mapping[str, str]:
@@ -369,7 +377,31 @@ def _sysctls(plan: IngressPlan) -> Mapping[str, str]:
 #
 # A packet passes nftables only if every base chain accepts it.  Accepting it in our table does not override a drop in
 # another program's table, and that table must not be changed by us.  A firewall that blocks forwarding therefore needs
-# an exception. Docker's iptables rules need none, because they are in the blocking chain itself.
+# an exception.  Docker's iptables rules need none, because they are in the blocking chain itself.  A Docker Engine sets
+# the policy of that chain to drop.  It has a chain for exceptions of others, DOCKER-USER, which it never changes.  Skep
+# makes its own there (decision 224).
+
+
+def docker_tables(chains: str) -> tuple[str, ...]:
+    """Return the tables with Docker's chain for exceptions, from the output of ``nft list chains``."""
+    return tuple(table for table, body in _tables(chains) if f"chain {DOCKER_USER} {{" in body)
+
+
+def exceptions(table: str, chain: str) -> str:
+    """Return commands that add the rules that Docker's chain for exceptions lacks for Skep's bridges.
+
+    They come after the administrator's rules, which may close published ports, and before a last ``return``, with which
+    older engines end the chain.
+
+    Args:
+        chain: The output of ``nft list chain``.  It may count packets, as iptables does.
+    """
+    present = [_COUNTER.sub("", line.strip()) for line in chain.splitlines() if line.startswith("\t\t")]
+    add = f"add rule {table} {DOCKER_USER}"
+    if present and present[-1] == "return":
+        add = f"insert rule {table} {DOCKER_USER} index {len(present) - 1}"
+    rules = (f'{way} "{bridge}" accept' for bridge in (BRIDGE, GATEWAY) for way in ("iifname", "oifname"))
+    return "".join(f"{add} {rule}\n" for rule in rules if rule not in present)
 
 
 def forwarding_tables(chains: str) -> tuple[str, ...]:

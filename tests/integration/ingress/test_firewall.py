@@ -195,6 +195,40 @@ async def test_a_firewall_that_forbids_forwarding_is_named_until_it_makes_an_exc
         await eventually(lambda: not node.mesh.warnings(), "nothing is in the way")
 
 
+@pytest.mark.parametrize("last", ["", "iptables-nft -A DOCKER-USER -j RETURN &&"])
+async def test_a_docker_engine_that_forbids_forwarding_gets_exceptions_in_its_chain_for_them(
+    lab: MeshLab, last: str
+) -> None:
+    """It sets the policy when it enables forwarding.  Its program iptables has to be able to read the exceptions.
+
+    Older engines end the chain with a return.
+    """
+    node = await published(lab)
+    await lab.shell(
+        "n1",
+        f"iptables-nft -N DOCKER-USER && {last} iptables-nft -I DOCKER-USER -s 203.0.113.0/24 -j DROP && "
+        "iptables-nft -A FORWARD -j DOCKER-USER && iptables-nft -P FORWARD DROP",
+    )
+    with pytest.raises(TimeoutError):
+        await lab.ask(node.address, 8080, timeout_s=1)
+    async with running(node):
+        assert await lab.ask(node.address, 8080, timeout_s=10) == f"t1 {CLIENT}"
+    assert node.mesh.warnings() == ()
+    await lab.shell("n1", 'saved=$(iptables-nft-save) && echo "$saved" | iptables-nft-restore')
+    async with running(node):
+        assert await lab.ask(node.address, 8080, timeout_s=10) == f"t1 {CLIENT}"
+    listing = await node.nft("list chain ip filter DOCKER-USER")
+    rules = [
+        re.sub(r"counter packets \d+ bytes \d+ ", "", line.strip()) for line in listing.splitlines()[2:-2]
+    ]
+    accepted = [
+        f'{way} "{bridge}" accept' for bridge in ("skep-ingress", "skep-gw") for way in ("iifname", "oifname")
+    ]
+    first, *added = rules
+    assert (first, sorted(added[:4])) == ("ip saddr 203.0.113.0/24 drop", sorted(accepted))
+    assert added[4:] == (["return"] if last else [])
+
+
 async def test_a_firewall_on_iptables_is_left_byte_for_byte(lab: MeshLab) -> None:
     node = lab.nodes[0]
     await lab.shell(

@@ -151,7 +151,7 @@ def _known_registration(view: View, name: str, identity: Identity) -> KnownObjec
 def _restored(request: web.Request, view: View, known: KnownObject) -> tuple[ServiceSpec, ...]:
     """Return the previous spec of the service if the request returns to it.  It counts instead of the request's body.
 
-    An administrator may have written it, with objects that the user may not give to a service.
+    An administrator may have written it, with objects that the user may not use.
     """
     is_abort = _path(request).endswith("/update/abort")
     if not is_abort and request.query.get("rollback") != "previous":
