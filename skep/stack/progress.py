@@ -238,7 +238,7 @@ def progress_of(
             started_at=max((task.status.timestamp for task in wanted), default=""),
             is_resting=bool(end),
         )
-    of_spec = [task for task in tasks if task.id in current]
+    of_spec = _of_spec(tasks, current)
     cause = _cause(of_spec) if updated < count else ""
     problem = _problem(of_spec)
     text = _running_text(updated, count, len(done - running))
@@ -303,7 +303,7 @@ def _steady_s(service: Service, tasks: Sequence[Task], current: Collection[str])
         return 0.0
     update, config = service.update_status, service.spec.update_config
     is_monitored = update is not None and update.state in ENDED
-    if is_monitored and not any(task.id in current and task.status.state in _FAILED for task in tasks):
+    if is_monitored and not failed_by_slot(tasks, current):
         return 0.0
     return config.monitor / SECOND_NS if config is not None and config.monitor else STEADY_S
 
@@ -339,6 +339,23 @@ def _youngest(tasks: Iterable[Task]) -> dict[Hashable, Task]:
     """Return the youngest task of each slot that is not being removed."""
     kept = (task for task in tasks if task.desired_state < TaskState.REMOVE)
     return {_slot(task): task for task in sorted(kept, key=lambda task: task.created_at.rstrip("Z"))}
+
+
+def _of_spec(tasks: Iterable[Task], current: Collection[str]) -> list[Task]:
+    """Return the tasks with the present spec, without failures that the service has left behind.
+
+    A younger task of the slot has another spec, or ended without a failure.  The failure says nothing about the present
+    attempt, even if a rollback has restored the spec of that time.
+    """
+    slots: dict[Hashable, list[Task]] = {}
+    for task in sorted(tasks, key=lambda task: task.created_at.rstrip("Z")):
+        kept = slots.setdefault(_slot(task), [])
+        is_current, state = task.id in current, task.status.state
+        if not is_current or (state.is_terminal and state not in _FAILED):
+            kept[:] = (one for one in kept if one.status.state not in _FAILED)
+        if is_current:
+            kept.append(task)
+    return [task for kept in slots.values() for task in kept]
 
 
 def _running_text(updated: int, count: int, done: int) -> str:
@@ -445,7 +462,7 @@ def _problem(tasks: Sequence[Task]) -> ServiceProblem:
 
 def failed_by_slot(tasks: Iterable[Task], current: Collection[str]) -> dict[str, Hashable]:
     """Return the slots of failed tasks with the present spec, by task id."""
-    return {task.id: _slot(task) for task in tasks if task.id in current and task.status.state in _FAILED}
+    return {task.id: _slot(task) for task in _of_spec(tasks, current) if task.status.state in _FAILED}
 
 
 def running_by_slot(tasks: Iterable[Task], current: Collection[str]) -> dict[str, Hashable]:

@@ -180,11 +180,15 @@ class Reasons:
         return is_new
 
     def _seen(self, name: str, look: Look, now: float) -> int:
-        """Count the worst slot's failures since the wait began, or since one of its tasks ran for ``STEADY_S``."""
+        """Count the worst slot's failures since the wait began, or since one of its tasks ran for ``STEADY_S``.
+
+        A task that runs at the first look has left the failures before it behind.
+        """
+        is_first = name not in self._failed
         failed = self._failed.setdefault(name, {})
         failed |= {id: slot for id, slot in look.failed.items() if id not in failed}
         for task, running in look.running.items():
-            if self._times.held_s((name, task), now, holds=True) >= STEADY_S:
+            if self._times.held_s((name, task), now, holds=True) >= STEADY_S or is_first:
                 failed |= {id: None for id, slot in failed.items() if slot == running}
         return max(Counter(slot for slot in failed.values() if slot is not None).values(), default=0)
 

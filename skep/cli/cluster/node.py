@@ -4,7 +4,7 @@ import asyncio
 import getpass
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -221,6 +221,7 @@ async def drain_and_wait(client: Requests, name: str, within_s: float, *, now: b
     await _set_draining(client, name, now=now)
     services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
     names = {one["ID"]: str(one["Spec"]["Name"]) for one in services}
+    jobs = {one["ID"] for one in services if "ReplicatedJob" in (one["Spec"].get("Mode") or {})}
     shown, first = "", name
     held = HeldTimes()
     try:
@@ -231,7 +232,7 @@ async def drain_and_wait(client: Requests, name: str, within_s: float, *, now: b
                 _require_drain(node, name, len(left))
                 if not left:
                     return
-                tasks = {_task_name(task, names): task for task in left}
+                tasks = {_task_name(task, names, jobs): task for task in left}
                 some = sorted(tasks)
                 first = some[0]
                 text = f"{counted(len(left), 'task')} left: {named(some)}"
@@ -332,10 +333,14 @@ async def _tasks_of(client: Requests, name: str) -> Sequence[Mapping[str, Any]]:
     return [task for task in tasks if task["Status"]["State"] not in _ENDED]
 
 
-def _task_name(task: Mapping[str, Any], services: Mapping[str, str]) -> str:
-    """Return a task's name: ``web.3``, ``web`` for a global service, or the task's id if its service was removed."""
-    name, slot = services.get(task.get("ServiceID", "")), task.get("Slot")
-    return f"{name}.{slot}" if name and slot else name or str(task["ID"])
+def _task_name(task: Mapping[str, Any], services: Mapping[str, str], jobs: Collection[str]) -> str:
+    """Return a task's name: ``web.3``, ``web`` for a global service, or the task's id if its service was removed.
+
+    ``jobs``: ids of the replicated jobs.  Their slots begin at 0, which the API omits.
+    """
+    id = task.get("ServiceID", "")
+    name, slot = services.get(id), task.get("Slot", 0 if id in jobs else None)
+    return f"{name}.{slot}" if name and slot is not None else name or str(task["ID"])
 
 
 @node.command()

@@ -27,8 +27,9 @@ from skep.model.node import Availability, Node
 from skep.model.node_reports.departures import STAYS
 from skep.model.node_reports.node_refusals import NO_NODE
 from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
-from skep.model.service import JobStatus, ReplicatedJob, ServiceMode
+from skep.model.service import GlobalJob, JobStatus, ReplicatedJob, ServiceMode
 from skep.model.task import TaskState
+from skep.model.values.meta import Version
 from skep.stack.progress import UNPLACED_S
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.store.store_transactions import put
@@ -315,6 +316,29 @@ async def test_a_drain_waits_for_tasks_whose_service_was_removed(cluster: tuple[
     for one in (a_node("w1"), a_task("t1", node="w1", service=a_service("gone"), slot=1)):
         await manager.store.update(put, one)
     with pytest.raises(Unavailable, match=r"not drained within 0\.2 s: 1 task left: t1"):
+        await _drain(host, "w1", 0.2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        (ServiceMode(replicated_job=ReplicatedJob()), "batch.0"),
+        (ServiceMode(global_job=GlobalJob()), "batch"),
+    ],
+)
+async def test_a_drain_names_tasks_of_jobs_by_their_slots(
+    cluster: tuple[ManagerApi, Any], mode: ServiceMode, name: str
+) -> None:
+    """A job's slots begin at 0, which the API omits."""
+    manager, host = cluster
+    spec = replace(a_service("batch").spec, mode=mode)
+    job = replace(a_service("batch", spec=spec), job_status=JobStatus())
+    slot = 1 if mode.replicated_job is not None else 0
+    task = a_task("t1", node="w1", service=job, slot=slot, desired=TaskState.COMPLETE)
+    task = replace(task, job_iteration=Version())
+    for one in (a_node("w1"), job, task):
+        await manager.store.update(put, one)
+    with pytest.raises(Unavailable, match=rf"not drained within 0\.2 s: 1 task left: {name}\. Run"):
         await _drain(host, "w1", 0.2)
 
 

@@ -129,7 +129,7 @@ def test_failures_in_a_row_are_those_of_one_slot_since_it_last_ran() -> None:
     ]
     problem = progress_of(SERVICE, tasks).problem
     assert (problem.kind, problem.failures, problem.task_id) == ("rejected", 2, rejected.id)
-    assert progress_of(SERVICE, tasks, current={tasks[0].id}).problem.failures == 1
+    assert progress_of(SERVICE, tasks, current={rejected.id}).problem.failures == 1
     assert progress_of(SERVICE, [*tasks, failed(20, 2, TaskState.RUNNING)]).problem.kind == "exit"
     start = a_task(
         TaskState.FAILED, TaskState.SHUTDOWN, err='starting container failed: exec: "x": not found'
@@ -475,6 +475,18 @@ def test_the_leader_has_monitored_a_completed_update(
     service = replace(SERVICE, spec=spec, update_status=status)
     found = progress_of(service, [RUNS, NEW_SUFFIX, *[FAILED][:has_failed]])
     assert (found.is_done, found.steady_s) == (True, steady_s)
+
+
+def test_failures_before_a_completed_update_are_not_verified_after_it() -> None:
+    """The rollback restores the spec with which a task of the slot had failed."""
+    service = replace(SERVICE, update_status=UpdateStatus(state=UpdateState.COMPLETED))
+    failed, other, runs = (
+        replace(one, slot=1, created_at=f"2026-11-30T17:26:0{number}Z")
+        for number, one in enumerate((FAILED, a_task(TaskState.SHUTDOWN, TaskState.SHUTDOWN), RUNS))
+    )
+    present = replace(NEW_SUFFIX, slot=2)
+    found = progress_of(service, [failed, other, runs, present], {failed.id, runs.id, present.id})
+    assert (found.is_done, found.steady_s) == (True, 0.0)
 
 
 def test_a_service_of_no_tasks_needs_no_verification() -> None:

@@ -10,7 +10,10 @@ from msgspec.structs import replace
 from sim.world.time import VirtualLoop
 from skep.api.client.client import ApiClient
 from skep.errors import NotFound, Unavailable
-from skep.stack.progress import STEADY_S, UNPLACED_S, ServiceProblem, ServiceProgress
+from skep.model.service import Service
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.values.ids import ServiceId, TaskId
+from skep.stack.progress import STEADY_S, UNPLACED_S, ServiceProblem, ServiceProgress, progress_of
 from skep.stack.waiting import HeldTimes, Look, Reasons, Steadiness, unfinished, wait_done, wait_for
 from tests.support.harness.clocks import on_virtual_time
 
@@ -309,6 +312,42 @@ def test_failures_before_a_task_ran_for_a_while_are_not_in_a_row_with_those_afte
 
     assert in_virtual_time(ends(STEADY_S)) == [False, False, False, False, False, True]
     assert in_virtual_time(ends(STEADY_S - 1)) == [False, False, False, True, True, True]
+
+
+FAILED, RUNNING, SHUTDOWN = TaskState.FAILED, TaskState.RUNNING, TaskState.SHUTDOWN
+STARTING = TaskState.STARTING
+
+
+@pytest.mark.parametrize(
+    ("rows", "present", "failures", "cause"),
+    [
+        pytest.param([(FAILED, SHUTDOWN, STARTING)], [(0, 1, 2)], 0, "", id="stopped by an update"),
+        pytest.param([(FAILED, RUNNING, STARTING)], [(0, 2)], 0, "", id="replaced by another spec"),
+        pytest.param([(FAILED, RUNNING), (STARTING,)], [(0, 1), (0,)], 0, "exit 4", id="runs again"),
+        pytest.param([(FAILED, FAILED, STARTING)], [(0, 1, 2)], 2, "exit 4", id="fails at present"),
+    ],
+)
+async def test_failures_of_the_present_spec_before_the_wait_are_not_counted(
+    rows: list[tuple[TaskState, ...]], present: list[tuple[int, ...]], failures: int, cause: str
+) -> None:
+    """For example, tasks had failed before an update that is now rolled back.  ``rows``: states of a slot's tasks."""
+    tasks = {
+        (slot, number): Task(
+            id=TaskId(f"{slot}-{number}"),
+            slot=slot + 1,
+            created_at=f"2026-11-30T17:26:0{number}Z",
+            status=TaskStatus(state=state, err="exit 4" if state is FAILED else ""),
+            desired_state=RUNNING if number == len(states) - 1 else SHUTDOWN,
+        )
+        for slot, states in enumerate(rows)
+        for number, state in enumerate(states)
+    }
+    current = frozenset(tasks[slot, number].id for slot, row in enumerate(present) for number in row)
+    service = Service(id=ServiceId("s"))
+    progress = progress_of(service, list(tasks.values()), current)
+    look = Look.of("s", progress, list(tasks.values()), current)
+    explained = (await Reasons(Explaining({}), 5).explain({"web": look}))["web"]
+    assert (explained.problem.failures, explained.cause) == (failures, cause)
 
 
 def test_a_service_that_is_given_up_at_two_looks_is_not_waited_for() -> None:

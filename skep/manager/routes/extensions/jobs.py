@@ -13,6 +13,7 @@ from skep.api.errors import Untranslated
 from skep.api.http.server import Routes, json_list_response, json_response
 from skep.errors import InvalidArgument, SkepError
 from skep.manager.control import jobs as control
+from skep.manager.diagnosis.reasons import CauseKind, failure_of
 from skep.manager.diagnosis.service_health import status_with_health
 from skep.manager.logbroker.selection import KEPT, KEPT_HEAD
 from skep.manager.routes.access import ManagerApi, current_view, manager_of
@@ -173,6 +174,7 @@ async def _collect(request: web.Request, lines: dict[TaskId, deque[str]], tail: 
 
 def _run(task: Task, lines: tuple[str, ...]) -> TaskRun:
     status = task.status
+    kind, words = failure_of(task)
     container = status.container_status
     has_code = container is not None and container.container_id and status.state is not TaskState.REJECTED
     return TaskRun(
@@ -184,7 +186,7 @@ def _run(task: Task, lines: tuple[str, ...]) -> TaskRun:
         ended_at=status.timestamp,
         state=status.state,
         exit_code=container.exit_code if has_code and container is not None else None,
-        err=status.err,
+        err=words if kind is CauseKind.UNHEALTHY else status.err,
         end=replace(status.end, lines=()) if status.end is not None else None,
         lines=lines,
     )

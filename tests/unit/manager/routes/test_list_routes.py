@@ -24,7 +24,7 @@ from skep.model.service import (
 )
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
-from skep.model.task_end import KeptLine, TaskEnd
+from skep.model.task_end import EndCause, KeptLine, TaskEnd
 from skep.model.values.times import Timestamp
 from skep.store.transactions.updates import NO_LEADER
 from tests.conformance.manager import a_manager_api
@@ -409,3 +409,22 @@ async def test_files_are_found_by_the_beginning_of_their_name_in_any_case(cluste
     if kind == "secrets":
         assert await ids(client, "/secrets", names="WEB") == [made["web"]]
         assert await ids(client, "/secrets", names="WE") == []
+
+
+async def test_a_run_that_was_unhealthy_names_its_health_check(cluster):
+    api, client = cluster
+    sick = await a_stored_service(api, a_service_spec("sick"))
+    end = TaskEnd(
+        cause=EndCause.UNHEALTHY.value, health_command="exit 1", health_failures=2, health_exit_code=1
+    )
+    status = TaskStatus(state=TaskState.FAILED, err="dockerexec: unhealthy container", end=end)
+    crashed = TaskStatus(state=TaskState.FAILED, err="task: non-zero exit (7)")
+    await put(
+        api,
+        replace(a_task("t1", node="n1", service=sick, slot=1), status=status),
+        replace(a_task("t2", node="n1", service=sick, slot=1), status=crashed),
+    )
+    response = await client.get("/skep/services/sick/runs", params={"tail": "0"})
+    unhealthy = 'unhealthy: its health check "exit 1" failed 2 times in a row, last: exit 1, no output'
+    errors = [one["Err"] for one in (await response.json())["Runs"]]
+    assert errors == [unhealthy, "task: non-zero exit (7)"]
