@@ -19,15 +19,17 @@ from skep.manager.ca.external import ALL_S, CallLimits, ExternalAuthorities
 from skep.manager.ca.signing import CertificateSigner
 from skep.manager.control.swarm import Rotations, roots_of, update_swarm
 from skep.manager.nodes.revocation import is_revoked, revoke
-from skep.model.node import NodeRole
+from skep.model.node import Node, NodeRole
 from skep.model.swarm import CAConfig, ExternalCA
 from skep.model.values.ids import NodeId, new_id
 from skep.security.authority import Authority
 from skep.security.external import check_external_authorities
 from skep.security.identity import NodeIdentity
 from skep.security.keys import new_private_key, signing_request
+from skep.security.trust import tls_info
 from skep.store.interface import Store
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload, Revocation
+from skep.store.memory import MemoryStore
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
 from tests.support.managers.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, pair_of
@@ -71,10 +73,11 @@ async def update(cluster: Cluster, config: CAConfig) -> None:
     )
 
 
-def named(*authorities: ExternalAuthority, **more: Any) -> CAConfig:
-    """A config with these authorities."""
+def named(*authorities: ExternalAuthority, root: Authority | None = None, **more: Any) -> CAConfig:
+    """A config with these authorities, which sign with their own root or with ``root``."""
     cas = tuple(
-        ExternalCA(protocol="CFSSL", url=one.url, ca_cert=one.root.root_pem.decode()) for one in authorities
+        ExternalCA(protocol="CFSSL", url=one.url, ca_cert=(root or one.root).root_pem.decode())
+        for one in authorities
     )
     return CAConfig(external_cas=cas, **more)
 
@@ -352,6 +355,56 @@ async def test_the_leader_alone_calls_the_authority(cluster):
         request = skep.SignExternallyRequest(csr=b"", node_id=identity.node_id)
         with pytest.raises(Unavailable, match="no longer the leader"):
             await following.sign_for_manager(request, a_caller(cluster))
+
+
+async def test_a_certificate_of_the_leaders_former_root_is_not_recorded_as_one_of_the_next_root(cluster):
+    """The leader has not seen yet that the root has changed, and the requesting manager has."""
+
+    class Link:
+        """To the leader, without a network between."""
+
+        async def call(self, _method: object, request: Any, *, timeout_s: float) -> Any:
+            return await leading.sign_for_manager(request, a_caller(cluster))
+
+    def signer(own: NodeId, store: Store) -> CertificateSigner:
+        authorities = ExternalAuthorities(lambda: cluster.tls.pair, CLOCK, Random(1))
+        return CertificateSigner(store, own, authorities, lambda _: Link(), CLOCK)  # type: ignore[arg-type,return-value]
+
+    newer = MemoryStore(CLOCK)
+    leading, following = signer(MANAGER_ID, cluster.store), signer(NodeId("other"), newer)
+    identity = NodeIdentity(node_id=NodeId("n1"), cluster_id=cluster.id, role=NodeRole.WORKER)
+    async with ExternalAuthority(cluster.authority).serving() as authority, leader(newer):
+        await update(cluster, named(authority))
+        spec = replace(cluster.swarm.spec, ca_config=named(authority, root=OWN))
+        swarm = replace(cluster.swarm, spec=spec, tls_info=tls_info(OWN.root_pem))
+        await newer.update(lambda tx: tx.put(swarm))
+        with pytest.raises(Unavailable, match="not signed by the cluster's root"):
+            await following.sign(signing_request(new_private_key()), identity)
+        assert len(authority.requests) == 1
+
+
+async def test_a_token_that_is_replaced_while_an_authority_signs_admits_no_node(cluster):
+    async with ExternalAuthority(cluster.authority).serving() as authority:
+        await update(cluster, named(authority))
+
+        async def respond(request: web.Request) -> web.StreamResponse:
+            swarm = cluster.swarm
+            await cluster.store.update(
+                update_swarm,
+                swarm.spec,
+                swarm.version.index,
+                Rotations(worker_token=True),
+                new_id=new_id,
+                now=datetime.now(UTC),
+            )
+            signed = authority.signed(await request.json()).decode()
+            return web.json_response({"success": True, "result": {"certificate": signed}})
+
+        authority.respond = respond
+        before = cluster.view.find(Node)
+        with pytest.raises(InvalidArgument, match="A valid join token is necessary"):
+            await join_worker(cluster)
+        assert cluster.view.find(Node) == before
 
 
 async def test_a_demoted_managers_certificate_is_revoked_whatever_its_date(cluster):

@@ -274,18 +274,19 @@ class OciController:
         await self._note_volumes()
 
     async def _create(self) -> None:
-        task, executor = self._task, self._executor
-        spec = adapter.container_spec(task)
+        executor, spec = self._executor, adapter.container_spec(self._task)
         image = EMPTY
         if not is_process(spec):
             image = await executor.image_puller.image(
-                spec.image, self._registry_auth, uses_helper=task.trust.logins
+                spec.image, self._registry_auth, uses_helper=self._task.trust.logins
             )
-        secrets = executor.payloads.mounts(task.task.id, spec.secrets, spec.configs)
-        if is_door(task.service_labels):
-            secrets += (executor.payloads.door_mount(task.task.id),)
+        key = self._task.task.id
+        secrets = executor.payloads.mounts(key, spec.secrets, spec.configs)
+        if is_door(self._task.service_labels):
+            secrets += (executor.payloads.door_mount(key),)
         try:
             async with self._cluster_volumes() as volumes:
+                task = self._task  # rights may have changed while the image and the volumes were awaited
                 await self._engine.create(
                     adapter.create_request(task, executor.node, volumes),
                     name=task.name,

@@ -1,8 +1,8 @@
 """Tasks as plain commands of the node, without image, runc, or a network namespace.
 
 A small shell waits for the command and writes its exit code to a file, so that a task outlives the node process and is
-found again, like a container.  Each task has a directory: ``pid`` and ``exit`` (written by that shell), ``started``
-(written by Skep), ``output``.
+found again, like a container.  Each task has a directory: ``exit`` (written by that shell), ``started`` (written by
+Skep), ``output``.
 """
 
 import asyncio
@@ -37,11 +37,13 @@ cd "$1" || exit 126
 directory=$2
 shift 2
 cat /proc/$$/stat
+exec 3<&0 </dev/null
 setsid /bin/sh -c '
   cat /proc/$$/stat
-  exec "$@" >"$0/output" 2>&1
-' "$directory" "$@" </dev/null &
-exec >/dev/null
+  read -r line <&3 || exit 125
+  exec "$@" >"$0/output" 2>&1 3<&-
+' "$directory" "$@" &
+exec >/dev/null 3<&-
 wait $!
 echo $? >"$directory/.exit"
 mv "$directory/.exit" "$directory/exit"
@@ -49,7 +51,9 @@ mv "$directory/.exit" "$directory/exit"
 """Shell script that runs the command.
 
 Its arguments are the working directory, the task directory and the command.  ``setsid`` starts the command in a
-separate process group.
+separate process group.  The command waits for a line on the standard input, which Skep sends once ``started`` is
+written.  Without it, for example after a crash of Skep, the command does not run, because no later process would know
+it.
 """
 
 
@@ -200,25 +204,33 @@ class ProcessController:
         return spec
 
     async def _launch(self, spec: ContainerSpec) -> None:
+        (self._path / "exit").unlink(missing_ok=True)  # of an earlier start that failed
         process = await asyncio.create_subprocess_exec(
             *("/bin/sh", "-c", _WRAPPER, "sh", spec.dir or "/", str(self._path), *spec.command, *spec.args),
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             start_new_session=True,
             env={**os.environ, **dict(entry.partition("=")[::2] for entry in spec.env)},
         )
+        assert process.stdin is not None
         assert process.stdout is not None
         try:
             async with asyncio.timeout(_START_DEADLINE_S):
                 waiting = await process.stdout.readline()
                 command = await process.stdout.readline()
+            if not command:
+                raise SkepError(f"starting process failed: cannot run in {spec.dir or '/'}")
+            started = _Started(named(command), named(waiting))
+            replace_file(self._path / "started", msgspec.json.encode(started), is_durable=False)
+            process.stdin.write(b"\n")
         except TimeoutError as error:
             raise Unavailable(f"the command did not start in {_START_DEADLINE_S:g} s") from error
-        if not command:
-            raise SkepError(f"starting process failed: cannot run in {spec.dir or '/'}")
-        started = _Started(named(command), named(waiting))
-        replace_file(self._path / "started", msgspec.json.encode(started), is_durable=False)
+        finally:
+            process.stdin.close()
+            if _started(self._path) is None:  # without a line, both shells end at once
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(process.wait(), _START_DEADLINE_S)
 
 
 def _started(path: Path) -> _Started | None:

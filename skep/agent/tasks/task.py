@@ -213,7 +213,8 @@ class TaskDriver:
     def assign(self, task: AssignedTask) -> bool:
         """Apply a newer assignment.
 
-        Returns whether the controller must be updated, because limits or the number of kept log lines changed.
+        Returns whether the controller must be updated, because limits, the number of kept log lines, or the rights
+        changed with which the node restarts the task without a manager.
         """
         before, self.task = self.task, task
         is_drained_otherwise = task.task.desired_state >= TaskState.SHUTDOWN and drain_s(
@@ -221,6 +222,8 @@ class TaskDriver:
         ) != drain_s(task.service_labels)
         if before.task.desired_state is not task.task.desired_state or is_drained_otherwise:
             self._desired_changed.set()
+        if before.trust != task.trust:
+            return True
         if last_lines(before.service_labels) != last_lines(task.service_labels):
             return True
         return before.task.spec.resources != task.task.spec.resources

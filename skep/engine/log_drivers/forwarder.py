@@ -134,9 +134,14 @@ class Forwarder:
         self._ended.set()
 
     def hold(self) -> None:
-        """Keep the files open and write none, because the container is about to be removed."""
-        self._spool.hold()
-        self._is_held = True
+        """Keep the files open and write none, because the container is about to be removed.  Idempotent."""
+        if not self._is_held:  # A second call would close the opened files of a removed container.
+            self._spool.hold()
+            self._is_held = True
+
+    def release(self) -> None:
+        """Save the position again, because the container was started before its removal."""
+        self._is_held = False
 
     @property
     def lost(self) -> int:
@@ -151,7 +156,7 @@ class Forwarder:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._read())
                 looking = group.create_task(self._look())
-                while (chunk := await self._buffer.first()) is not None:
+                while (chunk := await self._next()) is not None:
                     await self._deliver(chunk.messages)
                     self._buffer.pop()
                     last = chunk.position or last
@@ -170,6 +175,17 @@ class Forwarder:
             self._spool.close()
             # A second cancellation would cut off the messages that the sink still holds.
             await asyncio.shield(self._sink.close())
+
+    async def _next(self) -> _Chunk | None:
+        """Return the oldest chunk, or None after the last one."""
+        chunk = await self._buffer.first()
+        if chunk is None and self._is_held:
+            # A later run of the removed container: no other forwarder can read its files.
+            messages = await self._retry(self._spool.read) or self._spool.finish()
+            if messages:
+                await self._buffer.put(messages, None)
+                chunk = await self._buffer.first()
+        return chunk
 
     async def _read(self) -> None:
         while True:

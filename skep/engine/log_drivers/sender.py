@@ -63,6 +63,8 @@ class Sender:
         self._later: dict[str, Forward] = {}
         """Orders for containers that were started again while the output of their last run is still being sent."""
         self._held: set[asyncio.Task[None]] = set()
+        self._deadlines: dict[asyncio.Task[None], asyncio.TimerHandle] = {}
+        """When the tasks of removed containers are cancelled."""
         self._peers: frozenset[str] = frozenset()
         self._is_ending = False
         self._clock = SystemClock()
@@ -71,7 +73,8 @@ class Sender:
         """Execute an order."""
         match order:
             case Forward():
-                if order.id in self._forwarders:
+                if (forwarder := self._forwarders.get(order.id)) is not None:
+                    forwarder.release()
                     self._later[order.id] = order
                 else:
                     self._start(order)
@@ -131,7 +134,9 @@ class Sender:
     def _hold(self, id: str, forwarder: Forwarder) -> None:
         task = self._tasks[id]
         self._held.add(task)
-        asyncio.get_running_loop().call_later(self._held_s, task.cancel)
+        if (earlier := self._deadlines.get(task)) is not None:  # of a removal that lost against a start
+            earlier.cancel()
+        self._deadlines[task] = asyncio.get_running_loop().call_later(self._held_s, task.cancel)
         try:
             forwarder.hold()
         except Exception as error:  # the same
@@ -144,6 +149,7 @@ class Sender:
 
     def _forget(self, id: str, task: asyncio.Task[None]) -> None:
         self._held.discard(task)
+        self._deadlines.pop(task, None)
         if self._tasks.get(id) is task:
             del self._tasks[id], self._forwarders[id]
             later = self._later.pop(id, None)

@@ -38,6 +38,8 @@ SERIALS_MAX = 256
 All of them are recorded, because a certificate that is not recorded could not be revoked at etcd's port.
 """
 
+_NO_TOKEN = "A valid join token is necessary to join this cluster"
+
 
 def renewing_identity(view: View, swarm: Swarm, caller: NodeIdentity) -> NodeIdentity:
     """Return the identity for a node's next certificate: its own, with its current role.
@@ -66,7 +68,7 @@ def joining_identity(swarm: Swarm, token: str, new_id: str, *, is_engine: bool) 
     """
     match role_of(token, swarm.join_tokens):
         case None:
-            raise InvalidArgument("A valid join token is necessary to join this cluster")
+            raise InvalidArgument(_NO_TOKEN)
         case NodeRole.MANAGER if is_engine:
             raise FailedPrecondition(
                 "this cluster takes Docker engines as workers only: join with the worker token instead"
@@ -104,6 +106,8 @@ class Issued(msgspec.Struct, frozen=True, kw_only=True):
     """Data plane of a joining node."""
     shown: str = ""
     """Serial number of the certificate that authenticated the request."""
+    token: str = ""
+    """The join token that authenticated the request."""
 
     @property
     def certificate(self) -> x509.Certificate:
@@ -147,6 +151,7 @@ def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: 
 
     Raises:
         PermissionDenied: The node was removed, or its certificate revoked, in the meantime.
+        InvalidArgument: The join token was replaced in the meantime.
         Unavailable: The root was rotated, or the node's role was changed, in the meantime.
         ResourceExhausted: The node has too many certificates as a manager.
     """
@@ -154,6 +159,8 @@ def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: 
     swarm = tx.rely_on(Swarm, identity.cluster_id, "ca")
     if swarm is None or issuer_digest(swarm.tls_info) != issued.issuer:
         raise Unavailable("the cluster's root has just changed: try again")
+    if issued.token and role_of(issued.token, swarm.join_tokens) is not identity.role:
+        raise InvalidArgument(_NO_TOKEN)
     if is_foreign(tx.rely_on(Revocation, identity.node_id), issued.shown):
         raise PermissionDenied(
             f"Permission denied: this certificate in the name of node {identity.node_id} does not belong to it"

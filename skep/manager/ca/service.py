@@ -91,8 +91,16 @@ class CertificateService:
         availability = availability_from_pb(request.availability)
         plane = DOCKER if is_engine else SKEP
         shown = caller.identity.serial if caller.identity is not None and is_renewal else ""
+        token = "" if is_renewal else request.token
         await self._sign(
-            identity, request.csr, caller, plane, availability, is_renewal=is_renewal, shown=shown
+            identity,
+            request.csr,
+            caller,
+            plane,
+            availability,
+            is_renewal=is_renewal,
+            shown=shown,
+            token=token,
         )
         return pb.IssueNodeCertificateResponse(node_id=identity.node_id, node_membership=pb.NodeSpec.ACCEPTED)
 
@@ -126,8 +134,12 @@ class CertificateService:
         *,
         is_renewal: bool,
         shown: str,
+        token: str = "",
     ) -> Issued:
-        """Sign the request, record it, and keep the certificate until it is fetched.  ``shown``: see ``Issued``."""
+        """Sign the request, record it, and keep the certificate until it is fetched.
+
+        Args: shown, token: See ``Issued``.
+        """
         signed = await self._signer.sign(csr_pem, identity)
         issued = Issued(
             identity=identity,
@@ -137,6 +149,7 @@ class CertificateService:
             issuer=signed.issuer,
             plane=plane,
             shown=shown,
+            token=token,
         )
         await self._store.update(record_issue, issued, self._now(), is_renewal=is_renewal)
         self._keep(issued)

@@ -18,6 +18,7 @@ from skep.manager.ca.authority import authority_of
 from skep.manager.ca.external import ALL_S, ExternalAuthorities
 from skep.manager.cluster import cluster_of
 from skep.manager.nodes.revocation import issue_not_before_s
+from skep.model.swarm import Swarm
 from skep.model.values.ids import NodeId
 from skep.model.values.times import moment
 from skep.security.authority import pem, requested_key
@@ -98,6 +99,15 @@ class CertificateSigner:
             csr=csr_pem, node_id=identity.node_id, role=role_to_pb(identity.role)
         )
         reply = await self._channel(leader).call(methods.SIGN_EXTERNALLY, request, timeout_s=RELAY_S)
+        # During a change of the root, the leader's state may be older than this manager's.
+        checked_node_certificate(
+            x509.load_pem_x509_certificate(reply.certificate),
+            key,
+            identity,
+            _issuer(swarm),
+            self._now(),
+            not_before_s=_not_before_s(view, identity),
+        )
         return Signed(certificate_pem=reply.certificate, issuer=issuer_digest(swarm.tls_info))
 
     async def sign_for_manager(
@@ -118,7 +128,7 @@ class CertificateSigner:
         view = self._store.view()
         swarm, key = cluster_of(view), requested_key(csr_pem)
         present, rotation = swarm.tls_info.trust_root, swarm.rotation
-        issuer = x509.load_pem_x509_certificate((rotation.root if rotation else present).encode())
+        issuer = _issuer(swarm)
         certificate = await self._external.sign(
             signing_urls(swarm),
             node_request(csr_pem, identity),
@@ -132,6 +142,14 @@ class CertificateSigner:
 
     def _now(self) -> datetime:
         return moment(self._clock.now_ns())
+
+
+def _issuer(swarm: Swarm) -> x509.Certificate:
+    """Return the root with whose key certificates are signed now."""
+    rotation = swarm.rotation
+    return x509.load_pem_x509_certificate(
+        (rotation.root if rotation is not None else swarm.tls_info.trust_root).encode()
+    )
 
 
 def _not_before_s(view: View, identity: NodeIdentity) -> int:

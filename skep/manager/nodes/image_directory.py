@@ -91,7 +91,7 @@ class ImageDirectory:
         """Return the handlers for ``wire.server.serve``."""
         return (
             unary(methods.FIND_IMAGE, self.find),
-            unary(methods.CHECK_NODE, self._check),
+            unary(methods.CHECK_NODE, self.check),
             unary(methods.NEEDED_IMAGES, self._list_needed),
         )
 
@@ -107,7 +107,7 @@ class ImageDirectory:
             ]
         )
 
-    async def _check(self, request: skep.CheckNodeRequest, _caller: Caller) -> skep.CheckNodeResponse:
+    async def check(self, request: skep.CheckNodeRequest, _caller: Caller) -> skep.CheckNodeResponse:
         identity = NodeIdentity(
             node_id=NodeId(request.node_id),
             cluster_id=self._cluster_id,
@@ -115,7 +115,9 @@ class ImageDirectory:
             serial=request.serial,
         )
         if not check_caller(self._store.view(), identity, MethodAccess.NODE):
-            raise PermissionDenied(f"Permission denied: node {identity.node_id} is not part of the swarm")
+            await self._store.barrier()  # another manager may have admitted the node a moment ago
+            if not check_caller(self._store.view(), identity, MethodAccess.NODE):
+                raise PermissionDenied(f"Permission denied: node {identity.node_id} is not part of the swarm")
         names = _names(request.images, NAMES_MAX)
         if names and not await self._may_read(identity.node_id, names):
             raise PermissionDenied(f"Permission denied: node {identity.node_id} has no task of this image")

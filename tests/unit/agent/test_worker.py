@@ -19,7 +19,7 @@ from skep.model.assignment import AssignmentSet
 from skep.model.container import ContainerSpec
 from skep.model.options.labels import DRAIN, LAST_LINES, ON_DISCONNECT, ON_DISCONNECT_DELAY
 from skep.model.service import Limits, ResourceRequirements, TaskSpec
-from skep.model.task import AssignedTask, ContainerStatus, Task, TaskState, TaskStatus
+from skep.model.task import AssignedTask, ContainerStatus, Task, TaskState, TaskStatus, Trust
 from skep.model.task_end import TaskEnd
 from skep.model.values.ids import ServiceId, TaskId
 from tests.support.managers.fake_worker import a_session
@@ -480,6 +480,30 @@ async def test_labels_that_change_while_a_task_starts_are_its_controllers_too(no
             while not SlowToStart.updates:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         assert SlowToStart.updates == (more,)
+
+
+class Trusted(SimulatedController):
+    updates: tuple[Trust, ...] = ()
+
+    async def update(self, task: AssignedTask) -> None:
+        type(self).updates += (task.trust,)
+
+
+async def test_a_right_that_is_withdrawn_while_a_task_runs_is_withdrawn_from_its_controller(
+    node: Node,
+) -> None:
+    """The controller creates the next container if the node restarts the task without a manager."""
+    node.controllers["a"] = Trusted
+    async with node.working() as worker:
+        trusted = msgspec.structs.replace(assigned("a"), trust=Trust(logs=True))
+        await worker.assign(complete(trusted))
+        await node.reports.wait("a", RUNNING)
+        await worker.assign(complete(assigned("a")))
+        async with asyncio.timeout(DEADLINE_S):
+            while not Trusted.updates:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        assert Trusted.updates == (Trust(),)
+        assert node.reports.states("a").count(RUNNING) == 1
 
 
 class Drained(SimulatedController):

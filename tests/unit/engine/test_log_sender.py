@@ -225,6 +225,83 @@ async def test_a_container_that_is_started_instead_of_removed_is_sent_although_i
         await sender.end()
 
 
+class Remote:
+    """A syslog server that is away until ``serving``."""
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as reserved:
+            self.port = reserved.getsockname()[1]
+        self.received: list[str] = []
+
+    def order_for(self, current: Path) -> Forward:
+        """Send the log of a container that has ended."""
+        options = {"syslog-address": f"tcp://127.0.0.1:{self.port}"}
+        return Forward(
+            id=ID, current=str(current), driver="syslog", options=options, facts=FACTS, has_ended=True
+        )
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        async with await asyncio.start_server(self._take, "127.0.0.1", self.port):
+            yield
+
+    async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            self.received.append(line.decode().split()[-1])
+        writer.close()
+
+
+async def test_a_second_order_to_hold_keeps_the_files_that_the_first_one_opened(tmp_path: Path) -> None:
+    current = with_compressed(tmp_path / "log")
+    remote, sender = Remote(), Sender(list[Response]().append)
+    sender.take(remote.order_for(current))
+    sender.take(Hold(ID))
+    shutil.rmtree(current.parent)
+    sender.take(Hold(ID))
+    async with remote.serving():
+        await eventually(lambda: remote.received == ["1", "2", "3"])
+        await sender.end()
+
+
+async def test_a_restarted_container_that_is_removed_while_its_remote_is_away_is_sent_whole(
+    tmp_path: Path,
+) -> None:
+    current = tmp_path / "log" / "current"
+    current.parent.mkdir()
+    written(current, 1)
+    said, remote = list[Response](), Remote()
+    sender = Sender(said.append)
+    sender.take(remote.order_for(current))
+    await eventually(lambda: "log driver remote unreachable" in map(event_of, said))
+    written(current, 2)
+    sender.take(remote.order_for(current))
+    sender.take(Hold(ID))
+    shutil.rmtree(current.parent)
+    async with remote.serving():
+        await eventually(lambda: Done(ID) in said)
+        await eventually(lambda: remote.received == ["1", "2"])
+        await sender.end()
+    assert "log lines lost" not in map(event_of, said)
+
+
+async def test_a_container_that_is_started_instead_of_removed_is_not_sent_twice(tmp_path: Path) -> None:
+    current = tmp_path / "current"
+    written(current, 1, 2)
+    said, remote = list[Response](), Remote()
+    sender = Sender(said.append)
+    order = remote.order_for(current)
+    sender.take(order)
+    sender.take(Hold(ID))
+    await eventually(lambda: "log driver remote unreachable" in map(event_of, said))
+    sender.take(msgspec.structs.replace(order, has_ended=False))
+    async with remote.serving():
+        await eventually(lambda: remote.received[:2] == ["1", "2"])
+        written(current, 3)
+        await eventually(lambda: "3" in remote.received)
+        await sender.end()
+    assert remote.received == ["1", "2", "3"]
+
+
 def event_of(response: Response) -> str:
     return response.event if isinstance(response, Report) else ""
 

@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.errors import PermissionDenied
 from skep.manager.nodes.image_directory import (
     ANSWERED_S,
     GRANTED_S,
@@ -26,7 +27,7 @@ from skep.model.task import Task, TaskState
 from skep.model.values.ids import ClusterId, NodeId
 from skep.security.identity import NodeIdentity
 from skep.store.interface import Transaction
-from skep.store.memory import MemoryStore
+from skep.store.memory import MemoryCluster, MemoryStore
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
 from tests.support.builders import a_node, a_service, a_task
@@ -178,6 +179,21 @@ async def test_a_worker_reads_an_image_before_its_task_runs_and_for_an_hour_afte
     assert await asked(directory, "n2", "app:1") == [], "it never had the task"
     clock.now += 2
     assert await asked(directory, "n1", "app:1") == []
+
+
+async def test_a_node_that_another_manager_has_just_admitted_is_no_stranger() -> None:
+    cluster, clock = MemoryCluster(), SystemClock()
+    ahead, behind = MemoryStore(clock, cluster), MemoryStore(clock, cluster)
+    behind.faults.lag_s = 0.05
+    web = a_service("web", spec=a_spec("app:1"))
+    await ahead.update(
+        lambda tx: [tx.put(one) for one in (web, serving("n1"), a_task("t1", node="n1", service=web))]
+    )
+    directory = ImageDirectory(behind, ClusterId("c"), clock, Random(1))
+    caller = Caller(identity=None, address="127.0.0.1", disconnect=lambda: None)
+    await directory.check(skep.CheckNodeRequest(node_id="n1", images=["app:1"]), caller)
+    with pytest.raises(PermissionDenied, match="node n2 is not part of the swarm"):
+        await directory.check(skep.CheckNodeRequest(node_id="n2", images=["app:1"]), caller)
 
 
 async def test_many_nodes_that_ask_for_one_image_cost_one_look_at_its_tasks_a_second() -> None:
