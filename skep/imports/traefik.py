@@ -49,7 +49,7 @@ _BALANCER_OPTIONS: Final = {
     "passhostheader": "services always get the host of the request",
     "responseforwarding": "responses are never held back",
     "serverstransport": "the front door speaks plain HTTP to containers",
-    "sticky.cookie": "the cookie is skep-door, with HttpOnly and SameSite=Lax",
+    "sticky.cookie": "the name of the cookie begins with skep-door, with HttpOnly and SameSite=Lax",
     "weighted": "weights follow tasks. For a share of the requests, update with skep.update=canary",
     "mirroring": "requests are not copied",
     "failover": "requests are led to healthy tasks only",
