@@ -3,6 +3,8 @@ import { test } from "node:test";
 
 import { Cluster } from "../../../skep/dashboard/static/cluster.js";
 import { followLog } from "../../../skep/dashboard/static/log_frames.js";
+import { Journal } from "../../../skep/dashboard/static/journal.js";
+import { Resources } from "../../../skep/dashboard/static/resources.js";
 import { portText, portsText } from "../../../skep/dashboard/static/ports.js";
 import { Diagnostics, JsonLines, diagnosed, failing } from "../../../skep/dashboard/static/reach.js";
 import { families, uptake } from "../../../skep/dashboard/static/versions.js";
@@ -104,4 +106,31 @@ test("a log that is refused, or that nobody looks at, is not requested again", a
   const closed = new AbortController();
   await followLog(async () => { closed.abort(); throw new TypeError("aborted"); }, "services/x", closed.signal, options);
   assert.equal(said.at(-1), "No output yet. Following…");
+});
+
+test("what could not be read while the connection was lost is read again, although the cluster stays the same", async () => {
+  let isLost = true;
+  const ask = async () => {
+    if (isLost) throw new Error("no connection");
+    return { Entries: [], OldestState: null };
+  };
+  const journal = new Journal(ask, () => {});
+  await journal.refresh(7, 10_000);
+  assert.equal(journal.error, "no connection");
+  let time = 10_000;
+  const resources = new Resources(() => {}, ask, () => time);
+  const settled = () => new Promise((resolve) => setImmediate(resolve));
+  resources.use("x", 7);
+  await settled();
+  assert.equal(resources.use("x", 7).error, "no connection");
+  isLost = false;
+  await journal.refresh(7, 12_000);
+  assert.deepEqual([journal.error, journal.isRead], ["", true]);
+  resources.use("x", 7);
+  await settled();
+  assert.equal(resources.use("x", 7).error, "no connection", "not at once, because each answer draws the page");
+  time = 15_000;
+  resources.use("x", 7);
+  await settled();
+  assert.equal(resources.use("x", 7).error, undefined);
 });
