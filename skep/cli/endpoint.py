@@ -110,7 +110,19 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
             return self._of_context(self.context)
         if host := self.host or env.get("SKEP_HOST") or env.get("DOCKER_HOST"):
             return ApiEndpoint(host=host, tls=self._tls_of_environment(), docker_flags=("--host", host))
-        return self._of_context(env.get("DOCKER_CONTEXT") or self._current_context())
+        return self._of_context(self.context_name())
+
+    def context_name(self) -> str:
+        """Return the name of the context that commands use.  It is the default one if a host is given, as in docker.
+
+        Raises: InvalidArgument: the file of the docker command is damaged.
+        """
+        env = self.environment
+        if self.context:
+            return self.context
+        if self.host or env.get("SKEP_HOST") or env.get("DOCKER_HOST"):
+            return _DEFAULT_CONTEXT
+        return env.get("DOCKER_CONTEXT") or self._current_context()
 
     def client(self) -> "ApiClient":
         """Return the endpoint's client.  Raises: errors of ``endpoint`` and ``ApiEndpoint.client``."""

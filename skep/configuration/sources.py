@@ -140,7 +140,7 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
     """Combine the sources: flags, then TOML, then ``daemon.json``, then defaults.
 
     With an engine socket, ``daemon.json`` belongs to that engine, so its hosts, data directory and metrics address are
-    ignored.
+    ignored.  Log options are ignored if they were written for another driver than the chosen one.
     """
     warnings: list[str] = []
     problems: list[str] = []
@@ -176,6 +176,9 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
     if problems:
         raise ConfigurationError(*problems)
     configuration = Configuration(**fields)
+    if other := _driver_of_options(arguments, toml, docker, configuration.log_driver):
+        warnings.append(f"log-opts is not used, because it is for log-driver {other}")
+        configuration = msgspec.structs.replace(configuration, log_opts={})
     if unused := _unused_hosts(configuration, toml):
         warnings.append(f"{arguments.toml}: hosts is not used, because --host is given: {', '.join(unused)}")
     if together := _problems_together(configuration, is_rootless=arguments.is_rootless):
@@ -187,6 +190,20 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
         )
         configuration = msgspec.structs.replace(configuration, log_driver="json-file", log_opts={})
     return LoadedConfiguration(configuration, tuple(warnings))
+
+
+def _driver_of_options(
+    arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, Any], driver: str
+) -> str:
+    """Return the log driver that the log options were written for, if it is not ``driver``, or an empty text."""
+    sources = (
+        (arguments.flags, "log-driver", "log-opt"),
+        (toml, "log-driver", "log-opts"),
+        (docker, "log-driver", "log-opts"),
+    )
+    first = next((number for number, (one, _, options) in enumerate(sources) if options in one), len(sources))
+    written = next((one[name] for one, name, _ in sources[first:] if name in one), driver)
+    return str(written) if written != driver else ""
 
 
 def _is_wrong_in(toml: Mapping[str, Any], setting: Setting, error: ValueError) -> bool:

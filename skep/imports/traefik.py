@@ -49,12 +49,14 @@ _BALANCER_OPTIONS: Final = {
     "passhostheader": "services always get the host of the request",
     "responseforwarding": "responses are never held back",
     "serverstransport": "the front door speaks plain HTTP to containers",
-    "sticky.cookie": "the cookie is skep-door, with HttpOnly and SameSite=Lax",
+    "sticky.cookie": "the name of the cookie begins with skep-door, with HttpOnly and SameSite=Lax",
     "weighted": "weights follow tasks. For a share of the requests, update with skep.update=canary",
     "mirroring": "requests are not copied",
     "failover": "requests are led to healthy tasks only",
     "server.scheme": "the front door speaks HTTP or h2c to containers",
 }
+_LIMITS: Final = ("allow", "max-body", "rate")
+"""Options of which a route has one, and of which Traefik applies each."""
 _AS_IN_SKEP: Final = {
     "passhostheader": {"true"},
     "sticky.cookie.httponly": {"true"},
@@ -291,6 +293,14 @@ class _Cluster:
             if found.is_blocking:
                 self._refuse(owner, section.label("rule"), f"the route would lack the middleware {name}")
                 return None
+            twice = {one for one in _LIMITS if made.options.get(one) and one in found.options}
+            twice = {one for one in twice if made.options[one] != found.options[one]}
+            if "allow" in twice:
+                reason = f"a route has one list of networks. Join that of {name} with the one before"
+                self._refuse(owner, label, reason)
+                return None
+            for option in sorted(twice):
+                self._differ(owner, label, f"only the {option} of {name} applies, and not the one before")
             made = made.followed_by(found)
         return made
 

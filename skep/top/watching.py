@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -165,6 +165,8 @@ class _Connected:
         self._headers: Mapping[str, str] = {}
         self._reading_tasks = asyncio.Lock()
         """Held during each read of tasks, because a long list would overwrite tasks that were read after it began."""
+        self._reading_others = asyncio.Lock()
+        """Held for the same reason during each read of nodes and services."""
         self._tasks_again_at = 0.0
         self._routes_again_at = 0.0
 
@@ -209,9 +211,9 @@ class _Connected:
             touched, self._touched = self._touched, Touched()
             await self._read_tasks(touched.tasks)
             if touched.nodes:
-                await self._update("nodes", self._state.nodes, touched.nodes)
+                await self._update("nodes", touched.nodes)
             if touched.services:
-                await self._update("services", self._state.services, touched.services)
+                await self._update("services", touched.services)
             self._state.publish()
 
     async def _look(self) -> None:
@@ -244,23 +246,27 @@ class _Connected:
         self._state.without_leader = () if quorum is None or is_led else tuple(no_leader(quorum))
 
     async def _list_nodes_and_services(self) -> None:
-        nodes = await self._get("/nodes")
-        services = await self._get("/services", status="true", health="true")
-        self._state.nodes = {node["ID"]: node for node in nodes}
-        self._state.services = {service["ID"]: service for service in services}
+        async with self._reading_others:
+            nodes = await self._get("/nodes")
+            services = await self._get("/services", status="true", health="true")
+            self._state.nodes = {node["ID"]: node for node in nodes}
+            self._state.services = {service["ID"]: service for service in services}
 
-    async def _update(self, kind: str, known: dict[str, Mapping[str, Any]], ids: frozenset[str]) -> None:
+    async def _update(self, kind: Literal["nodes", "services"], ids: frozenset[str]) -> None:
         """Read the nodes or services ``ids``.  Missing ones were removed."""
         if len(ids) > _ONE_BY_ONE:
             await self._list_nodes_and_services()
             return
         more = {"status": "true", "health": "true"} if kind == "services" else {}
-        found = {one["ID"]: one for one in await self._get(f"/{kind}", filters={"id": sorted(ids)}, **more)}
-        for id in ids:
-            if id in found:
-                known[id] = found[id]
-            else:
-                known.pop(id, None)
+        async with self._reading_others:
+            answer = await self._get(f"/{kind}", filters={"id": sorted(ids)}, **more)
+            found = {one["ID"]: one for one in answer}
+            known = self._state.nodes if kind == "nodes" else self._state.services
+            for id in ids:
+                if id in found:
+                    known[id] = found[id]
+                else:
+                    known.pop(id, None)
 
     async def _read_tasks(self, ids: Iterable[str]) -> None:
         wanted = sorted(ids)

@@ -143,6 +143,17 @@ async def _scales(page: Page, cluster: MadeUpCluster) -> None:
     assert (method, path) == ("POST", f"/services/{service['id']}/update?version=1")
     assert body["Mode"] == {"Replicated": {"Replicas": service["desired"] + 8}}
     assert body["TaskTemplate"]["ContainerSpec"]["Image"] == service["image"]
+    await page.get_by_role("button", name="Scale", exact=True).click()
+    await dialog.get_by_label("Replicas").fill(str(service["desired"] + 9))
+    await expect(dialog.locator(".preview li.more").first).to_contain_text("→")
+    sent = len(cluster.requests)
+    service["desired"] += 1  # another user scales it
+    await confirm.click()
+    await expect(dialog.get_by_role("alert")).to_contain_text("has changed since this dialog was opened")
+    assert cluster.requests[sent:] == []
+    service["desired"] -= 1
+    await dialog.get_by_role("button", name="Cancel").click()
+    await expect(dialog).to_be_hidden()
 
 
 async def test_hostile_text_is_shown_and_does_nothing() -> None:

@@ -1,13 +1,14 @@
 """Mounts of RUN steps: the files that the runtime mounts are the ones that were checked."""
 
+import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from skep.engine.build.cache.cache import CacheMounts
+from skep.engine.build.cache.cache import CacheKey, CacheMounts
 from skep.engine.build.dockerfile.mounts import RunMount, parse_mount
 from skep.engine.build.inputs import Inputs
 from skep.engine.build.runs import Areas, MountSources
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.needs("root")
 class Step:
     """The mounts of a step that uses the caches of ``place``."""
 
-    def __init__(self, place: Path, images: ImageStore, stack: AsyncExitStack) -> None:
+    def __init__(
+        self, place: Path, images: ImageStore, stack: AsyncExitStack, caches: CacheMounts | None = None
+    ) -> None:
         self._place = place
         self._areas = 0
 
@@ -36,16 +39,15 @@ class Step:
             yield MountedTree(place / "context")
 
         inputs = Inputs(opened, None, None)
-        caches = CacheMounts(place / "caches")
+        caches = caches or CacheMounts(place / "caches")
         self._sources = MountSources(stack, Areas(self._area), caches, "", inputs, images, tree_of)
 
-    async def mount(self, text: str) -> Mount:
-        mount = parse_mount(text, lambda word: word)
-        return (await self._prepared(mount))[0]
+    async def mount(self, *texts: str) -> Mount:
+        return (await self._prepared([parse_mount(text, lambda word: word) for text in texts]))[0]
 
-    async def _prepared(self, mount: RunMount) -> tuple[Mount, ...]:
-        await self._sources.find([mount])
-        return (await self._sources.prepare(("true",), "", {}, [mount], "/")).mounts
+    async def _prepared(self, mounts: Sequence[RunMount]) -> tuple[Mount, ...]:
+        await self._sources.find(mounts)
+        return (await self._sources.prepare(("true",), "", {}, mounts, "/")).mounts
 
     def _area(self) -> Path:
         self._areas += 1
@@ -80,6 +82,31 @@ async def test_a_link_in_the_place_of_a_cache_source_does_not_reach_the_host(
     assert os.listdir(mounted) == ["file"]
     (mounted / "new").write_text("new")
     assert (other / "old/new").read_text() == "new"
+
+
+@pytest.mark.parametrize("sharing", ["locked", "private", "shared"])
+async def test_two_mounts_of_one_step_share_their_cache(step: Step, sharing: str) -> None:
+    text = f"type=cache,id=x,sharing={sharing}"
+    async with asyncio.timeout(60):
+        one = await step.mount(f"{text},target=/a", f"{text},target=/b")
+        two = await step.mount(f"{text},target=/c")
+    assert one.source == two.source
+
+
+async def test_two_steps_that_lock_two_caches_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    images, caches = ImageStore(tmp_path / "images"), CacheMounts(tmp_path / "caches")
+    await images.open()
+    texts = [f"type=cache,id={id},target=/{id},sharing=locked" for id in "ab"]
+
+    async def run(order: Sequence[str]) -> None:
+        async with AsyncExitStack() as stack:
+            await Step(tmp_path, images, stack, caches).mount(*order)
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group, caches.hold(CacheKey(id="b"), "locked"):
+        for order in (texts[::-1], texts):
+            group.create_task(run(order))
+        for _ in range(10):
+            await asyncio.sleep(0)
 
 
 async def test_a_cache_source_that_leads_out_of_the_cache_is_not_found(step: Step, tmp_path: Path) -> None:

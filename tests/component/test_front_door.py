@@ -1,6 +1,7 @@
 """The front door's HAProxy: what it accepts, where requests go, and that no change loses any."""
 
 import asyncio
+import json
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -28,7 +29,7 @@ __all__ = ["directory"]
 
 pytestmark = pytest.mark.needs("haproxy", "root")
 
-ONE, TWO, THREE = "127.0.0.2", "127.0.0.3", "127.0.0.4"
+ONE, TWO, THREE, FOUR = "127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5"
 HOSTILE = """a"b'c \\ $HOME %[src] %ci #x { } \\n ; if TRUE"""
 
 
@@ -248,6 +249,28 @@ async def test_limits_answer_with_their_status(tmp_path: Path) -> None:
         assert (status, headers["Location"]) == (308, "https://b.example/x/y?z")
         assert "skep-door" in (await rig.ask("sticky.example/"))[2]["Set-Cookie"]
         assert (await rig.ask("compress.example/"))[2]["Content-Encoding"] == "gzip"
+
+
+async def test_sticky_routes_of_one_host_keep_a_client_at_its_tasks(tmp_path: Path) -> None:
+    async with a_door(tmp_path) as rig, rig.tasks(ONE, TWO, THREE, FOUR):
+        port, sticky = str(rig.task_port), {"skep.http.sticky": "true"}
+        doc = {"skep.http.doc": "a.example/doc", "skep.http.doc.sticky": "true", "skep.http.doc.port": port}
+        rig.service("web", {"skep.http": "a.example", **sticky, **doc, "skep.http.doc.strip-prefix": "true"})
+        rig.service("api", {"skep.http": "a.example/api", **sticky})
+        for name, address in (("web", ONE), ("web", TWO), ("api", THREE), ("api", FOUR)):
+            rig.task(f"{name}-{address}", name, address)
+        await rig.apply()
+        cookies: dict[str, str] = {}
+        seen: dict[str, set[str]] = {}
+        for path in ("", "api", "doc") * 8:
+            sent = {"Cookie": "; ".join(f"{name}={value}" for name, value in cookies.items())}
+            status, body, headers = await rig.ask(f"a.example/{path}", headers=sent)
+            assert status == 200
+            if "Set-Cookie" in headers:
+                name, _, value = headers["Set-Cookie"].partition(";")[0].partition("=")
+                cookies[name] = value
+            seen.setdefault("api" if path == "api" else "web", set()).add(json.loads(body)["task"])
+        assert {name: len(found) for name, found in seen.items()} == {"web": 1, "api": 1}
 
 
 async def test_two_hundred_changes_within_a_minute_lose_no_request(directory: Path) -> None:

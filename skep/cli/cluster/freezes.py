@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -15,7 +14,7 @@ from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.maintain.maintenance import nodes_and_time
 from skep.cli.output import OutputOptions, Shown, shows
 from skep.cli.running import run_requests
-from skep.cli.see.points_in_time import moment_of
+from skep.cli.see.points_in_time import local_now, moment_of
 from skep.errors import InvalidArgument, SkepError
 from skep.model.options.freezes import (
     CLUSTER,
@@ -247,7 +246,7 @@ def _wanted(length: float | None, until: str, reason: str, *, strict: bool) -> F
             raise click.UsageError("a freeze needs an end: use --for DURATION or --until TIME")
         return None
     try:
-        end = moment_of(until, datetime.now().astimezone()) if until else Timestamp("")
+        end = moment_of(until, local_now()) if until else Timestamp("")
     except InvalidArgument as error:
         raise click.UsageError(
             f"invalid time {until!r}. Use '18:00', '2026-12-27 06:00' or 2026-12-27T06:00:00Z."

@@ -15,7 +15,7 @@ from skep.cli import options
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import OutputOptions, shows_as_it_happens
 from skep.cli.running import errors_shown, run_requests
-from skep.cli.see.points_in_time import moment_of
+from skep.cli.see.points_in_time import local_now, moment_of
 from skep.cli.see.quorum import headers_for
 from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 from skep.model.options.labels import LABEL_NODE_ID
@@ -77,7 +77,7 @@ def events(host: HostOptions, /, words: tuple[str, ...], output: OutputOptions, 
         output.show_next(event, line if is_for_people else "")
 
     with errors_shown():
-        filters, stream = filters_of(words), stream_of(given, datetime.now().astimezone())
+        filters, stream = filters_of(words), stream_of(given, local_now())
     run_requests(_follow(host, filters, stream, show))
 
 

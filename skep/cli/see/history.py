@@ -15,7 +15,7 @@ from skep.api.client.requests import Requests
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import errors_shown, say
-from skep.cli.see.points_in_time import moment_of
+from skep.cli.see.points_in_time import local_now, moment_of
 from skep.errors import InvalidArgument
 from skep.model.values.counts import counted
 from skep.model.values.times import SECOND_NS, unix_ns
@@ -75,7 +75,7 @@ def history(
       skep history w1 --since 'yesterday 14:00' --until 'yesterday 15:00'
       skep history --export history.ndjson
     """
-    now = datetime.now().astimezone()
+    now = local_now()
     kind = {"request": "--requests", "change": "--changes"}.get(only or "")
     number = f"-n {limit}" if limit != _ENTRIES else ""
     start = f"--since {shlex.quote(since)}" if since else ""

@@ -1,10 +1,12 @@
-"""Points in time as people write them: ``10 min ago``, ``yesterday 14:00``, ``14:00``, RFC 3339.  Pure.
+"""Points in time as people write them: ``10 min ago``, ``yesterday 14:00``, ``14:00``, RFC 3339.
 
 The command parses them, and not a manager, because they are in this machine's time zone.
 """
 
+import os
 import re
 from datetime import datetime, timedelta
+from zoneinfo import ZoneInfo
 
 from skep.errors import InvalidArgument
 from skep.model.values.times import SECOND_NS, Timestamp, duration_ns, timestamp, unix_ns
@@ -22,6 +24,22 @@ _CLOCK = re.compile(
 )
 _REVISION = re.compile(r"revision:\d{1,18}")
 _EXAMPLES = "'10 min ago', 'yesterday 14:00', '14:00'"
+
+
+def local_now() -> datetime:
+    """Return the present time in this machine's zone.
+
+    The zone has the offset of each time.  The present offset alone would be wrong before or after a change of the
+    clocks.
+    """
+    name = os.environ.get("TZ", "").removeprefix(":")
+    try:
+        if name:
+            return datetime.now(ZoneInfo(name))
+        with open("/etc/localtime", "rb") as file:
+            return datetime.now(ZoneInfo.from_file(file))
+    except (OSError, ValueError, LookupError):  # no such file, or a zone written as rules
+        return datetime.now().astimezone()
 
 
 def moment_of(text: str, now: datetime) -> Timestamp:

@@ -14,7 +14,7 @@ from skep.cli.cluster.door import route_notes, traffic_of
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
-from skep.cli.see.points_in_time import moment_or_revision
+from skep.cli.see.points_in_time import local_now, moment_or_revision
 from skep.cli.see.quorum import STALE, UNREACHABLE, clock_time, no_leader, quorum_of, silence, way_out
 from skep.cli.visibility import none_visible, sees_all_services
 from skep.errors import PermissionDenied, SkepError
@@ -215,7 +215,7 @@ async def _status_at(host: HostOptions, when: str) -> StatusScreen:
 
     Raises: InvalidArgument, FailedPrecondition: the time is invalid, or no longer in the history.
     """
-    now = datetime.now().astimezone()
+    now = local_now()
     async with host.requests() as client:
         state = await client.get("/skep/state", timeout_s=_EARLIER_WITHIN_S, at=moment_or_revision(when, now))
     return status_of_state(state, now)

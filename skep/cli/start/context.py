@@ -103,7 +103,7 @@ def ls(options: HostOptions, output: OutputOptions) -> None:
 
     async def fetch() -> Shown:
         contexts = DockerContexts(options.docker_folder)
-        return listed(contexts.all(), options.environment.get("DOCKER_CONTEXT") or contexts.current)
+        return listed(contexts.all(), options.context_name())
 
     output.show(fetch)
 
@@ -158,8 +158,8 @@ def show(options: HostOptions) -> None:
       skep context show
     """
     with errors_shown():
-        current = options.environment.get("DOCKER_CONTEXT") or DockerContexts(options.docker_folder).current
-    click.echo(options.context or current)
+        current = options.context_name()
+    click.echo(current)
 
 
 @context.command()

@@ -301,8 +301,8 @@ def quoted(text: str) -> str:
 
 async def _ensure_cluster(
     first: TargetMachine, wanted: DesiredCluster, progress: ProgressPrinter
-) -> tuple[str, Mapping[str, str], set[str]]:
-    """Start the cluster if needed; return the first manager's address, the join tokens, and the ids of all nodes."""
+) -> tuple[str, Mapping[str, str], Mapping[str, str]]:
+    """Start the cluster if needed; return the first manager's address, the join tokens, and the role of each node."""
     async with first.client() as client:
         info = await client.get("/info", timeout_s=_LOOKS_WITHIN_S)
         if (info["Swarm"].get("LocalNodeState") or "inactive") == "inactive":
@@ -320,7 +320,7 @@ async def _ensure_cluster(
         nodes = await client.get("/nodes", timeout_s=_LOOKS_WITHIN_S)
     peers = {one["NodeID"]: one["Addr"] for one in info["Swarm"].get("RemoteManagers") or ()}
     address = peers.get(info["Swarm"]["NodeID"]) or f"{info['Swarm']['NodeAddr']}:2377"
-    return address, swarm["JoinTokens"], {node["ID"] for node in nodes}
+    return address, swarm["JoinTokens"], {node["ID"]: node["Spec"]["Role"] for node in nodes}
 
 
 async def join(
@@ -328,20 +328,31 @@ async def join(
     role: str,
     address: str,
     tokens: Mapping[str, str],
-    members: set[str],
+    members: Mapping[str, str],
     wanted: DesiredCluster,
     progress: ProgressPrinter,
 ) -> None:
-    """Join a machine unless it is a member.  Raises: FailedPrecondition: it is in another cluster; Unavailable."""
+    """Join a machine unless it is a member.
+
+    Args:
+        members: Role of each node of the cluster, by id.
+
+    Raises: FailedPrecondition: it is locked, or in another cluster; Unavailable.
+    """
     async with machine.client() as client:
         swarm = (await client.get("/info", timeout_s=_LOOKS_WITHIN_S))["Swarm"]
         if (state := swarm.get("LocalNodeState") or "inactive") != "inactive":
+            if state == "locked":
+                raise FailedPrecondition(
+                    "it is locked. Run docker swarm unlock there, then rerun the command."
+                )
             if swarm.get("NodeID") not in members:
                 raise FailedPrecondition(
                     f"it is in another cluster ({state}). Run docker swarm leave there, then rerun the command."
                 )
             promote = f" as a worker. To make it a manager, run docker node promote {swarm['NodeID']}."
-            is_less = role == "Manager" and not swarm.get("ControlAvailable")
+            # A manager that has just started does not respond as one yet.
+            is_less = role == "Manager" and members[swarm["NodeID"]] == "worker"
             progress.show(machine.word, f"already in the cluster{promote if is_less else ''}")
             return
         body = {

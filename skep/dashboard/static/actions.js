@@ -5,7 +5,7 @@ import { h } from "./dom.js";
 import { isCounted } from "./cluster.js";
 import { dialogHead, openDialog } from "./dialogs.js";
 import { button } from "./widgets.js";
-import { course, difference, missingRole, quorumAfter, restarted, scaled, whenDrained, withImage } from "./plans.js";
+import { course, difference, missingRole, quorumAfter, requireSame, restarted, scaled, whenDrained, withImage } from "./plans.js";
 import { count, imageName } from "./text.js";
 
 const REPLICAS_MAX = 100_000;
@@ -87,9 +87,16 @@ function tasksByNode(app, service) {
   return numbers;
 }
 
-/** Reads the service, changes its spec, and writes it back at the version that was read. */
-async function changeService(id, change, query = "") {
-  const service = await get(`services/${id}`);
+/** The service as its dialog shows it, or null if it cannot be read. */
+const read = (service) => get(`services/${service.id}`).catch(() => null);
+
+/**
+ * Reads the service, changes its spec, and writes it back at the version that was read.  Refuses if `part` of the service
+ * has changed since `shown` was read.
+ */
+async function changeService(id, change, { query = "", shown = null, part = () => null } = {}) {
+  const [before, service] = await Promise.all([shown, get(`services/${id}`)]);
+  requireSame(before, service, part);
   await post(`services/${id}/update?version=${service.Version.Index}${query}`, change(service.Spec));
 }
 
@@ -136,6 +143,7 @@ class Preview {
 function scaleDialog(app, service) {
   let replicas = service.desired;
   const before = tasksByNode(app, service);
+  const shown = read(service);
   const preview = new Preview();
   const isValid = () => Number.isInteger(replicas) && replicas >= 0 && replicas <= REPLICAS_MAX;
   let isFirst = true;
@@ -144,7 +152,7 @@ function scaleDialog(app, service) {
     verb: "Scale",
     lines: () => [],
     canAct: () => isValid() && replicas !== service.desired,
-    act: () => changeService(service.id, (spec) => scaled(spec, replicas)),
+    act: () => changeService(service.id, (spec) => scaled(spec, replicas), { shown, part: ({ Spec: spec }) => spec.Mode }),
     more: (redraw) => {
       const set = (number) => {
         replicas = number;
@@ -172,6 +180,7 @@ function scaleDialog(app, service) {
 
 function imageDialog(app, service) {
   let image = service.image;
+  const shown = read(service);
   const tasks = [...tasksByNode(app, service).values()].reduce((sum, number) => sum + number, 0);
   let plan = "…";
   let isFirst = true;
@@ -180,7 +189,7 @@ function imageDialog(app, service) {
     verb: "Update",
     lines: () => [],
     canAct: () => image.trim() !== "" && image !== service.image,
-    act: () => changeService(service.id, (spec) => withImage(spec, image.trim())),
+    act: () => changeService(service.id, (spec) => withImage(spec, image.trim()), { shown, part: ({ Spec: spec }) => spec.TaskTemplate.ContainerSpec?.Image }),
     more: (redraw) => {
       if (isFirst) {
         isFirst = false;
@@ -235,19 +244,20 @@ function specDialog(app, service, { title, verb, change }) {
 function rollBackDialog(app, service) {
   let previous = null;
   let isFirst = true;
+  const shown = read(service);
   confirmDialog({
     title: `Roll back ${service.name}`,
     verb: "Roll back",
     isDanger: true,
     lines: () => ["The service returns to the spec before its last update. Tasks are replaced one after the other or as its rollback configuration says."],
-    act: () => changeService(service.id, (spec) => spec, "&rollback=previous"),
+    act: () => changeService(service.id, (spec) => spec, { query: "&rollback=previous", shown, part: (found) => [found.Spec, found.PreviousSpec] }),
     more: (redraw) => {
       if (isFirst) {
         isFirst = false;
-        void get(`services/${service.id}`).then((found) => {
+        void shown.then((found) => {
           previous = found;
           redraw();
-        }, () => {});
+        });
       }
       return previous?.PreviousSpec ? h("ul", { class: "plain changes" }, changesOf(previous.Spec, previous.PreviousSpec)) : null;
     },

@@ -63,6 +63,7 @@ export class Journal {
       this.error = "";
     } catch (error) {
       this.error = error.message;
+      this.#version = -1; // The cluster may not change for long after the connection returns.
     }
     this.#busy = false;
     this.#changed();

@@ -1,10 +1,10 @@
 /** Live logs of a service or a task, followed while the panel shows them. */
 
 import { stream } from "./api.js";
-import { Frames, parsedLine } from "./log_frames.js";
+import { phase } from "./cluster.js";
+import { followLog, parsedLine } from "./log_frames.js";
 import { clean, clockTime } from "./text.js";
 
-const TAIL = 200;
 const LINES_MAX = 2000;
 const NEAR_END_PX = 40;
 
@@ -54,22 +54,22 @@ export class Logs {
     void this.#read(path, this.#abort.signal);
   }
 
-  async #read(path, signal) {
-    this.#state.textContent = "No output yet. Following…";
-    let frames = null;
-    try {
-      const query = `stdout=1&stderr=1&follow=1&timestamps=1&details=1&tail=${TAIL}`;
-      await stream(`v1.43/${path}/logs?${query}`, signal, (chunk, type) => {
-        frames ??= new Frames(!type.includes("raw-stream"));
-        this.#waiting.push(...frames.take(chunk));
-        if (this.#waiting.length > 0) this.#state.textContent = "Following…";
+  #read(path, signal) {
+    const [kind, id] = path.split("/");
+    return followLog(stream, path, signal, {
+      take: (lines) => {
+        this.#waiting.push(...lines);
         if (this.#waiting.length > LINES_MAX) this.#waiting.splice(0, this.#waiting.length - LINES_MAX);
         if (this.#frame === 0) this.#frame = requestAnimationFrame(() => this.#show());
-      });
-      if (!signal.aborted) this.#state.textContent = "The log has ended.";
-    } catch (error) {
-      if (!signal.aborted) this.#state.textContent = clean(error.message);
-    }
+      },
+      say: (state) => {
+        if (!signal.aborted) this.#state.textContent = clean(state);
+      },
+      isOver: () => {
+        const row = this.#app.cluster.get(kind, id);
+        return !row || (kind === "tasks" && ["failed", "completed"].includes(phase(row)));
+      },
+    });
   }
 
   #show() {

@@ -28,6 +28,12 @@ export function restarted(spec) {
   return { ...spec, TaskTemplate: { ...task, ForceUpdate: (task.ForceUpdate ?? 0) + 1 } };
 }
 
+/** Throws if `part` of a service is not as it was when the dialog showed it (`shown`, null if it could not be read). */
+export function requireSame(shown, present, part) {
+  if (shown === null || JSON.stringify(part(shown)) === JSON.stringify(part(present))) return;
+  throw new Error(`${present.Spec.Name} has changed since this dialog was opened. Nothing was done. Open it again.`);
+}
+
 /**
  * How a planned placement (`{Desired, Nodes: [{NodeID, Hostname, Tasks}], Error}`) differs from the tasks there are
  * (`{node id: number}`): `[{node, hostname, before, after}]`, nodes with a difference first.

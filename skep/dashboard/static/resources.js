@@ -2,14 +2,21 @@
 
 import { get } from "./api.js";
 
-/** `use(path, version)` returns the last answer while drawing, and requests it again for another `version`. */
+const AGAIN_MS = 5000;
+
+/** `use(path, version)` returns the last answer while drawing, and requests it again for another `version` or after an error. */
 export class Resources {
   #entries = new Map();
   #used = new Set();
   #changed;
+  #ask;
+  #now;
 
-  constructor(changed) {
+  /** `ask(path)` returns the JSON at a path; `now()` the time in milliseconds. */
+  constructor(changed, ask = get, now = Date.now) {
     this.#changed = changed;
+    this.#ask = ask;
+    this.#now = now;
   }
 
   begin() {
@@ -24,20 +31,22 @@ export class Resources {
   /** `{data, error}` of a path, both undefined until the first answer. */
   use(path, version) {
     this.#used.add(path);
-    const entry = this.#entries.get(path) ?? { data: undefined, error: undefined, version: undefined, busy: false };
+    const entry = this.#entries.get(path) ?? { data: undefined, error: undefined, version: undefined, busy: false, failedAt: -Infinity };
     this.#entries.set(path, entry);
-    if (entry.version !== version && !entry.busy) this.#ask(path, entry, version);
+    const isDue = entry.version !== version || (entry.error !== undefined && this.#now() - entry.failedAt >= AGAIN_MS);
+    if (isDue && !entry.busy) void this.#read(path, entry, version);
     return entry;
   }
 
-  async #ask(path, entry, version) {
+  async #read(path, entry, version) {
     entry.busy = true;
     entry.version = version;
     try {
-      entry.data = await get(path);
+      entry.data = await this.#ask(path);
       entry.error = undefined;
     } catch (error) {
       entry.error = error.message;
+      entry.failedAt = this.#now();
     }
     entry.busy = false;
     this.#changed();

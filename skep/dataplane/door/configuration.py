@@ -52,7 +52,7 @@ TRAFFIC_TABLE: Final = "skep-traffic"
 """Backend without servers, whose table counts slow responses by route and latency."""
 CONNECT_S: Final = 2
 """Seconds after which a request whose connection to a task does not open is sent to another one."""
-_FORM: Final = 6
+_FORM: Final = 7
 """Grows when the text changes for the same state, so that nodes reload HAProxy after an upgrade."""
 _REPEATED: Final = "    http-request disable-l7-retry unless { method GET HEAD OPTIONS PUT DELETE }"
 """Rule that sends no other request again once a task may have got it (RFC 9110, 9.2.2: idempotent methods)."""
@@ -429,8 +429,12 @@ def _backend(backend: RouteBackend) -> Iterator[str]:
         yield "    compression algo gzip"
         yield f"    compression type {_COMPRESSED}"
     if options.sticky:
-        yield "    cookie skep-door insert indirect nocache httponly attr SameSite=Lax dynamic"
-        yield f"    dynamic-cookie-key {backend.name}"
+        # Hosts have routes of several services, whose cookies must not replace each other.  Routes of one service with
+        # the same port lead to the same task.
+        tasks = f"{backend.service}:{options.port}"
+        name = f"skep-door-{sha256(tasks.encode()).hexdigest()[:8]}"
+        yield f"    cookie {name} insert indirect nocache httponly attr SameSite=Lax dynamic"
+        yield f"    dynamic-cookie-key {tasks}"
     if options.timeout_s:
         yield f"    timeout server {max(1, round(options.timeout_s * 1000))}ms"
     for number, server in enumerate(backend.servers, start=1):

@@ -330,7 +330,9 @@ async def update(served: ContainerRoutes, request: web.Request) -> web.StreamRes
 
 @_table.post("/containers/prune")
 async def prune(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
-    """Handle ``docker container prune``: remove containers that do not run, except a task's that is about to start.
+    """Handle ``docker container prune``: remove containers that do not run.
+
+    Containers of tasks that are about to start stay, and so do those of builds, which read the changes after the end.
 
     A failed removal does not prevent others.  Source: moby, daemon/prune.go (ContainersPrune).
     """
@@ -342,7 +344,7 @@ async def prune(served: ContainerRoutes, request: web.Request) -> web.StreamResp
         if (
             not container.is_active
             and not container.is_unfilled
-            and (container.was_started or container.plain is not None)
+            and (container.was_started if container.plain is None else not container.plain.is_step)
             and is_prunable(container.created_at, container.labels, filters, until_ns)
         ):
             size = (await _sizes(served, container)).get("SizeRw", 0)

@@ -237,6 +237,8 @@ class MountSources:
         self._images = images
         self._tree_of = tree_of
         self._bases: dict[int, _Base] = {}
+        self._held: dict[CacheKey, Path] = {}
+        """Directories of cache mounts.  Mounts of one step with the same key share theirs, as in BuildKit."""
         self._secrets: Path | None = None
         self._agents = 0
 
@@ -273,12 +275,16 @@ class MountSources:
         if script:
             path = self._file("script", script.encode("utf-8", "surrogateescape"), 0o755)
             found.append(Mount(type="bind", source=str(path), target=command[0], read_only=True))
+        caches = [(self._key_of(one, working_dir), one) for one in mounts if one.type == "cache"]
+        # In the same order in all steps, because two steps could otherwise wait for each other's locked directories.
+        for key, mount in sorted(caches, key=lambda one: one[0].name):
+            await self._hold(key, mount)
         for mount in mounts:
             match mount.type:
                 case "bind":
                     found.append(await self._bind(mount, mount.target_below(working_dir)))
                 case "cache":
-                    found.append(await self._cache(mount, mount.target_below(working_dir)))
+                    found.append(self._cache(mount, working_dir))
                 case "tmpfs":
                     options = TmpfsOptions(size_bytes=mount.size_bytes)
                     target = mount.target_below(working_dir)
@@ -304,23 +310,35 @@ class MountSources:
         source = self._bound(root, mount.source, f"failed to calculate checksum: {mount.source}: not found")
         return Mount(type="bind", source=str(source), target=target, read_only=mount.is_read_only)
 
-    async def _cache(self, mount: RunMount, target: str) -> Mount:
-        """Mount a cache.  ``source`` is a path in ``from``, or in the cache without ``from``."""
+    def _key_of(self, mount: RunMount, working_dir: str) -> CacheKey:
         base = self._bases.get(id(mount))
-        key = CacheKey(
-            id=mount.id or (os.path.normpath(mount.target) if mount.target else target),
+        return CacheKey(
+            id=mount.id
+            or (os.path.normpath(mount.target) if mount.target else mount.target_below(working_dir)),
             namespace=self._namespace,
             base=base.digest if base is not None else "",
             mode=mount.mode,
             uid=mount.uid,
             gid=mount.gid,
         )
+
+    async def _hold(self, key: CacheKey, mount: RunMount) -> None:
+        """Hold the directory of a cache until the step ends."""
+        if key in self._held:
+            return
+        base = self._bases.get(id(mount))
         fill = partial(self._fill, base.tree.root, mount.source) if base is not None else None
-        directory = await self._stack.enter_async_context(
+        self._held[key] = await self._stack.enter_async_context(
             self._caches.hold(key, mount.sharing or "shared", fill)
         )
-        if base is None and mount.source:
+
+    def _cache(self, mount: RunMount, working_dir: str) -> Mount:
+        """Mount a cache.  ``source`` is a path in ``from``, or in the cache without ``from``."""
+        key = self._key_of(mount, working_dir)
+        directory = self._held[key]
+        if id(mount) not in self._bases and mount.source:
             directory = self._bound(directory, mount.source, f"the cache {key.id} has no {mount.source}")
+        target = mount.target_below(working_dir)
         return Mount(type="bind", source=str(directory), target=target, read_only=mount.is_read_only)
 
     def _bound(self, root: Path, path: str, missing: str) -> Path:

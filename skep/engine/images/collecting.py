@@ -83,7 +83,8 @@ def to_collect(
     """
     if not is_full(disk, marks):
         return ()
-    excess = disk.used - marks.low * disk.size // 100
+    # The default low mark is above a high mark that was set alone.
+    excess = disk.used - min(marks.low, marks.high) * disk.size // 100
     users = Counter(chain_id for one in candidates for chain_id in one.layers)
     collected = []
     for one in sorted(candidates, key=lambda one: (one.used_at_s, one.id)):

@@ -237,9 +237,13 @@ class LocalImages:
                 found.append((file.stat().st_mtime_ns, file.read_bytes()))
         return [content for _, content in sorted(found, reverse=True)]
 
-    def index(self, reference: Reference) -> Sequence[Image]:
-        """Return the images of a name that has several platforms.  Empty for other names."""
-        return tuple(self._images[id] for id in self._catalog.indexes.get(str(reference), ()))
+    def index(self, reference: Reference, *, is_whole: bool = False) -> Sequence[Image]:
+        """Return the images of a name that has several platforms, without damaged ones.  Empty for other names.
+
+        ``is_whole``: Raises NotFound if one is damaged.
+        """
+        ids = self._catalog.indexes.get(str(reference), ())
+        return tuple(self.get(id) for id in ids if is_whole or id in self._images)
 
     def children(self, image_id: str) -> Sequence[Image]:
         """Return the images that were made from the image ``image_id``."""

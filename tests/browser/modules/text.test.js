@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { age, bytes, clean, count, duration, imageName, latency, rate, short } from "../../../skep/dashboard/static/text.js";
 import { Frames, parsedLine } from "../../../skep/dashboard/static/log_frames.js";
-import { course, difference, missingRole, quorumAfter, scaled, whenDrained } from "../../../skep/dashboard/static/plans.js";
+import { course, difference, missingRole, quorumAfter, requireSame, scaled, whenDrained } from "../../../skep/dashboard/static/plans.js";
 import { Journal, fromEvent, fromHistory, histogram } from "../../../skep/dashboard/static/journal.js";
 
 for (const [given, expected] of [
@@ -142,3 +142,12 @@ for (const [given, expected] of [[undefined, "–"], [0.04, "0.04"], [12.54, "12
 for (const [given, expected] of [[undefined, "–"], [4.24, "4.2\u00a0ms"], [1500, "1.5\u00a0s"], [10_000, "over\u00a010\u00a0s"]]) {
   test(`latency ${given}`, () => assert.equal(latency(given), expected));
 }
+
+test("a change is refused if what the dialog showed has changed meanwhile", () => {
+  const service = (replicas) => ({ Spec: { Name: "web", Mode: { Replicated: { Replicas: replicas } } } });
+  const mode = ({ Spec: spec }) => spec.Mode;
+  requireSame(service(3), service(3), mode);
+  requireSame(null, service(3), mode);
+  requireSame(service(3), service(9), ({ Spec: spec }) => spec.Name);
+  assert.throws(() => requireSame(service(3), service(9), mode), /web has changed since this dialog was opened/);
+});

@@ -2,6 +2,9 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { Cluster } from "../../../skep/dashboard/static/cluster.js";
+import { followLog } from "../../../skep/dashboard/static/log_frames.js";
+import { Journal } from "../../../skep/dashboard/static/journal.js";
+import { Resources } from "../../../skep/dashboard/static/resources.js";
 import { portText, portsText } from "../../../skep/dashboard/static/ports.js";
 import { Diagnostics, JsonLines, diagnosed, failing } from "../../../skep/dashboard/static/reach.js";
 import { families, uptake } from "../../../skep/dashboard/static/versions.js";
@@ -68,4 +71,66 @@ test("versions of a secret are together, and tasks of the present spec have thei
   const task = (id, current, state = "running") => ({ id, service: "s", node: "n", state, desired_state: "running", current });
   cluster.take({ cursor: "1-1", tasks: [task("a", true), task("b", false), task("c", true, "starting")] });
   assert.deepEqual(uptake(cluster, rows[3]), { have: 1, wait: 1 });
+});
+
+const logLine = (task, second, text) => `2026-11-30T12:00:${String(second).padStart(2, "0")}.000000000Z com.docker.swarm.task.id=${task} ${text}\n`;
+
+test("a log is followed again after a lost connection, and shows each line once", async () => {
+  const answers = [
+    { lines: [logLine("a", 10, "one"), logLine("b", 5, "two")], error: new TypeError("network error") },
+    { lines: [], error: Object.assign(new Error("no leader"), { status: 503 }) },
+    // The clock of b is behind: its new line is older than the last one of a.
+    { lines: [logLine("b", 5, "two"), logLine("b", 7, "three"), logLine("a", 10, "one"), logLine("a", 11, "four")] },
+  ];
+  const [asked, taken, said] = [[], [], []];
+  const stream = async (path, _signal, take) => {
+    asked.push(path.replace(/.*details=1&/, ""));
+    const { lines, error } = answers.shift();
+    if (lines.length > 0) take(new TextEncoder().encode(lines.join("")), "application/vnd.docker.raw-stream");
+    if (error) throw error;
+  };
+  const take = (lines) => taken.push(...lines.map(({ text }) => text.split(" ").at(-1)));
+  const isOver = () => answers.length === 0;
+  await followLog(stream, "services/x", new AbortController().signal, { take, say: (text) => said.push(text), isOver, pause: async () => {} });
+  assert.deepEqual(taken, ["one", "two", "three", "four"]);
+  const since = Date.parse("2026-11-30T12:00:05Z") / 1000;
+  assert.deepEqual(asked, ["tail=200", `tail=all&since=${since}`, `tail=all&since=${since}`]);
+  assert.deepEqual(said.filter((text) => text.includes(".")), ["No output yet. Following…", "No connection. Reconnecting…", "no leader. Reconnecting…", "The log has ended."]);
+});
+
+test("a log that is refused, or that nobody looks at, is not requested again", async () => {
+  const said = [];
+  const options = { take: () => {}, say: (text) => said.push(text), isOver: () => false, pause: async () => {} };
+  await followLog(async () => { throw Object.assign(new Error("no such service"), { status: 404 }); }, "services/x", new AbortController().signal, options);
+  assert.equal(said.at(-1), "no such service");
+  const closed = new AbortController();
+  await followLog(async () => { closed.abort(); throw new TypeError("aborted"); }, "services/x", closed.signal, options);
+  assert.equal(said.at(-1), "No output yet. Following…");
+});
+
+test("what could not be read while the connection was lost is read again, although the cluster stays the same", async () => {
+  let isLost = true;
+  const ask = async () => {
+    if (isLost) throw new Error("no connection");
+    return { Entries: [], OldestState: null };
+  };
+  const journal = new Journal(ask, () => {});
+  await journal.refresh(7, 10_000);
+  assert.equal(journal.error, "no connection");
+  let time = 10_000;
+  const resources = new Resources(() => {}, ask, () => time);
+  const settled = () => new Promise((resolve) => setImmediate(resolve));
+  resources.use("x", 7);
+  await settled();
+  assert.equal(resources.use("x", 7).error, "no connection");
+  isLost = false;
+  await journal.refresh(7, 12_000);
+  assert.deepEqual([journal.error, journal.isRead], ["", true]);
+  resources.use("x", 7);
+  await settled();
+  assert.equal(resources.use("x", 7).error, "no connection", "not at once, because each answer draws the page");
+  time = 15_000;
+  resources.use("x", 7);
+  await settled();
+  assert.equal(resources.use("x", 7).error, undefined);
 });

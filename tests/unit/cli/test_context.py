@@ -102,6 +102,18 @@ def test_a_variable_that_wins_is_named_and_a_second_of_a_name_is_refused(tmp_pat
     assert skep(tmp_path, "ls").exit_code == 0
 
 
+@pytest.mark.parametrize("variable", ["DOCKER_HOST", "SKEP_HOST", "DOCKER_CONTEXT"])
+def test_the_context_that_commands_use_is_marked(tmp_path: Path, variable: str) -> None:
+    for name in ("prod", "lab"):
+        skep(tmp_path, "create", name, f"ssh://{name}", "--use")
+    value, used = ("prod", "prod") if variable == "DOCKER_CONTEXT" else ("unix:///x", "default")
+    environment = {variable: value, **({"DOCKER_CONTEXT": "prod"} if value != "prod" else {})}
+    assert skep(tmp_path, "show", **environment).output == f"{used}\n"
+    rows = skep(tmp_path, "ls", "--format", "{{.Name}} {{.Current}}", **environment).output.splitlines()
+    assert [row for row in rows if row.endswith("true")] == [f"{used} true"]
+    assert skep(tmp_path, "show").output == "lab\n"
+
+
 def test_versions_that_differ_are_found() -> None:
     def node(name: str, version: str, role: str = "worker") -> dict[str, Any]:
         description = {"Hostname": name, "Engine": {"EngineVersion": version}}

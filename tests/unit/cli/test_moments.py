@@ -1,12 +1,14 @@
 """Points in time as people write them."""
 
+import time
+from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 
 import pytest
 from hypothesis import given
 from hypothesis.strategies import text
 
-from skep.cli.see.points_in_time import moment_of, moment_or_revision
+from skep.cli.see.points_in_time import local_now, moment_of, moment_or_revision
 from skep.errors import InvalidArgument
 
 NOW = datetime(2026, 1, 31, 15, 30, 0, tzinfo=timezone(timedelta(hours=2)))
@@ -67,3 +69,22 @@ def test_any_text_is_a_time_or_refused(words: str) -> None:
         moment_or_revision(words, NOW)
     except InvalidArgument:
         pass
+
+
+@pytest.fixture(params=["Europe/Berlin", ":Europe/Berlin", "CET-1CEST", "Nowhere/Else", ""])
+def zone(request: pytest.FixtureRequest) -> Iterator[str]:
+    """This process in a zone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", request.param)
+        time.tzset()
+        yield request.param
+    time.tzset()
+
+
+def test_a_time_has_the_offset_of_its_own_day(zone: str) -> None:
+    """Also half a year before or after the clocks were changed, as the end of a freeze may be."""
+    if "Berlin" in zone:
+        found = [moment_of(f"2026-{month}-15 14:00", local_now()) for month in ("01", "07")]
+        assert found == ["2026-01-15T13:00:00Z", "2026-07-15T12:00:00Z"]
+    else:  # a zone that is not in the database
+        assert local_now().utcoffset() == datetime.now().astimezone().utcoffset()

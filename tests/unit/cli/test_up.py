@@ -222,8 +222,10 @@ class Node:
 class MachineInCluster(TargetMachine, frozen=True):
     """A machine that runs a node of a cluster."""
 
+    state: str = "active"
+
     def client(self) -> ApiClient:
-        node: Any = Node("active")
+        node: Any = Node(self.state)
         return cast("ApiClient", node)
 
 
@@ -235,12 +237,23 @@ async def test_a_machine_of_another_cluster_is_refused_and_one_of_this_is_left(
     with pytest.raises(
         FailedPrecondition, match=r"it is in another cluster \(active\)\. Run docker swarm leave there"
     ):
-        await join(*rest, {"ours"}, DesiredCluster(), ProgressPrinter())
-    await join(*rest, {"theirs"}, DesiredCluster(), ProgressPrinter())
+        await join(*rest, {"ours": "manager"}, DesiredCluster(), ProgressPrinter())
+    await join(*rest, {"theirs": "worker"}, DesiredCluster(), ProgressPrinter())
     assert (
         "m2: already in the cluster as a worker. To make it a manager, run docker node promote theirs"
         in capsys.readouterr().err
     )
+
+
+async def test_a_manager_that_is_locked_or_starts_is_not_taken_for_a_worker(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    destination = TargetMachine.of("m2").destination
+    rest = ("Manager", "192.0.2.1:2377", {}, {"theirs": "manager"}, DesiredCluster(), ProgressPrinter())
+    with pytest.raises(FailedPrecondition, match=r"it is locked\. Run docker swarm unlock there"):
+        await join(MachineInCluster("m2", destination, "locked"), *rest)
+    await join(MachineInCluster("m2", destination, "pending"), *rest)
+    assert capsys.readouterr().err.strip().endswith("m2: already in the cluster")
 
 
 async def test_of_what_a_machine_writes_the_end_is_kept_alone(

@@ -134,6 +134,18 @@ def test_beside_an_engine_its_sockets_and_data_stay_its_own() -> None:
     assert configuration.debug
 
 
+def test_log_options_of_another_driver_than_the_chosen_one_are_not_used() -> None:
+    docker = {"log-driver": "syslog", "log-opts": {"syslog-address": "udp://192.0.2.1:514"}}
+    loaded = combined("--log-driver", "json-file", docker=docker)
+    assert (loaded.configuration.log_driver, loaded.configuration.log_opts) == ("json-file", {})
+    assert loaded.warnings == ("log-opts is not used, because it is for log-driver syslog",)
+    assert configured(toml={"log-driver": "local"}, docker=docker).log_opts == {}
+    assert configured(toml={"log-driver": "syslog"}, docker=docker).log_opts == docker["log-opts"]
+    own = {"log-opts": {"max-size": "1m"}}
+    assert configured("--log-driver", "local", toml=own, docker=docker).log_opts == {}
+    assert configured("--log-driver", "local", toml=own).log_opts == own["log-opts"]
+
+
 def test_a_log_driver_of_docker_that_is_not_supported_is_a_warning() -> None:
     loaded = combined(docker={"log-driver": "awslogs", "log-opts": {"awslogs-group": "a"}})
     assert "log driver awslogs is not supported" in loaded.warnings[0]

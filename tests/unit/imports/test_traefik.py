@@ -191,6 +191,22 @@ def test_no_route_lacks_what_guards_it_or_changes_its_paths(option: str) -> None
     assert {label, f"{ROUTER}.rule"} <= reasons(found).keys()
 
 
+def test_two_lists_of_networks_are_not_replaced_by_the_second() -> None:
+    lists = {
+        f"traefik.http.middlewares.{name}.ipallowlist.sourcerange": ranges
+        for name, ranges in (("lan", "10.0.0.0/8"), ("again", "10.0.0.0/8"), ("office", "10.1.0.0/16"))
+    }
+    found = of({**BASE, **lists, f"{ROUTER}.middlewares": "lan,office"})
+    assert found.labels == {}
+    assert "Join that of office with the one before" in reasons(found)[f"{ROUTER}.middlewares"]
+    same = of({**BASE, **lists, f"{ROUTER}.middlewares": "lan,again"})
+    assert same.labels["skep.http.allow"] == "10.0.0.0/8"
+    rates = {f"traefik.http.middlewares.{name}.ratelimit.average": name[1:] for name in ("r5", "r9")}
+    found = of({**BASE, **rates, f"{ROUTER}.middlewares": "r5,r9"})
+    assert found.labels["skep.http.rate"] == "9/s"
+    assert any(one.path == f"{ROUTER}.middlewares" for one in found.differences)
+
+
 def test_a_missing_middleware_refuses_the_router() -> None:
     for name in ("auth@file", "gone"):
         found = of({**BASE, f"{ROUTER}.middlewares": name})

@@ -1,7 +1,7 @@
 """Streamed responses: one JSON message per line."""
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -18,6 +18,8 @@ _TEXT_BYTES_MAX = 16 << 20
 """Limit in bytes for queued text, which a build may write faster than its client reads."""
 _MESSAGE_BYTES = 256
 """Estimated bytes that a message occupies in addition to its text."""
+_LAST_MAX = 32
+"""Number of texts that are kept after the limit.  The last ones have the reason of a failure, or the built image."""
 _CLIPPED = ProgressMessage(stream="\n[output clipped: it comes faster than the client takes it]\n")
 
 
@@ -25,8 +27,8 @@ class PendingMessages:
     """Messages for a client that may be slower than the work.
 
     Of a layer's transfer, only the latest message is kept.  Beyond the limit, other messages are dropped (there are
-    only a few per layer).  Text, such as the output of a build's commands, has a larger limit, and dropped text leaves
-    a note.
+    only a few per layer), except results (``aux``).  Text, such as the output of a build's commands, has a larger
+    limit.  Beyond it, only the last texts are kept, after a note.
     """
 
     def __init__(self) -> None:
@@ -35,6 +37,8 @@ class PendingMessages:
         self._has_ended = False
         self._text_bytes = 0
         self._is_clipped = False
+        self._last: deque[ProgressMessage] = deque(maxlen=_LAST_MAX)
+        """The last texts since the output was clipped."""
 
     def report(self, message: ProgressMessage) -> None:
         """Queue a message without waiting."""
@@ -42,10 +46,12 @@ class PendingMessages:
         if message.stream:
             self._is_clipped |= self._text_bytes > _TEXT_BYTES_MAX
             if self._is_clipped:
+                self._last.append(message)
                 return
             self._text_bytes += len(message.stream) + _MESSAGE_BYTES
         key: object = (message.id, message.status) if is_transfer else object()
-        if key in self._messages or message.stream or len(self._messages) < _PENDING_MAX:
+        is_kept = bool(message.stream) or message.aux is not None
+        if key in self._messages or is_kept or len(self._messages) < _PENDING_MAX:
             self._messages[key] = message
         self._changed.set()
 
@@ -59,6 +65,9 @@ class PendingMessages:
         while not self._messages:
             if self._is_clipped:
                 self._is_clipped = False
+                last, self._last = self._last, deque(maxlen=_LAST_MAX)
+                for message in last:
+                    self.report(message)
                 return _CLIPPED
             if self._has_ended:
                 return None

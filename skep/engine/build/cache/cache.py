@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -144,6 +144,10 @@ class CacheMounts:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._used: dict[str, int] = {}
+        self._exclusive: set[str] = set()
+        """Directories of which a step is the only user."""
+        self._released = asyncio.Event()
+        """Set and replaced when a step has released a directory."""
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
@@ -151,23 +155,35 @@ class CacheMounts:
         """Provide the directory of ``key`` while the block runs.
 
         Args:
-            sharing: ``shared``: several steps use the directory at once.  ``locked``: steps wait for each other.
-                ``private``: a step that would have to wait gets another directory, which no other step uses at the same
-                time.
+            sharing: ``shared``: several steps with this value use the directory at once.  ``locked``: the step waits
+                until no other step uses the directory.  ``private``: a step that would have to wait gets another
+                directory.  A step with ``shared`` also gets another directory while the other two kinds use this one.
             fill: Called for a directory that does not exist yet.
         """
-        name = key.name
-        if sharing == "private" and name in self._used:
-            names = (f"{name}-{number}" for number in itertools.count(1))
-            name = next(one for one in names if one not in self._used)
         async with AsyncExitStack() as stack:
             if sharing == "locked":
+                name = key.name
                 await stack.enter_async_context(self._lock(name))
+                while name in self._used:
+                    await self._released.wait()
+            else:
+                name = self._free_name(key.name, is_shared=sharing == "shared")
             self._take(name, stack)
+            if sharing != "shared":
+                self._exclusive.add(name)
             async with self._lock(f"making {name}"):
                 if not (self._root / name).is_dir():
                     await self._make(name, key, fill)
             yield self._root / name
+
+    def _free_name(self, name: str, *, is_shared: bool) -> str:
+        """Return the first directory of ``name`` that a step can use now.
+
+        Source: buildkit, solver/llbsolver/mounts/mount.go (getRefCacheDirNoCache).
+        """
+        taken: Collection[str] = self._exclusive if is_shared else self._used
+        others = (f"{name}-{number}" for number in itertools.count(1))
+        return next(one for one in itertools.chain((name,), others) if one not in taken)
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
@@ -195,6 +211,9 @@ class CacheMounts:
         self._used[name] -= 1
         if not self._used[name]:
             del self._used[name]
+            self._exclusive.discard(name)
+            self._released.set()
+            self._released = asyncio.Event()
             with suppress(FileNotFoundError):  # a directory that was being filled has its final name now
                 os.utime(self._root / name)  # the time of last use, which outlives this process
 

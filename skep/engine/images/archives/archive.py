@@ -307,20 +307,18 @@ async def save(
             names = chosen.setdefault(image.id, [])
             if reference is not None and reference not in names:
                 names.append(reference)
-    packages = []
-    chain: list[str] = []
-    for id, names in chosen.items():
-        image = images.get(id)
-        chain += image.chain
-        packages.append(
+    found = [images.get(id) for id in chosen]
+    # No await before, because a removal would delete layers of an image that is read after another one.
+    async with images.pin([chain_id for image in found for chain_id in image.chain]):
+        packages = [
             Unpackaged(
                 config=await asyncio.to_thread(images.config_file(image).read_bytes),
                 layers=[images.layer_store.content(chain_id) for chain_id in image.chain],
                 layer_bytes=[images.layer_store.all()[chain_id].plain_bytes for chain_id in image.chain],
-                names=names,
+                names=chosen[image.id],
             )
-        )
-    async with images.pin(chain):
+            for image in found
+        ]
         pieces = archive_pieces(packages)
         while piece := await asyncio.to_thread(next, pieces, b""):
             yield piece

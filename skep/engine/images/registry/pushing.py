@@ -100,7 +100,7 @@ async def push(
     if not tags:
         raise NotFound(f"no tags to push for {name}")
     chosen = [reference] if reference.tag else sorted(tags)
-    wanted = {tag: PushedImage(tags[tag], tuple(images.index(tag))) for tag in chosen}
+    wanted = {tag: PushedImage(tags[tag], tuple(images.index(tag, is_whole=True))) for tag in chosen}
     await _push_tags(images, policy, wanted, credentials, report)
 
 

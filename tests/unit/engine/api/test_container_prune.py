@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from sim.world.time import VirtualClock, VirtualLoop
 from skep.engine.api import containers
-from skep.engine.containers.container import Container, ContainerState
+from skep.engine.containers.container import Container, ContainerState, PlainOptions
 from skep.errors import InvalidArgument
 from skep.model.values.ids import ContainerId
 from skep.model.values.times import timestamp
@@ -83,6 +83,18 @@ def test_what_is_removed_or_started_meanwhile_keeps_no_other(tmp_path: Path, *, 
         stubs.steps["bundles.discard"] = meanwhile
         assert await pruned(stubs) == ["3", "1"]
         assert [one.name for one in stubs.engine.list()] == (["c2"] if is_started else [])
+
+    pruning(tmp_path, body)
+
+
+def test_a_container_of_a_build_stays(tmp_path: Path) -> None:
+    """The build reads its changes after the command has ended, and needs it before the command begins."""
+
+    async def body(stubs: StubEngine) -> None:
+        for number, state in ((1, ContainerState.EXITED), (2, ContainerState.CREATED)):
+            plain = PlainOptions(is_step=True)
+            stubs.engine.store.observe(numbered(number).id, plain=plain, state=state)
+        assert await pruned(stubs) == ["3"]
 
     pruning(tmp_path, body)
 

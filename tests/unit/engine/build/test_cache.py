@@ -59,6 +59,37 @@ async def test_private_directories_of_three_steps_at_once_are_three(tmp_path: Pa
         assert again == places[0]
 
 
+@pytest.mark.parametrize("first", ["private", "locked"])
+async def test_a_step_shares_no_directory_that_another_step_has_alone(tmp_path: Path, first: str) -> None:
+    mounts = CacheMounts(tmp_path)
+    async with (
+        mounts.hold(CacheKey(id="id"), first) as own,
+        mounts.hold(CacheKey(id="id"), "shared") as place,
+    ):
+        assert place != own
+        async with mounts.hold(CacheKey(id="id"), "shared") as second:
+            assert second == place
+    async with mounts.hold(CacheKey(id="id"), "shared") as place:
+        assert place == own
+
+
+@pytest.mark.parametrize("first", ["private", "shared", "locked"])
+async def test_a_locked_directory_waits_for_every_other_step(tmp_path: Path, first: str) -> None:
+    mounts, order = CacheMounts(tmp_path), list[str]()
+
+    async def lock() -> None:
+        async with mounts.hold(CacheKey(id="id"), "locked"):
+            order.append("locked")
+
+    async with mounts.hold(CacheKey(id="id"), first):
+        waiting = asyncio.create_task(lock())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        order.append(first)
+    await asyncio.wait_for(waiting, 60)
+    assert order == [first, "locked"]
+
+
 async def test_a_directory_that_a_step_takes_during_a_prune_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

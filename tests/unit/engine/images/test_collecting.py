@@ -39,6 +39,11 @@ def test_a_high_mark_of_zero_means_never() -> None:
     assert collected(an_image("a"), disk=Disk(size=1000, used=1000), marks=Marks(high=0, low=0)) == ""
 
 
+def test_a_high_mark_below_the_low_mark_is_the_low_mark_too() -> None:
+    images = [an_image(id, age_s=(10 + number) * AGE_S_MIN) for number, id in enumerate("abcd")]
+    assert collected(*images, disk=Disk(size=1000, used=780), marks=Marks(high=70, low=80)) == "dc"
+
+
 @pytest.mark.parametrize(
     "kept",
     [

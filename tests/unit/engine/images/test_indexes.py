@@ -78,3 +78,19 @@ async def test_an_index_of_an_image_that_is_gone_is_not_named(store: ImageStore)
     with pytest.raises(NotFound, match=f"No such image: {gone}"):
         await store.name_index([AMD64, gone], [parse_reference("app:3").with_default_tag()], AMD64)
     assert store.lookup("app:3") is None
+
+
+async def test_a_damaged_image_of_an_index_does_not_stop_other_work_with_images(
+    store: ImageStore, tmp_path: Path
+) -> None:
+    other = await store.add(a_config(LAYER, architecture="riscv64"), [parse_reference("other:1")])
+    (tmp_path / "images/configs" / hex_of(ARM64)).write_text("cut")
+    again = ImageStore(tmp_path / "images")
+    await again.open()
+    assert ids(again) == [AMD64]
+    removed = await again.remove("other:1", users=tuple)
+    assert other.id in removed.deleted
+    with pytest.raises(NotFound, match=f"No such image: {ARM64}"):
+        await again.push(APP, "")
+    removed = await again.remove("app:1", users=tuple)
+    assert AMD64 in removed.deleted

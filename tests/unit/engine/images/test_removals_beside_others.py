@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -44,7 +45,7 @@ async def store(tmp_path: Path) -> ImageStore:
     """It has one image, ``app:1``."""
     directory = tmp_path / "images/layers" / hex_of(CHAIN_ID)
     (directory / "diff").mkdir(parents=True)
-    layer = Layer(chain_id=CHAIN_ID, diff_id=digest_of(CONTENT), size_bytes=1, plain_bytes=1)
+    layer = Layer(chain_id=CHAIN_ID, diff_id=digest_of(CONTENT), size_bytes=1, plain_bytes=len(CONTENT))
     (directory / "layer.json").write_bytes(msgspec.json.encode(layer))
     store = ImageStore(tmp_path / "images")
     await store.open()
@@ -196,3 +197,26 @@ async def test_an_image_that_comes_again_as_its_removal_is_cut_off_is_whole(
     await store.add(CONFIG, [parse_reference("app:1")])
     for one in (store, await opened(tmp_path / "images")):
         assert [image.id for image in one.images()] == [ID]
+
+
+async def test_an_image_that_is_removed_while_it_is_saved_is_saved_whole(
+    store: ImageStore, tmp_path: Path
+) -> None:
+    (tmp_path / "images/layers" / hex_of(CHAIN_ID) / "content").write_bytes(CONTENT)
+    other = await store.add(a_config(), [parse_reference("other:1")])
+    config = store.config_file(other)
+    content = config.read_bytes()
+    config.unlink()
+    os.mkfifo(config)
+
+    async def save() -> bytes:
+        return b"".join([piece async for piece in store.save(["app:1", "other:1"])])
+
+    saving = asyncio.create_task(save())
+    async with asyncio.timeout(60):
+        writer = await asyncio.to_thread(os.open, config, os.O_WRONLY)  # once the second image is read
+        await store.remove("app:1", users=tuple)
+        os.write(writer, content)
+        os.close(writer)
+        assert CONTENT in await saving
+    assert not store.layer_store.all()
