@@ -334,9 +334,12 @@ class Worker:
         the service's delay.
         """
         kill_at: float | None = None
+        last: NodeRemoval | None = None
         while True:
             await self.session_state.wait_no_session()
             silence_s, removal = self.session_state.total_silence_s(), self.session_state.removal
+            if removal != last:  # This loop may not have seen a session between two removals.
+                last, kill_at = removal, None
             for driver in self._drivers.values():
                 reason = stop_reason(driver.task, silence_s, removal)
                 if reason and not driver.status.state.is_terminal:
