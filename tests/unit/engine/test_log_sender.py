@@ -215,10 +215,14 @@ async def test_a_container_that_is_started_instead_of_removed_is_sent_although_i
             received.set()
         writer.close()
 
+    def failures() -> int:
+        return [event_of(one) for one in said].count("log driver remote unreachable")
+
     sender.take(order)
+    await eventually(lambda: failures() == 1)
     sender.take(Hold(ID))
     sender.take(msgspec.structs.replace(order, has_ended=False))
-    await eventually(lambda: [event_of(one) for one in said].count("log driver remote unreachable") == 2)
+    await eventually(lambda: failures() == 2)
     async with await asyncio.start_server(take, "127.0.0.1", port):
         async with asyncio.timeout(20):
             await received.wait()
