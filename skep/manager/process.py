@@ -213,7 +213,7 @@ async def _serve(config: ManagerConfig, clock: Clock) -> None:
         members = RaftMembers(client, member)
         await members.count()
         store = await _open(config, paths, pair, clock, random, stack, members, is_empty=is_empty)
-        await finish_recovery(paths, store, config.node_id, config.advertise_addr)
+        await finish_recovery(paths, store, config.node_id, config.advertise_addr, pair.certificate)
         pair = await self_renewed(store, pair, files, clock)
         gc_settings.configure_gc()  # excludes the loaded replica from garbage collections, which halves their time
         own_member = ConsensusMember(

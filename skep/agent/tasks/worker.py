@@ -298,7 +298,9 @@ class Worker:
         *,
         at_once: bool = False,
     ) -> None:
-        task = self._spawn(self._free(id, driver, running, at_once=at_once), f"remove-{id}")
+        # A removal that ends later would remove what the next assignment of the task creates.
+        before = [one for one in (running, self.removals.get(id)) if one is not None]
+        task = self._spawn(self._free(id, driver, before, at_once=at_once), f"remove-{id}")
         self.removals[id] = task
         task.add_done_callback(lambda done: self.forget_removal(id, done))
 
@@ -307,12 +309,15 @@ class Worker:
             del self.removals[id]
 
     async def _free(
-        self, id: TaskId, driver: TaskDriver | None, running: asyncio.Task[None] | None, *, at_once: bool
+        self, id: TaskId, driver: TaskDriver | None, before: Collection[asyncio.Task[None]], *, at_once: bool
     ) -> None:
-        """Free a task's resources once its driver (``running``) has ended.  Retries after a failure."""
-        if running is not None:
+        """Free a task's resources once its driver and an earlier removal (``before``) have ended.
+
+        Retries after a failure.
+        """
+        if before:
             # A verb that cannot be interrupted may still be creating resources.
-            await asyncio.wait([running])
+            await asyncio.wait(before)
 
         async def free() -> None:
             if driver is None:
@@ -329,9 +334,12 @@ class Worker:
         the service's delay.
         """
         kill_at: float | None = None
+        last: NodeRemoval | None = None
         while True:
             await self.session_state.wait_no_session()
             silence_s, removal = self.session_state.total_silence_s(), self.session_state.removal
+            if removal != last:  # This loop may not have seen a session between two removals.
+                last, kill_at = removal, None
             for driver in self._drivers.values():
                 reason = stop_reason(driver.task, silence_s, removal)
                 if reason and not driver.status.state.is_terminal:

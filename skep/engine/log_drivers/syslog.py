@@ -46,7 +46,10 @@ _LOCAL_SOCKETS = ("/dev/log", "/var/run/syslog", "/var/run/log")
 def check(options: Options) -> None:
     """Check the driver's options.  Raises: InvalidArgument, in Docker's words."""
     refuse_unknown("syslog", options, KNOWN)
-    _endpoints(options)
+    for endpoint in _endpoints(options) if options.get("syslog-address") else ():
+        # Only at the creation: later, the server may be away for a while.
+        if endpoint.path and not os.path.exists(endpoint.path):
+            raise InvalidArgument(f"stat {endpoint.path}: no such file or directory")
     _facility(options.get("syslog-facility", ""))
     if options.get("syslog-format", "") not in _FORMATS:
         raise InvalidArgument("Invalid syslog format")
@@ -144,8 +147,6 @@ def _endpoints(options: Options) -> Sequence[RemoteAddress]:
     except ValueError as error:
         raise InvalidArgument(f'parse "{address}": {error}') from error
     if parts.scheme in ("unix", "unixgram"):
-        if not os.path.exists(parts.path):
-            raise InvalidArgument(f"stat {parts.path}: no such file or directory")
         return [RemoteAddress(network=parts.scheme, path=parts.path)]
     host, port = host_and_port(parts.netloc, _PORT)
     tls = None

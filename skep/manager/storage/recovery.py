@@ -19,15 +19,17 @@ from pathlib import Path
 
 import msgspec
 import structlog
+from cryptography import x509
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.trees import discard_tree_now
 from skep.bootstrap import Recovery, load_recovery, save_recovery
 from skep.linux.files import file_exists
+from skep.manager.ca.admission import stamp
 from skep.manager.volumes.records import INFO_PART, PUBLISH_PART
 from skep.manager.volumes.steps import doubted
-from skep.model.node import UNKNOWN_STATE, ManagerStatus, Node, NodeState, Reachability
+from skep.model.node import UNKNOWN_STATE, IssuedSerial, ManagerStatus, Node, NodeState, Reachability
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, VolumeId
 from skep.model.values.times import SECOND_NS
@@ -77,11 +79,17 @@ async def raise_if_restored(paths: Paths, socket: Path, clock: Clock) -> None:
         log.warning("incarnation of the cluster raised", incarnation=incarnation)
 
 
-async def finish_recovery(paths: Paths, store: Store, node_id: NodeId, addr: str) -> None:
-    """Write the new status of the nodes, and remove the request.  Raises: Unavailable."""
+async def finish_recovery(
+    paths: Paths, store: Store, node_id: NodeId, addr: str, own: x509.Certificate
+) -> None:
+    """Write the new status of the nodes and this manager's certificate, and remove the request.
+
+    Raises: Unavailable.
+    """
     if load_recovery(paths) is None:
         return
     await store.update(show_survivor, node_id, addr)
+    await store.update(record_certificate, node_id, own)
     await doubt_volumes(store)
     paths.recovery.unlink(missing_ok=True)
     paths.recovery_snapshot.unlink(missing_ok=True)
@@ -113,6 +121,25 @@ def _doubt_volume(tx: Transaction, id: VolumeId, needed: Set[NodeId]) -> None:
         return
     doubtful = doubted(volume, needed, tx.find(Node))
     tx.put(replace(doubtful, is_creating=volume.is_creating) if INFO_PART in damaged else doubtful)
+
+
+def record_certificate(tx: Transaction, node_id: NodeId, own: x509.Certificate) -> None:
+    """Record the certificate with which this manager runs, which a restore has issued without a store.
+
+    A certificate that is not recorded could not be revoked at etcd's port.
+    """
+    node, serial = tx.lookup(Node, node_id), f"{own.serial_number:x}"
+    before = node.certificate if node is not None else None
+    if node is None or before is None or any(one.serial == serial for one in before.serials):
+        return
+    not_after = stamp(own.not_valid_after_utc)
+    certificate = replace(
+        before,
+        not_after=not_after,
+        serials=(*before.serials, IssuedSerial(serial=serial, not_after=not_after)),
+        last_not_after=max(not_after, before.last_not_after),
+    )
+    tx.put(replace(node, certificate=certificate))
 
 
 def show_survivor(tx: Transaction, node_id: NodeId, addr: str) -> None:

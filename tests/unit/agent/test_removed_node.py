@@ -17,6 +17,7 @@ from skep.model.service import NetworkAttachmentSpec
 from skep.model.task import AssignedTask, TaskState
 from skep.model.values.ids import TaskId
 from skep.model.values.times import Timestamp, timestamp, unix_ns
+from skep.wire.client import ManagerChannel
 from tests.support.harness.clocks import FastClock
 from tests.unit.agent.test_worker import DEADLINE_S, NeverStops, Node, assigned, complete
 
@@ -114,3 +115,21 @@ async def test_a_task_that_does_not_stop_is_killed_in_time(tmp_path: Path, has_b
         async with asyncio.timeout(DEADLINE_S):
             while node.machine.processes[TaskId("a")].exit_code != 137:  # noqa: ASYNC110  # there is no event
                 await asyncio.sleep(0.01)
+
+
+async def test_a_node_that_is_removed_again_after_a_short_session_has_its_tasks_killed_again(
+    tmp_path: Path,
+) -> None:
+    node = Node(tmp_path, clock=FastClock(100))
+    controllers: dict[str, type[SimulatedController]] = {"a": NeverStops, "b": NeverStops}
+    node.controllers |= controllers
+    async with node.working() as worker:
+        for id in ("a", "b"):
+            await worker.assign(complete(assigned(id)))
+            await node.reports.wait(id, TaskState.RUNNING)
+            worker.session_state.end()
+            worker.session_state.removal = replace(REMOVED, at=timestamp(time.time_ns()))
+            async with asyncio.timeout(DEADLINE_S):
+                while node.machine.processes[TaskId(id)].exit_code != 137:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            worker.session_state.begin(cast("ManagerChannel", None))

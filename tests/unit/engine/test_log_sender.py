@@ -215,10 +215,14 @@ async def test_a_container_that_is_started_instead_of_removed_is_sent_although_i
             received.set()
         writer.close()
 
+    def failures() -> int:
+        return [event_of(one) for one in said].count("log driver remote unreachable")
+
     sender.take(order)
+    await eventually(lambda: failures() == 1)
     sender.take(Hold(ID))
     sender.take(msgspec.structs.replace(order, has_ended=False))
-    await eventually(lambda: [event_of(one) for one in said].count("log driver remote unreachable") == 2)
+    await eventually(lambda: failures() == 2)
     async with await asyncio.start_server(take, "127.0.0.1", port):
         async with asyncio.timeout(20):
             await received.wait()
@@ -242,10 +246,11 @@ class Remote:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        async with await asyncio.start_server(self._take, "127.0.0.1", self.port):
+        async with await asyncio.start_server(self.take, "127.0.0.1", self.port):
             yield
 
-    async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Receive the lines of one connection."""
         while line := await reader.readline():
             self.received.append(line.decode().split()[-1])
         writer.close()
@@ -260,6 +265,22 @@ async def test_a_second_order_to_hold_keeps_the_files_that_the_first_one_opened(
     sender.take(Hold(ID))
     async with remote.serving():
         await eventually(lambda: remote.received == ["1", "2", "3"])
+        await sender.end()
+
+
+async def test_a_socket_that_does_not_exist_when_the_process_starts_gets_the_log_later(
+    tmp_path: Path,
+) -> None:
+    """The collector restarts at the same time as the node process."""
+    current, place = tmp_path / "current", tmp_path / "collector.sock"
+    written(current, 1, 2)
+    said, remote = list[Response](), Remote()
+    sender = Sender(said.append)
+    options = {"syslog-address": f"unix://{place}"}
+    sender.take(msgspec.structs.replace(remote.order_for(current), options=options))
+    await eventually(lambda: "log driver remote unreachable" in map(event_of, said))
+    async with await asyncio.start_unix_server(remote.take, place):
+        await eventually(lambda: remote.received == ["1", "2"])
         await sender.end()
 
 

@@ -1,15 +1,19 @@
 """Which life of the cluster a manager serves, and what it does when it meets another."""
 
 import asyncio
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.bootstrap import Recovery, load_recovery, save_recovery
 from skep.errors import FailedPrecondition
+from skep.manager.ca.admission import issued_certificate
 from skep.manager.control.nodes import remove_node, update_node
+from skep.manager.nodes.revocation import revoke
 from skep.manager.storage.incarnation import (
     Incarnation,
     Incarnations,
@@ -31,11 +35,15 @@ from skep.model.node import (
     Reachability,
 )
 from skep.model.task import Task, TaskState, TaskStatus, VolumeAttachment
-from skep.model.values.ids import NodeId, TaskId, VolumeId
+from skep.model.values.ids import ClusterId, NodeId, TaskId, VolumeId
 from skep.model.values.meta import Driver
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeInfo, VolumeSpec
 from skep.paths import Paths
+from skep.security.authority import Authority
+from skep.security.identity import NodeIdentity
+from skep.security.keys import new_private_key
 from skep.store.interface import Transaction
+from skep.store.kinds import Revocation
 from skep.store.level import CLUSTER_VOLUMES
 from skep.store.memory import MemoryStore
 
@@ -123,6 +131,25 @@ async def test_only_the_survivor_is_shown_as_reachable_and_the_others_may_be_dem
         await store.update(update_node, m1.id, replace(m1.spec, role=NodeRole.WORKER), m1.version.index)
 
 
+def a_certificate(node: str) -> x509.Certificate:
+    identity = NodeIdentity(node_id=NodeId(node), cluster_id=ClusterId("c"), role=NodeRole.MANAGER)
+    chain = Authority.create().issue(new_private_key().public_key(), identity)
+    return x509.load_pem_x509_certificate(chain)
+
+
+async def test_the_demotion_of_a_restored_manager_revokes_the_certificate_of_the_restore(
+    paths: Paths,
+) -> None:
+    store, certificates = MemoryStore(SystemClock()), [a_certificate("m1"), a_certificate("m1")]
+    record = issued_certificate(NodeRole.MANAGER, certificates[0], datetime.now(UTC))
+    await store.update(lambda tx: tx.put(replace(a_manager("m1"), certificate=record)))
+    save_recovery(paths, Recovery(stage="restored"))
+    await finish_recovery(paths, store, NodeId("m1"), "new:2377", certificates[1])
+    await store.update(lambda tx: revoke(tx, tx.get(Node, NodeId("m1")), 0, is_removed=False))
+    (revocation,) = store.view().find(Revocation)
+    assert {one.serial for one in revocation.serials} == {f"{one.serial_number:x}" for one in certificates}
+
+
 async def test_after_a_restore_a_volume_may_be_on_any_node_with_its_driver(paths: Paths) -> None:
     store = MemoryStore(SystemClock())
 
@@ -140,10 +167,10 @@ async def test_after_a_restore_a_volume_may_be_on_any_node_with_its_driver(paths
         tx.put(Task(id=TaskId("t"), node_id=NodeId("w1"), volumes=has, status=running))
 
     await store.update(put)
-    await finish_recovery(paths, store, NodeId("w1"), "new:2377")
+    await finish_recovery(paths, store, NodeId("w1"), "new:2377", a_certificate("w1"))
     assert store.view().get(Volume, VolumeId("v")).publish_status[0].state is PublishState.PUBLISHED
     save_recovery(paths, Recovery(stage="restored"))
-    await finish_recovery(paths, store, NodeId("w1"), "new:2377")
+    await finish_recovery(paths, store, NodeId("w1"), "new:2377", a_certificate("w1"))
     assert load_recovery(paths) is None
     found = store.view().get(Volume, VolumeId("v")).publish_status
     assert [(one.node_id, one.state) for one in found] == [
