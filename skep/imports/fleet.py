@@ -120,10 +120,11 @@ def imported(texts: Mapping[str, str], stack: str, *, has_processes: bool = Fals
     services = list(_services([unit_of(text, name) for name, text in texts.items()]))
     made: dict[str, Any] = {"name": stack, "services": {}}
     files = {service.name: service.files for service in services}
+    before = _started_before(services)
     for service in services:
         if service.name in made["services"]:
             raise InvalidArgument(f"{service.unit.name}: there is a unit {service.name} already")
-        made["services"][service.name] = _Conversion(service, files, notes, has_processes).entry()
+        made["services"][service.name] = _Conversion(service, files, before, notes, has_processes).entry()
     volumes = {
         source: None
         for entry in made["services"].values()
@@ -161,17 +162,43 @@ def _services(units: Sequence[Unit]) -> Iterator[_Service]:
         yield _Service(name, found[0], instances, tuple(unit.name for unit in found))
 
 
+def _listed(unit: Unit, key: str) -> Iterator[str]:
+    """Yield the units in the lists of a setting of ``[Unit]``."""
+    return (word for line in unit.all("Unit", key) for word in line.split())
+
+
+def _name_of(word: str) -> str:
+    """Return the name of the service of a unit."""
+    return word.removesuffix(".service").partition("@")[0]
+
+
+def _started_before(services: Sequence[_Service]) -> Mapping[str, set[str]]:
+    """Return the services that systemd starts before each service, by ``After`` alone, as in systemd."""
+    after = {one.name: {*map(_name_of, _listed(one.unit, "After"))} - {one.name} for one in services}
+    found: dict[str, set[str]] = {}
+    for name in after:
+        pending, found[name] = [name], set()
+        while pending:
+            new = after.get(pending.pop(), set()) - found[name]
+            found[name] |= new
+            pending += new
+    return found
+
+
 class _Conversion:
     def __init__(
         self,
         service: _Service,
         files: Mapping[str, tuple[str, ...]],
+        before: Mapping[str, set[str]],
         notes: list[Note],
         has_processes: bool = False,
     ) -> None:
+        """``before``: result of ``_started_before``."""
         self._service = service
         self._unit = service.unit
         self._files = files
+        self._before = before
         self._notes = notes
         self._has_processes = has_processes
         self._is_process = False
@@ -270,16 +297,16 @@ class _Conversion:
                 self._note("ExecStart --link", f"dropped: {target} is not among the units")
 
     def _after(self) -> Iterator[str]:
+        """Yield the services to wait for.  A unit that starts after this one is wanted, and not waited for."""
+        own = self._service.name
         words = {
-            word
-            for key in ("After", "Requires", "Wants", "BindsTo")
-            for line in self._unit.all("Unit", key)
-            for word in line.split()
+            word for key in ("After", "Requires", "Wants", "BindsTo") for word in _listed(self._unit, key)
         }
         for word in sorted(words):
-            name = word.removesuffix(".service").partition("@")[0]
-            if name in self._files and name != self._service.name:
-                yield name
+            name = _name_of(word)
+            if name in self._files and name != own:
+                if name in self._before[own] or own not in self._before[name]:
+                    yield name
             elif name not in (
                 "docker",
                 "network-online.target",

@@ -145,11 +145,9 @@ def _names(specs: Sequence[ServiceSpec], stack: str, networks: Mapping[str, Mapp
 
 def _keys(names: Iterable[str], stack: str) -> dict[str, str]:
     """Return the keys of names: the names without the stack's prefix, unless two keys would then be equal."""
-    made: dict[str, str] = {}
-    for name in names:
-        key = name.removeprefix(f"{stack}_") or name
-        made[name] = name if key in made.values() else key
-    return made
+    present = tuple(names)
+    keys = {name: name.removeprefix(f"{stack}_") or name for name in present}
+    return {name: name if key != name and key in present else key for name, key in keys.items()}
 
 
 # --- the other sections --------------------------------------------------------------------------------------------

@@ -99,6 +99,13 @@ async def test_a_stream_that_breaks_goes_on_after_its_last_event(tmp_path):
         assert await read(client, 1, "1-7") == ["t8"]
 
 
+async def test_a_stream_that_breaks_before_its_first_event_goes_on(tmp_path: Path) -> None:
+    """As the first one after a cursor: nothing has happened since, and the manager is restarted."""
+    replies = iter([(200, event(1)[:9]), (200, event(2))])
+    async with a_manager(tmp_path, lambda _: next(replies)) as client, asyncio.timeout(60):
+        assert await read(client, 1, after="1-1") == ["t2"]
+
+
 async def test_without_a_leader_the_command_says_so_before_it_waits(tmp_path: Path) -> None:
     async with a_manager(tmp_path, lambda after: (200, event(1))):
         command = (SKEP, "--host", f"unix://{tmp_path}/s", "events", "--until", "now")

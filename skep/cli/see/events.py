@@ -166,11 +166,12 @@ async def follow(
 
     Raises: Unavailable: the first connection fails; SkepError: refused, as when events are no longer kept.
     """
-    backoff, cursor = Backoff(0.2, RECONNECT_S_MAX), stream.after
+    backoff, cursor, was_connected = Backoff(0.2, RECONNECT_S_MAX), stream.after, False
     while True:
         try:
             query = {**parameters_of(filters), **stream.query(cursor)}
             async with client.lines("/skep/events", query) as lines:
+                was_connected = True  # perhaps for hours without an event
                 async for line in lines:
                     event = msgspec.json.decode(line)
                     if "message" in event:
@@ -179,7 +180,7 @@ async def follow(
                     backoff.reset()
                     yield event
         except (Unavailable, msgspec.DecodeError):  # the connection was lost, perhaps within a line
-            if cursor == stream.after:
+            if not (was_connected and cursor):  # without a cursor there would be a gap
                 raise
         if stream.until_ns is not None and clock.now_ns() >= stream.until_ns:
             return

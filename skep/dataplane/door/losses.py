@@ -57,6 +57,8 @@ class LostTasks:
         self._clock = clock
         self._table: NetworkTable | None = None
         self._due: dict[TaskId, float] = {}
+        self._ending: dict[TaskId, float] = {}
+        """When the tasks of the last ``due`` were due."""
         self._more = asyncio.Event()
 
     def follow(self, after: NetworkTable | None) -> None:
@@ -89,11 +91,16 @@ class LostTasks:
                 self._more.clear()
                 await self._more.wait()
             now = self._clock.monotonic()
-            if found := [id for id, due in self._due.items() if due <= now]:
-                return found
+            if found := {id: due for id, due in self._due.items() if due <= now}:
+                self._ending = found
+                return list(found)
             await self._clock.sleep(min(self._due.values()) - now)
 
     def forget(self, ended: Collection[TaskId]) -> None:
-        """Remove tasks the connections to which have ended.  Other tasks may have their server lines now."""
+        """Remove tasks the connections to which have ended.  Other tasks may have their server lines now.
+
+        A task that served and was lost again meanwhile stays.
+        """
         for id in ended:
-            self._due.pop(id, None)
+            if self._due.get(id) == self._ending.get(id):
+                self._due.pop(id, None)

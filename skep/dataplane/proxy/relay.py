@@ -116,21 +116,24 @@ class ConnectionRelays:
         self._refused = refused
 
     async def _open_relay(self, port: RelayPort) -> TcpRelay | UdpRelay:
-        listener = self._listener(port)
+        """Return a relay on a duplicate of the socket that holds ``port``.  Raises: Unavailable: no socket holds it."""
+        own = self._holder_of(port)
+        listener = set_aside(own.dup())
+        listener.setblocking(False)
         if port.protocol == "udp":
             return UdpRelay(port, listener, self._clock, self._rng, self._in_namespace)
         relay = TcpRelay(port, self._rng, self._in_namespace)
         await relay.open(listener)
+        if not any(one is own for _, one in self._held()):  # released meanwhile, and ``end`` found no relay
+            relay.close()
+            raise Unavailable("the socket that held it was released")
         return relay
 
-    def _listener(self, port: RelayPort) -> socket.socket:
-        """Return a duplicate of the socket that holds ``port``.  Raises: Unavailable: no socket holds it."""
+    def _holder_of(self, port: RelayPort) -> socket.socket:
         wanted = (port.protocol, port.port, "" if port.address == _ANY_IPV4 else port.address)
         for one, own in self._held():
             if (one.protocol, one.port, one.address) == wanted:
-                listener = set_aside(own.dup())
-                listener.setblocking(False)
-                return listener
+                return own
         raise Unavailable("no socket holds it")
 
     def _read(self) -> tuple[RelayPort, ...]:

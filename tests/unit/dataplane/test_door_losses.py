@@ -70,6 +70,22 @@ async def test_a_lost_task_keeps_its_line_until_its_connections_have_opened_or_f
 
 
 @on_virtual_time
+async def test_a_task_that_is_lost_again_while_its_connections_are_ended_is_due_again() -> None:
+    lost = LostTasks(virtual_clock())
+    whole, without = a_table({"n1": T1, "n2": T2}), a_table({"n2": T2})
+    for table in (whole, without):
+        lost.follow(table)
+    ended = await lost.due()
+    await asyncio.sleep(1)  # for the commands
+    for table in (whole, without):
+        lost.follow(table)
+    lost.forget(ended)
+    assert await lost.due() == [T1]
+    lost.forget([T1])
+    assert not lost.present()
+
+
+@on_virtual_time
 async def test_the_connections_to_a_task_that_serves_again_are_not_ended() -> None:
     lost = LostTasks(virtual_clock())
     whole, without = a_table({"n1": T1, "n2": T2}), a_table({"n2": T2})

@@ -340,3 +340,23 @@ def test_a_unit_that_cannot_be_a_process_is_refused(setting: str, error: str) ->
 def test_a_shell_command_of_a_unit_stays_one() -> None:
     entry, _ = a_process("[Service]\nExecStart=/bin/sh -c 'while true; do date; sleep 5; done'")
     assert entry["command"] == ["/bin/sh", "-c", "while true; do date; sleep 5; done"]
+
+
+def test_a_unit_waits_for_no_sidekick_that_starts_after_it() -> None:
+    run = "[Service]\nExecStart=/usr/bin/docker run --name {0} {0}\n"
+    made = imported(
+        {
+            "app@1.service": "[Unit]\nWants=announce@%i.service\nRequires=db.service\n" + run.format("app"),
+            "announce@1.service": "[Unit]\nBindsTo=app@%i.service\nAfter=app@%i.service\n"
+            + run.format("announce"),
+            "db.service": run.format("db"),
+        },
+        "shop",
+    )
+    services = made.document["services"]
+    assert {name: one.get("depends_on") for name, one in services.items()} == {
+        "app": ["db"],
+        "announce": ["app"],
+        "db": None,
+    }
+    assert not [note for note in made.notes if "circle" in str(note)]

@@ -256,3 +256,19 @@ def test_labels_name_services_of_no_stack_by_their_new_names() -> None:
         specs_in(json.dumps([{"Spec": specs[1] | {"Name": "shop_web", "Labels": labels}}])), "shop", {}
     )
     assert again.document["services"]["web"]["deploy"]["labels"]["skep.affinity"] == "db@zone,cache"
+
+
+def test_objects_whose_names_differ_by_the_stack_alone_keep_keys_of_their_own() -> None:
+    secrets = [
+        {"SecretID": id, "SecretName": name, "File": {"Name": name, "UID": "0", "GID": "0", "Mode": 0o400}}
+        for id, name in (("s1", "shop_zero"), ("s2", "zero"))
+    ]
+    container = {"Image": "a", "Secrets": secrets}
+    specs = [{"Name": name, "TaskTemplate": {"ContainerSpec": container}} for name in ("shop_web", "web")]
+    made = imported(specs_in(json.dumps([{"Spec": spec} for spec in specs])), "shop", {}).document
+    assert sorted(made["services"]) == ["shop_web", "web"]
+    assert {key: one["name"] for key, one in made["secrets"].items()} == {
+        "shop_zero": "shop_zero",
+        "zero": "zero",
+    }
+    assert [one["source"] for one in made["services"]["web"]["secrets"]] == ["shop_zero", "zero"]

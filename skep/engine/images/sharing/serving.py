@@ -306,6 +306,8 @@ class ServedImages:
         digest = layer.blob or self._digests.get(chain_id)
         if not digest:
             digest = await self._digest(chain_id, path)
+            if (present := layers.get(chain_id)) is not None and present.blob:
+                digest = present.blob  # a push has compressed the layer meanwhile
             for gone in self._digests.keys() - layers.all().keys():
                 del self._digests[gone]
         return {"mediaType": _LAYER_TYPE, "size": path.stat().st_size, "digest": digest}

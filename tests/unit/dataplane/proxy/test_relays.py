@@ -91,6 +91,20 @@ async def test_a_relay_serves_on_the_socket_that_holds_its_port_and_leaves_it_he
     bind("tcp", port, "127.0.0.1").close()
 
 
+async def test_a_port_that_is_released_while_its_relay_opens_is_free(tmp_path: Path) -> None:
+    plan, port = tmp_path / "relays", free_port()
+    plan.write_bytes(msgspec.json.encode([a_relay(port)]))
+    held = [a_held(port)]
+    relays = ConnectionRelays(plan, QuickClock(), lambda: 0.5, lambda: held)
+    applying = asyncio.create_task(relays.apply())
+    await asyncio.sleep(0)
+    relays.end("tcp", port, "127.0.0.1")
+    held.pop()[1].close()
+    await applying
+    await asyncio.sleep(0)
+    bind("tcp", port, "127.0.0.1").close()
+
+
 async def test_as_many_clients_as_the_limit_says_are_relayed_and_those_that_leave_do_not_count() -> None:
     listener, backends = socket.create_server(("127.0.0.1", 0)), list[asyncio.StreamWriter]()
 
