@@ -332,7 +332,7 @@ async def update(served: ContainerRoutes, request: web.Request) -> web.StreamRes
 async def prune(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker container prune``: remove containers that do not run.
 
-    Containers of tasks that are about to start stay, and so do those of builds, which read the changes after the end.
+    Containers of tasks that are about to start stay. A build's containers stay, because it reads their changes later.
 
     A failed removal does not prevent others.  Source: moby, daemon/prune.go (ContainersPrune).
     """
