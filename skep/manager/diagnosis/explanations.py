@@ -55,6 +55,8 @@ from skep.model.values.times import SECOND_NS, ZERO_TIME, Timestamp, timestamp, 
 
 IS_STOPPED = "stopped"
 """Reason of a healthy service without tasks that a user has stopped."""
+_WAITS_FOR_FIRST_RUN = "it waits for its first run"
+"""Reason of a healthy job without tasks whose schedule has not started a run yet."""
 REASONS_MAX = 10
 """Largest number of different reasons in the explanation of a service.  The most frequent come first."""
 
@@ -440,7 +442,7 @@ def _of_job(
     A job has completed, has failed with a cause, or makes progress.  ``tasks`` belong to its current iteration.
     """
     if service.job_status is not None and service.job_status.awaits_first_run:
-        return "it waits for its first run", "", True
+        return _WAITS_FOR_FIRST_RUN, _WAITS_FOR_FIRST_RUN, True
     job = service.spec.mode.replicated_job
     slots: Mapping[int, Slot] | Mapping[NodeId, Slot] = (
         group_by_slot(tasks) if job is not None else group_by_node(tasks)

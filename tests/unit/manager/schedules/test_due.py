@@ -98,6 +98,7 @@ def test_a_job_that_waits_for_its_first_run_has_no_tasks_and_is_as_wanted() -> N
     assert World(service).steps() == []
     explained = explain_service(service, [], wanted=0, nodes={}, now_ns=0)
     assert (explained.summary, explained.is_healthy) == ("it waits for its first run", True)
+    assert explained.health.reason == "it waits for its first run", "status shows 0/1 done with it"
     assert schedule_words(service) == "@hourly (UTC), next run at 2026-11-24T10:00:00Z"
     assert shown_job(EMPTY, service).state == "waiting"
 
