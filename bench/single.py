@@ -3,7 +3,8 @@
     python -m bench.single --pairs 7
 
 Each is what a user types: ``docker run -d``, ``docker exec`` and ``docker rm -f`` against a Docker Engine and a node of
-Skep, and the same three with ``podman``, which has no daemon.  All three have the same image and their default network.
+Skep, and the same three with ``podman``, which has no daemon.  All three have the same image, runc, the same limits and
+their default network.
 """
 
 import asyncio
@@ -23,8 +24,9 @@ from bench.scenarios import WORKLOAD
 from bench.skep_lab import SkepLab
 from skep.playground.images.busybox import busybox_archive
 
-IMAGE = "docker.io/library/busybox:1"
-"""The name in the archive, as Podman shortens no names."""
+IMAGE = "busybox:1"
+LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")
+"""Podman's default limits need rights that not every machine has."""
 
 
 class Command:
@@ -51,7 +53,9 @@ class Command:
 def one_container(command: Command) -> Mapping[str, float]:
     """Measure the life of one container."""
     return {
-        "start of one container, s": command.timed("run", "--detach", "--name", "one", IMAGE, *WORKLOAD),
+        "start of one container, s": command.timed(
+            "run", "--detach", "--name", "one", *LIMITS, IMAGE, *WORKLOAD
+        ),
         "exec of one container, s": command.timed("exec", "one", "true"),
         "removal of one container, s": command.timed("rm", "--force", "one"),
     }
@@ -74,7 +78,8 @@ def podman(directory: Path, stack: ExitStack) -> Command:
     within = ("nsenter", "-t", str(holder.pid), "--mount", "--net")
     subprocess.run([*within, "ip", "link", "set", "lo", "up"], check=True)
     places = ("--root", str(directory / "root"), "--runroot", str(directory / "run"))
-    made = Command("podman", *within, path, "--cgroup-manager", "cgroupfs", *places)
+    runtime = ("--runtime", shutil.which("runc") or "runc")
+    made = Command("podman", *within, path, *runtime, "--cgroup-manager", "cgroupfs", *places)
     stack.callback(lambda: made.run("system", "reset", "--force"))
     return made
 
