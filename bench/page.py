@@ -282,8 +282,8 @@ def alone_section(results: Sequence[Result]) -> str:
         "## One container",
         "",
         _paragraph(
-            "A container is started, gets a command, and is removed, each with the system's own command, runc and the same",
-            f"image. Podman is {one.version('podman')}, the Docker Engine {one.version('docker')}, with n =",
+            "A container is started, gets a command, and is removed, each with the system's own command, runc and the",
+            f"same image. Podman is {one.version('podman')}, the Docker Engine {one.version('docker')}, with n =",
             f"{min(len(values) for sides in rows.values() for values in sides.values())}",
             f"([`{one.name}`](../../bench/results/{one.name}.md)).",
         ),
