@@ -66,7 +66,7 @@ _TABLE = re.compile(r"table (\S+ \S+) {")
 _HOOK = re.compile(r"type filter hook forward priority [^;]+; policy (accept|drop);")
 DOCKER_USER = "DOCKER-USER"
 _COUNTER = re.compile(r"counter packets \d+ bytes \d+ ")
-_LAST_WORD = re.compile(r"\s*(?:counter packets \d+ bytes \d+ )?(?:drop|reject\b.*)")
+_LAST_WORD = re.compile(rf"\s*(?:{_COUNTER.pattern})?(?:drop|reject\b.*)")
 
 
 class _Conflict(Exception):
@@ -342,23 +342,24 @@ class Mesh:
 
     async def _look_for_obstacles(self) -> None:
         while True:
-            work = self._namespaces.run(self._namespaces.home, _find_obstacles)
+            is_publishing = self._plan is not None and bool(self._plan.held)
+            work = self._namespaces.run(self._namespaces.home, _find_obstacles, is_publishing)
             found = await isolate(work, "others' rules not read") or ()
-            if self._plan is None or not self._plan.held:
-                found = ()
             for sentence in set(found) - set(self._obstacles):
                 log.warning(sentence)
             self._obstacles = found
             await tick(self._clock, OBSTACLES_S)
 
 
-def _find_obstacles() -> tuple[str, ...]:
-    """Find rules of other programs that block forwarding, after Docker's chain for exceptions has got ours."""
+def _find_obstacles(is_publishing: bool) -> tuple[str, ...]:
+    """Add exceptions to Docker's chain for them.  Then find what blocks the forwarding of published ports, if any."""
     chains = nft.run("list chains")
     for table in docker_tables(chains):
         if lacking := exceptions(table, nft.run(f"list chain {table} {DOCKER_USER}")):
             nft.run(lacking)
             log.info("forwarding allowed beside a docker engine", table=table, chain=DOCKER_USER)
+    if not is_publishing:
+        return ()
     return obstacles((nft.run(f"list table {name}") for name in forwarding_tables(chains)), (BRIDGE,))
 
 
