@@ -130,19 +130,26 @@ def issued_certificate(
         plane: Data plane of the requesting node.  Only the value of the first certificate counts.
         before: Current record, whose unexpired certificates are kept.
     """
-    not_after = stamp(certificate.not_valid_after_utc)
+    issued = issued_serial(certificate)
     before = before or NodeCertificate()
     serials = [serial for serial in before.serials if unix_ns(serial.not_after) > now.timestamp() * SECOND_NS]
     if role is NodeRole.MANAGER:
-        serials.append(IssuedSerial(serial=f"{certificate.serial_number:x}", not_after=not_after))
+        serials.append(issued)
     return NodeCertificate(
         role=role,
         state="issued",
-        not_after=not_after,
+        not_after=issued.not_after,
         issuer=issuer,
         serials=tuple(serials),
         plane=before.plane or plane,
-        last_not_after=max(not_after, before.last_not_after),
+        last_not_after=max(issued.not_after, before.last_not_after),
+    )
+
+
+def issued_serial(certificate: x509.Certificate) -> IssuedSerial:
+    """Return the serial number of a certificate, and when it expires."""
+    return IssuedSerial(
+        serial=f"{certificate.serial_number:x}", not_after=stamp(certificate.not_valid_after_utc)
     )
 
 

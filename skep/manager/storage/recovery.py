@@ -26,10 +26,10 @@ from skep.aio.clock import Clock
 from skep.aio.trees import discard_tree_now
 from skep.bootstrap import Recovery, load_recovery, save_recovery
 from skep.linux.files import file_exists
-from skep.manager.ca.admission import stamp
+from skep.manager.ca.admission import issued_serial
 from skep.manager.volumes.records import INFO_PART, PUBLISH_PART
 from skep.manager.volumes.steps import doubted
-from skep.model.node import UNKNOWN_STATE, IssuedSerial, ManagerStatus, Node, NodeState, Reachability
+from skep.model.node import UNKNOWN_STATE, ManagerStatus, Node, NodeState, Reachability
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, VolumeId
 from skep.model.values.times import SECOND_NS
@@ -128,16 +128,15 @@ def record_certificate(tx: Transaction, node_id: NodeId, own: x509.Certificate) 
 
     A certificate that is not recorded could not be revoked at etcd's port.
     """
-    node, serial = tx.lookup(Node, node_id), f"{own.serial_number:x}"
+    node, issued = tx.lookup(Node, node_id), issued_serial(own)
     before = node.certificate if node is not None else None
-    if node is None or before is None or any(one.serial == serial for one in before.serials):
+    if node is None or before is None or any(one.serial == issued.serial for one in before.serials):
         return
-    not_after = stamp(own.not_valid_after_utc)
     certificate = replace(
         before,
-        not_after=not_after,
-        serials=(*before.serials, IssuedSerial(serial=serial, not_after=not_after)),
-        last_not_after=max(not_after, before.last_not_after),
+        not_after=issued.not_after,
+        serials=(*before.serials, issued),
+        last_not_after=max(issued.not_after, before.last_not_after),
     )
     tx.put(replace(node, certificate=certificate))
 
