@@ -123,7 +123,8 @@ class Volumes(VolumeStore):
         self.bind_sources = BindSources()
         self.users: defaultdict[str, set[str]] = defaultdict(set)
         self._filling = WeakValueDictionary[str, asyncio.Lock]()
-        """Locks by volume name, held while a volume gets the image's files."""
+        """Locks by volume name, held while a volume gets the image's files.  Not ``lock_of``, because a removal and a
+        report need not wait for a long copy."""
         self._unfinished: set[str] = set()
         """Volumes whose last unmount failed, for example because their plug-in was unreachable."""
 

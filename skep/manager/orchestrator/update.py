@@ -219,7 +219,7 @@ class _Rollout:
         best = max(reversed(running), key=self._stays, default=None)
         kept = view.serving if best is None else (best,)
         steps = retired(task for task in view.outdated if view.serving and task not in kept)
-        if best is None or not all(self._stays(best)[:2]):
+        if best is None or best.preemption is not None or not self._situation.is_known_to_run(best):
             return steps
         return [replace(step, successor=best.id) for step in steps]
 
