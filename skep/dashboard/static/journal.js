@@ -74,9 +74,15 @@ export class Journal {
     const since = Math.floor(((this.entries[0]?.at ?? now - SPAN_MS) - 5000) / 1000);
     if (this.#hasHistory) {
       try {
-        const answer = await this.#ask(`skep/history?since=${since}&limit=${PAGE}`);
-        this.oldestState = instant(answer.OldestState);
-        return answer.Entries.map(fromHistory);
+        const found = [];
+        let next = "";
+        do {
+          const answer = await this.#ask(`skep/history?since=${since}&limit=${PAGE}&cursor=${encodeURIComponent(next)}`);
+          this.oldestState = instant(answer.OldestState);
+          found.push(...answer.Entries.map(fromHistory));
+          next = answer.Next;
+        } while (next && found.length < KEPT_MAX);
+        return found;
       } catch (error) {
         if (![403, 404, 501].includes(error.status)) throw error;
         this.#hasHistory = false;

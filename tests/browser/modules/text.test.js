@@ -128,6 +128,27 @@ test("the journal is read again only for another state, and falls back to events
   assert.deepEqual(asked, ["skep/history", "events", "events"]);
   assert.equal(journal.entries.length, 1);
 });
+test("of many entries since the last read none is left out", async () => {
+  let entries = [];
+  const journal = new Journal(async (path) => {
+    const query = new URLSearchParams(path.split("?")[1]);
+    const [limit, from] = [Number(query.get("limit")), Number(query.get("cursor"))];
+    const page = entries.slice(from, from + limit);
+    return { Entries: page, Next: from + limit < entries.length ? String(from + limit) : "" };
+  }, () => {});
+  const add = (count, second) => {
+    const at = (number) => new Date(second * 1000 + number).toISOString();
+    entries = [...Array.from({ length: count }, (_, number) => ({ ID: `${second} ${number}`, Time: at(number) })), ...entries];
+  };
+  add(3, 1);
+  await journal.refresh(1, 10_000);
+  add(1200, 12);
+  await journal.refresh(2, 20_000);
+  assert.equal(journal.entries.length, 1203);
+  add(2500, 32);
+  await journal.refresh(3, 40_000);
+  assert.equal(journal.entries.length, 2000, "the newest ones, within the bound");
+});
 test("a histogram has every entry of its span once", () => {
   const entries = [0, 10, 10, 99, 100, -1].map((at) => ({ at, level: "quiet" }));
   const parts = histogram(entries, 0, 100, 10);
