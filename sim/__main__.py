@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sim import run, what_if
 from sim.containers import run as containers
-from sim.record import Record
+from sim.record import Record, code_of
 from sim.seeds import Simulate, chunked, failures, report, results
 from sim.store_only import run as store_only
 from skep.aio.clock import SystemClock
@@ -55,7 +55,7 @@ def main() -> int:
 
 def _run_recorded(args: argparse.Namespace, simulate: Simulate) -> int:
     """Simulate the seeds that the record lacks, and append each part to the record as soon as it is done."""
-    record, clock = Record(args.record, _kind(args)), SystemClock()
+    record, clock = Record(args.record, _kind(args), code_of(sys.modules.values())), SystemClock()
     first = max(args.first, record.next_seed())
     for seeds in chunked(range(first, args.first + args.seeds), RECORDED):
         began, failed = clock.monotonic(), []

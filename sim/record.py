@@ -1,17 +1,21 @@
-"""A record of simulated seeds over many runs.  Each line has a range of seeds and the simulated commit.
+"""A record of simulated seeds over many runs.  Each line has a range of seeds, the commit, and a digest of its code.
 
 ::
 
-    whole 1a2b3c4d 5000000..5000099 failed: 5000057 (48 s)
-    whole 1a2b3c4d 5000100..5000199 failed: none (51 s)
+    whole 1a2b3c4d/5e6f7a8b 5000000..5000099 failed: 5000057 (48 s)
+    whole 9c0d1e2f/5e6f7a8b 5000100..5000199 failed: none (51 s)
 
+Runs of commits with one digest add up: what differs between them, such as a page or a comment, is not simulated.
 Seeds that were simulated again after a bug fix keep both lines, because the record also shows the found faults.
 """
 
+import ast
+import hashlib
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 LINE = re.compile(r"([\w-]+) (\S+) (\d+)\.\.(\d+) failed: (none|[\d ]+) \((\d+) s\)")
 
@@ -19,10 +23,11 @@ LINE = re.compile(r"([\w-]+) (\S+) (\d+)\.\.(\d+) failed: (none|[\d ]+) \((\d+) 
 class Record:
     """The lines of one file about one kind of run."""
 
-    def __init__(self, path: Path, kind: str) -> None:
-        """``kind``: ``whole``, ``store``, ``containers`` or ``what-if``."""
+    def __init__(self, path: Path, kind: str, code: str) -> None:
+        """``kind``: ``whole``, ``store``, ``containers`` or ``what-if``.  ``code``: the digest of ``code_of``."""
         self._path = path
         self._kind = kind
+        self._code = code
 
     def next_seed(self) -> int:
         """Return the seed after the last one in the file, or 0 if there is none."""
@@ -37,23 +42,61 @@ class Record:
         words = " ".join(map(str, failed)) or "none"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
-            file.write(f"{self._kind} {_commit()} {seeds[0]}..{seeds[-1]} failed: {words} ({took_s:.0f} s)\n")
+            file.write(
+                f"{self._kind} {_commit()}/{self._code} {seeds[0]}..{seeds[-1]} failed: {words} ({took_s:.0f} s)\n"
+            )
 
     def summary(self) -> str:
-        """Return a sentence with the number of seeds in the file, and the failed ones."""
-        lived = sum(last - first + 1 for first, last, _ in self._ranges())
+        """Return a sentence with the number of seeds in the file, those of the present code, and the failed ones."""
+        lived, present = _number(self._ranges()), _number(self._ranges(f"/{self._code}"))
         failed = self.failed()
-        return f"{lived} runs recorded, {len(failed)} failed" + (f": {failed}" if failed else "")
+        words = f"{lived} runs recorded, {present} of the present code, {len(failed)} failed"
+        return words + (f": {failed}" if failed else "")
 
-    def _ranges(self) -> list[tuple[int, int, list[int]]]:
+    def _ranges(self, code: str = "") -> list[tuple[int, int, list[int]]]:
+        """Return the ranges of this kind with their failed seeds, of all code or of the one that ``code`` ends."""
         if not self._path.exists():
             return []
         found = [match for line in self._path.read_text().splitlines() if (match := LINE.match(line))]
         return [
             (int(match[3]), int(match[4]), [int(seed) for seed in match[5].split() if seed != "none"])
             for match in found
-            if match[1] == self._kind
+            if match[1] == self._kind and match[2].endswith(code)
         ]
+
+
+def code_of(modules: Iterable[ModuleType]) -> str:
+    """Return a digest of the code of Skep and its simulation in ``modules``, as 8 hexadecimal digits.
+
+    Comments, docstrings and layout change nothing that is simulated, so the digest is that of the syntax trees.
+    """
+    digest = hashlib.sha256()
+    for module in sorted(set(modules), key=lambda one: one.__name__):
+        if module.__name__.partition(".")[0] not in {"skep", "sim"} or not module.__file__:
+            continue
+        tree = _without_texts(ast.parse(Path(module.__file__).read_bytes()))
+        digest.update(f"{module.__name__} {ast.dump(tree)}\n".encode())
+    return digest.hexdigest()[:8]
+
+
+def _without_texts(tree: ast.Module) -> ast.Module:
+    """Remove statements that are only a text from ``tree``, and return it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [one for one in node.body if not _is_text(one)]
+    return tree
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
+
+
+def _number(ranges: Iterable[tuple[int, int, list[int]]]) -> int:
+    return sum(last - first + 1 for first, last, _ in ranges)
 
 
 def _commit() -> str:
