@@ -5,7 +5,7 @@
     whole 1a2b3c4d/5e6f7a8b 5000000..5000099 failed: 5000057 (48 s)
     whole 9c0d1e2f/5e6f7a8b 5000100..5000199 failed: none (51 s)
 
-Runs of commits with one digest add up: what differs between them, such as a page or a comment, is not simulated.
+Runs of commits with the same digest add up: they differ only in parts that no run uses, or in comments.
 Seeds that were simulated again after a bug fix keep both lines, because the record also shows the found faults.
 """
 
@@ -47,14 +47,14 @@ class Record:
             )
 
     def summary(self) -> str:
-        """Return a sentence with the number of seeds in the file, those of the present code, and the failed ones."""
+        """Return a sentence with how many seeds the file has, how many of the present code, and which failed."""
         lived, present = _number(self._ranges()), _number(self._ranges(f"/{self._code}"))
         failed = self.failed()
         words = f"{lived} runs recorded, {present} of the present code, {len(failed)} failed"
         return words + (f": {failed}" if failed else "")
 
     def _ranges(self, code: str = "") -> list[tuple[int, int, list[int]]]:
-        """Return the ranges of this kind with their failed seeds, of all code or of the one that ``code`` ends."""
+        """Return the ranges of this kind with their failed seeds, with ``code`` those whose commit ends with it."""
         if not self._path.exists():
             return []
         found = [match for line in self._path.read_text().splitlines() if (match := LINE.match(line))]
@@ -68,7 +68,7 @@ class Record:
 def code_of(modules: Iterable[ModuleType]) -> str:
     """Return a digest of the code of Skep and its simulation in ``modules``, as 8 hexadecimal digits.
 
-    Comments, docstrings and layout change nothing that is simulated, so the digest is that of the syntax trees.
+    Comments, docstrings and layout do not change a run, so they do not count.
     """
     digest = hashlib.sha256()
     for module in sorted(set(modules), key=lambda one: one.__name__):
