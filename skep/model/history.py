@@ -88,7 +88,7 @@ class JournalEntry(ApiObject):
     message: str = always("")
     """A sentence, parts of which come from users and containers."""
     count: int = always(1)
-    """Number of equal events that this entry stands for."""
+    """Number of events that this entry stands for.  Only the events of requests are all equal to it."""
     method: str = ""
     path: str = ""
     status: int = 0

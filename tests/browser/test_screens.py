@@ -378,6 +378,7 @@ async def test_a_phone_shows_problems_first() -> None:
         more = page.get_by_role("button", name="More")
         await expect(more).not_to_have_attribute("aria-current", "true")
         await page.goto(f"{url}#/volumes")
+        await expect(page.get_by_text("Volumes of replicated services and jobs.")).to_be_visible()
         await expect(more).to_have_attribute("aria-current", "true")
         await more.click()
         await page.get_by_role("link", name="Stacks").click()

@@ -53,7 +53,7 @@ from skep.model.networks.sandbox import as_requested
 from skep.model.networks.tables import NetworkHead
 from skep.model.options import templates
 from skep.model.options.labels import LABEL_TASK_ID, last_lines
-from skep.model.options.slot_volumes import created_ms
+from skep.model.options.slot_volumes import created_ms, slot_user
 from skep.model.permissions.processes import is_process
 from skep.model.permissions.rights import ALL_RIGHTS, Right
 from skep.model.task import AssignedTask, ContainerStatus
@@ -307,9 +307,10 @@ class OciController:
     async def _note_volumes(self) -> None:
         """Record which volumes have data of the task's slot, so that later tasks of the slot return to this node."""
         container, task = self._container(), self._task.task
-        if container is None or not task.slot:
+        slot = slot_user(self._task.service_name, task)
+        if container is None or not slot:
             return
-        volumes, slot = self._engine.volumes, f"{self._task.service_name}.{task.slot}"
+        volumes = self._engine.volumes
         for point in container.config.mounts:
             if point.type == "volume" and point.name and not point.anonymous:
                 noting = volumes.note_use(point.name, slot, created_ms(task))

@@ -190,7 +190,9 @@ def lines_of(
 def _row(entry: Mapping[str, Any], screen: Screen, now: datetime) -> list[str | Cell]:
     at = datetime.fromtimestamp(unix_ns(entry["Time"]) / SECOND_NS, now.tzinfo)
     is_today = at.date() == now.date()
-    times = f" (×{entry['Count']})" if entry.get("Count", 1) > 1 else ""
+    # Folded requests are equal.  Folded changes need not be equal, so their messages have the number in other words.
+    is_repeated = entry.get("Kind") == "request" and entry.get("Count", 1) > 1
+    times = f" (×{entry['Count']})" if is_repeated else ""
     return [
         at.strftime("%H:%M:%S" if is_today and not screen.is_wide else "%Y-%m-%d %H:%M:%S"),
         *((str(entry.get("ObjectID", "")),) if screen.is_wide else ()),

@@ -404,6 +404,7 @@ function volumesPage(app) {
 function localVolumes(app) {
   return h("section", { key: "local" },
     h("h2", {}, "Local volumes"),
+    h("p", { class: "note quiet" }, "Volumes of replicated services and jobs. For global services and plain containers, run ", h("code", {}, "docker volume ls"), " on the node."),
     table(app, {
       id: "local volumes",
       label: "Local volumes",

@@ -303,12 +303,10 @@ def _present(
             return CauseKind.PROGRESSING, "it starts when the task before it has stopped, which has its port"
         case TaskState.PENDING if status.err:
             return _no_node(task, nodes, spec)
+        case TaskState.NEW if status.err:
+            return CauseKind.NOT_ALLOCATED, status.err
         case TaskState.NEW:
-            return (
-                (CauseKind.NOT_ALLOCATED, status.err)
-                if status.err
-                else (CauseKind.PROGRESSING, "it waits for its networks and ports")
-            )
+            return CauseKind.PROGRESSING, "it waits for its networks and ports"
         case TaskState.PENDING:
             return CauseKind.PROGRESSING, "it waits for a node"
         case TaskState.ASSIGNED if _is_down(nodes.get(task.node_id)):
@@ -316,16 +314,12 @@ def _present(
         case TaskState.ASSIGNED:
             return CauseKind.PROGRESSING, f"{where} has not received it yet"
         case TaskState.ACCEPTED | TaskState.PREPARING:
-            words = f"{where} prepares it: image, mounts and networks"
-            return (
-                (CauseKind.WAITING, f"{words}: {status.err}")
-                if status.err
-                else (CauseKind.PROGRESSING, words)
-            )
+            kind = CauseKind.WAITING if status.err else CauseKind.PROGRESSING
+            return kind, f"{where} prepares it: image, mounts and networks{because(status.err)}"
         case TaskState.READY:
             if task.desired_state is not TaskState.READY:
                 return CauseKind.PROGRESSING, f"{where} starts it"
-            return CauseKind.PROGRESSING, f"{where} has prepared it; {_turn(task, slot)}"
+            return CauseKind.PROGRESSING, f"{where} has prepared it; {_turn(task, slot, nodes)}"
         case TaskState.STARTING:
             return CauseKind.PROGRESSING, f"{where} {_starting(task)}{because(status.err)}"
         case TaskState.UNKNOWN:
@@ -350,10 +344,15 @@ def _gets_port_from(task: Task, slot: Iterable[Task]) -> bool:
     )
 
 
-def _turn(task: Task, slot: Iterable[Task]) -> str:
+def _turn(task: Task, slot: Iterable[Task], nodes: Mapping[NodeId, Node]) -> str:
     """Return the reason why a prepared task does not start yet."""
-    if any(one.id != task.id and not one.status.state.is_terminal for one in slot):
+    before = [one for one in slot if one.id != task.id and not one.status.state.is_terminal]
+    if any(not _is_down(nodes.get(one.node_id)) for one in before):
         return "it starts when the task before it has stopped"
+    if before:
+        # A lost node reports no stop.  The orchestrator waits for none, or until the node stops its tasks itself.
+        last = max(before, key=lambda one: (one.created_at, one.id))
+        return f"it replaces the task on {hostname(nodes.get(last.node_id), last)}, which is down"
     return "it waits for its turn to start"
 
 

@@ -109,8 +109,9 @@ def _chunks(
 def repeated(entries: Sequence[JournalEntry], alone_max: int = 3) -> Sequence[JournalEntry]:
     """Return ``entries`` in order, with only the first few and the last of repeated actions on one slot.
 
-    The last entry represents the omitted ones, whose number is its ``count``.  Otherwise a service in a crash loop
-    would displace everything else from the history within hours.
+    The last entry represents the omitted ones, whose number is its ``count``, and says so: they may have had another
+    node, or failed for another reason.  Otherwise a service in a crash loop would displace everything else from the
+    history within hours.
     """
     kept: dict[int, JournalEntry] = {}
     places: dict[tuple[str, ...], list[int]] = {}
@@ -119,7 +120,8 @@ def repeated(entries: Sequence[JournalEntry], alone_max: int = 3) -> Sequence[Jo
             alike = places.setdefault((entry.service_id, entry.name, entry.action), [])
             if len(alike) > alone_max:
                 before = kept.pop(alike.pop())
-                entry = replace(entry, count=entry.count + before.count)
+                count = entry.count + before.count
+                entry = replace(entry, count=count, message=f"{entry.message} (the last of {count})")
             alike.append(place)
         kept[place] = entry
     return tuple(kept.values())

@@ -66,6 +66,16 @@ def created_ms(task: Task) -> int:
     return unix_ns(task.created_at) // MILLISECOND_NS
 
 
+def slot_user(service_name: str, task: Task) -> str:
+    """Return ``service.slot`` for a task as its node knows it (``Task.shown_slot``), or an empty text without a slot.
+
+    Slot 0 is the first slot of a job.  A node cannot distinguish it from a task of a global job, for which managers
+    ignore the reports.
+    """
+    has_slot = bool(task.slot) or task.job_iteration is not None
+    return f"{service_name}.{task.slot}" if has_slot else ""
+
+
 def slot_volumes_label(found: Iterable[SlotVolume]) -> str:
     """Return the label ``data=web.2@1763894400000 ...`` for volumes, with as many of the latest as fit."""
     words: list[str] = []
@@ -219,7 +229,8 @@ def homes_of(task: Task, service_name: str, past: Iterable[Task], index: SlotVol
     for other in sorted((one for one in past if had_volumes(one)), key=created_ms, reverse=True):
         shared = next((one for one in local_volumes(other.spec) if one in volumes), None)
         if other.id != task.id and shared is not None:
-            name = shared.replace("{{.Task.Slot}}", str(task.shown_slot))
+            # As in Docker, the placeholder is the node's id for slot 0 of a job.
+            name = shared.replace("{{.Task.Slot}}", str(task.shown_slot or other.node_id))
             if index.is_forgotten(other.node_id, name, created_ms(other)):
                 continue
             found.setdefault(other.node_id, Home(other.node_id, name))

@@ -571,13 +571,6 @@ def test_a_start_waits_for_a_health_check_only_if_there_may_be_one(test: tuple[s
     assert explained(task, service=service).reason == words
 
 
-def test_a_prepared_task_waits_for_the_one_before_it_to_stop() -> None:
-    old = a_task("t1", service=WEB, slot=1, node="m1", desired=TaskState.SHUTDOWN)
-    new = a_task("t2", service=WEB, slot=1, node="m1", state=READY, desired=READY)
-    assert explained(old, new).reason == "m1 has prepared it; it starts when the task before it has stopped"
-    assert explained(new).reason == "m1 has prepared it; it waits for its turn to start"
-
-
 def test_a_host_port_of_the_task_before_it_is_no_problem_while_that_one_stops() -> None:
     refused = "no suitable node (host-mode port already in use on 1 node)"
     task = attempt(TaskState.PENDING)

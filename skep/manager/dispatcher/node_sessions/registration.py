@@ -272,10 +272,10 @@ def _key(one: SlotVolume) -> tuple[str, str, int]:
 
 
 def _seen(tx: Transaction, node_id: NodeId) -> dict[tuple[str, int], list[int]]:
-    """Return the times of the node's tasks by service and slot."""
+    """Return the times of the node's tasks by service and slot.  Tasks of global services have no slot."""
     found: dict[tuple[str, int], list[int]] = {}
     for task in tx.find(Task, node_id=node_id):
         service = tx.lookup(Service, task.service_id)
-        if service is not None:
+        if service is not None and task.slot:
             found.setdefault((service.spec.name, task.shown_slot), []).append(created_ms(task))
     return found

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.manager.dispatcher.node_sessions.registration import Registration, describe_node, take_session
 from skep.model.node import EngineDescription, Node, NodeDescription
-from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, created_ms
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, created_ms, slot_user
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, SessionId
 from skep.model.values.meta import Version
@@ -62,6 +62,21 @@ async def test_a_slot_of_a_job_has_the_number_that_its_node_knows(store: MemoryS
     at = created_ms(task)
     await store.update(take_session, registered(f"data=web.2@{at} data=web.1@{at}"))
     assert believed(store) == f"data=web.1@{at}"
+
+
+async def test_the_first_slot_of_a_job_is_reported_and_believed_and_a_global_job_has_no_slots(
+    store: MemoryStore,
+) -> None:
+    task = replace(store.view().get(Task, "t1"), job_iteration=Version(), slot=1)
+    await store.update(lambda tx: tx.put(task))
+    report = f"data={slot_user('web', replace(task, slot=task.shown_slot))}@{created_ms(task)}"
+    await store.update(take_session, registered(report))
+    assert believed(store) == report == f"data=web.0@{created_ms(task)}"
+    await store.update(take_session, registered(""))
+    await store.update(lambda tx: tx.put(replace(task, slot=0)))
+    await store.update(take_session, registered(report))
+    assert believed(store) == ""
+    assert slot_user("web", replace(task, slot=0, job_iteration=None)) == ""
 
 
 async def test_what_was_believed_once_is_believed_without_the_task(store: MemoryStore) -> None:

@@ -72,13 +72,21 @@ def test_a_service_that_crashes_in_a_loop_leaves_the_history_of_others() -> None
     (last,) = chunks.with_changes(None, [an_entry(1, message="first")], 1, [])
     for number in range(2, 1000):
         action = ("start", "fail", "replace")[number % 3]
-        entry = an_entry(number, type="task", action=action, service_id="s", name="web.1")
+        message = f"{action} on w{number % 7}"
+        entry = an_entry(number, type="task", action=action, service_id="s", name="web.1", message=message)
         (last,) = chunks.with_changes(last, [entry], number, [])
     kept = chunks.entries_in(last)
     assert len(kept) == 13
     assert kept[0].message == "first"
     assert sum(entry.count for entry in kept) == last.revision == 999
     assert [entry.revision for entry in kept[-3:]] == [997, 998, 999]
+    # The omitted ones were on other nodes as well, so no entry claims 329 starts on w5.
+    words = [
+        "fail on w3 (the last of 329)",
+        "replace on w4 (the last of 330)",
+        "start on w5 (the last of 330)",
+    ]
+    assert [entry.message for entry in kept[-3:]] == words
 
 
 def test_each_series_keeps_half_and_the_oldest_go() -> None:

@@ -10,7 +10,7 @@ from skep.manager.scheduler.state import SchedulerState
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, EngineDescription, Node, NodeState
 from skep.model.options.labels import VOLUME_AFFINITY
-from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, Home
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, Home, SlotVolumeIndex, homes_of
 from skep.model.service import (
     JobStatus,
     Placement,
@@ -104,6 +104,16 @@ async def test_a_slot_of_a_job_is_found_by_the_number_that_nodes_know() -> None:
         await store.update(put, replace(present, description=reporting("away", "data-5=web.5@1").description))
         await wait_for(store, lambda: on(store, first) != "")
     assert on(store, second) == "n2"
+
+
+def test_the_data_of_a_jobs_first_slot_has_the_name_that_its_node_gave_it() -> None:
+    service = a_stateful_service(source="data-{{.Task.Slot}}")
+    for slot, name in ((1, "data-n3"), (2, "data-1")):
+        task, before = (
+            replace(one, job_iteration=Version())
+            for one in (waiting(service, slot=slot), past(service, "n3", slot=slot))
+        )
+        assert homes_of(task, "web", [before], SlotVolumeIndex()) == (Home(NodeId("n3"), name),)
 
 
 async def test_without_its_node_a_task_goes_elsewhere_and_says_so() -> None:
