@@ -224,6 +224,10 @@ class Task(ApiObject):
         """
         return self.slot - 1 if self.slot and self.job_iteration is not None else self.slot
 
+    def place(self, node: str) -> str:
+        """Return what distinguishes the task from others of its service: its slot, or ``node`` without a slot."""
+        return str(self.shown_slot) if self.slot else node
+
     @property
     def spec_index(self) -> int:
         """Return the index of the spec version that it was created from, or 0 if that is unknown."""

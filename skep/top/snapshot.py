@@ -147,8 +147,14 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         """Return a name like ``web.3``, ``web.m1`` for a global service, or ``web.<id>`` before a task of a global
         service has a node.
         """
-        where = task.slot or (self.node_name(task.node_id) if task.node_id else task.id)
+        where = self._slot(task) or (self.node_name(task.node_id) if task.node_id else task.id)
         return f"{self.service_name(task.service_id)}.{where}"
+
+    def _slot(self, task: ShownTask) -> str:
+        """Return the slot of a task, or an empty text for a task of a global service.  The slots of jobs begin at 0."""
+        service = self.services.get(task.service_id)
+        is_job = service is not None and "ReplicatedJob" in service["Spec"].get("Mode", {})
+        return str(task.slot) if task.slot or is_job else ""
 
 
 class Touched(msgspec.Struct, frozen=True):

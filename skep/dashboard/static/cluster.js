@@ -106,8 +106,14 @@ export class Cluster {
   taskName(task) {
     const service = this.#rows.services.get(task.service);
     const name = service?.name ?? (task.service ? task.service.slice(0, 12) : "container");
-    if (task.slot) return `${name}.${task.slot}`;
+    const slot = this.slotOf(task);
+    if (slot !== null) return `${name}.${slot}`;
     return task.node ? `${name}.${this.name("nodes", task.node)}` : name;
+  }
+
+  /** The slot of a task, or null for a task of a global service.  The slots of jobs begin at 0. */
+  slotOf({ service, slot }) {
+    return slot || (this.#rows.services.get(service)?.mode === "replicated-job" ? 0 : null);
   }
 
   #index(name, kind, make) {

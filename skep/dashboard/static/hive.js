@@ -108,6 +108,7 @@ export class Hive {
         const row = this.cluster.get("services", service);
         return row?.stack && row.name.startsWith(`${row.stack}_`) ? row.name.slice(row.stack.length + 1) : (row?.name ?? "");
       },
+      slotOf: (task) => this.cluster.slotOf(task),
       isDimmed: (task) => this.#highlight !== null && task.service !== this.#highlight,
     });
     this.#redraw();

@@ -94,7 +94,7 @@ export class Logs {
     };
     if (at) add("time", clockTime(at, Date.now()));
     const row = task && this.#app.cluster.get("tasks", task);
-    if (row && this.#path.startsWith("services/")) add("b", `.${row.slot || this.#app.cluster.name("nodes", row.node)}`);
+    if (row && this.#path.startsWith("services/")) add("b", `.${this.#app.cluster.slotOf(row) ?? this.#app.cluster.name("nodes", row.node)}`);
     add("span", said);
     line.hidden = !this.#fits(line);
     return line;

@@ -168,7 +168,7 @@ function hiveTable(app) {
       groups.set(key, [...(groups.get(key) ?? []), task]);
     }
     return [...groups.values()].map((group) => {
-      const slots = group.filter((task) => task.slot).map((task) => task.slot).sort((a, b) => a - b).join(", ");
+      const slots = group.map((task) => cluster.slotOf(task)).filter((slot) => slot !== null).sort((a, b) => a - b).join(", ");
       return h("span", {}, taskGlyph(group[0]), " ", link(app, "services", group[0].service), slots ? `.${slots}` : "", phase(group[0]) === "running" ? "" : ` (${phase(group[0])})`);
     });
   };

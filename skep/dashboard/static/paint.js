@@ -106,7 +106,7 @@ function looksOf(phase, ink, alpha) {
   }
 }
 
-/** Draws with the inks of a theme.  `palette`: `name(service id)`, `isDimmed(task)`. */
+/** Draws with the inks of a theme.  `palette`: `name(service id)`, `slotOf(task)`, `isDimmed(task)`. */
 export class Painter {
   #ink;
   #palette;
@@ -284,11 +284,12 @@ export class Painter {
       const isFull = cell.phase === "running";
       if (!isFull) continue;
       context.fillStyle = this.#ink.onCell;
-      const apart = cell.task.slot ? letter * 0.62 : 0;
+      const slot = this.#palette.slotOf(cell.task);
+      const apart = slot === null ? 0 : letter * 0.62;
       context.font = `600 ${letter}px ${this.#ink.font}`;
       context.fillText(short(this.#palette.name(cell.task.service), letters), cell.x, cell.y - apart);
       context.font = `400 ${letter}px ${this.#ink.font}`;
-      if (cell.task.slot) context.fillText(`.${cell.task.slot}`, cell.x, cell.y + apart);
+      if (slot !== null) context.fillText(`.${slot}`, cell.x, cell.y + apart);
     }
     context.globalAlpha = 1;
   }

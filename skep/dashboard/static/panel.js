@@ -153,7 +153,7 @@ function serviceHistory(app, service) {
       const status = task.Status ?? {};
       return h("li", { key: task.ID, class: ["failed", "rejected"].includes(status.State) ? "bad" : "" },
         h("time", {}, clockTime(status.Timestamp, app.now)),
-        h("b", {}, task.Slot ? `.${task.Slot}` : app.cluster.name("nodes", task.NodeID)),
+        h("b", {}, place(app, { service: task.ServiceID, slot: task.Slot, node: task.NodeID })),
         h("span", {}, status.State, exitText(status), task.NodeID ? [" on ", app.cluster.name("nodes", task.NodeID)] : ""),
         (endText(status) || (!status.Err && status.Message !== status.State && status.Message)) && h("p", {}, endText(status) || status.Message));
     }));
@@ -197,15 +197,22 @@ function taskPanel(app, task, tab) {
   ];
 }
 
+/** What distinguishes a task from others of its service: `.2`, or the name of its node. */
+function place(app, task) {
+  const slot = app.cluster.slotOf(task);
+  return slot === null ? app.cluster.name("nodes", task.node) : `.${slot}`;
+}
+
 /** Earlier tasks in the same slot. */
 function slotHistory(app, task) {
   if (!task.service) return null;
   const path = `tasks?filters=${encodeURIComponent(JSON.stringify({ service: [task.service] }))}`;
+  const hasSlot = app.cluster.slotOf(task) !== null;
   return fetched(app.resources.use(path, task), (tasks) => {
     const earlier = tasks
-      .filter((other) => other.ID !== task.id && (task.slot ? other.Slot === task.slot : other.NodeID === task.node))
+      .filter((other) => other.ID !== task.id && (hasSlot ? (other.Slot ?? 0) === (task.slot ?? 0) : other.NodeID === task.node))
       .sort((a, b) => (a.Status?.Timestamp < b.Status?.Timestamp ? 1 : -1));
-    if (earlier.length === 0) return h("p", { class: "quiet" }, task.slot ? "None. This is the first task in its slot." : "None. This is the first task on its node.");
+    if (earlier.length === 0) return h("p", { class: "quiet" }, hasSlot ? "None. This is the first task in its slot." : "None. This is the first task on its node.");
     return h("ol", { class: "history" }, earlier.map(({ ID, Status: status = {}, NodeID: node }) =>
       h("li", { key: ID, class: ["failed", "rejected"].includes(status.State) ? "bad" : "" },
         h("time", {}, clockTime(status.Timestamp, app.now)),

@@ -41,12 +41,12 @@ class TaskTarget(ApiObject):
         """Return the representation of ``task``."""
         service, node = view.lookup(Service, task.service_id), view.lookup(Node, task.node_id)
         hostname = node.description.hostname if node is not None else ""
+        owner = service.spec.name if service is not None else task.service_id
         return cls(
             task_id=task.id,
             service_id=task.service_id,
             node_id=task.node_id,
-            name=f"{service.spec.name if service is not None else task.service_id}."
-            f"{task.shown_slot or hostname or task.node_id}",
+            name=f"{owner}.{task.place(hostname or task.node_id)}",
             hostname=hostname,
             state=known_status(view, task).state.value,
             stack=stack_of(service.spec.labels) if service is not None else "",

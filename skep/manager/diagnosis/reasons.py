@@ -590,7 +590,5 @@ def slot_of(task: Task) -> SlotId:
 def name_of(task: Task, service: Service, nodes: Mapping[NodeId, Node]) -> str:
     """Return the task's name as in ``docker service ps``, or an empty text for a global task on an unknown node."""
     node = nodes.get(task.node_id)
-    place: int | str = (
-        task.shown_slot if task.slot else (node.description.hostname if node is not None else "")
-    )
-    return f"{service.spec.name}.{place}" if place != "" else ""
+    place = task.place(node.description.hostname if node is not None else "")
+    return f"{service.spec.name}.{place}" if place else ""

@@ -192,7 +192,7 @@ def _task(task: Task, action: str, view: View, severity: Severity = Severity.INF
     service, node = view.lookup(Service, task.service_id), view.lookup(Node, task.node_id)
     owner = service.spec.name if service is not None else ""
     hostname = _hostname(node) if node is not None else ""
-    place = str(task.shown_slot) if task.slot else hostname or task.node_id
+    place = task.place(hostname or task.node_id)
     return JournalEntry(
         type="task",
         action=action,

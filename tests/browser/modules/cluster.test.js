@@ -53,6 +53,8 @@ test("tasks are called as in Docker", () => {
   assert.equal(cluster.taskName(task("t", { slot: 3 })), "web.3");
   assert.equal(cluster.taskName(task("t", { slot: 0, node: "n2" })), "web.n2");
   assert.equal(cluster.taskName(task("t", { service: "0123456789abcdef" })), "0123456789ab.1");
+  cluster.apply({ cursor: "1-2", set: { services: [service("s2", { name: "report", mode: "replicated-job" })] } });
+  assert.equal(cluster.taskName(task("t", { service: "s2", slot: 0, node: "n2" })), "report.0");
 });
 
 for (const [expected, more] of [

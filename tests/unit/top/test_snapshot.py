@@ -167,6 +167,12 @@ def test_a_task_of_a_global_service_has_the_name_of_its_node() -> None:
     assert rows_of(ScreenView.TASKS, snapshot, NOW)[0].cells[0] == "agent.m1"
 
 
+def test_the_first_task_of_a_job_has_the_name_of_its_slot() -> None:
+    job = a_service("report", mode={"ReplicatedJob": {"TotalCompletions": 2}})
+    snapshot = a_snapshot((a_node("m1"),), (job,), (a_task("report", 0, "m1"), a_task("report", 1, "m1")))
+    assert [row.cells[0] for row in rows_of(ScreenView.TASKS, snapshot, NOW)] == ["report.0", "report.1"]
+
+
 def test_a_node_that_is_drained_or_has_a_message_says_so() -> None:
     nodes = (a_node("a"), a_node("b", availability="drain"), a_node("c", state="down"))
     tones = {row.cells[0]: row.tone for row in rows_of(ScreenView.NODES, a_snapshot(nodes), NOW)}

@@ -213,14 +213,15 @@ def _about_object(entry: JournalEntry, found: Any, view: View) -> JournalEntry:
             owner = view.lookup(Service, task.service_id)
             service_name = owner.spec.name if owner is not None else ""
             place = view.lookup(Node, task.node_id)
+            hostname = place.description.hostname if place is not None else ""
             entry = replace(
                 entry,
-                name=f"{service_name}.{task.shown_slot or task.node_id}",
+                name=f"{service_name}.{task.place(hostname or task.node_id)}",
                 task_id=task.id,
                 service_id=task.service_id,
                 service=service_name,
                 node_id=task.node_id,
-                node=place.description.hostname if place is not None else "",
+                node=hostname,
             )
         case other:
             entry = replace(entry, name=other.spec.name, stack=stack_of(other.spec.labels))

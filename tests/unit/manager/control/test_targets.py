@@ -12,6 +12,7 @@ from skep.manager.control import targets
 from skep.manager.control.targets import TaskTarget, task_named
 from skep.model.task import ContainerStatus, Task, TaskState
 from skep.model.values.ids import ServiceId
+from skep.model.values.meta import Version
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
 
@@ -122,6 +123,12 @@ def test_a_target_is_shown_by_the_name_that_means_it(view):
     everywhere = TaskTarget.of(view, target_of(view, "agent.n2"))
     assert everywhere.name == "agent.n2"
     assert target_of(view, everywhere.name).id == "there"
+
+
+async def test_the_first_task_of_a_job_has_the_name_of_its_slot(store):
+    first = replace(a_task("first", slot=1, node="n1", service=ServiceId("s1web")), job_iteration=Version(1))
+    await store.update(lambda tx: tx.put(first))
+    assert TaskTarget.of(store.view(), first).name == "web.0"
 
 
 @pytest.mark.parametrize("word", ["web", "web.2"])
