@@ -229,7 +229,7 @@ def homes_of(task: Task, service_name: str, past: Iterable[Task], index: SlotVol
     for other in sorted((one for one in past if had_volumes(one)), key=created_ms, reverse=True):
         shared = next((one for one in local_volumes(other.spec) if one in volumes), None)
         if other.id != task.id and shared is not None:
-            # As in Docker, the placeholder is the node's id for slot 0 of a job.
+            # Docker replaces the placeholder by the node's id for slot 0 of a job.
             name = shared.replace("{{.Task.Slot}}", str(task.shown_slot or other.node_id))
             if index.is_forgotten(other.node_id, name, created_ms(other)):
                 continue
