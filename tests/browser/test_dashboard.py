@@ -41,11 +41,13 @@ async def test_what_is_behind_the_lists() -> None:
         )
         await expect(page.locator("aside")).to_contain_text("2 created, 2 updated")
         await page.goto(f"{url}#/volumes")
+        await expect(page.get_by_role("heading", name="Cluster volumes")).to_be_visible()
         row = page.get_by_role("row", name=f"{service['name']}_data")
         await expect(row).to_contain_text(f"{service['name']}.1")
         await expect(row).to_contain_text("in use")
         await expect(page.get_by_role("row", name="left_data")).to_contain_text("50 min ago")
         await page.goto(f"{url}#/secrets")
+        await expect(page.get_by_role("heading", name="Secrets and configs")).to_be_visible()
         await expect(page.get_by_role("row", name="tls-key-2")).to_contain_text("2 of 2")
         await page.goto(f"{url}#/nodes/nodes/{next(iter(cluster.rows['nodes']))}")
         await page.evaluate(

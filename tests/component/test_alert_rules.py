@@ -162,5 +162,10 @@ def test_each_alert_has_its_cause_alone(alert: str, tmp_path: Path) -> None:
     assert fired(a_cluster(cause=CAUSES[alert]), tmp_path) == {alert}
 
 
+def test_a_disk_is_nearly_full_by_its_bytes_without_its_inodes(tmp_path: Path) -> None:
+    used = {'skep_disk_used_ratio{node="m1",disk="data"}': always(0.86)}
+    assert fired(a_cluster(cause=used), tmp_path) == {"SkepDiskNearlyFull"}
+
+
 def test_every_packaged_alert_is_here() -> None:
     assert set(re.findall(r"- alert: (\w+)", RULES.read_text())) == set(CAUSES)

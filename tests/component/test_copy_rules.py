@@ -512,6 +512,7 @@ async def test_hard_links_holes_and_special_files(rig: BuildRig) -> None:
         assert (found / "one").stat().st_ino == (found / "two").stat().st_ino
         assert stat.S_ISFIFO((found / "pipe").lstat().st_mode)
         assert (found / "null").lstat().st_rdev == os.makedev(1, 3)
+        assert stat.S_ISREG((found / "socket").lstat().st_mode)
         assert (found / "socket").lstat().st_size == 0
         assert os.readlink(found / "link") == "/nowhere"
         sparse = (found / "sparse").stat()

@@ -181,15 +181,25 @@ def networks(cluster: Cluster) -> list[str]:
     return [one.spec.name for one in cluster.store.view().find(Network) if one.spec.name.startswith("shop")]
 
 
-@pytest.mark.parametrize("is_same", [True, False])
+@pytest.mark.parametrize(
+    ("image", "cause"),
+    [
+        (HANGS, "not done within 5 s: shop_db: 0 of 1 tasks run: m1 has not received it yet."),
+        (FAILS, ": exit 3"),
+    ],
+    ids=["hangs", "fails"],
+)
 async def test_a_failed_deploy_undoes_the_killed_one_that_it_took_over(
-    cluster: Cluster, is_same: bool
+    cluster: Cluster, image: str, cause: str
 ) -> None:
     await killed(cluster, file(web="busybox", db=HANGS))
-    cluster.write(file(web="busybox", db=HANGS if is_same else FAILS))
+    cluster.write(file(web="busybox", db=image))
     code, _, err = await cluster.deploy("--rollback-on-failure", "--timeout", "5s", "--max-failures", "3")
     assert code == 1
-    assert "its new objects were removed, so shop has no services again" in err
+    said, _, reason = err.splitlines()[-1].partition(" Reason: ")
+    assert "its new objects were removed, so shop has no services again." in said
+    assert "shop_db: " in reason
+    assert cause in reason
     assert "previous revision cannot be deployed" not in err
     assert "stack history" not in err, "it has no revisions"
     assert "skep explain" not in err, "nothing of it is left to explain"
@@ -229,7 +239,8 @@ async def test_an_undo_restores_the_services_that_the_revision_does_not_have(clu
     assert (await cluster.deploy())[0] == 0
     cluster.write(file(web="busybox:2", old=FAILS))
     code, _, err = await cluster.deploy("--rollback-on-failure", "--max-failures", "3")
-    assert (code, "shop is back at revision 2. Reason: shop_old" in err) == (1, True), err
+    assert (code, "shop is back at revision 2. Reason: shop_old: " in err) == (1, True), err
+    assert ": exit 3" in err.partition("Reason: ")[2]
     assert image_of(cluster, "shop_old") == "busybox"
 
 

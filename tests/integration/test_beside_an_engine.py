@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from skep.playground.images.archive import Entry, File, image_archive
 from tests.support.clients.terminal import Terminal, terminal
+from tests.support.images.registry_rig import registry_image
 from tests.support.machines.plain_engine import plain_engine
 from tests.support.machines.playground_rig import (
     CLIS,
@@ -156,11 +158,37 @@ def test_an_image_is_built(node: TestNode, tmp_path: Path) -> None:
     assert node.docker("run", "--rm", "made:1").stdout == "built\n"
 
 
+@pytest.fixture
+def registry(node: TestNode) -> Iterator[str]:
+    """The address of a registry on the node, where the engine does not reach it."""
+    node.client().images.load(registry_image())
+    node.docker("service", "create", "--detach", "--name", "registry", "--network", "host", "registry:1")
+    try:
+        wait_running(node, "registry", 1)
+        yield "localhost:5000"
+    finally:
+        node.docker("service", "rm", "registry")
+
+
+def pull_another(node: TestNode, name: str, word: str) -> None:
+    """Pull an image with ``word`` that the node does not have, after it was pushed to its registry."""
+    entries: dict[str, Entry] = {"word": File(word.encode())}
+    archive = image_archive(entries, tags=[name], created="2026-01-01T00:00:00Z", config={})
+    node.client().images.load(archive.data)
+    wait_until(lambda: node.docker("push", name, check=False).returncode == 0, "the registry has it")
+    node.docker("rmi", name)
+    assert name not in node.docker("images", "--format", "{{.Repository}}:{{.Tag}}").stdout.split()
+    node.docker("pull", name)
+
+
+@pytest.mark.needs("docker-registry")
 @pytest.mark.parametrize("buildkit", ["0", "1"])
 def test_a_build_finds_images_that_were_loaded_tagged_or_pulled_through_the_nodes_socket(
-    node: TestNode, engine_socket: Path, tmp_path: Path, buildkit: str
+    node: TestNode, engine_socket: Path, registry: str, tmp_path: Path, buildkit: str
 ) -> None:
     loaded, tagged = f"localhost:1/loaded{buildkit}:1", f"localhost:1/tagged{buildkit}:1"
+    pulled = f"{registry}/pulled{buildkit}:1"
+    pull_another(node, pulled, buildkit)
     archive = str(tmp_path / "image.tar")
     node.docker("tag", IMAGE, loaded)
     node.docker("save", "-o", archive, loaded)
@@ -168,9 +196,10 @@ def test_a_build_finds_images_that_were_loaded_tagged_or_pulled_through_the_node
     node.docker("load", "-i", archive)
     node.docker("tag", loaded, tagged)
     there = engine_says(engine_socket, "images", "--format", "{{.Repository}}:{{.Tag}}").split()
-    assert not {loaded, tagged} & set(there), "nothing is copied before it is needed"
+    assert not {loaded, tagged, pulled} & set(there), "nothing is copied before it is needed"
     (tmp_path / "Dockerfile").write_text(
         f"FROM {loaded}\nLABEL a=b\nFROM {tagged}\nCOPY --from={loaded} /bin/busybox /copied\n"
+        f"COPY --from={pulled} /word /word\n"
     )
     environment = {
         "PATH": os.environ["PATH"],

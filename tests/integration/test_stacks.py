@@ -194,14 +194,14 @@ def test_an_earlier_revision_is_deployed_again(m1: TestNode, folder: Path) -> No
     container = running(m1, "shop_web")[0]["Status"]["ContainerStatus"]["ContainerID"]
     assert m1.docker("exec", container, "cat", "/c").stdout == "one"
 
-    (folder / "compose.yaml").write_text(
-        text.replace("sleep 600", "no-such-command") % (", x: {image: busybox}", "three")
-    )
+    new = ", new: {image: busybox, command: sleep 600, stop_grace_period: 0s}"
+    (folder / "compose.yaml").write_text(text.replace("sleep 600", "no-such-command") % (new, "three"))
     failed = deploy(m1, folder, "--rollback-on-failure", check=False)
     assert failed.returncode == 1
-    assert (
-        "the deploy failed, and shop is back at revision 3. Reason: shop_" in failed.stderr.splitlines()[-1]
-    )
+    said, _, cause = failed.stderr.splitlines()[-1].partition(" Reason: ")
+    assert "the deploy failed, and shop is back at revision 3." in said
+    assert cause.startswith("shop_web: ")
+    assert "no-such-command" in cause
     assert m1.docker("stack", "services", "shop", "--format", "{{.Name}}").stdout == "shop_web\n"
     states = [
         line.split("  ")[-1].strip() for line in skep(m1, "stack", "history", "shop").stdout.splitlines()[1:]
@@ -213,6 +213,7 @@ def test_an_earlier_revision_is_deployed_again(m1: TestNode, folder: Path) -> No
         "failed",
         "deployed",
     ]
+    assert "no-such-command" in states[3]
 
 
 def test_a_service_that_cannot_run_ends_the_deploy_with_its_cause(m1: TestNode, folder: Path) -> None:

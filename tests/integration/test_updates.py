@@ -114,6 +114,20 @@ def test_a_service_gives_its_name_port_and_network_back_at_once(m1: TestNode) ->
     assert first["ID"] not in running(m1)
 
 
+def test_start_first_stops_the_old_task_first_where_it_has_the_host_port_of_the_new_one(m1: TestNode) -> None:
+    """No other node has that port free, so the new task could never start beside the old one."""
+    port = ("--publish", "published=8124,target=8080,mode=host")
+    serve = "echo version $V >/tmp/index.html; exec httpd -f -p 8080 -h /tmp"
+    create(m1, *port, "--update-order", "start-first", "--env", "V=1", command=("sh", "-c", serve))
+    before = running(m1)
+    ask = ("run", "--rm", "--network", "host", IMAGE, "wget", "-qO-", "http://127.0.0.1:8124/")
+    assert m1.docker(*ask).stdout == "version 1\n"
+    update(m1, "--env-add", "V=2")
+    assert status(m1)["State"] == "completed"
+    assert not running(m1) & before
+    assert m1.docker(*ask).stdout == "version 2\n"
+
+
 def test_a_crash_loop_is_damped_and_the_service_beside_it_runs(m1: TestNode) -> None:
     create(m1, "--detach", command=("false",))
     m1.docker("service", "create", "--name", "calm", *QUICK, IMAGE, *SLEEP)

@@ -412,6 +412,8 @@ class LogFilter(msgspec.Struct, frozen=True, kw_only=True):
 
     streams: frozenset[StandardStream] = frozenset(StandardStream)
     follow: bool = False
+    catches_up: bool = False
+    """Whether an empty batch marks the current end also without ``follow``, and output since then comes after it."""
     tail: int | None = None
     """Number of last lines, or None for all."""
     since_ns: int = 0

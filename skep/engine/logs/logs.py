@@ -45,7 +45,7 @@ def of_container(
 ) -> AsyncGenerator[Sequence[LogEntry], None]:
     """Return the output of ``container`` in batches, oldest first, with ``follow`` until it has ended.
 
-    An empty batch marks the current end.
+    An empty batch marks the current end, with ``follow`` and ``catches_up``.
     Raises, at once: Unimplemented: its log driver or options do not support reading.
     """
     id, config = container.id, container.config.log
@@ -78,7 +78,9 @@ async def read(
     has_ended: Callable[[], bool],
     wait_ended: Callable[[], Coroutine[Any, Any, object]],
 ) -> AsyncGenerator[Sequence[LogEntry], None]:
-    """Yield the entries of the log with the newest file ``current`` in batches.  An empty batch marks the current end.
+    """Yield the entries of the log with the newest file ``current`` in batches.
+
+    An empty batch marks the current end, with ``follow`` and ``catches_up``.
 
     Args:
         has_ended: Returns whether the writer has ended, so that an unfinished last line is complete.
@@ -86,6 +88,7 @@ async def read(
     """
     source = _Source(current, filter)
     watch = FileWatch(current.parent) if filter.follow else None
+    catches_up = filter.catches_up
     try:
         while not source.is_over:
             ended = (
@@ -96,9 +99,12 @@ async def read(
                 yield entries
             if entries or source.has_more:
                 continue
-            if watch is None or ended:
+            if ended or (watch is None and not catches_up):
                 break
             yield ()
+            if watch is None:
+                catches_up = False
+                continue
             await wait_first(watch.wait_changed(), wait_ended())
         if has_ended() and not source.is_over:
             yield source.finish()

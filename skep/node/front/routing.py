@@ -167,6 +167,12 @@ def _owner_of_image(request: _Request, name: str) -> Destination:
     return Destination.HERE if request.ownership.owns_image(name) else _others(request)
 
 
+def _owner_of_pushed(request: _Request, name: str) -> Destination:
+    """Clients name the tag to push in the query, and none to push all tags."""
+    tag = dict(parse_qsl(request.query)).get("tag", "")
+    return _owner_of_image(request, f"{name}:{tag}" if tag else name)
+
+
 def _volumes(request: _Request, _name: str) -> Destination:
     return Destination.HERE if request.ownership.has_volumes else _others(request)
 
@@ -195,7 +201,8 @@ _RULES = (
     _rule(r"/volumes(?:/.*)?", _volumes),
     # images: services on this node run from the node's store, which pull, load and ls work on
     _rule(r"/images/(?:json|create|load|get|prune)", _here),
-    _rule(r"/images/(?P<name>.+)/(?:json|history|attestations|tag|push|get)", _owner_of_image),
+    _rule(r"/images/(?P<name>.+)/push", _owner_of_pushed),
+    _rule(r"/images/(?P<name>.+)/(?:json|history|attestations|tag|get)", _owner_of_image),
     _rule(r"/images/(?P<name>.+)", _owner_of_image),
     _rule(r"/distribution/.+/json", _here),
 )

@@ -133,6 +133,8 @@ async def test_odd_files_of_a_context_come_as_they_are(lab: BuildLab, tmp_path: 
     assert (found / "one").samefile(found / "two")
     assert stat.S_ISFIFO((found / "pipe").lstat().st_mode)
     assert (found / "device").lstat().st_rdev == os.makedev(450, 7)
+    assert stat.S_ISREG((found / "socket").lstat().st_mode)
+    assert (found / "socket").lstat().st_size == 0
     assert (found / os.fsdecode(b"caf\xe9")).read_text() == "latin\n"
     assert stat.S_IMODE((found / "setuid").stat().st_mode) == 0o4711
     assert os.getxattr(found / "two", "user.note") == b"x"

@@ -8,6 +8,7 @@ import pytest
 from aiohttp import WSMsgType
 
 from skep.engine.api.streams import hijack
+from skep.engine.containers.attachment import Attachment
 from skep.engine.containers.container import PlainOptions
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.engine.api_lab import Api
@@ -49,6 +50,26 @@ async def test_both_directions_until_the_container_ends(
             pass
         assert (message.type, web.close_code) == (WSMsgType.CLOSE, 1000)
     assert (await run.engine.wait(container.id)).exit_code == 3
+
+
+async def test_output_between_the_log_and_the_stream_is_not_lost(
+    api: Api, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    container = await run.start("sh", "-c", "echo up; read x; echo late; read x", open_stdin=True)
+    attach = run.engine.attach
+
+    async def attach_late(word: str) -> Attachment:
+        """The process writes just before the client is attached."""
+        first = await attach(word)
+        await first.write(b"\n")
+        while (piece := await first.read()) is not None and b"late" not in piece[1]:
+            pass
+        first.close()
+        return await attach(word)
+
+    monkeypatch.setattr(run.engine, "attach", attach_late)
+    async with api.websocket(f"/v1.41/containers/{container.id}/attach/ws?{ALL}") as web:
+        await heard(web, b"late")
 
 
 async def test_streams_are_chosen_by_newer_clients(api: Api, run: Runner) -> None:

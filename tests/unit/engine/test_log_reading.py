@@ -65,6 +65,18 @@ def offset_in(path: Path) -> int:
     return max(found)
 
 
+async def test_what_is_written_at_the_end_is_read_once_more_by_who_catches_up(tmp_path: Path) -> None:
+    current = tmp_path / "ctr.log"
+    current.write_bytes(line(1))
+    found: list[list[bytes]] = []
+    async for entries in reading(current, LogFilter(catches_up=True), lambda: False):
+        found.append([entry.data for entry in entries])
+        if not entries:
+            with current.open("ab") as file:
+                file.write(line(2))
+    assert found == [[b"1 \n"], [], [b"2 \n"]]
+
+
 async def test_a_call_of_a_thread_reads_a_bounded_piece_however_few_lines_are_wanted(tmp_path: Path) -> None:
     current = a_large_log(tmp_path)
     offsets = []

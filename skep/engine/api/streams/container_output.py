@@ -30,6 +30,7 @@ from skep.engine.api.streams.detach import DetachKeys, parse_keys
 from skep.engine.api.streams.hijack import MULTIPLEXED, RAW, hijack
 from skep.engine.api.streams.terminal import ALL_STREAMS, SessionEnd, TerminalClient, join
 from skep.engine.api.streams.websocket import check_handshake, open_websocket
+from skep.engine.containers.attachment import Attachment
 from skep.engine.containers.container import (
     Container,
     ContainerState,
@@ -127,18 +128,24 @@ def _attachable(engine: Engine, request: web.Request) -> tuple[Container, bytes]
 async def _attach(
     engine: Engine, request: web.Request, container: Container, client: TerminalClient, wanted: _Wanted
 ) -> None:
-    if flag(request, "logs") and wanted.streams:
-        filter = LogFilter(streams=wanted.streams)
-        async with aclosing(engine.logs(container.id, filter)) as entries:
-            async for entry in entries:
-                await client.send(OutputStream(entry.stream.value), entry.data)
-    if not flag(request, "stream"):
-        return
+    follows = flag(request, "stream")
+    process: Attachment | None = None
     try:
-        process = await engine.attach(container.id)
-    except (NotRunning, NotFound):
-        return  # it has ended already
-    try:
+        if flag(request, "logs") and wanted.streams:
+            filter = LogFilter(streams=wanted.streams, catches_up=follows)
+            async with aclosing(engine.log_batches(container.id, filter)) as batches:
+                async for entries in batches:
+                    for entry in entries:
+                        await client.send(OutputStream(entry.stream.value), entry.data)
+                    if not entries and follows and process is None and _has_process(engine, container):
+                        # Attach before the rest of the log is read, otherwise output between both would be lost.  A
+                        # part of it may come twice instead, as in Docker.
+                        process = await _streams_of(engine, container)
+                        follows = process is not None
+        if follows and process is None:
+            process = await _streams_of(engine, container)
+        if not follows or process is None:
+            return
         end = await join(
             client,
             process,
@@ -147,9 +154,24 @@ async def _attach(
             keys=DetachKeys(wanted.keys) if container.config.tty else None,
         )
     finally:
-        process.close()
+        if process is not None:
+            process.close()
     if end is not SessionEnd.OUTPUT:
         engine.events.publish("detach", container)
+
+
+def _has_process(engine: Engine, container: Container) -> bool:
+    """Return whether a client can attach now, without a wait for the start."""
+    present = engine.store.lookup(container.id)
+    return present is not None and present.process is not None
+
+
+async def _streams_of(engine: Engine, container: Container) -> Attachment | None:
+    """Return the container's streams, after its start, or None if it has ended."""
+    try:
+        return await engine.attach(container.id)
+    except (NotRunning, NotFound):
+        return None
 
 
 @_table.get("/containers/{id}/stats")
