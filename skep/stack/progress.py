@@ -63,6 +63,8 @@ _STUCK: Final = (UpdateState.PAUSED, *_UNDONE)
 _ROLLBACK: Final = (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_COMPLETED)
 _BY_HAND: Final = ("manually requested rollback", "rollback completed")
 """Messages of a rollback that a user requested.  After a failed update, they name its cause."""
+_NAMED_CAUSE: Final = re.compile(r"\btask \w+\b.*: ")
+"""In the message of an update: a task, and why it stopped the update.  Managers of earlier versions leave out why."""
 _FAILED: Final = (TaskState.FAILED, TaskState.REJECTED)
 _UNPREPARED: Final = frozenset({"rejected", "start-failed"})
 _NOT_STARTED: Final = "starting container failed"
@@ -375,11 +377,15 @@ def _running(tasks: Iterable[Task]) -> int:
 
 
 def _stuck(state: UpdateState, message: str, cause: str) -> str:
-    """Return why an update is stuck.  ``cause``: a task's error, which the message may already contain."""
+    """Return why an update is stuck.
+
+    ``cause``: a task's error, which the managers' message may already have, often in plainer words.
+    """
     text = message
     if not message.startswith(("update ", "rollback ")):  # for example, the message of a pause by a user
         text = f"the update is {state.value}: {message}"
-    return text if not cause or cause in text else f"{text} ({cause})"
+    is_named = cause in text or _NAMED_CAUSE.search(message) is not None
+    return text if is_named else f"{text} ({cause})"
 
 
 def _ended(service: Service, tasks: Sequence[Task], present: Collection[str]) -> ServiceProgress | None:

@@ -155,10 +155,15 @@ def test_an_update_under_way_is_not_done_and_one_that_is_paused_is_stuck() -> No
     [
         (UpdateState.PAUSED, "update paused due to failure or early termination of task t: no such file"),
         (UpdateState.ROLLBACK_COMPLETED, "rollback completed: update rolled back due to t: no such file"),
+        (
+            UpdateState.PAUSED,
+            "update paused due to failure or early termination of task t: its file is missing",
+        ),
+        (UpdateState.PAUSED, "update paused because task t made no progress within 5 s: it is starting"),
     ],
 )
 def test_what_stops_an_update_is_not_said_twice(state: UpdateState, message: str) -> None:
-    """The message begins with the state, and ends with the cause that the failed task has, too."""
+    """The message begins with the state, and ends with the cause, in the words of the failed task or plainer ones."""
     stopped = replace(SERVICE, update_status=UpdateStatus(state=state, message=message))
     found = progress_of(stopped, [RUNS, FAILED])
     assert (found.text, found.is_stuck) == (message, True)
