@@ -22,6 +22,8 @@ from tests.support.harness.whole_run import WholeRun
 
 # How long an example takes says something of the machine, not of the code.
 settings.register_profile("skep", deadline=None)
+# Of make unit.  The continuous integration tries as many examples of each property as Hypothesis does by default.
+settings.register_profile("quick", settings.get_profile("skep"), max_examples=20)
 settings.load_profile("skep")
 
 # The default renders every logged error with its source and variables, which takes a second for each.
