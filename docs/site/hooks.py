@@ -5,6 +5,7 @@ MkDocs calls the functions by their names (https://www.mkdocs.org/dev-guide/plug
 
 import posixpath
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -14,6 +15,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from docs.site.diagrams import placed, shown
+from docs.site.recipes import archive_of, packed
 
 ROOT: Final = Path(__file__).parents[2]
 OUTSIDE: Final = {
@@ -68,9 +70,19 @@ def _pages(target: str, docs: Path) -> Iterator[Any]:
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add the pages beside ``docs``."""
-    for source, name in OUTSIDE.items():
-        files.append(File.generated(config, name, content=(ROOT / source).read_text()))
+    """Add the pages beside ``docs``, and an archive for each recipe of the cookbook."""
+    recipes = defaultdict[PurePosixPath, list[tuple[PurePosixPath, Path]]](list)
+    for file in files:
+        path, source = PurePosixPath(file.src_uri), file.abs_src_path
+        if source is None or not file.inclusion.is_included():  # exclude_docs names it
+            continue
+        for folder in path.parents:
+            if archive := archive_of(folder):
+                recipes[archive].append((path.relative_to(folder.parent), Path(source)))
+    for archive, members in recipes.items():
+        files.append(File.generated(config, str(archive), content=packed(members)))
+    for outside, name in OUTSIDE.items():
+        files.append(File.generated(config, name, content=(ROOT / outside).read_text()))
     return files
 
 
@@ -101,8 +113,15 @@ def landing(readme: str, index: str) -> str:
 
 
 def linked(markdown: str, source: PurePosixPath, uri: PurePosixPath) -> str:
-    """``markdown`` of the page ``source`` of the repository, which is ``uri`` on the site: links to other pages lead
-    there, links to anything else of the repository become its path."""
+    """Return a page's Markdown with links of the site.
+
+    A link to another page or its files leads there, and one to a recipe's folder to its archive. Links to anything else
+    of the repository become its path.
+
+    Args:
+        source: The page in the repository.
+        uri: The page on the site.
+    """
 
     def link(found: re.Match[str]) -> str:
         code, text, target = found.groups()
@@ -113,7 +132,10 @@ def linked(markdown: str, source: PurePosixPath, uri: PurePosixPath) -> str:
         if place.is_relative_to("docs"):
             page = place.relative_to("docs")
             if (ROOT / place).is_dir():
-                return text
+                archive = archive_of(page)
+                if archive is None:
+                    return text
+                page, text = archive, f"`{archive.name}`"
         elif str(place) in OUTSIDE:
             page = PurePosixPath(OUTSIDE[str(place)])
         else:
