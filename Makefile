@@ -146,7 +146,7 @@ emulated: setup-run ## the unit tests on a bare arm64 machine, emulated by qemu 
 package: setup-run ## a wheel and a Debian package in dist/ (VERSION=, else the tag's)
 	@setup/package.sh dist $(VERSION)
 
-release: setup ## what a release has, in dist/release-VERSION/: packages, tarball, apt repository; signed by KEY= of gpg
+release: setup ## what a release has, in dist/release-VERSION/: packages, tarball, apt repository, site; signed by KEY= of gpg
 	@KEY='$(KEY)' setup/release.sh $(or $(VERSION),$(error name the version: make release VERSION=0.1.0))
 
 bare-package: setup ## the Debian package on bare machines with systemd (SUITE=trixie, noble); log kept in bench/results/
