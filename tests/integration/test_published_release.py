@@ -295,6 +295,23 @@ def test_apt_installs_from_the_signed_repository(release: Release, machine: Mach
     assert machine.changes() == []
 
 
+@pytest.mark.parametrize("page", ["docs/guide/start.md", "docs/guide/install.md"])
+def test_the_first_commands_of_a_page_install_a_release(
+    release: Release, machine: Machine, page: str
+) -> None:
+    """Without a checkout.  Other packages are only looked up: newer ones would be fetched."""
+    block = re.search(r"```text\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert block is not None
+    address = "https://skep.example.com/release-0.1.0"
+    assert address in block[1]
+    commands = (
+        block[1].replace(address, release.address).replace("apt-get install", "apt-get install --simulate")
+    )
+    done = machine.run(f"cd /tmp && set -e && {commands}")
+    assert done.returncode == 0, done.stderr
+    assert f"skep: skep, version {VERSION} is installed by apt\n" in done.stdout
+
+
 @pytest.mark.parametrize("options", [(), ("--no-apt",)])
 @pytest.mark.parametrize(
     ("damaged", "message"),
