@@ -110,6 +110,9 @@ own_files() {
     put 644 "$work/changelog.gz" /usr/share/doc/skep/changelog.gz
     put 644 packaging/debian/copyright /usr/share/doc/skep/copyright
     put 644 packaging/selinux/skep.cil /usr/share/skep/skep.cil
+    put 644 packaging/prometheus/prometheus.yml /usr/share/skep/prometheus.yml
+    put 644 packaging/prometheus/skep-alerts.yml /usr/share/skep/skep-alerts.yml
+    put 644 packaging/grafana/skep.json /usr/share/skep/skep.json
 }
 
 # libraries: adds the locked packages, once per Python if they have compiled code, otherwise once.

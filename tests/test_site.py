@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from docs.site.diagrams import DRAWN, placed, shown, sources
-from docs.site.hooks import OUTSIDE, landing, linked, navigation
+from docs.site.hooks import FILES, OUTSIDE, landing, linked, navigation
 from docs.site.recipes import packed
 from tests.support.harness.built_pages import BuiltPage
 from tests.support.harness.documents import PAGES, ROOT, build_site, shell_blocks
@@ -101,6 +101,15 @@ def test_an_archive_is_the_same_in_every_build(tmp_path: Path) -> None:
     assert b"first" in gzip.decompress(first)
 
 
+def test_the_files_for_prometheus_and_grafana_are_reachable_from_the_page_about_them(site: Path) -> None:
+    reachable = targets(site / "guide/monitoring.html")
+    packaged = [*tracked("packaging/prometheus"), *tracked("packaging/grafana")]
+    assert [path for path in packaged if str(path.relative_to(ROOT)) not in FILES] == []
+    for source, name in FILES.items():
+        assert site / name in reachable
+        assert (site / name).read_bytes() == (ROOT / source).read_bytes()
+
+
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
         assert _LOADED.findall(page.read_text()) == [], page
@@ -154,6 +163,10 @@ def test_the_navigation_is_the_index() -> None:
         ("[docs/cookbook/queue](../cookbook/queue/)", "[`queue.tar.gz`](../cookbook/queue.tar.gz)"),
         ("[a queue](../cookbook/queue.md)", "[a queue](../cookbook/queue.md)"),
         ("[the stack](../cookbook/queue/compose.yaml)", "[the stack](../cookbook/queue/compose.yaml)"),
+        (
+            "[alerts](../../packaging/prometheus/skep-alerts.yml)",
+            "[alerts](../guide/monitoring/skep-alerts.yml)",
+        ),
         ("[the store](../../skep/store/state.py)", "`skep/store/state.py`"),
         ("[`state.py`](../../skep/store/state.py)", "`state.py`"),
         ("[outside](https://docs.docker.com/engine)", "[outside](https://docs.docker.com/engine)"),

@@ -27,6 +27,13 @@ OUTSIDE: Final = {
 }
 """Pages of the site that lie beside ``docs`` in the repository, and what they are called there."""
 
+FILES: Final = {
+    "packaging/prometheus/prometheus.yml": "guide/monitoring/prometheus.yml",
+    "packaging/prometheus/skep-alerts.yml": "guide/monitoring/skep-alerts.yml",
+    "packaging/grafana/skep.json": "guide/monitoring/skep.json",
+}
+"""Files beside ``docs`` that pages lead to, and what they are called on the site."""
+
 INDEX: Final = "README.md"
 """The index of the pages, which is the site's first page."""
 BUTTONS: Final = (
@@ -70,7 +77,7 @@ def _pages(target: str, docs: Path) -> Iterator[Any]:
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add the pages beside ``docs``, and an archive for each recipe of the cookbook."""
+    """Add the pages and files beside ``docs``, and an archive for each recipe of the cookbook."""
     recipes = defaultdict[PurePosixPath, list[tuple[PurePosixPath, Path]]](list)
     for file in files:
         path, source = PurePosixPath(file.src_uri), file.abs_src_path
@@ -81,7 +88,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
                 recipes[archive].append((path.relative_to(folder.parent), Path(source)))
     for archive, members in recipes.items():
         files.append(File.generated(config, str(archive), content=packed(members)))
-    for outside, name in OUTSIDE.items():
+    for outside, name in (OUTSIDE | FILES).items():
         files.append(File.generated(config, name, content=(ROOT / outside).read_text()))
     return files
 
@@ -136,8 +143,8 @@ def linked(markdown: str, source: PurePosixPath, uri: PurePosixPath) -> str:
                 if archive is None:
                     return text
                 page, text = archive, f"`{archive.name}`"
-        elif str(place) in OUTSIDE:
-            page = PurePosixPath(OUTSIDE[str(place)])
+        elif name := (OUTSIDE | FILES).get(str(place)):
+            page = PurePosixPath(name)
         else:
             return text if text.startswith("`") else f"`{place}`"
         if text.endswith(".md"):

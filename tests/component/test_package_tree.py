@@ -49,7 +49,10 @@ def test_it_has_daemon_unit_completions_manual_and_settings(tree: Path) -> None:
         "usr/share/doc/skep/copyright",
         "usr/share/fish/vendor_completions.d/skep.fish",
         "usr/share/man/man1/skep.1.gz",
+        "usr/share/skep/prometheus.yml",
+        "usr/share/skep/skep-alerts.yml",
         "usr/share/skep/skep.cil",
+        "usr/share/skep/skep.json",
         "usr/share/zsh/vendor-completions/_skep",
     }
     assert wanted - shipped == set()
