@@ -173,8 +173,8 @@ virtual-cluster: setup ## a release (VERSION=) on three virtual machines that ar
 	@setup/course.sh virtual $(SUITE) dist/release-$(or $(VERSION),$(error name the version: make virtual-cluster VERSION=0.1.0)) \
 	    $(call kept,virtual-cluster-$(SUITE))
 
-site: setup ## the documents as a site, in build/site/
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet && echo "build/site/index.html"
+site: setup ## the documents as a site, in build/site/ (VERSION=, if it is the site of a release)
+	@NO_MKDOCS_2_WARNING=1 SKEP_RELEASE=$(VERSION) SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m mkdocs build --quiet && echo "build/site/index.html"
 
 reference: setup ## write the pages of docs/reference/ that follow from the code, and the man page
 	@$(BIN)/python -m docs.reference.generate

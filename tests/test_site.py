@@ -11,6 +11,7 @@ import pytest
 from docs.site.diagrams import DRAWN, placed, shown, sources
 from docs.site.hooks import FILES, OUTSIDE, landing, linked, navigation
 from docs.site.recipes import packed
+from docs.site.released import released
 from tests.support.harness.built_pages import BuiltPage
 from tests.support.harness.documents import PAGES, ROOT, build_site, shell_blocks
 
@@ -108,6 +109,28 @@ def test_the_files_for_prometheus_and_grafana_are_reachable_from_the_page_about_
     for source, name in FILES.items():
         assert site / name in reachable
         assert (site / name).read_bytes() == (ROOT / source).read_bytes()
+
+
+def test_each_page_names_the_version(site: Path) -> None:
+    (newest, *_) = re.findall(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert [page for page in site.rglob("*.html") if f"Skep {newest}" not in page.read_text()] == []
+
+
+def test_the_site_of_a_release_has_its_date(tmp_path: Path) -> None:
+    build_site(tmp_path, SKEP_RELEASE="0.1.0", SOURCE_DATE_EPOCH="1790000000")
+    for name in ("index", "readme", "changelog", "guide/start"):
+        text = (tmp_path / f"{name}.html").read_text()
+        assert "Skep 0.1.0 (2026-09-21)" in text
+        assert "not released yet" not in text
+        assert "(unreleased)" not in text
+    assert "0.1.0 (2026-09-21)</h2>" in re.sub("<a .*?</a>", "", (tmp_path / "changelog.html").read_text())
+
+
+def test_a_release_is_named_where_a_text_calls_it_unreleased() -> None:
+    text = "Status: 1.2.3, not released yet and not used\n## 1.2.4 (unreleased)\n## 1.2.3 (unreleased)\n"
+    assert released(text, "1.2.3", "2026-01-02") == (
+        "Status: 1.2.3 of 2026-01-02, not used\n## 1.2.4 (unreleased)\n## 1.2.3 (2026-01-02)\n"
+    )
 
 
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:

@@ -13,9 +13,11 @@ from typing import Any, Final
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from mkdocs.utils import get_build_date
 
 from docs.site.diagrams import placed, shown
 from docs.site.recipes import archive_of, packed
+from docs.site.released import released
 
 ROOT: Final = Path(__file__).parents[2]
 OUTSIDE: Final = {
@@ -45,10 +47,21 @@ _ROW = re.compile(r"^\| \[[^\]]+\]\(([^)#]+)\)", re.MULTILINE)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Take the navigation from the index."""
+    """Take the navigation from the index, and show the version at the end of each page."""
     docs = Path(config.docs_dir)
     config.nav = list(navigation((docs / "README.md").read_text(), docs))
+    version = config.extra["release"]
+    newest = re.search(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None, "the changelog has no version"
+    config.copyright = f"Skep {version} ({get_build_date()})" if version else f"Skep {newest[1]}"
     return config
+
+
+def _read(source: str, config: MkDocsConfig) -> str:
+    """Read a page beside ``docs``.  A release's site names the release in it."""
+    text = (ROOT / source).read_text()
+    version = config.extra["release"]
+    return released(text, version, get_build_date()) if version else text
 
 
 def navigation(index: str, docs: Path) -> Iterator[Any]:
@@ -89,7 +102,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for archive, members in recipes.items():
         files.append(File.generated(config, str(archive), content=packed(members)))
     for outside, name in (OUTSIDE | FILES).items():
-        files.append(File.generated(config, name, content=(ROOT / outside).read_text()))
+        files.append(File.generated(config, name, content=_read(outside, config)))
     return files
 
 
@@ -100,7 +113,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     text = linked(markdown, PurePosixPath(sources.get(uri, f"docs/{uri}")), PurePosixPath(uri))
     if uri == INDEX:
         page.meta["hide"] = ["navigation", "toc"]
-        readme = (ROOT / "README.md").read_text()
+        readme = _read("README.md", config)
         text = landing(linked(readme, PurePosixPath("README.md"), PurePosixPath(uri)), text)
     return placed(text)
 
