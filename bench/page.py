@@ -260,7 +260,7 @@ def page(found: Sequence[Figure], fault_run: str, newer: Sequence[Figure] = (), 
             "",
             _paragraph(
                 "A small difference on one machine says little about your machines. Measure your own: `make bench`",
-                "takes about ten minutes. See [how the programs measure](../../bench/README.md), and [how much",
+                "takes about half an hour. See [how the programs measure](../../bench/README.md), and [how much",
                 "memory your cluster needs](sizing.md).",
             ),
         ]
