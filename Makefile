@@ -79,11 +79,11 @@ announce: # what make test is about to do.  Its times are those of the bare mach
 	@printf '%s\n' \
 	  "make test takes about 25 minutes on two processors. This machine has $$(nproc)." \
 	  'Part 1 of 2: make check, about one minute: format, lint, types, imports, wording' \
-	  'Part 2 of 2: over 20,000 tests, many of them on real clusters; each line ends with the share that has run' \
-	  'For a quick answer use make check and make unit (over 14,000 tests without clusters, two minutes on an idle machine).'
+	  'Part 2 of 2: over 22,000 tests, many of them on real clusters; each line ends with the share that has run' \
+	  'For a quick answer use make check and make unit (over 15,000 tests without clusters, three minutes).'
 
 # These tests use processors and wait for little. Each worker collects all tests first, so more workers make them slower.
-unit: setup ## tests without processes or clusters that are not slow, about two minutes on two processors
+unit: setup ## tests without processes or clusters that are not slow, about three minutes on two processors
 	@$(PYTEST) tests/unit tests/test_*.py -m 'not slow' -n $(shell nproc) --dist loadfile --no-loadscope-reorder
 
 contract: setup ## one suite per interface, on each of its implementations (store, executors)
