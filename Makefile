@@ -174,7 +174,7 @@ virtual-cluster: setup ## a release (VERSION=) on three virtual machines that ar
 	    $(call kept,virtual-cluster-$(SUITE))
 
 site: setup ## the documents as a site, in build/site/ (VERSION=, if it is the site of a release)
-	@NO_MKDOCS_2_WARNING=1 SKEP_RELEASE=$(VERSION) SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m mkdocs build --quiet && echo "build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 SKEP_RELEASE=$(VERSION) SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m mkdocs build && echo "build/site/index.html"
 
 reference: setup ## write the pages of docs/reference/ that follow from the code, and the man page
 	@$(BIN)/python -m docs.reference.generate

@@ -45,6 +45,6 @@ for one in $arches; do
     if [ "$one" = "$native" ]; then setup/portable.sh "$package" "$target"; else foreign_tarball "$one" "$package"; fi
 done
 say "building the documents' site"
-NO_MKDOCS_2_WARNING=1 SKEP_RELEASE=$version .venv/bin/python -m mkdocs build --quiet --site-dir "$target/site"
+NO_MKDOCS_2_WARNING=1 SKEP_RELEASE=$version .venv/bin/python -m mkdocs build --site-dir "$target/site"
 setup/publish.sh "$target" "$version"
 say "$(du -sm "$target" | cut -f 1) MiB in $target"

@@ -182,6 +182,7 @@ def test_the_navigation_is_the_index() -> None:
     [
         ("[the index](../README.md)", "[the index](../README.md)"),
         ("[rules](../../CONTRIBUTING.md#house-rules)", "[rules](../contributing.md#house-rules)"),
+        ("[a wrapped\nlink](../../README.md)", "[a wrapped\nlink](../readme.md)"),
         ("[decisions](../decisions/)", "decisions"),
         ("[docs/cookbook/queue](../cookbook/queue/)", "[`queue.tar.gz`](../cookbook/queue.tar.gz)"),
         ("[a queue](../cookbook/queue.md)", "[a queue](../cookbook/queue.md)"),

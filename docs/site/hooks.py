@@ -42,7 +42,10 @@ BUTTONS: Final = (
     "[Get started](guide/start.md){ .md-button .md-button--primary } [Install](guide/install.md){ .md-button } "
     "[Coming from Docker Swarm](guide/migrate.md){ .md-button } [How fast](guide/performance.md){ .md-button }"
 )
-_PARTS = re.compile(r"(^```.*?^```$|`[^`\n]*`)|\[([^\]\n]+)\]\(([^)\s]+)\)", re.MULTILINE | re.DOTALL)
+_PARTS = re.compile(
+    r"(^```.*?^```$|`[^`\n]*`)|\[((?:[^\]\n]|\n(?!\n))+)\]\(([^)\s]+)\)", re.MULTILINE | re.DOTALL
+)
+"""Code, or a link. Its text may be wrapped."""
 _ROW = re.compile(r"^\| \[[^\]]+\]\(([^)#]+)\)", re.MULTILINE)
 
 
