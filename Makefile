@@ -79,11 +79,11 @@ announce: # what make test is about to do.  Its times are those of the bare mach
 	@printf '%s\n' \
 	  "make test takes about 25 minutes on two processors. This machine has $$(nproc)." \
 	  'Part 1 of 2: make check, about one minute: format, lint, types, imports, wording' \
-	  'Part 2 of 2: over 20,000 tests, many of them on real clusters; each line ends with the share that has run' \
-	  'For a quick answer use make check and make unit (over 14,000 tests without clusters, two minutes on an idle machine).'
+	  'Part 2 of 2: over 22,000 tests, many of them on real clusters; each line ends with the share that has run' \
+	  'For a quick answer use make check and make unit (over 15,000 tests without clusters, three minutes).'
 
 # These tests use processors and wait for little. Each worker collects all tests first, so more workers make them slower.
-unit: setup ## tests without processes or clusters that are not slow, about two minutes on two processors
+unit: setup ## tests without processes or clusters that are not slow, about three minutes on two processors
 	@$(PYTEST) tests/unit tests/test_*.py -m 'not slow' -n $(shell nproc) --dist loadfile --no-loadscope-reorder
 
 contract: setup ## one suite per interface, on each of its implementations (store, executors)
@@ -146,7 +146,7 @@ emulated: setup-run ## the unit tests on a bare arm64 machine, emulated by qemu 
 package: setup-run ## a wheel and a Debian package in dist/ (VERSION=, else the tag's)
 	@setup/package.sh dist $(VERSION)
 
-release: setup ## what a release has, in dist/release-VERSION/: packages, tarball, apt repository; signed by KEY= of gpg
+release: setup ## what a release has, in dist/release-VERSION/: packages, tarball, apt repository, site; signed by KEY= of gpg
 	@KEY='$(KEY)' setup/release.sh $(or $(VERSION),$(error name the version: make release VERSION=0.1.0))
 
 bare-package: setup ## the Debian package on bare machines with systemd (SUITE=trixie, noble); log kept in bench/results/
@@ -173,8 +173,8 @@ virtual-cluster: setup ## a release (VERSION=) on three virtual machines that ar
 	@setup/course.sh virtual $(SUITE) dist/release-$(or $(VERSION),$(error name the version: make virtual-cluster VERSION=0.1.0)) \
 	    $(call kept,virtual-cluster-$(SUITE))
 
-site: setup ## the documents as a site, in build/site/
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet && echo "build/site/index.html"
+site: setup ## the documents as a site, in build/site/ (VERSION=, if it is the site of a release)
+	@NO_MKDOCS_2_WARNING=1 SKEP_RELEASE=$(VERSION) SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m mkdocs build && echo "build/site/index.html"
 
 reference: setup ## write the pages of docs/reference/ that follow from the code, and the man page
 	@$(BIN)/python -m docs.reference.generate

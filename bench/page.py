@@ -117,6 +117,8 @@ class Result(msgspec.Struct, frozen=True):
     """Values by metric and system."""
     busy: Mapping[str, float]
     """Share of the machine that was busy with other work, by metric."""
+    pairs: int | None = None
+    """Pairs of runs, or None if every pair has one value, so that the values are the pairs."""
 
     def version(self, system: str) -> str:
         """Return a system's version without its name, or an empty text."""
@@ -139,8 +141,12 @@ class Figure(msgspec.Struct, frozen=True):
 
     @property
     def n(self) -> int:
-        """Return how many values the system with fewer values has."""
-        return min(len(self.docker), len(self.skep))
+        """Return how many pairs have values of both systems.
+
+        A pair may have several values, one for each node. They share the pair's machines, and repeat no run.
+        """
+        values = min(len(self.docker), len(self.skep))
+        return values if self.result.pairs is None else min(values, self.result.pairs)
 
     @property
     def ratio(self) -> float:
@@ -173,7 +179,17 @@ def parsed(name: str, text: str, data: Any) -> Result | None:
         busy = dict.fromkeys(values, median(data["noise"] or [0.0]))
     facts = {system: facts["version"] for system, facts in data.get("facts", {}).items()}
     versions = data.get("versions", facts)
-    return Result(name, data["date"], data["commit"], machine[1], machine[2], versions, values, busy)
+    return Result(
+        name,
+        data["date"],
+        data["commit"],
+        machine[1],
+        machine[2],
+        versions,
+        values,
+        busy,
+        data.get("pairs"),
+    )
 
 
 def selected(wanted: Wanted, results: Sequence[Result]) -> Figure | None:
@@ -216,14 +232,15 @@ def page(found: Sequence[Figure], fault_run: str, newer: Sequence[Figure] = (), 
             "",
             _paragraph(
                 "Each cell has the median, with the smallest and the largest value. Both systems ran in turn on one",
-                "machine, with the same program through the same API. The ratio is Skep's value divided by Docker's.",
+                "machine, with the same program through the same API. `n` is the number of such pairs, of which each",
+                "has one or more values of each system. The ratio is Skep's value divided by Docker's.",
                 "For a throughput it is the inverse, so above 1 Skep always loses. Memory is the proportional set",
                 "size of all daemons, etcd included.",
             ),
             *table(found, used),
             "",
             _paragraph(
-                f"{few} of {len(found)} figures have fewer than {WANTED} values of each system. Read those as an",
+                f"{few} of {len(found)} figures have fewer than {WANTED} pairs. Read those as an",
                 "order of magnitude.",
             ),
             *_newer_section(newer, used),
@@ -243,7 +260,7 @@ def page(found: Sequence[Figure], fault_run: str, newer: Sequence[Figure] = (), 
             "",
             _paragraph(
                 "A small difference on one machine says little about your machines. Measure your own: `make bench`",
-                "takes about ten minutes. See [how the programs measure](../../bench/README.md), and [how much",
+                "takes about half an hour. See [how the programs measure](../../bench/README.md), and [how much",
                 "memory your cluster needs](sizing.md).",
             ),
         ]
@@ -283,8 +300,8 @@ def alone_section(results: Sequence[Result]) -> str:
         "",
         _paragraph(
             "A container is started, gets a command, and is removed, each with the system's own command, runc and the",
-            f"same image. Podman is {one.version('podman')}, the Docker Engine {one.version('docker')}, with n =",
-            f"{min(len(values) for sides in rows.values() for values in sides.values())}",
+            f"same image. Podman is {one.version('podman')}, the Docker Engine {one.version('docker')}, with",
+            f"{min(len(values) for sides in rows.values() for values in sides.values())} values of each system",
             f"([`{one.name}`](../../bench/results/{one.name}.md)).",
         ),
         "| one container | Docker Engine | Podman | Skep |",

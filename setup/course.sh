@@ -1,7 +1,8 @@
 #!/bin/bash
 # Installs a release on three machines and follows a course on them: course.sh bare|virtual SUITE RELEASE
 #   bare     root file systems that boot systemd, on this kernel.  A newcomer's course: install, make a cluster, deploy the
-#            cookbook's web application, drain a node, lose the manager, restore its backup
+#            cookbook's web application, with files and commands from the release's site, drain a node, lose the manager,
+#            restore its backup
 #   virtual  virtual machines with the suite's kernel, systemd and cgroup v2 alone.  The course of the talks, an encrypted
 #            network by the kernel's WireGuard, then each machine is cut off and rebooted
 # The machines are in a network of their own, with tests/support/courses at the other end.  It serves RELEASE (make release)
@@ -27,7 +28,7 @@ PATH=$PATH:/usr/sbin:/sbin
 needed="debootstrap ssh ssh-keygen"
 packages="openssh-server curl kmod"
 case $kind in
-bare) ;;
+bare) [ -e "$release/site/index.html" ] || fail "there is no site in $release" "make release VERSION=0.1.0" ;;
 virtual) needed="$needed qemu-system-x86_64 mke2fs" packages="$packages udev $kernel" ;;
 *) fail "there is no course $kind" "bare or virtual" ;;
 esac
@@ -88,8 +89,8 @@ if [ "$kind" = virtual ]; then
     cp "${kernel_file/vmlinuz/initrd.img}" "$place/initrd"
 else
     # shellcheck disable=SC2046  # several packages
-    setup/debian-image.sh bookworm "$place/debian.tar" $(sed -n 's/.*install --yes --no-install-recommends \([^&\\]*\).*/\1/p' \
-        docs/cookbook/postgres/*/Dockerfile)
+    setup/debian-image.sh bookworm "$place/debian.tar" $(tar -xzOf "$release/site/cookbook/postgres.tar.gz" --wildcards '*/Dockerfile' |
+        sed -n 's/.*install --yes --no-install-recommends \([^&\\]*\).*/\1/p')
 fi
 for number in 1 2 3; do finish "$number"; done
 rm -rf --one-file-system "$first"

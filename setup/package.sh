@@ -43,7 +43,8 @@ tagged_version() {
 
 # Debian sorts a suffix that begins with ~ before the version without it, as a pre-release needs.  Otherwise all three versions
 # are the same, because skep upgrade waits for nodes that show the package's version.  A commit's suffix follows +.
-version=$(sed -E 's/^([^+a-z]*[0-9])[-.]?(a|b|rc|dev)\.?([0-9]+)/\1~\2\3/' <<<"${2:-$(tagged_version)}")
+given=${2:-}
+version=$(sed -E 's/^([^+a-z]*[0-9])[-.]?(a|b|rc|dev)\.?([0-9]+)/\1~\2\3/' <<<"${given:-$(tagged_version)}")
 debian_version=$version
 version=${version/"~"/}
 case $version in
@@ -58,13 +59,17 @@ put() { install -D -m "$1" "$2" "$root$3"; }
 
 # source_tree DIRECTORY: copies the tracked files in their current state, with the version in them.
 source_tree() {
-    local tree
+    local tree name
     tree=$(git stash create) # nothing, if nothing is changed
     mkdir "$1"
     git archive "${tree:-HEAD}" | tar -x -C "$1"
     sed -i -e "s/^__version__ = .*/__version__ = \"$version\"/" \
         -e "s/^__commit__ = .*/__commit__ = \"$(git log -1 --format=%h)\"/" \
         -e "s/^__date__ = .*/__date__ = \"$(git log -1 --format=%cs)\"/" "$1/skep/__init__.py"
+    [ -n "$given" ] || return 0 # not a release
+    for name in CHANGELOG.md README.md; do
+        "$venv/bin/python" -m docs.site.released "$version" "$(git log -1 --format=%cs)" <"$name" >"$1/$name"
+    done
 }
 
 # environment: creates a virtual environment for any version of the machine's python3, which finds its libraries by version.
@@ -106,10 +111,13 @@ own_files() {
     put 644 "$work/fish" /usr/share/fish/vendor_completions.d/skep.fish
     gzip -9n <packaging/skep.1 >"$work/skep.1.gz"
     put 644 "$work/skep.1.gz" /usr/share/man/man1/skep.1.gz
-    gzip -9n <CHANGELOG.md >"$work/changelog.gz"
+    gzip -9n <"$1/CHANGELOG.md" >"$work/changelog.gz"
     put 644 "$work/changelog.gz" /usr/share/doc/skep/changelog.gz
     put 644 packaging/debian/copyright /usr/share/doc/skep/copyright
     put 644 packaging/selinux/skep.cil /usr/share/skep/skep.cil
+    put 644 packaging/prometheus/prometheus.yml /usr/share/skep/prometheus.yml
+    put 644 packaging/prometheus/skep-alerts.yml /usr/share/skep/skep-alerts.yml
+    put 644 packaging/grafana/skep.json /usr/share/skep/skep.json
 }
 
 # libraries: adds the locked packages, once per Python if they have compiled code, otherwise once.

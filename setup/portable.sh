@@ -91,7 +91,7 @@ done
 
 cp LICENSE "$root/share/doc/skep/"
 cp "$from/share/man/man1/skep.1.gz" "$root/share/man/man1/"
-cp -r "$from/share/bash-completion" "$root/share/"
+cp -r "$from/share/bash-completion" "$from/share/skep" "$root/share/"
 cp "$from/lib/systemd/system/skep.service" "$root/share/skep.service"
 install -m 755 packaging/portable-skep "$root/bin/skep"
 

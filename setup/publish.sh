@@ -67,13 +67,16 @@ repository() {
     fi
 }
 
-# notes: prints the version's section of the changelog, or what towncrier would write there.
+# notes: prints the version's section of the changelog, or what towncrier would write there.  Links lead to the site.
 notes() {
+    local date
+    date=$(date -u -d "@$SOURCE_DATE_EPOCH" +%F)
     if grep -q "^## $version " CHANGELOG.md; then
-        awk -v heading="## $version " 'index($0, "## ") == 1 { inside = index($0, heading) == 1 } inside' CHANGELOG.md
+        awk -v heading="## $version " 'index($0, "## ") == 1 { inside = index($0, heading) == 1 } inside' CHANGELOG.md |
+            "$python" -m docs.site.released "$version" "$date"
     else
-        "$python" -m towncrier build --draft --version "$version" --date "$(date -u -d "@$SOURCE_DATE_EPOCH" +%F)" 2>/dev/null
-    fi
+        "$python" -m towncrier build --draft --version "$version" --date "$date" 2>/dev/null
+    fi | sed -E 's,\]\(docs/([^)#]*)\.md,](site/\1.html,g'
 }
 
 work=$(mktemp -d)

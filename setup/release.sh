@@ -44,5 +44,7 @@ for one in $arches; do
     package=$(echo "$target"/skep_*_"$one".deb)
     if [ "$one" = "$native" ]; then setup/portable.sh "$package" "$target"; else foreign_tarball "$one" "$package"; fi
 done
+say "building the documents' site"
+NO_MKDOCS_2_WARNING=1 SKEP_RELEASE=$version .venv/bin/python -m mkdocs build --site-dir "$target/site"
 setup/publish.sh "$target" "$version"
 say "$(du -sm "$target" | cut -f 1) MiB in $target"

@@ -5,6 +5,7 @@ MkDocs calls the functions by their names (https://www.mkdocs.org/dev-guide/plug
 
 import posixpath
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -12,8 +13,11 @@ from typing import Any, Final
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from mkdocs.utils import get_build_date
 
 from docs.site.diagrams import placed, shown
+from docs.site.recipes import archive_of, packed
+from docs.site.released import released
 
 ROOT: Final = Path(__file__).parents[2]
 OUTSIDE: Final = {
@@ -25,21 +29,42 @@ OUTSIDE: Final = {
 }
 """Pages of the site that lie beside ``docs`` in the repository, and what they are called there."""
 
+FILES: Final = {
+    "packaging/prometheus/prometheus.yml": "guide/monitoring/prometheus.yml",
+    "packaging/prometheus/skep-alerts.yml": "guide/monitoring/skep-alerts.yml",
+    "packaging/grafana/skep.json": "guide/monitoring/skep.json",
+}
+"""Files beside ``docs`` that pages lead to, and what they are called on the site."""
+
 INDEX: Final = "README.md"
 """The index of the pages, which is the site's first page."""
 BUTTONS: Final = (
     "[Get started](guide/start.md){ .md-button .md-button--primary } [Install](guide/install.md){ .md-button } "
     "[Coming from Docker Swarm](guide/migrate.md){ .md-button } [How fast](guide/performance.md){ .md-button }"
 )
-_PARTS = re.compile(r"(^```.*?^```$|`[^`\n]*`)|\[([^\]\n]+)\]\(([^)\s]+)\)", re.MULTILINE | re.DOTALL)
+_PARTS = re.compile(
+    r"(^```.*?^```$|`[^`\n]*`)|\[((?:[^\]\n]|\n(?!\n))+)\]\(([^)\s]+)\)", re.MULTILINE | re.DOTALL
+)
+"""Code, or a link. Its text may be wrapped."""
 _ROW = re.compile(r"^\| \[[^\]]+\]\(([^)#]+)\)", re.MULTILINE)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Take the navigation from the index."""
+    """Take the navigation from the index, and show the version at the end of each page."""
     docs = Path(config.docs_dir)
     config.nav = list(navigation((docs / "README.md").read_text(), docs))
+    version = config.extra["release"]
+    newest = re.search(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None, "the changelog has no version"
+    config.copyright = f"Skep {version} ({get_build_date()})" if version else f"Skep {newest[1]}"
     return config
+
+
+def _read(source: str, config: MkDocsConfig) -> str:
+    """Read a page beside ``docs``.  A release's site names the release in it."""
+    text = (ROOT / source).read_text()
+    version = config.extra["release"]
+    return released(text, version, get_build_date()) if version else text
 
 
 def navigation(index: str, docs: Path) -> Iterator[Any]:
@@ -68,9 +93,19 @@ def _pages(target: str, docs: Path) -> Iterator[Any]:
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add the pages beside ``docs``."""
-    for source, name in OUTSIDE.items():
-        files.append(File.generated(config, name, content=(ROOT / source).read_text()))
+    """Add the pages and files beside ``docs``, and an archive for each recipe of the cookbook."""
+    recipes = defaultdict[PurePosixPath, list[tuple[PurePosixPath, Path]]](list)
+    for file in files:
+        path, source = PurePosixPath(file.src_uri), file.abs_src_path
+        if source is None or not file.inclusion.is_included():  # exclude_docs names it
+            continue
+        for folder in path.parents:
+            if archive := archive_of(folder):
+                recipes[archive].append((path.relative_to(folder.parent), Path(source)))
+    for archive, members in recipes.items():
+        files.append(File.generated(config, str(archive), content=packed(members)))
+    for outside, name in (OUTSIDE | FILES).items():
+        files.append(File.generated(config, name, content=_read(outside, config)))
     return files
 
 
@@ -81,7 +116,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     text = linked(markdown, PurePosixPath(sources.get(uri, f"docs/{uri}")), PurePosixPath(uri))
     if uri == INDEX:
         page.meta["hide"] = ["navigation", "toc"]
-        readme = (ROOT / "README.md").read_text()
+        readme = _read("README.md", config)
         text = landing(linked(readme, PurePosixPath("README.md"), PurePosixPath(uri)), text)
     return placed(text)
 
@@ -101,8 +136,15 @@ def landing(readme: str, index: str) -> str:
 
 
 def linked(markdown: str, source: PurePosixPath, uri: PurePosixPath) -> str:
-    """``markdown`` of the page ``source`` of the repository, which is ``uri`` on the site: links to other pages lead
-    there, links to anything else of the repository become its path."""
+    """Return a page's Markdown with links of the site.
+
+    A link to another page or its files leads there, and one to a recipe's folder to its archive. Links to anything else
+    of the repository become its path.
+
+    Args:
+        source: The page in the repository.
+        uri: The page on the site.
+    """
 
     def link(found: re.Match[str]) -> str:
         code, text, target = found.groups()
@@ -113,9 +155,12 @@ def linked(markdown: str, source: PurePosixPath, uri: PurePosixPath) -> str:
         if place.is_relative_to("docs"):
             page = place.relative_to("docs")
             if (ROOT / place).is_dir():
-                return text
-        elif str(place) in OUTSIDE:
-            page = PurePosixPath(OUTSIDE[str(place)])
+                archive = archive_of(page)
+                if archive is None:
+                    return text
+                page, text = archive, f"`{archive.name}`"
+        elif name := (OUTSIDE | FILES).get(str(place)):
+            page = PurePosixPath(name)
         else:
             return text if text.startswith("`") else f"`{place}`"
         if text.endswith(".md"):

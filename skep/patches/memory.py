@@ -14,12 +14,12 @@
   that happens at the first use, and the one in C uses nothing of it.
 * attrs always imports its validators, and html its table of entities: 0.6 MB.  aiohttp uses neither.
 * yarl imports idna, for names of hosts that are not ASCII, and subprocess imports locale, for text: 0.4 MB.
+* ctypes imports sysconfig since Python 3.14, for other systems than Linux: 0.3 MB.
 * structlog imports pickle for one error, and aiohttp for files of cookies: 0.3 MB.
 * glibc gives every thread a heap of its own.  The few threads here wait for the kernel and can share one; the limit can
   otherwise be set in the environment only, before the interpreter starts.
 """
 
-import ctypes
 import importlib
 import importlib.machinery
 import importlib.util
@@ -159,6 +159,7 @@ def _import_html_without_entities() -> None:
 
 
 docstrings.install()
+_import_at_first_use("sysconfig")  # before pyroute2 and structlog, which import ctypes
 _import_at_first_use("locale")  # before pyroute2, which imports subprocess
 for _name in ("rich", "colorama"):
     sys.modules.setdefault(_name, None)  # type: ignore[arg-type]
@@ -172,4 +173,4 @@ _import_at_first_use("mimetypes")
 _import_at_first_use("urllib.request", "getproxies", "getproxies_environment", "proxy_bypass")
 _import_names_of_aiohttp_at_first_use()
 _import_at_first_use("aiohttp.web_fileresponse", "FileResponse")
-ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+importlib.import_module("ctypes").CDLL(None).mallopt(_M_ARENA_MAX, 1)

@@ -1,5 +1,6 @@
 """What ``make package`` puts into the Debian package, without what it fetches."""
 
+import gzip
 import re
 import subprocess
 import sys
@@ -49,7 +50,10 @@ def test_it_has_daemon_unit_completions_manual_and_settings(tree: Path) -> None:
         "usr/share/doc/skep/copyright",
         "usr/share/fish/vendor_completions.d/skep.fish",
         "usr/share/man/man1/skep.1.gz",
+        "usr/share/skep/prometheus.yml",
+        "usr/share/skep/skep-alerts.yml",
         "usr/share/skep/skep.cil",
+        "usr/share/skep/skep.json",
         "usr/share/zsh/vendor-completions/_skep",
     }
     assert wanted - shipped == set()
@@ -82,6 +86,14 @@ def test_its_version_sorts_before_the_release_and_the_code_has_it_too(tree: Path
     compared = ["dpkg", "--compare-versions", control(tree)["Version"], "lt", "7.8.9"]
     assert subprocess.run(compared, check=False).returncode == 0
     assert f'__version__ = "{VERSION}"\n' in (tree / "usr/lib/skep/lib/shared/skep/__init__.py").read_text()
+
+
+def test_a_release_has_its_date_in_the_changelog(tmp_path: Path) -> None:
+    version = re.search(r"^## (\S+) \(", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert version is not None
+    subprocess.run([ROOT / "setup/package.sh", "--own", tmp_path, version[1]], check=True, timeout=50)
+    changelog = gzip.decompress((tmp_path / "usr/share/doc/skep/changelog.gz").read_bytes()).decode()
+    assert re.search(rf"^## {version[1]} \(20\d\d-\d\d-\d\d\)$", changelog, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

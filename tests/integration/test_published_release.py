@@ -244,14 +244,21 @@ def test_the_notes_are_the_versions_section_of_the_changelog(made: Release, tmp_
     notes = (made.folder / "RELEASE-NOTES.md").read_text()
     assert notes.startswith(f"## {VERSION} (")
     assert re.findall(r"^## .*", notes, re.MULTILINE) == [notes.splitlines()[0]]
-    changelog = (ROOT / "CHANGELOG.md").read_text()
-    (first,) = re.findall(r"^## 0\.1\.0 .*", changelog, re.MULTILINE)
     shutil.copy(made.folder / f"skep_{VERSION}_amd64.deb", tmp_path)
     published(tmp_path, {**os.environ, "SOURCE_DATE_EPOCH": EPOCH, "KEY": ""}, "0.1.0")
-    section = (tmp_path / "RELEASE-NOTES.md").read_text()
-    assert section.startswith(first)
-    assert section in changelog
-    assert "### Added" in section
+    heading, *lines = (tmp_path / "RELEASE-NOTES.md").read_text().splitlines()
+    assert heading == "## 0.1.0 (2026-09-21)"
+    assert "### Added" in lines
+    links = {target for line in lines for target in re.findall(r"\]\(([^)]+)\)", line)}
+    assert links
+    assert [link for link in links if not (ROOT / "docs" / source_of(link)).exists()] == []
+    changelog = (ROOT / "CHANGELOG.md").read_text().splitlines()
+    assert [line for line in lines if "](" not in line and line not in changelog] == []
+
+
+def source_of(link: str) -> str:
+    """Return the page of ``docs`` of a link to the release's site."""
+    return link.removeprefix("site/").replace(".html", ".md")
 
 
 def test_the_bill_of_materials_has_locked_packages_and_bundled_programs(made: Release) -> None:
@@ -293,6 +300,23 @@ def test_apt_installs_from_the_signed_repository(release: Release, machine: Mach
     ]
     assert machine.install(release, "--uninstall").returncode == 0
     assert machine.changes() == []
+
+
+@pytest.mark.parametrize("page", ["docs/guide/start.md", "docs/guide/install.md"])
+def test_the_first_commands_of_a_page_install_a_release(
+    release: Release, machine: Machine, page: str
+) -> None:
+    """Without a checkout.  Other packages are only looked up: newer ones would be fetched."""
+    block = re.search(r"```text\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert block is not None
+    address = "https://skep.example.com/release-0.1.0"
+    assert address in block[1]
+    commands = (
+        block[1].replace(address, release.address).replace("apt-get install", "apt-get install --simulate")
+    )
+    done = machine.run(f"cd /tmp && set -e && {commands}")
+    assert done.returncode == 0, done.stderr
+    assert f"skep: skep, version {VERSION} is installed by apt\n" in done.stdout
 
 
 @pytest.mark.parametrize("options", [(), ("--no-apt",)])

@@ -80,6 +80,15 @@ def test_the_records_are_of_the_present_scripts(group: str) -> None:
         assert [record["line"] for record in records_of_cli] == compared, f"record {group} again"
 
 
+def test_the_documents_say_how_many_lines_are_compared() -> None:
+    """In whole hundreds, so that few new lines change a page."""
+    count = sum(line.is_compared for group in groups() for line in script(group))
+    said = f"over {count // 100 * 100:,} command lines"
+    docs = Path(__file__).parents[3] / "docs"
+    for page in ("conformance.md", "reference/compatibility.md"):
+        assert said in (docs / page).read_text(), f"{page}: {said}"
+
+
 def test_every_line_that_may_differ_has_its_reason_in_the_documents() -> None:
     conformance = (Path(__file__).parents[3] / "docs" / "conformance.md").read_text()
     lines = [line.command for group in groups() for line in script(group) if line.kind == "differs"]

@@ -5,18 +5,18 @@ Every step that fails ends the course.  The log has each command with its machin
 
 import asyncio
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 from urllib.request import urlopen
 
 from skep.playground.images.busybox import busybox_archive
-from tests.support.courses.machines import ROOT, Machine, call, frames, say, served, until, up
-from tests.support.harness.documents import shell_blocks
+from tests.support.courses.machines import Machine, call, frames, say, served, until, up
+from tests.support.harness.built_pages import BuiltPage
 
 INSTALLED_S = 60.0
 """Seconds from the install script to a running cluster of one node, that a bare machine may take."""
@@ -241,9 +241,7 @@ def newcomer(course: Course, release: str, options: str) -> None:
     first, second, third = course.machines
     course.docker("node", "update", "--availability", "drain", first.name)
     course.docker("import", str(course.place / "debian.tar"), "debian:12")
-    recipe = course.place / "postgres"
-    shutil.copytree(ROOT / "docs/cookbook/postgres", recipe)
-    blocks = shell_blocks("docs/cookbook/postgres.md")
+    recipe, blocks = downloaded_recipe(course, f"{release}/site/cookbook/postgres.html")
 
     def block(number: int) -> str:
         return run_block(course, recipe, blocks[number], BACKUPS=second.name, NODE=first.address)
@@ -271,6 +269,18 @@ def newcomer(course: Course, release: str, options: str) -> None:
     course.docker("service", "update", "--force", "notes_web")
     assert page(f"http://{third.address}:8080") == "first"
     course.until("everything is healthy", lambda: course.run("skep", "status"))
+
+
+def downloaded_recipe(course: Course, address: str) -> tuple[Path, list[str]]:
+    """Download the archive that a page of the cookbook links to.  Return its folder, and the page's shell blocks."""
+    built = BuiltPage(page(address))
+    (archive,) = {urljoin(address, target) for target in built.links if target.endswith(".tar.gz")}
+    say(f"the files of {address}: {archive}")
+    packed = course.place / Path(archive).name
+    with urlopen(archive, timeout=10) as response:
+        packed.write_bytes(response.read())
+    call("tar", "-xzf", packed, "-C", course.place)
+    return course.place / packed.name.removesuffix(".tar.gz"), built.shell_blocks
 
 
 def run_block(course: Course, directory: Path, commands: str, **environment: str) -> str:

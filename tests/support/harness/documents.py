@@ -19,12 +19,15 @@ _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 _QUOTED = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
 
-def build_site(directory: Path, *options: str, within_s: float = 120) -> None:
-    """Build the documents' site in ``directory``."""
+def build_site(directory: Path, *options: str, within_s: float = 120, **environment: str) -> None:
+    """Build the documents' site in ``directory``.
+
+    With ``--quiet``, mkdocs would not count the warnings that ``strict`` makes errors.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--quiet", *options, "--site-dir", str(directory)],
+        [sys.executable, "-m", "mkdocs", "build", *options, "--site-dir", str(directory)],
         cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", **environment},
         capture_output=True,
         text=True,
         timeout=within_s,

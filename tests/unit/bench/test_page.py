@@ -53,6 +53,19 @@ def test_the_newest_result_counts_even_if_it_is_worse_and_smaller() -> None:
     assert (found.result.name, found.text("skep"), found.n) == ("2026-11-27", "0.4 MiB", 3)
 
 
+def test_a_figure_counts_pairs_even_if_a_pair_has_several_values() -> None:
+    text = "2 processors, Linux 6.18.44. 1 pairs"
+    data = {"date": "2026-11-27", "commit": "c0ffee", "noise": [], "pairs": 1}
+    one = parsed(
+        "2026-11-27", text, {**data, "values": {WANTED.metric: {"docker": [2.0, 3.0], "skep": [0.3, 0.4]}}}
+    )
+    assert one is not None
+    found = selected(WANTED, [one])
+    assert found is not None
+    assert found.n == 1
+    assert "1 of 1 figures have fewer than 7 pairs" in page([found], "No request failed.")
+
+
 @pytest.mark.parametrize(
     "newer",
     [
@@ -127,11 +140,11 @@ def test_marked_figures_and_blocks_are_replaced_and_nothing_else() -> None:
         filled(text, [], {"figures": ""})
 
 
-def test_the_page_says_how_many_figures_are_lost_and_how_many_have_few_values() -> None:
+def test_the_page_says_how_many_figures_are_lost_and_how_many_have_few_pairs() -> None:
     found = [measured(WANTED, 2.0, 3.0), Figure(STREAM, [1.0] * 7, [2.0] * 7, result("2026-11-26", [], []))]
     text = page(found, "No request failed.")
     assert "loses in 1 of 2 figures" in text
-    assert "1 of 2 figures have fewer than 7 values" in text
+    assert "1 of 2 figures have fewer than 7 pairs" in text
     assert "| `c0ffee` | 2 processors | 6.18 | 26.1 | not recorded |" in text
 
 
@@ -151,7 +164,9 @@ def test_one_container_is_compared_with_podman_too() -> None:
     versions = {"docker": "Docker version 20.10.24+dfsg1", "podman": "podman version 4.3.1"}
     one = Result("2026-11-29-single", "d", "c", "2", "6", versions, values, dict.fromkeys(values, 0.0))
     text = alone_section([one, result("2026-11-30", [1.0], [1.0])])
-    assert "Podman is 4.3.1, the Docker Engine 20.10.24+dfsg1, with n = 1" in " ".join(text.split())
+    assert "Podman is 4.3.1, the Docker Engine 20.10.24+dfsg1, with 1 values of each system" in " ".join(
+        text.split()
+    )
     assert "| exec | 0.5 s | 0.3 s (0.2 to 0.4) | **0.1 s** |" in text
     busy = msgspec.structs.replace(one, busy=dict.fromkeys(values, 0.9))
     assert alone_section([busy]) == alone_section([]) == ""

@@ -20,7 +20,7 @@ from skep.errors import InvalidArgument, SkepError
 from tests.unit.engine.test_create import configured
 
 DIGITS = "9" * 5000  # int() takes 4300, and a float ends at 10**308
-DEEP = "[" * 100_000 + "]" * 100_000
+DEEP = "[" * 1_000_000 + "]" * 1_000_000  # Python 3.14 limits the bytes of the stack, not the depth
 
 
 def encoded(text: str) -> str:

@@ -32,13 +32,15 @@ def test_a_process_imports_nothing_of_what_its_role_does_not_use(role: str) -> N
 
 def test_names_of_the_packages_that_are_kept_out_are_found_when_they_are_read() -> None:
     code = (
-        "import skep.daemon, aiohttp, urllib.request, mimetypes\n"
+        "import sys, skep.daemon, aiohttp, urllib.request, mimetypes\n"
         "from aiohttp import web\n"
         "from pyroute2.netlink.rtnl import marshal\n"
         "print(aiohttp.ClientSession.__name__, aiohttp.web is web, hasattr(aiohttp, 'nothing'))\n"
         "print(type(web.FileResponse('/etc/hostname')).__name__, aiohttp.__version__ in aiohttp.http.SERVER_SOFTWARE)\n"
         "print(urllib.request.Request('http://a.example').host, mimetypes.guess_type('a.html')[0])\n"
-        "print(type(marshal.tcmsg()).__module__)"
+        "print(type(marshal.tcmsg()).__module__)\n"
+        "import sysconfig\n"
+        "print(hasattr(sysconfig, '__file__'), sysconfig.get_python_version() in sys.version)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
@@ -46,6 +48,7 @@ def test_names_of_the_packages_that_are_kept_out_are_found_when_they_are_read() 
         "FileResponse True",
         "a.example text/html",
         "pyroute2.netlink.rtnl.tcmsg",
+        "False True",
     ]
 
 
