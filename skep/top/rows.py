@@ -218,6 +218,8 @@ def _service(
     return ScreenRow(state.id, cells, tone, (_URGENCY[tone], state.name, state.id))
 
 
+_STAYING = frozenset({"running", "complete"})
+"""Desired states of tasks that are not being stopped.  Those of jobs are to complete."""
 _URGENCY = {Tone.BAD: 0, Tone.WARNING: 1, Tone.PLAIN: 2, Tone.GOOD: 2, Tone.MUTED: 3}
 
 
@@ -258,11 +260,11 @@ def _task(snapshot: Snapshot, task: ShownTask) -> ScreenRow:
     elif state in ENDED:
         tone = Tone.MUTED
     elif state == "running":
-        tone = Tone.GOOD if task.desired_state == "running" else Tone.WARNING
+        tone = Tone.GOOD if task.desired_state in _STAYING else Tone.WARNING
     else:
         tone = Tone.BAD if status.err else Tone.WARNING
     why = status.err or ("" if tone is Tone.GOOD else status.message)
-    if task.desired_state not in ("", state) and tone is not Tone.MUTED and state == "running":
+    if state == "running" and task.desired_state not in ("", *_STAYING):
         why = f"stopping: its desired state is {task.desired_state}"
     name = snapshot.task_name(task)
     node = snapshot.node_name(task.node_id) if task.node_id else ""

@@ -25,7 +25,13 @@ from skep.model.node_reports.departures import STAYS
 from skep.model.node_reports.node_refusals import is_no_node
 from skep.model.options.labels import DRAIN_NOW, VOLUME_AFFINITY, VolumeAffinity, volume_affinity
 from skep.model.options.overlap import why_stop_first
-from skep.model.options.slot_volumes import local_volumes
+from skep.model.options.slot_volumes import (
+    SLOT_VOLUMES_LABEL,
+    SlotVolume,
+    local_volumes,
+    names_there,
+    slot_volumes_in,
+)
 from skep.model.service import ServiceSpec, TaskSpec
 from skep.model.values.counts import counted
 from skep.model.values.encoding import to_json
@@ -44,6 +50,10 @@ _CONTAINERS = {
     True: "Its containers keep running until you run docker swarm leave --force on the node.",
 }
 """Texts about an evicted node's containers, by whether they are kept."""
+_WANTED = frozenset({"ready", "running", "complete"})
+"""Desired states of tasks that a drain moves.  Those of jobs are to complete."""
+_MOVING = frozenset({"Replicated", "ReplicatedJob"})
+"""Modes of services whose tasks start on other nodes when a node is drained."""
 _ENDED = frozenset({"complete", "shutdown", "failed", "rejected", "remove", "orphaned"})
 
 
@@ -86,8 +96,8 @@ def drain(
 
     You can then switch the node off. To undo the drain, run skep node update --availability active NODE.
 
-    A task stops when its replacement runs on another node. Until then it stays, and the command shows why. Tasks that
-    write to a volume or host path stop first. The command lists their services before it begins.
+    A task stops when its replacement runs on another node. Until then it stays, and the command shows why. Tasks of
+    jobs, and tasks that write to a volume or host path, stop first. The command lists their services before it begins.
 
     \b
     Examples:
@@ -140,32 +150,53 @@ async def _consequences(client: Requests, name: str, *, now: bool) -> Sequence[s
     """Return the effects of a drain: services whose tasks stop first, and services with local volumes on the node."""
     node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
     services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
-    # A task that waits on the node for its restart is desired to be ready.  Its data is there as well.
-    filters = {"desired-state": ["ready", "running"]}
-    tasks = await client.get("/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S)
-    here: set[str] = set()
+    # A task that waits on the node for its restart is desired to be ready.  Its data is there as well.  The filter by
+    # desired state would leave out the tasks of jobs, which are to complete.
+    here: dict[str, set[int]] = {}
+    for task in await _tasks_of(client, name):
+        if task.get("DesiredState") in _WANTED:
+            here.setdefault(task.get("ServiceID", ""), set()).add(task.get("Slot", 0))
+    filters = {"desired-state": ["running"]}
     homes: dict[str, set[str]] = {}
-    for task in tasks:
-        service, home = task.get("ServiceID", ""), task.get("NodeID", "")
-        if home == node["ID"]:
-            here.add(service)
-        if task.get("DesiredState") == "running":
-            homes.setdefault(service, set()).add(home)
-    there = [
-        one
-        for one in sorted(services, key=lambda one: str(one["Spec"]["Name"]))
-        if "Replicated" in one["Spec"]["Mode"] and one["ID"] in here
-    ]
+    for task in await client.get("/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S):
+        homes.setdefault(task.get("ServiceID", ""), set()).add(task.get("NodeID", ""))
+    labels = (node["Description"].get("Engine") or {}).get("Labels") or {}
+    found = slot_volumes_in(labels.get(SLOT_VOLUMES_LABEL, ""))
     lines: list[str] = []
-    for one in there:
+    for one in sorted(services, key=lambda one: str(one["Spec"]["Name"])):
+        slots = here.get(one["ID"])
+        if slots is None or _MOVING.isdisjoint(one["Spec"]["Mode"]):
+            continue
         is_away = homes.get(one["ID"]) == {node["ID"]}
-        lines.append(stops_first(one["Spec"], name, is_away=is_away, now=now))
-        lines.append(left_behind(one["Spec"], name))
+        spec = with_names_there(one["Spec"], found, slots)
+        lines.append(stops_first(spec, name, is_away=is_away, now=now))
+        lines.append(left_behind(spec, name))
     return [line for line in lines if line]
 
 
+def with_names_there(
+    spec: Mapping[str, Any], found: Sequence[SlotVolume], slots: Collection[int]
+) -> dict[str, Any]:
+    """Return a service's spec with the names that its volumes have for ``slots`` on a node, as the node reports them.
+
+    A mount with a placeholder in its name becomes one for each of these volumes.
+    """
+    template = dict(spec.get("TaskTemplate") or {})
+    container = dict(template.get("ContainerSpec") or {})
+    if not container.get("Mounts"):
+        return dict(spec)
+    users = {(str(spec["Name"]), slot) for slot in slots}
+    mounts: list[Mapping[str, Any]] = []
+    for mount in container["Mounts"]:
+        source = str(mount.get("Source") or "")
+        is_volume = mount.get("Type", "") in ("", "volume")
+        names = names_there([source], found, users) if is_volume else (source,)
+        mounts += [mount if one == source else {**mount, "Source": one} for one in names]
+    return {**spec, "TaskTemplate": {**template, "ContainerSpec": {**container, "Mounts": mounts}}}
+
+
 def stops_first(spec: Mapping[str, Any], node: str, *, is_away: bool, now: bool) -> str:
-    """Return that a replicated service's tasks on ``node`` stop before their replacements run; empty if they do not.
+    """Return that a service's or job's tasks on ``node`` stop before their replacements run; empty if they do not.
 
     Args:
         is_away: Whether the service has no task on another node.
@@ -174,6 +205,10 @@ def stops_first(spec: Mapping[str, Any], node: str, *, is_away: bool, now: bool)
     down = ", and is down until they run elsewhere" if is_away else ""
     if now:
         return f"{spec['Name']} has all its tasks on {node}{down}" if is_away else ""
+    if is_job(spec):
+        return (
+            f"{spec['Name']} stops its tasks on {node} before their replacements start, because it is a job"
+        )
     try:
         data = why_stop_first(leniently(to_json(spec), ServiceSpec))
     except msgspec.DecodeError:  # The spec is from a newer version, so the warning is left out.
@@ -184,7 +219,7 @@ def stops_first(spec: Mapping[str, Any], node: str, *, is_away: bool, now: bool)
 
 
 def left_behind(spec: Mapping[str, Any], node: str) -> str:
-    """Return what happens to a replicated service's local volumes when ``node`` is drained; empty if it has none."""
+    """Return what happens to the local volumes of a service or job when ``node`` is drained; empty if it has none."""
     try:
         task = leniently(to_json(spec.get("TaskTemplate") or {}), TaskSpec)
     except msgspec.DecodeError:  # The spec is from a newer version, so the warning is left out.
@@ -235,7 +270,8 @@ async def drain_and_wait(client: Requests, name: str, within_s: float, *, now: b
                 tasks = {_task_name(task, names, jobs): task for task in left}
                 some = sorted(tasks)
                 first = some[0]
-                text = f"{counted(len(left), 'task')} left: {named(some)}"
+                shown_names = [f"{one}{_whose(tasks[one], names)}" for one in some]
+                text = f"{counted(len(left), 'task')} left: {named(shown_names)}"
                 if node["Status"]["State"] == "down":
                     text += (
                         f". {name} is down and reports no end of them until it is back. "
@@ -341,6 +377,11 @@ def _task_name(task: Mapping[str, Any], services: Mapping[str, str], jobs: Colle
     id = task.get("ServiceID", "")
     name, slot = services.get(id), task.get("Slot", 0 if id in jobs else None)
     return f"{name}.{slot}" if name and slot is not None else name or str(task["ID"])
+
+
+def _whose(task: Mapping[str, Any], services: Mapping[str, str]) -> str:
+    """Return why a task has no name other than its id, in brackets, or an empty text if it has one."""
+    return "" if task.get("ServiceID", "") in services else " (its service was removed)"
 
 
 @node.command()

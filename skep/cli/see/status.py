@@ -35,8 +35,8 @@ _AT = "at"
 _NODES_SHOWN, _SERVICES_SHOWN = 20, 30
 """Rows of each table.  If there are more, unhealthy ones come first.  ``-o wide`` shows all."""
 _TASKS_COUNTED_MAX = 5_000
-"""Tasks are counted by node only if there are at most this many.  A longer list would take more time than all other
-requests.
+"""Tasks are counted by node only if at most this many run or have completed.  A longer list would take more time than
+all other requests.
 """
 _NO_SERVICES = "No services. Create one with skep service create, or deploy a stack with skep stack deploy."
 _DONE = ("completed", "rollback_completed")
@@ -297,8 +297,9 @@ async def _cluster(client: Requests, info: Mapping[str, Any], headers: Mapping[s
         "/services", headers=headers, timeout_s=RESPONSE_TIMEOUT_S, status="true", health="true"
     )
     running = None
-    if sum(_count(service, "RunningTasks") for service in services) <= _TASKS_COUNTED_MAX:
-        filters = {"desired-state": ["running"]}
+    listed = sum(_count(service, "RunningTasks") + _count(service, "CompletedTasks") for service in services)
+    if listed <= _TASKS_COUNTED_MAX:
+        filters = {"desired-state": ["running", "complete"]}  # the tasks of jobs are to complete
         tasks = await client.get("/tasks", filters=filters, headers=headers, timeout_s=RESPONSE_TIMEOUT_S)
         running = [task["NodeID"] for task in tasks if task["Status"]["State"] == "running"]
     rows = node_rows(nodes, running)

@@ -448,9 +448,14 @@ def _of_job(
         group_by_slot(tasks) if job is not None else group_by_node(tasks)
     )
     done = sum(is_done(slot) for slot in slots.values())
-    total = (job.total_completions or 0) if job is not None else len(slots)
+    # Without a further task, a slot has failed, or its task was stopped, for example because its node is drained.  The
+    # latter waits for its node, and is not counted until the run has ended without it.
+    has_ended = service.job_status is not None and bool(service.job_status.present_outcome)
+    without = {key: slot for key, slot in slots.items() if not is_done(slot) and not wanted_of(slot)}
+    given_up = {key: slot for key, slot in without.items() if has_ended or slot[-1].ended_in_failure}
+    stopped = len(without) - len(given_up)
+    total = (job.total_completions or 0) if job is not None else len(slots) - stopped
     completed = f"{done} of {total} completed"
-    given_up = {key: slot for key, slot in slots.items() if not is_done(slot) and not wanted_of(slot)}
     if done >= total:
         return completed, "", True
     if given_up:

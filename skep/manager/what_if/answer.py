@@ -11,11 +11,11 @@ from skep.manager.control.tasks import known_status
 from skep.manager.diagnosis.reasons import SlotId, TaskProblem, problems_of, slot_of
 from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
 from skep.manager.orchestrator.replacement.disruption import FROZEN_S_MAX
-from skep.manager.services.disruption_budget import is_available, required
-from skep.manager.what_if.course import Course
+from skep.manager.services.disruption_budget import required
+from skep.manager.what_if.course import Course, runs
 from skep.manager.what_if.rehearsal import SUPPOSED, Rehearsal
 from skep.model.node import Node, takes_tasks
-from skep.model.options.slot_volumes import local_volumes
+from skep.model.options.slot_volumes import local_volumes, names_there, slot_volumes_of
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import Task
 from skep.model.values.encoding import ApiObject, always
@@ -184,7 +184,7 @@ class Question:
     def _effect(self, service: Service) -> ServiceEffect:
         view, course = self._view(), self.course
         tasks = view.find(Task, service_id=service.id)
-        after = sum(is_available(task, view.lookup(Node, task.node_id)) for task in tasks)
+        after = sum(runs(task, view.lookup(Node, task.node_id)) for task in tasks)
         before = after - course.changes[service.id]
         nodes = {node.id: node for node in view.find(Node)}
         desired = _desired(view, service, tasks)
@@ -205,7 +205,7 @@ class Question:
             seconds=round(course.last_at.get(service.id, 0.0), 1),
             moves=moves,
             missing=_missing(problems),
-            left_behind=local_volumes(service.spec.task_template)
+            left_behind=_left_behind(service, tasks, view, course)
             if any(one.source and one.target for one in moves)
             else (),
             failed_update=self._failure_of_update(service),
@@ -276,7 +276,7 @@ def _moves(tasks: Sequence[Task], view: View, course: Course) -> tuple[MovedTask
         old = course.before.get(task.id, task)
         if old is not None and old.node_id and old.is_active:
             sources[slot_of(old)].append(old.node_id)
-        if is_available(task, view.lookup(Node, task.node_id)):
+        if runs(task, view.lookup(Node, task.node_id)):
             targets[slot_of(task)].append(task.node_id)
     moves = Counter[tuple[str, str]]()
     for slot in sources.keys() | targets.keys():
@@ -289,6 +289,18 @@ def _moves(tasks: Sequence[Task], view: View, course: Course) -> tuple[MovedTask
         for (source, target), count in moves.items()
     ]
     return tuple(sorted(named, key=lambda one: (-one.tasks, one.source, one.target)))
+
+
+def _left_behind(service: Service, tasks: Sequence[Task], view: View, course: Course) -> tuple[str, ...]:
+    """Return the service's local volumes on the nodes that its tasks leave, by the names that they have there."""
+    names = local_volumes(service.spec.task_template)
+    found: set[str] = set()
+    for task in tasks if names else ():
+        old = course.before.get(task.id)
+        node = view.lookup(Node, old.node_id) if old is not None and old.is_active else None
+        if old is not None and node is not None and not runs(task, node):
+            found.update(names_there(names, slot_volumes_of(node), {(service.spec.name, old.shown_slot)}))
+    return tuple(sorted(found)) or names
 
 
 def _named(view: View, id: str) -> str:

@@ -7,9 +7,17 @@ from skep.manager.services.disruption_budget import is_available
 from skep.model.node import Node, NodeState
 from skep.model.service import Service
 from skep.model.swarm import Swarm
-from skep.model.task import Task
+from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.store.interface import Commit, Created, Deleted, Updated, View
+
+
+def runs(task: Task, node: Node | None) -> bool:
+    """Return whether ``task`` serves, or works as a task of a job does, on a ``node`` that is up."""
+    if task.desired_state is not TaskState.COMPLETE:
+        return is_available(task, node)
+    is_up = node is not None and node.status.state is not NodeState.DOWN
+    return task.status.state is TaskState.RUNNING and is_up
 
 
 class Course:
@@ -58,8 +66,8 @@ class Course:
         if task.node_id:
             self.nodes.add(task.node_id)
         node = self._view().lookup(Node, task.node_id)
-        was = old is not None and is_available(old, node)
-        self._count(task.service_id, (new is not None and is_available(new, node)) - was)
+        was = old is not None and runs(old, node)
+        self._count(task.service_id, (new is not None and runs(new, node)) - was)
 
     def _on_node(self, before: Node, node: Node) -> None:
         if before.status.state is node.status.state and before.spec == node.spec:
@@ -69,8 +77,8 @@ class Course:
         for task in self._view().find(Task, node_id=node.id):
             if task.is_active:
                 self.services.add(task.service_id)
-            was = is_available(task, before)
-            self._count(task.service_id, (not is_lost and is_available(task, node)) - was)
+            was = runs(task, before)
+            self._count(task.service_id, (not is_lost and runs(task, node)) - was)
 
     def _count(self, id: ServiceId, change: int) -> None:
         if not change:

@@ -265,6 +265,20 @@ def may_be(volume: str, name: str) -> bool:
     return bool(name) and _is_named(volume, shape_of(name))
 
 
+def names_there(
+    names: Iterable[str], found: Iterable[SlotVolume], users: Collection[SlotName]
+) -> tuple[str, ...]:
+    """Return the volumes that ``names`` are for ``users`` on a node, whose reported volumes ``found`` are.
+
+    A name with placeholders stays as it is if the node reports no such volume, perhaps because it has only begun.
+    """
+    theirs = sorted({one.volume for one in found if (one.service, one.slot) in users})
+    there: list[str] = []
+    for name in names:
+        there += ("{{" in name and [one for one in theirs if may_be(one, name)]) or [name]
+    return tuple(there)
+
+
 def shape_of(name: str) -> _Shape:
     """Return the prefix and suffix of all names to which ``name``, perhaps with placeholders, may expand."""
     if "{{" not in name:

@@ -23,10 +23,11 @@ from skep.cli.main import main
 from skep.errors import Unavailable
 from skep.manager.routes import ManagerApi
 from skep.model.container import ContainerSpec, Mount
-from skep.model.node import Availability, Node
+from skep.model.node import Availability, EngineDescription, Node
 from skep.model.node_reports.departures import STAYS
 from skep.model.node_reports.node_refusals import NO_NODE
 from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.service import GlobalJob, JobStatus, ReplicatedJob, ServiceMode
 from skep.model.task import TaskState
 from skep.model.values.meta import Version
@@ -153,6 +154,46 @@ async def test_a_drain_says_what_keeps_a_task_on_the_node(
         await _drain(host, "w1", 1.0)
     why = "1 task is available, and 1 must stay available (skep.min-available)"
     assert f"shop.1: it stays on w1, which is drained: {why}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mode", "why"),
+    [
+        (ServiceMode(), "before their replacements start (they write to the volume data-2)"),
+        (ServiceMode(replicated_job=ReplicatedJob()), "before their replacements start, because it is a job"),
+    ],
+    ids=["service", "job"],
+)
+async def test_a_drain_names_the_volumes_of_services_and_jobs_as_the_node_knows_them(
+    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str], mode: ServiceMode, why: str
+) -> None:
+    """Docker's filter by desired state leaves out the tasks of jobs, which are to complete."""
+    manager, host = cluster
+    mount = Mount(type="volume", source="data-{{.Task.Slot}}", target="/data")
+    spec = a_service("db").spec
+    template = replace(spec.task_template, container_spec=ContainerSpec(image="i", mounts=(mount,)))
+    is_job = mode.replicated_job is not None
+    spec = replace(spec, task_template=template, mode=mode if is_job else spec.mode)
+    db = a_service("db", spec=spec)
+    task = a_task(
+        node="w1",
+        service=db,
+        slot=3 if is_job else 2,
+        desired=TaskState.COMPLETE if is_job else TaskState.RUNNING,
+    )
+    if is_job:
+        db, task = replace(db, job_status=JobStatus()), replace(task, job_iteration=Version())
+    label = {SLOT_VOLUMES_LABEL: "data-1=db.1@5 data-2=db.2@5 data-2=other.2@5 logs-2=db.2@5"}
+    node = a_node("w1")
+    node = replace(node, description=replace(node.description, engine=EngineDescription(labels=label)))
+    await manager.store.update(lambda tx: [tx.put(one) for one in (node, a_node("w2"), db, task)])
+    await _drain(host, "w1", None)
+    down = "" if is_job else ", and is down until they run elsewhere"
+    assert capsys.readouterr().err == (
+        f"db stops its tasks on w1 {why}{down}\n"
+        "db has local volumes on w1 (data-2): the data stays on w1, and a task that starts elsewhere has empty "
+        "volumes\n"
+    )
 
 
 def a_spec(*mounts: dict[str, Any], **labels: str) -> dict[str, Any]:
@@ -315,7 +356,7 @@ async def test_a_drain_waits_for_tasks_whose_service_was_removed(cluster: tuple[
     manager, host = cluster
     for one in (a_node("w1"), a_task("t1", node="w1", service=a_service("gone"), slot=1)):
         await manager.store.update(put, one)
-    with pytest.raises(Unavailable, match=r"not drained within 0\.2 s: 1 task left: t1"):
+    with pytest.raises(Unavailable, match=r"left: t1 \(its service was removed\)\. Run skep explain t1"):
         await _drain(host, "w1", 0.2)
 
 

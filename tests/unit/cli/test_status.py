@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from skep.cli.output import Screen, width_of
 from skep.cli.see.quorum import no_leader, silence, way_out
@@ -13,6 +14,7 @@ from skep.cli.see.status import (
     LEADERLESS,
     ClusterStatus,
     StatusScreen,
+    _cluster,
     about_node,
     as_of,
     cluster_health,
@@ -24,9 +26,12 @@ from skep.cli.see.status import (
 )
 from skep.cli.visibility import empty_text, none_visible, sees_all_services
 from skep.errors import NotFound
+from skep.manager.routes import ManagerApi
 from skep.model.node import UNKNOWN_STATE
-from skep.model.service import HealthState
+from skep.model.service import HealthState, JobStatus, ReplicatedJob, ServiceMode
+from skep.model.task import TaskState
 from skep.node.cluster.swarm_info import NO_LEADER, lost_quorum
+from tests.support import builders
 
 NOW = 1_769_860_800.0
 """2026-01-31T12:00:00Z"""
@@ -381,3 +386,21 @@ def test_a_user_of_a_stack_reads_nothing_about_the_services_of_others() -> None:
     shown = "\n".join(lines_of(msgspec.structs.replace(none, sees_all=False), Screen()))
     assert "No services of your stacks, and you do not see others. Run skep user whoami" in shown
     assert "Create one" not in shown
+
+
+async def test_the_tasks_of_jobs_that_run_on_a_node_are_counted(cluster: tuple[ManagerApi, Any]) -> None:
+    manager, host = cluster
+    service = builders.a_service("batch")
+    job = replace(service, spec=replace(service.spec, mode=ServiceMode(replicated_job=ReplicatedJob())))
+    job, complete = replace(job, job_status=JobStatus()), TaskState.COMPLETE
+    tasks = [
+        builders.a_task("t1", node="w1", service=job, slot=1, desired=complete),
+        builders.a_task("t2", node="w1", service=job, slot=2, desired=complete, state=complete),
+        builders.a_task("t3", node="w1", service=builders.a_service("web"), slot=1),
+    ]
+    await manager.store.update(
+        lambda tx: [tx.put(one) for one in (builders.a_node("w1"), job, builders.a_service("web"), *tasks)]
+    )
+    async with host.client() as client:
+        found = await _cluster(client, {"Swarm": {}}, {})
+    assert {row.name: row.tasks for row in found.nodes}["w1"] == 2

@@ -266,6 +266,19 @@ def test_a_job_that_gave_up_says_where_after_how_many_restarts_and_of_what(failu
     assert reported.summary == f"FAILED: exit 1; slot 1 gave up {words}; 1 of 2 completed", "as in NAME.1"
 
 
+def test_a_global_job_has_not_failed_on_a_node_that_is_drained_until_its_run_has_ended_without_it() -> None:
+    job = a_job(None)
+    stopped = replace(a_run(job, 0, TaskState.SHUTDOWN, node="n2"), desired_state=TaskState.SHUTDOWN)
+    tasks = [a_run(job, 0, TaskState.RUNNING), stopped]
+    assert explain_service(job, tasks, wanted=1, nodes={}, now_ns=0).summary == "0 of 1 completed, 1 running"
+    assert job.job_status is not None
+    over = replace(
+        job, job_status=replace(job.job_status, outcome="failed", settled_iteration=Version(index=3))
+    )
+    tasks[0] = a_run(job, 0, TaskState.COMPLETE)
+    assert explain_service(over, tasks, wanted=1, nodes={}, now_ns=0).summary.startswith("FAILED: ")
+
+
 def test_a_job_under_way_is_neither_done_nor_failed_and_earlier_iterations_do_not_count() -> None:
     job = a_job(2)
     tasks = [a_run(job, 1, TaskState.COMPLETE, iteration=2), a_run(job, 1, TaskState.RUNNING)]

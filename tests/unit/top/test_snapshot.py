@@ -220,3 +220,20 @@ def test_a_line_of_a_log_is_its_time_its_task_and_its_text() -> None:
     )
     assert line_of("no details", OutputStream.STDERR) == ShownLine("no details", is_error=True)
     assert line_of("Error grabbing logs: gone", OutputStream.SYSTEM).is_error
+
+
+def test_a_task_of_a_job_that_runs_is_not_said_to_be_stopping() -> None:
+    """Its desired state is to complete."""
+    tasks = (
+        a_task("job", 1, "m1", desired="complete"),
+        a_task("web", 1, "m1", desired="shutdown"),
+        a_task("web", 2, "m1"),
+    )
+    rows = rows_of(
+        ScreenView.TASKS, a_snapshot((a_node("m1"),), (a_service("job"), a_service("web")), tasks), NOW
+    )
+    assert {row.cells[0]: (row.cells[-1], row.tone) for row in rows} == {
+        "job.1": ("", Tone.GOOD),
+        "web.1": ("stopping: its desired state is shutdown", Tone.WARNING),
+        "web.2": ("", Tone.GOOD),
+    }

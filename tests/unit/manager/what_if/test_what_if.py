@@ -24,10 +24,19 @@ from skep.model.node import (
 from skep.model.options.autoscaling import with_replicas
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import MIN_AVAILABLE, ON_DISCONNECT
-from skep.model.service import NetworkAttachmentConfig, Resources, Service
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
+from skep.model.service import (
+    GlobalJob,
+    JobStatus,
+    NetworkAttachmentConfig,
+    Resources,
+    Service,
+    ServiceMode,
+)
 from skep.model.swarm import Swarm
-from skep.model.task import Task
+from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, SessionId
+from skep.model.values.meta import Version
 from skep.store.interface import Object
 from skep.store.state import State
 from skep.store.transactions.transaction import LocalTransaction
@@ -125,6 +134,33 @@ def test_data_that_a_moved_task_leaves_behind_is_named() -> None:
     assert ask(state, draining("w1")).services[0].left_behind == ("data",)
     grown = ask(state, lambda rehearsal: deploy(rehearsal, with_replicas(db.spec, 2))).services[0]
     assert grown.left_behind == (), "a new task leaves nothing behind"
+
+
+def test_only_those_tasks_of_a_job_move_whose_node_is_drained() -> None:
+    spec = replace(a_service_spec("job"), mode=ServiceMode(global_job=GlobalJob()))
+    job = replace(a_service("job", spec=spec), job_status=JobStatus())
+    service, *tasks = with_tasks(job, "w1", "w2")
+    running = [
+        replace(one, slot=0, desired_state=TaskState.COMPLETE, job_iteration=Version())
+        for one in tasks
+        if isinstance(one, Task)
+    ]
+    answer = ask(a_state(node("w1"), node("w2"), service, *running), draining("w1"))
+    (effect,) = answer.services
+    assert [(one.tasks, one.source, one.target) for one in effect.moves] == [(1, "w1", "")]
+    assert (effect.before, effect.lowest, effect.after) == (2, 1, 1)
+
+
+def test_data_that_is_left_behind_has_the_name_that_its_node_gave_it() -> None:
+    spec = a_service_spec("db")
+    mount = Mount(type="volume", source="data-{{.Task.Slot}}", target="/data")
+    template = replace(spec.task_template, container_spec=ContainerSpec(image="db:1", mounts=(mount,)))
+    db = a_service("db", spec=replace(spec, task_template=template))
+    w1 = node("w1")
+    engine = EngineDescription(labels={SLOT_VOLUMES_LABEL: f"data-1={spec.name}.1@5 data-2={spec.name}.2@5"})
+    w1 = replace(w1, description=replace(w1.description, engine=engine))
+    state = a_state(w1, node("w2"), *with_tasks(db, "w1"))
+    assert ask(state, draining("w1")).services[0].left_behind == ("data-1",)
 
 
 def test_a_drain_starts_replacements_first_and_a_task_without_room_stays() -> None:
