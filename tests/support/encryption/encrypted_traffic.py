@@ -92,6 +92,7 @@ def udp_to(seen: list[bytes], port: int) -> list[bytes]:
         for frame in seen
         if frame[12:14] == b"\x08\x00"
         and frame[23] == socket.IPPROTO_UDP
+        and not int.from_bytes(frame[20:22], "big") & 0x1FFF  # a later fragment has no UDP header
         and frame[36:38] == port.to_bytes(2, "big")
     ]
 
