@@ -116,20 +116,21 @@ async def _drain(
 ) -> None:
     async with host.client() as plain:
         client = overriding(plain, is_override=is_override)
-        for line in await _consequences(client, name, now=now):
+        node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
+        here = await _tasks_of(client, name)
+        for line in await _consequences(client, name, node, here, now=now):
             say(line)
         if wait_s is None:
             await _set_draining(client, name, now=now)
             return
-        moved = {str(task.get("ServiceID", "")) for task in await _tasks_of(client, name)}
+        moved = {str(task.get("ServiceID", "")) for task in here}
         await drain_and_wait(client, name, wait_s, now=now)
         services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
         filters = {"desired-state": ["running"]}
         tasks = [*await client.get("/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S)]
         left = [one for one in services if one["ID"] in moved]
-        if jobs := [
-            one["ID"] for one in left if is_job(one["Spec"])
-        ]:  # their tasks are to complete, not to run
+        # The tasks of jobs are to complete, not to run.
+        if jobs := [one["ID"] for one in left if is_job(one["Spec"])]:
             tasks += await client.get("/tasks", filters={"service": jobs}, timeout_s=RESPONSE_TIMEOUT_S)
         for line in without_node(left, tasks):
             say(line)
@@ -146,14 +147,22 @@ def without_node(services: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[
     ]
 
 
-async def _consequences(client: Requests, name: str, *, now: bool) -> Sequence[str]:
-    """Return the effects of a drain: services whose tasks stop first, and services with local volumes on the node."""
-    node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
+async def _consequences(
+    client: Requests,
+    name: str,
+    node: Mapping[str, Any],
+    tasks: Sequence[Mapping[str, Any]],
+    *,
+    now: bool,
+) -> Sequence[str]:
+    """Return the effects of a drain: services whose tasks stop first, and services with local volumes on the node.
+
+    ``tasks``: those on the node that have not ended.
+    """
     services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
-    # A task that waits on the node for its restart is desired to be ready.  Its data is there as well.  The filter by
-    # desired state would leave out the tasks of jobs, which are to complete.
+    # A task that waits on the node for its restart is desired to be ready.  Its data is there as well.
     here: dict[str, set[int]] = {}
-    for task in await _tasks_of(client, name):
+    for task in tasks:
         if task.get("DesiredState") in _WANTED:
             here.setdefault(task.get("ServiceID", ""), set()).add(task.get("Slot", 0))
     filters = {"desired-state": ["running"]}

@@ -144,7 +144,7 @@ async def _attach(
                         follows = process is not None
         if follows and process is None:
             process = await _streams_of(engine, container)
-        if not follows or process is None:
+        if process is None:
             return
         end = await join(
             client,
