@@ -229,6 +229,18 @@ class Task(ApiObject):
         return str(self.shown_slot) if self.slot else node
 
     @property
+    def template_slot(self) -> str:
+        """Return the value of ``{{.Task.Slot}}``: the slot, or the node's id without a slot and for slot 0 of a job."""
+        return str(self.shown_slot or self.node_id)
+
+    def container_name(self, service: str) -> str:
+        """Return the name of the task's container, ``service.slot.task``.  ``service``: the service's name.
+
+        Source: swarmkit, api/naming/naming.go.
+        """
+        return f"{service}.{self.template_slot}.{self.id}"
+
+    @property
     def spec_index(self) -> int:
         """Return the index of the spec version that it was created from, or 0 if that is unknown."""
         return self.spec_version.index if self.spec_version is not None else 0

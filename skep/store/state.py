@@ -366,5 +366,5 @@ def _tasks_named(view: Any, word: str) -> list[Task]:
     service: Service | None = view.lookup(Service, task.service_id)
     if service is None:
         return []
-    name = f"{service.spec.name}.{task.shown_slot or task.node_id}.{task.id}"
+    name = task.container_name(service.spec.name)
     return [task] if name.lower() == word.lower() else []

@@ -41,7 +41,9 @@ def runs(host: HostOptions, service: str, tail: int, output: OutputOptions) -> N
 
     async def fetch() -> Shown:
         found = await _runs(host, service, tail)
-        return Shown(data=found, rows=found["Runs"], lines=lambda screen: shown(found, screen, time.time()))
+        return Shown(
+            data=found, rows=found["Runs"], lines=lambda screen: shown(service, found, screen, time.time())
+        )
 
     output.show(fetch)
 
@@ -61,11 +63,16 @@ async def _runs(host: HostOptions, service: str, tail: int) -> dict[str, Any]:
     return response
 
 
-def shown(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[str]:
-    """Yield the table, with each run's output below its row.  ``now``: seconds since the epoch."""
+def shown(service: str, response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[str]:
+    """Yield the table, with each run's output below its row.
+
+    Args:
+        service: The word that the user gave for the service.
+        now: Seconds since the epoch.
+    """
     more = ("ID",) if screen.is_wide else ()
     if not response["Runs"]:
-        yield "No task has ended yet. Run skep service ps SERVICE to see its tasks."
+        yield f"No task has ended yet. Run skep service ps {service} to see its tasks."
         yield from _schedule(response, screen, now)
         return
     is_job = any(run.get("JobIteration") is not None for run in response["Runs"])

@@ -88,7 +88,7 @@ def endpoint_of(
     name, aliases = "", []
     if service is not None:
         # The name of the container on its node. It contains the slot number that users see.
-        name = f"{service.spec.name}.{task.shown_slot or task.node_id}.{task.id}"
+        name = task.container_name(service.spec.name)
         aliases = [_hostname(task, service, node, name)]
     elif plain is not None:
         container_id = plain.container_id
@@ -130,7 +130,7 @@ def _hostname(task: Task, service: Service, node: Node, name: str) -> str:
         architecture=described.platform.architecture,
         task_id=task.id,
         task_name=name,
-        slot=str(task.slot) if task.slot else task.node_id,
+        slot=task.template_slot,
     )
     try:
         return expand_container(ContainerSpec(hostname=spec.hostname), seen).hostname

@@ -112,12 +112,12 @@ def _absence(view: View, node_id: NodeId) -> str:
 
 
 def _task_name(view: View, id: TaskId) -> str:
-    """Return a name like ``web.2``, or the id of a task without a slot or service."""
+    """Return a name like ``web.2``, with the node's name without a slot, or the id of a task without a service."""
     task = view.lookup(Task, id)
     service = view.lookup(Service, task.service_id) if task is not None else None
-    if task is None or service is None or not task.slot:
+    if task is None or service is None or not (task.slot or task.node_id):
         return id
-    return f"{service.spec.name}.{task.slot}"
+    return f"{service.spec.name}.{task.place(node_name(view, task.node_id))}"
 
 
 def _tasks(view: View, query: LogQuery) -> Collection[Task]:

@@ -181,7 +181,7 @@ class _Users:
         node = self._view.lookup(Node, task.node_id)
         attachment = task.spec.network_attachment_spec
         if service is not None:
-            name = f"{service.spec.name}.{task.shown_slot or task.node_id}.{task.id}"
+            name = task.container_name(service.spec.name)
         else:
             name = attachment.container_id if attachment is not None else task.id
         return {

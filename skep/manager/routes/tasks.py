@@ -116,12 +116,9 @@ def _state(word: str) -> TaskState:
 
 
 def _name(view: View, task: Task) -> str:
-    """Return the task's name, ``web.1.<id>``.  A global service's task has its node's id in the middle.
-
-    Source: swarmkit, api/naming/naming.go.
-    """
+    """Return the task's name, ``web.1.<id>``.  A global service's task has its node's id in the middle."""
     service = view.lookup(Service, task.service_id)
-    return f"{service.spec.name if service is not None else ''}.{task.shown_slot or task.node_id}.{task.id}"
+    return task.container_name(service.spec.name if service is not None else "")
 
 
 def _service_labels(view: View, task: Task) -> dict[str, str]:

@@ -424,7 +424,7 @@ def _task(action: str, task: Task, view: View, at_ns: int) -> EventMessage:
     """
     status, service = task.status, view.lookup(Service, task.service_id)
     attributes = {
-        "name": f"{service.spec.name if service is not None else ''}.{task.shown_slot or task.node_id}.{task.id}",
+        "name": task.container_name(service.spec.name if service is not None else ""),
         "com.docker.swarm.task.id": task.id,
         "com.docker.swarm.service.id": task.service_id,
         "com.docker.swarm.service.name": service.spec.name if service is not None else "",

@@ -65,7 +65,7 @@ def test_runs_of_a_schedule_are_listed_with_their_reasons() -> None:
             {"At": "2026-11-24T09:00:00Z", "Iteration": {}},
         ],
     }
-    lines = [line.split() for line in shown_runs(response, Screen(), NOW)]
+    lines = [line.split() for line in shown_runs("nightly", response, Screen(), NOW)]
     assert lines[2] == ["schedule:", "@hourly", "(UTC),", "next", "run", "at", "2026-11-24T11:00:00Z"]
     assert lines[3] == ["RUN", "DUE", "STARTED", "OUTCOME"]
     assert lines[4] == [
@@ -74,6 +74,11 @@ def test_runs_of_a_schedule_are_listed_with_their_reasons() -> None:
     ]
     assert lines[5] == ["2026-11-24T08:00:00Z", "skipped:", "run", "3", "is", "still", "going"]
     assert lines[6] == ["0", "on", "request", "1h", "ago"]
+
+
+def test_a_service_without_an_ended_task_leads_to_its_tasks() -> None:
+    (line,) = shown_runs("nightly", {"Runs": []}, Screen(), NOW)
+    assert line == "No task has ended yet. Run skep service ps nightly to see its tasks."
 
 
 def test_explain_shows_the_schedule_of_a_job_that_waits() -> None:

@@ -156,7 +156,7 @@ def test_a_table_without_rows_is_a_sentence_with_a_command() -> None:
     for shown in (
         jobs_shown([], Screen(), NOW),
         stacks([]).lines(Screen()),
-        runs_shown({"Runs": []}, Screen(), NOW),
+        runs_shown("nightly", {"Runs": []}, Screen(), NOW),
         lines_of(StatusScreen(health="healthy", node=(("node", "m1"),), cluster=ClusterStatus()), Screen()),
     ):
         *_, last = shown

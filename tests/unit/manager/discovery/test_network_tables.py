@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -21,11 +22,11 @@ from skep.model.service import Endpoint, EndpointVirtualIP, PortConfig, Service
 from skep.model.swarm import Swarm
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.values.ids import NetworkId, NodeId, ServiceId, SessionId, TaskId
-from skep.model.values.meta import Driver
+from skep.model.values.meta import Driver, Version
 from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction, View
 from skep.store.memory import MemoryStore
-from tests.support.builders import a_node, a_service, a_task, an_overlay
+from tests.support.builders import a_node, a_service, a_service_spec, a_task, an_overlay
 from tests.support.networks.derived_tables import table_of
 
 NETWORKS = [
@@ -358,6 +359,19 @@ async def test_host_names_follow_the_labels_of_their_service_on_every_manager() 
     now = {id: table.table(0) for id, table in tables.tables.items()}
     assert now[NETWORKS[0].id].endpoints[task.id].aliases[-1:] == ("south",)
     assert now == without_revision(from_scratch(store.view()))
+
+
+@pytest.mark.parametrize(("slot", "name"), [(1, "job-n1"), (3, "job-2")])
+async def test_host_names_of_a_job_have_the_slots_that_its_nodes_know(slot: int, name: str) -> None:
+    """As in Docker, the first task has its node's id."""
+    spec, store = a_service_spec("job"), MemoryStore(SystemClock())
+    container = ContainerSpec(image="web", hostname="job-{{.Task.Slot}}")
+    job = a_service(spec=replace(spec, task_template=replace(spec.task_template, container_spec=container)))
+    place = NetworkAttachment(network=NETWORKS[0], addresses=("10.0.1.2/24",))
+    task = a_task("t1", slot=slot, node="n1", service=job)
+    task = replace(task, networks_attachments=(place,), job_iteration=Version(index=2))
+    await store.update(lambda tx: [tx.put(one) for one in (NETWORKS[0], a_node("n1"), job, task)])
+    assert from_scratch(store.view())[NETWORKS[0].id].endpoints[task.id].aliases[-1:] == (name,)
 
 
 async def test_a_removed_network_keeps_the_subnets_that_were_added_to_it() -> None:

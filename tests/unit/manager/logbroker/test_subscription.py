@@ -2,14 +2,17 @@
 
 import asyncio
 
+import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.logbroker.selection import Selection, matches, selected, shortfall
 from skep.manager.logbroker.subscription import LINES_MAX, LogSubscription
 from skep.model.logs import LogLine, LogQuery
-from skep.model.task import TaskState
+from skep.model.node import NodeDescription
+from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.meta import Version
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
 
@@ -48,6 +51,22 @@ async def test_what_is_missing_is_said_in_swarmkits_words_with_names():
         "node n1 is not available, task gone has not been scheduled, "
         "task web.2 has not been scheduled (no suitable node (disk full on 1 node))"
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        (replace(a_task("t1", slot=1), job_iteration=Version(index=2)), "web.0"),
+        (replace(a_task("t1", slot=2), job_iteration=Version(index=2)), "web.1"),
+        (a_task("t1", slot=0, node="n1"), "web.w1"),
+    ],
+)
+async def test_a_task_that_is_not_scheduled_has_the_name_that_users_see(task: Task, name: str) -> None:
+    store = MemoryStore(SystemClock())
+    node = replace(a_node("n1"), description=NodeDescription(hostname="w1"))
+    await store.update(lambda tx: [tx.put(one) for one in (a_service("web"), task, node)])
+    text = shortfall(store.view(), Selection(unscheduled=frozenset({task.id})), [])
+    assert f"task {name} has not been scheduled" in text
 
 
 async def test_a_node_waits_while_the_reader_is_behind():
