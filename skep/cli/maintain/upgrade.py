@@ -30,6 +30,7 @@ from skep.cli.maintain.upgrade_plan import (
     UpgradePlan,
     UpgradeStep,
     degraded_of,
+    jobs_of,
     lines_of,
     plan,
     running_of,
@@ -376,7 +377,8 @@ async def plan_now(
     """Return the plan for the present state of the cluster."""
     members, _ = await maintenance.nodes_and_time(client)
     services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S, status="true", health="true")
-    tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=RESPONSE_TIMEOUT_S)
+    filters = {"desired-state": ["running", "complete"]}  # the tasks of jobs are to complete
+    tasks = await client.get("/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S)
     return plan(
         members,
         running_of(services, tasks),
@@ -385,6 +387,7 @@ async def plan_now(
         spread=spread,
         first=first,
         degraded=degraded_of(services),
+        jobs=jobs_of(services, tasks),
         can_keep=can_keep,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from skep.cli.apps.service import is_job
 from skep.model.networks.data_planes import NODE_LABEL
 from skep.model.node_reports.conditions import BOOT_LABEL, reboot_reason
 from skep.model.options.labels import VOLUME_AFFINITY, VolumeAffinity, is_stopped, volume_affinity
@@ -59,11 +60,14 @@ class RunningService(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UpgradeStep(msgspec.Struct, frozen=True, kw_only=True):
-    """The upgrade of one node.  ``spread``: services to redistribute first, as the node has too many of their tasks."""
+    """The upgrade of one node."""
 
     node: UpgradableNode
     drains: bool
     spread: tuple[str, ...] = ()
+    """Services to redistribute first, as the node has too many of their tasks."""
+    jobs: tuple[str, ...] = ()
+    """Jobs whose tasks run on the node now.  A drain stops them, and they start from the beginning."""
 
 
 class UpgradePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +90,7 @@ def plan(
     spread: Iterable[str] = (),
     first: str = "",
     degraded: Mapping[str, str] | None = None,
+    jobs: Mapping[str, Sequence[str]] | None = None,
     can_keep: bool = True,
 ) -> UpgradePlan:
     """Return the steps until no node is due.
@@ -98,6 +103,7 @@ def plan(
         first: the node whose upgrade was interrupted, which comes next and may be down already.
         degraded: the reason of each degraded service, by name (``degraded_of``).  It refuses drains, but not the
             drain of ``first``, which has no tasks left.
+        jobs: the names of the jobs that run on each node, by node id (``jobs_of``).
         can_keep: whether an upgrade without drains is possible, so that refusals propose it.
     """
     nodes = sorted(members, key=_turn)
@@ -111,7 +117,9 @@ def plan(
     steps = []
     for node in due:
         crowded = [one for one in services if drains and one.excess(node.id) and not one.returns]
-        steps.append(UpgradeStep(node=node, drains=drains, spread=tuple(one.name for one in crowded)))
+        stopped = tuple((jobs or {}).get(node.id, ())) if drains else ()
+        spread_first = tuple(one.name for one in crowded)
+        steps.append(UpgradeStep(node=node, drains=drains, spread=spread_first, jobs=stopped))
     if steps and drains:
         unwell = {} if steps[0].node.id == first else degraded or {}
         refusals += [
@@ -184,6 +192,8 @@ def lines_of(found: UpgradePlan, words: Callable[[UpgradeStep], str]) -> Iterato
         yield f"{number}. {step.node.name} ({role}): {words(step)}"
         if step.spread:
             yield f"   first redistributes the tasks of {', '.join(step.spread)}"
+        if step.jobs:
+            yield f"   stops tasks of jobs, which start from the beginning: {', '.join(step.jobs)}"
     if found.done:
         yield f"up to date: {', '.join(found.done)}"
     if found.left_out:
@@ -245,6 +255,18 @@ def running_of(
             )
         )
     return sorted(found, key=lambda one: one.name)
+
+
+def jobs_of(
+    services: Iterable[Mapping[str, Any]], tasks: Iterable[Mapping[str, Any]]
+) -> dict[str, tuple[str, ...]]:
+    """Return the names of the jobs that run on each node, by node id."""
+    names = {one["ID"]: one["Spec"]["Name"] for one in services if is_job(one["Spec"])}
+    on: dict[str, set[str]] = {}
+    for task in tasks:
+        if task["Status"]["State"] == _RUNNING and (name := names.get(task.get("ServiceID", ""))):
+            on.setdefault(task["NodeID"], set()).add(name)
+    return {node: tuple(sorted(some)) for node, some in on.items()}
 
 
 def _completed(service: Mapping[str, Any]) -> int:

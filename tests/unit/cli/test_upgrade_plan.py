@@ -11,6 +11,8 @@ from skep.cli.maintain.upgrade_plan import (
     RunningService,
     UpgradableNode,
     degraded_of,
+    jobs_of,
+    lines_of,
     members_of,
     plan,
     running_of,
@@ -271,6 +273,27 @@ def test_what_the_api_shows_is_read() -> None:
     s3, s4 = (RunningService(id=id, name=id, replicas=1, away_max=1, on={}) for id in ("s3", "s4"))
     web = RunningService(id="s1", name="web", replicas=2, away_max=0, on={"n1": 2})
     assert running_of(services, tasks) == [replace(s3, returns=True), s4, web]
+
+
+def test_a_plan_names_the_jobs_that_a_drain_stops() -> None:
+    modes = {"web": "Replicated", "report": "ReplicatedJob", "scan": "GlobalJob"}
+    services = [a_response(name, mode, "healthy") for name, mode in modes.items()]
+    tasks = [
+        {
+            "ServiceID": name,
+            "NodeID": "id-w1",
+            "Status": {"State": "running"},
+            "DesiredState": "running" if name == "web" else "complete",
+        }
+        for name in modes
+    ]
+    tasks.append({**tasks[1], "NodeID": "id-w2", "Status": {"State": "complete"}})
+    jobs = jobs_of(services, tasks)
+    assert jobs == {"id-w1": ("report", "scan")}
+    drained, kept = (plan(CLUSTER, [], is_due, drains=drains, jobs=jobs) for drains in (True, False))
+    line = "   stops tasks of jobs, which start from the beginning: report, scan"
+    assert list(lines_of(drained, lambda _: ""))[:2] == ["1. w1 (worker): ", line]
+    assert line not in list(lines_of(kept, lambda _: ""))
 
 
 def a_response(name: str, mode: str, state: str, **status: Any) -> dict[str, Any]:
