@@ -5,7 +5,7 @@ The options, and the fields for ``--format``, are the same as in docker's comman
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -229,7 +229,8 @@ def ps(
         names = {one["ID"]: one["Spec"]["Name"] for one in found}
         if no_resolve:
             hostnames, names = {}, {}
-        rows = task_rows(tasks, names, hostnames, time.time())
+        jobs = {one["ID"] for one in found if "ReplicatedJob" in one["Spec"]["Mode"]}
+        rows = task_rows(tasks, names, hostnames, time.time(), jobs)
         return Shown(
             data=rows,
             rows=rows,
@@ -240,16 +241,24 @@ def ps(
 
 
 def task_rows(
-    tasks: Objects, services: Mapping[str, str], hostnames: Mapping[str, str], now: float
+    tasks: Objects,
+    services: Mapping[str, str],
+    hostnames: Mapping[str, str],
+    now: float,
+    jobs: Collection[str] = (),
 ) -> list[dict[str, str]]:
     """Return the tasks by name, the latest of a slot first.
 
-    ``services``, ``hostnames``: names by id.  ``now``: seconds since the epoch.
+    Args:
+        services, hostnames: names by id.
+        now: seconds since the epoch.
+        jobs: ids of the replicated jobs.  Their slots begin at 0, which the API omits.
     """
     rows = []
     for task in sorted(tasks, key=lambda task: str(task["CreatedAt"]), reverse=True):
         status, node = task["Status"], task.get("NodeID", "")
-        where = task.get("Slot") or hostnames.get(node, node) or task["ID"]
+        slot = task.get("Slot", 0 if task["ServiceID"] in jobs else None)
+        where = hostnames.get(node, node) or task["ID"] if slot is None else slot
         rows.append(
             {
                 "ID": task["ID"],

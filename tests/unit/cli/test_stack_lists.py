@@ -86,6 +86,17 @@ def test_tasks_are_named_by_service_and_slot_the_latest_of_a_slot_first() -> Non
     assert (unresolved["Name"], unresolved["Node"]) == ("id-web.2", "n1")
 
 
+def test_the_first_task_of_a_job_has_its_slot_and_that_of_a_global_service_its_node() -> None:
+    job, agent = (
+        {key: value for key, value in a_task(0, "running", "1").items() if key != "Slot"} for _ in "ja"
+    )
+    job |= {"ServiceID": "id-job"}
+    rows = task_rows(
+        [job, agent], {"id-job": "shop_job", "id-web": "shop_web"}, {"n1": "m1"}, NOW, ["id-job"]
+    )
+    assert [row["Name"] for row in rows] == ["shop_job.0", "shop_web.m1"]
+
+
 def test_revisions_have_their_ages_and_for_programs_their_times() -> None:
     labels = {"skep.stack.state": "interrupted", "skep.stack.changes": "1 created"}
     created = "2026-01-31T11:56:00Z"
