@@ -68,6 +68,7 @@ _NAMED_CAUSE: Final = re.compile(r"\btask \w+\b.*: ")
 _FAILED: Final = (TaskState.FAILED, TaskState.REJECTED)
 _UNPREPARED: Final = frozenset({"rejected", "start-failed"})
 _NOT_STARTED: Final = "starting container failed"
+_NO_NODE: Final = "no node is eligible"
 _COUNTDOWN: Final = re.compile(r"(?:; )?next attempt in .*")
 
 
@@ -106,8 +107,10 @@ class ServiceProgress(msgspec.Struct, frozen=True):
     """Whether an update is under way.  Its settings then decide what follows a failure."""
     problem: ServiceProblem = ServiceProblem()
     """The worst problem that the tasks show."""
-    is_empty: bool = False
-    """Whether it is a global service without tasks, because it was just created or no node is eligible."""
+    without_nodes: str = ""
+    """Reason why a global service without tasks, or a global job, waits for nothing if the managers find it healthy.
+    Empty for others.
+    """
 
     @property
     def text(self) -> str:
@@ -161,8 +164,8 @@ def explained(
         return progress
     if progress.is_stuck:
         return replace(progress, cause=explanation.reason or progress.cause)
-    if progress.is_empty and explanation.is_healthy and not explanation.desired:
-        return replace(progress, cause="no node is eligible", is_done=True)
+    if progress.without_nodes and explanation.is_healthy and not explanation.desired:
+        return replace(progress, cause=progress.without_nodes, is_done=True)
     problem = explanation.problem or progress.problem
     cause = explanation.reason or progress.cause
     if problem.task_id and problem.task_id not in current:
@@ -247,7 +250,9 @@ def progress_of(
     # This counts slots, because an old and a new task of one slot may both run.
     if any(task.id not in current for task in wanted):
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
-    return ServiceProgress(text, cause, problem=problem, is_updating=is_updating, is_empty=not count)
+    return ServiceProgress(
+        text, cause, problem=problem, is_updating=is_updating, without_nodes="" if count else _NO_NODE
+    )
 
 
 def progress_after_deploy(
@@ -437,7 +442,8 @@ def _job(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
     is_given_up = policy is not None and policy.condition is RestartCondition.NONE
     if failed and is_given_up and not any(task.is_active for task in current):
         return ServiceProgress(f"{text}; the others are not started again", _cause(current), is_stuck=True)
-    return ServiceProgress(text, _cause(current), problem=_problem(current))
+    no_more = "" if job is not None else "no other node is eligible" if count else _NO_NODE
+    return ServiceProgress(text, _cause(current), problem=_problem(current), without_nodes=no_more)
 
 
 def _problem(tasks: Sequence[Task]) -> ServiceProblem:

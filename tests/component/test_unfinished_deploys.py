@@ -142,12 +142,17 @@ async def test_a_deploy_ends_when_a_service_that_it_waits_for_is_removed(cluster
                 await deploy
 
 
-async def test_a_deploy_is_done_with_a_global_service_for_which_no_node_is_eligible(cluster: Cluster) -> None:
-    constrained = "{mode: global, placement: {constraints: [node.labels.gpu == yes]}}"
+@pytest.mark.parametrize(
+    ("mode", "count"), [("global", "0 of 0 tasks run"), ("global-job", "0 of 0 tasks completed")]
+)
+async def test_a_deploy_is_done_with_a_global_service_for_which_no_node_is_eligible(
+    cluster: Cluster, mode: str, count: str
+) -> None:
+    constrained = f"{{mode: {mode}, placement: {{constraints: [node.labels.gpu == yes]}}}}"
     shown: list[str] = []
     async with Client(cluster) as client:
         await carried_out(client, f"services: {{gpu: {{image: busybox, deploy: {constrained}}}}}", shown)
-    assert shown[-1] == "shop_gpu: 0 of 0 tasks run: no node is eligible"
+    assert shown[-1] == f"shop_gpu: {count}: no node is eligible"
 
 
 async def test_a_deploy_is_done_with_a_job_that_ended_and_was_removed(cluster: Cluster) -> None:

@@ -57,6 +57,7 @@ IS_STOPPED = "stopped"
 """Reason of a healthy service without tasks that a user has stopped."""
 _WAITS_FOR_FIRST_RUN = "it waits for its first run"
 """Reason of a healthy job without tasks whose schedule has not started a run yet."""
+_NOT_CREATED, _NO_NODE = "its tasks are not created yet", "no node is eligible"
 REASONS_MAX = 10
 """Largest number of different reasons in the explanation of a service.  The most frequent come first."""
 
@@ -226,6 +227,7 @@ def explain_service(
     running: int | None = None,
     active: int | None = None,
     left_out: int = 0,
+    can_begin: Callable[[], bool] = lambda: False,
 ) -> ServiceExplanation:
     """Return why ``service`` is not in its desired state, or the result of a job.
 
@@ -237,6 +239,7 @@ def explain_service(
         running: Number of running tasks, also if they are being stopped.  Counted in ``tasks`` if None.
         active: Number of slots with a task that should run and has not ended.  Counted in ``tasks`` if None.
         left_out: Number of slots with one running task that ``tasks`` lacks.
+        can_begin: Returns whether a node will start the run of a global job that has no tasks yet.
     """
     is_job, update = service.job_status is not None, service.update_status or UpdateStatus()
     every, tasks = (tasks, of_present_run(service, tasks)) if is_job else ((), tasks)
@@ -248,7 +251,7 @@ def explain_service(
     ]
     problems, hint = split_off_replacements(found, service, tasks, nodes)
     if is_job:
-        text, reason, is_healthy = _of_job(service, tasks, running, problems, nodes)
+        text, reason, is_healthy = _of_job(service, tasks, running, problems, nodes, can_begin)
     else:
         count = count_text(tasks, running, wanted, left_out) + (f", {done} done" if done else "")
         text, reason, is_healthy = _of_service(service, running, wanted, done, problems, active, hint, count)
@@ -416,11 +419,12 @@ def _of_service(
         if done:
             text = f"{done} of {wanted} tasks done" + (f", {running} running" if running else "")
         else:
-            text = f"{running} of {wanted} tasks run" + ("" if update.state in PAUSED else ": healthy")
+            end = f": {'healthy' if wanted or service.spec.mode.global_ is None else _NO_NODE}"
+            text = f"{running} of {wanted} tasks run" + ("" if update.state in PAUSED else end)
         return f"{text}; {hint}" if hint else text, hint, True
     if not problems:
         if active + done < wanted:
-            reason = "its tasks are not created yet"
+            reason = _NOT_CREATED
         elif (is_updating or update.state in PAUSED) and update.message:
             reason = update.message
         else:
@@ -436,6 +440,7 @@ def _of_job(
     running: int,
     problems: Sequence[TaskProblem],
     nodes: Mapping[NodeId, Node],
+    can_begin: Callable[[], bool],
 ) -> tuple[str, str, bool]:
     """Return the summary, the reason, and whether the job is in its desired state.
 
@@ -456,8 +461,10 @@ def _of_job(
     stopped = len(without) - len(given_up)
     total = (job.total_completions or 0) if job is not None else len(slots) - stopped
     completed = f"{done} of {total} completed"
+    if job is None and not slots and can_begin():
+        return f"{_NOT_CREATED}; {completed}", _NOT_CREATED, False
     if done >= total:
-        return completed, "", True
+        return completed if total or job is not None else f"{completed}: {_NO_NODE}", "", True
     if given_up:
         _, slot = min(given_up.items(), key=lambda item: str(item[0]))
         last, node = slot[-1], nodes.get(slot[-1].node_id)
@@ -468,7 +475,7 @@ def _of_job(
         return text, f"failed: {cause}", False
     progress = f"{completed}, {running} running"
     if not problems:
-        return progress, f"{running} running" if running else "its tasks are not created yet", False
+        return progress, f"{running} running" if running else _NOT_CREATED, False
     worst = problems[0]
     return "; ".join(filter(None, (worst.reason, worst.restart_summary, progress))), worst.reason, False
 

@@ -20,6 +20,7 @@ from skep.manager.diagnosis.reasons import SlotId, hostname, is_stable, slot_of
 from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
 from skep.manager.orchestrator.slots import DoneSlots
 from skep.manager.services.job_listing import schedule_words
+from skep.manager.services.job_runs import can_begin
 from skep.manager.services.routes import door_network
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
@@ -103,8 +104,9 @@ def _explanation(
     if is_long:
         tasks = [task for task in tasks if slot_of(task) not in slots.settled][:EXPLAINED_MAX]
     known = [replace(task, status=known_status(view, task)) if task.is_active else task for task in tasks]
+    run = as_run(view, service)
     explanation = explain_service(
-        as_run(view, service),
+        run,
         [with_damage(view, task) for task in known],
         running=status.running_tasks,
         active=len(slots.settled) + len(slots.others),
@@ -114,6 +116,7 @@ def _explanation(
         nodes=_nodes_of(view, tasks),
         now_ns=now_ns,
         is_new=is_new,
+        can_begin=lambda: can_begin(view, run, now_ns),
     )
     explanation = _with_neighbors(explanation, service, view)
     # A run keeps the labels with which it began, but its schedule has the present ones.

@@ -292,6 +292,14 @@ def is_going(view: View, service: Service) -> bool:
     )
 
 
+def can_begin(view: View, run: Service, now_ns: int) -> bool:
+    """Return whether some node will start the current ``run`` of a global job, which has no tasks yet."""
+    until_ns = starts_until_ns(run)
+    if is_over(run) or (until_ns is not None and now_ns > until_ns):
+        return False
+    return any(is_candidate(node, run) for node in nodes_of(run, (), view.find(Node)))
+
+
 def nodes_of(run: Service, tasks: Iterable[Task], nodes: Iterable[Node]) -> Iterable[Node]:
     """Return the ``nodes`` that may belong to the current ``run`` of a global job with these ``tasks``."""
     job = run.job_status

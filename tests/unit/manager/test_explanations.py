@@ -279,6 +279,16 @@ def test_a_global_job_has_not_failed_on_a_node_that_is_drained_until_its_run_has
     assert explain_service(over, tasks, wanted=1, nodes={}, now_ns=0).summary.startswith("FAILED: ")
 
 
+def test_a_global_job_that_no_node_may_run_is_not_one_whose_tasks_come_next() -> None:
+    job = a_job(None)
+    alone = explain_service(job, [], wanted=0, nodes={}, now_ns=0)
+    assert (alone.summary, alone.is_healthy) == ("0 of 0 completed: no node is eligible", True)
+    drained = replace(a_run(job, 0, TaskState.SHUTDOWN), desired_state=TaskState.SHUTDOWN)
+    assert explain_service(job, [drained], wanted=0, nodes={}, now_ns=0).summary == alone.summary
+    begins = explain_service(job, [], wanted=0, nodes={}, now_ns=0, can_begin=lambda: True)
+    assert (begins.reason, begins.is_healthy) == ("its tasks are not created yet", False)
+
+
 def test_a_job_under_way_is_neither_done_nor_failed_and_earlier_iterations_do_not_count() -> None:
     job = a_job(2)
     tasks = [a_run(job, 1, TaskState.COMPLETE, iteration=2), a_run(job, 1, TaskState.RUNNING)]

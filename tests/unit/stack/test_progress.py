@@ -9,6 +9,7 @@ from skep.model.container import ContainerSpec
 from skep.model.options.labels import STOPPED
 from skep.model.service import (
     EndpointSpec,
+    GlobalJob,
     GlobalService,
     JobStatus,
     PortConfig,
@@ -198,6 +199,25 @@ def test_a_job_is_done_when_its_tasks_of_this_run_have_completed() -> None:
     earlier = replace(complete, job_iteration=Version(index=6))
     assert progress_of(JOB, [complete, earlier]).text == "1 of 2 tasks completed"
     assert progress_of(JOB, [complete, complete, earlier]).is_done
+
+
+def test_a_global_job_waits_for_no_drained_node() -> None:
+    job = replace(JOB, spec=replace(JOB.spec, mode=ServiceMode(global_job=GlobalJob())))
+    complete, stopped = (
+        replace(a_task(state, desired, of=job), node_id=NodeId(node))
+        for node, state, desired in (
+            ("n1", TaskState.COMPLETE, TaskState.COMPLETE),
+            ("n2", TaskState.SHUTDOWN, TaskState.SHUTDOWN),
+        )
+    )
+    found = progress_of(job, [complete, stopped])
+    assert (found.text, found.is_done) == ("1 of 2 tasks completed", False)
+    ended = explained(found, Explanation(is_healthy=True), current=(), failures_max=FAILURES_MAX)
+    assert (ended.text, ended.is_done) == ("1 of 2 tasks completed: no other node is eligible", True)
+    for going in (Explanation(is_healthy=True, desired=1), Explanation(is_healthy=False)):
+        assert not explained(found, going, current=(), failures_max=FAILURES_MAX).is_done
+    assert progress_of(job, []).without_nodes == "no node is eligible"
+    assert not progress_of(JOB, []).without_nodes
 
 
 def test_tasks_that_are_not_started_again_are_done_or_have_failed() -> None:
