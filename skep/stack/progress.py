@@ -228,11 +228,11 @@ def progress_of(
         _slot(task) for task in wanted if task.id in current and task.status.state is TaskState.RUNNING
     }
     # A slot of a one-shot service that is done needs no running task.
-    updated = len(running | done)
-    count = max(len(slots), service.spec.replicas if mode.global_ is None else 0)
+    updated, is_global = len(running | done), mode.global_ is not None
+    count = max(len(slots), 0 if is_global else service.spec.replicas)
     is_updating = update is not None and update.state in UNDER_WAY
     is_settled = len(wanted) == len(running) and updated == count
-    is_all = is_settled and not is_updating and bool(count or mode.global_ is None)
+    is_all = is_settled and not is_updating and bool(count or not is_global)
     end = _end_of_rest(service, updated, count)
     if is_all or end:
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running, waiting for {end}"
@@ -244,15 +244,13 @@ def progress_of(
             is_resting=bool(end),
         )
     of_spec = _of_spec(tasks, current)
-    cause = _cause(of_spec) if updated < count else ""
-    problem = _problem(of_spec)
+    cause, problem = _cause(of_spec) if updated < count else "", _problem(of_spec)
     text = _running_text(updated, count, len(done - running))
     # This counts slots, because an old and a new task of one slot may both run.
     if any(task.id not in current for task in wanted):
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
-    return ServiceProgress(
-        text, cause, problem=problem, is_updating=is_updating, without_nodes="" if count else _NO_NODE
-    )
+    no_node = "" if count else _NO_NODE
+    return ServiceProgress(text, cause, problem=problem, is_updating=is_updating, without_nodes=no_node)
 
 
 def progress_after_deploy(
