@@ -19,7 +19,6 @@ from sim.users.users import Users
 from sim.world.certificates import root
 from sim.world.images import BROKEN, CRASHING, HANGING
 from sim.world.storage import DRIVER, SimulatedStorage
-from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument, PermissionDenied, SkepError
 from skep.manager.control.files import create_secret, remove_secret
 from skep.manager.control.jobs import retry_job
@@ -68,6 +67,7 @@ from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, SecretId, ServiceId
 from skep.model.values.meta import Driver
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import SECOND_NS, moment, timestamp
 from skep.model.volume import AccessMode, TypeMount, VolumeSharing, VolumeSpec
 from skep.store.interface import Transaction

@@ -29,7 +29,6 @@ from skep.agent.tasks import worker
 from skep.agent.tasks.worker import Worker
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork
-from skep.api.access.permissions import STACK_LABEL
 from skep.api.client.requests import Requests
 from skep.cli.cluster import node as node_commands
 from skep.cli.maintain import maintenance, upgrade, upgrade_plan
@@ -91,6 +90,7 @@ from skep.model.service import ReplicatedJob, Service, ServiceSpec
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskStatus
 from skep.model.values.ids import IdSource, NetworkId, NodeId, ServiceId, SessionId, TaskId
+from skep.model.values.stacks import STACK_LABEL
 from skep.stack import deploying, removing
 from skep.stack.deploying import Deployment
 from skep.store.etcd import batcher, election, store

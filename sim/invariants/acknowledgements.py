@@ -13,13 +13,13 @@ import msgspec
 from msgspec.structs import replace
 
 from sim.world.committed import Change
-from skep.api.access.permissions import STACK_LABEL
 from skep.manager.services.spec_history import comparable
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.labels import JOB_TTL, is_stopped
 from skep.model.service import Service, ServiceSpec
 from skep.model.staging.updates import stages_of
 from skep.model.values.ids import ServiceId
+from skep.model.values.stacks import STACK_LABEL
 from skep.store.interface import Created, Deleted, Updated, View
 
 COMMANDED_STACK = "orders"

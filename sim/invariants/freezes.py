@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 from sim.invariants.nodes.placement import meets
 from sim.world.committed import Change
-from skep.api.access.permissions import STACK_LABEL
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
+from skep.model.values.stacks import STACK_LABEL
 from skep.store.interface import Updated, View
 
 

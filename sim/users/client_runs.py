@@ -35,11 +35,12 @@ from skep.model.secret import Config, Secret
 from skep.model.service import Service
 from skep.model.task import TaskState
 from skep.model.values.ids import NodeId
+from skep.model.values.stacks import STACK_LABEL
 from skep.stack.claims import Replaced
 from skep.stack.cluster_state import config_names, existing_of
 from skep.stack.created import CreatedObjects
 from skep.stack.planning import plan_of
-from skep.stack.project import NAMESPACE, Stack
+from skep.stack.project import Stack
 from skep.stack.recording import carry_out, undo
 from skep.store.interface import Deleted, Updated, View
 
@@ -279,7 +280,7 @@ async def rotate(client: ApiClient, kind: FileKind, root: str, data: bytes | Non
 
 def label_of(stack: str) -> dict[str, str]:
     """Return the label that all objects of a stack have."""
-    return {NAMESPACE: stack}
+    return {STACK_LABEL: stack}
 
 
 def _say(*_: str) -> None:

@@ -10,7 +10,6 @@ import msgspec
 from msgspec.structs import replace
 
 from sim.world.images import BROKEN, CRASHING, HOPELESS
-from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec, Mount, SecretFileTarget, SecretReference
 from skep.model.door.routes import HTTP
@@ -86,6 +85,7 @@ from skep.model.staging.updates import (
     check_staged_update,
 )
 from skep.model.values.ids import SecretId
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import SECOND_NS
 
 IMAGES = ("app:1", "app:2", "app:3", "app:4", *HOPELESS)

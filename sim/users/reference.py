@@ -22,6 +22,7 @@ from skep.model.quota import QuotaSpec
 from skep.model.service import PublishMode, ServiceSpec, UpdateFailureAction, UpdateOrder
 from skep.model.staging.updates import check_staged_update
 from skep.model.values.ids import NodeId, ServiceId
+from skep.model.values.stacks import STACK_LABEL
 
 BAD, FORBIDDEN, MISSING, TAKEN, UNKNOWN, NOT_OFFERED = 400, 403, 404, 409, 500, 501
 """UNKNOWN is for errors of SwarmKit without a code, such as invalid constraints and updates out of sequence."""
@@ -32,7 +33,6 @@ _CONSTRAINT = re.compile(
 )
 """Only the part of the syntax that simulated users write."""
 _MEMORY_MIN = 4 << 20
-_STACK = "com.docker.stack.namespace"
 _DISCONNECT_WORDS = (None, "keep", "replace", "stop")
 
 
@@ -363,17 +363,17 @@ def _exceeds_quota(state: State, id: ServiceId | None, spec: ServiceSpec) -> boo
     """Return whether the stack's quota forbids ``spec``.  A quota allows every spec that does not request more than
     before.
     """
-    stack = spec.labels.get(_STACK, "")
+    stack = spec.labels.get(STACK_LABEL, "")
     if (quota := state.quotas.get(stack)) is None:
         return False
     held = state.services.get(id) if id is not None else None
-    was_in_it = held is not None and held.spec.labels.get(_STACK) == stack
+    was_in_it = held is not None and held.spec.labels.get(STACK_LABEL) == stack
     before = _taken_by(state, held.spec) if held is not None and was_in_it else (0, 0)
     wanted = _taken_by(state, spec)
     others = [
         _taken_by(state, one.spec)
         for other, one in state.services.items()
-        if other != id and one.spec.labels.get(_STACK) == stack
+        if other != id and one.spec.labels.get(STACK_LABEL) == stack
     ]
     grows = any(map(int.__gt__, wanted, before))
     if quota.memory_bytes and wanted[0] and not wanted[1] and grows:

@@ -18,7 +18,6 @@ from sim.cluster import SimulatedCluster
 from sim.users.clients import ApiClient, Commands
 from sim.users.random_specs import STACKS
 from sim.world.committed import Change
-from skep.api.access.permissions import STACK_LABEL
 from skep.errors import SkepError
 from skep.model.network import Network
 from skep.model.node import Node
@@ -26,6 +25,7 @@ from skep.model.permissions.access import EVERY_STACK, Binding, Identity, Origin
 from skep.model.permissions.user import User
 from skep.model.secret import Config, Secret
 from skep.model.service import Service
+from skep.model.values.stacks import STACK_LABEL
 from skep.store.interface import Created, Updated, View
 
 ROLE_LABEL = "sim.role"

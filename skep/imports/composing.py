@@ -21,8 +21,9 @@ from skep.model.service import (
     UpdateConfig,
 )
 from skep.model.values.meta import Driver
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import exact_duration
-from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS
+from skep.stack.project import IMAGE, NODES_NETWORKS
 
 
 class ObjectKeys(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +47,7 @@ def service_entry(spec: ServiceSpec, names: ObjectKeys) -> dict[str, Any]:
             "command": _texts(container.args),
             "hostname": _text(container.hostname),
             "environment": _texts(container.env),
-            "labels": _labels(container.labels, NAMESPACE),
+            "labels": _labels(container.labels, STACK_LABEL),
             "working_dir": _text(container.dir),
             "user": _text(container.user),
             "group_add": _texts(container.groups),
@@ -277,7 +278,7 @@ def _deploy(spec: ServiceSpec) -> dict[str, Any]:
     return _filled(
         {
             **_mode_of(spec.mode),
-            "labels": _labels(spec.labels, NAMESPACE, IMAGE),
+            "labels": _labels(spec.labels, STACK_LABEL, IMAGE),
             "endpoint_mode": endpoint.mode if endpoint is not None and endpoint.mode != "vip" else None,
             "resources": _resources(template.resources),
             "restart_policy": _restart(template.restart_policy),

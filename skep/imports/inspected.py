@@ -15,11 +15,12 @@ from skep.model.container import ContainerSpec
 from skep.model.options.affinity import AFFINITY_LABELS
 from skep.model.options.dependencies import dependencies_of, label_of
 from skep.model.service import EndpointSpec, NetworkAttachmentConfig, ServiceSpec
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.unknown import NOTHING, Unknown, UnknownOfItems, divided
 from skep.stack.differences import differences
-from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS
+from skep.stack.project import IMAGE, NODES_NETWORKS
 
-_STACK_LABELS: Final = (f"Labels.{NAMESPACE}", f"Labels.{IMAGE}")
+_STACK_LABELS: Final = (f"Labels.{STACK_LABEL}", f"Labels.{IMAGE}")
 """Labels that a stack sets on its objects."""
 
 
@@ -59,7 +60,7 @@ def networks_in(text: str) -> dict[str, Mapping[str, Any]]:
 
 def stack_name_of(specs: Iterable[ServiceSpec]) -> str:
     """Return the stack that all services belong to, or an empty text if they do not share a stack."""
-    names = {spec.labels.get(NAMESPACE, "") for spec in specs}
+    names = {spec.labels.get(STACK_LABEL, "") for spec in specs}
     return names.pop() if len(names) == 1 else ""
 
 
@@ -164,7 +165,7 @@ def _sections(
     made: dict[str, Any] = {}
     for name, key in names.networks.items():
         found = by_name.get(name)
-        if found is not None and (found.get("Labels") or {}).get(NAMESPACE) == stack:
+        if found is not None and (found.get("Labels") or {}).get(STACK_LABEL) == stack:
             made[key] = _network(found, name, f"{stack}_{key}")
         else:
             made[key] = {"external": True, "name": name}
@@ -194,7 +195,7 @@ def _network(found: Mapping[str, Any], name: str, usual: str) -> dict[str, Any] 
         }
         for pool in ipam.get("Config") or ()
     ]
-    labels = {key: one for key, one in sorted((found.get("Labels") or {}).items()) if key != NAMESPACE}
+    labels = {key: one for key, one in sorted((found.get("Labels") or {}).items()) if key != STACK_LABEL}
     options = {
         key: one
         for key, one in sorted((found.get("Options") or {}).items())
@@ -224,7 +225,7 @@ def _volumes(specs: Sequence[ServiceSpec], names: ObjectKeys, stack: str) -> Ite
             key, options = names.volumes[mount.source], mount.volume_options
             labels = dict(options.labels) if options is not None else {}
             driver = options.driver_config if options is not None else None
-            if labels.pop(NAMESPACE, "") != stack and not labels and driver is None:
+            if labels.pop(STACK_LABEL, "") != stack and not labels and driver is None:
                 yield key, {"external": True, "name": mount.source}
                 continue
             made: dict[str, Any] = {} if mount.source == f"{stack}_{key}" else {"name": mount.source}

@@ -17,8 +17,8 @@ from skep.imports.document import Imported, Note, escaped
 from skep.imports.inspected import imported, spec_in
 from skep.model.options.labels import STACK_REVISION
 from skep.model.service import ServiceSpec
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.unknown import Unknown
-from skep.stack.project import NAMESPACE
 
 _RESPONSE_TIMEOUT_S: Final = 30.0
 """Seconds for one list of the other cluster."""
@@ -76,10 +76,10 @@ def move_of(objects: SwarmObjects) -> SwarmExport:
     objects = replace(objects, configs=[one for one in objects.configs if not _is_revision(one)])
     networks = {str(one["Id"]): one for one in objects.networks if one.get("Scope") == "swarm"}
     specs = [spec_in(service) for service in objects.services]
-    rest = _free_name({spec.labels.get(NAMESPACE, "") for spec, _ in specs})
+    rest = _free_name({spec.labels.get(STACK_LABEL, "") for spec, _ in specs})
     stacks: dict[str, list[tuple[ServiceSpec, Unknown]]] = {}
     for spec, unknown in specs:
-        stacks.setdefault(spec.labels.get(NAMESPACE) or rest, []).append((spec, unknown))
+        stacks.setdefault(spec.labels.get(STACK_LABEL) or rest, []).append((spec, unknown))
     renamed = {
         spec.name.lower(): f"{rest}_{spec.name.removeprefix(f'{rest}_')}" for spec, _ in stacks.get(rest, ())
     }
@@ -126,7 +126,9 @@ def _labels(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         str((one.get("Spec") or {}).get("Name", "")): (one.get("Spec") or {}).get("Labels") for one in configs
     }
     kept = {
-        name: {key: escaped(str(value)) for key, value in sorted((labels or {}).items()) if key != NAMESPACE}
+        name: {
+            key: escaped(str(value)) for key, value in sorted((labels or {}).items()) if key != STACK_LABEL
+        }
         for name, labels in found.items()
     }
     return {name: {"labels": labels} for name, labels in kept.items() if labels}

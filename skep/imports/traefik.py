@@ -20,8 +20,8 @@ from skep.imports.traefik_middlewares import MiddlewareEffects, effects_of, list
 from skep.imports.traefik_rules import RuleAddress, addresses_of
 from skep.model.door.claims import Claimant, settled
 from skep.model.door.routes import HEADER_OPTIONS, HTTP, OPTIONS, has_routes, parsed_routes
-from skep.model.door.settings import STACK
 from skep.model.values.ids import ServiceId
+from skep.model.values.stacks import STACK_LABEL
 
 PREFIX: Final = "traefik."
 _HTTP: Final = "traefik.http."
@@ -424,7 +424,7 @@ class _Cluster:
             Claimant(
                 id=ServiceId(name),
                 name=name,
-                stack=self._labels[name].get(STACK, ""),
+                stack=self._labels[name].get(STACK_LABEL, ""),
                 routes=parsed_routes(labels[name]),
             )
             for name in self._labels

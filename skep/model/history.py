@@ -5,7 +5,6 @@ body of a request, the data of a secret or the value of a variable.
 """
 
 import re
-from collections.abc import Mapping
 from enum import Enum
 
 from msgspec.structs import replace
@@ -14,7 +13,6 @@ from skep.model.service import Service, ServiceSpec
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.times import Timestamp
 
-STACK_LABEL = "com.docker.stack.namespace"
 MESSAGE_CHARACTERS_MAX = 500
 """Longest message of an entry.  The history keeps ten thousand entries."""
 NAME_CHARACTERS_MAX = 100
@@ -179,8 +177,3 @@ def _without_credentials(spec: ServiceSpec) -> ServiceSpec:
         return spec
     container = replace(container, env=tuple(map(masked, container.env)))
     return replace(spec, task_template=replace(spec.task_template, container_spec=container))
-
-
-def stack_of(labels: Mapping[str, str]) -> str:
-    """Return the stack of an object with ``labels``, or an empty text."""
-    return labels.get(STACK_LABEL, "")

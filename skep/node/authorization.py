@@ -13,7 +13,6 @@ from aiohttp import web
 from skep.api.access.authorization import stack_label_of
 from skep.api.access.identity import IDENTITY_HEADER, identity_of, packed
 from skep.api.access.permissions import (
-    STACK_LABEL,
     KnownObject,
     NewObject,
     PermissionRule,
@@ -26,6 +25,7 @@ from skep.api.http.server import read_json
 from skep.engine.engine import Engine
 from skep.errors import NotFound, PermissionDenied
 from skep.model.permissions.access import Identity
+from skep.model.values.stacks import STACK_LABEL
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.visible_containers import visible_container
 

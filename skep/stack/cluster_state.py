@@ -14,6 +14,7 @@ from skep.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExh
 from skep.model.options.labels import STACK_REVISION
 from skep.model.service import Service, ServiceSpec
 from skep.model.values.encoding import to_json
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.unknown import leniently
 from skep.stack.compose.document import FilePosition, FileProblem, FileProblems
 from skep.stack.planning import (
@@ -25,7 +26,7 @@ from skep.stack.planning import (
     freeing,
     tagged,
 )
-from skep.stack.project import NAMESPACE, Stack, StackFile
+from skep.stack.project import Stack, StackFile
 from skep.stack.revisions import StackRevision, revisions_of
 
 RESPONSE_TIMEOUT_S: Final = 30.0
@@ -47,7 +48,7 @@ async def existing_of(client: Requests, stack: str, configs: Iterable[str] = ())
 
     Not all configs are read, because a response contains their content, which can be hundreds of megabytes.
     """
-    label = {"label": [f"{NAMESPACE}={stack}"]}
+    label = {"label": [f"{STACK_LABEL}={stack}"]}
     services, networks, secrets, found = await asyncio.gather(
         client.get("/services", filters=label, timeout_s=RESPONSE_TIMEOUT_S),
         client.get("/networks", timeout_s=RESPONSE_TIMEOUT_S),
@@ -148,7 +149,7 @@ def _image_of(spec: ServiceSpec) -> str:
 
 async def known_revisions(client: Requests, stack: str) -> list[StackRevision]:
     """Return the revisions of a stack, the oldest first."""
-    label = {"label": [f"{NAMESPACE}={stack}", STACK_REVISION]}
+    label = {"label": [f"{STACK_LABEL}={stack}", STACK_REVISION]}
     return revisions_of(stack, await client.get("/configs", filters=label, timeout_s=RESPONSE_TIMEOUT_S))
 
 

@@ -27,6 +27,7 @@ from skep.model.service import Service, ServiceSpec
 from skep.model.staging.updates import rollback_target
 from skep.model.task import Task
 from skep.model.values.encoding import to_json
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.unknown import leniently
 from skep.stack.claims import Replaced
 from skep.stack.cluster_state import (
@@ -64,7 +65,7 @@ from skep.stack.progress import (
     progress_after_deploy,
     progress_without,
 )
-from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile
+from skep.stack.project import IMAGE, Stack, StackFile
 from skep.stack.revisions import DEPLOYED
 from skep.stack.waiting import Look, Reasons, unfinished, wait_done
 
@@ -423,7 +424,7 @@ class Deployment:
             (read,) = services_of([current])
             found = with_network_names(read, names)
             present = found.spec
-            if present.labels.get(NAMESPACE) != self._stack.name:
+            if present.labels.get(STACK_LABEL) != self._stack.name:
                 raise AlreadyExists(
                     f"service {change.name} exists outside of the stack {self._stack.name}. Remove or rename it."
                 )
@@ -473,7 +474,7 @@ class Deployment:
         await wait_done(specs, look, self._show)
 
     async def _looks(self) -> dict[str, Look]:
-        label = {"label": [f"{NAMESPACE}={self._stack.name}"]}
+        label = {"label": [f"{STACK_LABEL}={self._stack.name}"]}
         services, tasks, up_to_date = await asyncio.gather(
             self._client.get("/services", filters=label, timeout_s=RESPONSE_TIMEOUT_S),
             self._client.get("/tasks", filters=label, timeout_s=RESPONSE_TIMEOUT_S),

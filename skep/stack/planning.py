@@ -18,10 +18,11 @@ from skep.model.service import Service, ServiceSpec
 from skep.model.staging.updates import replaced_spec, rollback_target
 from skep.model.values.encoding import to_json
 from skep.model.values.ids import ConfigId, SecretId
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.unknown import leniently
 from skep.stack.compose.document import FileProblem, FileProblems
 from skep.stack.differences import Difference, differences
-from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS, Stack, StackFile, StackNetwork, StackService
+from skep.stack.project import IMAGE, NODES_NETWORKS, Stack, StackFile, StackNetwork, StackService
 
 _UNSET: Final = object()
 _IMAGE_ID: Final = re.compile("[0-9a-f]{64}")
@@ -330,7 +331,7 @@ def _files(
             problems.append(other_content(kind, file))
         labels = now["Spec"].get("Labels") or {}
         # objects of other stacks are used but not changed
-        is_ours = labels.get(NAMESPACE) == file.labels.get(NAMESPACE)
+        is_ours = labels.get(STACK_LABEL) == file.labels.get(STACK_LABEL)
         if file.is_versioned and not is_ours:
             # Its name contains the hash of this stack's content, but nothing has compared the content itself.
             text = f"the {kind} {file.name} exists and belongs to another stack or none: remove it, then deploy again"
@@ -490,7 +491,7 @@ def superseded(
     return [
         one
         for one in sorted(objects, key=lambda one: str(one["Spec"]["Name"]))
-        if (one["Spec"].get("Labels") or {}).get(NAMESPACE) == stack.name
+        if (one["Spec"].get("Labels") or {}).get(STACK_LABEL) == stack.name
         and STACK_REVISION not in one["Spec"]["Labels"]
         and one["Spec"]["Name"] not in wanted | used | set(kept)
     ]

@@ -11,7 +11,6 @@ from skep.model.options.dependencies import Dependency
 from skep.model.service import ServiceSpec
 from skep.stack.compose.document import FilePosition
 
-NAMESPACE: Final = "com.docker.stack.namespace"
 """Docker's label with the stack's name.  Every object of a stack has it."""
 IMAGE: Final = "com.docker.stack.image"
 NODES_NETWORKS: Final = ("host", "none", "bridge")

@@ -27,6 +27,7 @@ from skep.model.options.labels import DEPLOYING, REPLACED, STACK_STATE
 from skep.model.permissions.access import Binding, Role
 from skep.model.service import Service, ServiceSpec
 from skep.model.values.encoding import to_json
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import unix_ns
 from skep.stack.claims import DeployClaim, Replaced
 from skep.stack.cluster_state import (
@@ -42,7 +43,7 @@ from skep.stack.created import CreatedObjects
 from skep.stack.deploying import Deployment, Show
 from skep.stack.planning import PlanAction, StackPlan, is_still, plan_of, planned_again, with_network_names
 from skep.stack.progress import FAILURES_MAX
-from skep.stack.project import NAMESPACE, Stack
+from skep.stack.project import Stack
 from skep.stack.removing import unmake
 from skep.stack.revisions import (
     DEPLOYED,
@@ -188,7 +189,7 @@ async def _inherit(client: Requests, revisions: Sequence[StackRevision], created
         (kind, file, id)
         for kind, file, id, at, spec in found
         if (kind, file) in files
-        and (spec.get("Labels") or {}).get(NAMESPACE) == name
+        and (spec.get("Labels") or {}).get(STACK_LABEL) == name
         and unix_ns(at) >= since
     ]
 

@@ -10,12 +10,12 @@ from skep.api.client.waiting import persistently
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.model.task import TaskState
 from skep.model.values.counts import counted
+from skep.model.values.stacks import STACK_LABEL
 from skep.stack.cluster_state import RESPONSE_TIMEOUT_S
 from skep.stack.created import CreatedObjects
 from skep.stack.deploying import Show, all_of, remove_unchanged
 from skep.stack.planning import removal_of
 from skep.stack.progress import UNPLACED_S
-from skep.stack.project import NAMESPACE
 from skep.stack.waiting import HeldTimes
 
 _ENDED: Final = frozenset(one.value for one in TaskState if one.is_terminal)
@@ -34,7 +34,7 @@ async def remove(client: Requests, stack: str, show: Show, wait_s: float) -> boo
     Returns: Whether the stack had any objects.
     Raises: Unavailable: an object was still in use after ``wait_s``; FailedPrecondition: the stack was deployed again.
     """
-    label = {"label": [f"{NAMESPACE}={stack}"]}
+    label = {"label": [f"{STACK_LABEL}={stack}"]}
     found = False
     for kind in ("service", "secret", "config", "network"):
         objects = await client.get(f"/{kind}s", filters=label, timeout_s=RESPONSE_TIMEOUT_S)
@@ -57,7 +57,7 @@ async def unmake(client: Requests, stack: str, created: CreatedObjects, show: Sh
     for service in created.services:
         if await remove_unchanged(client, removal_of(service)):
             show(service.spec.name, "service removed")
-    label = {"label": [f"{NAMESPACE}={stack}"]}
+    label = {"label": [f"{STACK_LABEL}={stack}"]}
     await _wait_tasks_gone(client, label, show, stack, wait_s, {one.id for one in created.services})
     for kind in ("secret", "config", "network"):
         of_kind = [(name, id) for one, name, id in created.files if one == kind]

@@ -19,10 +19,11 @@ from msgspec.structs import replace
 from skep.errors import InvalidArgument
 from skep.model.options.labels import DEPLOYING, REPLACED, STACK_CHANGES, STACK_REVISION, STACK_STATE
 from skep.model.permissions.access import Binding, Role, parse_binding
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import SECOND_NS, unix_ns
 from skep.model.values.unknown import leniently
 from skep.stack.planning import StackPlan
-from skep.stack.project import NAMESPACE, Stack, StackFile, StackService
+from skep.stack.project import Stack, StackFile, StackService
 
 T = TypeVar("T")
 
@@ -109,7 +110,7 @@ class StackRevision(msgspec.Struct, frozen=True, kw_only=True):
             )
         for one in stack.services.values():
             name, labels = one.spec.name, one.spec.labels
-            if labels.get(NAMESPACE) != self.of or not name.startswith(f"{self.of}_"):
+            if labels.get(STACK_LABEL) != self.of or not name.startswith(f"{self.of}_"):
                 raise InvalidArgument(
                     f"revision {self.number} of {self.of} has the service {name} of another stack, so it was not "
                     f"written by a deploy of {self.of}"
@@ -149,7 +150,9 @@ def revisions_of(stack: str, configs: Iterable[Mapping[str, Any]]) -> list[Stack
     for one in configs:
         labels = one["Spec"].get("Labels") or {}
         number = labels.get(STACK_REVISION, "")
-        if labels.get(NAMESPACE) != stack or not (number.isascii() and number.isdigit() and len(number) < 10):
+        if labels.get(STACK_LABEL) != stack or not (
+            number.isascii() and number.isdigit() and len(number) < 10
+        ):
             continue
         if one["Spec"]["Name"] != _name(stack, int(number)):
             continue  # Revisions are ordered by their names, because labels can be changed and names cannot.
@@ -212,7 +215,7 @@ def body_of(stack: Stack, plan: StackPlan, number: int) -> dict[str, Any]:
     return {
         "Name": _name(stack.name, number),
         "Labels": {
-            NAMESPACE: stack.name,
+            STACK_LABEL: stack.name,
             STACK_REVISION: str(number),
             STACK_STATE: DEPLOYING,
             STACK_CHANGES: summary(plan),

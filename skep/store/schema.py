@@ -15,7 +15,6 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import AlreadyExists, PortTaken, SkepError
-from skep.model.history import stack_of
 from skep.model.needs import references_of
 from skep.model.network import Network, subnet_of
 from skep.model.networks.addresses import is_subnet
@@ -29,6 +28,7 @@ from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, PublishMode, Service, UpdateState, UpdateStatus
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.values.stacks import stack_of
 from skep.model.values.times import ZERO_TIME, Timestamp
 from skep.model.volume import Volume
 from skep.store.interface import KindSchema, Object

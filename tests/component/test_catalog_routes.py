@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.api.access.permissions import STACK_LABEL
 from skep.manager.catalog.registrations import register
 from skep.model.catalog import REGISTRATIONS_MAX, STACK_REGISTRATIONS_MAX, ServiceRegistration
 from skep.model.network import Network
@@ -25,6 +24,7 @@ from skep.model.service import (
 from skep.model.task import NetworkAttachment, PortStatus, Task, TaskState
 from skep.model.values.ids import TaskId
 from skep.model.values.meta import Version
+from skep.model.values.stacks import STACK_LABEL
 from skep.store.kinds import Payload
 from tests.component.test_users_on_a_manager import Rig, _a_rig, labeled, running
 from tests.support.builders import a_node, a_service, an_overlay

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 import pytest
 from msgspec.structs import replace
 
-from skep.api.access.permissions import STACK_LABEL
 from skep.cli.cluster.certificate import shown_list
 from skep.cli.output import Screen
 from skep.manager.acme.records import ACCOUNT_ID, account_in, record_id, record_in
@@ -20,6 +19,7 @@ from skep.model.door.traffic import BUCKETS, RouteTraffic
 from skep.model.options.notifications import Topic
 from skep.model.service import Service, UpdateSplit, UpdateStatus
 from skep.model.values.ids import ServiceId
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import SECOND_NS
 from skep.store.interface import Transaction
 from skep.store.kinds import write_record

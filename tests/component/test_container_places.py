@@ -16,7 +16,6 @@ from msgspec.structs import replace
 from skep.agent.session.session_state import SessionState
 from skep.aio.clock import SystemClock
 from skep.api.access.identity import identify
-from skep.api.access.permissions import STACK_LABEL
 from skep.api.client.client import ApiClient
 from skep.api.http.server import application as api_application
 from skep.api.http.server import runner
@@ -27,6 +26,7 @@ from skep.model.node import NodeState
 from skep.model.permissions.access import ALL, Identity, Origin, parse_binding
 from skep.model.service import Service
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
+from skep.model.values.stacks import STACK_LABEL
 from skep.node.authorization import NodeObjects
 from skep.node.cluster.cluster_reads import ClusterReads
 from skep.node.container_places import LIMITS, ContainerPlaces, PlaceLimits, add_places

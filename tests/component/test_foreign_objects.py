@@ -18,7 +18,7 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from skep.api.access.identity import identify
-from skep.api.access.permissions import STACK_LABEL, PermissionScope, rule_for
+from skep.api.access.permissions import PermissionScope, rule_for
 from skep.api.http.server import runner
 from skep.manager.catalog.registrations import RegistrationRecord
 from skep.manager.routes import _TABLES, application
@@ -29,6 +29,7 @@ from skep.model.permissions.access import Identity, Origin, Role, parse_binding
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service
 from skep.model.values.ids import ConfigId, NetworkId, SecretId, VolumeId
+from skep.model.values.stacks import STACK_LABEL
 from skep.store.interface import Store
 from skep.store.kinds import Payload
 from tests.component.test_users_on_a_manager import NoTunnels, running

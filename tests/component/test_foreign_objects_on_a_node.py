@@ -20,7 +20,6 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.api.access.identity import identify
-from skep.api.access.permissions import STACK_LABEL
 from skep.api.http.framing import with_target
 from skep.api.http.server import application, runner
 from skep.engine.api.commits import commit_routes
@@ -34,6 +33,7 @@ from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from skep.model.options.labels import LABEL_TASK_ID
 from skep.model.permissions.access import Identity, Origin, parse_binding
+from skep.model.values.stacks import STACK_LABEL
 from skep.node.authorization import NodeObjects
 from skep.node.docker.docker_engine import DockerEngine, with_containers_of
 from skep.node.front.routing import Destination, LocalObjects, route

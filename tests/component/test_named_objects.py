@@ -2,10 +2,10 @@
 
 import pytest
 
-from skep.api.access.permissions import STACK_LABEL
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Service
 from skep.model.values.ids import SecretId
+from skep.model.values.stacks import STACK_LABEL
 from skep.store.level import LEVEL
 from tests.component.test_users_on_a_manager import SHOP, Rig, a_spec, labeled, rig
 from tests.support.builders import a_service

@@ -9,12 +9,12 @@ from typing import Any, cast
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.api.access.permissions import STACK_LABEL
 from skep.manager.allocator.loop import Allocator
 from skep.manager.allocator.subnets import is_allocated
 from skep.model.network import IPAMConfig, Network
 from skep.model.networks.overlays import vxlan_ids
 from skep.model.values.ids import new_id
+from skep.model.values.stacks import STACK_LABEL
 from skep.store.interface import LoopStore
 from skep.store.level import USERS
 from tests.component.test_users_on_a_manager import OPERATOR, SHOP, Rig

@@ -13,7 +13,6 @@ from msgspec.structs import replace
 
 from skep.agent.session.managers import KnownManager
 from skep.aio.clock import SystemClock
-from skep.api.access.permissions import STACK_LABEL
 from skep.engine.containers.container import Exec, ExecConfig, StandardStream
 from skep.manager.control.validation.new_objects import known_task
 from skep.manager.queries.board import AskedQuery
@@ -25,6 +24,7 @@ from skep.model.options.labels import LABEL_TASK_ID
 from skep.model.service import Service
 from skep.model.task import ContainerStatus, Task, TaskState
 from skep.model.values.ids import ContainerId, NodeId, ServiceId
+from skep.model.values.stacks import STACK_LABEL
 from skep.node import container_access
 from skep.node.container_access import TaskContainers
 from skep.node.events import NodeEvents

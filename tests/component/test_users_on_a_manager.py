@@ -15,7 +15,6 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.api.access.identity import identify
-from skep.api.access.permissions import STACK_LABEL
 from skep.api.http.server import application as api_application
 from skep.api.http.server import runner
 from skep.errors import Unavailable
@@ -32,6 +31,7 @@ from skep.model.swarm import Swarm
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd
 from skep.model.values.ids import NodeId, ServiceId
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import Timestamp
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_service_spec, a_task

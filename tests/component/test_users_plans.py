@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.api.access.permissions import STACK_LABEL
 from skep.model.network import Network, NetworkSpec
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service
 from skep.model.values.ids import ConfigId, NetworkId, SecretId, ServiceId, VolumeId
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.volume import Volume, VolumeSpec
 from skep.store.kinds import Payload
 from tests.component.test_users_on_a_manager import OPERATOR, SHOP, Rig, a_spec, labeled, rig

@@ -14,7 +14,6 @@ from skep.agent.session.managers import KnownManager
 from skep.agent.session.wakes import REPEAT_S, Turns, WakeCalls
 from skep.aio.clock import SystemClock
 from skep.aio.event import Event
-from skep.api.access.permissions import STACK_LABEL
 from skep.errors import NotFound, PermissionDenied, SkepError
 from skep.manager.control.quotas import set_quota
 from skep.manager.dispatcher.usages import IDLE_S_MAX, MeasuredTasks
@@ -24,6 +23,7 @@ from skep.model.quota import QuotaSpec
 from skep.model.service import Service
 from skep.model.task import TaskState
 from skep.model.values.ids import NodeId, ServiceId, new_id
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import Timestamp
 from skep.node.container_access import TaskContainers
 from skep.node.events import NodeEvents

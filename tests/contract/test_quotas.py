@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.api.access.permissions import STACK_LABEL
 from skep.errors import PermissionDenied
 from skep.manager.control.files import create_config, create_secret, update_secret
 from skep.manager.control.networks import add_subnets, create_network
@@ -29,6 +28,7 @@ from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Resources, Service, ServiceSpec, UpdateState
 from skep.model.values.ids import ConfigId, NetworkId, new_id
 from skep.model.values.meta import Driver
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction
 from skep.store.level import USERS

@@ -20,7 +20,6 @@ from sim.invariants.services.schedules import (
 from sim.invariants.writers import SingleWriters
 from sim.users.random_specs import Dependencies, a_spec
 from sim.users.reference import Accepted, Create, Refused, ServiceState, State, Update, respond
-from skep.api.access.permissions import STACK_LABEL
 from skep.model.container import Mount
 from skep.model.node import Node, NodeState, NodeStatus
 from skep.model.options.autoscaling import AUTOSCALE
@@ -46,6 +45,7 @@ from skep.model.task import Task, TaskState, TaskStatus, VolumeAttachment
 from skep.model.task_end import EndCause, TaskEnd
 from skep.model.values.ids import ServiceId, VolumeId
 from skep.model.values.meta import Version
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import Timestamp, timestamp
 from skep.model.volume import (
     AccessMode,

@@ -6,13 +6,13 @@ from msgspec.structs import replace
 from sim.cluster import SimulatedCluster
 from sim.users.clients import ApiClient, Apis
 from sim.users.role_users import ROLE_LABEL, RoleUsers, nothing_beyond_roles
-from skep.api.access.permissions import STACK_LABEL
 from skep.errors import PermissionDenied
 from skep.model.permissions.access import Identity, Origin, parse_binding
 from skep.model.permissions.user import User, UserSpec
 from skep.model.secret import Config, Secret
 from skep.model.service import Service
 from skep.model.values.ids import ServiceId, UserId
+from skep.model.values.stacks import STACK_LABEL
 from tests.sim.histories import History
 from tests.support.builders import a_service_spec
 

@@ -13,7 +13,7 @@ from sim.users.users import Users
 from sim.world.storage import SimulatedStorage
 from skep.aio.clock import SystemClock
 from skep.cli.see.status import service_rows
-from skep.cli.stack.stack_lists import NAMESPACE, stacks
+from skep.cli.stack.stack_lists import stacks
 from skep.manager.control.tasks import known_status
 from skep.manager.diagnosis.service_health import explanation_of, service_status, status_with_health
 from skep.manager.routes.representations import problems_of, shown_service
@@ -22,6 +22,7 @@ from skep.manager.view.building import RowBuilder
 from skep.manager.view.rows import ServiceRow
 from skep.model.service import PAUSED, HealthState, Service
 from skep.model.task import Task, TaskState
+from skep.model.values.stacks import STACK_LABEL
 from skep.store.interface import View
 from skep.top.snapshot import Snapshot, health_of, states_of
 
@@ -72,7 +73,7 @@ async def shown(view: View, service: Service, now_ns: int) -> Mapping[str, str]:
     )
     (line,) = service_rows([response], now_ns / 1e9)
     (top,) = states_of(Snapshot(services={service.id: response}), now_ns / 1e9)
-    stacked = {**response, "Spec": {**response["Spec"], "Labels": {NAMESPACE: "s"}}}
+    stacked = {**response, "Spec": {**response["Spec"], "Labels": {STACK_LABEL: "s"}}}
     explained = await explanation_of(view, service, await service_status(view, service), now_ns, clock)
     row, _ = await RowBuilder(clock).service(view, service.id, now_ns)
     assert isinstance(row, ServiceRow)

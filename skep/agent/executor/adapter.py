@@ -21,7 +21,6 @@ from skep.gotemplate import Struct
 from skep.model.container import ContainerSpec, Mount, Privileges
 from skep.model.door.settings import NAME as DOOR_VOLUME
 from skep.model.door.settings import is_door
-from skep.model.history import stack_of
 from skep.model.network import MTU_OPTION, MTUS, Network, is_ingress
 from skep.model.networks.data_planes import driver_of, is_overlay
 from skep.model.networks.overlays import VXLAN_ID_MAX, VXLAN_OPTION, head_of, options_of
@@ -41,6 +40,7 @@ from skep.model.permissions.rights import (
 )
 from skep.model.service import GenericResource, PublishMode, ResourceRequirements
 from skep.model.task import AssignedTask, NetworkAttachment, Task
+from skep.model.values.stacks import stack_of
 from skep.model.values.times import SECOND_NS
 
 

@@ -12,7 +12,6 @@ from aiohttp.payload import Payload
 
 from skep.api.access.identity import identity_of
 from skep.api.access.permissions import (
-    STACK_LABEL,
     PermissionRule,
     PermissionScope,
     RequestFacts,
@@ -27,6 +26,7 @@ from skep.api.access.permissions import (
 from skep.api.http.framing import path_of
 from skep.errors import NamesAnother, PermissionDenied
 from skep.model.permissions.access import EVERY_STACK, Identity, Role
+from skep.model.values.stacks import STACK_LABEL
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

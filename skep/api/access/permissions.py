@@ -15,8 +15,7 @@ from skep.errors import NamesAnother, NotFound, SkepError
 from skep.model.permissions.access import EVERY_STACK, Identity, Role
 from skep.model.permissions.rights import ApiAccess
 from skep.model.permissions.value_rights import image_rights
-
-STACK_LABEL: Final = "com.docker.stack.namespace"
+from skep.model.values.stacks import STACK_LABEL
 
 
 class PermissionScope(Enum):

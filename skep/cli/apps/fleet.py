@@ -22,8 +22,8 @@ from skep.cli.running import errors_shown, run_requests
 from skep.cli.stack.stack import deploy
 from skep.errors import InvalidArgument, NotFound
 from skep.imports import fleet as fleet_units
-from skep.model.history import stack_of
 from skep.model.task_end import printable
+from skep.model.values.stacks import stack_of
 
 _INSTEAD: Final = {
     "cat": "skep service inspect --pretty SERVICE",

@@ -30,9 +30,9 @@ from skep.model.options.labels import ROTATION_OF, is_stopped
 from skep.model.options.schedules import CRON
 from skep.model.service import Service
 from skep.model.task import Task
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.unknown import leniently
 from skep.stack.progress import FAILURES_MAX, ServiceProblem, ServiceProgress, progress_of
-from skep.stack.project import NAMESPACE
 from skep.stack.waiting import Reasons, Steadiness, look_at, unfinished
 
 _LOOK_S = 0.5
@@ -92,12 +92,12 @@ def versions(objects: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[st
     if named is None:
         if made := next((one for one in objects if _is_of_a_file(one, name)), None):
             raise NotFound(
-                f"{name} is in the file of stack {_labels(made)[NAMESPACE]}, which has made {made['Spec']['Name']} of "
-                f"it. Change its content and deploy the file with skep stack deploy."
+                f"{name} is in the file of stack {_labels(made)[STACK_LABEL]}, which has made {made['Spec']['Name']} "
+                f"of it. Change its content and deploy the file with skep stack deploy."
             )
         raise NotFound(f"{name} does not exist. Create it with skep secret create or skep config create.")
-    root, stack = root_of(named), _labels(named).get(NAMESPACE)
-    found = [one for one in objects if root_of(one) == root and _labels(one).get(NAMESPACE) == stack]
+    root, stack = root_of(named), _labels(named).get(STACK_LABEL)
+    found = [one for one in objects if root_of(one) == root and _labels(one).get(STACK_LABEL) == stack]
     return sorted(found, key=lambda one: _number(one, root))
 
 
@@ -110,7 +110,7 @@ def _is_of_a_file(found: Mapping[str, Any], name: str) -> bool:
     """Return whether a stack's file has made the object, whose name has a digest of its content."""
     made = str(found["Spec"]["Name"])
     return (
-        NAMESPACE in _labels(found) and re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{10}}", made) is not None
+        STACK_LABEL in _labels(found) and re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{10}}", made) is not None
     )
 
 
@@ -170,7 +170,7 @@ def stack_hint(kind: FileKind, service: Mapping[str, Any], old: Collection[str],
         old: the ids of the previous versions.
         new: the name of the new version.
     """
-    stack = _labels(service).get(NAMESPACE)
+    stack = _labels(service).get(STACK_LABEL)
     names = [one[kind.name_key] for one in _references(kind, service["Spec"]) if one[kind.id_key] in old]
     if not stack or not names:
         return ""

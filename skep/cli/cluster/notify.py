@@ -13,8 +13,8 @@ from skep.cli.running import delete_each, run_requests, say
 from skep.model.options.notifications import Topic
 from skep.model.task_end import printable
 from skep.model.values.counts import counted
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import minute
-from skep.stack.project import NAMESPACE
 
 _TEST_S = 30.0
 """Time limit in seconds for a test, which the manager itself limits to 20."""
@@ -83,7 +83,7 @@ def add(options: HostOptions, /, name: str, url: str, secret_file: Path | None, 
             if not body["Stacks"]:
                 return
             found = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
-        known = {(one["Spec"].get("Labels") or {}).get(NAMESPACE) for one in found}
+        known = {(one["Spec"].get("Labels") or {}).get(STACK_LABEL) for one in found}
         for stack in body["Stacks"]:
             if stack not in known:
                 say(f"The stack {stack} has no services yet. Run skep stack ls to see the names of stacks.")

@@ -18,8 +18,8 @@ from skep.cli.see.status import COLORS, completion, health_of, worst_health
 from skep.cli.visibility import empty_text
 from skep.errors import NotFound
 from skep.model.service import HealthState
+from skep.model.values.stacks import STACK_LABEL
 
-NAMESPACE = "com.docker.stack.namespace"
 _NO_STACKS = "No stacks. Deploy one with skep stack deploy -c compose.yaml NAME."
 _PROBLEMS = ("failed", "rejected", "orphaned")
 _MODES = {
@@ -50,7 +50,7 @@ def ls(host: HostOptions, output: OutputOptions) -> None:
 
     async def fetch() -> Shown:
         async with host.requests() as client:
-            filters = {"label": [NAMESPACE]}
+            filters = {"label": [STACK_LABEL]}
             found = await client.get(
                 "/services", filters=filters, timeout_s=RESPONSE_TIMEOUT_S, status="true", health="true"
             )
@@ -66,7 +66,7 @@ def stacks(services: Objects, empty: str = _NO_STACKS) -> Shown:
     done: Counter[str] = Counter()
     wanted: Counter[str] = Counter()
     for service in services:
-        name = service["Spec"]["Labels"][NAMESPACE]
+        name = service["Spec"]["Labels"][STACK_LABEL]
         row = rows.setdefault(
             name, {"Name": name, "Services": 0, "Running": 0, "Desired": 0, "State": HealthState.HEALTHY}
         )
@@ -129,7 +129,7 @@ async def _services(client: Requests, stack: str, words: Sequence[str] = ()) -> 
 
 def _filters(stack: str, words: Sequence[str]) -> Filters:
     filters = filters_of(words)
-    filters.setdefault("label", []).append(f"{NAMESPACE}={stack}")
+    filters.setdefault("label", []).append(f"{STACK_LABEL}={stack}")
     return filters
 
 

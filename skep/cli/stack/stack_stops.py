@@ -12,7 +12,7 @@ from skep.cli.running import run_requests
 from skep.errors import NotFound
 from skep.model.options.schedules import CRON
 from skep.model.task_end import printable
-from skep.stack.project import NAMESPACE
+from skep.model.values.stacks import STACK_LABEL
 
 
 @click.command()
@@ -60,7 +60,7 @@ async def turn_stack(
     """
     async with host.client() as client:
         found = await client.get(
-            "/services", filters={"label": [f"{NAMESPACE}={stack}"]}, timeout_s=RESPONSE_TIMEOUT_S
+            "/services", filters={"label": [f"{STACK_LABEL}={stack}"]}, timeout_s=RESPONSE_TIMEOUT_S
         )
     if not found:
         raise NotFound(f"stack {stack} has no services. Show all stacks with skep stack ls.")

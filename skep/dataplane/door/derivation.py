@@ -15,11 +15,12 @@ from skep.dataplane.door.configuration import (
 from skep.model.door.claims import Claimant, settled
 from skep.model.door.payloads import NOTHING, DoorPayload
 from skep.model.door.routes import HttpRoute, has_routes, routes_of
-from skep.model.door.settings import DOOR_MEASURES, STACK, DoorSettings, is_door, settings_of
+from skep.model.door.settings import DOOR_MEASURES, DoorSettings, is_door, settings_of
 from skep.model.networks.tables import NetworkTable, TableEndpoint, TableService
 from skep.model.options.autoscaling import wakes_on_request
 from skep.model.staging.shares import shares_of
 from skep.model.values.ids import NodeId, ServiceId
+from skep.model.values.stacks import STACK_LABEL
 
 
 def proxies_on(table: NetworkTable, node_id: NodeId) -> list[TableEndpoint]:
@@ -39,7 +40,7 @@ def claimant(service: TableService) -> Claimant:
     return Claimant(
         id=service.id,
         name=service.name,
-        stack=service.labels.get(STACK, ""),
+        stack=service.labels.get(STACK_LABEL, ""),
         created_at=service.created_at,
         routes=routes_of(service.labels),
     )

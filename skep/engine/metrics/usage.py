@@ -18,6 +18,7 @@ from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.containers.container import Container
 from skep.engine.metrics.stats import Stats, sample
 from skep.model.options.labels import LABEL_SERVICE_NAME
+from skep.model.values.stacks import stack_of
 from skep.model.values.times import SECOND_NS, unix_ns
 
 ROUND_S = 10.0
@@ -30,7 +31,6 @@ _AT_ONCE = 25
 """Number of containers that are read between two pauses for the event loop."""
 _PAUSE_S = 0.01
 """Seconds to pause between batches, for other work of the process."""
-_STACK = "com.docker.stack.namespace"
 _TASK = "com.docker.swarm.task.name"
 _LABEL_MAX = 256
 """Number of characters that are kept of a label.
@@ -197,7 +197,7 @@ def labels_of(container: Container) -> Mapping[str, str]:
         "image": container.image,
         "service": labels.get(LABEL_SERVICE_NAME, "")[:_LABEL_MAX],
         "task": labels.get(_TASK, "")[:_LABEL_MAX],
-        "stack": labels.get(_STACK, "")[:_LABEL_MAX],
+        "stack": stack_of(labels)[:_LABEL_MAX],
     }
 
 

@@ -43,8 +43,8 @@ from skep.linux import mounting
 from skep.linux.files import replace_file, sync_directory
 from skep.linux.syscalls import unmount
 from skep.model.container import Mount, VolumeOptions
-from skep.model.history import STACK_LABEL
 from skep.model.values.meta import Driver
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.user_map import UserMap
 
 _MOUNT_DEADLINE_S = 120.0

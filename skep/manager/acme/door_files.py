@@ -14,9 +14,9 @@ from skep.manager.acme.records import (
 from skep.model.assignment import SecretFile
 from skep.model.door.payloads import DoorPayload, door_file
 from skep.model.door.routes import has_routes, http_labels
-from skep.model.history import stack_of
 from skep.model.service import Service
 from skep.model.values.ids import SecretId
+from skep.model.values.stacks import stack_of
 from skep.store.interface import Created, Deleted, Event, Updated, View
 from skep.store.kinds import Payload
 

@@ -23,10 +23,10 @@ from skep.errors import FailedPrecondition, InvalidArgument
 from skep.manager.services.routes import claimant_of, exposed
 from skep.model.door.claims import Claimant, settled
 from skep.model.door.routes import HTTP, routes_of, tls_secrets
-from skep.model.history import stack_of
 from skep.model.secret import Secret
 from skep.model.service import ServiceSpec
 from skep.model.values.ids import ServiceId
+from skep.model.values.stacks import stack_of
 from skep.model.values.times import SECOND_NS
 from skep.store.interface import View
 from skep.store.kinds import Payload

@@ -24,7 +24,7 @@ from skep.model.catalog import (
     ServiceCatalog,
     ServiceRegistration,
 )
-from skep.model.history import masked, stack_of
+from skep.model.history import masked
 from skep.model.network import is_ingress
 from skep.model.networks.addresses import PORT_MAX
 from skep.model.networks.data_planes import is_overlay
@@ -34,6 +34,7 @@ from skep.model.staging.shares import Shares, shares_of
 from skep.model.task import Task
 from skep.model.values.encoding import to_json
 from skep.model.values.ids import NodeId
+from skep.model.values.stacks import stack_of
 from skep.store.interface import View
 
 DIGEST_CHARACTERS = 32

@@ -24,9 +24,9 @@ from skep.model.catalog import (
     TTL_S_MIN,
     ServiceRegistration,
 )
-from skep.model.history import stack_of
 from skep.model.networks.addresses import PORT_MAX, is_of_a_machine, parsed
 from skep.model.service import Service
+from skep.model.values.stacks import stack_of
 from skep.store.interface import Transaction, View
 from skep.store.kinds import Payload, read_record, write_record
 from skep.store.level import REGISTRATIONS

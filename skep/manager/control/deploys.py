@@ -10,11 +10,11 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from msgspec.structs import replace
 
-from skep.api.access.permissions import STACK_LABEL
 from skep.errors import FailedPrecondition
 from skep.model.options.labels import DEPLOYING, REPLACED, STACK_REVISION, STACK_STATE
 from skep.model.secret import Config, ConfigSpec
 from skep.model.values.ids import ConfigId
+from skep.model.values.stacks import STACK_LABEL
 from skep.store.interface import Transaction
 
 P = ParamSpec("P")

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from skep.api.access.permissions import STACK_LABEL
 from skep.api.errors import Untranslated
 from skep.errors import InvalidArgument, OutOfSequence
 from skep.gotemplate import quoted
@@ -23,6 +22,7 @@ from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service
 from skep.model.values.ids import ConfigId, IdSource, SecretId
 from skep.model.values.meta import Version
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import Timestamp
 from skep.model.volume import Volume
 from skep.store.interface import InUse, Transaction

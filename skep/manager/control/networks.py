@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from skep.api.access.permissions import STACK_LABEL
 from skep.api.formats.networks import PREDEFINED_LABEL
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SubnetTaken, Unavailable
 from skep.manager.control.quotas import check_network_quota
@@ -38,6 +37,7 @@ from skep.model.service import PublishMode, Service
 from skep.model.task import Task
 from skep.model.values.ids import IdSource, NetworkId
 from skep.model.values.meta import Driver
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import Timestamp
 from skep.store.interface import InUse, Transaction, View
 

@@ -7,7 +7,6 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
-from skep.manager.control.validation.new_objects import stack_of
 from skep.manager.services.quotas import (
     BOUNDS,
     StackUsage,
@@ -27,6 +26,7 @@ from skep.model.quota import QuotaSpec, QuotaState, StackQuota
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
 from skep.model.values.ids import IdSource, QuotaId
+from skep.model.values.stacks import stack_of
 from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction, View
 from skep.store.level import USERS

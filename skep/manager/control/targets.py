@@ -9,12 +9,12 @@ import msgspec
 from skep.aio.time_slices import STEP, SlicedWork
 from skep.errors import FailedPrecondition, NotFound
 from skep.manager.control.tasks import known_status
-from skep.model.history import stack_of
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.values.encoding import ApiObject
 from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.stacks import stack_of
 from skep.store.interface import View
 
 _CONTAINER_ID: Final = re.compile(r"[0-9a-f]{12,64}")

@@ -12,7 +12,6 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
-from skep.api.access.permissions import STACK_LABEL
 from skep.manager.autoscaling.decision import AT_ZERO
 from skep.manager.control.tasks import known_status, with_damage
 from skep.manager.diagnosis.explanations import IS_STOPPED, ServiceExplanation, explain_service
@@ -30,6 +29,7 @@ from skep.model.options.labels import is_stopped
 from skep.model.service import PAUSED, UNDER_WAY, Service, ServiceHealth, ServiceStatus, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
+from skep.model.values.stacks import STACK_LABEL
 from skep.store.interface import View
 from skep.store.kinds import as_run
 

@@ -17,7 +17,7 @@ from skep.manager.failover.records import ADDRESSES_ID, holder_changes
 from skep.manager.services.freezes import freeze_changes
 from skep.manager.services.job_runs import FAILED, of_present_run, restarts_in
 from skep.model.container import ContainerSpec
-from skep.model.history import JournalEntry, Severity, masked_text, stack_of
+from skep.model.history import JournalEntry, Severity, masked_text
 from skep.model.network import Network
 from skep.model.node import Availability, Node, NodeRole, NodeState, Reachability
 from skep.model.node_reports.conditions import disk_pressure
@@ -28,6 +28,7 @@ from skep.model.service import Service, ServiceSpec, UpdateState
 from skep.model.swarm import Swarm
 from skep.model.task import StopCause, Task, TaskState
 from skep.model.task_end import words_of
+from skep.model.values.stacks import stack_of
 from skep.model.values.times import unix_ns
 from skep.model.volume import Volume
 from skep.store.interface import Created, Deleted, Event, Updated, View

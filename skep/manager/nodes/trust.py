@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from skep.errors import InvalidArgument, PermissionDenied
 from skep.manager.cluster import cluster_of, known_cluster
-from skep.model.history import stack_of
 from skep.model.measures.queries import MetricQuery, is_of_machine, queries_in
 from skep.model.options.labels import allowed_repositories, allows_machine_logs
 from skep.model.permissions.access import EVERY_STACK, Role
@@ -23,6 +22,7 @@ from skep.model.staging.updates import is_undecided
 from skep.model.task import Task, Trust
 from skep.model.values.images import registry_of
 from skep.model.values.meta import Driver
+from skep.model.values.stacks import stack_of
 from skep.model.values.times import unix_ns
 from skep.store.interface import View
 

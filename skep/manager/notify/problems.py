@@ -7,13 +7,14 @@ import msgspec
 from skep.manager.acme.showing import expiring_soon
 from skep.manager.ca.expiry_warnings import expiring
 from skep.manager.verify.records import violations_by_rule
-from skep.model.history import cut, masked_text, stack_of
+from skep.model.history import cut, masked_text
 from skep.model.node import Node, NodeState, Reachability, plain_message
 from skep.model.node_reports.conditions import ConditionName, condition_label
 from skep.model.options.notifications import Topic
 from skep.model.service import PAUSED, HealthState, Service, ServiceHealth, UpdateState
 from skep.model.swarm import Swarm
 from skep.model.task_end import on_one_line
+from skep.model.values.stacks import stack_of
 from skep.model.values.times import SECOND_NS, moment, unix_ns
 from skep.store.interface import View
 

@@ -27,7 +27,6 @@ from skep.manager.services.registry_auth import follow_rollback
 from skep.manager.services.removal import hide_service
 from skep.manager.services.routes import check_routes
 from skep.manager.services.spec_history import keep_spec
-from skep.model.history import stack_of
 from skep.model.node import Availability, Node
 from skep.model.options.autoscaling import with_number_kept
 from skep.model.service import ENDED, PAUSED, Service, SpecAuthor, UpdateSplit, UpdateState, UpdateStatus
@@ -35,6 +34,7 @@ from skep.model.staging.updates import split_of_rollback
 from skep.model.task import Restart, StopCause, Task, TaskState, TaskStatus
 from skep.model.values.ids import IdSource, NodeId, TaskId
 from skep.model.values.meta import Version
+from skep.model.values.stacks import stack_of
 from skep.model.values.times import MILLISECOND_NS, SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
 from skep.store.keys import HEAD

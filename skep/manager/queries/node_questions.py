@@ -15,7 +15,7 @@ import structlog
 from skep.errors import SkepError, Unavailable
 from skep.manager.nodes.tunnels import NodeTunnels
 from skep.manager.queries.board import AskedQuery
-from skep.model.history import cut, stack_of
+from skep.model.history import cut
 from skep.model.measures.queries import (
     AUTOSCALE_QUEUE_EXEC,
     AUTOSCALE_QUEUE_EXEC_IN,
@@ -29,6 +29,7 @@ from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.task_end import on_one_line
 from skep.model.values.ids import NodeId, ServiceId
+from skep.model.values.stacks import stack_of
 from skep.store.interface import View
 from skep.wire.tunnel import Tunnel
 

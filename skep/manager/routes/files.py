@@ -21,7 +21,6 @@ from skep.api.http.server import (
 from skep.errors import InvalidArgument
 from skep.manager.control import files as control
 from skep.manager.control.quotas import bounded
-from skep.manager.control.validation.new_objects import stack_of
 from skep.manager.routes.access import current_view, manager_of, version_parameter
 from skep.manager.routes.guard.strict_freezes import unfrozen
 from skep.manager.routes.representations import has_labels
@@ -29,6 +28,7 @@ from skep.manager.services.quotas import usage_of_others
 from skep.model.options.labels import STACK_REVISION
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.values.encoding import ApiObject
+from skep.model.values.stacks import stack_of
 from skep.store.interface import Transaction
 
 routes = Routes()

@@ -30,7 +30,6 @@ from skep.api.http.server import (
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound
 from skep.manager.control import networks as control
 from skep.manager.control.quotas import bounded
-from skep.manager.control.validation.new_objects import stack_of
 from skep.manager.routes.access import current_view, manager_of, wrapped_flag
 from skep.manager.routes.network_answers import (
     describe_network,
@@ -42,6 +41,7 @@ from skep.manager.routes.network_answers import (
 from skep.manager.services.quotas import usage_of_others
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is_ingress
 from skep.model.values.meta import Driver
+from skep.model.values.stacks import stack_of
 from skep.store.interface import View
 
 log = structlog.get_logger()

@@ -30,7 +30,7 @@ from skep.manager.allocator.subnets import has_addresses
 from skep.manager.control import services as control
 from skep.manager.control.deploys import fenced, require_current
 from skep.manager.control.quotas import bounded
-from skep.manager.control.validation.new_objects import stack_of, visible_to
+from skep.manager.control.validation.new_objects import visible_to
 from skep.manager.diagnosis.service_health import service_status, status_with_health
 from skep.manager.diagnosis.service_warnings import spec_warnings
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
@@ -48,6 +48,7 @@ from skep.model.permissions.access import REVISION_HEADER
 from skep.model.service import Service, ServiceSpec
 from skep.model.values.encoding import ApiObject
 from skep.model.values.ids import ServiceId
+from skep.model.values.stacks import stack_of
 from skep.store.interface import Transaction, View
 
 routes = Routes()

@@ -9,7 +9,6 @@ from typing import Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 
 from msgspec.structs import replace
 
-from skep.api.access.permissions import STACK_LABEL
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted
 from skep.manager.cluster import cluster_of, known_cluster
 from skep.model.options.freezes import (
@@ -28,6 +27,7 @@ from skep.model.options.freezes import (
 from skep.model.permissions.access import OVERRIDE_HEADER
 from skep.model.service import Service
 from skep.model.swarm import Swarm
+from skep.model.values.stacks import STACK_LABEL
 from skep.store.interface import Transaction, View
 from skep.store.schema import stack_index
 

@@ -12,7 +12,6 @@ from msgspec.structs import replace
 
 from skep.errors import Unavailable
 from skep.manager.cluster import known_cluster
-from skep.model.history import stack_of
 from skep.model.network import IPAMOptions, Network, NetworkSpec, network_of
 from skep.model.node import Node
 from skep.model.options.autoscaling import autoscaling_of, with_replicas
@@ -21,6 +20,7 @@ from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
 from skep.model.swarm import DEFAULT_SUBNET_SIZE
 from skep.model.values.ids import ServiceId
+from skep.model.values.stacks import stack_of
 from skep.store.interface import Transaction, View
 from skep.store.kinds import Payload, users_claim_id
 from skep.store.schema import stack_index

@@ -11,7 +11,6 @@ from skep.model.door.claims import Claimant, Refusal, may_conflict, refusals, re
 from skep.model.door.routes import has_routes, http_labels, parsed_routes, routes_of
 from skep.model.door.settings import is_door
 from skep.model.door.traffic import UNREADABLE, RouteShown, RouteTraffic, with_traffic
-from skep.model.history import stack_of
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
 from skep.model.options.autoscaling import is_at_zero
@@ -20,6 +19,7 @@ from skep.model.service import Service, ServiceSpec, UpdateState
 from skep.model.staging.updates import stages_of
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId
+from skep.model.values.stacks import stack_of
 from skep.model.values.times import Timestamp
 from skep.store.interface import View
 

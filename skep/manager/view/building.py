@@ -12,7 +12,6 @@ from skep.manager.diagnosis.reasons import loop_ends_ns
 from skep.manager.diagnosis.service_health import status_with_health
 from skep.manager.view.cluster import stored_cluster_row
 from skep.manager.view.rows import (
-    STACK_LABEL,
     RevisionRow,
     Row,
     is_shown,
@@ -35,6 +34,7 @@ from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.values.ids import ConfigId, NetworkId, NodeId, SecretId, ServiceId, TaskId, VolumeId
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import SECOND_NS
 from skep.model.volume import Volume
 from skep.store.interface import Event, Object, Updated, View

@@ -24,12 +24,12 @@ from skep.model.options.slot_volumes import slot_volumes_of
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, Service, ServiceHealth, ServiceStatus, UpdateStatus
 from skep.model.task import Task, TaskState
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import SECOND_NS, unix_ns
 from skep.model.volume import Volume
 from skep.store.interface import View
 from skep.store.kinds import spec_of
 
-STACK_LABEL = "com.docker.stack.namespace"
 """The label that names the stack of an object."""
 _TEXT_MAX = 500
 """Longest reason or error in a row, in characters.  An error may contain a megabyte of a container's output."""

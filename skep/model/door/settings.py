@@ -8,6 +8,7 @@ import msgspec
 from skep.errors import InvalidArgument
 from skep.model.door.routes import http_labels, networks
 from skep.model.network import Network
+from skep.model.values.stacks import STACK_LABEL
 
 DOOR: Final = "skep.door"
 """On a service: ``true`` if its tasks are the proxies.  On a network: ``true`` if routes lead over it."""
@@ -21,7 +22,6 @@ AUTOSCALE_RPS: Final = "skep.autoscale.rps"
 """Label with the target of HTTP requests per second of a task, over the front door."""
 DOOR_MEASURES: Final = (AUTOSCALE_REQUESTS, AUTOSCALE_RPS)
 """Labels of measures that front doors count."""
-STACK: Final = "com.docker.stack.namespace"
 
 NAME: Final = "skep-door"
 """Name of the service, of its network, and of the volume with HAProxy's files."""
@@ -62,7 +62,7 @@ def door_network(networks: Iterable[Network]) -> Network | None:
 
 def labels_for_proxies(labels: Mapping[str, str]) -> dict[str, str]:
     """Return those labels of a service that nodes with a proxy need."""
-    names = (*DOOR_LABELS, STACK, *DOOR_MEASURES)
+    names = (*DOOR_LABELS, STACK_LABEL, *DOOR_MEASURES)
     kept = {name: labels[name] for name in names if name in labels}
     return {**kept, **http_labels(labels)}
 

@@ -11,11 +11,12 @@ from skep.model.options.dependencies import dependencies_of, label_of
 from skep.model.service import PublishMode
 from skep.model.values.encoding import to_json
 from skep.model.values.meta import Driver
+from skep.model.values.stacks import STACK_LABEL
 from skep.stack.compose.containers import StackVolumes
 from skep.stack.compose.document import FilePosition, FileProblem, YamlNode
 from skep.stack.compose.reading import MappingReader, ProblemReport, meant_by
 from skep.stack.compose.services import StackObjects, service_of
-from skep.stack.project import NAMESPACE, Stack, StackFile, StackNetwork, StackService, versioned_name
+from skep.stack.project import Stack, StackFile, StackNetwork, StackService, versioned_name
 
 _NAME: Final = re.compile(r"[a-zA-Z0-9._-]+")
 _STACK_NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
@@ -234,7 +235,7 @@ def _networks(top: MappingReader, stack: str, services: Mapping[str, YamlNode]) 
         one.close()
     made.setdefault("host", StackNetwork(place=top.place, name="host", is_external=True))
     default = f"{stack}_default"
-    body = {"Name": default, "Driver": "overlay", "Labels": {NAMESPACE: stack}, "CheckDuplicate": True}
+    body = {"Name": default, "Driver": "overlay", "Labels": {STACK_LABEL: stack}, "CheckDuplicate": True}
     made.setdefault("default", StackNetwork(place=top.place, name=default, body=body))
     return made
 
@@ -244,7 +245,7 @@ def _network_body(one: MappingReader, name: str, stack: str) -> dict[str, Any]:
         "Name": name,
         "CheckDuplicate": True,
         "Driver": one.text("driver") or "overlay",
-        "Labels": one.labels("labels") | {NAMESPACE: stack},
+        "Labels": one.labels("labels") | {STACK_LABEL: stack},
         "Internal": one.boolean("internal") or False,
         "Attachable": one.boolean("attachable") or False,
     }
@@ -286,7 +287,7 @@ def _volumes(top: MappingReader, stack: str) -> dict[str, tuple[str, dict[str, s
             made[key] = name or key, {}, None
         else:
             driver = Driver(name=one.text("driver"), options=one.labels("driver_opts"))
-            labels = one.labels("labels") | {NAMESPACE: stack}
+            labels = one.labels("labels") | {STACK_LABEL: stack}
             made[key] = name or f"{stack}_{key}", labels, driver if driver != Driver() else None
         one.refuse(
             "x-cluster-spec",
@@ -332,7 +333,7 @@ def _file(
     if content is not None and len(content) > _FILE_BYTES_MAX[key]:
         one.problem(sources[0] if sources else "file", f"it is larger than {_FILE_BYTES_MAX[key] >> 10} KiB")
     template = one.text("template_driver")
-    labels = one.labels("labels") | {NAMESPACE: stack}
+    labels = one.labels("labels") | {STACK_LABEL: stack}
     templating = {"Name": template} if template else None
     base = f"{stack}_{name}"
     is_versioned = not given and content is not None

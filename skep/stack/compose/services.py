@@ -43,6 +43,7 @@ from skep.model.service import (
 )
 from skep.model.staging.updates import UPDATE_LABELS
 from skep.model.values.meta import Driver
+from skep.model.values.stacks import STACK_LABEL
 from skep.stack.compose.containers import StackVolumes, container_of, hosts_of
 from skep.stack.compose.deploy_section import (
     mode_name,
@@ -55,15 +56,7 @@ from skep.stack.compose.deploy_section import (
 from skep.stack.compose.document import YamlNode
 from skep.stack.compose.node_rights import rights_labels
 from skep.stack.compose.reading import MappingReader, ProblemReport
-from skep.stack.project import (
-    IMAGE,
-    NAMESPACE,
-    NODES_NETWORKS,
-    BuildSpec,
-    StackFile,
-    StackNetwork,
-    StackService,
-)
+from skep.stack.project import IMAGE, NODES_NETWORKS, BuildSpec, StackFile, StackNetwork, StackService
 
 _X_SKEP: Final = {
     "drain": known_labels.DRAIN,
@@ -110,14 +103,14 @@ def service_of(name: str, node: YamlNode, objects: StackObjects, report: Problem
     container = replace(
         container_of(service, objects.volumes),
         image=image,
-        labels=service.labels("labels") | {NAMESPACE: objects.stack} | rights_labels(service, deploy),
+        labels=service.labels("labels") | {STACK_LABEL: objects.stack} | rights_labels(service, deploy),
         secrets=_secrets(service, objects.secrets),
         configs=_configs(service, objects.configs),
     )
     ports, labels = _ports(service)
     declared = deploy.labels("labels")
     named = mode_name(deploy)
-    labels |= declared | _x_skep(service, named, objects) | {NAMESPACE: objects.stack, IMAGE: image}
+    labels |= declared | _x_skep(service, named, objects) | {STACK_LABEL: objects.stack, IMAGE: image}
     mode = mode_of(named, service, deploy, leaves_number=AUTOSCALE in labels)
     is_job = mode.replicated_job is not None or mode.global_job is not None
     spec = ServiceSpec(

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.api.access.permissions import STACK_LABEL
 from skep.cli.apps.rotation import (
     CONFIG,
     SECRET,
@@ -31,6 +30,7 @@ from skep.model.options.schedules import CRON
 from skep.model.secret import Secret
 from skep.model.service import Service
 from skep.model.task import TaskState, TaskStatus
+from skep.model.values.stacks import STACK_LABEL
 from skep.security.authority import Authority
 from skep.store.level import SCHEDULES
 from tests.support import builders

@@ -3,8 +3,9 @@
 from typing import Any
 
 from skep.cli.output import OutputOptions, Screen
-from skep.cli.stack.stack_lists import NAMESPACE, services_listed, stacks, task_rows
+from skep.cli.stack.stack_lists import services_listed, stacks, task_rows
 from skep.cli.stack.stack_screens import revisions
+from skep.model.values.stacks import STACK_LABEL
 from skep.stack.revisions import StackRevision
 
 NOW = 1_769_860_800.0  # 2026-01-31T12:00:00Z
@@ -12,7 +13,7 @@ NOW = 1_769_860_800.0  # 2026-01-31T12:00:00Z
 
 def a_service(stack: str, name: str, running: int, desired: int, **mode: Any) -> dict[str, Any]:
     template = {"ContainerSpec": {"Image": "registry.example.com/web:2@sha256:0123"}}
-    spec = {"Name": f"{stack}_{name}", "Labels": {NAMESPACE: stack}, "TaskTemplate": template, "Mode": mode}
+    spec = {"Name": f"{stack}_{name}", "Labels": {STACK_LABEL: stack}, "TaskTemplate": template, "Mode": mode}
     status = {"RunningTasks": running, "DesiredTasks": desired}
     return {"ID": f"id-{name}", "Spec": spec, "ServiceStatus": status}
 

@@ -11,8 +11,8 @@ from skep.engine.volumes.volumes import Volumes
 from skep.errors import InvalidArgument, PermissionDenied, SkepError, Unavailable
 from skep.linux import mounting, syscalls
 from skep.model.container import Mount, TmpfsOptions, VolumeOptions
-from skep.model.history import STACK_LABEL
 from skep.model.values.meta import Driver
+from skep.model.values.stacks import STACK_LABEL
 
 
 def test_a_volume_is_made_with_the_labels_of_its_mount(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from msgspec.structs import replace
 
 from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
-from skep.api.access.permissions import STACK_LABEL
 from skep.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -49,6 +48,7 @@ from skep.model.service import Resources, Service
 from skep.model.swarm import Swarm
 from skep.model.task import Preemption, Relocation, Task, TaskState
 from skep.model.values.ids import ClusterId, NodeId, TaskId, new_id
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import SECOND_NS, timestamp
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore

@@ -56,10 +56,11 @@ from skep.model.service import (
 from skep.model.task import Task, TaskState, VolumeAttachment
 from skep.model.values.encoding import to_json
 from skep.model.values.ids import ConfigId, NetworkId, SecretId, ServiceId, TaskId
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import ZERO_TIME
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeScope, VolumeSharing
 from skep.stack.planning import superseded
-from skep.stack.project import NAMESPACE, Stack
+from skep.stack.project import Stack
 from skep.store.interface import Object
 from skep.store.level import SCHEDULES
 from skep.store.state import State
@@ -303,7 +304,7 @@ def refuses(removal: Callable[[], None]) -> bool:
 
 
 def stack_keeps_it(resource: str) -> bool:
-    found = {"ID": "id1", "Spec": {"Name": "it", "Labels": {NAMESPACE: "shop"}}}
+    found = {"ID": "id1", "Spec": {"Name": "it", "Labels": {STACK_LABEL: "shop"}}}
     services = [a_service(spec=CASES[resource])]
     return not all(
         superseded(Stack(name="shop"), kind, [found], services) == [found] for kind in ("secret", "config")

@@ -4,7 +4,6 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.access.permissions import STACK_LABEL
 from skep.manager.diagnosis.service_health import explanation_of, service_status, status_with_health
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeState, NodeStatus
@@ -26,6 +25,7 @@ from skep.model.service import (
 from skep.model.task import Restart, Task, TaskState, TaskStatus
 from skep.model.values.ids import NetworkId, NodeId, TaskId
 from skep.model.values.meta import Version
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from skep.store.interface import View
 from skep.store.kinds import SpecVersion

@@ -9,9 +9,9 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from skep.api.access.authorization import _filter
-from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument, NotFound
 from skep.model.permissions.access import Identity, Origin, parse_binding
+from skep.model.values.stacks import STACK_LABEL
 from skep.node.authorization import NodeObjects
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.visible_containers import visible_container

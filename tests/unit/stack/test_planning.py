@@ -12,6 +12,7 @@ from skep.model.options.autoscaling import with_replicas
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.staging.updates import message_of, stages_of
 from skep.model.values.ids import ServiceId
+from skep.model.values.stacks import STACK_LABEL
 from skep.stack.compose.conversion import stack_of
 from skep.stack.compose.document import FileProblems, parse
 from skep.stack.compose.reading import ProblemReport
@@ -27,7 +28,7 @@ from skep.stack.planning import (
     superseded,
     waves,
 )
-from skep.stack.project import NAMESPACE, Stack
+from skep.stack.project import Stack
 
 TEXT = """
 services:
@@ -301,14 +302,14 @@ def test_labels_of_a_file_with_a_name_of_its_own_are_updated(kind: str) -> None:
     assert signs(plan_of(a_stack(text, c=b"x"), existing, images={}, prune=False)) == []
 
 
-@pytest.mark.parametrize("labels", [{}, {NAMESPACE: "another", "a": "b"}])
+@pytest.mark.parametrize("labels", [{}, {STACK_LABEL: "another", "a": "b"}])
 def test_a_secret_of_others_is_used_and_does_not_become_the_stacks(labels: dict[str, str]) -> None:
     stack = a_stack("services: {w: {image: w, secrets: [c]}}\nsecrets: {c: {file: f, name: m}}", c=b"x")
     existing = replace(deployed(stack), secrets=({"ID": "x", "Spec": {"Name": "m", "Labels": labels}},))
     assert signs(plan_of(stack, existing, images={}, prune=True)) == []
 
 
-@pytest.mark.parametrize("labels", [{}, {NAMESPACE: "another"}])
+@pytest.mark.parametrize("labels", [{}, {STACK_LABEL: "another"}])
 def test_what_has_the_name_of_this_stacks_content_and_is_anothers_is_refused(labels: dict[str, str]) -> None:
     stack = a_stack("services: {w: {image: w, secrets: [c]}}\nsecrets: {c: {file: f}}", c=b"x")
     (name,) = (one.name for one in stack.secrets.values())
@@ -330,7 +331,7 @@ def test_the_image_that_a_service_has_counts_only_if_it_is_the_files_with_a_dige
 
 def test_a_secret_with_a_certificate_in_use_is_not_superseded() -> None:
     stack = a_stack()
-    objects = [{"ID": "s", "Spec": {"Name": "shop_cert-1", "Labels": {NAMESPACE: stack.name}}}]
+    objects = [{"ID": "s", "Spec": {"Name": "shop_cert-1", "Labels": {STACK_LABEL: stack.name}}}]
     services = list(deployed(stack).services)
     assert superseded(stack, "secret", objects, services) == objects
     labels = {"skep.http": "a.example", "skep.http.tls": "shop_cert-1"}

@@ -2,13 +2,13 @@
 rights.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
 from msgspec.structs import replace
 
-from skep.api.access.permissions import STACK_LABEL, KnownObject, NewObject, sees
+from skep.api.access.permissions import KnownObject, NewObject, sees
 from skep.api.formats.networks import PREDEFINED_LABEL
 from skep.errors import SkepError
 from skep.manager.cluster import reserved_ports_of
@@ -27,14 +27,10 @@ from skep.model.quota import StackQuota
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec, Trusted
 from skep.model.task import Task
+from skep.model.values.stacks import stack_of
 from skep.model.volume import Volume
 from skep.store.interface import View
 from skep.store.kinds import has_unknown_spec, spec_of, specs_in_use
-
-
-def stack_of(labels: Mapping[str, str]) -> str:
-    """Return the stack in an object's labels, or an empty text."""
-    return labels.get(STACK_LABEL, "")
 
 
 def stacks_of(view: View) -> frozenset[str]:

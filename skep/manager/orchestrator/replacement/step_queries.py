@@ -7,10 +7,10 @@ from typing import Final
 from skep.aio.clock import Clock
 from skep.manager.nodes.trust import trusted_of
 from skep.manager.queries.board import PERIOD_S, Ask, AskedQuery, QueryBoard, QueryKey
-from skep.model.history import stack_of
 from skep.model.service import Service
 from skep.model.staging.updates import QueryBounds, QueryVerdict, is_undecided, judged, query_bounds_of
 from skep.model.values.ids import ServiceId
+from skep.model.values.stacks import stack_of
 from skep.store.interface import Commit, Created, Deleted, Updated, View
 
 _MEASURE = "update"

@@ -13,7 +13,6 @@ from skep.api.access.permissions import sees
 from skep.api.formats.service_form import UNRECOGNIZED, settled
 from skep.api.http.server import Routes, json_list_response, read_json
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError
-from skep.manager.control.validation.new_objects import stack_of
 from skep.manager.control.validation.service_rules import check_service_spec
 from skep.manager.routes.access import current_view, plan_slot
 from skep.manager.scheduler.explaining.dry_run import DryRun, PlannedPlacement
@@ -25,6 +24,7 @@ from skep.model.options.labels import priority_of
 from skep.model.permissions.access import Identity
 from skep.model.service import REPLICAS_MAX, NetworkAttachmentConfig, Service, ServiceSpec
 from skep.model.task import Task
+from skep.model.values.stacks import stack_of
 from skep.model.volume import Volume
 from skep.store.interface import View
 from skep.store.transactions.updates import batched

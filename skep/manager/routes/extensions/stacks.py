@@ -28,7 +28,7 @@ from skep.errors import (
 from skep.manager.control import files as file_control
 from skep.manager.control import networks, services
 from skep.manager.control import quotas as control
-from skep.manager.control.validation.new_objects import stack_of, visible_to
+from skep.manager.control.validation.new_objects import visible_to
 from skep.manager.routes.access import ManagerApi, current_view, manager_of
 from skep.manager.routes.networks import spec_of_body
 from skep.manager.routes.services import ServiceChange
@@ -41,6 +41,7 @@ from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
 from skep.model.values.encoding import ApiObject, always, to_json
 from skep.model.values.ids import ServiceId
+from skep.model.values.stacks import stack_of
 from skep.store.interface import Transaction
 
 routes = Routes()

@@ -10,7 +10,6 @@ from skep.api.access.identity import identity_of
 from skep.api.http.server import Routes, json_response
 from skep.manager.control import updates as control
 from skep.manager.control.quotas import bounded
-from skep.manager.control.validation.new_objects import stack_of
 from skep.manager.journal.changes import spec_changes
 from skep.manager.routes.access import current_view, manager_of, version_parameter
 from skep.manager.routes.guard.audit import author_of
@@ -19,6 +18,7 @@ from skep.manager.routes.representations import problems_of, shown_service
 from skep.manager.services.spec_history import comparable, revisions
 from skep.model.service import Service, ServiceSpec
 from skep.model.values.encoding import ApiObject, always
+from skep.model.values.stacks import stack_of
 from skep.model.values.times import Timestamp
 
 routes = Routes()

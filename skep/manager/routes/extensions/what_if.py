@@ -22,7 +22,6 @@ from skep.api.access.identity import identity_of
 from skep.api.access.permissions import sees
 from skep.api.http.server import Routes, json_response
 from skep.errors import InvalidArgument, NotFound, ResourceExhausted
-from skep.manager.control.validation.new_objects import stack_of
 from skep.manager.routes.access import current_view, plan_slot
 from skep.manager.routes.extensions.placement import read_checked
 from skep.manager.what_if.answer import FreeCapacity, Question, SupposedOutcome
@@ -31,6 +30,7 @@ from skep.manager.what_if.suppositions import deploy, drain, lose, nodes_named, 
 from skep.manager.what_if.survival import Survival, SurvivalQuestion
 from skep.model.service import Service, ServiceSpec
 from skep.model.values.ids import NodeId
+from skep.model.values.stacks import stack_of
 from skep.store.schema import stack_index
 
 routes = Routes()

@@ -20,13 +20,14 @@ from skep.errors import SkepError, Unauthenticated
 from skep.manager.control.validation.new_objects import visible_to
 from skep.manager.journal.loop import Journal
 from skep.manager.routes.access import manager_of
-from skep.model.history import By, JournalEntry, Severity, masked_text, stack_of
+from skep.model.history import By, JournalEntry, Severity, masked_text
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.permissions.access import Origin
 from skep.model.secret import Config, Secret
 from skep.model.service import Service
 from skep.model.task import Task
+from skep.model.values.stacks import stack_of
 from skep.model.volume import Volume
 from skep.store.interface import View
 

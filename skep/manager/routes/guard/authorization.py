@@ -30,7 +30,6 @@ from skep.manager.control.validation.new_objects import (
     new_object,
     new_service,
     planned_service,
-    stack_of,
     stacks_of,
     visible_to,
 )
@@ -47,6 +46,7 @@ from skep.model.permissions.access import Identity
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
 from skep.model.values.ids import ServiceId
+from skep.model.values.stacks import stack_of
 from skep.model.volume import Volume
 from skep.store.interface import Store, View
 

@@ -21,7 +21,6 @@ from skep.model.container import (
     SeccompOpts,
     SELinuxContext,
 )
-from skep.model.history import STACK_LABEL
 from skep.model.network import Network, NetworkSpec
 from skep.model.permissions.rights import Right
 from skep.model.service import (
@@ -35,6 +34,7 @@ from skep.model.service import (
 from skep.model.task import AssignedTask, NetworkAttachment, Trust
 from skep.model.values.ids import NetworkId
 from skep.model.values.meta import Driver
+from skep.model.values.stacks import STACK_LABEL
 from tests.support.builders import a_task
 
 NODE = NodeFacts(hostname="n")

@@ -5,7 +5,6 @@ from msgspec.structs import replace
 
 from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
-from skep.api.access.permissions import STACK_LABEL
 from skep.errors import PermissionDenied
 from skep.manager.autoscaling.state import (
     SET_BACK_S,
@@ -25,6 +24,7 @@ from skep.model.options.autoscaling import autoscaling_of
 from skep.model.quota import QuotaSpec
 from skep.model.service import Autoscaled, Service, ServiceSpec, UpdateState
 from skep.model.values.ids import ServiceId, new_id
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import Timestamp
 from skep.store.interface import Commit, Created, Updated
 from skep.store.level import USERS

@@ -6,7 +6,6 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.access.permissions import STACK_LABEL
 from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from skep.manager.autoscaling.decision import (
     AT_ZERO,
@@ -41,6 +40,7 @@ from skep.model.quota import QuotaSpec
 from skep.model.service import Autoscaled, Service, ServiceSpec, UpdateSplit, UpdateState, UpdateStatus
 from skep.model.task import TaskState
 from skep.model.values.ids import NodeId, ServiceId, new_id
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import Timestamp
 from skep.store.level import REGISTRATIONS, USERS, ZERO_TASKS
 from skep.store.memory import MemoryCluster, MemoryStore

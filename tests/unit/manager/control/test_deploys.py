@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.api.access.permissions import STACK_LABEL
 from skep.errors import FailedPrecondition
 from skep.manager.control.deploys import fenced
 from skep.manager.control.files import create_config, remove_config, update_config
 from skep.model.options.labels import STACK_REVISION, STACK_STATE
 from skep.model.secret import Config, ConfigSpec
 from skep.model.service import Service
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import ZERO_TIME
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryCluster, MemoryStore

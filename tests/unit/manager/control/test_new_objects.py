@@ -3,7 +3,6 @@
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.access.permissions import STACK_LABEL
 from skep.manager.control.validation.new_objects import (
     known_service,
     known_task,
@@ -17,6 +16,7 @@ from skep.model.quota import QuotaSpec, StackQuota
 from skep.model.service import JobStatus, NetworkAttachmentConfig, Service, ServiceSpec
 from skep.model.task import Task
 from skep.model.values.ids import QuotaId, ServiceId, UserId, VolumeId
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.volume import Volume, VolumeSpec
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service, a_service_spec, a_task

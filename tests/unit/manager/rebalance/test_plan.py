@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.time_slices import run_at_once
-from skep.api.access.permissions import STACK_LABEL
 from skep.manager.rebalance import plan as rebalance_plan
 from skep.manager.rebalance.plan import LASTING_S, Balance, PlannedMove
 from skep.manager.scheduler.nodes.filters import first_refusing
@@ -34,6 +33,7 @@ from skep.model.swarm import Swarm, SwarmSpec
 from skep.model.task import Relocation, Restart, Task, TaskState, TaskStatus
 from skep.model.values.ids import ClusterId, NodeId
 from skep.model.values.meta import Version
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from skep.store.interface import Object
 from skep.store.state import State

@@ -10,7 +10,6 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from msgspec.structs import replace
 
-from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument
 from skep.manager.control.validation.new_objects import visible_to
 from skep.manager.journal.reading import HistoryQuery
@@ -21,6 +20,7 @@ from skep.manager.routes.guard.audit import about, with_outcome
 from skep.model.history import EntryType, JournalEntry, Severity, masked, masked_text, without_credentials
 from skep.model.permissions.access import ALL, Binding, Identity, Origin, Role
 from skep.model.values.ids import ServiceId
+from skep.model.values.stacks import STACK_LABEL
 from skep.store.state import State
 from tests.support.builders import a_node, a_service, a_service_spec
 

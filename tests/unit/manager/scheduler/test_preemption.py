@@ -10,7 +10,6 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork, run_at_once
-from skep.api.access.permissions import STACK_LABEL
 from skep.manager.scheduler.decision_writer import DecisionWriter
 from skep.manager.scheduler.groups import group_of
 from skep.manager.scheduler.nodes.accounting import Accounting
@@ -46,6 +45,7 @@ from skep.model.service import (
 from skep.model.swarm import Swarm, SwarmSpec
 from skep.model.task import Preemption, Task, TaskState
 from skep.model.values.ids import ClusterId, NodeId, TaskId, VolumeId
+from skep.model.values.stacks import STACK_LABEL
 from skep.model.values.times import ZERO_TIME, timestamp
 from skep.store.interface import Object, View
 from skep.store.keys import object_key
