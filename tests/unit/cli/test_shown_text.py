@@ -50,13 +50,15 @@ def test_a_list_of_runs_numbers_those_of_jobs_and_names_the_missing_logs() -> No
     }
     dockers = "warning: incomplete log stream. some logs could not be retrieved for the following reasons: "
     response = {"Runs": [run], "Incomplete": f"{dockers}node w3 is not available"}
-    head, row, missing = runs.shown(response, Screen(), 1767225600.0)
+    head, row, missing = runs.shown("nightly", response, Screen(), 1767225600.0)
     assert (head.split(), row.split()[:3]) == (
         ["TASK", "NODE", "STATE", "EXIT", "ENDED"],
         ["web.1", "m1", "failed"],
     )
     assert missing == "Some lines may be missing: node w3 is not available"
-    head, row = runs.shown({"Runs": [run | {"JobIteration": {"Index": 4}}]}, Screen(), 1767225600.0)
+    head, row = runs.shown(
+        "nightly", {"Runs": [run | {"JobIteration": {"Index": 4}}]}, Screen(), 1767225600.0
+    )
     assert (head.split()[2], row.split()[2]) == ("RUN", "4")
 
 
@@ -81,7 +83,9 @@ def test_a_list_of_runs_is_cleaned():
         "Err": BAD,
         "Lines": [BAD],
     }
-    lines = list(runs.shown({"Runs": [run], "Incomplete": BAD}, Screen(is_wide=True), 1767225600.0))
+    lines = list(
+        runs.shown("nightly", {"Runs": [run], "Incomplete": BAD}, Screen(is_wide=True), 1767225600.0)
+    )
     assert lines[-1] == f"Some lines may be missing: {SAFE}"
     assert lines[1].split()[:4] == [SAFE, SAFE, SAFE, "1"]
     assert lines[1].endswith(SAFE)
