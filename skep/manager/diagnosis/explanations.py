@@ -30,7 +30,8 @@ from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
 from skep.manager.orchestrator.slots import wanted as wanted_of
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S, fails_early
 from skep.manager.scheduler.explaining.explain import NodeVerdict
-from skep.manager.services.job_runs import of_present_run, restarts_in
+from skep.manager.scheduler.returning import absence
+from skep.manager.services.job_runs import is_fixed, of_present_run, restarts_in
 from skep.model.needs import needs_of
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import placement_text
@@ -454,30 +455,56 @@ def _of_job(
     )
     done = sum(is_done(slot) for slot in slots.values())
     # Without a further task, a slot has failed, or its task was stopped, for example because its node is drained.  The
-    # latter waits for its node, and is not counted until the run has ended without it.
+    # latter waits for its node, and is not counted unless the run has ended without it.
     has_ended = service.job_status is not None and bool(service.job_status.present_outcome)
+    has_ended = has_ended and (job is not None or is_fixed(service))
     without = {key: slot for key, slot in slots.items() if not is_done(slot) and not wanted_of(slot)}
-    given_up = {key: slot for key, slot in without.items() if has_ended or slot[-1].ended_in_failure}
-    stopped = len(without) - len(given_up)
-    total = (job.total_completions or 0) if job is not None else len(slots) - stopped
+    given_up = [slot for slot in without.values() if has_ended or slot[-1].ended_in_failure]
+    stopped = [slot for slot in without.values() if slot not in given_up]
+    total = (job.total_completions or 0) if job is not None else len(slots) - len(stopped)
     completed = f"{done} of {total} completed"
+    away = _away([slot[-1] for slot in stopped], nodes) if job is None else ""
     if job is None and not slots and can_begin():
         return f"{_NOT_CREATED}; {completed}", _NOT_CREATED, False
     if done >= total:
-        return completed if total or job is not None else f"{completed}: {_NO_NODE}", "", True
+        text = f"; {away}" if away else "" if total or job is not None else f": {_NO_NODE}"
+        return f"{completed}{text}", away, True
     if given_up:
-        _, slot = min(given_up.items(), key=lambda item: str(item[0]))
-        last, node = slot[-1], nodes.get(slot[-1].node_id)
-        where = f"slot {last.shown_slot}" if job is not None else hostname(node, last)
-        others = f" and {len(given_up) - 1} more" if len(given_up) > 1 else ""
-        cause = summary(last, node)
-        text = f"FAILED: {cause}; {where}{others} gave up {restarts_in(slot)}; {completed}"
-        return text, f"failed: {cause}", False
-    progress = f"{completed}, {running} running"
+        cause, end = _failed(given_up, nodes, is_global=job is None)
+        return f"FAILED: {cause}; {end}{completed}", f"failed: {cause}", False
+    progress = "; ".join(filter(None, (f"{completed}, {running} running", away)))
     if not problems:
-        return progress, f"{running} running" if running else _NOT_CREATED, False
+        reason = f"{running} running" if running else _NOT_CREATED
+        return progress, "; ".join(filter(None, (reason, away))), False
     worst = problems[0]
     return "; ".join(filter(None, (worst.reason, worst.restart_summary, progress))), worst.reason, False
+
+
+def _failed(slots: Sequence[Slot], nodes: Mapping[NodeId, Node], *, is_global: bool) -> tuple[str, str]:
+    """Return the cause of one of the ``slots`` without a completed task, and how its attempts ended."""
+    slot = min(slots, key=lambda slot: (not slot[-1].ended_in_failure, str(slot_of(slot[-1]))))
+    last, node = slot[-1], nodes.get(slot[-1].node_id)
+    others = f" and {len(slots) - 1} more" if len(slots) > 1 else ""
+    if last.ended_in_failure:
+        where = hostname(node, last) if is_global else f"slot {last.shown_slot}"
+        return summary(last, node), f"{where}{others} gave up {restarts_in(slot)}; "
+    which = absence(node) if node is not None else ""
+    return (
+        f"its task was stopped on {hostname(node, last)}{which}{',' if which and others else ''}{others}",
+        "",
+    )
+
+
+def _away(tasks: Sequence[Task], nodes: Mapping[NodeId, Node]) -> str:
+    """Return on which node a global job waits to run again, like ``not on w2, which is down``."""
+    if not tasks:
+        return ""
+    names = sorted(
+        f"{hostname(node, task)}{absence(node) if node is not None else ''}"
+        for task in tasks
+        for node in [nodes.get(task.node_id)]
+    )
+    return f"not on {names[0]}" if len(names) == 1 else f"not on {len(names)} nodes, such as {names[0]}"
 
 
 def _last_end(tasks: Iterable[Task]) -> Timestamp:

@@ -267,8 +267,8 @@ def _settled(
         has_ended = is_over and 0 < total <= len(slots)
         return [settles] if has_ended and result(service, slots.values()) != job.present_outcome else []
     if not is_fixed(service):
-        is_new = slots and is_over and result(service, slots.values()) != job.present_outcome
-        return [settles] if is_new else []
+        found = result(service, slots.values()) if slots and is_over else ""
+        return [settles] if found not in ("", job.present_outcome) else []
     has_nodes = any(task.job_iteration == job.job_iteration for task in situation.tasks)
     if not has_nodes and not is_late:
         return []  # no node may run it yet

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 
 from skep.manager.nodes.heartbeats import configured_grace_s
 from skep.manager.services.dependent_services import circle, is_same_task, reached
-from skep.manager.services.job_runs import COMPLETED, is_going, outcome
+from skep.manager.services.job_runs import COMPLETED, FAILED, is_going, outcome
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.constraints import is_satisfied
 from skep.model.options.dependencies import (
@@ -295,7 +295,7 @@ def _blocked_suffix(service: Service, tasks: Sequence[Task], view: View) -> str:
     if job is not None:
         if job.schedule is not None or is_going(view, service):
             return ""
-        return HAS_ENDED if outcome(view, service) == COMPLETED else HAS_FAILED
+        return {COMPLETED: HAS_ENDED, FAILED: HAS_FAILED}.get(outcome(view, service), "")
     has_failed = any(task.ended_in_failure and task.spec_version == service.spec_version for task in tasks)
     return HAS_FAILED if has_failed and not any(task.is_wanted for task in tasks) else ""
 

@@ -105,10 +105,11 @@ def _frees(task: Task, service: Service, node_id: NodeId, view: View) -> bool:
 
 
 def _why(filter: Filter, requirements: Requirements, account: Account, copies: int) -> str:
-    return _absence(account.node) or f": {filter.detail(requirements, account, copies)}"
+    return absence(account.node) or f": {filter.detail(requirements, account, copies)}"
 
 
-def _absence(node: Node) -> str:
+def absence(node: Node) -> str:
+    """Return why ``node`` takes no tasks, like ``, which is down``, or an empty text if it may."""
     if node.status.state is not NodeState.READY:
         return f", which is {node.status.state.value}"
     if node.spec.availability is not Availability.ACTIVE:
@@ -125,7 +126,7 @@ def volumes_elsewhere(task: Task, view: View) -> Sequence[tuple[NodeId, str]]:
     found = homes_of(task, service.spec.name, past, SlotVolumeIndex(view.find(Node)))
     nodes = ((home, view.lookup(Node, home.node_id)) for home in found)
     return [
-        (node.id, away_words(task, home, node, _absence(node)))
+        (node.id, away_words(task, home, node, absence(node)))
         for home, node in nodes
         if node is not None and node.id != task.node_id
     ]

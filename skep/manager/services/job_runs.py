@@ -14,7 +14,7 @@ with a time after everything that it has to follow (``asked_at``, ``joined_at``)
 time.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from msgspec.structs import replace
 
@@ -164,13 +164,22 @@ def outcome(view: View, service: Service) -> str:
     return COMPLETED if done >= (run.spec.mode.replicated_job.total_completions or 0) else FAILED
 
 
-def result(run: Service, slots: Iterable[Iterable[Task]]) -> str:
-    """Return the outcome of a job's ``run`` whose tasks have all ended.
+def result(run: Service, slots: Collection[Iterable[Task]]) -> str:
+    """Return the outcome of a job's ``run`` whose tasks have all ended, or an empty text if it has none yet.
 
-    ``slots`` are all its slots.  A scheduled run of a global job without a node has failed.
+    ``slots`` are all its slots.  A scheduled run of a global job without a node has failed.  If a global job has no
+    schedule, a node that stopped its task counts no more: it runs the job again when it takes tasks again.
     """
-    done = [_is_done(slot) for slot in slots]
+    done = [_is_done(slot) for slot in slots if not may_continue(run, slot)]
+    if len(done) == 0 < len(slots):
+        return ""
     return COMPLETED if all(done) and (done or not is_fixed(run)) else FAILED
+
+
+def may_continue(run: Service, slot: Iterable[Task]) -> bool:
+    """Return whether a node whose task was stopped, because it is lost or drained, will run a global job again."""
+    is_bound = run.spec.mode.global_job is None or is_fixed(run)
+    return not is_bound and not _is_done(slot) and not _is_given_up(slot)
 
 
 def has_last_failed(service: Service) -> bool:

@@ -27,6 +27,7 @@ from skep.model.service import (
     JobStatus,
     ReplicatedJob,
     Resources,
+    ScheduleStatus,
     Service,
     ServiceHealth,
     ServiceMode,
@@ -270,13 +271,20 @@ def test_a_global_job_has_not_failed_on_a_node_that_is_drained_until_its_run_has
     job = a_job(None)
     stopped = replace(a_run(job, 0, TaskState.SHUTDOWN, node="n2"), desired_state=TaskState.SHUTDOWN)
     tasks = [a_run(job, 0, TaskState.RUNNING), stopped]
-    assert explain_service(job, tasks, wanted=1, nodes={}, now_ns=0).summary == "0 of 1 completed, 1 running"
-    assert job.job_status is not None
-    over = replace(
-        job, job_status=replace(job.job_status, outcome="failed", settled_iteration=Version(index=3))
-    )
+    node = a_node("n2")
+    nodes = {node.id: replace(node, spec=replace(node.spec, availability=Availability.DRAIN))}
+    going = explain_service(job, tasks, wanted=1, nodes=nodes, now_ns=0)
+    assert going.summary == "0 of 1 completed, 1 running; not on n2, whose availability is drain"
+    assert (going.reason, going.is_healthy) == ("1 running; not on n2, whose availability is drain", False)
     tasks[0] = a_run(job, 0, TaskState.COMPLETE)
-    assert explain_service(over, tasks, wanted=1, nodes={}, now_ns=0).summary.startswith("FAILED: ")
+    done = explain_service(job, tasks, wanted=1, nodes=nodes, now_ns=0)
+    assert (done.reason, done.is_healthy) == ("not on n2, whose availability is drain", True)
+    assert job.job_status is not None
+    status = replace(job.job_status, outcome="failed", settled_iteration=Version(index=3))
+    schedule = ScheduleStatus(settled=STAMP)
+    over = replace(job, job_status=replace(status, schedule=schedule, last_execution=STAMP))
+    summary = explain_service(over, tasks, wanted=1, nodes=nodes, now_ns=0).summary
+    assert summary == "FAILED: its task was stopped on n2, whose availability is drain; 1 of 2 completed"
 
 
 def test_a_global_job_that_no_node_may_run_is_not_one_whose_tasks_come_next() -> None:
@@ -284,7 +292,8 @@ def test_a_global_job_that_no_node_may_run_is_not_one_whose_tasks_come_next() ->
     alone = explain_service(job, [], wanted=0, nodes={}, now_ns=0)
     assert (alone.summary, alone.is_healthy) == ("0 of 0 completed: no node is eligible", True)
     drained = replace(a_run(job, 0, TaskState.SHUTDOWN), desired_state=TaskState.SHUTDOWN)
-    assert explain_service(job, [drained], wanted=0, nodes={}, now_ns=0).summary == alone.summary
+    waits = explain_service(job, [drained], wanted=0, nodes={}, now_ns=0)
+    assert (waits.summary, waits.is_healthy) == ("0 of 0 completed; not on node n1", True)
     begins = explain_service(job, [], wanted=0, nodes={}, now_ns=0, can_begin=lambda: True)
     assert (begins.reason, begins.is_healthy) == ("its tasks are not created yet", False)
 

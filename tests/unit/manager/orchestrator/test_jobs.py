@@ -362,6 +362,43 @@ def test_a_global_job_leaves_a_node_that_is_drained() -> None:
     assert world.steps() == [RetireTask(task, cause=Cause.NODE_IS_UNFIT)]
 
 
+def test_a_node_that_stopped_its_task_of_a_plain_global_job_fails_no_run() -> None:
+    """It runs the job again when it takes tasks again."""
+    world = World(a_global_job(), nodes=[an_old_node("n1"), an_old_node("n2")])
+    world.settle()
+    ended = {task.node_id: task.id for task in live(world)}
+    world.nodes[NodeId("n2")] = an_old_node("n2", Availability.DRAIN)
+    world.settle()
+    world.report(ended[NodeId("n2")], TaskState.SHUTDOWN)
+    world.settle()
+    assert outcome_of(world) == ""
+    world.report(ended[NodeId("n1")], TaskState.COMPLETE)
+    world.settle()
+    assert outcome_of(world) == COMPLETED
+    world.nodes[NodeId("n2")] = an_old_node("n2")
+    world.settle()
+    (task,) = live(world)
+    world.report(task.id, TaskState.COMPLETE)
+    world.settle()
+    assert outcome_of(world) == COMPLETED
+
+
+def test_a_plain_global_job_whose_only_node_is_drained_has_no_outcome() -> None:
+    world = World(a_global_job(), nodes=[an_old_node("n1")])
+    world.settle()
+    (task,) = live(world)
+    world.nodes[NodeId("n1")] = an_old_node("n1", Availability.DRAIN)
+    world.settle()
+    world.report(task.id, TaskState.SHUTDOWN)
+    world.settle()
+    assert outcome_of(world) == ""
+
+
+def outcome_of(world: World) -> str:
+    assert world.service.job_status is not None
+    return world.service.job_status.present_outcome
+
+
 def test_a_run_whose_node_is_lost_is_repeated_elsewhere() -> None:
     world = World(a_job(concurrent=1, total=1), nodes=[a_node("n1")])
     world.settle()
