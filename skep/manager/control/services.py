@@ -216,6 +216,12 @@ def rollback_service(
     _check_volumes(tx, previous)
     follow_rollback(tx, service)
     restart_dependents(tx, service, previous.task_template, now)
+    status = UpdateStatus(
+        state=UpdateState.ROLLBACK_STARTED,
+        message="manually requested rollback",
+        started_at=now,
+        split=split_of_rollback(service),
+    )
     return tx.put(
         replace(
             service,
@@ -223,12 +229,8 @@ def rollback_service(
             author=keep_spec(tx, service, previous, SpecAuthor(by=by, at=now)),
             previous_spec=service.spec,
             trusted=trusted_after(tx, service, previous, service.spec, by_admin=False),
-            update_status=UpdateStatus(
-                state=UpdateState.ROLLBACK_STARTED,
-                message="manually requested rollback",
-                started_at=now,
-                split=split_of_rollback(service),
-            ),
+            # A job starts a new run at once.  In Docker its rollback has begun and never ends.
+            update_status=status if service.job_status is None else None,
             job_status=next_job(tx, service, previous, now),
         )
     )

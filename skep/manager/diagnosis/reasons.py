@@ -353,6 +353,11 @@ def _turn(task: Task, slot: Iterable[Task], nodes: Mapping[NodeId, Node]) -> str
         # A lost node reports no stop.  The orchestrator waits for none, or until the node stops its tasks itself.
         last = max(before, key=lambda one: (one.created_at, one.id))
         return f"it replaces the task on {hostname(nodes.get(last.node_id), last)}, which is down"
+    ended = max(
+        (one for one in slot if one.id != task.id), key=lambda one: (one.created_at, one.id), default=None
+    )
+    if ended is not None and ended.status.state is TaskState.ORPHANED:
+        return "it replaces a task whose node was removed"
     return "it waits for its turn to start"
 
 

@@ -29,3 +29,8 @@ def test_it_does_not_wait_for_a_task_on_a_lost_node_to_stop(state: TaskState) ->
     assert progress_of(NEW, [lost, NEW], NODES) == words
     words = "m1 has prepared it; it starts when the task before it has stopped"
     assert progress_of(NEW, [before("t0", "m1"), lost, NEW], NODES) == words
+
+
+def test_it_replaces_a_task_whose_node_was_removed() -> None:
+    gone = before("t1", "w9", TaskState.ORPHANED)
+    assert progress_of(NEW, [gone, NEW], NODES) == "m1 has prepared it; it replaces a task whose node was removed"

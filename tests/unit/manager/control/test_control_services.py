@@ -171,6 +171,16 @@ async def test_an_update_of_a_job_runs_it_again(store):
     assert (await update(store, job, spec)).job_status.job_iteration.index == 1
 
 
+async def test_a_rollback_of_a_job_starts_a_run_and_has_no_state_that_would_never_end(store):
+    mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1))
+    spec = replace(a_service_spec("job"), mode=mode)
+    job = await create(store, spec)
+    other = replace(spec, task_template=a_service_spec(image="busybox:2").task_template)
+    job = await update(store, job, other)
+    job = await rollback(store, job, other)
+    assert (job.update_status, job.job_status.job_iteration.index) == (None, 2)
+
+
 async def test_a_rollback_of_a_job_with_a_schedule_starts_no_run(store):
     """Only a forced update and ``skep job run`` do, and a run would end the present one."""
     await store.update(lambda tx: tx.raise_level(LEVEL))
