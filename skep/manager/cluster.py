@@ -8,6 +8,7 @@ from skep.model.swarm import Swarm
 from skep.model.values.ids import NodeId
 from skep.security.trust import root_digest
 from skep.store.interface import View
+from skep.store.kinds import Revocation
 
 
 def cluster_of(view: View) -> Swarm:
@@ -35,9 +36,11 @@ def reserved_ports_of(view: View) -> ReservedPorts:
 
 
 def node_name(view: View, node_id: NodeId) -> str:
-    """Return the node's host name, or its id without one."""
-    node = view.lookup(Node, node_id)
-    return node.shown_name if node is not None else node_id
+    """Return the node's host name, or its id without one.  The record of its removal keeps the name."""
+    if (node := view.lookup(Node, node_id)) is not None:
+        return node.shown_name
+    removed = view.lookup(Revocation, node_id)
+    return (removed.hostname if removed is not None else "") or node_id
 
 
 def etcds_behind(view: View) -> list[Node]:

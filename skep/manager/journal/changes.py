@@ -130,7 +130,7 @@ def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Se
         before, after = _image(last), _image(successor)
         image = f": image {before} → {after}" if before != after else ""
         return f"its service was updated{image}", Severity.INFO
-    name = _hostname(node) if node is not None else last.node_id
+    name = node_name(view, last.node_id)
     stop_cause = last.restart.stop_cause if last.restart is not None else ""
     is_down = node is not None and node.status.state is NodeState.DOWN
     if stop_cause in _STOPS and not is_down:
@@ -190,22 +190,22 @@ def _changed_task(old: Task, new: Task, view: View) -> Iterator[JournalEntry]:
 
 
 def _task(task: Task, action: str, view: View, severity: Severity = Severity.INFO) -> JournalEntry:
-    service, node = view.lookup(Service, task.service_id), view.lookup(Node, task.node_id)
+    service = view.lookup(Service, task.service_id)
     owner = service.spec.name if service is not None else ""
-    hostname = _hostname(node) if node is not None else ""
-    place = task.place(hostname or task.node_id)
+    node = node_name(view, task.node_id) if task.node_id else ""
+    is_known = node != task.node_id or view.lookup(Node, task.node_id) is not None
     return JournalEntry(
         type="task",
         action=action,
         severity=severity,
         object_id=task.id,
         task_id=task.id,
-        name=".".join(filter(None, (owner, place))),
+        name=".".join(filter(None, (owner, task.place(node)))),
         service_id=task.service_id,
         service=owner,
         stack=stack_of(service.spec.labels) if service is not None else "",
         node_id=task.node_id,
-        node=hostname,
+        node=node if is_known else "",
     )
 
 

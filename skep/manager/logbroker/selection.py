@@ -16,7 +16,6 @@ from skep.model.task import Task
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.times import unix_ns
 from skep.store.interface import View
-from skep.store.kinds import Revocation
 
 KEPT = "skep-kept"
 """Attribute of lines that are stored with their task, because its node did not send them.
@@ -105,10 +104,9 @@ def is_removed(view: View, node_id: NodeId) -> bool:
 
 def _absence(view: View, node_id: NodeId) -> str:
     """Return a sentence like ``node w1 does not answer`` or ``node w1 was removed``."""
-    if is_removed(view, node_id):
-        revocation = view.lookup(Revocation, node_id)
-        return f"node {(revocation.hostname if revocation is not None else '') or node_id} was removed"
-    return f"node {node_name(view, node_id)} does not answer"
+    return (
+        f"node {node_name(view, node_id)} {'was removed' if is_removed(view, node_id) else 'does not answer'}"
+    )
 
 
 def _task_name(view: View, id: TaskId) -> str:

@@ -25,7 +25,7 @@ from skep.model.task_end import EndCause, TaskEnd
 from skep.model.values.ids import NodeId, SecretId, TaskId
 from skep.model.values.times import SECOND_NS, Timestamp
 from skep.store.interface import Created, Deleted, Event, Updated
-from skep.store.kinds import Payload
+from skep.store.kinds import Payload, Revocation
 from skep.store.state import State
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 
@@ -321,3 +321,12 @@ def test_a_disk_that_fills_and_has_space_again_is_told_once_each() -> None:
     ]
     assert told(Updated(first, full("the disk at /d is 98 % full"))) == []
     assert told(Updated(first, node)) == [("disk-free", "the disk of node n1 has space again")]
+
+
+def test_tasks_of_a_removed_node_keep_its_name() -> None:
+    web = a_service("web")
+    task = replace(a_task("t1", service=web, slot=0, node="n9"), status=at(TaskState.RUNNING))
+    gone = Revocation(id="n9", until=Timestamp("2027-01-01T00:00:00Z"), is_removed=True, hostname="w9")
+    lost = replace(task, status=at(TaskState.ORPHANED))
+    (entry,) = entries(Updated(task, lost), web, gone, lost)
+    assert (entry.message, entry.node) == ("task web.w9 on w9 was lost", "w9")
