@@ -58,7 +58,9 @@ IS_STOPPED = "stopped"
 """Reason of a healthy service without tasks that a user has stopped."""
 _WAITS_FOR_FIRST_RUN = "it waits for its first run"
 """Reason of a healthy job without tasks whose schedule has not started a run yet."""
-_NOT_CREATED, _NO_NODE = "its tasks are not created yet", "no node is eligible"
+NO_NODE = "no node is eligible"
+"""Reason of a healthy global service or global job without tasks."""
+_NOT_CREATED = "its tasks are not created yet"
 REASONS_MAX = 10
 """Largest number of different reasons in the explanation of a service.  The most frequent come first."""
 
@@ -420,8 +422,10 @@ def _of_service(
         if done:
             text = f"{done} of {wanted} tasks done" + (f", {running} running" if running else "")
         else:
-            end = f": {'healthy' if wanted or service.spec.mode.global_ is None else _NO_NODE}"
-            text = f"{running} of {wanted} tasks run" + ("" if update.state in PAUSED else end)
+            lacks_nodes = not wanted and service.spec.mode.global_ is not None
+            hint = NO_NODE if lacks_nodes and not hint else hint
+            text = f"{running} of {wanted} tasks run"
+            text += "" if update.state in PAUSED or lacks_nodes else ": healthy"
         return f"{text}; {hint}" if hint else text, hint, True
     if not problems:
         if active + done < wanted:
@@ -467,8 +471,9 @@ def _of_job(
     if job is None and not slots and can_begin():
         return f"{_NOT_CREATED}; {completed}", _NOT_CREATED, False
     if done >= total:
-        text = f"; {away}" if away else "" if total or job is not None else f": {_NO_NODE}"
-        return f"{completed}{text}", away, True
+        lacks_nodes = job is None and not total and not away
+        text = f"; {away}" if away else f": {NO_NODE}" if lacks_nodes else ""
+        return f"{completed}{text}", NO_NODE if lacks_nodes else away, True
     if given_up:
         cause, end = _failed(given_up, nodes, is_global=job is None)
         return f"FAILED: {cause}; {end}{completed}", f"failed: {cause}", False

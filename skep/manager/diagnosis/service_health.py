@@ -14,7 +14,7 @@ from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
 from skep.manager.autoscaling.decision import AT_ZERO
 from skep.manager.control.tasks import known_status, with_damage
-from skep.manager.diagnosis.explanations import IS_STOPPED, ServiceExplanation, explain_service
+from skep.manager.diagnosis.explanations import IS_STOPPED, NO_NODE, ServiceExplanation, explain_service
 from skep.manager.diagnosis.reasons import SlotId, hostname, is_stable, slot_of
 from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
 from skep.manager.orchestrator.slots import DoneSlots
@@ -69,7 +69,10 @@ async def _health(
         # An explanation would find the same, at ten times the cost.
         if is_at_zero(service.spec):
             return ServiceHealth(reason=AT_ZERO)
-        return ServiceHealth(reason=IS_STOPPED if is_stopped(service.spec.labels) else "")
+        if is_stopped(service.spec.labels):
+            return ServiceHealth(reason=IS_STOPPED)
+        is_lacking = service.spec.mode.global_ is not None and not status.desired_tasks
+        return ServiceHealth(reason=NO_NODE if is_lacking else "")
     return _explanation(view, service, status, slots, now_ns, lambda _: True).health
 
 

@@ -291,6 +291,9 @@ def test_a_global_job_that_no_node_may_run_is_not_one_whose_tasks_come_next() ->
     job = a_job(None)
     alone = explain_service(job, [], wanted=0, nodes={}, now_ns=0)
     assert (alone.summary, alone.is_healthy) == ("0 of 0 completed: no node is eligible", True)
+    agent = a_service("agent", is_global=True)
+    for one in (alone, explain_service(agent, [], wanted=0, nodes={}, now_ns=0)):
+        assert one.reason == "no node is eligible"
     drained = replace(a_run(job, 0, TaskState.SHUTDOWN), desired_state=TaskState.SHUTDOWN)
     waits = explain_service(job, [drained], wanted=0, nodes={}, now_ns=0)
     assert (waits.summary, waits.is_healthy) == ("0 of 0 completed; not on node n1", True)

@@ -33,4 +33,7 @@ def test_it_does_not_wait_for_a_task_on_a_lost_node_to_stop(state: TaskState) ->
 
 def test_it_replaces_a_task_whose_node_was_removed() -> None:
     gone = before("t1", "w9", TaskState.ORPHANED)
-    assert progress_of(NEW, [gone, NEW], NODES) == "m1 has prepared it; it replaces a task whose node was removed"
+    assert (
+        progress_of(NEW, [gone, NEW], NODES)
+        == "m1 has prepared it; it replaces a task whose node was removed"
+    )

@@ -10,6 +10,7 @@ from skep.model.node import Availability, Node, NodeState, NodeStatus
 from skep.model.options.labels import STOPPED
 from skep.model.options.schedules import CRON, CRON_SUSPEND
 from skep.model.service import (
+    GlobalJob,
     HealthState,
     JobStatus,
     ReplicatedJob,
@@ -326,3 +327,14 @@ async def test_services_that_keep_an_affinity_from_being_met_are_named() -> None
     assert await reason({}, "anti-affinity", a_service("batch", spec=apart)) == words
     words = "the label skep.anti-affinity of services of other stacks keeps it apart"
     assert await reason({STACK_LABEL: "shop"}, "anti-affinity", a_service("batch", spec=apart)) == words
+
+
+async def test_a_global_service_or_job_that_no_node_may_run_says_so() -> None:
+    agent = a_service_spec("agent", is_global=True, constraints=("node.labels.gpu==yes",))
+    scan = replace(agent, mode=ServiceMode(global_job=GlobalJob()))
+    status = JobStatus(job_iteration=Version(index=0))
+    for service in (a_service("agent", spec=agent), replace(a_service(spec=scan), job_status=status)):
+        assert await health(service, []) == ServiceHealth(reason="no node is eligible")
+    anywhere = replace(scan, task_template=a_service_spec().task_template)
+    found = await health(replace(a_service(spec=anywhere), job_status=status), [])
+    assert (found.state, found.reason) == (HealthState.CONVERGING, "its tasks are not created yet")
