@@ -61,7 +61,7 @@ def screens() -> str:
             *_capture("skep status", lines_of(_status(), Screen(columns=_COLUMNS))),
             *_capture("skep explain boom", about_service("boom", _boom(), NOW)),
             *_capture("skep explain stuck.1", about_task("stuck.1", _stuck(), NOW)),
-            *_capture("skep runs boom", shown({"Runs": [_run()]}, Screen(columns=_COLUMNS), NOW)),
+            *_capture("skep runs boom", shown("boom", {"Runs": [_run()]}, Screen(columns=_COLUMNS), NOW)),
             *_capture("skep history boom", history_lines(_HISTORY, Screen(columns=_COLUMNS), _AT)),
             *_capture("skep stack plan", planned(_PLAN).lines(Screen(columns=_COLUMNS))),
             *_capture("skep stack deploy -c compose.yaml shop", deployed()),

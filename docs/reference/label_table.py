@@ -964,7 +964,8 @@ LABELS = (
         "`true`, `false`",
         "`false`",
         "With `true`, services of users below administrator may log to loopback, link-local and node addresses, and "
-        "with the log drivers `journald` and `syslog` to the machine's log.",
+        "with the log drivers `journald` and `syslog` to the machine's log. After you remove it, a running task keeps "
+        "its log until it changes or is replaced.",
     ),
     Label(
         LabelTarget.CLUSTER,

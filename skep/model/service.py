@@ -422,9 +422,7 @@ class ServiceHealth(ApiObject):
 
     state: HealthState = always(HealthState.HEALTHY)
     reason: str = always("")
-    """Does not change between two attempts to start a task.  Empty if the service is healthy, unless it is stopped, or
-    nodes do not run it that may do so later.
-    """
+    """Does not change between two attempts to start a task.  A healthy service may have one, such as ``stopped``."""
     restart_summary: str = ""
     """Number of failures of a task, and time of the next attempt."""
     since: Timestamp = Timestamp("")

@@ -286,7 +286,8 @@ def about_service(name: str, explanation: Mapping[str, Any], now: float) -> Iter
 def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:
     ended = explanation.get("EndedAt", "")
     ago = f", {age(ended, now)} ago" if ended else ""
-    yield f"{name}: {explanation['Summary']}{ago}"
+    result, separator, rest = str(explanation["Summary"]).partition(";")
+    yield f"{name}: {result}{ago}{separator}{rest}"
     update = explanation.get("UpdateStatus") or {}
     if update.get("Message"):
         yield f"  update: {update['Message']}"

@@ -168,7 +168,7 @@ def result(run: Service, slots: Collection[Iterable[Task]]) -> str:
     """Return the outcome of a job's ``run`` whose tasks have all ended, or an empty text if it has none yet.
 
     ``slots`` are all its slots.  A scheduled run of a global job without a node has failed.  If a global job has no
-    schedule, a node that stopped its task counts no more: it runs the job again when it takes tasks again.
+    schedule, a node that stopped its task does not count: it runs the job again when it takes tasks again.
     """
     done = [_is_done(slot) for slot in slots if not may_continue(run, slot)]
     if len(done) == 0 < len(slots):

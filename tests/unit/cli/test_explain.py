@@ -262,3 +262,9 @@ def test_the_smallest_change_is_shown_for_a_service_and_for_a_task() -> None:
     task = {"Summary": "no suitable node", "State": "pending", "DesiredState": "running"}
     shown = about_task("web.1", task | {"Since": "2026-01-01T00:00:00Z", "SmallestChange": change}, 0.0)
     assert f"  smallest change: {change}" in list(shown)
+
+
+def test_the_age_of_a_jobs_end_follows_its_result() -> None:
+    job = {"Summary": "1 of 1 completed; not on w2, which is down", "EndedAt": "2026-01-31T11:48:00Z"}
+    (line,) = about_service("scan", {**job, "Reasons": [], "Failures": []}, NOW)
+    assert line == "scan: 1 of 1 completed, 12m ago; not on w2, which is down"
