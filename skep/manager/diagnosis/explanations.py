@@ -462,9 +462,9 @@ def _of_job(
     # latter waits for its node, and is not counted unless the run has ended without it.
     has_ended = service.job_status is not None and bool(service.job_status.present_outcome)
     has_ended = has_ended and (job is not None or is_fixed(service))
-    without = {key: slot for key, slot in slots.items() if not is_done(slot) and not wanted_of(slot)}
-    given_up = [slot for slot in without.values() if has_ended or slot[-1].ended_in_failure]
-    stopped = [slot for slot in without.values() if slot not in given_up]
+    without = [slot for slot in slots.values() if not is_done(slot) and not wanted_of(slot)]
+    given_up = [slot for slot in without if has_ended or slot[-1].ended_in_failure]
+    stopped = [] if has_ended else [slot for slot in without if not slot[-1].ended_in_failure]
     total = (job.total_completions or 0) if job is not None else len(slots) - len(stopped)
     completed = f"{done} of {total} completed"
     away = _away([slot[-1] for slot in stopped], nodes) if job is None else ""
@@ -494,10 +494,7 @@ def _failed(slots: Sequence[Slot], nodes: Mapping[NodeId, Node], *, is_global: b
         where = hostname(node, last) if is_global else f"slot {last.shown_slot}"
         return summary(last, node), f"{where}{others} gave up {restarts_in(slot)}; "
     which = absence(node) if node is not None else ""
-    return (
-        f"its task was stopped on {hostname(node, last)}{which}{',' if which and others else ''}{others}",
-        "",
-    )
+    return f"its task was stopped on {hostname(node, last)}{others}{which}", ""
 
 
 def _away(tasks: Sequence[Task], nodes: Mapping[NodeId, Node]) -> str:
@@ -506,8 +503,7 @@ def _away(tasks: Sequence[Task], nodes: Mapping[NodeId, Node]) -> str:
         return ""
     names = sorted(
         f"{hostname(node, task)}{absence(node) if node is not None else ''}"
-        for task in tasks
-        for node in [nodes.get(task.node_id)]
+        for task, node in ((one, nodes.get(one.node_id)) for one in tasks)
     )
     return f"not on {names[0]}" if len(names) == 1 else f"not on {len(names)} nodes, such as {names[0]}"
 
