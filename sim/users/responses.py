@@ -37,7 +37,7 @@ from skep.model.options.labels import DRAIN_NOW, JOB_TTL
 from skep.model.options.schedules import CRON
 from skep.model.quota import StackQuota
 from skep.model.secret import Secret
-from skep.model.service import Service
+from skep.model.service import Service, UpdateState
 from skep.model.values.ids import ServiceId
 from skep.model.volume import Volume, VolumeSharing
 from skep.store.interface import Created, Deleted, Event, Updated, View
@@ -160,7 +160,7 @@ class ResponseCheck:
 
     def _respecified(self, before: State, old: Service, new: Service) -> Iterable[str]:
         held = _state_of(new)
-        if new.update_status is not None and new.update_status.message == MANUAL_ROLLBACK:
+        if _is_manual_rollback(old, new):
             version = old.version.index
             yield from self._took_effect(
                 before, held, lambda one: isinstance(one, Rollback) and one.version == version, new.id
@@ -210,6 +210,16 @@ class ResponseCheck:
     def _was_acceptable(self, pending: PendingRequest) -> bool:
         states = self._states[pending.since :]
         return any(isinstance(respond(state, pending.request), Accepted) for state in states)
+
+
+def _is_manual_rollback(old: Service, new: Service) -> bool:
+    """Return whether a request has rolled the service back.  The rollback of a job is over at once."""
+    status = new.update_status
+    if status is None:
+        return False
+    if new.job_status is not None:
+        return status.state is UpdateState.ROLLBACK_COMPLETED and status != old.update_status
+    return status.message == MANUAL_ROLLBACK
 
 
 def _keeps_previous(

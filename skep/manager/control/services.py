@@ -216,12 +216,6 @@ def rollback_service(
     _check_volumes(tx, previous)
     follow_rollback(tx, service)
     restart_dependents(tx, service, previous.task_template, now)
-    status = UpdateStatus(
-        state=UpdateState.ROLLBACK_STARTED,
-        message="manually requested rollback",
-        started_at=now,
-        split=split_of_rollback(service),
-    )
     return tx.put(
         replace(
             service,
@@ -229,10 +223,25 @@ def rollback_service(
             author=keep_spec(tx, service, previous, SpecAuthor(by=by, at=now)),
             previous_spec=service.spec,
             trusted=trusted_after(tx, service, previous, service.spec, by_admin=False),
-            # A job starts a new run at once.  In Docker its rollback has begun and never ends.
-            update_status=status if service.job_status is None else None,
+            update_status=_begun_rollback(service, now),
             job_status=next_job(tx, service, previous, now),
         )
+    )
+
+
+def _begun_rollback(service: Service, now: Timestamp) -> UpdateStatus:
+    """Return the status of a rollback that a user has just requested.
+
+    That of a job is over at once, because its next run starts with the spec.  In Docker it never ends.
+    """
+    if service.job_status is not None:
+        state, message = UpdateState.ROLLBACK_COMPLETED, "rollback completed"
+        return UpdateStatus(state=state, message=message, started_at=now, completed_at=now)
+    return UpdateStatus(
+        state=UpdateState.ROLLBACK_STARTED,
+        message="manually requested rollback",
+        started_at=now,
+        split=split_of_rollback(service),
     )
 
 

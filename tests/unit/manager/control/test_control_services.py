@@ -178,7 +178,10 @@ async def test_a_rollback_of_a_job_starts_a_run_and_has_no_state_that_would_neve
     other = replace(spec, task_template=a_service_spec(image="busybox:2").task_template)
     job = await update(store, job, other)
     job = await rollback(store, job, other)
-    assert (job.update_status, job.job_status.job_iteration.index) == (None, 2)
+    assert (job.update_status.state, job.job_status.job_iteration.index) == (
+        UpdateState.ROLLBACK_COMPLETED,
+        2,
+    )
 
 
 async def test_a_rollback_of_a_job_with_a_schedule_starts_no_run(store):
