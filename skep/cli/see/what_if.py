@@ -41,7 +41,8 @@ def what_if() -> None:
     ones wait. Nothing is written.
 
     The answer supposes that images can be pulled and that tasks which start keep running. The exit code is 3 if tasks
-    do not run afterwards, or if fewer than a service's minimum (skep.min-available) run meanwhile.
+    do not run afterwards or cannot leave their node, or if fewer than a service's minimum (skep.min-available) run
+    meanwhile.
 
     \b
     Examples:
@@ -153,7 +154,8 @@ def answered(title: str, answer: Mapping[str, Any]) -> Shown:
     """Return the output of an answer, with exit code 3 if something does not run."""
     services: Sequence[Mapping[str, Any]] = answer["Services"]
     is_worse = answer["OtherMissing"] or any(
-        one["Missing"] or one.get("FailedUpdate") or is_below_minimum(one) for one in services
+        one["Missing"] or one.get("FailedUpdate") or one.get("Staying") or is_below_minimum(one)
+        for one in services
     )
     return Shown(
         data=answer,
@@ -185,6 +187,8 @@ def _lines(title: str, answer: Mapping[str, Any], screen: Screen) -> Iterator[st
         for missing in one["Missing"]:
             text = f"  {one['Name']}: {missing['Tasks']} not running: {missing['Reason']}"
             yield from map(printable, screen.fitted(text, indent=4))
+        if why := one.get("WhyStaying"):
+            yield from map(printable, screen.fitted(f"  {why}", indent=4))
         if why := one.get("FailedUpdate"):
             yield from map(printable, screen.fitted(f"  {one['Name']}: its update fails: {why}", indent=4))
         if volumes := one.get("LeftBehind"):
@@ -222,11 +226,13 @@ def _summary(answer: Mapping[str, Any]) -> str:
     failed = sum(bool(one.get("FailedUpdate")) for one in answer["Services"])
     if failed and not missing:
         return f"{counted(failed, 'update')} cannot complete"
+    staying = sum(one.get("Staying", 0) for one in answer["Services"])
     if not missing and not moved:
-        return "no task has to move"
+        return f"{counted(staying, 'task')} cannot leave" if staying else "no task has to move"
     when = f" within about {duration(max(answer['Seconds'], 1.0))}" if answer["Seconds"] else ""
     rest = f"{counted(missing, 'task')} not running afterwards" if missing else "all run afterwards"
-    return f"{counted(moved, 'task')} started, moved or stopped{when}, {rest}"
+    stays = f", {counted(staying, 'task')} cannot leave" if staying else ""
+    return f"{counted(moved, 'task')} started, moved or stopped{when}, {rest}{stays}"
 
 
 def _row(one: Mapping[str, Any], screen: Screen) -> tuple[str | Cell, ...]:

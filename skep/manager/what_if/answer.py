@@ -8,6 +8,7 @@ from itertools import zip_longest
 from msgspec.structs import replace
 
 from skep.manager.control.tasks import known_status
+from skep.manager.diagnosis.departures import split_off_replacements
 from skep.manager.diagnosis.reasons import SlotId, TaskProblem, problems_of, slot_of
 from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
 from skep.manager.orchestrator.replacement.disruption import FROZEN_S_MAX
@@ -16,7 +17,7 @@ from skep.manager.what_if.course import Course, runs
 from skep.manager.what_if.rehearsal import SUPPOSED, Rehearsal
 from skep.model.node import Node, takes_tasks
 from skep.model.options.slot_volumes import local_volumes, names_there, slot_volumes_of
-from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.service import Service, UpdateState
 from skep.model.task import Task
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NodeId, ServiceId
@@ -78,6 +79,9 @@ class ServiceEffect(ApiObject):
 
     failed_update: str = ""
     """Reason why the update of the service fails.  Empty if it does not.  Its old tasks run, so none is missing."""
+    staying: int = 0
+    """Number of tasks that should leave their node, and run there because no other node takes their replacements."""
+    why_staying: str = ""
 
     @property
     def is_below_minimum(self) -> bool:
@@ -135,13 +139,13 @@ class Question:
         self.notes: list[str] = []
         self.answer = SupposedOutcome()
         self._before = FreeCapacity()
-        self._statuses: dict[ServiceId, UpdateStatus | None] = {}
+        self._services: dict[ServiceId, Service] = {}
 
     def begin(self) -> Iterator[None]:
         """Load the copy.  The supposed change follows, and then ``settle``."""
         yield from self.rehearsal.start()
         self._before = self._capacity()
-        self._statuses = {one.id: one.update_status for one in self._view().find(Service)}
+        self._services = {one.id: one for one in self._view().find(Service)}
         self.rehearsal.copy.committed.append(self.course.on_commit)
         yield
 
@@ -166,9 +170,11 @@ class Question:
                 continue
             effect = self._effect(service)
             yield
+            if not self._differs(service, effect):
+                continue
             if self._is_visible(service):
                 effects.append(effect)
-            elif effect.missing or effect.moves:
+            elif effect.missing or effect.moves or effect.staying:
                 hidden, missing = hidden + 1, missing + sum(one.tasks for one in effect.missing)
         self.answer = SupposedOutcome(
             seconds=round(max(self.course.last_at.values(), default=0.0), 1),
@@ -190,9 +196,10 @@ class Question:
         desired = _desired(view, service, tasks)
         # Tasks of nodes that are down show the last state that their node reported.
         known = [replace(task, status=known_status(view, task)) if task.is_active else task for task in tasks]
-        problems = problems_of(
+        found = problems_of(
             as_run(view, service), known, nodes, wanted=desired, now_ns=self.rehearsal.clock.now_ns()
         )
+        problems, why_staying = split_off_replacements(found, service, known, nodes)
         moves = _moves(tasks, view, course)
         return ServiceEffect(
             id=service.id,
@@ -209,13 +216,25 @@ class Question:
             if any(one.source and one.target for one in moves)
             else (),
             failed_update=self._failure_of_update(service),
+            staying=len(found) - len(problems),
+            why_staying=why_staying,
         )
+
+    def _differs(self, service: Service, effect: ServiceEffect) -> bool:
+        """Return whether the change concerns the service.  What does not run before either has another cause."""
+        old = self._services.get(service.id)
+        is_same = old is not None and old.spec_version == service.spec_version and old.spec == service.spec
+        counts = {effect.before, effect.lowest, effect.after}
+        return not is_same or len(counts) > 1 or bool(effect.moves or effect.failed_update or effect.staying)
 
     def _failure_of_update(self, service: Service) -> str:
         """Return why an update fails that was not failing before the change, or an empty text."""
-        status = service.update_status
-        before = self._statuses.get(service.id)
-        if status is None or status == before or status.state not in _FAILED_UPDATE:
+        status, old = service.update_status, self._services.get(service.id)
+        if (
+            status is None
+            or (old is not None and status == old.update_status)
+            or status.state not in _FAILED_UPDATE
+        ):
             return ""
         # Tasks of the copy have ids that nobody can look up.
         return _SUPPOSED_TASK.sub("a new task", status.message.removeprefix("rollback completed: "))

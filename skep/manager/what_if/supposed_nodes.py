@@ -1,6 +1,7 @@
 """The nodes of a rehearsal: they start and stop tasks as they are told, and each task that starts keeps running.
 
-Whether an image can be pulled, or a process fails, only time shows.  A node that is down reports nothing.
+Whether an image can be pulled, or a process fails, only time shows.  But a task in a crash loop does not run, because
+those before it did not either.  A node that is down reports nothing.
 """
 
 import heapq
@@ -10,6 +11,7 @@ from msgspec.structs import replace
 
 from skep.manager.control_loops.informer import batches_of
 from skep.manager.control_loops.work_queue import LEAST_WAIT_S
+from skep.manager.diagnosis.reasons import LOOP_FROM
 from skep.manager.what_if.supposed_time import SupposedClock
 from skep.model.node import Node, NodeState
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
@@ -81,7 +83,9 @@ class SupposedNodes:
             return STOP_S, TaskState.SHUTDOWN
         if task.is_failing:
             return STOP_S, TaskState.FAILED
-        goal = TaskState.READY if task.desired_state <= TaskState.READY else TaskState.RUNNING
+        in_a_row = task.restart.failures if task.restart is not None else 0
+        is_held = task.desired_state <= TaskState.READY or in_a_row >= LOOP_FROM
+        goal = TaskState.READY if is_held else TaskState.RUNNING
         return (self.start_s(task.service_id), goal) if state < goal else None
 
     def wait_s(self) -> float | None:

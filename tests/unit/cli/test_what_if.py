@@ -75,6 +75,16 @@ def test_an_update_that_fails_is_named_although_all_old_tasks_run() -> None:
     assert answered("", answer).exit_code == DIFFERS
 
 
+def test_a_task_that_stays_on_a_drained_node_is_not_called_missing() -> None:
+    why = "web.1: it stays on w1, which is drained: its replacement does not run yet: no suitable node"
+    answer = an_answer(Services=[a_service(Moves=[], Staying=1, WhyStaying=why)])
+    assert lines(answer)[0] == "What if w1 is lost: 1 task cannot leave"
+    assert f"  {why}" in lines(answer)
+    assert answered("", answer).exit_code == DIFFERS
+    moves = an_answer(Services=[a_service(Staying=1, WhyStaying=why)])
+    assert lines(moves)[0].endswith("within about 17 s, all run afterwards, 1 task cannot leave")
+
+
 @pytest.mark.parametrize("word", ["web", "web=", "web=many", "=3", "web=-1"])
 def test_a_scale_needs_a_number(word: str) -> None:
     done = CliRunner().invoke(main, ["--host", "unix:///nowhere", "what-if", "scale", word])

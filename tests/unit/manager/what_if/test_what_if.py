@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument, NotFound
+from skep.manager.diagnosis.reasons import LOOP_FROM
 from skep.manager.scheduler.dependencies import RETURNED_S
 from skep.manager.what_if.answer import Question, SupposedOutcome
 from skep.manager.what_if.rehearsal import Rehearsal
@@ -34,9 +35,10 @@ from skep.model.service import (
     ServiceMode,
 )
 from skep.model.swarm import Swarm
-from skep.model.task import Task, TaskState
-from skep.model.values.ids import NodeId, SessionId
+from skep.model.task import Restart, Task, TaskState, TaskStatus
+from skep.model.values.ids import NodeId, SessionId, TaskId
 from skep.model.values.meta import Version
+from skep.model.values.times import Timestamp
 from skep.store.interface import Object
 from skep.store.state import State
 from skep.store.transactions.transaction import LocalTransaction
@@ -173,7 +175,34 @@ def test_a_drain_starts_replacements_first_and_a_task_without_room_stays() -> No
     moved = ask(state, draining("w1")).services[0]
     assert (moved.lowest, moved.after, moved.moves[0].target) == (3, 3, "w4")
     blocked = ask(state, draining("w1", "w2")).services[0]
-    assert (blocked.lowest, sum(one.tasks for one in blocked.missing)) == (3, 1), "the old task keeps running"
+    assert (blocked.lowest, blocked.after, blocked.missing) == (3, 3, ()), "the old task keeps running"
+    assert blocked.staying == 1
+    assert blocked.why_staying.startswith("web.2: it stays on w2, which is drained")
+
+
+def test_a_task_in_a_crash_loop_does_not_run_afterwards_and_is_no_effect_of_the_change() -> None:
+    service, failed = with_tasks(a_service("web", replicas=1), "w1")
+    assert isinstance(service, Service)
+    assert isinstance(failed, Task)
+    failed = replace(failed, desired_state=TaskState.SHUTDOWN, status=TaskStatus(state=TaskState.FAILED))
+    again = replace(
+        failed,
+        id=TaskId("again"),
+        created_at=Timestamp("2026-01-02T03:04:06Z"),
+        desired_state=TaskState.RUNNING,
+        status=TaskStatus(state=TaskState.READY),
+        restart=Restart(failures=LOOP_FROM),
+    )
+    state = a_state(node("w1"), node("w2"), service, failed, again)
+    assert ask(state, losing("w2")).services == ()
+    (web,) = ask(state, losing("w1")).services
+    assert (web.before, web.after, sum(one.tasks for one in web.missing)) == (0, 0, 1)
+    container = replace(service.spec.task_template.container_spec, image="web:2")
+    mended = replace(
+        service.spec, task_template=replace(service.spec.task_template, container_spec=container)
+    )
+    (web,) = ask(state, lambda rehearsal: deploy(rehearsal, mended)).services
+    assert (web.before, web.after, web.missing) == (0, 1, ()), "its tasks before were of another spec"
 
 
 def test_a_service_with_a_dependency_does_not_wait_as_under_a_new_leader() -> None:
