@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from enum import Enum
+from typing import Final
 
 import msgspec
 
@@ -128,6 +129,19 @@ class StopCause(Enum):
     NODE_DRAINED = "node-drained"
     NODE_UNFIT = "node-unfit"
     REBALANCED = "rebalanced"
+
+    def words(self, node: str) -> str:
+        """Return the reason in words.  ``node``: host name of the task's node."""
+        return _STOP_WORDS[self].format(node=node)
+
+
+_STOP_WORDS: Final = {
+    StopCause.NODE_DOWN: "its node {node} was down",
+    StopCause.NODE_REMOVED: "its node was removed",
+    StopCause.NODE_DRAINED: "its node {node} was drained",
+    StopCause.NODE_UNFIT: "its node {node} no longer met its constraints",
+    StopCause.REBALANCED: "it moved from {node} for an even spread",
+}
 
 
 class Restart(ApiObject):
@@ -274,6 +288,12 @@ class Task(ApiObject):
         """
         was_running = self.status.state is TaskState.FAILED and self._was_interrupted
         return self.has_failed or (was_running and self._ended_unstopped)
+
+    @property
+    def stop_cause(self) -> StopCause | None:
+        """Why the leader retired the task because of its node.  None for other tasks, and for an unknown cause."""
+        word = self.restart.stop_cause if self.restart is not None else ""
+        return next((cause for cause in StopCause if cause.value == word), None)
 
     @property
     def _ended_unstopped(self) -> bool:

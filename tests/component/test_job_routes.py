@@ -4,11 +4,13 @@ from aiohttp.test_utils import TestClient, TestServer
 from msgspec.structs import replace
 
 from skep.manager.routes import application
-from skep.model.service import JobStatus, ReplicatedJob, ServiceMode
+from skep.model.node import Availability
+from skep.model.service import GlobalJob, JobStatus, ReplicatedJob, ServiceMode
 from skep.model.task import TaskState
 from skep.model.values.meta import Version
+from skep.model.values.times import timestamp
 from tests.conformance.manager import a_manager_api
-from tests.support.builders import a_service, a_task
+from tests.support.builders import a_node, a_service, a_task
 from tests.support.store.store_transactions import put
 
 
@@ -30,3 +32,26 @@ async def test_a_run_whose_task_waits_for_a_node_says_so_in_the_list_of_jobs() -
             await api.store.update(put, replace(task, status=status))
             (listed,) = await (await client.get("/skep/jobs")).json()
             assert (listed["State"], listed.get("Note", "")) == ("running", "")
+
+
+async def test_a_completed_global_job_names_the_node_on_which_it_has_not_run() -> None:
+    service, run = a_service("scan"), Version(index=0)
+    spec = replace(service.spec, mode=ServiceMode(global_job=GlobalJob()))
+    # The manager's own node has joined later.
+    job = replace(service, spec=spec, job_status=JobStatus(job_iteration=run, last_execution=timestamp(1)))
+    done = a_task("t1", service=job, slot=0, node="w1", state=TaskState.COMPLETE)
+    drained = replace(
+        a_task("t2", service=job, slot=0, node="w2", state=TaskState.SHUTDOWN, desired=TaskState.SHUTDOWN),
+        job_iteration=run,
+    )
+    async with a_manager_api() as api:
+        for one in (job, replace(done, job_iteration=run), a_node("w1")):
+            await api.store.update(put, one)
+        async with TestClient(TestServer(application(api))) as client:
+            (listed,) = await (await client.get("/skep/jobs")).json()
+            assert (listed["State"], listed.get("Note", "")) == ("completed", "")
+            for one in (drained, a_node("w2", availability=Availability.DRAIN)):
+                await api.store.update(put, one)
+            (listed,) = await (await client.get("/skep/jobs")).json()
+            note = "not on w2, whose availability is drain"
+            assert (listed["State"], listed.get("Note", "")) == ("completed", note)

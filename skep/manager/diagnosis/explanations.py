@@ -12,6 +12,7 @@ from skep.manager.diagnosis.reasons import (
     LOOP_FROM,
     CauseKind,
     TaskProblem,
+    because,
     exit_code,
     failure_of,
     hostname,
@@ -31,7 +32,7 @@ from skep.manager.orchestrator.slots import wanted as wanted_of
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S, fails_early
 from skep.manager.scheduler.explaining.explain import NodeVerdict
 from skep.manager.scheduler.returning import absence
-from skep.manager.services.job_runs import is_fixed, of_present_run, restarts_in
+from skep.manager.services.job_runs import is_left_out, of_present_run, restarts_in
 from skep.model.needs import needs_of
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import placement_text
@@ -347,6 +348,9 @@ def summary(
             return f"it runs on {hostname(node, task)}"
         case TaskState.SHUTDOWN if task.preemption is not None:
             return f"it was {task.preemption.words}"
+        case TaskState.SHUTDOWN if task.stop_cause is not None:
+            why = task.stop_cause.words(hostname(node, task))
+            return f"it was stopped, because {why}{because(status.err)}"
         case TaskState.FAILED | TaskState.REJECTED:
             return failure_of(task)[1]
         case _ if status.state.is_terminal:
@@ -458,13 +462,10 @@ def _of_job(
         group_by_slot(tasks) if job is not None else group_by_node(tasks)
     )
     done = sum(is_done(slot) for slot in slots.values())
-    # Without a further task, a slot has failed, or its task was stopped, for example because its node is drained.  The
-    # latter waits for its node, and is not counted unless the run has ended without it.
-    has_ended = service.job_status is not None and bool(service.job_status.present_outcome)
-    has_ended = has_ended and (job is not None or is_fixed(service))
+    # Without a further task, a slot has failed, or the run goes on without it.
     without = [slot for slot in slots.values() if not is_done(slot) and not wanted_of(slot)]
-    given_up = [slot for slot in without if has_ended or slot[-1].ended_in_failure]
-    stopped = [] if has_ended else [slot for slot in without if not slot[-1].ended_in_failure]
+    stopped = [slot for slot in without if is_left_out(service, slot)]
+    given_up = [slot for slot in without if not is_left_out(service, slot)]
     total = (job.total_completions or 0) if job is not None else len(slots) - len(stopped)
     completed = f"{done} of {total} completed"
     away = _away([slot[-1] for slot in stopped], nodes) if job is None else ""

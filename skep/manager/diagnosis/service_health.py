@@ -5,6 +5,7 @@ explain``, the dashboard and the metrics show its result, so they cannot disagre
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -19,7 +20,7 @@ from skep.manager.diagnosis.reasons import SlotId, hostname, is_stable, slot_of
 from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
 from skep.manager.orchestrator.slots import DoneSlots
 from skep.manager.services.job_listing import schedule_words
-from skep.manager.services.job_runs import can_begin
+from skep.manager.services.job_runs import can_begin, is_left_out
 from skep.manager.services.routes import door_network
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
@@ -215,6 +216,8 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
     iteration = service.job_status.job_iteration if service.job_status is not None else None
     running = wanted = completed = 0
     node_ids: set[NodeId] = set()
+    run, of_job = as_run(view, service), defaultdict[NodeId, list[Task]](list)
+    mode, total = run.spec.mode, 0
     slots, is_one_shot = DoneSlots(), service.spec.task_template.ends_on_success
     async for task in _in_turns(view.find(Task, service_id=service.id)):
         if iteration is not None and task.job_iteration != iteration:
@@ -227,7 +230,8 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
         if task.is_wanted:
             node_ids.add(task.node_id)
             wanted += state is not TaskState.COMPLETE  # a completed task belongs to a global job
-    mode, total = as_run(view, service).spec.mode, 0
+        if mode.global_job is not None:
+            of_job[task.node_id].append(task)
     done = {slot for _, slot in slots.done()} if iteration is None else ()
     if mode.replicated is not None:
         wanted, completed = service.spec.replicas, len(done)
@@ -236,7 +240,7 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
         wanted = 0 if is_idle else mode.replicated_job.max_concurrent or 0
         total = mode.replicated_job.total_completions or 0
     elif mode.global_job is not None:
-        total = wanted + completed
+        total = sum(not is_left_out(run, slot) for slot in of_job.values())
     elif mode.global_ is not None:
         wanted = completed = 0
         async for node in _in_turns(view.find(Node)):

@@ -44,13 +44,6 @@ _ENDS = {
     TaskState.REJECTED: ("reject", Severity.ERROR),
     TaskState.ORPHANED: ("lost", Severity.ERROR),
 }
-_STOPS = {
-    StopCause.NODE_DOWN.value: ("its node {node} was down", Severity.WARNING),
-    StopCause.NODE_REMOVED.value: ("its node was removed", Severity.WARNING),
-    StopCause.NODE_DRAINED.value: ("its node {node} was drained", Severity.INFO),
-    StopCause.REBALANCED.value: ("it moved from {node} for an even spread", Severity.INFO),
-    StopCause.NODE_UNFIT.value: ("its node {node} no longer met its constraints", Severity.INFO),
-}
 _UPDATES = {
     UpdateState.UPDATING: ("update-started", Severity.INFO, "update started"),
     UpdateState.PAUSED: ("update-paused", Severity.ERROR, "update paused"),
@@ -131,11 +124,10 @@ def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Se
         image = f": image {before} → {after}" if before != after else ""
         return f"its service was updated{image}", Severity.INFO
     name = node_name(view, last.node_id)
-    stop_cause = last.restart.stop_cause if last.restart is not None else ""
     is_down = node is not None and node.status.state is NodeState.DOWN
-    if stop_cause in _STOPS and not is_down:
-        words, severity = _STOPS[stop_cause]
-        return words.format(node=name), severity
+    if (cause := last.stop_cause) is not None and not is_down:
+        is_loss = cause in (StopCause.NODE_DOWN, StopCause.NODE_REMOVED)
+        return cause.words(name), Severity.WARNING if is_loss else Severity.INFO
     if state in (TaskState.FAILED, TaskState.REJECTED):
         was = "was " if state is TaskState.REJECTED else ""
         return f"it {was}{state.value}: {end_of(last)}", Severity.WARNING
@@ -183,8 +175,10 @@ def _changed_task(old: Task, new: Task, view: View) -> Iterator[JournalEntry]:
         how = words or f"{failed}: {end_of(new)}"
         if action == "stop" and new.preemption is not None:
             how = f"{how}: {new.preemption.words}"
-        elif action == "stop" and new.status.end is not None:
-            how = f"{how}: {end_of(new)}"
+        elif action == "stop":
+            why = new.stop_cause.words(node_name(view, new.node_id)) if new.stop_cause is not None else ""
+            ended = end_of(new) if new.status.end is not None else ""
+            how = ": ".join(filter(None, (f"{how}, because {why}" if why else how, ended)))
         where = f" on {entry.node}" if entry.node else ""
         yield replace(entry, message=f"task {entry.name}{where} {how}")
 

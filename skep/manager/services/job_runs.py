@@ -182,6 +182,17 @@ def may_continue(run: Service, slot: Iterable[Task]) -> bool:
     return not is_bound and not _is_done(slot) and not _is_given_up(slot)
 
 
+def is_left_out(run: Service, slot: Collection[Task]) -> bool:
+    """Return whether a job's ``run`` goes on without a slot, whose task was stopped, for example by a drain.
+
+    It waits for its node, and is not counted unless the run has ended without it.
+    """
+    job = run.job_status
+    is_bound = run.spec.mode.global_job is None or is_fixed(run)
+    has_ended = is_bound and job is not None and bool(job.present_outcome)
+    return not (has_ended or _is_done(slot) or _is_given_up(slot) or any(task.is_wanted for task in slot))
+
+
 def has_last_failed(service: Service) -> bool:
     """Return whether the last ended run of a job failed.  A run that a user retried is active again and
     does not count.

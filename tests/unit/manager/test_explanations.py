@@ -32,7 +32,7 @@ from skep.model.service import (
     ServiceHealth,
     ServiceMode,
 )
-from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
+from skep.model.task import ContainerStatus, Restart, StopCause, Task, TaskState, TaskStatus
 from skep.model.task_end import FAILED_CHECK, EndCause, KeptLine, TaskEnd, signal_of
 from skep.model.values.ids import NodeId
 from skep.model.values.meta import Version
@@ -496,3 +496,14 @@ def test_a_quota_that_keeps_a_service_from_more_tasks_is_named() -> None:
     )
     assert found is not None
     assert found.summary == "the quota of the stack shop is exceeded"
+
+
+def test_a_task_that_was_stopped_because_of_its_node_says_so() -> None:
+    task = a_task("t1", service="web", node="n1", state=TaskState.SHUTDOWN)
+    task = replace(task, status=replace(task.status, err="killed"))
+    assert explain_task(task, a_node("n1")).summary == "killed"
+    stopped = replace(task, restart=Restart(was_stopped=True, stop_cause=StopCause.NODE_DRAINED.value))
+    words = "it was stopped, because its node n1 was drained: killed"
+    assert explain_task(stopped, a_node("n1")).summary == words
+    newer = replace(task, restart=Restart(was_stopped=True, stop_cause="a later cause"))
+    assert explain_task(newer, a_node("n1")).summary == "killed"

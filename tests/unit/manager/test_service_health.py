@@ -338,3 +338,22 @@ async def test_a_global_service_or_job_that_no_node_may_run_says_so() -> None:
     anywhere = replace(scan, task_template=a_service_spec().task_template)
     found = await health(replace(a_service(spec=anywhere), job_status=status), [])
     assert (found.state, found.reason) == (HealthState.CONVERGING, "its tasks are not created yet")
+
+
+async def test_the_nodes_of_a_global_job_count_also_if_their_tasks_failed_and_not_if_they_were_stopped() -> (
+    None
+):
+    spec = replace(a_service_spec("scan"), mode=ServiceMode(global_job=GlobalJob()))
+    scan = replace(a_service("scan", spec=spec), job_status=JobStatus(job_iteration=Version(index=0)))
+    # The last one was stopped, because its node is drained.
+    states = {"n1": TaskState.COMPLETE, "n2": TaskState.FAILED, "n3": TaskState.SHUTDOWN}
+    tasks = [
+        replace(
+            a_task(f"on-{node}", service=scan, slot=0, node=node, state=state, desired=TaskState.SHUTDOWN),
+            job_iteration=Version(index=0),
+        )
+        for node, state in states.items()
+    ]
+    view = await stored(scan, tasks, M1)
+    status = await service_status(view, scan)
+    assert (status.completed_tasks, status.total_tasks) == (1, 2), "n3 runs it again when it takes tasks"

@@ -13,14 +13,16 @@ from skep.api.errors import Untranslated
 from skep.api.http.server import Routes, json_list_response, json_response
 from skep.errors import InvalidArgument, SkepError
 from skep.manager.control import jobs as control
+from skep.manager.diagnosis.explanations import summary
 from skep.manager.diagnosis.reasons import CauseKind, failure_of
 from skep.manager.diagnosis.service_health import status_with_health
 from skep.manager.logbroker.selection import KEPT, KEPT_HEAD
 from skep.manager.routes.access import ManagerApi, current_view, manager_of
 from skep.manager.routes.logs import closing
 from skep.manager.services.job_listing import Job, schedule_words, shown_job
-from skep.manager.services.job_runs import RUNNING, past_starts
+from skep.manager.services.job_runs import COMPLETED, RUNNING, past_starts
 from skep.model.logs import LogQuery
+from skep.model.node import Node
 from skep.model.options.schedules import JOB_MODES
 from skep.model.service import HealthState, JobStart, Service
 from skep.model.task import Task, TaskState
@@ -65,11 +67,13 @@ async def list_jobs(request: web.Request) -> web.StreamResponse:
 
 
 async def _with_reason(manager: ManagerApi, view: View, service: Service, job: Job) -> Job:
-    """Add why tasks of the current run do not run to the note."""
-    if job.state != RUNNING:
+    """Add to the note why tasks of the current run do not run, or on which nodes a completed one has not run."""
+    is_global = service.spec.mode.global_job is not None
+    if job.state != RUNNING and not (is_global and job.state == COMPLETED):
         return job
     status = await status_with_health(view, service, manager.clock.now_ns(), manager.clock)
-    if status.health is None or status.health.state is not HealthState.DEGRADED:
+    wanted = HealthState.DEGRADED if job.state == RUNNING else HealthState.HEALTHY
+    if status.health is None or status.health.state is not wanted:
         return job
     return replace(job, note="; ".join(filter(None, (job.note, status.health.reason))))
 
@@ -139,7 +143,7 @@ async def list_runs(request: web.Request) -> web.StreamResponse:
     incomplete = await _collect(request, lines, tail) if tail and tasks else ""
     return json_response(
         Runs(
-            runs=tuple(_run(task, tuple(lines[task.id])) for task in tasks),
+            runs=tuple(_run(view, task, tuple(lines[task.id])) for task in tasks),
             schedule=schedule_words(service),
             starts=starts,
             incomplete=incomplete,
@@ -172,9 +176,12 @@ async def _collect(request: web.Request, lines: dict[TaskId, deque[str]], tail: 
     return ""
 
 
-def _run(task: Task, lines: tuple[str, ...]) -> TaskRun:
+def _run(view: View, task: Task, lines: tuple[str, ...]) -> TaskRun:
     status = task.status
     kind, words = failure_of(task)
+    err = words if kind is CauseKind.UNHEALTHY else status.err
+    if status.state is TaskState.SHUTDOWN and task.stop_cause is not None:
+        err = summary(task, view.lookup(Node, task.node_id))
     container = status.container_status
     has_code = container is not None and container.container_id and status.state is not TaskState.REJECTED
     return TaskRun(
@@ -186,7 +193,7 @@ def _run(task: Task, lines: tuple[str, ...]) -> TaskRun:
         ended_at=status.timestamp,
         state=status.state,
         exit_code=container.exit_code if has_code and container is not None else None,
-        err=words if kind is CauseKind.UNHEALTHY else status.err,
+        err=err,
         end=replace(status.end, lines=()) if status.end is not None else None,
         lines=lines,
     )

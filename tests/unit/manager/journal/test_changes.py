@@ -139,6 +139,11 @@ def test_a_task_that_was_killed_at_its_stop_says_so() -> None:
     assert message.endswith("was stopped: killed: it did not end within 3 s of its stop signal")
     ((_, message),) = told(Updated(last, replace(last, status=at(TaskState.SHUTDOWN))))
     assert message.endswith("was stopped")
+    drained = Restart(was_stopped=True, stop_cause=StopCause.NODE_DRAINED.value)
+    left = replace(last, restart=drained, status=at(TaskState.SHUTDOWN, end=killed))
+    ((_, message),) = told(Updated(last, left), a_node("n1"))
+    because = "because its node n1 was drained: killed: it did not end within 3 s"
+    assert f"was stopped, {because}" in message, "a task of a global service has no successor that says so"
 
 
 @pytest.mark.parametrize("was_stopped", [False, True])
