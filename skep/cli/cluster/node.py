@@ -25,6 +25,7 @@ from skep.model.node_reports.departures import STAYS
 from skep.model.node_reports.node_refusals import is_no_node
 from skep.model.options.labels import DRAIN_NOW, VOLUME_AFFINITY, VolumeAffinity, volume_affinity
 from skep.model.options.overlap import why_stop_first
+from skep.model.options.schedules import CRON
 from skep.model.options.slot_volumes import (
     SLOT_VOLUMES_LABEL,
     SlotVolume,
@@ -174,6 +175,8 @@ async def _consequences(
     lines: list[str] = []
     for one in sorted(services, key=lambda one: str(one["Spec"]["Name"])):
         slots = here.get(one["ID"])
+        if slots is not None and "GlobalJob" in one["Spec"]["Mode"]:
+            lines.append(interrupts(one["Spec"], name))
         if slots is None or _MOVING.isdisjoint(one["Spec"]["Mode"]):
             continue
         is_away = homes.get(one["ID"]) == {node["ID"]}
@@ -225,6 +228,13 @@ def stops_first(spec: Mapping[str, Any], node: str, *, is_away: bool, now: bool)
     if not data:
         return ""
     return f"{spec['Name']} stops its tasks on {node} before their replacements start (they write to {data}){down}"
+
+
+def interrupts(spec: Mapping[str, Any], node: str) -> str:
+    """Return that a drain stops the task of a global job on ``node``, which no other node replaces."""
+    has_schedule = CRON in (spec.get("Labels") or {})
+    unless = ", or else this run fails" if has_schedule else ""
+    return f"{spec['Name']} stops its task on {node}, and starts it again if {node} takes tasks again{unless}"
 
 
 def left_behind(spec: Mapping[str, Any], node: str) -> str:

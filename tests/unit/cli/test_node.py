@@ -27,6 +27,7 @@ from skep.model.node import Availability, EngineDescription, Node
 from skep.model.node_reports.departures import STAYS
 from skep.model.node_reports.node_refusals import NO_NODE
 from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
+from skep.model.options.schedules import CRON
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.service import GlobalJob, JobStatus, ReplicatedJob, ServiceMode
 from skep.model.task import TaskState
@@ -381,6 +382,25 @@ async def test_a_drain_names_tasks_of_jobs_by_their_slots(
         await manager.store.update(put, one)
     with pytest.raises(Unavailable, match=rf"not drained within 0\.2 s: 1 task left: {name}\. Run"):
         await _drain(host, "w1", 0.2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "end"), [({}, ""), ({CRON: "@hourly"}, ", or else this run fails")], ids=["plain", "scheduled"]
+)
+async def test_a_drain_names_the_global_jobs_whose_run_it_interrupts(
+    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str], labels: dict[str, str], end: str
+) -> None:
+    manager, host = cluster
+    spec = replace(a_service("scan").spec, mode=ServiceMode(global_job=GlobalJob()), labels=labels)
+    job = replace(a_service("scan", spec=spec), job_status=JobStatus())
+    task = a_task("t1", node="w1", service=job, slot=0, desired=TaskState.COMPLETE)
+    for one in (a_node("w1"), a_node("w2"), job, replace(task, job_iteration=Version())):
+        await manager.store.update(put, one)
+    await _drain(host, "w2", None)
+    assert capsys.readouterr().err == ""
+    await _drain(host, "w1", None)
+    words = f"scan stops its task on w1, and starts it again if w1 takes tasks again{end}"
+    assert capsys.readouterr().err == f"{words}\n"
 
 
 async def test_a_drain_names_the_jobs_that_no_other_node_takes(
