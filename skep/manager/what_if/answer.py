@@ -15,6 +15,7 @@ from skep.manager.orchestrator.replacement.disruption import FROZEN_S_MAX
 from skep.manager.services.disruption_budget import required
 from skep.manager.what_if.course import Course, runs
 from skep.manager.what_if.rehearsal import SUPPOSED, Rehearsal
+from skep.manager.what_if.supposed_nodes import is_in_loop
 from skep.model.node import Node, takes_tasks
 from skep.model.options.slot_volumes import local_volumes, names_there, slot_volumes_of
 from skep.model.service import Service, UpdateState
@@ -295,7 +296,8 @@ def _moves(tasks: Sequence[Task], view: View, course: Course) -> tuple[MovedTask
         old = course.before.get(task.id, task)
         if old is not None and old.node_id and old.is_active:
             sources[slot_of(old)].append(old.node_id)
-        if runs(task, view.lookup(Node, task.node_id)):
+        # A task in a crash loop does not run, but has its node.
+        if runs(task, view.lookup(Node, task.node_id)) or (task.is_active and is_in_loop(task)):
             targets[slot_of(task)].append(task.node_id)
     moves = Counter[tuple[str, str]]()
     for slot in sources.keys() | targets.keys():

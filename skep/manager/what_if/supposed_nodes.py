@@ -83,8 +83,7 @@ class SupposedNodes:
             return STOP_S, TaskState.SHUTDOWN
         if task.is_failing:
             return STOP_S, TaskState.FAILED
-        in_a_row = task.restart.failures if task.restart is not None else 0
-        is_held = task.desired_state <= TaskState.READY or in_a_row >= LOOP_FROM
+        is_held = task.desired_state <= TaskState.READY or is_in_loop(task)
         goal = TaskState.READY if is_held else TaskState.RUNNING
         return (self.start_s(task.service_id), goal) if state < goal else None
 
@@ -127,6 +126,11 @@ class SupposedNodes:
             view = self._copy.view()
             found = self._start_s[service_id] = measured_start_s(view.find(Task, service_id=service_id))
         return found
+
+
+def is_in_loop(task: Task) -> bool:
+    """Return whether the tasks before it failed in a row, so that it is not supposed to run."""
+    return task.restart is not None and task.restart.failures >= LOOP_FROM
 
 
 def _unpublish(tx: Transaction, ended: Task, volume: Volume | None) -> None:

@@ -197,6 +197,10 @@ def test_a_task_in_a_crash_loop_does_not_run_afterwards_and_is_no_effect_of_the_
     assert ask(state, losing("w2")).services == ()
     (web,) = ask(state, losing("w1")).services
     assert (web.before, web.after, sum(one.tasks for one in web.missing)) == (0, 0, 1)
+    assert [(one.source, one.target) for one in web.moves] == [("w1", "w2")]
+    held = replace(again, desired_state=TaskState.READY)
+    state = a_state(node("w1"), node("w2"), service, failed, held)
+    assert ask(state, losing("w2")).services == (), "its next attempt begins meanwhile, and fails as well"
     container = replace(service.spec.task_template.container_spec, image="web:2")
     mended = replace(
         service.spec, task_template=replace(service.spec.task_template, container_spec=container)
