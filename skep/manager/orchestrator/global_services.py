@@ -11,6 +11,7 @@ from skep.manager.orchestrator.slots import (
     group_by_node,
     has_unread_end,
     history,
+    is_done_for,
     is_unknown,
     is_unusable,
     last_of,
@@ -96,12 +97,13 @@ def _retired(task: Task, slot: Slot, seen: ObservedTimes, node: Node | None) -> 
 
 
 def _is_filled(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
-    """Return whether the node has a desired task, or a task that ended for good.  A rollback replaces the latter."""
+    """Return whether the node has a desired task, or a task that ended for good (``replicated.is_filled``)."""
     if wanted(slot) or has_unread_end(slot):
         return True
     last = last_of(slot)
     status = service.update_status
-    is_rollback = status is not None and status.state is UpdateState.ROLLBACK_STARTED
-    if last is None or is_rollback:
+    if last is None:
         return False
+    if status is not None and status.state is UpdateState.ROLLBACK_STARTED:
+        return is_done_for(last, service)
     return not should_restart(last, history(slot), seen)

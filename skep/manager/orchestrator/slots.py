@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from skep.aio.time_slices import SlicedWork, run_at_once
 from skep.model.node import Availability, Node, NodeState
+from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId
 from skep.store.schema import UNREAD_STATUS
@@ -81,6 +82,14 @@ def last_of(slot: Slot) -> Task | None:
     """
     past = history(slot)
     return next((task for task in reversed(past) if not task.was_surplus), past[-1] if past else None)
+
+
+def is_done_for(task: Task, service: Service) -> bool:
+    """Return whether a one-shot task has done its work by the service's current spec, so that a rollback to this spec
+    does not run it again.
+    """
+    is_present = task.spec_version == service.spec_version or task.spec == service.spec.task_template
+    return is_present and task.is_done
 
 
 def is_assigned(task: Task) -> bool:

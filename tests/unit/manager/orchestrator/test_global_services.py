@@ -13,6 +13,7 @@ from skep.model.options.labels import STOPPED
 from skep.model.service import RestartCondition, RestartPolicy, Service, UpdateState, UpdateStatus
 from skep.model.task import StopCause, Task, TaskState
 from skep.model.values.ids import TaskId
+from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.managers.worlds import World
@@ -91,24 +92,32 @@ AWAY = [
 
 
 @pytest.mark.parametrize(
-    ("state", "is_refilled"), [(UpdateState.ROLLBACK_STARTED, True), (UpdateState.ROLLBACK_COMPLETED, False)]
+    ("state", "ended", "is_refilled"),
+    [
+        (UpdateState.ROLLBACK_STARTED, TaskState.FAILED, True),
+        (UpdateState.ROLLBACK_STARTED, TaskState.COMPLETE, False),
+        (UpdateState.ROLLBACK_COMPLETED, TaskState.FAILED, False),
+    ],
 )
-def test_a_completed_task_runs_again_during_a_rollback_and_not_after_it(
-    state: UpdateState, *, is_refilled: bool
+def test_a_task_that_failed_for_good_runs_again_during_a_rollback_and_not_after_it(
+    state: UpdateState, ended: TaskState, *, is_refilled: bool
 ) -> None:
-    """A new leader, which has seen nothing, decides the same.
+    """A new leader, which has seen nothing, decides the same.  By swarmkit, a task that is done runs again as well.
 
     Source: swarmkit, manager/orchestrator/restart/restart.go (UpdatableTasksInSlot).
     """
-    service = replace(AGENT, update_status=UpdateStatus(state=state))
-    policy = RestartPolicy(condition=RestartCondition.ON_FAILURE)
-    ended = a_task(
-        "t1", service=service, node="n1", slot=0, state=TaskState.COMPLETE, desired=TaskState.SHUTDOWN
-    )
-    ended = replace(ended, spec=replace(ended.spec, restart_policy=policy))
+    policy = RestartPolicy(condition=RestartCondition.NONE)
+    agent = a_service("agent", is_global=True, restart=policy)
+    service = replace(agent, update_status=UpdateStatus(state=state))
+    last = a_task("t1", service=service, node="n1", slot=0, state=ended, desired=TaskState.SHUTDOWN)
     node = a_node("n1")
     fills = [FillSlot(service, 0, node.id)] if is_refilled else []
-    assert reconcile(service, [ended], [node]) == fills
+    assert reconcile(service, [last], [node]) == fills
+    other = replace(last, spec=replace(last.spec, force_update=9), spec_version=Version(index=8))
+    if state is UpdateState.ROLLBACK_STARTED:
+        assert reconcile(service, [other], [node]) == [FillSlot(service, 0, node.id)], (
+            "of the spec that failed"
+        )
 
 
 @pytest.mark.parametrize("away", AWAY)

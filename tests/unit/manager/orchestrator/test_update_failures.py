@@ -533,6 +533,31 @@ def test_a_one_shot_service_that_ends_with_0_retires_the_running_task_that_it_re
     assert (wanted(world), state(world)) == ([], UpdateState.COMPLETED)
 
 
+def test_a_rollback_runs_a_one_shot_service_once_where_the_update_has_failed_and_not_elsewhere() -> None:
+    """By swarmkit, each slot whose task is done runs again, and again until the rollback is complete."""
+    update = UpdateConfig(parallelism=1, failure_action=UpdateFailureAction.ROLLBACK)
+    policy, mode = RestartPolicy(condition=RestartCondition.NONE, delay=0), a_spec(replicas=2).mode
+    before = replace(one_shot("app:1", policy, update), mode=mode)
+    world = World(a_service(spec=before), nodes=[a_node("n1")])
+    for slot in (1, 2):
+        world.put(a_task(f"old-{slot}", slot=slot, node="n1", service=world.service))
+        world.report(TaskId(f"old-{slot}"), TaskState.COMPLETE)
+    world.settle()
+    world.update(replace(one_shot("app:2", policy, update), mode=mode))
+    world.settle()
+    world.report(wanted(world, "app:2")[0].id, TaskState.FAILED)
+    world.settle()
+    assert state(world) is UpdateState.ROLLBACK_STARTED
+    (again,) = wanted(world, "app:1")
+    world.report(again.id, TaskState.COMPLETE)
+    for _ in range(4):
+        advance(world)
+        world.now += 5.0
+        world.settle()
+    assert state(world) is UpdateState.ROLLBACK_COMPLETED
+    assert len(world.tasks) == 4, "two before, one that failed, and one after it"
+
+
 @pytest.mark.parametrize(
     ("policy", "end"),
     [(ONCE, TaskState.FAILED), (RestartPolicy(condition=RestartCondition.ANY), TaskState.COMPLETE)],
