@@ -213,14 +213,8 @@ def progress_of(
         return _job(service, tasks)
     if is_stopped(service.spec.labels):
         return _stopping([task for task in tasks if not task.status.state.is_terminal])
-    update = service.update_status
-    is_rollback = is_kept and update is not None and update.state in _ROLLBACK
-    is_undone = update is not None and update.state in _UNDONE and not is_rollback
-    # This comes before a pause, because a leader of an earlier version pauses an update at every early end.
-    if not is_undone and (ended := _ended(service, tasks, current)) is not None:
-        return ended
-    if update is not None and update.state in _STUCK and not is_rollback:
-        return ServiceProgress(_stuck(update.state, update.message, _cause(tasks)), is_stuck=True)
+    if (over := _over(service, tasks, current, is_kept=is_kept)) is not None:
+        return over
     wanted = [task for task in tasks if task.desired_state == TaskState.RUNNING]
     done = _done_slots(tasks, current)
     slots = _wanted_slots(tasks) | done
@@ -230,6 +224,7 @@ def progress_of(
     # A slot of a one-shot service that is done needs no running task.
     updated, is_global = len(running | done), mode.global_ is not None
     count = max(len(slots), 0 if is_global else service.spec.replicas)
+    update = service.update_status
     is_updating = update is not None and update.state in UNDER_WAY
     is_settled = len(wanted) == len(running) and updated == count
     is_all = is_settled and not is_updating and bool(count or not is_global)
@@ -245,12 +240,30 @@ def progress_of(
         )
     of_spec = _of_spec(tasks, current)
     cause, problem = _cause(of_spec) if updated < count else "", _problem(of_spec)
-    text = _running_text(updated, count, len(done - running))
-    # This counts slots, because an old and a new task of one slot may both run.
     if any(task.id not in current for task in wanted):
+        # This counts slots, because an old and a new task of one slot may both run.
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
+    else:
+        # Where an update has not been yet, the task of a global one-shot service has ended.
+        total = len(_youngest(tasks)) if is_global and is_updating else count
+        text = _running_text(updated, total, len(done - running))
     no_node = "" if count else _NO_NODE
     return ServiceProgress(text, cause, problem=problem, is_updating=is_updating, without_nodes=no_node)
+
+
+def _over(
+    service: Service, tasks: Sequence[Task], current: Collection[str], *, is_kept: bool
+) -> ServiceProgress | None:
+    """Return the progress of a service whose tasks are done for good, or whose update is stuck, else None."""
+    update = service.update_status
+    is_rollback = is_kept and update is not None and update.state in _ROLLBACK
+    is_undone = update is not None and update.state in _UNDONE and not is_rollback
+    # This comes before a pause, because a leader of an earlier version pauses an update at every early end.
+    if not is_undone and (ended := _ended(service, tasks, current)) is not None:
+        return ended
+    if update is not None and update.state in _STUCK and not is_rollback:
+        return ServiceProgress(_stuck(update.state, update.message, _cause(tasks)), is_stuck=True)
+    return None
 
 
 def progress_after_deploy(
@@ -398,9 +411,9 @@ def _ended(service: Service, tasks: Sequence[Task], present: Collection[str]) ->
         return None
     current = [task for task in _youngest(tasks).values() if task.id in present]
     done = _done_slots(tasks, present)
-    # A global service has a slot on each of its nodes.
+    # A global service has a slot on each of its nodes, also where its update has not replaced an ended task yet.
     is_global = service.spec.mode.global_ is not None
-    count = len(_wanted_slots(tasks) | done) if is_global else service.spec.replicas
+    count = len(_youngest(tasks)) if is_global else service.spec.replicas
     if done and len(done) == count:
         return ServiceProgress(f"{count} of {count} tasks completed", is_done=True, is_final=True)
     is_failed = any(task.status.state in _FAILED for task in current)

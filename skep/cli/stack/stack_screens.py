@@ -13,6 +13,7 @@ from skep.cli.output import Screen, Shown, table
 from skep.cli.running import say, without_code
 from skep.model.needs import CPU_NANO, host_ports
 from skep.model.options.labels import STACK_FILES, STOPPED
+from skep.model.options.schedules import CRON, JOB_MODES
 from skep.model.service import ServiceSpec
 from skep.model.staging.updates import BLUE_GREEN, UPDATE, stages_of
 from skep.model.task_end import printable
@@ -284,6 +285,13 @@ _STOPPED = f"Labels.{STOPPED}"
 def _note(change: PlannedChange) -> str:
     if change.action is not PlanAction.UPDATE:
         return ""
+    if change.spec is not None and change.spec.mode.name in JOB_MODES:
+        has_schedule = CRON in change.spec.labels
+        return (
+            "   applies from its next run on"
+            if has_schedule
+            else "   stops its last run, and starts a new one"
+        )
     if not change.restarts:
         for each in change.differences:
             if each.path == _STOPPED:

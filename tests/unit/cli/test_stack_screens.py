@@ -1,6 +1,7 @@
 """What the commands of stacks print."""
 
 import pytest
+from click import unstyle
 from msgspec.structs import replace
 
 from skep.cli.stack.stack_screens import ProgressPrinter, line_of, lines_of, shortened
@@ -79,6 +80,22 @@ def test_a_plan_names_the_steps_of_a_staged_update(labels: str, how: str) -> Non
     text = "services: {w: {image: %s, deploy: {labels: " + labels.replace("%", "%%") + "}}}"
     plan = plan_of(a_stack(text % "b"), deployed(a_stack(text % "a")), images={}, prune=False)
     assert f"replaces tasks, {how}, because of Image" in "\n".join(lines_of(plan))
+
+
+@pytest.mark.parametrize(
+    ("labels", "what"),
+    [
+        ("{}", "stops its last run, and starts a new one"),
+        ("{skep.cron: '@daily'}", "applies from its next run on"),
+    ],
+)
+@pytest.mark.parametrize("change", ["image: b", "image: a, stop_signal: SIGINT"])
+def test_a_plan_says_that_a_changed_job_runs_again(labels: str, what: str, change: str) -> None:
+    """A job has no rolling update.  Its tasks start at once, whatever has changed."""
+    text = "services: {w: {%s, deploy: {mode: global-job, labels: " + labels.replace("%", "%%") + "}}}"
+    plan = plan_of(a_stack(text % change), deployed(a_stack(text % "image: a")), images={}, prune=False)
+    (_, line, _) = map(unstyle, lines_of(plan))
+    assert line == f"  ~ service shop_w   {what}"
 
 
 @pytest.mark.parametrize(("state", "is_kept"), [("updating", True), ("paused", True), ("completed", False)])

@@ -264,6 +264,19 @@ def test_a_global_one_shot_service_is_done_when_it_has_completed_on_each_of_its_
     assert not progress_of(service, [first, on("n2", PREPARING)]).is_done
 
 
+def test_an_update_of_a_global_one_shot_service_counts_the_nodes_that_it_has_not_reached_yet() -> None:
+    """Their tasks have ended, and the leader replaces one after the other."""
+    updating = UpdateStatus(state=UpdateState.UPDATING)
+    spec = replace(ONCE.spec, mode=ServiceMode(global_=GlobalService()))
+    service = replace(ONCE, spec=spec, update_status=updating)
+    done = a_task(TaskState.COMPLETE, TaskState.SHUTDOWN, of=service)
+    old, new = (replace(done, id=TaskId(node), slot=0, node_id=NodeId(node)) for node in ("n1", "n2"))
+    found = progress_of(service, [old, new], {new.id})
+    assert (found.is_done, found.text) == (False, "0 of 2 tasks run, 1 completed")
+    over = replace(service, update_status=UpdateStatus(state=UpdateState.COMPLETED))
+    assert progress_of(over, [old, new], {new.id}).is_done, "n1 is drained"
+
+
 def test_an_update_of_ports_alone_has_to_reach_the_tasks() -> None:
     """Their template is the same: only the cluster knows which tasks the leader will replace."""
     ports = EndpointSpec(ports=(PortConfig(target_port=80, published_port=8080),))
