@@ -26,7 +26,9 @@ from skep.errors import SkepError
 from skep.manager.control.nodes import update_node
 from skep.manager.control.services import create_service, update_service
 from skep.manager.control.tasks import known_status
-from skep.manager.diagnosis.reasons import CauseKind, problems_of
+from skep.manager.diagnosis.departures import split_off_replacements
+from skep.manager.diagnosis.reasons import CauseKind
+from skep.manager.diagnosis.service_problems import problems_of
 from skep.manager.services.disruption_budget import is_available
 from skep.manager.what_if.answer import SupposedOutcome
 from skep.manager.what_if.rehearsal import Rehearsal
@@ -69,7 +71,8 @@ def outcome(view: View, service: Service) -> Outcome:
     nodes = {node.id: node for node in view.find(Node)}
     available = sum(is_available(task, nodes.get(task.node_id)) for task in tasks)
     known = [replace(task, status=known_status(view, task)) if task.is_active else task for task in tasks]
-    problems = problems_of(service, known, nodes, wanted=0, now_ns=0)
+    found = problems_of(service, known, nodes, wanted=0, now_ns=0)
+    problems, _ = split_off_replacements(found, service, known, nodes)
     return available, Counter(one.kind for one in problems)
 
 

@@ -131,8 +131,8 @@ class StopCause(Enum):
     REBALANCED = "rebalanced"
 
     def words(self, node: str) -> str:
-        """Return the reason in words.  ``node``: host name of the task's node."""
-        return _STOP_WORDS[self].format(node=node)
+        """Return the reason in words.  ``node``: host name of the task's node, or ``node ID``."""
+        return _STOP_WORDS[self].format(node=node.removeprefix("node "))
 
 
 _STOP_WORDS: Final = {

@@ -244,7 +244,7 @@ def progress_of(
         # This counts slots, because an old and a new task of one slot may both run.
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
     else:
-        # Where an update has not been yet, the task of a global one-shot service has ended.
+        # The update has yet to replace the other tasks of a global one-shot service, which have ended.
         total = len(_youngest(tasks)) if is_global and is_updating else count
         text = _running_text(updated, total, len(done - running))
     no_node = "" if count else _NO_NODE

@@ -12,15 +12,16 @@ from msgspec.structs import replace
 
 from skep.manager.orchestrator.replacement.disruption_mode import end_freeze
 from skep.model.node import NodeState
-from skep.model.service import Service
+from skep.model.service import GlobalJob, JobStatus, Service, ServiceMode
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId
 from skep.model.values.times import ZERO_TIME
 from skep.store.interface import Transaction
 from skep.store.level import NOTIFICATIONS, REGISTRATIONS, SCHEDULES
-from tests.support.builders import a_node, a_task
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.clients.command_rig import HANGS, Cluster, a_cluster
+from tests.support.store.store_transactions import put
 
 
 @pytest.fixture
@@ -163,6 +164,10 @@ async def test_a_service_is_stopped_and_started_and_returns_to_a_former_spec_by_
     assert out.splitlines()[0] == "shop_web: stopped: skep service start shop_web starts its tasks"
     code, _, err = await cluster.run("service", "start", "shop_web")
     assert (code, web().spec.replicas) == (0, 2), err
+    batch = replace(a_service_spec("batch"), mode=ServiceMode(global_job=GlobalJob()))
+    await cluster.store.update(put, replace(a_service("batch", spec=batch), job_status=JobStatus()))
+    _, _, err = await cluster.run("service", "start", "batch")
+    assert err == "batch: a job without a schedule was not stopped (skep job run starts a new run)\n"
 
     cluster.write("name: shop\nservices: {web: {image: busybox, deploy: {replicas: 3}}}")
     code, _, err = await cluster.deploy("--detach")

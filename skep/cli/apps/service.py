@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 from urllib.parse import quote
 
 import click
@@ -366,7 +366,9 @@ async def turn(
                 f"/skep/services/{quote(name, safe='')}/{verb}", timeout_s=RESPONSE_TIMEOUT_S
             )
             if is_job(found["Spec"]):
-                click.echo(f"{found['Spec']['Name']}: {_SCHEDULES[verb]}", err=True)
+                has_schedule = CRON in (found["Spec"].get("Labels") or {})
+                text = _SCHEDULES[verb] if has_schedule else _WITHOUT_SCHEDULE
+                click.echo(f"{found['Spec']['Name']}: {text}", err=True)
             else:
                 waited.append(name)
 
@@ -379,6 +381,7 @@ _SCHEDULES: Mapping[str, str] = {
     "stop": "no new run starts until the job is started again",
     "start": "its schedule counts again",
 }
+_WITHOUT_SCHEDULE: Final = "a job without a schedule was not stopped (skep job run starts a new run)"
 
 
 def is_job(spec: Mapping[str, Any]) -> bool:

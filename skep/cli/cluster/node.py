@@ -33,7 +33,7 @@ from skep.model.options.slot_volumes import (
     names_there,
     slot_volumes_in,
 )
-from skep.model.service import ServiceSpec, TaskSpec
+from skep.model.service import RestartCondition, ServiceSpec, TaskSpec
 from skep.model.values.counts import counted
 from skep.model.values.encoding import to_json
 from skep.model.values.unknown import leniently
@@ -174,10 +174,16 @@ async def _consequences(
     found = slot_volumes_in(labels.get(SLOT_VOLUMES_LABEL, ""))
     lines: list[str] = []
     for one in sorted(services, key=lambda one: str(one["Spec"]["Name"])):
-        slots = here.get(one["ID"])
-        if slots is not None and "GlobalJob" in one["Spec"]["Mode"]:
+        slots, mode = here.get(one["ID"]), one["Spec"]["Mode"]
+        if slots is None:
+            continue
+        if "GlobalJob" in mode:
             lines.append(interrupts(one["Spec"], name))
-        if slots is None or _MOVING.isdisjoint(one["Spec"]["Mode"]):
+        elif _is_never_restarted(one["Spec"]):
+            lines.append(
+                f"{one['Spec']['Name']} stops its tasks on {name} for good, by its restart condition none"
+            )
+        if _MOVING.isdisjoint(mode):
             continue
         is_away = homes.get(one["ID"]) == {node["ID"]}
         spec = with_names_there(one["Spec"], found, slots)
@@ -225,9 +231,15 @@ def stops_first(spec: Mapping[str, Any], node: str, *, is_away: bool, now: bool)
         data = why_stop_first(leniently(to_json(spec), ServiceSpec))
     except msgspec.DecodeError:  # The spec is from a newer version, so the warning is left out.
         return ""
-    if not data:
+    if not data or _is_never_restarted(spec):
         return ""
     return f"{spec['Name']} stops its tasks on {node} before their replacements start (they write to {data}){down}"
+
+
+def _is_never_restarted(spec: Mapping[str, Any]) -> bool:
+    """Return whether nothing replaces a task of the service that is stopped."""
+    policy = (spec.get("TaskTemplate") or {}).get("RestartPolicy") or {}
+    return policy.get("Condition") == RestartCondition.NONE.value and not is_job(spec)
 
 
 def interrupts(spec: Mapping[str, Any], node: str) -> str:

@@ -52,13 +52,11 @@ async def _runs(host: HostOptions, service: str, tail: int) -> dict[str, Any]:
     async with host.client() as client:
         path = f"/skep/services/{quote(service, safe='')}/runs"
         response: dict[str, Any] = await client.get(path, timeout_s=RESPONSE_TIMEOUT_S, tail=str(tail))
-        nodes = await client.get("/nodes", timeout_s=RESPONSE_TIMEOUT_S)
         found = await client.get(f"/services/{quote(service, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
-    hostnames = {node["ID"]: node["Description"].get("Hostname") or node["ID"] for node in nodes}
     mode = found["Spec"].get("Mode") or {}
     is_global = "Global" in mode or "GlobalJob" in mode
     for run in response["Runs"]:
-        run["Hostname"] = hostnames.get(run.get("NodeID", ""), run.get("NodeID", ""))
+        run["Hostname"] = run.get("NodeName") or run.get("NodeID", "")
         run["Name"] = f"{found['Spec']['Name']}.{run['Hostname'] if is_global else run['Slot']}"
     return response
 

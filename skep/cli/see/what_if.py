@@ -41,8 +41,8 @@ def what_if() -> None:
     ones wait. Nothing is written.
 
     The answer supposes that images can be pulled and that tasks which start keep running. The exit code is 3 if tasks
-    do not run afterwards or cannot leave their node, or if fewer than a service's minimum (skep.min-available) run
-    meanwhile.
+    do not run afterwards or cannot leave their node. It is also 3 if fewer than a service's minimum run meanwhile
+    (skep.min-available).
 
     \b
     Examples:

@@ -20,11 +20,11 @@ from skep.manager.diagnosis.reasons import (
     last_failure,
     name_of,
     problem_of,
-    problems_of,
     slot_of,
     without_past_attempt,
 )
 from skep.manager.diagnosis.scaling_explanations import AutoscalingExplanation
+from skep.manager.diagnosis.service_problems import problems_of
 from skep.manager.orchestrator.jobs import is_done
 from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
 from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
@@ -462,7 +462,7 @@ def _of_job(
         group_by_slot(tasks) if job is not None else group_by_node(tasks)
     )
     done = sum(is_done(slot) for slot in slots.values())
-    # Without a further task, a slot has failed, or the run goes on without it.
+    # Without a further task, a slot has failed, or the run continues without it.
     without = [slot for slot in slots.values() if not is_done(slot) and not wanted_of(slot)]
     stopped = [slot for slot in without if is_left_out(service, slot)]
     given_up = [slot for slot in without if not is_left_out(service, slot)]

@@ -9,7 +9,6 @@ A container that Skep itself killed shows why: the failed health check or the me
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Final, TypeAlias
@@ -17,7 +16,6 @@ from typing import Final, TypeAlias
 from msgspec.structs import replace
 
 from skep.manager.diagnosis.unmet_needs import fits_no_node, unknown_names, with_needs
-from skep.manager.orchestrator.jobs import is_done
 from skep.manager.orchestrator.observed_times import STABLE_S
 from skep.model.history import masked_text
 from skep.model.node import Availability, Node, NodeState
@@ -185,7 +183,7 @@ def problem_of(
     is_held = task.desired_state is TaskState.READY and restart.delay > 0
     next_attempt = restart.not_before if is_held else Timestamp("")
     if last is not None:
-        found = _failure(last, nodes, name)
+        found = problem_of_end(last, nodes, name)
         since = restart.since or last.status.timestamp
         failures = max(restart.failures, 1)
         return replace(
@@ -269,7 +267,7 @@ def last_failure(task: Task, slot: Iterable[Task]) -> Task | None:
     return None
 
 
-def _failure(task: Task, nodes: Mapping[NodeId, Node], name: str) -> TaskProblem:
+def problem_of_end(task: Task, nodes: Mapping[NodeId, Node], name: str) -> TaskProblem:
     """Return the problem of a failed task that has no successor yet."""
     kind, words = failure_of(task)
     node = nodes.get(task.node_id)
@@ -517,74 +515,6 @@ def _state(node: Node) -> str:
     if node.status.state is not NodeState.READY:
         return str(node.status.state.value)
     return {Availability.PAUSE: "paused", Availability.DRAIN: "drained"}.get(node.spec.availability, "")
-
-
-# -- services --------------------------------------------------------------------------------------------------------
-
-
-def problems_of(
-    service: Service,
-    tasks: Iterable[Task],
-    nodes: Mapping[NodeId, Node],
-    *,
-    wanted: int,
-    now_ns: int,
-    every: Iterable[Task] = (),
-) -> list[TaskProblem]:
-    """Return the problem of each slot that is not in its desired state, the most important first.
-
-    Args:
-        tasks: All tasks of the service, ended ones included.  For a job, the tasks of its current run.
-        wanted: Desired number of tasks that run at the same time.
-        now_ns: Unix time.  A task in a crash loop is a problem until it has run long enough.
-        every: All tasks of a job.  A task that waited for its restart when a user retried the run replaces a task that
-            no longer counts.
-    """
-    before: dict[SlotId, list[Task]] = defaultdict(list)
-    for task in every:
-        before[slot_of(task)].append(task)
-    slots: dict[SlotId, list[Task]] = defaultdict(list)
-    for task in tasks:
-        slots[slot_of(task)].append(task)
-    found: list[TaskProblem] = []
-    failed: list[Task] = []
-    active = 0
-    for slot in slots.values():
-        slot.sort(key=lambda task: (task.created_at, task.id))
-        current = [task for task in slot if task.is_active]
-        active += bool(current)
-        if not current and _ended_in_failure(service, slot):
-            failed.append(slot[-1])
-        behind = [
-            task
-            for task in current
-            if not (task.status.state is TaskState.RUNNING and is_stable(task, now_ns))
-        ]
-        found += [
-            problem_of(
-                task, before[slot_of(task)] or slot, nodes, name_of(task, service, nodes), service.spec
-            )
-            for task in behind
-        ]
-    if active < wanted or service.job_status is not None:
-        found += [_failure(task, nodes, name_of(task, service, nodes)) for task in failed]
-    return sorted(found, key=lambda one: one.rank)
-
-
-def _ended_in_failure(service: Service, slot: Sequence[Task]) -> bool:
-    """Return whether the last task of ``slot`` failed and has no successor.
-
-    ``slot`` has the oldest task first, and no active task.
-    """
-    last = slot[-1]
-    if service.job_status is not None:
-        return last.ended_in_failure and not is_done(slot)
-    has_ended = last.ended_by_itself or last.ended_in_failure
-    return _is_present(last, service) and has_ended and not last.is_done
-
-
-def _is_present(task: Task, service: Service) -> bool:
-    return task.spec_version == service.spec_version or task.spec == service.spec.task_template
 
 
 def slot_of(task: Task) -> SlotId:

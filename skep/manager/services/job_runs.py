@@ -183,7 +183,7 @@ def may_continue(run: Service, slot: Iterable[Task]) -> bool:
 
 
 def is_left_out(run: Service, slot: Collection[Task]) -> bool:
-    """Return whether a job's ``run`` goes on without a slot, whose task was stopped, for example by a drain.
+    """Return whether a job's ``run`` continues without a slot, whose task was stopped, for example by a drain.
 
     It waits for its node, and is not counted unless the run has ended without it.
     """

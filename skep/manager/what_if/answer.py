@@ -9,7 +9,8 @@ from msgspec.structs import replace
 
 from skep.manager.control.tasks import known_status
 from skep.manager.diagnosis.departures import split_off_replacements
-from skep.manager.diagnosis.reasons import SlotId, TaskProblem, problems_of, slot_of
+from skep.manager.diagnosis.reasons import SlotId, TaskProblem, slot_of
+from skep.manager.diagnosis.service_problems import problems_of
 from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
 from skep.manager.orchestrator.replacement.disruption import FROZEN_S_MAX
 from skep.manager.services.disruption_budget import required

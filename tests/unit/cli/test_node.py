@@ -29,7 +29,14 @@ from skep.model.node_reports.node_refusals import NO_NODE
 from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
 from skep.model.options.schedules import CRON
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
-from skep.model.service import GlobalJob, JobStatus, ReplicatedJob, ServiceMode
+from skep.model.service import (
+    GlobalJob,
+    JobStatus,
+    ReplicatedJob,
+    RestartCondition,
+    RestartPolicy,
+    ServiceMode,
+)
 from skep.model.task import TaskState
 from skep.model.values.meta import Version
 from skep.stack.progress import UNPLACED_S
@@ -401,6 +408,23 @@ async def test_a_drain_names_the_global_jobs_whose_run_it_interrupts(
     await _drain(host, "w1", None)
     words = f"scan stops its task on w1, and starts it again if w1 takes tasks again{end}"
     assert capsys.readouterr().err == f"{words}\n"
+
+
+@pytest.mark.parametrize("is_global", [False, True])
+async def test_a_drain_names_the_services_whose_tasks_nothing_replaces(
+    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str], is_global: bool
+) -> None:
+    manager, host = cluster
+    mounts = (Mount(type="volume", source="data", target="/data"),)
+    once = a_service("once", is_global=is_global, restart=RestartPolicy(condition=RestartCondition.NONE))
+    template = replace(once.spec.task_template, container_spec=ContainerSpec(image="i", mounts=mounts))
+    once = replace(once, spec=replace(once.spec, task_template=template))
+    task = a_task("t1", node="w1", service=once, slot=0 if is_global else 1)
+    for one in (a_node("w1"), a_node("w2"), once, task):
+        await manager.store.update(put, one)
+    await _drain(host, "w1", None)
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first == "once stops its tasks on w1 for good, by its restart condition none"
 
 
 async def test_a_drain_names_the_jobs_that_no_other_node_takes(

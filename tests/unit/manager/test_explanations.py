@@ -11,8 +11,8 @@ from skep.manager.diagnosis.explanations import (
     next_attempt,
     summary,
 )
-from skep.manager.diagnosis.reasons import problems_of
 from skep.manager.diagnosis.scaling_explanations import explain_autoscaling
+from skep.manager.diagnosis.service_problems import problems_of
 from skep.manager.scheduler.explaining.explain import NodeVerdict, reserve_for, verdict
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.manager.scheduler.nodes.requirements import requirements_of
@@ -27,6 +27,8 @@ from skep.model.service import (
     JobStatus,
     ReplicatedJob,
     Resources,
+    RestartCondition,
+    RestartPolicy,
     ScheduleStatus,
     Service,
     ServiceHealth,
@@ -507,3 +509,30 @@ def test_a_task_that_was_stopped_because_of_its_node_says_so() -> None:
     assert explain_task(stopped, a_node("n1")).summary == words
     newer = replace(task, restart=Restart(was_stopped=True, stop_cause="a later cause"))
     assert explain_task(newer, a_node("n1")).summary == "killed"
+
+
+@pytest.mark.parametrize("state", [TaskState.SHUTDOWN, TaskState.ORPHANED])
+def test_a_service_whose_task_left_its_node_and_is_not_restarted_waits_for_no_other(state: TaskState) -> None:
+    policy = RestartPolicy(condition=RestartCondition.NONE)
+    service = a_service("once", replicas=2, restart=policy)
+    runs = a_task("t1", service=service, slot=1, node="n1")
+    stopped = a_task("t2", service=service, slot=2, node="n2", state=state, desired=TaskState.SHUTDOWN)
+    stopped = replace(stopped, restart=Restart(was_stopped=True, stop_cause=StopCause.NODE_DOWN.value))
+    found = explain_service(service, [runs, stopped], wanted=2, nodes={}, now_ns=0)
+    assert found.summary == "its node n2 was down; not restarted, by its restart policy; 1 of 2 tasks run"
+    assert found.state is HealthState.DEGRADED
+    other = replace(stopped, spec=replace(stopped.spec, restart_policy=None))
+    again = explain_service(service, [runs, other], wanted=2, nodes={}, now_ns=0)
+    assert again.reason == "its tasks are not created yet", "it gets another one"
+
+
+def test_a_global_service_lacks_no_task_on_a_node_that_takes_none() -> None:
+    service = a_service("once", is_global=True, restart=RestartPolicy(condition=RestartCondition.NONE))
+    stopped = a_task(
+        "t", service=service, slot=0, node="n1", state=TaskState.SHUTDOWN, desired=TaskState.SHUTDOWN
+    )
+    drained = a_node("n1", availability=Availability.DRAIN)
+    away = explain_service(service, [stopped], wanted=1, nodes={drained.id: drained}, now_ns=0)
+    assert away.reason == "its tasks are not created yet", "of another node"
+    back = explain_service(service, [stopped], wanted=1, nodes={drained.id: a_node("n1")}, now_ns=0)
+    assert back.reason == "its task on n1 was stopped"

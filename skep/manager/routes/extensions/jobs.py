@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from skep.api.errors import Untranslated
 from skep.api.http.server import Routes, json_list_response, json_response
 from skep.errors import InvalidArgument, SkepError
+from skep.manager.cluster import node_name
 from skep.manager.control import jobs as control
 from skep.manager.diagnosis.explanations import summary
 from skep.manager.diagnosis.reasons import CauseKind, failure_of
@@ -105,6 +106,8 @@ class TaskRun(ApiObject):
     task_id: TaskId
     slot: int = always(0)
     node_id: NodeId = NodeId("")
+    node_name: str = ""
+    """Host name of the node, also if it was removed."""
     job_iteration: Version | None = None
     created_at: Timestamp = Timestamp("")
     ended_at: Timestamp = Timestamp("")
@@ -188,6 +191,7 @@ def _run(view: View, task: Task, lines: tuple[str, ...]) -> TaskRun:
         task_id=task.id,
         slot=task.shown_slot,
         node_id=task.node_id,
+        node_name=node_name(view, task.node_id) if task.node_id else "",
         job_iteration=task.job_iteration,
         created_at=task.created_at,
         ended_at=status.timestamp,

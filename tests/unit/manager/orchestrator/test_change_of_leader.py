@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.manager.orchestrator.slots import age
 from skep.model.service import (
     RestartCondition,
     RestartPolicy,
@@ -83,7 +84,7 @@ class Life:
             for other in self.world.tasks.values()
             if (other.slot, other.spec_version) == (task.slot, task.spec_version)
         ]
-        return self._runs_s(task.slot, sorted(alike, key=lambda it: it.created_at).index(task))
+        return self._runs_s(task.slot, sorted(alike, key=age).index(task))
 
     @property
     def given_up(self) -> set[int]:
@@ -102,6 +103,11 @@ def a_life(policy: RestartPolicy, fates: list[list[int]]) -> Life:
 
 @settings(max_examples=EXAMPLES)
 @example(RestartPolicy(condition=RestartCondition.ANY, delay=3_000_000_000, max_attempts=2), [[13, 19]], {16})
+@example(
+    RestartPolicy(condition=RestartCondition.ANY, delay=3_000_000_000, max_attempts=2),
+    [[1], [9, 1, 10000]],
+    {1, 2},
+)
 @given(policies, st.lists(st.lists(runs, min_size=1, max_size=4), min_size=1, max_size=2), moments)
 def test_no_slot_ends_that_would_not_have_and_none_that_ended_comes_back(
     policy: RestartPolicy, fates: list[list[int]], changes: set[int]

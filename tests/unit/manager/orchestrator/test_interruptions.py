@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.diagnosis.reasons import problems_of
+from skep.manager.diagnosis.service_problems import problems_of
 from skep.manager.services.job_runs import FAILED
 from skep.model.options.schedules import CRON
 from skep.model.service import (

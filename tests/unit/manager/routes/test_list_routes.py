@@ -25,7 +25,9 @@ from skep.model.service import (
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, KeptLine, TaskEnd
-from skep.model.values.times import Timestamp
+from skep.model.values.ids import NodeId
+from skep.model.values.times import ZERO_TIME, Timestamp
+from skep.store.kinds import Revocation
 from skep.store.transactions.updates import NO_LEADER
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service_spec, a_task
@@ -428,3 +430,13 @@ async def test_a_run_that_was_unhealthy_names_its_health_check(cluster):
     unhealthy = 'unhealthy: its health check "exit 1" failed 2 times in a row, last: exit 1, no output'
     errors = [one["Err"] for one in (await response.json())["Runs"]]
     assert errors == [unhealthy, "task: non-zero exit (7)"]
+
+
+async def test_a_run_on_a_removed_node_has_its_name(cluster):
+    api, client = cluster
+    job = await a_stored_service(api, a_service_spec("job"))
+    status = TaskStatus(state=TaskState.ORPHANED)
+    await put(api, replace(a_task("t1", node="n9", service=job, slot=1), status=status))
+    await put(api, Revocation(id=NodeId("n9"), until=ZERO_TIME, hostname="worker9"))
+    response = await client.get("/skep/services/job/runs", params={"tail": "0"})
+    assert [one["NodeName"] for one in (await response.json())["Runs"]] == ["worker9"]
