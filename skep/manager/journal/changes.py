@@ -15,6 +15,7 @@ from skep.manager.diagnosis.reasons import failure_of
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
 from skep.manager.failover.records import ADDRESSES_ID, holder_changes
 from skep.manager.services.freezes import freeze_changes
+from skep.manager.services.job_listing import stop_of
 from skep.manager.services.job_runs import FAILED, of_present_run, restarts_in
 from skep.model.container import ContainerSpec
 from skep.model.history import JournalEntry, Severity, masked_text
@@ -269,11 +270,13 @@ def _changed_job(old: Service, new: Service, view: View) -> Iterator[JournalEntr
 
 
 def _why_failed(job: Service, view: View) -> str:
-    """Return the last failure of the current run, and how often the task was restarted."""
-    failed = [one for one in of_present_run(job, view.find(Task, service_id=job.id)) if one.ended_in_failure]
+    """Return the last failure of the current run, and how often the task was restarted, or why it was stopped."""
+    tasks = of_present_run(job, view.find(Task, service_id=job.id))
+    failed = [one for one in tasks if one.ended_in_failure]
     last = max(failed, key=lambda one: (unix_ns(one.created_at), one.id), default=None)
     if last is None:
-        return ""
+        why = stop_of(view, tasks)
+        return f": {why}" if why else ""
     slot = [one for one in failed if _place(one) == _place(last)]
     return f" {restarts_in(slot)}: {end_of(last)}"
 

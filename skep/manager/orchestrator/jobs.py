@@ -52,6 +52,7 @@ from skep.manager.orchestrator.slots import (
 )
 from skep.manager.services.job_runs import (
     is_candidate,
+    is_ending,
     is_fixed,
     is_over,
     nodes_of,
@@ -259,6 +260,7 @@ def _settled(
     if job is None or any(isinstance(step, FillSlot) for step in steps):
         return []
     is_idle = not steps and not any(task.is_active for task in present)
+    is_idle = is_idle and not is_ending(slots.values(), situation.node_of)
     is_known = not any(map(has_unread_end, slots.values()))
     is_over, is_late = is_idle and is_known, _is_past_deadline(situation)
     settles = SettleRun(service, is_over, is_late)

@@ -1,8 +1,9 @@
 """Jobs as users see them: schedule, next run and last outcome.  Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from skep.errors import InvalidArgument
+from skep.manager.cluster import node_name
 from skep.manager.diagnosis.reasons import failure_of
 from skep.manager.services.job_runs import FAILED, RUNNING, is_going, of_present_run, outcome, past_starts
 from skep.model.options.labels import is_stopped
@@ -90,11 +91,23 @@ def note(service: Service) -> str:
 
 
 def failure(view: View, service: Service) -> str:
-    """Return why the last failed task of the job's current run failed, or an empty text if none is kept."""
+    """Return why the last failed task of the job's current run failed, or an empty text if none is kept.
+
+    If none failed, a task was stopped because of its node.
+    """
     tasks = of_present_run(service, view.find(Task, service_id=service.id))
     failed = [one for one in tasks if one.status.state in (TaskState.FAILED, TaskState.REJECTED)]
     last = max(failed, key=lambda one: (one.status.timestamp, one.id), default=None)
-    return failure_of(last)[1] if last is not None else ""
+    return failure_of(last)[1] if last is not None else stop_of(view, tasks)
+
+
+def stop_of(view: View, tasks: Iterable[Task]) -> str:
+    """Return why one of a job's ``tasks`` was stopped, or an empty text."""
+    stopped = [one for one in tasks if one.stop_cause is not None and not one.is_done]
+    last = max(stopped, key=lambda one: (one.status.timestamp, one.id), default=None)
+    if last is None or last.stop_cause is None:
+        return ""
+    return f"its task was stopped, because {last.stop_cause.words(node_name(view, last.node_id))}"
 
 
 def schedule_words(service: Service) -> str:

@@ -14,7 +14,7 @@ with a time after everything that it has to follow (``asked_at``, ``joined_at``)
 time.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from msgspec.structs import replace
 
@@ -237,9 +237,9 @@ def settled(view: View, service: Service, *, is_over: bool, is_late: bool) -> Jo
     started = {task.node_id for task in tasks if task.job_iteration == job.job_iteration}
     if not is_late and not started.issuperset(candidates):
         return job
-    is_idle = len(ended) == len(slots) and (
-        is_late or all(_is_done(slots.get(id, ())) or _is_given_up(slots.get(id, ())) for id in candidates)
-    )
+    are_decided = all(_is_done(slots.get(id, ())) or _is_given_up(slots.get(id, ())) for id in candidates)
+    is_idle = len(ended) == len(slots) and (is_late or are_decided)
+    is_idle = is_idle and not is_ending(slots.values(), _nodes_in(view))
     ending = result(run, slots.values()) if is_over and is_idle else job.present_outcome
     return replace(job, nodes_fixed=is_fixed(run), outcome=ending, settled_iteration=job.job_iteration)
 
@@ -251,6 +251,25 @@ def _has_ended(slot: Sequence[Task]) -> bool:
     """
     is_replaced = any(task.is_wanted for task in slot) and not _is_done(slot)
     return not is_replaced and not _is_active(slot)
+
+
+def is_ending(slots: Iterable[Collection[Task]], node_of: Callable[[Task], Node | None]) -> bool:
+    """Return whether a stopped task decides about one of a run's ``slots``, and its node has yet to report its end.
+
+    Its process may have ended with exit code 0 before it was stopped.  A node that is down reports nothing.
+    """
+    stopping = (task for slot in slots if not _is_done(slot) for task in slot if _is_stopping(task))
+    nodes = map(node_of, stopping)
+    return any(node is not None and node.status.state is not NodeState.DOWN for node in nodes)
+
+
+def _nodes_in(view: View) -> Callable[[Task], Node | None]:
+    return lambda task: view.lookup(Node, task.node_id)
+
+
+def _is_stopping(task: Task) -> bool:
+    state = task.status.state
+    return not task.is_wanted and state >= TaskState.ASSIGNED and not state.is_terminal
 
 
 def _is_given_up(slot: Iterable[Task]) -> bool:
@@ -300,6 +319,8 @@ def is_going(view: View, service: Service) -> bool:
     if is_over(run):
         return False
     if any(_is_active(slot) or _waits_for_retry(job, slot) for slot in slots.values()):
+        return True
+    if is_ending(slots.values(), _nodes_in(view)):
         return True
     if run.spec.mode.replicated_job is not None:
         return any(

@@ -124,6 +124,37 @@ def test_a_node_that_left_during_the_run_does_not_open_it_again(how: str) -> Non
     assert live(world) == []
 
 
+@pytest.mark.parametrize(
+    ("end", "found"), [(TaskState.COMPLETE, COMPLETED), (TaskState.SHUTDOWN, FAILED)], ids=["done", "stopped"]
+)
+def test_a_run_waits_for_the_end_of_a_task_that_a_drain_stops(end: TaskState, found: str) -> None:
+    """Its process may have ended with exit code 0 a moment before."""
+    world = a_world()
+    for task in list(world.tasks.values()):
+        world.report(task.id, TaskState.RUNNING)
+    world.nodes[NodeId("n3")] = away("n3", "drained")
+    world.settle()
+    (stopping,) = (task for task in world.tasks.values() if not task.is_wanted)
+    assert live(world) == ["n1", "n2"]
+    finish(world)
+    assert world.service.job_status is not None
+    assert (world.service.job_status.outcome, is_going(world, world.service)) == ("", True)
+    world.report(stopping.id, end)
+    world.settle()
+    assert (world.service.job_status.outcome, is_going(world, world.service)) == (found, False)
+
+
+def test_a_run_does_not_wait_for_a_task_whose_node_is_down() -> None:
+    world = a_world()
+    for task in list(world.tasks.values()):
+        world.report(task.id, TaskState.RUNNING)
+    world.nodes[NodeId("n3")] = away("n3", "down")
+    world.settle()
+    finish(world)
+    assert world.service.job_status is not None
+    assert world.service.job_status.outcome == FAILED
+
+
 def test_a_run_is_over_only_when_all_of_its_tasks_are_whatever_the_decision_saw() -> None:
     """A decision may be about some of the nodes, or older than a task that is to be replaced."""
     world = a_world()
