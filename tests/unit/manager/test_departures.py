@@ -7,7 +7,7 @@ from skep.manager.diagnosis.departures import why_it_stays
 from skep.manager.diagnosis.reasons import problem_of
 from skep.model.node import Availability
 from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
-from skep.model.service import UpdateState, UpdateStatus
+from skep.model.service import RestartCondition, RestartPolicy, UpdateState, UpdateStatus
 from skep.model.task import Restart, Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp
@@ -28,6 +28,9 @@ def test_the_replacement_of_a_present_task_starts_first() -> None:
     nodes = {**DRAINED, NodeId("n2"): a_node("n2")}
     why = why_it_stays(task, SERVICE, [task, other], nodes)
     assert why == "it stays on n1, which is drained: its replacement starts first"
+    policy = RestartPolicy(condition=RestartCondition.NONE)
+    once = replace(task, spec=replace(task.spec, restart_policy=policy))
+    assert why_it_stays(once, SERVICE, [once, other], nodes) == "", "nothing replaces it, so it is stopped"
 
 
 @pytest.mark.parametrize("state", [UpdateState.UPDATING, UpdateState.PAUSED])
