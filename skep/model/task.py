@@ -7,7 +7,13 @@ from typing import Final
 import msgspec
 
 from skep.model.network import Network
-from skep.model.service import EndpointVirtualIP, GenericResource, PortConfig, TaskSpec
+from skep.model.service import (
+    EndpointVirtualIP,
+    GenericResource,
+    PortConfig,
+    RestartCondition,
+    TaskSpec,
+)
 from skep.model.task_end import INTERRUPTIONS, TaskEnd
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NodeId, ServiceId, TaskId
@@ -330,6 +336,22 @@ class Task(ApiObject):
     def is_serving(self) -> bool:
         """Return whether the task gets connections: it is wanted, runs, and is not failing."""
         return self.is_wanted and self.status.state is TaskState.RUNNING and not self.is_failing
+
+    @property
+    def is_assigned(self) -> bool:
+        """Return whether the task is assigned to a node and its agent has not reported its end."""
+        return TaskState.ASSIGNED <= self.status.state <= TaskState.RUNNING
+
+    @property
+    def is_stopping(self) -> bool:
+        """Return whether the task is retired and its agent has not reported its end."""
+        return not self.is_wanted and self.is_assigned
+
+    @property
+    def is_never_restarted(self) -> bool:
+        """Return whether its restart condition ``none`` starts no other task, however it ends."""
+        policy = self.spec.restart_policy
+        return policy is not None and policy.condition is RestartCondition.NONE
 
     @property
     def is_active(self) -> bool:

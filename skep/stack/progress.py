@@ -409,11 +409,12 @@ def _ended(service: Service, tasks: Sequence[Task], present: Collection[str]) ->
     policy = service.spec.task_template.restart_policy
     if policy is None or policy.condition is RestartCondition.ANY:
         return None
-    current = [task for task in _youngest(tasks).values() if task.id in present]
+    youngest = _youngest(tasks)
+    current = [task for task in youngest.values() if task.id in present]
     done = _done_slots(tasks, present)
     # A global service has a slot on each of its nodes, also where its update has not replaced an ended task yet.
     is_global = service.spec.mode.global_ is not None
-    count = len(_youngest(tasks)) if is_global else service.spec.replicas
+    count = len(youngest) if is_global else service.spec.replicas
     if done and len(done) == count:
         return ServiceProgress(f"{count} of {count} tasks completed", is_done=True, is_final=True)
     is_failed = any(task.status.state in _FAILED for task in current)

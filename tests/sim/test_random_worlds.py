@@ -24,7 +24,7 @@ from skep.manager.orchestrator.reaper.history import (
     updating_versions,
 )
 from skep.manager.orchestrator.replacement.restart import stopped_at
-from skep.manager.orchestrator.slots import is_assigned, is_lost
+from skep.manager.orchestrator.slots import is_lost
 from skep.manager.services.disruption_budget import is_available, required
 from skep.manager.services.job_runs import COMPLETED
 from skep.model.service import ENDED, UpdateState
@@ -171,7 +171,7 @@ def test_a_job_does_no_work_twice_at_a_time_whatever_is_written_late(seeds: rang
             earlier = [
                 task.id
                 for task in world.tasks.values()
-                if task.job_iteration != run and is_assigned(task) and task.node_id not in lost
+                if task.job_iteration != run and task.is_assigned and task.node_id not in lost
                 if stopped_at(task, world.situation) > world.now
             ]
             assert not (started and earlier), (seed, number, started, earlier)

@@ -19,7 +19,7 @@ from skep.manager.services.disruption_budget import budget_of, required
 from skep.model.node import Availability, Node
 from skep.model.node_reports.departures import STAYS
 from skep.model.options.labels import drains_now
-from skep.model.service import PAUSED, UNDER_WAY, RestartCondition, Service
+from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, TaskId
 
@@ -47,9 +47,7 @@ def why_it_stays(
         cause = _why_unfit(task, node, surplus)
         return f"{STAYS} {where}, {cause}: {held}" if cause else ""
     cause = _why_it_leaves(task, service, node, surplus)
-    policy = task.spec.restart_policy
-    is_replaced = policy is None or policy.condition is not RestartCondition.NONE
-    if not cause or service.spec.mode.name != "replicated" or not is_replaced:
+    if not cause or service.spec.mode.name != "replicated" or task.is_never_restarted:
         return ""
     slot = [one for one in tasks if slot_of(one) == slot_of(task)]
     successors = [one for one in slot if one.is_active and one.id != task.id]

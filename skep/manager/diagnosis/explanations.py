@@ -464,8 +464,10 @@ def _of_job(
     done = sum(is_done(slot) for slot in slots.values())
     # Without a further task, a slot has failed, or the run continues without it.
     without = [slot for slot in slots.values() if not is_done(slot) and not wanted_of(slot)]
-    stopped = [slot for slot in without if is_left_out(service, slot)]
-    given_up = [slot for slot in without if not is_left_out(service, slot)]
+    stopped: list[Slot] = []
+    given_up: list[Slot] = []
+    for slot in without:
+        (stopped if is_left_out(service, slot) else given_up).append(slot)
     total = (job.total_completions or 0) if job is not None else len(slots) - len(stopped)
     completed = f"{done} of {total} completed"
     away = _away([slot[-1] for slot in stopped], nodes) if job is None else ""

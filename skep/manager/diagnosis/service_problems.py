@@ -17,9 +17,9 @@ from skep.manager.diagnosis.reasons import (
     slot_of,
 )
 from skep.manager.orchestrator.jobs import is_done
-from skep.manager.orchestrator.slots import is_unusable
+from skep.manager.orchestrator.slots import is_present, is_unusable
 from skep.model.node import Node
-from skep.model.service import RestartCondition, Service
+from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 
@@ -84,7 +84,7 @@ def _ended_in_failure(service: Service, slot: Sequence[Task]) -> bool:
     if service.job_status is not None:
         return last.ended_in_failure and not is_done(slot)
     has_ended = last.ended_by_itself or last.ended_in_failure
-    return _is_present(last, service) and has_ended and not last.is_done
+    return is_present(last, service) and has_ended and not last.is_done
 
 
 def _was_stopped_for_good(service: Service, task: Task, nodes: Mapping[NodeId, Node]) -> bool:
@@ -92,12 +92,11 @@ def _was_stopped_for_good(service: Service, task: Task, nodes: Mapping[NodeId, N
 
     A node that takes no tasks needs none of a global service.
     """
-    policy = task.spec.restart_policy
-    if service.job_status is not None or policy is None or policy.condition is not RestartCondition.NONE:
+    if service.job_status is not None or not task.is_never_restarted:
         return False
     is_away = service.spec.mode.global_ is not None and is_unusable(nodes.get(task.node_id))
     was_stopped = task.status.state in (TaskState.SHUTDOWN, TaskState.ORPHANED) and not task.was_surplus
-    return was_stopped and _is_present(task, service) and not is_away
+    return was_stopped and is_present(task, service) and not is_away
 
 
 def _problem_of_last(task: Task, nodes: Mapping[NodeId, Node], name: str) -> TaskProblem:
@@ -108,7 +107,3 @@ def _problem_of_last(task: Task, nodes: Mapping[NodeId, Node], name: str) -> Tas
     where, kind = hostname(nodes.get(task.node_id), task), CauseKind.NODE_LOST
     why = task.stop_cause.words(where) if task.stop_cause is not None else f"its task on {where} was stopped"
     return replace(found, kind=kind.value, weight=kind.weight, reason=why, failures=0, exit_code=None)
-
-
-def _is_present(task: Task, service: Service) -> bool:
-    return task.spec_version == service.spec_version or task.spec == service.spec.task_template

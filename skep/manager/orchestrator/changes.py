@@ -17,7 +17,7 @@ from skep.manager.acme.own_certificates import check_certificates
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.nodes.trust import check_rights
 from skep.manager.orchestrator.replacement.enforcement import is_unfit
-from skep.manager.orchestrator.slots import age, is_assigned, is_lost, is_stopping
+from skep.manager.orchestrator.slots import age, is_lost
 from skep.manager.services.dependent_services import check_dependencies, requiring, restart_dependents
 from skep.manager.services.disruption_budget import is_available
 from skep.manager.services.freezes import is_held_at_commit, stack_of_service
@@ -388,7 +388,7 @@ def _after(service: Service, slot: Iterable[Task], now: Timestamp) -> Timestamp:
 def _is_assigned_since(tx: Transaction, decided: Task) -> bool:
     """Return whether the task, which had no node, was assigned to one after the decision."""
     task = tx.lookup(Task, decided.id)
-    return decided.status.state < TaskState.ASSIGNED and task is not None and is_stopping(task)
+    return decided.status.state < TaskState.ASSIGNED and task is not None and task.is_stopping
 
 
 def _is_overtaken(tx: Transaction, task: Task, cause: Cause | None, *, may_run: bool = False) -> bool:
@@ -425,7 +425,7 @@ def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
             return _runs_now(tx, task)
         case Cause.IS_LATE:
             current = tx.rely_on(Task, task.id, "status")
-            return current is not None and is_assigned(current)
+            return current is not None and current.is_assigned
     assert_never(cause)
 
 

@@ -16,7 +16,6 @@ from skep.model.options.labels import OnDisconnect, drains_now
 from skep.model.options.overlap import why_stop_first
 from skep.model.options.schedules import max_attempts_of
 from skep.model.service import (
-    RestartCondition,
     Service,
     ServiceSpec,
     UpdateConfig,
@@ -151,10 +150,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         may_run = task.status.state is TaskState.RUNNING or self.has_unknown_status(task)
         if task.desired_state is not TaskState.RUNNING or not task.is_active or not may_run:
             return False
-        policy = task.spec.restart_policy
-        if policy is not None and policy.condition is RestartCondition.NONE:
-            return False
-        if any(self.is_drained(one.id) for one in task.volumes):
+        if task.is_never_restarted or any(self.is_drained(one.id) for one in task.volumes):
             return False
         return self.may_overlap(task)
 

@@ -5,22 +5,19 @@ from collections.abc import Iterable
 from skep.manager.orchestrator.changes import Change, FillSlot, RetireTask, cause_to_leave
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.restart import should_restart
+from skep.manager.orchestrator.replicated import is_filled
 from skep.manager.orchestrator.slots import (
     Slot,
     first_state,
     group_by_node,
-    has_unread_end,
-    history,
-    is_done_for,
     is_unknown,
     is_unusable,
-    last_of,
     wanted,
 )
 from skep.model.node import Availability, Node
 from skep.model.options.constraints import is_satisfied
 from skep.model.options.labels import is_stopped
-from skep.model.service import Placement, Service, UpdateState
+from skep.model.service import Placement, Service
 from skep.model.task import Task, TaskState
 
 
@@ -63,7 +60,7 @@ def reconcile(
             changes += [_retired(task, slot, seen, node) for task in ended]
     for node_id, node in eligible.items():
         slot = slots.get(node_id, ())
-        if takes_new_tasks(node) and not _is_filled(slot, service, seen):
+        if takes_new_tasks(node) and not is_filled(slot, service, seen):
             changes.append(FillSlot(service, 0, node_id, first_state(slot)))
     return changes
 
@@ -94,16 +91,3 @@ def _retired(task: Task, slot: Slot, seen: ObservedTimes, node: Node | None) -> 
     """Retire a task because of its node, with ``is_due`` set if a later leader may fill the slot again."""
     is_due = not task.status.state.is_terminal or should_restart(task, slot, seen)
     return RetireTask(task, is_due=is_due, cause=cause_to_leave(task, node))
-
-
-def _is_filled(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
-    """Return whether the node has a desired task, or a task that ended for good (``replicated.is_filled``)."""
-    if wanted(slot) or has_unread_end(slot):
-        return True
-    last = last_of(slot)
-    status = service.update_status
-    if last is None:
-        return False
-    if status is not None and status.state is UpdateState.ROLLBACK_STARTED:
-        return is_done_for(last, service)
-    return not should_restart(last, history(slot), seen)

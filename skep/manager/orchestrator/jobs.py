@@ -47,7 +47,6 @@ from skep.manager.orchestrator.slots import (
     group_by_slot,
     has_unread_end,
     history,
-    is_assigned,
     wanted,
 )
 from skep.manager.services.job_runs import (
@@ -130,9 +129,9 @@ def _last_stops_at(iteration: Version, situation: Situation) -> float:
     the store may refuse that retirement, which is a separate change.
     """
     earlier = [task for task in situation.tasks if task.job_iteration != iteration]
-    if any(task.is_active and not is_assigned(task) for task in earlier):
+    if any(task.is_active and not task.is_assigned for task in earlier):
         return inf
-    return max((stopped_at(task, situation) for task in earlier if is_assigned(task)), default=-inf)
+    return max((stopped_at(task, situation) for task in earlier if task.is_assigned), default=-inf)
 
 
 def _prepared(step: Step) -> Step:
@@ -212,7 +211,7 @@ def _has_started(slot: Iterable[Task]) -> bool:
     resources.
     """
     return any(
-        is_assigned(task) or task.ended_by_itself or task.status.container_status is not None for task in slot
+        task.is_assigned or task.ended_by_itself or task.status.container_status is not None for task in slot
     )
 
 
@@ -259,8 +258,8 @@ def _settled(
     service, job = situation.service, situation.service.job_status
     if job is None or any(isinstance(step, FillSlot) for step in steps):
         return []
-    is_idle = not steps and not any(task.is_active for task in present)
-    is_idle = is_idle and not is_ending(slots.values(), situation.node_of)
+    is_active = any(task.is_active for task in present) or is_ending(slots.values(), situation.node)
+    is_idle = not steps and not is_active
     is_known = not any(map(has_unread_end, slots.values()))
     is_over, is_late = is_idle and is_known, _is_past_deadline(situation)
     settles = SettleRun(service, is_over, is_late)

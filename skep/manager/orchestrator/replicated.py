@@ -15,7 +15,7 @@ from skep.manager.orchestrator.slots import (
     group_by_slot,
     has_unread_end,
     history,
-    is_done_for,
+    is_present,
     last_of,
     wanted,
 )
@@ -114,7 +114,7 @@ def in_eviction_order(slots: Mapping[int, Slot]) -> list[int]:
 
 
 def is_filled(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
-    """Return whether the slot counts as filled, because it has a desired task or its last task ended for good.
+    """Return whether the slot (or node of a global service) has a desired task, or a last task that ended for good.
 
     A rollback refills slots that ended for good, so that it always reaches the state before the update.  A one-shot
     task that has done its work by the spec of that time does not run again, as it would by swarmkit.
@@ -126,7 +126,7 @@ def is_filled(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
         return False
     status = service.update_status
     if status is not None and status.state is UpdateState.ROLLBACK_STARTED:
-        return is_done_for(last, service)
+        return last.is_done and is_present(last, service)
     return not should_restart(last, slot, seen)
 
 

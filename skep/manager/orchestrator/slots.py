@@ -84,22 +84,9 @@ def last_of(slot: Slot) -> Task | None:
     return next((task for task in reversed(past) if not task.was_surplus), past[-1] if past else None)
 
 
-def is_done_for(task: Task, service: Service) -> bool:
-    """Return whether a one-shot task has done its work by the service's current spec, so that a rollback to this spec
-    does not run it again.
-    """
-    is_present = task.spec_version == service.spec_version or task.spec == service.spec.task_template
-    return is_present and task.is_done
-
-
-def is_assigned(task: Task) -> bool:
-    """Return whether the task is assigned to a node and its agent has not reported its end."""
-    return TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
-
-
-def is_stopping(task: Task) -> bool:
-    """Return whether the task is retired and its agent has not reported its end."""
-    return not task.is_wanted and is_assigned(task)
+def is_present(task: Task, service: Service) -> bool:
+    """Return whether the task has the service's current spec."""
+    return task.spec_version == service.spec_version or task.spec == service.spec.task_template
 
 
 class DoneSlots:
@@ -138,7 +125,7 @@ def first_state(slot: Slot) -> TaskState:
     """Return the desired state of a new task.  It is READY, which makes the task wait, while a task of the slot is
     stopping.
     """
-    return TaskState.READY if any(map(is_stopping, slot)) else TaskState.RUNNING
+    return TaskState.READY if any(task.is_stopping for task in slot) else TaskState.RUNNING
 
 
 def is_unusable(node: Node | None) -> bool:

@@ -15,6 +15,7 @@ time.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 
 from msgspec.structs import replace
 
@@ -34,6 +35,7 @@ from skep.model.service import (
 )
 from skep.model.task import Task, TaskState
 from skep.model.values.counts import counted
+from skep.model.values.ids import NodeId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction, View
@@ -187,10 +189,10 @@ def is_left_out(run: Service, slot: Collection[Task]) -> bool:
 
     It waits for its node, and is not counted unless the run has ended without it.
     """
-    job = run.job_status
-    is_bound = run.spec.mode.global_job is None or is_fixed(run)
-    has_ended = is_bound and job is not None and bool(job.present_outcome)
-    return not (has_ended or _is_done(slot) or _is_given_up(slot) or any(task.is_wanted for task in slot))
+    if _is_done(slot) or _is_given_up(slot) or any(task.is_wanted for task in slot):
+        return False
+    has_outcome = run.job_status is not None and bool(run.job_status.present_outcome)
+    return not has_outcome or may_continue(run, slot)
 
 
 def has_last_failed(service: Service) -> bool:
@@ -232,14 +234,15 @@ def settled(view: View, service: Service, *, is_over: bool, is_late: bool) -> Jo
     if run.spec.mode.replicated_job is not None:
         ending = outcome(view, service) if is_over else job.present_outcome
         return replace(job, outcome=ending, settled_iteration=job.job_iteration) if ending else job
-    ended = {id for id, slot in slots.items() if _has_ended(slot)}
     candidates = [node.id for node in nodes_of(run, tasks, view.find(Node)) if is_candidate(node, run)]
     started = {task.node_id for task in tasks if task.job_iteration == job.job_iteration}
     if not is_late and not started.issuperset(candidates):
         return job
     are_decided = all(_is_done(slots.get(id, ())) or _is_given_up(slots.get(id, ())) for id in candidates)
-    is_idle = len(ended) == len(slots) and (is_late or are_decided)
-    is_idle = is_idle and not is_ending(slots.values(), _nodes_in(view))
+    has_ended = all(map(_has_ended, slots.values())) and not is_ending(
+        slots.values(), partial(view.lookup, Node)
+    )
+    is_idle = has_ended and (is_late or are_decided)
     ending = result(run, slots.values()) if is_over and is_idle else job.present_outcome
     return replace(job, nodes_fixed=is_fixed(run), outcome=ending, settled_iteration=job.job_iteration)
 
@@ -253,23 +256,14 @@ def _has_ended(slot: Sequence[Task]) -> bool:
     return not is_replaced and not _is_active(slot)
 
 
-def is_ending(slots: Iterable[Collection[Task]], node_of: Callable[[Task], Node | None]) -> bool:
+def is_ending(slots: Iterable[Collection[Task]], find_node: Callable[[NodeId], Node | None]) -> bool:
     """Return whether a stopped task decides about one of a run's ``slots``, and its node has yet to report its end.
 
     Its process may have ended with exit code 0 before it was stopped.  A node that is down reports nothing.
     """
-    stopping = (task for slot in slots if not _is_done(slot) for task in slot if _is_stopping(task))
-    nodes = map(node_of, stopping)
+    stopping = (task for slot in slots if not _is_done(slot) for task in slot if task.is_stopping)
+    nodes = (find_node(task.node_id) for task in stopping)
     return any(node is not None and node.status.state is not NodeState.DOWN for node in nodes)
-
-
-def _nodes_in(view: View) -> Callable[[Task], Node | None]:
-    return lambda task: view.lookup(Node, task.node_id)
-
-
-def _is_stopping(task: Task) -> bool:
-    state = task.status.state
-    return not task.is_wanted and state >= TaskState.ASSIGNED and not state.is_terminal
 
 
 def _is_given_up(slot: Iterable[Task]) -> bool:
@@ -320,7 +314,7 @@ def is_going(view: View, service: Service) -> bool:
         return False
     if any(_is_active(slot) or _waits_for_retry(job, slot) for slot in slots.values()):
         return True
-    if is_ending(slots.values(), _nodes_in(view)):
+    if is_ending(slots.values(), partial(view.lookup, Node)):
         return True
     if run.spec.mode.replicated_job is not None:
         return any(

@@ -232,11 +232,8 @@ class Question:
     def _failure_of_update(self, service: Service) -> str:
         """Return why an update fails that was not failing before the change, or an empty text."""
         status, old = service.update_status, self._services.get(service.id)
-        if (
-            status is None
-            or (old is not None and status == old.update_status)
-            or status.state not in _FAILED_UPDATE
-        ):
+        before = old.update_status if old is not None else None
+        if status is None or status == before or status.state not in _FAILED_UPDATE:
             return ""
         # Tasks of the copy have ids that nobody can look up.
         return _SUPPOSED_TASK.sub("a new task", status.message.removeprefix("rollback completed: "))

@@ -13,7 +13,7 @@ removed node).
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 
-from skep.manager.orchestrator.slots import Slot, age, has_reported_end, is_assigned, last_of
+from skep.manager.orchestrator.slots import Slot, age, has_reported_end, last_of
 from skep.model.node import Node
 from skep.model.options.schedules import max_attempts_of
 from skep.model.service import UNDER_WAY, RestartPolicy, Service
@@ -42,7 +42,7 @@ def is_past_attachment(task: Task, node: Node | None) -> bool:
 def is_of_gone_slot(task: Task, node: Node | None) -> bool:
     """Return whether the task belongs to a removed node's slot and its end is known (check ``is_orphaned`` first)."""
     is_in_node_slot = bool(task.service_id) and not task.slot and bool(task.node_id)
-    return node is None and is_in_node_slot and not is_assigned(task)
+    return node is None and is_in_node_slot and not task.is_assigned
 
 
 def is_live(task: Task, node: Node | None) -> bool:
@@ -56,7 +56,7 @@ def is_live(task: Task, node: Node | None) -> bool:
 
 def is_orphaned(task: Task, node: Node | None) -> bool:
     """Return whether the task's end will never be reported, because its node left the cluster."""
-    return node is None and bool(task.node_id) and is_assigned(task)
+    return node is None and bool(task.node_id) and task.is_assigned
 
 
 def surplus_history(

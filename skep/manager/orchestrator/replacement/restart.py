@@ -41,7 +41,7 @@ from skep.manager.orchestrator.changes import (
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty, is_old_one
-from skep.manager.orchestrator.slots import Slot, age, history, is_lost, is_stopping, last_of, wanted
+from skep.manager.orchestrator.slots import Slot, age, history, is_lost, last_of, wanted
 from skep.model.node import Availability
 from skep.model.options.labels import drain_s
 from skep.model.service import RestartCondition, RestartPolicy, UpdateOrder
@@ -334,7 +334,7 @@ def _waits_for_update(task: Task, slot: Slot, situation: Situation) -> bool:
 
 def _still_stopping(slot: Slot, situation: Situation) -> list[Task]:
     """Return the slot's stopping tasks on nodes that will report the stop or stop the tasks by themselves."""
-    return [task for task in slot if is_stopping(task) and not _counts_as_stopped(task, situation)]
+    return [task for task in slot if task.is_stopping and not _counts_as_stopped(task, situation)]
 
 
 def stopped_at(task: Task, situation: Situation) -> float:

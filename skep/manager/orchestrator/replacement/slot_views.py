@@ -9,7 +9,7 @@ from skep.manager.orchestrator.changes import RetireTask
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty, is_old_one
 from skep.manager.orchestrator.replacement.restart import is_held
-from skep.manager.orchestrator.slots import Slot, age, history, is_assigned, last_of, wanted
+from skep.manager.orchestrator.slots import Slot, age, history, last_of, wanted
 from skep.model.service import UpdateConfig
 from skep.model.task import Task, TaskState
 from skep.model.values.times import SECOND_NS
@@ -48,7 +48,7 @@ class SlotView(msgspec.Struct, frozen=True):
     @property
     def stops(self) -> bool:
         """Whether a task of the slot is stopping, or would have to be stopped."""
-        return any(map(is_assigned, self.slot))
+        return any(task.is_assigned for task in self.slot)
 
 
 def monitor_s(config: UpdateConfig) -> float:
@@ -98,7 +98,7 @@ def _may_serve(task: Task, situation: Situation) -> bool:
     """
     if serves(task):
         return True
-    return task.is_wanted and is_assigned(task) and situation.has_unknown_status(task)
+    return task.is_wanted and task.is_assigned and situation.has_unknown_status(task)
 
 
 def _leads(past: Slot, situation: Situation, *, is_given_up: bool) -> tuple[Task | None, Task | None]:

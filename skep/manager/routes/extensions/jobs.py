@@ -191,7 +191,7 @@ def _run(view: View, task: Task, lines: tuple[str, ...]) -> TaskRun:
         task_id=task.id,
         slot=task.shown_slot,
         node_id=task.node_id,
-        node_name=node_name(view, task.node_id) if task.node_id else "",
+        node_name=node_name(view, task.node_id),
         job_iteration=task.job_iteration,
         created_at=task.created_at,
         ended_at=status.timestamp,
