@@ -272,6 +272,10 @@ def _deciding_slots(
         updates = [
             step for step in updates if not (isinstance(step, SetUpdateStatus) and step.state in ENDED)
         ]
+    # The update gives such a slot a successor, so its running task need not leave for good, which a budget may forbid.
+    filled = {_slot_of(step) for step in updates if isinstance(step, FillSlot)} & set(kept)
+    steps = [step for step in steps if not (isinstance(step, RetireTask) and _slot_of(step) in filled)]
+    changed = set(map(_slot_of, steps))
     steps += [step for step in updates if _slot_of(step) is None or _slot_of(step) not in changed]
     changed.update(map(_slot_of, steps))
     yield

@@ -18,7 +18,8 @@ An update has no stored progress.  Its progress is derived from the slots.
   fail the update.  A lead without progress no longer delays other slots.  Its deadline starts once more, and the update
   is not complete until then.
 * The update is complete when it has started with every slot and the monitor time has passed since the last lead
-  settled.  An old task may then still run next to the attempts at a new one.
+  settled.  Leads that are all done (``Task.is_done``) need no such time.  An old task may then still run next to the
+  attempts at a new one.
 
 A running task is only retired once its successor is ready.  With stop-first, the new task is assigned and prepared
 first (desired READY).  Then the old one is retired, and the new one starts when the old one has stopped.  With
@@ -178,11 +179,8 @@ class _Rollout:
             )
         elif not view.serving:
             yield from retired(view.outdated)
-        elif self._may_take_over(view):
-            active = [
-                task for task in view.current if task.is_active and not self._situation.is_on_lost_node(task)
-            ]
-            successor = max(active, key=lambda task: task.status.state.number)
+        elif (heirs := self._heirs(view)) and self._may_take_over(view):
+            successor = max(heirs, key=lambda task: task.status.state.number)
             is_refused = not any(map(self._is_ready, view.current))
             yield from (
                 replace(step, successor=successor.id, is_refused=is_refused)
@@ -195,6 +193,14 @@ class _Rollout:
                 staying, key=lambda task: (task.desired_state.number, *self._progress(task)), default=None
             )
             yield from (RetireTask(task) for task in staying if task is not best)
+
+    def _heirs(self, view: SlotView) -> list[Task]:
+        """Return the slot's current tasks that may take over (``RetireTask.successor``)."""
+        return [
+            task
+            for task in view.current
+            if task.is_active and task.preemption is None and not self._situation.is_on_lost_node(task)
+        ]
 
     def _progress(self, task: Task) -> tuple[bool, bool, int]:
         """Return a sort key for how far a task has come.
@@ -391,7 +397,7 @@ class _Rollout:
         if settled is None:
             yield from self._recheck_progress()
             return
-        over_at = max(settled, default=self._now) + self._monitor_s
+        over_at = max(settled, default=self._now) + (0.0 if self._is_done() else self._monitor_s)
         since = self._step_since()
         if since is not None and self._staging is not None:
             over_at = since + max(self._monitor_s, self._staging.least_s)
@@ -409,6 +415,10 @@ class _Rollout:
             yield SetUpdateStatus(self._service, UpdateState.ROLLBACK_COMPLETED, self._rolled_back())
         else:
             yield SetUpdateStatus(self._service, UpdateState.COMPLETED, "update completed")
+
+    def _is_done(self) -> bool:
+        """Return whether every lead has done its work, so that none can fail any more."""
+        return all(view.lead is not None and view.lead.is_done for view in self._views)
 
     def _settled_leads(self) -> list[float] | None:
         """Return when each lead has settled, or None while some have not, or do not run as a step demands."""

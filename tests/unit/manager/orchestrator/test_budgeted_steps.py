@@ -12,6 +12,7 @@ from skep.model.service import (
     RestartCondition,
     RestartPolicy,
 )
+from skep.model.staging.updates import CANARY, UPDATE, UPDATE_STEP_TIME, UPDATE_STEPS
 from skep.model.task import Preemption, Task, TaskState
 from skep.model.values.ids import NodeId, TaskId
 from tests.support.managers.drains import (
@@ -69,6 +70,29 @@ def test_an_update_replaces_a_preempted_task_that_is_never_restarted_although_al
                 assign(world, task.id, state=RUNNING)
     assert len(of_image(world, "app:2")) == 2
     assert len(wanted(world)) == 2
+
+
+def test_a_staged_update_replaces_a_preempted_task_of_the_one_before_although_the_budget_keeps_it() -> None:
+    """The task is never restarted, so it would leave for good, which the budget forbids."""
+    never = RestartCondition.NONE
+    canary = {UPDATE: CANARY, UPDATE_STEPS: "5%,50%", UPDATE_STEP_TIME: "5s"}
+    world = a_world(a_spec(3, minimum="2", condition=never))
+    spec = a_spec(3, minimum="2", condition=never, image="app:2")
+    world.update(replace(spec, labels={**spec.labels, **canary}))
+    world.settle()
+    (new,) = new_ones(world)
+    assign(world, new.id, state=RUNNING)
+    for number in (1, 2):
+        world.report(f"old{number}", TaskState.FAILED)
+    preempt(world, new.id)
+    world.settle()
+    spec = a_spec(3, minimum="2", image="app:3")
+    world.update(replace(spec, labels={**spec.labels, **canary}))
+    world.settle()
+    (present,) = of_image(world, "app:3")
+    assert world.tasks[new.id].is_wanted
+    assign(world, present.id, state=RUNNING)
+    assert not world.tasks[new.id].is_wanted
 
 
 def test_a_stop_first_update_waits_until_the_minimum_is_available() -> None:

@@ -13,7 +13,7 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
-from skep.model.task import Task, TaskState
+from skep.model.task import Preemption, Task, TaskState
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.times import timestamp
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
@@ -75,6 +75,17 @@ def test_a_task_whose_predecessor_was_stopped_for_it_is_started_there(away: Node
     world.settle()
     assert world.tasks[new.id].desired_state is RUNNING
     assert (state(world), len(wanted(world, "app:1"))) == (UpdateState.UPDATING, 1), "it has its turn"
+
+
+def test_a_task_that_is_preempted_takes_no_place_there() -> None:
+    """Each decision stopped the old task, and each write refused that."""
+    world, old, new = begun()
+    world.report(new.id, READY)
+    preemption = Preemption(service="vip", task_id=TaskId("vip1"))
+    world.put(replace(world.tasks[new.id], preemption=preemption))
+    pause(world)
+    assert world.settle() < 5
+    assert world.tasks[old.id].is_wanted
 
 
 def test_a_task_that_is_ready_takes_the_place_of_the_old_one_there() -> None:
