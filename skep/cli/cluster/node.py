@@ -98,7 +98,7 @@ def drain(
     You can then switch the node off. To undo the drain, run skep node update --availability active NODE.
 
     A task stops when its replacement runs on another node. Until then it stays, and the command shows why. Tasks of
-    jobs, and tasks that write to a volume or host path, stop first. The command lists their services before it begins.
+    jobs, and tasks that write to a volume or host path, stop first. The command lists their services first.
 
     \b
     Examples:
@@ -119,13 +119,14 @@ async def _drain(
         client = overriding(plain, is_override=is_override)
         node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
         here = await _tasks_of(client, name)
-        for line in await _consequences(client, name, node, here, now=now):
+        lines = await _consequences(client, name, node, here, now=now)
+        await _set_draining(client, name, now=now)
+        for line in lines:
             say(line)
         if wait_s is None:
-            await _set_draining(client, name, now=now)
             return
         moved = {str(task.get("ServiceID", "")) for task in here}
-        await drain_and_wait(client, name, wait_s, now=now)
+        await _wait_until_empty(client, name, wait_s)
         services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
         filters = {"desired-state": ["running"]}
         tasks = [*await client.get("/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S)]
@@ -179,11 +180,12 @@ async def _consequences(
             continue
         if "GlobalJob" in mode:
             lines.append(interrupts(one["Spec"], name))
-        elif _is_never_restarted(one["Spec"]):
+        is_final = _is_never_restarted(one["Spec"])
+        if is_final:
             lines.append(
                 f"{one['Spec']['Name']} stops its tasks on {name} for good, by its restart condition none"
             )
-        if _MOVING.isdisjoint(mode):
+        if _MOVING.isdisjoint(mode) or is_final:
             continue
         is_away = homes.get(one["ID"]) == {node["ID"]}
         spec = with_names_there(one["Spec"], found, slots)
@@ -231,7 +233,7 @@ def stops_first(spec: Mapping[str, Any], node: str, *, is_away: bool, now: bool)
         data = why_stop_first(leniently(to_json(spec), ServiceSpec))
     except msgspec.DecodeError:  # The spec is from a newer version, so the warning is left out.
         return ""
-    if not data or _is_never_restarted(spec):
+    if not data:
         return ""
     return f"{spec['Name']} stops its tasks on {node} before their replacements start (they write to {data}){down}"
 
@@ -285,6 +287,10 @@ async def drain_and_wait(client: Requests, name: str, within_s: float, *, now: b
         now: Stop tasks before their replacements run.
     """
     await _set_draining(client, name, now=now)
+    await _wait_until_empty(client, name, within_s)
+
+
+async def _wait_until_empty(client: Requests, name: str, within_s: float) -> None:
     services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
     names = {one["ID"]: str(one["Spec"]["Name"]) for one in services}
     jobs = {one["ID"] for one in services if "ReplicatedJob" in (one["Spec"].get("Mode") or {})}

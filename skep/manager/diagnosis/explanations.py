@@ -492,12 +492,14 @@ def _failed(slots: Sequence[Slot], nodes: Mapping[NodeId, Node], *, is_global: b
     """Return the cause of one of the ``slots`` without a completed task, and how its attempts ended."""
     slot = min(slots, key=lambda slot: (not slot[-1].ended_in_failure, str(slot_of(slot[-1]))))
     last, node = slot[-1], nodes.get(slot[-1].node_id)
-    others = f" and {len(slots) - 1} more" if len(slots) > 1 else ""
     if last.ended_in_failure:
+        others = f" and {len(slots) - 1} more" if len(slots) > 1 else ""
         where = hostname(node, last) if is_global else f"slot {last.shown_slot}"
         return summary(last, node), f"{where}{others} gave up {restarts_in(slot)}; "
-    which = absence(node) if node is not None else ""
-    return f"its task was stopped on {hostname(node, last)}{others}{which}", ""
+    stopped, one = ("its task was", "") if len(slots) == 1 else (f"{len(slots)} tasks were", ", one")
+    if last.stop_cause is None:
+        return f"{stopped} stopped{one} on {hostname(node, last)}", ""
+    return f"{stopped} stopped{one or ','} because {last.stop_cause.words(hostname(node, last))}", ""
 
 
 def _away(tasks: Sequence[Task], nodes: Mapping[NodeId, Node]) -> str:

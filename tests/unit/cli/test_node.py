@@ -20,12 +20,14 @@ from skep.cli.cluster.node import (
 )
 from skep.cli.formatting import named
 from skep.cli.main import main
-from skep.errors import Unavailable
+from skep.errors import SkepError, Unavailable
 from skep.manager.routes import ManagerApi
+from skep.manager.services.freezes import set_freeze
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, EngineDescription, Node
 from skep.model.node_reports.departures import STAYS
 from skep.model.node_reports.node_refusals import NO_NODE
+from skep.model.options.freezes import CLUSTER, FreezeRequest
 from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
 from skep.model.options.schedules import CRON
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
@@ -39,6 +41,7 @@ from skep.model.service import (
 )
 from skep.model.task import TaskState
 from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.stack.progress import UNPLACED_S
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.store.store_transactions import put
@@ -423,8 +426,24 @@ async def test_a_drain_names_the_services_whose_tasks_nothing_replaces(
     for one in (a_node("w1"), a_node("w2"), once, task):
         await manager.store.update(put, one)
     await _drain(host, "w1", None)
-    first, *_ = capsys.readouterr().err.splitlines()
-    assert first == "once stops its tasks on w1 for good, by its restart condition none"
+    only = "once stops its tasks on w1 for good, by its restart condition none\n"
+    assert capsys.readouterr().err == only, "none starts elsewhere with empty volumes"
+
+
+async def test_a_drain_that_is_refused_names_no_consequences(
+    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager, host = cluster
+    job = replace(a_service("scan").spec, mode=ServiceMode(global_job=GlobalJob()))
+    scan = replace(a_service("scan", spec=job), job_status=JobStatus())
+    task = a_task("t1", node="w1", service=scan, slot=0, desired=TaskState.COMPLETE)
+    for one in (a_node("w1"), scan, replace(task, job_iteration=Version())):
+        await manager.store.update(put, one)
+    strict = FreezeRequest(until=timestamp(9 * 10**18), reason="sale", is_strict=True)
+    await manager.update(set_freeze, CLUSTER, strict, by="alice", now_ns=9 * 10**18 - 3600 * SECOND_NS)
+    with pytest.raises(SkepError, match="sale"):
+        await _drain(host, "w1", None)
+    assert capsys.readouterr().err == ""
 
 
 async def test_a_drain_names_the_jobs_that_no_other_node_takes(

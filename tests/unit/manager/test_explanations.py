@@ -286,7 +286,12 @@ def test_a_global_job_has_not_failed_on_a_node_that_is_drained_until_its_run_has
     schedule = ScheduleStatus(settled=STAMP)
     over = replace(job, job_status=replace(status, schedule=schedule, last_execution=STAMP))
     summary = explain_service(over, tasks, wanted=1, nodes=nodes, now_ns=0).summary
-    assert summary == "FAILED: its task was stopped on n2, whose availability is drain; 1 of 2 completed"
+    assert summary == "FAILED: its task was stopped on n2; 1 of 2 completed"
+    tasks[1] = replace(stopped, restart=Restart(stop_cause=StopCause.NODE_DRAINED.value))
+    summary = explain_service(over, tasks, wanted=1, nodes=nodes, now_ns=0).summary
+    assert summary == "FAILED: its task was stopped, because its node n2 was drained; 1 of 2 completed", (
+        "as in skep job ls, also if n2 is active again"
+    )
 
 
 def test_a_global_job_that_no_node_may_run_is_not_one_whose_tasks_come_next() -> None:
