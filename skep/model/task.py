@@ -299,7 +299,8 @@ class Task(ApiObject):
     def stop_cause(self) -> StopCause | None:
         """Why the leader retired the task because of its node.  None for other tasks, and for an unknown cause."""
         word = self.restart.stop_cause if self.restart is not None else ""
-        return next((cause for cause in StopCause if cause.value == word), None)
+        removed = StopCause.NODE_REMOVED if self.status.state is TaskState.ORPHANED else None
+        return next((cause for cause in StopCause if cause.value == word), removed)
 
     @property
     def _ended_unstopped(self) -> bool:

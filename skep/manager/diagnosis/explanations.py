@@ -348,9 +348,10 @@ def summary(
             return f"it runs on {hostname(node, task)}"
         case TaskState.SHUTDOWN if task.preemption is not None:
             return f"it was {task.preemption.words}"
-        case TaskState.SHUTDOWN if task.stop_cause is not None:
+        case TaskState.SHUTDOWN | TaskState.ORPHANED if task.stop_cause is not None:
             why = task.stop_cause.words(hostname(node, task))
-            return f"it was stopped, because {why}{because(status.err)}"
+            was = "stopped" if status.state is TaskState.SHUTDOWN else "lost"
+            return f"it was {was}, because {why}{because(status.err)}"
         case TaskState.FAILED | TaskState.REJECTED:
             return failure_of(task)[1]
         case _ if status.state.is_terminal:

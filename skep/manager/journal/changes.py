@@ -176,9 +176,9 @@ def _changed_task(old: Task, new: Task, view: View) -> Iterator[JournalEntry]:
         how = words or f"{failed}: {end_of(new)}"
         if action == "stop" and new.preemption is not None:
             how = f"{how}: {new.preemption.words}"
-        elif action == "stop":
+        elif action in ("stop", "lost"):
             why = new.stop_cause.words(node_name(view, new.node_id)) if new.stop_cause is not None else ""
-            ended = end_of(new) if new.status.end is not None else ""
+            ended = end_of(new) if new.status.end is not None and action == "stop" else ""
             how = ": ".join(filter(None, (f"{how}, because {why}" if why else how, ended)))
         where = f" on {entry.node}" if entry.node else ""
         yield replace(entry, message=f"task {entry.name}{where} {how}")

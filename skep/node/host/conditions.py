@@ -73,6 +73,13 @@ class Conditions:
             condition.cleared_at = self._clock.monotonic()
         log.info("condition cleared", name=name)
 
+    def drop(self, name: str) -> None:
+        """Clear the condition and its label, because another condition that begins now says more."""
+        with self._lock:
+            dropped = self._conditions.pop(name, None)
+        if dropped is not None and dropped.cleared_at is None:
+            log.info("condition cleared", name=name)
+
     def forget_ended(self) -> None:
         """Drop the labels of cleared conditions.
 

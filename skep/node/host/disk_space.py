@@ -303,7 +303,10 @@ class DiskSpace:
         self.disks = tuple(found.values())
         near, full = self._fullness.judge(self.disks, DiskMarks(self._configuration().disk_pressure))
         before = self._conditions.present()
-        self._conditions.report(ConditionName.DISK_SPACE, near)
+        if full and not near:
+            self._conditions.drop(ConditionName.DISK_SPACE)
+        else:
+            self._conditions.report(ConditionName.DISK_SPACE, near)
         self._conditions.report(ConditionName.DISK_PRESSURE, full)
         if self._conditions.present() != before:
             self._changed()

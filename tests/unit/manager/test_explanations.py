@@ -514,6 +514,8 @@ def test_a_task_that_was_stopped_because_of_its_node_says_so() -> None:
     assert explain_task(stopped, a_node("n1")).summary == words
     newer = replace(task, restart=Restart(was_stopped=True, stop_cause="a later cause"))
     assert explain_task(newer, a_node("n1")).summary == "killed"
+    lost = a_task("t1", service="web", node="n1", state=TaskState.ORPHANED)
+    assert explain_task(lost, None).summary == "it was lost, because its node was removed"
 
 
 @pytest.mark.parametrize("state", [TaskState.SHUTDOWN, TaskState.ORPHANED])
@@ -526,6 +528,9 @@ def test_a_service_whose_task_left_its_node_and_is_not_restarted_waits_for_no_ot
     found = explain_service(service, [runs, stopped], wanted=2, nodes={}, now_ns=0)
     assert found.summary == "its node n2 was down; not restarted, by its restart policy; 1 of 2 tasks run"
     assert found.state is HealthState.DEGRADED
+    evicted = replace(stopped, restart=None, status=replace(stopped.status, state=TaskState.ORPHANED))
+    found = explain_service(service, [runs, evicted], wanted=2, nodes={}, now_ns=0)
+    assert found.summary == "its node was removed; not restarted, by its restart policy; 1 of 2 tasks run"
     other = replace(stopped, spec=replace(stopped.spec, restart_policy=None))
     again = explain_service(service, [runs, other], wanted=2, nodes={}, now_ns=0)
     assert again.reason == "its tasks are not created yet", "it gets another one"

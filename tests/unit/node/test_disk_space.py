@@ -213,10 +213,12 @@ async def test_a_full_disk_is_two_conditions_and_a_label_for_managers(tmp_path: 
     conditions = Conditions(SystemClock())
     percents = iter((90.0, 96.0, 50.0))
     check = checking(tmp_path, conditions, lambda path, _: a_disk(next(percents), path=path))
-    found = []
+    found, labels = [], []
     for _ in range(3):
         await check.measure()
         found.append(sorted(conditions.present()))
+        labels.append([*conditions.labels()])
+    assert labels[1] == [DISK_PRESSURE_LABEL], "90 % full beside 96 % full would be untrue"
     assert found == [[ConditionName.DISK_SPACE], [ConditionName.DISK_PRESSURE], []]
     assert DISK_PRESSURE_LABEL in conditions.labels()  # until it has been there for half a minute
     page = render(disk_families(check.disks)).decode()
@@ -381,10 +383,12 @@ async def test_an_own_disk_that_does_not_answer_is_as_full_as_before(
         return a_disk(97, path=path)
 
     check = checking(tmp_path, conditions, measure)
-    found = []
+    found, labels = [], []
     for _ in range(3):
         await check.measure()
         found.append(sorted(conditions.present()))
+        labels.append([*conditions.labels()])
+    assert labels[1] == [DISK_PRESSURE_LABEL], "90 % full beside 96 % full would be untrue"
     assert found == [[ConditionName.DISK_PRESSURE], [ConditionName.DISK_PRESSURE], []]
 
 

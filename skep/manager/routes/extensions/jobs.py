@@ -183,7 +183,7 @@ def _run(view: View, task: Task, lines: tuple[str, ...]) -> TaskRun:
     status = task.status
     kind, words = failure_of(task)
     err = words if kind is CauseKind.UNHEALTHY else status.err
-    if status.state is TaskState.SHUTDOWN and task.stop_cause is not None:
+    if status.state in (TaskState.SHUTDOWN, TaskState.ORPHANED) and task.stop_cause is not None:
         err = summary(task, view.lookup(Node, task.node_id))
     container = status.container_status
     has_code = container is not None and container.container_id and status.state is not TaskState.REJECTED

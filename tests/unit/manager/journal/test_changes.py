@@ -334,4 +334,4 @@ def test_tasks_of_a_removed_node_keep_its_name() -> None:
     gone = Revocation(id="n9", until=Timestamp("2027-01-01T00:00:00Z"), is_removed=True, hostname="w9")
     lost = replace(task, status=at(TaskState.ORPHANED))
     (entry,) = entries(Updated(task, lost), web, gone, lost)
-    assert (entry.message, entry.node) == ("task web.w9 on w9 was lost", "w9")
+    assert (entry.message, entry.node) == ("task web.w9 on w9 was lost, because its node was removed", "w9")
