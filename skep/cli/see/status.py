@@ -84,7 +84,7 @@ class NodeLine(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 class ServiceLine(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     """A service.
 
-    ``completed`` and ``total`` are set for a job, and for a service whose tasks have ended as intended.  ``state``,
+    ``completed`` and ``total`` are set for a job, and for a service of which tasks have ended as intended.  ``state``,
     ``weight`` and ``since`` are the manager's (``ServiceHealth``).
     """
 
@@ -425,7 +425,7 @@ def _image(service: Mapping[str, Any]) -> str:
 def completion(service: Mapping[str, Any]) -> tuple[int, int]:
     """Return the number of completed tasks, and of all tasks that have to complete.
 
-    Returns (0, 0) for a service that is not a job, unless some of its tasks have completed and none runs.
+    Returns (0, 0) for a service that is not a job, unless some of its tasks have completed.
     """
     status, mode = service.get("ServiceStatus") or {}, service["Spec"].get("Mode") or {}
     completed, total = _count(service, "CompletedTasks"), int(status.get("TotalTasks", 0))
@@ -433,7 +433,7 @@ def completion(service: Mapping[str, Any]) -> tuple[int, int]:
         total = total or int(mode["ReplicatedJob"].get("TotalCompletions") or 0)
     elif mode.get("GlobalJob") is not None:
         total = total or completed + _count(service, "DesiredTasks")
-    elif completed and not _count(service, "RunningTasks"):
+    elif completed:
         total = _count(service, "DesiredTasks")
     return (completed, total) if total else (0, 0)
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from skep.api.client.requests import Filters, Requests, filters_of
+from skep.cli.apps.service import is_job
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
@@ -75,7 +76,7 @@ def stacks(services: Objects, empty: str = _NO_STACKS) -> Shown:
         row["Running"] += running
         row["Desired"] += desired
         completed, total = completion(service)
-        done[name] += completed if total else running
+        done[name] += completed + (0 if is_job(service["Spec"]) else running)
         wanted[name] += total or desired
         row["State"] = worst_health((row["State"], health_of(service).state))
         row["IsHealthy"] = row["State"] is HealthState.HEALTHY

@@ -131,7 +131,7 @@ export class Cluster {
  */
 export function progress({ mode, running, desired, completed = 0, total = 0 }) {
   if (mode.endsWith("-job")) return { done: completed, of: total || desired, isJob: true };
-  if (completed > 0 && running === 0) return { done: completed, of: desired, isJob: true };
+  if (completed > 0) return { done: completed, of: desired, isJob: true };
   return { done: running, of: desired, isJob: false };
 }
 

@@ -425,7 +425,8 @@ def _of_service(
             since = f" since {scaled.at[:19]}Z" if scaled is not None and not scaled.after else ""
             return f"{AT_ZERO}{since}", AT_ZERO, True
         if done:
-            text = f"{done} of {wanted} tasks done" + (f", {running} running" if running else "")
+            text = f"{done} of {wanted} tasks done"
+            hint = "; ".join(filter(None, (f"{running} running" if running else "", hint)))
         else:
             lacks_nodes = not wanted and service.spec.mode.global_ is not None
             hint = NO_NODE if lacks_nodes and not hint else hint

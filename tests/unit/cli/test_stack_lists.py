@@ -55,6 +55,9 @@ def test_tasks_that_are_done_are_no_missing_tasks() -> None:
     of_docker = OutputOptions(template="{{.Replicas}}").lines(listed)
     assert of_docker == ["0/1", "0/0 (3/3 completed)", "2/2"]
     assert [line for line in listed.lines(Screen()) if "migrate" in line and "0/1 (1/1 completed)" in line]
+    half = a_service("shop", "migrate", 2, 3, Replicated={"Replicas": 3})
+    half["ServiceStatus"]["CompletedTasks"] = 1
+    assert list(stacks([half]).lines(Screen()))[1] == "shop  1         3/3"
 
 
 def test_services_have_dockers_fields() -> None:

@@ -148,7 +148,7 @@ def test_jobs_and_one_shot_services_show_what_is_done() -> None:
     everywhere["ServiceStatus"]["TotalTasks"] = 6
     once, half = a_service("c", 0, 1, 1, Replicated={}), a_service("d", 1, 2, 1, Replicated={})
     rows = list(service_rows([replicated, everywhere, once, half, a_service("e", 2, 3)], NOW))
-    assert [row.tasks for row in rows] == ["6/6 done", "5/6 done", "1/1 done", "1/2", "2/3"]
+    assert [row.tasks for row in rows] == ["6/6 done", "5/6 done", "1/1 done", "1/2 done", "2/3"]
 
 
 def test_the_message_of_a_node_is_in_plain_words_with_the_last_heartbeat() -> None:

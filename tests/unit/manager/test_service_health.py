@@ -251,7 +251,8 @@ async def test_a_slot_of_a_one_shot_service_that_is_done_needs_no_task() -> None
     spec = a_service_spec("migrate", replicas=2)
     policy = RestartPolicy(condition=RestartCondition.ON_FAILURE)
     once = web(spec=replace(spec, task_template=replace(spec.task_template, restart_policy=policy)))
-    assert (await health(once, tasks(once, TaskState.COMPLETE, RUNNING))).state is HealthState.HEALTHY
+    half = await health(once, tasks(once, TaskState.COMPLETE, RUNNING))
+    assert (half.state, half.reason) == (HealthState.HEALTHY, "1 running"), "beside 1/2 done"
     assert (await health(once, tasks(once, TaskState.COMPLETE))).state is HealthState.CONVERGING
 
 
