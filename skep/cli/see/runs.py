@@ -1,5 +1,6 @@
 """``skep runs``: ended tasks of a service or job, with exit codes and last lines."""
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +15,8 @@ from skep.model.task_end import printable
 
 _INCOMPLETE = "warning: incomplete log stream. some logs could not be retrieved for the following reasons: "
 """Docker's words before the reasons."""
+_EXIT_CODE = re.compile(r"^task: non-zero exit \(\d+\)(: )?")
+"""Docker's words for an exit code, which the column EXIT already shows."""
 _HEAD = ("TASK", "NODE", "RUN", "STATE", "EXIT", "ENDED")
 
 
@@ -80,9 +83,8 @@ def shown(service: str, response: Mapping[str, Any], screen: Screen, now: float)
     yield next(lines)
     for run, line in zip(response["Runs"], lines, strict=True):
         yield line
-        if run.get("Err") and not run["Err"].startswith("task: non-zero exit"):
-            # The column EXIT already shows it.
-            yield f"    {printable(run['Err'])}"
+        if why := _EXIT_CODE.sub("", run.get("Err", "")):
+            yield f"    {printable(why)}"
         yield from (f"    | {printable(line)}" for line in run["Lines"])
     yield from _schedule(response, screen, now)
     if response.get("Incomplete"):

@@ -95,9 +95,8 @@ def _was_stopped_for_good(service: Service, task: Task, nodes: Mapping[NodeId, N
     if service.job_status is not None or not task.is_never_restarted:
         return False
     is_away = service.spec.mode.global_ is not None and is_unusable(nodes.get(task.node_id))
-    # A node that is down does not report the end of its tasks.
-    was_stopped = task.desired_state is TaskState.SHUTDOWN and not task.was_surplus
-    was_stopped &= task.status.state in (TaskState.SHUTDOWN, TaskState.ORPHANED) or task.is_stopping
+    # A lost node does not report the end of its tasks, or reports a failure once it is back.
+    was_stopped = task.desired_state is TaskState.SHUTDOWN and not task.was_surplus and not task.is_done
     return was_stopped and is_present(task, service) and not is_away
 
 

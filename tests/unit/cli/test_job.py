@@ -1,5 +1,7 @@
 """``skep job ls`` and the schedule in ``skep runs``: what people read."""
 
+import pytest
+
 from skep.cli.apps.job import shown as shown_jobs
 from skep.cli.apps.job import until
 from skep.cli.output import Screen
@@ -74,6 +76,20 @@ def test_runs_of_a_schedule_are_listed_with_their_reasons() -> None:
     ]
     assert lines[5] == ["2026-11-24T08:00:00Z", "skipped:", "run", "3", "is", "still", "going"]
     assert lines[6] == ["0", "on", "request", "1h", "ago"]
+
+
+@pytest.mark.parametrize(
+    ("err", "shown"),
+    [
+        ("task: non-zero exit (7)", []),
+        ("task: non-zero exit (255): its monitor was lost", ["    its monitor was lost"]),
+        ("No such image: app:1", ["    No such image: app:1"]),
+    ],
+)
+def test_an_ended_task_has_its_reason_without_the_exit_code(err: str, shown: list[str]) -> None:
+    run = {"Name": "job.0", "Hostname": "w1", "State": "failed", "EndedAt": "2026-11-24T09:00:00Z"}
+    run |= {"Err": err, "Lines": []}
+    assert list(shown_runs("job", {"Runs": [run]}, Screen(), NOW))[2:] == shown
 
 
 def test_a_service_without_an_ended_task_leads_to_its_tasks() -> None:

@@ -518,7 +518,9 @@ def test_a_task_that_was_stopped_because_of_its_node_says_so() -> None:
     assert explain_task(lost, None).summary == "it was lost, because its node was removed"
 
 
-@pytest.mark.parametrize("state", [TaskState.RUNNING, TaskState.SHUTDOWN, TaskState.ORPHANED])
+@pytest.mark.parametrize(
+    "state", [TaskState.RUNNING, TaskState.SHUTDOWN, TaskState.FAILED, TaskState.ORPHANED]
+)
 def test_a_service_whose_task_left_its_node_and_is_not_restarted_waits_for_no_other(state: TaskState) -> None:
     policy = RestartPolicy(condition=RestartCondition.NONE)
     service = a_service("once", replicas=2, restart=policy)
