@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any, Final
 
 import msgspec
@@ -281,6 +283,19 @@ def _check_external(
         problems.append(FileProblem(network.place, path, text))
 
 
+def _subnets(network: Mapping[str, Any]) -> set[IPv4Network | IPv6Network]:
+    """Return the subnets of a network, as the files or the API show it.  Invalid ones are left out."""
+    found = set()
+    for one in (network.get("IPAM") or {}).get("Config") or ():
+        with suppress(ValueError):
+            found.add(ip_network(one.get("Subnet", ""), strict=False))
+    return found
+
+
+def _named(subnets: Iterable[IPv4Network | IPv6Network]) -> str:
+    return ", ".join(sorted(map(str, subnets)))
+
+
 def _check_same(network: StackNetwork, found: Mapping[str, Any], problems: list[FileProblem]) -> None:
     """Report how an existing network differs from the files, because networks cannot be changed."""
     body = network.body
@@ -290,15 +305,16 @@ def _check_same(network: StackNetwork, found: Mapping[str, Any], problems: list[
         "Attachable": body.get("Attachable", False),
         "EnableIPv6": body.get("EnableIPv6", False),
     }
-    given = [one["Subnet"] for one in body.get("IPAM", {}).get("Config", ()) if "Subnet" in one]
-    now = [one.get("Subnet", "") for one in (found.get("IPAM") or {}).get("Config") or ()]
+    given = _subnets(body)
+    # The managers choose the subnet of a version that the files do not name.
+    now = {one for one in _subnets(found) if one.version in {own.version for own in given}}
     differing = [
         f"{key} is {found.get(key) or False}, not {value}"
         for key, value in wanted.items()
         if (found.get(key) or False) != value
     ]
-    if given and sorted(given) != sorted(now):
-        differing.append(f"its subnet is {', '.join(now)}, not {', '.join(given)}")
+    if given != now:
+        differing.append(f"its subnet is {_named(now) or 'of another IP version'}, not {_named(given)}")
     options = found.get("Options") or {}
     differing += [
         f"the option {key} is {options.get(key)!r}, not {value!r}"

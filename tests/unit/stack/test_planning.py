@@ -288,6 +288,27 @@ def test_what_cannot_be_made_true_is_refused_before_anything_is_done(
     assert [one.text for one in caught.value.problems] == [problem]
 
 
+@pytest.mark.parametrize(
+    ("subnet", "now"),
+    [
+        ("fd77:1::/64", ("10.0.3.0/24", "fd77:1::/64")),
+        ("10.9.0.0/24", ("10.9.0.0/24", "fd00:1::/64")),
+        ("10.9.0.1/24", ("10.9.0.0/24",)),
+        ("'fd77:0001::/64'", ("10.0.3.0/24", "fd77:1::/64")),
+    ],
+)
+def test_a_network_whose_other_subnet_was_chosen_for_it_is_the_same(
+    subnet: str, now: tuple[str, ...]
+) -> None:
+    """A second deploy of the same file was refused."""
+    ipam = f"{{config: [{{subnet: {subnet}}}]}}"
+    text = f"services: {{w: {{image: w, networks: [n]}}}}\nnetworks: {{n: {{name: m, ipam: {ipam}}}}}"
+    config = [{"Subnet": one} for one in now]
+    network = {"Name": "m", "Id": "1", "Scope": "swarm", "Driver": "overlay", "IPAM": {"Config": config}}
+    made = plan(text, Existing(networks=(network,)))
+    assert [one.split()[-1] for one in signs(made)] == ["shop_w"]
+
+
 @pytest.mark.parametrize("kind", ["secret", "config"])
 def test_labels_of_a_file_with_a_name_of_its_own_are_updated(kind: str) -> None:
     source = "content: x" if kind == "config" else "file: f"
