@@ -334,6 +334,15 @@ class Task(ApiObject):
         return self.status.state is TaskState.RUNNING and self.status.end is not None
 
     @property
+    def was_stopped_for_good(self) -> bool:
+        """Return whether it was retired before it had done its work, and nothing takes its place.
+
+        A stopping task may still end with exit code 0.
+        """
+        is_retired = self.desired_state is TaskState.SHUTDOWN and not self.was_surplus
+        return is_retired and self.is_never_restarted and not self.is_done
+
+    @property
     def is_serving(self) -> bool:
         """Return whether the task gets connections: it is wanted, runs, and is not failing."""
         return self.is_wanted and self.status.state is TaskState.RUNNING and not self.is_failing

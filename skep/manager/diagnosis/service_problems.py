@@ -88,16 +88,15 @@ def _ended_in_failure(service: Service, slot: Sequence[Task]) -> bool:
 
 
 def _was_stopped_for_good(service: Service, task: Task, nodes: Mapping[NodeId, Node]) -> bool:
-    """Return whether the last task of a slot was stopped, and its restart condition ``none`` starts no other.
+    """Return whether the last task of a slot was stopped for good.
 
-    A node that takes no tasks needs none of a global service.
+    A lost node does not report the end of its tasks, or reports a failure once it is back.  A node that takes no tasks
+    needs none of a global service.
     """
-    if service.job_status is not None or not task.is_never_restarted:
+    if service.job_status is not None or not task.was_stopped_for_good:
         return False
     is_away = service.spec.mode.global_ is not None and is_unusable(nodes.get(task.node_id))
-    # A lost node does not report the end of its tasks, or reports a failure once it is back.
-    was_stopped = task.desired_state is TaskState.SHUTDOWN and not task.was_surplus and not task.is_done
-    return was_stopped and is_present(task, service) and not is_away
+    return is_present(task, service) and not is_away
 
 
 def _problem_of_last(task: Task, nodes: Mapping[NodeId, Node], name: str) -> TaskProblem:

@@ -207,7 +207,7 @@ class _Check:
 
     def _state(self, one: Dependency, service: Service) -> _State:
         tasks = self._view.find(Task, service_id=service.id)
-        if not one.is_required and _has_failed(tasks):
+        if not one.is_required and _has_failed(tasks, self._view):
             return _State(is_met=True)
         if one.restarts:
             tasks = [task for task in tasks if is_same_task(task.spec, service.spec.task_template)]
@@ -278,12 +278,20 @@ def _wants_same_tasks(before: Service, service: Service) -> bool:
     )
 
 
-def _has_failed(tasks: Sequence[Task]) -> bool:
+def _has_failed(tasks: Sequence[Task], view: View) -> bool:
     """Return whether the service is in a crash loop, or its restarts have ended."""
     wanted = [task for task in tasks if task.is_wanted]
     if wanted:
         return any(task.restart is not None and task.restart.failures for task in wanted)
-    return any(task.ended_in_failure for task in tasks)
+    return any(_ended_undone(task, view) for task in tasks)
+
+
+def _ended_undone(task: Task, view: View) -> bool:
+    """Return whether the task failed, or was stopped for good before it had done its work."""
+    if task.ended_in_failure or not task.was_stopped_for_good:
+        return task.ended_in_failure
+    node = view.lookup(Node, task.node_id)
+    return task.status.state.is_terminal or node is None or node.status.state is NodeState.DOWN
 
 
 def _blocked_suffix(service: Service, tasks: Sequence[Task], view: View) -> str:
@@ -296,8 +304,12 @@ def _blocked_suffix(service: Service, tasks: Sequence[Task], view: View) -> str:
         if job.schedule is not None or is_going(view, service):
             return ""
         return {COMPLETED: HAS_ENDED, FAILED: HAS_FAILED}.get(outcome(view, service), "")
-    has_failed = any(task.ended_in_failure and task.spec_version == service.spec_version for task in tasks)
-    return HAS_FAILED if has_failed and not any(task.is_wanted for task in tasks) else ""
+    if any(task.is_wanted for task in tasks):
+        return ""
+    has_failed = any(
+        task.spec_version == service.spec_version and _ended_undone(task, view) for task in tasks
+    )
+    return HAS_FAILED if has_failed else ""
 
 
 def _own_wait(tasks: Iterable[Task]) -> str:

@@ -299,7 +299,9 @@ async def test_a_task_that_has_not_started_makes_nothing_due() -> None:
     assert cluster.waits.record(Commit(1, (Updated(preparing, task),)), 0.0) == {"w0": 0.0}
 
 
-async def test_a_chain_of_services_names_the_one_at_its_end_that_has_failed() -> None:
+@pytest.mark.parametrize("end", ["failed", "stopped", "lost"])
+async def test_a_chain_of_services_names_the_one_at_its_end_that_has_failed(end: str) -> None:
+    """It has also failed if it was stopped with its node and nothing replaces it."""
     store = MemoryStore(SystemClock())
     once = RestartPolicy(condition=RestartCondition.NONE)
     first = a_service("first", restart=once)
@@ -321,10 +323,15 @@ async def test_a_chain_of_services_names_the_one_at_its_end_that_has_failed() ->
     async with scheduling(store, PausingClock()):
         await wait_for(store, lambda: len(reasons()) == 4)
         assert all(map(is_wait, reasons().values()))
-        failed = replace(running.status, state=TaskState.FAILED, err="task: non-zero exit (5)")
-        await store.update(put, replace(running, status=failed, desired_state=TaskState.SHUTDOWN))
+        state = {"failed": TaskState.FAILED, "stopped": TaskState.SHUTDOWN}.get(end, TaskState.RUNNING)
+        if end == "lost":
+            await store.update(put, a_node("n1", state=NodeState.DOWN))
+            await store.update(put, a_node("n2"))
+        ended = replace(running.status, state=state)
+        await store.update(put, replace(running, status=ended, desired_state=TaskState.SHUTDOWN))
         await wait_for(store, lambda: not any(map(is_wait, reasons().values())))
-        await wait_for(store, lambda: store.view().get(Task, "optional").node_id == "n1")
+        free = "n2" if end == "lost" else "n1"
+        await wait_for(store, lambda: store.view().get(Task, "optional").node_id == free)
     assert reasons() == {
         "second": "waits for first to complete, which has failed",
         "third": "waits for second to be started, which waits for first to complete, which has failed",
