@@ -20,9 +20,18 @@ from skep.manager.control.services import create_service, remove_service, rollba
 from skep.manager.schedules.loop import Schedules
 from skep.manager.schedules.state import RESTORED, SCHEDULES_ID, Restored, note_incarnation
 from skep.manager.services.job_runs import COMPLETED, FAILED, RUNNING, STOPPED, past_starts
+from skep.model.node import Availability, Node
 from skep.model.options.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY
 from skep.model.options.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_SUSPEND
-from skep.model.service import JobStart, JobStatus, ReplicatedJob, Service, ServiceMode, ServiceSpec
+from skep.model.service import (
+    GlobalJob,
+    JobStart,
+    JobStatus,
+    ReplicatedJob,
+    Service,
+    ServiceMode,
+    ServiceSpec,
+)
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import new_id
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp
@@ -30,9 +39,10 @@ from skep.store.interface import Store
 from skep.store.kinds import Payload, as_run
 from skep.store.level import SCHEDULES
 from skep.store.memory import MemoryStore
-from tests.support.builders import a_service_spec, a_task
+from tests.support.builders import a_node, a_service_spec, a_task
 from tests.support.managers.control_loops import wait_for
 from tests.support.store.store_rigs import Rig
+from tests.support.store.store_transactions import put
 
 TEN, ELEVEN, NOON = (Timestamp(f"2026-11-24T{hour}:00:00Z") for hour in (10, 11, 12))
 CREATED = Timestamp("2026-11-24T09:30:00Z")
@@ -306,6 +316,25 @@ async def test_a_retry_of_a_run_that_restarts_its_failed_tasks_by_itself_says_so
         FailedPrecondition, match="restarts its failed tasks by itself: there is nothing to retry"
     ):
         await store.update(retry_job, id)
+
+
+async def test_a_run_that_failed_on_a_drained_node_is_retried_when_the_node_takes_tasks(store: Store) -> None:
+    spec = replace(a_spec("scan"), mode=ServiceMode(global_job=GlobalJob()))
+    id = await create(store, spec)
+    await store.update(put, replace(a_node("w1"), created_at=CREATED))
+    await store.update(run_job, id, now=TEN, replaces=False)
+    task = a_task("t1", service=store.view().get(Service, id), slot=0, node="w1", state=TaskState.SHUTDOWN)
+    stopped = replace(task, job_iteration=status(store, id).job_iteration, desired_state=TaskState.SHUTDOWN)
+    await store.update(put, stopped)
+    drained = a_node("w1", availability=Availability.DRAIN)
+    await store.update(put, replace(store.view().get(Node, "w1"), spec=drained.spec))
+    with pytest.raises(
+        FailedPrecondition, match="run 0 of job scan failed on w1: retry it when its nodes take"
+    ):
+        await store.update(retry_job, id)
+    await store.update(put, replace(store.view().get(Node, "w1"), spec=a_node("w1").spec))
+    await store.update(retry_job, id)
+    assert status(store, id).retried_until == stopped.created_at
 
 
 async def test_what_is_no_job_or_gone_is_neither_run_nor_scheduled(store: Store) -> None:

@@ -5,6 +5,7 @@ from msgspec.structs import replace
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from skep.manager.control.services import check_files
 from skep.manager.services.job_runs import (
+    away_from_retry,
     has_failed,
     is_going,
     of_present_run,
@@ -65,6 +66,12 @@ def retry_job(tx: Transaction, id: ServiceId) -> Service:
             else f"no slot of the current run of job {service.spec.name} has failed"
         )
         raise FailedPrecondition(f"{why}: there is nothing to retry")
+    if service.job_status is not None and (away := away_from_retry(tx, service)):
+        others = f" and {len(away) - 1} more" if len(away) > 1 else ""
+        raise FailedPrecondition(
+            f"run {service.job_status.job_iteration.index} of job {service.spec.name} failed on {away[0]}{others}: "
+            "retry it when its nodes take tasks again"
+        )
     spec = as_run(
         tx, service
     ).spec  # The run was over, so the objects to which it refers may have been removed.

@@ -161,7 +161,11 @@ def outcome(view: View, service: Service) -> str:
         return ""
     run, slots = as_run(view, service), _slots(view, service)
     if run.spec.mode.replicated_job is None:
-        return service.job_status.present_outcome if is_over(run) else result(run, slots.values())
+        return (
+            service.job_status.present_outcome
+            if is_over(run)
+            else result(run, _slots_of_run(view, run).values())
+        )
     done = sum(map(_is_done, slots.values()))
     return COMPLETED if done >= (run.spec.mode.replicated_job.total_completions or 0) else FAILED
 
@@ -243,7 +247,7 @@ def settled(view: View, service: Service, *, is_over: bool, is_late: bool) -> Jo
         slots.values(), partial(view.lookup, Node)
     )
     is_idle = has_ended and (is_late or are_decided)
-    ending = result(run, slots.values()) if is_over and is_idle else job.present_outcome
+    ending = result(run, _slots_of_run(view, run).values()) if is_over and is_idle else job.present_outcome
     return replace(job, nodes_fixed=is_fixed(run), outcome=ending, settled_iteration=job.job_iteration)
 
 
@@ -371,7 +375,25 @@ def runs_with(tx: Transaction, kind: str, id: str) -> list[Service]:
 
 def has_failed(view: View, service: Service) -> bool:
     """Return whether slots of the current run were given up.  ``retried`` starts them again."""
-    return any(not _is_done(slot) and not _is_active(slot) for slot in _slots(view, service).values())
+    return bool(_failed_slots(view, service))
+
+
+def away_from_retry(view: View, service: Service) -> list[str]:
+    """Return the names of the nodes to which the job's failed run is fixed, if none of them takes tasks now."""
+    run = as_run(view, service)
+    if not is_fixed(run):
+        return []
+    nodes = [
+        node
+        for id in _failed_slots(view, service)
+        if (node := view.lookup(Node, NodeId(str(id)))) is not None
+    ]
+    return [] if any(is_candidate(node, run) for node in nodes) else sorted(node.shown_name for node in nodes)
+
+
+def _failed_slots(view: View, service: Service) -> list[int | str]:
+    slots = _slots_of_run(view, as_run(view, service))
+    return [id for id, slot in slots.items() if not _is_done(slot) and not _is_active(slot)]
 
 
 def retried(view: View, service: Service) -> JobStatus:
@@ -427,6 +449,21 @@ def _slots(view: View, service: Service) -> dict[int | str, list[Task]]:
     slots: dict[int | str, list[Task]] = {}
     for task in of_present_run(service, view.find(Task, service_id=service.id)):
         slots.setdefault(task.slot or task.node_id, []).append(task)
+    return slots
+
+
+def _slots_of_run(view: View, run: Service) -> dict[int | str, list[Task]]:
+    """Return the slots of a job's ``run``.
+
+    If the run is fixed to its nodes, a slot is empty if its task ended before a retry, and its node has taken no task
+    since.
+    """
+    slots = _slots(view, run)
+    if is_fixed(run) and run.job_status is not None:
+        for task in view.find(Task, service_id=run.id):
+            is_present = task.job_iteration == run.job_status.job_iteration
+            if is_present and task.node_id not in slots and view.lookup(Node, task.node_id) is not None:
+                slots[task.node_id] = []
     return slots
 
 

@@ -9,7 +9,15 @@ from skep.aio.clock import SystemClock
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import FillSlot, RemoveService, SettleRun
 from skep.manager.schedules.due import decided
-from skep.manager.services.job_runs import COMPLETED, FAILED, is_going, outcome, retried
+from skep.manager.services.job_runs import (
+    COMPLETED,
+    FAILED,
+    away_from_retry,
+    has_failed,
+    is_going,
+    outcome,
+    retried,
+)
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import JOB_TTL
 from skep.model.options.schedules import CRON, CRON_DEADLINE, parsed_schedule
@@ -87,6 +95,11 @@ def a_world(
 
 def live(world: World) -> list[str]:
     return sorted(task.node_id for task in world.tasks.values() if task.is_active)
+
+
+def ending(world: World) -> str:
+    assert world.service.job_status is not None
+    return world.service.job_status.outcome
 
 
 def finish(world: World, state: TaskState = TaskState.COMPLETE) -> None:
@@ -265,6 +278,26 @@ def test_a_retry_opens_a_run_again_on_its_own_nodes_and_also_after_the_deadline(
     world.put(replace(world.service, job_status=retried(world, world.service)))  # type: ignore[arg-type]
     world.settle()
     assert live(world) == ["n1", "n2"]
+
+
+def test_a_retry_without_the_drained_node_on_which_the_run_failed_fails_again() -> None:
+    """It was called completed, although the task of that node had been stopped, and that node ran nothing more."""
+    world = a_world()
+    world.nodes[NodeId("n3")] = away("n3", "drained")
+    world.settle()
+    world.stop_all()
+    world.settle()
+    finish(world)
+    assert ending(world) == FAILED
+    for way, end in ("drained", FAILED), ("ready", COMPLETED):
+        world.nodes[NodeId("n3")] = ready("n3") if way == "ready" else away("n3", way)
+        assert has_failed(world, world.service)  # type: ignore[arg-type]
+        assert away_from_retry(world, world.service) == ([] if way == "ready" else ["n3"])  # type: ignore[arg-type]
+        world.put(replace(world.service, job_status=retried(world, world.service)))  # type: ignore[arg-type]
+        world.settle()
+        assert live(world) == (["n3"] if way == "ready" else [])
+        finish(world)
+        assert ending(world) == end
 
 
 @given(st.lists(st.tuples(st.sampled_from(NODES), st.sampled_from([*AWAY, "ready"]), st.booleans())))
