@@ -417,7 +417,7 @@ class _Rollout:
             yield SetUpdateStatus(self._service, UpdateState.COMPLETED, "update completed")
 
     def _is_done(self) -> bool:
-        """Return whether every lead has done its work, so that none can fail any more."""
+        """Return whether every lead has done its work, so that none can still fail."""
         return all(view.lead is not None and view.lead.is_done for view in self._views)
 
     def _settled_leads(self) -> list[float] | None:
