@@ -98,7 +98,7 @@ def drain(
     You can then switch the node off. To undo the drain, run skep node update --availability active NODE.
 
     A task stops when its replacement runs on another node. Until then it stays, and the command shows why. Tasks of
-    jobs, and tasks that write to a volume or host path, stop first. The command lists their services first.
+    jobs, and tasks that write to a volume or host path, stop first, and the command names their services.
 
     \b
     Examples:

@@ -288,10 +288,10 @@ def _has_failed(tasks: Sequence[Task], view: View) -> bool:
 
 def _ended_undone(task: Task, view: View) -> bool:
     """Return whether the task failed, or was stopped for good before it had done its work."""
-    if task.ended_in_failure or not task.was_stopped_for_good:
-        return task.ended_in_failure
+    if task.status.state.is_terminal or not task.was_stopped_for_good:
+        return task.ended_in_failure or task.was_stopped_for_good
     node = view.lookup(Node, task.node_id)
-    return task.status.state.is_terminal or node is None or node.status.state is NodeState.DOWN
+    return node is None or node.status.state is NodeState.DOWN
 
 
 def _blocked_suffix(service: Service, tasks: Sequence[Task], view: View) -> str:

@@ -159,13 +159,10 @@ def outcome(view: View, service: Service) -> str:
     """Return the outcome of a job's current run, or an empty text if it is active or does not exist."""
     if service.job_status is None or service.job_status.awaits_first_run or is_going(view, service):
         return ""
-    run, slots = as_run(view, service), _slots(view, service)
+    run = as_run(view, service)
+    slots = _slots_of_run(view, run)
     if run.spec.mode.replicated_job is None:
-        return (
-            service.job_status.present_outcome
-            if is_over(run)
-            else result(run, _slots_of_run(view, run).values())
-        )
+        return service.job_status.present_outcome if is_over(run) else result(run, slots.values())
     done = sum(map(_is_done, slots.values()))
     return COMPLETED if done >= (run.spec.mode.replicated_job.total_completions or 0) else FAILED
 
@@ -232,7 +229,7 @@ def settled(view: View, service: Service, *, is_over: bool, is_late: bool) -> Jo
         is_late: Whether no further node may start the run.
     """
     run, tasks = as_run(view, service), view.find(Task, service_id=service.id)
-    job, slots = run.job_status, _slots(view, service)
+    job, slots = run.job_status, _slots_of_run(view, run)
     if job is None:
         return None
     if run.spec.mode.replicated_job is not None:
@@ -247,7 +244,7 @@ def settled(view: View, service: Service, *, is_over: bool, is_late: bool) -> Jo
         slots.values(), partial(view.lookup, Node)
     )
     is_idle = has_ended and (is_late or are_decided)
-    ending = result(run, _slots_of_run(view, run).values()) if is_over and is_idle else job.present_outcome
+    ending = result(run, slots.values()) if is_over and is_idle else job.present_outcome
     return replace(job, nodes_fixed=is_fixed(run), outcome=ending, settled_iteration=job.job_iteration)
 
 
