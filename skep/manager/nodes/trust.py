@@ -15,7 +15,7 @@ from skep.manager.cluster import cluster_of, known_cluster
 from skep.model.measures.queries import MetricQuery, is_of_machine, queries_in
 from skep.model.options.labels import allowed_repositories, allows_machine_logs
 from skep.model.permissions.access import EVERY_STACK, Role
-from skep.model.permissions.rights import allowed_by, rights_of, rights_text
+from skep.model.permissions.rights import allowed_by, labels_for, rights_of, rights_text
 from skep.model.permissions.user import User
 from skep.model.service import Service, ServiceSpec, TaskSpec, Trusted
 from skep.model.staging.updates import is_undecided
@@ -113,7 +113,8 @@ def check_rights(view: View, spec: ServiceSpec, service: Service | None = None) 
     Tasks that ``service`` already has are not checked again, so a service can be scaled when the cluster allows less
     than before, and a staged update can return to its old tasks.
     """
-    kinds = rights_of(spec.task_template.container_spec).kinds
+    container = spec.task_template.container_spec
+    kinds = rights_of(container).kinds
     if not kinds:
         return
     present = [service.spec] if service is not None else []
@@ -124,7 +125,8 @@ def check_rights(view: View, spec: ServiceSpec, service: Service | None = None) 
     refused = kinds - allowed_by(cluster_of(view).spec.labels)
     if refused:
         raise PermissionDenied(
-            f"this cluster does not allow services to use: {rights_text(refused)} (see `skep cluster allow`)"
+            f"this cluster does not allow services to use: {rights_text(refused)} "
+            f"(requested by {', '.join(labels_for(container, refused))}; see `skep cluster allow`)"
         )
 
 

@@ -7,7 +7,7 @@ a rollback reverts it.  A right is granted only if both the cluster and the node
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from enum import Enum
 from typing import Any, Final
 
@@ -167,6 +167,15 @@ def rights_of(container: ContainerSpec | None) -> MachineRights:
         except ValueError as error:
             raise InvalidArgument(f"invalid label {name}={text}: {error}") from None
     return MachineRights(**found) if found else _NOTHING
+
+
+def labels_for(container: ContainerSpec | None, kinds: Set[Right]) -> tuple[str, ...]:
+    """Return the container's labels that request a right of ``kinds``, in order."""
+    labels = container.labels if container is not None else {}
+    requested = {
+        name: MachineRights(**read(labels[name])) for name, read in _READERS.items() if name in labels
+    }
+    return tuple(name for name, rights in requested.items() if rights.kinds & kinds)
 
 
 def api_access(labels: Mapping[str, str]) -> ApiAccess:

@@ -395,6 +395,9 @@ async def test_a_service_gets_no_right_over_its_nodes_that_the_cluster_does_not_
     await allow(store, "resources")
     with pytest.raises(PermissionDenied, match=words):
         await create(store, privileged)
+    await allow(store, "privileged")
+    with pytest.raises(PermissionDenied, match=r"use: resources \(requested by skep.shm-size; see"):
+        await create(store, privileged)
     await allow(store, "resources,privileged")
     service = await create(store, privileged)
     service = await update(store, service, plain)
