@@ -164,8 +164,11 @@ def end_of(task: Task) -> str:
 def _changed_task(old: Task, new: Task, view: View) -> Iterator[JournalEntry]:
     state = new.status.state
     if old.status.state is state:
-        return
-    if state is TaskState.RUNNING:
+        if _is_given_up(new) and not _is_given_up(old):
+            entry = _task(new, "give-up", view, Severity.WARNING)
+            why = StopCause.NODE_DOWN.words(node_name(view, new.node_id))
+            yield replace(entry, message=f"task {entry.name} is not restarted, by its restart policy: {why}")
+    elif state is TaskState.RUNNING:
         entry = _task(new, "start", view)
         yield replace(entry, message=f"task {entry.name} runs on {entry.node or entry.node_id}")
     elif state in _ENDS:
@@ -182,6 +185,12 @@ def _changed_task(old: Task, new: Task, view: View) -> Iterator[JournalEntry]:
             how = ": ".join(filter(None, (f"{how}, because {why}" if why else how, ended)))
         where = f" on {entry.node}" if entry.node else ""
         yield replace(entry, message=f"task {entry.name}{where} {how}")
+
+
+def _is_given_up(task: Task) -> bool:
+    """Return whether a service's task is lost with its node and has no successor.  The node does not report its end."""
+    is_lost = task.stop_cause is StopCause.NODE_DOWN and not task.status.state.is_terminal
+    return is_lost and task.was_stopped_for_good and task.job_iteration is None
 
 
 def _task(task: Task, action: str, view: View, severity: Severity = Severity.INFO) -> JournalEntry:

@@ -19,7 +19,7 @@ from skep.model.node import (
 )
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.secret import Secret, SecretSpec
-from skep.model.service import Autoscaled, UpdateState, UpdateStatus
+from skep.model.service import Autoscaled, RestartCondition, RestartPolicy, UpdateState, UpdateStatus
 from skep.model.task import ContainerStatus, Preemption, Restart, StopCause, Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, TaskEnd
 from skep.model.values.ids import NodeId, SecretId, TaskId
@@ -144,6 +144,23 @@ def test_a_task_that_was_killed_at_its_stop_says_so() -> None:
     ((_, message),) = told(Updated(last, left), a_node("n1"))
     because = "because its node n1 was drained: killed: it did not end within 3 s"
     assert f"was stopped, {because}" in message, "a task of a global service has no successor that says so"
+
+
+def test_a_task_that_is_lost_with_its_node_and_not_restarted_says_so_at_once() -> None:
+    task = a_task("t1", service="web", node="n1")
+    never = replace(task.spec, restart_policy=RestartPolicy(condition=RestartCondition.NONE))
+    for spec, expected in ((never, ["give-up"]), (task.spec, [])):
+        runs = replace(task, spec=spec)
+        lost = Restart(was_stopped=True, stop_cause=StopCause.NODE_DOWN.value)
+        left = replace(runs, desired_state=TaskState.SHUTDOWN, restart=lost)
+        found = told(Updated(runs, left), a_service("web"), a_node("n1"))
+        assert [action for action, _ in found] == expected, "the entry of a successor names the node"
+    ((_, message),) = told(
+        Updated(replace(task, spec=never), replace(left, spec=never)), a_service("web"), a_node("n1")
+    )
+    assert message == "task web.1 is not restarted, by its restart policy: its node n1 was down"
+    again = Updated(replace(left, spec=never), replace(left, spec=never, preemption=None))
+    assert not told(again, a_service("web"), a_node("n1"))
 
 
 @pytest.mark.parametrize("was_stopped", [False, True])
