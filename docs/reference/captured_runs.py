@@ -294,13 +294,14 @@ _BOOM = Service(
         mode=ServiceMode(replicated=ReplicatedService(replicas=2)),
     ),
 )
+_NODE = Node(id=NodeId("7me94608blfye704qouf525ku"), description=NodeDescription(hostname="w2"))
 
 
-class _NamesOfServices:
+class _Names:
     """The part of a store view that task names need."""
 
-    def lookup(self, kind: type[Service], id: str) -> Service | None:
-        return _BOOM if id == _BOOM.id else None
+    def lookup(self, kind: type[Any], id: str) -> Service | Node | None:
+        return next((one for one in (_BOOM, _NODE) if one.id == id), None)
 
     def find(self, kind: type[Task], **wanted: str) -> Sequence[Task]:
         return ()
@@ -318,7 +319,7 @@ def _changes() -> Iterator[Event]:
         id=TaskId("5rtugg83s0k5e2d81lhsb36fe"),
         service_id=_BOOM.id,
         slot=1,
-        node_id=NodeId("7me94608blfye704qouf525ku"),
+        node_id=_NODE.id,
     )
     yield Created(task)
     runs = replace(task, status=TaskStatus(state=TaskState.RUNNING))
@@ -334,7 +335,7 @@ def _changes() -> Iterator[Event]:
 
 def happened() -> list[str]:
     """Return the output of ``skep events`` for a failed update and a node that goes down."""
-    view = cast("View", _NamesOfServices())
+    view = cast("View", _Names())
     messages = (
         message
         for second, event in enumerate(_changes())

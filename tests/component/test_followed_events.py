@@ -178,6 +178,10 @@ def test_events_have_names_before_ids_and_nothing_that_a_terminal_obeys() -> Non
         "1970-01-01T00:00:01Z task die 5rtugg83s0k5e2d81lhsb36fe (com.docker.swarm.node.id=7me94608blfye704qouf525ku, "
         "com.docker.swarm.service.name=web, error=[2J, name=web.1.5rtugg83s0k5e2d81lhsb36fe)"
     ), "as docker events has it"
+    died["Actor"]["Attributes"] |= {"node.name": "w1", "slot": "0", "name": "web.7me94608blfy.5rtugg83s0k5"}
+    assert line_of(died) == "1970-01-01T00:00:01Z task die web.0 (5rtugg83s0k5) error=[2J node.name=w1"
+    del died["Actor"]["Attributes"]["slot"]
+    assert line_of(died).split()[3] == "web.w1", "a task of a global service"
 
 
 def test_filters_are_key_and_value():

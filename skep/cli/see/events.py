@@ -18,7 +18,7 @@ from skep.cli.running import errors_shown, run_requests
 from skep.cli.see.points_in_time import local_now, moment_of
 from skep.cli.see.quorum import headers_for
 from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
-from skep.model.options.labels import LABEL_NODE_ID
+from skep.model.options.labels import LABEL_NODE_ID, LABEL_SERVICE_NAME
 from skep.model.task_end import printable
 from skep.model.values.times import SECOND_NS, timestamp, unix_ns
 
@@ -131,6 +131,8 @@ def line_of(event: Mapping[str, Any]) -> str:
     actor = event["Actor"]
     attributes, id = dict(actor["Attributes"]), str(actor["ID"])
     name = str(attributes.pop("name", "")).removesuffix(f".{id}")
+    if event["Type"] == "task" and (place := attributes.pop("slot", "") or attributes.get("node.name")):
+        name = f"{attributes.get(LABEL_SERVICE_NAME, '')}.{place}".lstrip(".")
     subject = f"{name} ({id[:_ID_CHARACTERS]})" if name and name != id else id
     if (node := attributes.get(LABEL_NODE_ID)) and "node.name" not in attributes:
         attributes["node"] = node[:_ID_CHARACTERS]

@@ -420,15 +420,19 @@ def _went_down(old: Node, new: Node) -> bool:
 def _task(action: str, task: Task, view: View, at_ns: int) -> EventMessage:
     """Return a message about a task, a Skep extension.
 
-    It has the name and labels of the task's container.  The end of a task has its cause.
+    It has the name and labels of the task's container, which do not name the slot 0 of a job.  The end of a task has
+    its cause.
     """
     status, service = task.status, view.lookup(Service, task.service_id)
+    node = node_name(view, task.node_id) if task.node_id else ""
     attributes = {
         "name": task.container_name(service.spec.name if service is not None else ""),
         "com.docker.swarm.task.id": task.id,
         "com.docker.swarm.service.id": task.service_id,
         "com.docker.swarm.service.name": service.spec.name if service is not None else "",
         "com.docker.swarm.node.id": task.node_id,
+        "node.name": node if node != task.node_id else "",
+        "slot": str(task.shown_slot) if task.slot else "",
         "state": status.state.value,
     }
     if action in ("die", "reject"):

@@ -1,7 +1,7 @@
 """Events of the cluster, derived from commits."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
@@ -20,13 +20,23 @@ from skep.manager.telemetry.events import (
     EventsLost,
     messages_of,
 )
-from skep.model.node import Availability, CutOff, FailingPath, Node, NodeSpec, NodeState, NodeStatus
+from skep.model.node import (
+    Availability,
+    CutOff,
+    FailingPath,
+    Node,
+    NodeDescription,
+    NodeSpec,
+    NodeState,
+    NodeStatus,
+)
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import ContainerStatus, NetworkAttachment, Task, TaskState
 from skep.model.task_end import TaskEnd
 from skep.model.values.encoding import to_json
 from skep.model.values.ids import ConfigId, NodeId, SecretId, VolumeId
+from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, Timestamp, moment
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeAvailability, VolumeSpec
 from skep.store.interface import Created, Deleted, Updated
@@ -304,23 +314,24 @@ async def test_a_reader_that_is_behind_loses_its_stream(events):
 
 
 class Named:
-    """A view that has one service, and tasks."""
+    """A view that has services, nodes and tasks."""
 
-    def __init__(self, service: Service, *tasks: Task) -> None:
-        self._service, self._tasks = service, tasks
+    def __init__(self, *objects: Service | Node, tasks: Sequence[Task] = ()) -> None:
+        self._objects, self._tasks = objects, tasks
 
     def lookup(self, kind, id):
-        return self._service if id == self._service.id else None
+        return next((one for one in self._objects if isinstance(one, kind) and one.id == id), None)
 
     def find(self, kind, **by):
         return [task for task in self._tasks if task.node_id == by["node_id"]]
 
 
 def told(event, *tasks: Task) -> list[EventMessage]:
-    return list(messages_of(event, NOW_NS, Named(WEB, *tasks)))
+    return list(messages_of(event, NOW_NS, Named(WEB, NODE, tasks=tasks)))
 
 
 WEB = a_service("web")
+NODE = Node(id=NodeId("n1"), description=NodeDescription(hostname="w1"))
 RUNS = a_task("t1", node="n1", service=WEB)
 
 
@@ -359,6 +370,8 @@ def test_events_of_a_task_have_its_containers_names_and_the_reason_of_its_end():
         "com.docker.swarm.service.id": WEB.id,
         "com.docker.swarm.service.name": "web",
         "com.docker.swarm.node.id": "n1",
+        "node.name": "w1",
+        "slot": "1",
         "state": "failed",
         "error": "task: non-zero exit (137): out of memory",
         "exitCode": "137",
@@ -366,6 +379,8 @@ def test_events_of_a_task_have_its_containers_names_and_the_reason_of_its_end():
         "signal": "SIGKILL",
     }
     assert messages[3].actor.attributes["error"] == "No such image"
+    of_job = replace(RUNS, job_iteration=Version(index=2))
+    assert [one.actor.attributes["slot"] for one in told(Created(of_job))] == ["0"]
 
 
 def test_tasks_that_run_on_a_node_that_goes_down_are_lost():
