@@ -6,9 +6,8 @@ from sim.world.committed import Change
 from skep.manager.journal.changes import entries_of
 from skep.manager.orchestrator.changes import ROLLED_BACK
 from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
-from skep.manager.orchestrator.slots import is_lost
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S
-from skep.model.node import Node
+from skep.model.node import Node, is_lost
 from skep.model.options.labels import PROGRESS_DEADLINE
 from skep.model.service import (
     UNDER_WAY,

@@ -268,6 +268,11 @@ class Node(ApiObject):
         return status is not None and status.reachability is Reachability.REACHABLE
 
 
+def is_lost(node: Node | None) -> bool:
+    """Return whether no further report can be expected from this node: it is down or removed."""
+    return node is None or node.status.state is NodeState.DOWN
+
+
 def takes_tasks(node: Node) -> bool:
     """Return whether the node takes new tasks: it is ready, and neither paused nor drained."""
     return node.status.state is NodeState.READY and node.spec.availability is Availability.ACTIVE

@@ -24,9 +24,9 @@ from skep.manager.orchestrator.reaper.history import (
     updating_versions,
 )
 from skep.manager.orchestrator.replacement.restart import stopped_at
-from skep.manager.orchestrator.slots import is_lost
 from skep.manager.services.disruption_budget import is_available, required
 from skep.manager.services.job_runs import COMPLETED
+from skep.model.node import is_lost
 from skep.model.service import ENDED, UpdateState
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, TaskId

@@ -11,7 +11,7 @@ from sim.invariants.services.schedules import is_retried
 from sim.world.committed import Change
 from skep.manager.orchestrator.replacement.restart import stop_seconds_max
 from skep.manager.verify.tasks import is_on_drained_node, may_start_first
-from skep.model.node import Node, NodeState
+from skep.model.node import Node, NodeState, is_lost
 from skep.model.options.labels import ON_DISCONNECT, DisconnectPolicy, OnDisconnect, disconnect_policy
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
@@ -185,9 +185,9 @@ class Containers:
             if node_id is None or other.retired_at is None:
                 continue
             is_reported = other.task.status.state > TaskState.RUNNING
-            was_lost = self._down_at.get(node_id, -1.0) >= other.retired_at or _is_down(view, node_id)
-            is_removed = view.lookup(Node, node_id) is None
-            if was_lost and not is_removed and self._must_have_stopped(other.task, own.task, now, service):
+            node = view.lookup(Node, node_id)
+            was_lost = self._down_at.get(node_id, -1.0) >= other.retired_at or is_lost(node)
+            if was_lost and node is not None and self._must_have_stopped(other.task, own.task, now, service):
                 yield f"task {task.id} started while {id}, which {node_id} was to stop by itself, still ran there"
             waits_s = stop_seconds_max(other.task, service.spec.labels)
             is_overdue = now - other.retired_at > waits_s * TOLERANCE
@@ -252,11 +252,6 @@ def _containers_max(slot: str, view: View) -> int:
 def _is_same(before: Task, successor: Task) -> bool:
     """Return whether both tasks have the same spec and job iteration."""
     return before.spec == successor.spec and before.job_iteration == successor.job_iteration
-
-
-def _is_down(view: View, node_id: NodeId) -> bool:
-    node = view.lookup(Node, node_id)
-    return node is None or node.status.state is NodeState.DOWN
 
 
 def _may_stop_alone(view: View, task: Task) -> bool:

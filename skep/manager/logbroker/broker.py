@@ -34,7 +34,7 @@ from skep.manager.logbroker.selection import (
 )
 from skep.manager.logbroker.subscription import LIMITS, LogLimits, LogSubscription
 from skep.model.logs import LogLine, LogQuery
-from skep.model.node import Node, NodeState
+from skep.model.node import Node, NodeState, is_lost
 from skep.model.task import Task
 from skep.model.values.ids import IdSource, NodeId, TaskId
 from skep.store.interface import Commit, Created, Store, Updated, View
@@ -258,8 +258,7 @@ class LogBroker:
 
     def _may_return(self, node_id: NodeId) -> bool:
         """Return whether the node may be on its way to another manager, for example after a change of leader."""
-        node = self._store.view().lookup(Node, node_id)
-        return node is not None and node.status.state is not NodeState.DOWN
+        return not is_lost(self._store.view().lookup(Node, node_id))
 
     def _check_state(self, subscription: LogSubscription, node_id: NodeId) -> None:
         """Mark a follower's node as silent if it is down, even if its connection is still open."""

@@ -17,7 +17,7 @@ from skep.manager.acme.own_certificates import check_certificates
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.nodes.trust import check_rights
 from skep.manager.orchestrator.replacement.enforcement import is_unfit
-from skep.manager.orchestrator.slots import age, is_lost
+from skep.manager.orchestrator.slots import age
 from skep.manager.services.dependent_services import check_dependencies, requiring, restart_dependents
 from skep.manager.services.disruption_budget import is_available
 from skep.manager.services.freezes import is_held_at_commit, stack_of_service
@@ -27,7 +27,7 @@ from skep.manager.services.registry_auth import follow_rollback
 from skep.manager.services.removal import hide_service
 from skep.manager.services.routes import check_routes
 from skep.manager.services.spec_history import keep_spec
-from skep.model.node import Availability, Node
+from skep.model.node import Availability, Node, is_lost
 from skep.model.options.autoscaling import with_number_kept
 from skep.model.service import ENDED, PAUSED, Service, SpecAuthor, UpdateSplit, UpdateState, UpdateStatus
 from skep.model.staging.updates import split_of_rollback

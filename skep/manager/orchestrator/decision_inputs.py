@@ -9,9 +9,9 @@ from msgspec.structs import replace
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.disconnection import policy_on, replaced_at
 from skep.manager.orchestrator.replacement.enforcement import violates_constraints
-from skep.manager.orchestrator.slots import is_lost, is_unusable
+from skep.manager.orchestrator.slots import is_unusable
 from skep.manager.services.disruption_budget import keeps_all, required, rollout_config
-from skep.model.node import Availability, Node, NodeState, takes_tasks
+from skep.model.node import Availability, Node, NodeState, is_lost, takes_tasks
 from skep.model.options.labels import OnDisconnect, drains_now
 from skep.model.options.overlap import why_stop_first
 from skep.model.options.schedules import max_attempts_of

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 from skep.aio.time_slices import SlicedWork, run_at_once
-from skep.model.node import Availability, Node, NodeState
+from skep.model.node import Availability, Node, NodeState, is_lost
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId
@@ -133,7 +133,7 @@ def is_unusable(node: Node | None) -> bool:
 
     Source: swarmkit, manager/orchestrator/task.go (InvalidNode).
     """
-    return node is None or node.status.state is NodeState.DOWN or node.spec.availability is Availability.DRAIN
+    return node is None or is_lost(node) or node.spec.availability is Availability.DRAIN
 
 
 def is_unknown(node: Node) -> bool:
@@ -143,8 +143,3 @@ def is_unknown(node: Node) -> bool:
     ones.
     """
     return node.status.state is NodeState.UNKNOWN
-
-
-def is_lost(node: Node | None) -> bool:
-    """Return whether no further report can be expected from this node."""
-    return node is None or node.status.state is NodeState.DOWN

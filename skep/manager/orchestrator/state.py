@@ -31,11 +31,11 @@ from skep.manager.orchestrator.replacement.enforcement import is_drained, overco
 from skep.manager.orchestrator.replacement.staging import RequestCounts
 from skep.manager.orchestrator.replacement.step_queries import StepQueries
 from skep.manager.orchestrator.replicated import retire_all
-from skep.manager.orchestrator.slots import is_lost, is_unknown, is_unusable
+from skep.manager.orchestrator.slots import is_unknown, is_unusable
 from skep.manager.orchestrator.unwritten_changes import Refusals, UnwrittenChanges
 from skep.manager.queries.board import Ask, ask_nothing
 from skep.manager.services.freezes import held_by, stack_of_service
-from skep.model.node import Node
+from skep.model.node import Node, is_lost
 from skep.model.options.dependencies import DEPENDS_ON, dependencies_of
 from skep.model.options.labels import JOB_TTL, priority_of
 from skep.model.options.slot_volumes import has_other_properties

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from skep.manager.nodes.heartbeats import configured_grace_s
 from skep.manager.services.dependent_services import circle, is_same_task, reached
 from skep.manager.services.job_runs import COMPLETED, FAILED, is_going, outcome
-from skep.model.node import Availability, Node, NodeState
+from skep.model.node import Availability, Node, NodeState, is_lost
 from skep.model.options.constraints import is_satisfied
 from skep.model.options.dependencies import (
     DOES_NOT_EXIST,
@@ -290,8 +290,7 @@ def _ended_undone(task: Task, view: View) -> bool:
     """Return whether the task failed, or was stopped for good before it had done its work."""
     if task.status.state.is_terminal or not task.was_stopped_for_good:
         return task.ended_in_failure or task.was_stopped_for_good
-    node = view.lookup(Node, task.node_id)
-    return node is None or node.status.state is NodeState.DOWN
+    return is_lost(view.lookup(Node, task.node_id))
 
 
 def _blocked_suffix(service: Service, tasks: Sequence[Task], view: View) -> str:

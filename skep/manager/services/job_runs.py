@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from skep.errors import Unavailable
 from skep.model.needs import references_of
-from skep.model.node import Node, NodeState, takes_tasks
+from skep.model.node import Node, NodeState, is_lost, takes_tasks
 from skep.model.options.constraints import is_satisfied
 from skep.model.options.schedules import CRON, JOB_MODES, same_schedule, schedule_of
 from skep.model.service import (
@@ -263,8 +263,7 @@ def is_ending(slots: Iterable[Collection[Task]], find_node: Callable[[NodeId], N
     Its process may have ended with exit code 0 before it was stopped.  A node that is down reports nothing.
     """
     stopping = (task for slot in slots if not _is_done(slot) for task in slot if task.is_stopping)
-    nodes = (find_node(task.node_id) for task in stopping)
-    return any(node is not None and node.status.state is not NodeState.DOWN for node in nodes)
+    return any(not is_lost(find_node(task.node_id)) for task in stopping)
 
 
 def _is_given_up(slot: Iterable[Task]) -> bool:

@@ -12,7 +12,7 @@ from skep.model.door.routes import has_routes, http_labels, parsed_routes, route
 from skep.model.door.settings import is_door
 from skep.model.door.traffic import UNREADABLE, RouteShown, RouteTraffic, with_traffic
 from skep.model.network import Network
-from skep.model.node import Node, NodeState
+from skep.model.node import Node, is_lost
 from skep.model.options.autoscaling import is_at_zero
 from skep.model.quota import StackQuota
 from skep.model.service import Service, ServiceSpec, UpdateState
@@ -159,8 +159,7 @@ def _network_of(view: View, proxies: Collection[ServiceId]) -> Network | None:
 
 def runs_a_proxy(view: View, proxies: Collection[ServiceId]) -> bool:
     """Return whether a task of ``proxies`` runs on a node that is not down."""
-    nodes = (view.lookup(Node, id) for id in proxies_in(view, proxies))
-    return any(node is not None and node.status.state is not NodeState.DOWN for node in nodes)
+    return any(not is_lost(view.lookup(Node, id)) for id in proxies_in(view, proxies))
 
 
 def doors_in(view: View) -> frozenset[ServiceId]:

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 
 from skep.manager.services.disruption_budget import is_available
-from skep.model.node import Node, NodeState
+from skep.model.node import Node, NodeState, is_lost
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
@@ -16,8 +16,7 @@ def runs(task: Task, node: Node | None) -> bool:
     """Return whether ``task`` serves, or works as a task of a job does, on a ``node`` that is up."""
     if task.desired_state is not TaskState.COMPLETE:
         return is_available(task, node)
-    is_up = node is not None and node.status.state is not NodeState.DOWN
-    return task.status.state is TaskState.RUNNING and is_up
+    return task.status.state is TaskState.RUNNING and not is_lost(node)
 
 
 class Course:

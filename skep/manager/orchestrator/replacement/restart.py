@@ -41,8 +41,8 @@ from skep.manager.orchestrator.changes import (
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty, is_old_one
-from skep.manager.orchestrator.slots import Slot, age, history, is_lost, last_of, wanted
-from skep.model.node import Availability
+from skep.manager.orchestrator.slots import Slot, age, history, last_of, wanted
+from skep.model.node import Availability, is_lost
 from skep.model.options.labels import drain_s
 from skep.model.service import RestartCondition, RestartPolicy, UpdateOrder
 from skep.model.staging.updates import is_undecided
