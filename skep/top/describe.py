@@ -40,7 +40,12 @@ def tasks_listed(snapshot: Snapshot, service: str) -> Iterator[str]:
         return
     yield ""
     rows = [
-        (snapshot.task_name(task), task.status.state, _node(snapshot, task.node_id), task.status.err)
+        (
+            snapshot.task_name(task),
+            task.status.state,
+            _node(snapshot, task.node_id),
+            snapshot.task_error(task),
+        )
         for task in tasks[:_LISTED_MAX]
     ]
     yield from aligned((("TASK", "STATE", "NODE", "REASON"), *rows))

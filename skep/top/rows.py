@@ -73,8 +73,8 @@ class KnownRow(NamedTuple):
     """The cached row of a task, with its inputs."""
 
     task: ShownTask
-    service: str
-    node: str
+    words: tuple[str, str, str]
+    """The names of its service and node, and its error."""
     row: ScreenRow
 
 
@@ -173,9 +173,9 @@ def task_rows(snapshot: Snapshot, known: dict[str, KnownRow], *, with_ended: boo
     rows: list[ScreenRow] = []
     for id, task in snapshot.tasks.items():
         service, node = services.get(task.service_id, ""), nodes.get(task.node_id, "")
-        found = known.get(id)
-        if found is None or found.task is not task or found.service != service or found.node != node:
-            known[id] = found = KnownRow(task, service, node, _task(snapshot, task))
+        found, words = known.get(id), (service, node, snapshot.task_error(task))
+        if found is None or found.task is not task or found.words != words:
+            known[id] = found = KnownRow(task, words, _task(snapshot, task))
         if with_ended or task.is_shown:
             rows.append(found.row)
     return rows
@@ -263,7 +263,7 @@ def _task(snapshot: Snapshot, task: ShownTask) -> ScreenRow:
         tone = Tone.GOOD if task.desired_state in _STAYING else Tone.WARNING
     else:
         tone = Tone.BAD if status.err else Tone.WARNING
-    why = status.err or ("" if tone is Tone.GOOD else status.message)
+    why = snapshot.task_error(task) or ("" if tone is Tone.GOOD else status.message)
     if state == "running" and task.desired_state not in ("", *_STAYING):
         why = f"stopping: its desired state is {task.desired_state}"
     name = snapshot.task_name(task)

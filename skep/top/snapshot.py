@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from skep.cli.see.status import NodeLine, ServiceLine, node_rows, service_rows
+from skep.model.node_reports.node_refusals import is_no_node
 from skep.model.service import HealthState
 from skep.model.values.counts import counted
 from skep.model.values.encoding import go_name
@@ -149,6 +150,15 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         """
         where = self._slot(task) or (self.node_name(task.node_id) if task.node_id else task.id)
         return f"{self.service_name(task.service_id)}.{where}"
+
+    def task_error(self, task: ShownTask) -> str:
+        """Return why a task does not run.  Of one that no node accepts, the reason of its service has the needs."""
+        error = task.status.err
+        if not is_no_node(error):
+            return error
+        service = self.services.get(task.service_id) or {}
+        reason = str(((service.get("ServiceStatus") or {}).get("Health") or {}).get("Reason") or "")
+        return reason if reason.startswith("needs ") else error
 
     def _slot(self, task: ShownTask) -> str:
         """Return the slot of a task, or an empty text for a task of a global service.  The slots of jobs begin at 0."""

@@ -146,6 +146,7 @@ def a_shop() -> Snapshot:
     """Return three nodes of which one is down, and services of which two are degraded."""
     reserved = {"cpus": 0.5, "memory": 256 << 20}
     refused = "no suitable node (insufficient resources on 2 nodes)"
+    needs = "needs 16 CPUs; the largest node, m1, has 2"
     crash = 'exit 3, last line "panic: no database at db:5432"; crash loop, 4 failures in a row'
     update = {"State": "updating", "Message": "update in progress"}
     prepares = a_health("converging", "m1 prepares it: image, mounts and networks", weight=4)
@@ -160,7 +161,7 @@ def a_shop() -> Snapshot:
             a_service("api", 4, 6, image="shop/api:7", update=update, health=prepares),
             a_service("orders", 0, 1, image="shop/orders:3", health=a_health("degraded", crash)),
             a_service("agent", 2, 2, image="shop/agent:1", mode={"Global": {}}),
-            a_service("report", 0, 2, image="shop/report:1", health=a_health("degraded", refused, weight=1)),
+            a_service("report", 0, 2, image="shop/report:1", health=a_health("degraded", needs, weight=1)),
         ),
         tasks=(
             *(

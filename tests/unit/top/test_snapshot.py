@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.api.http.responses import OutputStream
+from skep.top.describe import tasks_listed
 from skep.top.logs import ShownLine, line_of
 from skep.top.rows import COLUMNS, KnownRow, ScreenView, Tone, age_of, chosen, laid_out, rows_of, task_rows
 from skep.top.snapshot import ClusterHealth, Snapshot, Touched, headline, states_of, summary, touched_by
@@ -165,6 +166,20 @@ def test_a_task_of_a_global_service_has_the_name_of_its_node() -> None:
         (a_node("m1"),), (a_service("agent", mode={"Global": {}}),), (a_task("agent", 0, "m1"),)
     )
     assert rows_of(ScreenView.TASKS, snapshot, NOW)[0].cells[0] == "agent.m1"
+
+
+def test_a_task_that_no_node_accepts_has_the_needs_that_its_service_names() -> None:
+    snapshot, needs = a_shop(), "needs 16 CPUs; the largest node, m1, has 2"
+    (row,) = (row for row in rows_of(ScreenView.TASKS, snapshot, NOW) if row.cells[0] == "report.1")
+    assert row.cells[-1] == needs
+    assert any(needs in line for line in tasks_listed(snapshot, snapshot.tasks[row.key].service_id))
+    other = a_service("report", 0, 2, health=a_health("degraded", "exit 3"))
+    snapshot = a_snapshot((), (other,), (a_task("report", 1, state="pending", err="no suitable node"),))
+    known: dict[str, KnownRow] = {}
+    assert [row.cells[-1] for row in task_rows(snapshot, known)] == ["no suitable node"]
+    other = a_service("report", 0, 2, health=a_health("degraded", needs))
+    later = msgspec.structs.replace(snapshot, services={other["ID"]: other})
+    assert [row.cells[-1] for row in task_rows(later, known)] == [needs], "its row is not kept"
 
 
 def test_the_first_task_of_a_job_has_the_name_of_its_slot() -> None:
