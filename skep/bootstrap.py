@@ -14,6 +14,7 @@ from skep.model.networks.addresses import host_of, joined, next_port, parted
 from skep.model.node import Availability
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT, DEFAULT_POOL, DEFAULT_SUBNET_SIZE, SwarmSpec
 from skep.model.values.ids import ClusterId, NodeId
+from skep.model.values.times import Timestamp
 from skep.model.values.unknown import leniently
 from skep.paths import Paths
 
@@ -109,6 +110,8 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
     stage: Literal["wanted", "restored"] = "wanted"
     is_bare: bool = False
     """Whether the snapshot is a database file without its hash."""
+    lost_at: Timestamp = Timestamp("")
+    """When this manager lost contact with a quorum.  Empty if it is unknown, as after a restore from a backup."""
 
 
 def load_recovery(paths: Paths) -> Recovery | None:

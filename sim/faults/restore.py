@@ -14,7 +14,7 @@ from sim.world.manager import NoProcess
 from skep.manager.storage.recovery import show_survivor
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, TaskId
-from skep.model.values.times import SECOND_NS
+from skep.model.values.times import SECOND_NS, Timestamp
 from skep.store.etcd.client import EtcdClient
 from skep.store.etcd.initialize import raise_incarnation_on
 from skep.store.etcd.membership import RaftMembers
@@ -63,7 +63,7 @@ async def _finish(cluster: SimulatedCluster, client: EtcdClient, survivor: NodeI
         rng=cluster.random.random,
         is_only_member=members.is_only_member,
     ) as store:
-        await store.update(show_survivor, survivor, address_of(survivor))
+        await store.update(show_survivor, survivor, address_of(survivor), Timestamp(""))
 
 
 class StatelessObserver(Observer):

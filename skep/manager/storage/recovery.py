@@ -24,15 +24,16 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.trees import discard_tree_now
-from skep.bootstrap import Recovery, load_recovery, save_recovery
+from skep.bootstrap import load_recovery, save_recovery
 from skep.linux.files import file_exists
 from skep.manager.ca.admission import issued_serial
+from skep.manager.nodes.heartbeats import configured_grace_s
 from skep.manager.volumes.records import INFO_PART, PUBLISH_PART
 from skep.manager.volumes.steps import doubted
 from skep.model.node import UNKNOWN_STATE, ManagerStatus, Node, NodeState, Reachability
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, VolumeId
-from skep.model.values.times import SECOND_NS
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.model.volume import Volume
 from skep.paths import Paths
 from skep.store.etcd.initialize import raise_incarnation
@@ -59,7 +60,7 @@ async def restore_if_wanted(paths: Paths, settings: MemberSettings, binary: Bina
         log.info("taking a snapshot of this manager's store")
         taken = snapshot.with_name(snapshot.name + ".taken")
         is_bare = await salvage(settings, binary, clock, taken)
-        recovery = Recovery(is_bare=is_bare)
+        recovery = replace(recovery, is_bare=is_bare)
         save_recovery(paths, recovery)
         os.replace(taken, snapshot)
     token = f"{settings.cluster_token}-{clock.now_ns()}"
@@ -67,7 +68,7 @@ async def restore_if_wanted(paths: Paths, settings: MemberSettings, binary: Bina
     await restore_store(snapshot, alone, binary, is_bare=recovery.is_bare)
     for leftover in (paths.etcd / MEMBERS_FILE, paths.joining_mark):
         leftover.unlink(missing_ok=True)
-    save_recovery(paths, msgspec.structs.replace(recovery, stage="restored"))
+    save_recovery(paths, replace(recovery, stage="restored"))
     log.warning("store restored with this manager as its only member")
     return True
 
@@ -86,9 +87,10 @@ async def finish_recovery(
 
     Raises: Unavailable.
     """
-    if load_recovery(paths) is None:
+    recovery = load_recovery(paths)
+    if recovery is None:
         return
-    await store.update(show_survivor, node_id, addr)
+    await store.update(show_survivor, node_id, addr, recovery.lost_at)
     await store.update(record_certificate, node_id, own)
     await doubt_volumes(store)
     paths.recovery.unlink(missing_ok=True)
@@ -141,22 +143,25 @@ def record_certificate(tx: Transaction, node_id: NodeId, own: x509.Certificate) 
     tx.put(replace(node, certificate=certificate))
 
 
-def show_survivor(tx: Transaction, node_id: NodeId, addr: str) -> None:
+def show_survivor(tx: Transaction, node_id: NodeId, addr: str, lost_at: Timestamp) -> None:
     """Show ``node_id`` as the only reachable manager, so that the others can be demoted and removed.
 
     Their nodes' state is unknown until they connect.  They get their grace period like all others, and are shown as
-    SwarmKit shows nodes after a change of leader (manager/dispatcher/dispatcher.go, markNodesUnknown).
+    SwarmKit shows nodes after a change of leader (manager/dispatcher/dispatcher.go, markNodesUnknown).  Nodes that do
+    not connect were last heard at ``lost_at``, not when this manager began to wait for them.
     """
+    heard_at = timestamp(unix_ns(lost_at) - round(configured_grace_s(tx) * SECOND_NS)) if lost_at else None
     for node in tx.find(Node):
+        status: ManagerStatus | None = None
         if node.id == node_id:
             status = ManagerStatus(leader=True, reachability=Reachability.REACHABLE, addr=addr)
         elif node.manager_status is not None:
             known = node.manager_status
             status = ManagerStatus(reachability=Reachability.UNREACHABLE, addr=known.addr, has_vote=False)
-        else:
-            continue
         changed = msgspec.structs.replace(node, manager_status=status)
-        if node.id != node_id and node.status.state is NodeState.READY:
+        if node.session is not None and node.session.contact_at is None:
+            changed = replace(changed, session=replace(node.session, contact_at=heard_at))
+        if status is not None and node.id != node_id and node.status.state is NodeState.READY:
             unknown = msgspec.structs.replace(node.status, state=NodeState.UNKNOWN, message=UNKNOWN_STATE)
             changed = msgspec.structs.replace(changed, status=unknown)
         if changed != node:

@@ -14,6 +14,7 @@ from skep.configuration.configuration import Configuration
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import file_exists, replace_file
 from skep.linux.own_user_namespace import is_rootless
+from skep.model.values.times import Timestamp
 from skep.node.cluster.founding import NewCluster, bind_error, check_listening, chosen_peer_addr, peer_warning
 from skep.node.cluster.local import LocalNode
 from skep.node.cluster.restoring import RestoredData
@@ -73,10 +74,10 @@ class ManagerFiles:
         os.replace(restored.snapshot, paths.recovery_snapshot)
         save_recovery(paths, Recovery())
 
-    def write_recovery(self, node: LocalNode) -> None:
+    def write_recovery(self, node: LocalNode, lost_at: Timestamp) -> None:
         """Write the files for a manager that continues its cluster alone, with its data.
 
-        Continues an unfinished recovery.
+        Continues an unfinished recovery.  ``lost_at``: as in ``Recovery``.
 
         Raises: Unavailable: etcd's port is in use.
         """
@@ -90,7 +91,7 @@ class ManagerFiles:
         self._write(config)
         if load_recovery(paths) is None:
             paths.recovery_snapshot.unlink(missing_ok=True)
-            save_recovery(paths, Recovery())
+            save_recovery(paths, Recovery(lost_at=lost_at))
 
     def update(self, node: LocalNode) -> None:
         """Write the node's present address and the reloadable settings for the next start of the manager."""

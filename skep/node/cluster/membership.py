@@ -60,6 +60,7 @@ from skep.node.cluster.swarm_info import (
     TIMED_OUT,
     cluster_section,
     local_section,
+    quorum_lost_at,
     wait_ready,
     why_no_vote,
     why_waiting,
@@ -212,10 +213,11 @@ class Membership:
         if request.advertise_addr:
             node = moved(node, founding(request, await read_interfaces()).endpoints)
         self._apply(MembershipEvent.RECOVER)
+        lost_at = await quorum_lost_at(self._manager_api)
         try:
             await self._stop()
             check_listening(node.listen_addr)
-            await asyncio.to_thread(self._dependencies.manager_files.write_recovery, node)
+            await asyncio.to_thread(self._dependencies.manager_files.write_recovery, node, lost_at)
             await asyncio.to_thread(write_local_node, self._paths.node_json, node)
         except BaseException:
             node = before

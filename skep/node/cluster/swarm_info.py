@@ -18,6 +18,7 @@ from skep.linux.network.route_lookup import source_address
 from skep.model.networks.addresses import host_of
 from skep.model.swarm import FROZEN
 from skep.model.values.ids import NodeId
+from skep.model.values.times import Timestamp
 from skep.node.cluster.local import LocalNode
 
 log = structlog.get_logger()
@@ -140,6 +141,15 @@ async def cluster_section(manager_api: ApiClient) -> dict[str, Any]:
     warnings = [TWO_MANAGERS] if managers == 2 else []
     warnings += [*frozen_warnings(nodes), *expiring]
     return info | ({"Warnings": warnings} if warnings else {})
+
+
+async def quorum_lost_at(manager_api: ApiClient) -> Timestamp:
+    """Return when this node's manager lost contact with a quorum.  Empty if it has not, or does not respond."""
+    try:
+        quorum = await manager_api.get("/skep/quorum", timeout_s=_TIMEOUT_S)
+    except SkepError:
+        return Timestamp("")
+    return Timestamp(quorum.get("Since", ""))
 
 
 def lost_quorum(quorum: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Two managers of three are lost: one goes on alone, the others find out when they come back, and join again."""
 
+import json
 import subprocess
 from collections.abc import Iterator
 
@@ -65,11 +66,16 @@ def test_two_managers_of_three_are_lost_and_join_again(own: TestCluster) -> None
     assert planned.count("LOST") == 2
     assert "of m1: 1 service, " in planned
     assert not can_write(m1, "probe"), "a dry run changes nothing"
+    status = subprocess.run(
+        [SKEP, "--host", m1.socket, "status", "-o", "json"], capture_output=True, timeout=60, check=False
+    )
+    lost_at = json.loads(status.stdout)["Cluster"]["AsOf"]
+    wait_until(lambda: "no response for 3" in skep(m1, "--dry-run"), "the loss is 30 s old", within_s=90)
     recovered = skep(m1, "--yes")
     assert "m1 is now the only manager of the cluster." in recovered
     assert "docker node demote m2 && docker node rm --force m2" in recovered
     refused = skep(m1, "--yes", code=1)
-    assert "the cluster has a leader: there is nothing to recover" in refused
+    assert "the cluster has a leader, so there is nothing to recover" in refused
     assert {listed(m1)[lost][0] for lost in ("m2", "m3")} <= {"unknown", "down"}, "not ready for a moment"
     assert "before" in secrets(m1)
     write(m1, "alone")
@@ -81,6 +87,9 @@ def test_two_managers_of_three_are_lost_and_join_again(own: TestCluster) -> None
         "unreachable",
     )
     wait_running(m1, "web", 4, within_s=60)
+    wait_until(lambda: listed(m1)["m2"][0] == "down", "m2 does not come back", within_s=60)
+    silent = {one["Description"]["Hostname"]: one.get("SilentSince", "") for one in m1.client().api.nodes()}
+    assert "" < silent["m2"] < lost_at, "it was lost with the quorum, not at the recovery"
     for node in (m1, w1):
         now = container_pids(node, "web")
         assert kept[node.name].items() <= now.items(), "what ran, runs on"

@@ -33,10 +33,12 @@ from skep.model.node import (
     NodeState,
     NodeStatus,
     Reachability,
+    SessionOwner,
 )
 from skep.model.task import Task, TaskState, TaskStatus, VolumeAttachment
-from skep.model.values.ids import ClusterId, NodeId, TaskId, VolumeId
+from skep.model.values.ids import ClusterId, NodeId, SessionId, TaskId, VolumeId
 from skep.model.values.meta import Driver
+from skep.model.values.times import Timestamp
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeInfo, VolumeSpec
 from skep.paths import Paths
 from skep.security.authority import Authority
@@ -102,10 +104,11 @@ def a_manager(id: str) -> Node:
 
 async def test_only_the_survivor_is_shown_as_reachable_and_the_others_may_be_demoted_and_removed() -> None:
     store = MemoryStore(SystemClock())
-    worker = Node(id=NodeId("w1"), spec=NodeSpec(role=NodeRole.WORKER), status=READY)
+    session = SessionOwner(manager_id=M2, session_id=SessionId("s"))
+    worker = Node(id=NodeId("w1"), spec=NodeSpec(role=NodeRole.WORKER), status=READY, session=session)
     for node in (a_manager("m1"), a_manager("m2"), a_manager("m3"), worker):
         await store.update(lambda tx, node=node: tx.put(node))
-    await store.update(show_survivor, NodeId("m1"), "new:2377")
+    await store.update(show_survivor, NodeId("m1"), "new:2377", Timestamp("2026-12-01T15:15:52Z"))
 
     shown = {node.id: node.manager_status for node in store.view().find(Node)}
     assert shown[NodeId("m1")] == ManagerStatus(
@@ -121,6 +124,9 @@ async def test_only_the_survivor_is_shown_as_reachable_and_the_others_may_be_dem
         "w1": NodeState.READY,
     }, "there has been no contact with the other managers' nodes"
     assert shown[NodeId("w1")] is None
+    session = store.view().get(Node, NodeId("w1")).session
+    assert session is not None
+    assert session.contact_at == "2026-12-01T15:15:37Z", "one grace period before the loss of the quorum"
 
     m2 = store.view().get(Node, M2)
     demoted = replace(m2.spec, role=NodeRole.WORKER)
