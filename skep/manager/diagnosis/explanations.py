@@ -491,8 +491,10 @@ def _of_job(
 
 
 def _failed(slots: Sequence[Slot], nodes: Mapping[NodeId, Node], *, is_global: bool) -> tuple[str, str]:
-    """Return the cause of one of the ``slots`` without a completed task, and how its attempts ended."""
-    slot = min(slots, key=lambda slot: (not slot[-1].ended_in_failure, str(slot_of(slot[-1]))))
+    """Return the cause of the last failed one of the ``slots`` without a completed task, and how its attempts ended."""
+    slot = max(
+        slots, key=lambda slot: (slot[-1].ended_in_failure, unix_ns(slot[-1].status.timestamp), slot[-1].id)
+    )
     last, node = slot[-1], nodes.get(slot[-1].node_id)
     if last.ended_in_failure:
         others = f" and {len(slots) - 1} more" if len(slots) > 1 else ""

@@ -47,7 +47,7 @@ def kept_lines(view: View, query: LogQuery, nodes: Collection[NodeId]) -> Iterat
     """Yield the lines stored with ended tasks of silent or removed ``nodes``, with a sentence before each
     task's lines.
     """
-    for task in sorted(_tasks(view, query), key=lambda task: (task.status.timestamp, task.id)):
+    for task in sorted(_tasks(view, query), key=lambda task: (unix_ns(task.status.timestamp), task.id)):
         end = task.status.end
         if end is None or task.node_id not in nodes:
             continue

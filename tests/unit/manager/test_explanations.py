@@ -16,6 +16,7 @@ from skep.manager.diagnosis.service_problems import problems_of
 from skep.manager.scheduler.explaining.explain import NodeVerdict, reserve_for, verdict
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.manager.scheduler.nodes.requirements import requirements_of
+from skep.manager.services.job_listing import failure
 from skep.model.container import ContainerSpec, HealthConfig
 from skep.model.measures.readings import IdleReports, ScalingMeasurements
 from skep.model.node import Availability, Node, NodeState
@@ -38,8 +39,9 @@ from skep.model.task import ContainerStatus, Restart, StopCause, Task, TaskState
 from skep.model.task_end import FAILED_CHECK, EndCause, KeptLine, TaskEnd, signal_of
 from skep.model.values.ids import NodeId
 from skep.model.values.meta import Version
-from skep.model.values.times import timestamp
+from skep.model.values.times import Timestamp, timestamp
 from skep.store.state import State
+from skep.store.transactions.transaction import LocalTransaction
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 
 
@@ -292,6 +294,22 @@ def test_a_global_job_has_not_failed_on_a_node_that_is_drained_until_its_run_has
     assert summary == "FAILED: its task was stopped, because its node n2 was drained; 1 of 2 completed", (
         "as in skep job ls, also if n2 is active again"
     )
+    down = Restart(stop_cause=StopCause.NODE_DOWN.value)
+    last = replace(
+        a_run(job, 0, TaskState.SHUTDOWN, node="n3"), desired_state=TaskState.SHUTDOWN, restart=down
+    )
+    for task, second in ((tasks[1], "00.12"), (last, "00.1")):
+        at = Timestamp(f"2026-12-01T15:00:{second}Z")
+        tasks = [
+            *(one for one in tasks if one.id != task.id),
+            replace(task, status=replace(task.status, timestamp=at)),
+        ]
+    summary = explain_service(over, tasks, wanted=1, nodes=nodes, now_ns=0).summary
+    assert summary.startswith("FAILED: 2 tasks were stopped, one because its node n2 was drained")
+    store = LocalTransaction(State(), 0)
+    for one in (node, over, *tasks):
+        store.put(one)
+    assert failure(store, over) == "its task was stopped, because its node n2 was drained", "of the same task"
 
 
 def test_a_global_job_that_no_node_may_run_is_not_one_whose_tasks_come_next() -> None:
