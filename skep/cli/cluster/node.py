@@ -95,7 +95,8 @@ def drain(
 ) -> None:
     """Drain a node and wait until its tasks have stopped.
 
-    You can then switch the node off. To undo the drain, run skep node update --availability active NODE.
+    You can then switch the node off. To undo the drain, run skep node update --availability active NODE. To see its
+    effects before, run skep what-if drain NODE.
 
     A task stops when its replacement runs on another node. Until then it stays, and the command shows why. Tasks of
     jobs, and tasks that write to a volume or host path, stop first, and the command names their services.
