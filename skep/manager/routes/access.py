@@ -32,7 +32,7 @@ from skep.model.swarm import CAConfig, Swarm
 from skep.model.task import Task
 from skep.model.values.ids import IdSource, NodeId
 from skep.model.values.name_generator import NameSource
-from skep.model.values.times import Timestamp, timestamp, unix_ns
+from skep.model.values.times import Timestamp, timestamp
 from skep.security.rotation import PreparedRoots, Roots
 from skep.store.interface import Store, Transaction, View
 from skep.store.space import refusal
@@ -178,11 +178,6 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     def now(self) -> Timestamp:
         """Return the current time for an object's timestamp."""
         return timestamp(self.clock.now_ns())
-
-    def known_at_ns(self) -> int:
-        """Return the Unix time of the known state: the present, or without a quorum the time of its loss."""
-        lost_at = self.quorum().since
-        return unix_ns(lost_at) if lost_at else self.clock.now_ns()
 
     async def update(
         self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **kwargs: P.kwargs

@@ -77,8 +77,9 @@ async def list_services(request: web.Request) -> web.StreamResponse:
         return json_list_response(services, partial(shown_service, problems))
     store, clock = manager_of(request).store, SystemClock()
     if wrapped_flag(request, "health"):
-        at_ns = manager_of(request).known_at_ns()
-        found = [await status_with_health(store.view(), service, at_ns, clock) for service in services]
+        found = [
+            await status_with_health(store.view(), service, clock.now_ns(), clock) for service in services
+        ]
     else:
         found = [await service_status(store.view(), service) for service in services]
     shown = zip(services, found, strict=True)

@@ -94,9 +94,9 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
         verdicts = [_with_home(one, *elsewhere[0]) for one in verdicts]
     task = with_damage(view, replace(task, status=known_status(view, task)))
     nodes = {node.id: node for node in view.find(Node)}
-    slot, at_ns = slot_in(view, task), manager_of(request).known_at_ns()
+    slot, now_ns = slot_in(view, task), SystemClock().now_ns()
     explanation = explain_task(
-        task, nodes.get(task.node_id), verdicts, slot, nodes, at_ns, spec_of(view, task)
+        task, nodes.get(task.node_id), verdicts, slot, nodes, now_ns, spec_of(view, task)
     )
     service = view.lookup(Service, task.service_id)
     if service is not None and (node := nodes.get(task.node_id)) is not None:
@@ -123,7 +123,7 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         view,
         service,
         await service_status(view, service),
-        manager_of(request).known_at_ns(),
+        clock.now_ns(),
         clock,
         is_new=lambda task: is_up_to_date(view, task),
     )

@@ -10,7 +10,6 @@ from msgspec.structs import replace
 from skep.api.formats.service_form import settled
 from skep.errors import Unavailable
 from skep.manager.control.services import create_service
-from skep.manager.quorum import Quorum
 from skep.manager.routes import application
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import (
@@ -27,7 +26,7 @@ from skep.model.swarm import Freeze, Swarm
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, KeptLine, TaskEnd
 from skep.model.values.ids import NodeId
-from skep.model.values.times import SECOND_NS, ZERO_TIME, Timestamp, timestamp
+from skep.model.values.times import ZERO_TIME, Timestamp
 from skep.store.kinds import Revocation
 from skep.store.transactions.updates import NO_LEADER
 from tests.conformance.manager import a_manager_api
@@ -441,32 +440,3 @@ async def test_a_run_on_a_removed_node_has_its_name(cluster):
     await put(api, Revocation(id=NodeId("n9"), until=ZERO_TIME, hostname="worker9"))
     response = await client.get("/skep/services/job/runs", params={"tail": "0"})
     assert [one["NodeName"] for one in (await response.json())["Runs"]] == ["worker9"]
-
-
-async def test_without_a_leader_a_crash_loop_does_not_seem_to_end(cluster):
-    """The last known state is that of the loss of the quorum, so no task seems to have run for long since then."""
-    api, client = cluster
-    web = await a_stored_service(api, a_service_spec("web"))
-    now_ns = api.clock.now_ns()
-    started, lost = (timestamp(now_ns - seconds * SECOND_NS) for seconds in (60, 58))
-    failed = TaskStatus(
-        state=TaskState.FAILED, timestamp=started, container_status=ContainerStatus("c", exit_code=9)
-    )
-    runs = TaskStatus(state=TaskState.RUNNING, timestamp=started)
-    await put(
-        api,
-        a_node("n1"),
-        replace(a_task("t1", service=web, node="n1", desired=TaskState.SHUTDOWN), status=failed),
-        replace(a_task("t2", service=web, node="n1"), status=runs, restart=Restart(failures=4)),
-    )
-
-    async def reasons(client: TestClient) -> list[str]:
-        (listed,) = await (await client.get("/services?status=true&health=true")).json()
-        explained = await (await client.get("/skep/services/web/explain")).json()
-        one = await (await client.get("/skep/tasks/t2/explain")).json()
-        return [listed["ServiceStatus"]["Health"]["Reason"], explained["Reason"], one["Summary"]]
-
-    assert not any("exit 9" in one for one in await reasons(client)), "it has run for a minute"
-    alone = replace(api, quorum=lambda: Quorum(has_leader=False, since=lost))
-    async with TestClient(TestServer(application(alone))) as client_without_leader:
-        assert all("exit 9" in one for one in await reasons(client_without_leader))
