@@ -212,8 +212,8 @@ class Membership:
         before = node
         if request.advertise_addr:
             node = moved(node, founding(request, await read_interfaces()).endpoints)
-        self._apply(MembershipEvent.RECOVER)
         lost_at = await quorum_lost_at(self._manager_api)
+        self._apply(MembershipEvent.RECOVER)
         try:
             await self._stop()
             check_listening(node.listen_addr)
