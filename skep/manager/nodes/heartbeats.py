@@ -6,7 +6,7 @@ not run, or in which this manager was cut off, does not count.  So a busy manage
 
 from skep.model.options.labels import heartbeat_grace_s
 from skep.model.swarm import Swarm
-from skep.model.values.times import SECOND_NS
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from skep.store.interface import View
 
 DEFAULT_PERIOD_S = 5.0
@@ -47,6 +47,15 @@ def configured_grace_s(view: View) -> float:
     """Return the grace period of the cluster's nodes in seconds."""
     period_s, configured_s = configured_heartbeats(view)
     return grace_period(period_s, configured_s=configured_s)
+
+
+def certain_contact(view: View, seen_ns: int) -> Timestamp:
+    """Return a time at which a node was certainly in contact with its manager, which was seen last at ``seen_ns`` (Unix
+    time).
+
+    The node may have died before its manager, which waits for a grace period until it marks a node down.
+    """
+    return timestamp(seen_ns - round(configured_grace_s(view) * SECOND_NS))
 
 
 def grace_period(period_s: float, *, configured_s: float | None = None) -> float:

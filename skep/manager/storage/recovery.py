@@ -17,7 +17,6 @@ import os
 from collections.abc import Mapping, Set
 from pathlib import Path
 
-import msgspec
 import structlog
 from cryptography import x509
 from msgspec.structs import replace
@@ -27,13 +26,13 @@ from skep.aio.trees import discard_tree_now
 from skep.bootstrap import load_recovery, save_recovery
 from skep.linux.files import file_exists
 from skep.manager.ca.admission import issued_serial
-from skep.manager.nodes.heartbeats import configured_grace_s
+from skep.manager.nodes.heartbeats import certain_contact
 from skep.manager.volumes.records import INFO_PART, PUBLISH_PART
 from skep.manager.volumes.steps import doubted
 from skep.model.node import UNKNOWN_STATE, ManagerStatus, Node, NodeState, Reachability
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, VolumeId
-from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
+from skep.model.values.times import SECOND_NS, Timestamp, unix_ns
 from skep.model.volume import Volume
 from skep.paths import Paths
 from skep.store.etcd.initialize import raise_incarnation
@@ -64,7 +63,7 @@ async def restore_if_wanted(paths: Paths, settings: MemberSettings, binary: Bina
         save_recovery(paths, recovery)
         os.replace(taken, snapshot)
     token = f"{settings.cluster_token}-{clock.now_ns()}"
-    alone = msgspec.structs.replace(settings, is_solo=True, joins=(), cluster_token=token)
+    alone = replace(settings, is_solo=True, joins=(), cluster_token=token)
     await restore_store(snapshot, alone, binary, is_bare=recovery.is_bare)
     for leftover in (paths.etcd / MEMBERS_FILE, paths.joining_mark):
         leftover.unlink(missing_ok=True)
@@ -147,10 +146,12 @@ def show_survivor(tx: Transaction, node_id: NodeId, addr: str, lost_at: Timestam
     """Show ``node_id`` as the only reachable manager, so that the others can be demoted and removed.
 
     Their nodes' state is unknown until they connect.  They get their grace period like all others, and are shown as
-    SwarmKit shows nodes after a change of leader (manager/dispatcher/dispatcher.go, markNodesUnknown).  Nodes that do
-    not connect were last heard at ``lost_at``, not when this manager began to wait for them.
+    SwarmKit shows nodes after a change of leader (manager/dispatcher/dispatcher.go, markNodesUnknown).
+
+    Args:
+        lost_at: As in ``Recovery``.  Without it, nodes that do not connect seem to be lost only now.
     """
-    heard_at = timestamp(unix_ns(lost_at) - round(configured_grace_s(tx) * SECOND_NS)) if lost_at else None
+    heard_at = certain_contact(tx, unix_ns(lost_at)) if lost_at else None
     for node in tx.find(Node):
         status: ManagerStatus | None = None
         if node.id == node_id:
@@ -158,11 +159,11 @@ def show_survivor(tx: Transaction, node_id: NodeId, addr: str, lost_at: Timestam
         elif node.manager_status is not None:
             known = node.manager_status
             status = ManagerStatus(reachability=Reachability.UNREACHABLE, addr=known.addr, has_vote=False)
-        changed = msgspec.structs.replace(node, manager_status=status)
+        changed = replace(node, manager_status=status)
         if node.session is not None and node.session.contact_at is None:
             changed = replace(changed, session=replace(node.session, contact_at=heard_at))
         if status is not None and node.id != node_id and node.status.state is NodeState.READY:
-            unknown = msgspec.structs.replace(node.status, state=NodeState.UNKNOWN, message=UNKNOWN_STATE)
-            changed = msgspec.structs.replace(changed, status=unknown)
+            unknown = replace(node.status, state=NodeState.UNKNOWN, message=UNKNOWN_STATE)
+            changed = replace(changed, status=unknown)
         if changed != node:
             tx.put(changed)

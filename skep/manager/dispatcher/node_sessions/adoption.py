@@ -19,10 +19,10 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock, tick
 from skep.errors import SkepError
 from skep.manager.control_loops.failures import write_each
-from skep.manager.nodes.heartbeats import configured_grace_s
+from skep.manager.nodes.heartbeats import certain_contact
 from skep.model.node import Node, NodeState, SessionOwner
 from skep.model.values.ids import IdSource, NodeId, SessionId
-from skep.model.values.times import SECOND_NS, timestamp
+from skep.model.values.times import SECOND_NS
 from skep.store.interface import LoopStore, Transaction
 
 log = structlog.get_logger(__name__)
@@ -102,19 +102,16 @@ class LivingManagers:
 
 
 def adopt(tx: Transaction, orphan: OrphanedNode, own: NodeId, new_id: IdSource, now_ns: int) -> bool:
-    """Make ``own`` the owner of the session, unless it changed meanwhile.  Returns whether it was written.
-
-    The node may have died before its owner, which waited for a grace period until it would have marked the node down.
-    """
+    """Make ``own`` the owner of the session, unless it changed meanwhile.  Returns whether it was written."""
     node = tx.rely_on(Node, orphan.node_id, "session")
     if node is None or node.session != orphan.session:
         return False
-    silence_s = orphan.silence_s + configured_grace_s(tx)
+    seen_ns = now_ns - round(orphan.silence_s * SECOND_NS)
     session = msgspec.structs.replace(
         orphan.session,
         manager_id=own,
         session_id=SessionId(new_id()),
-        contact_at=orphan.session.contact_at or timestamp(now_ns - round(silence_s * SECOND_NS)),
+        contact_at=orphan.session.contact_at or certain_contact(tx, seen_ns),
     )
     tx.put(msgspec.structs.replace(node, session=session))
     return True
