@@ -18,7 +18,7 @@ from skep.model.task_end import INTERRUPTIONS, TaskEnd
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.values.meta import Version
-from skep.model.values.times import ZERO_TIME, Timestamp
+from skep.model.values.times import ZERO_TIME, Timestamp, unix_ns
 
 
 class TaskState(Enum):
@@ -401,3 +401,11 @@ class AssignedTask(msgspec.Struct, frozen=True, kw_only=True):
         """
         task = self.task
         return f"{self.service_name}.{task.slot or task.node_id}.{task.id}"
+
+
+def state_age(task: Task) -> tuple[int, TaskId]:
+    """Return a sort key that orders tasks by the time of their states, oldest first.
+
+    RFC 3339 timestamps do not compare as text: ``01.1Z`` would come after ``01.12Z``.
+    """
+    return unix_ns(task.status.timestamp), task.id

@@ -49,7 +49,7 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.staging.updates import end_of_present_step
-from skep.model.task import Restart, Task, TaskState
+from skep.model.task import Restart, Task, TaskState, state_age
 from skep.model.task_end import EndCause, TaskEnd, signal_of
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NodeId, ServiceId, TaskId
@@ -492,9 +492,7 @@ def _of_job(
 
 def _failed(slots: Sequence[Slot], nodes: Mapping[NodeId, Node], *, is_global: bool) -> tuple[str, str]:
     """Return the cause of the last failed one of the ``slots`` without a completed task, and how its attempts ended."""
-    slot = max(
-        slots, key=lambda slot: (slot[-1].ended_in_failure, unix_ns(slot[-1].status.timestamp), slot[-1].id)
-    )
+    slot = max(slots, key=lambda slot: (slot[-1].ended_in_failure, state_age(slot[-1])))
     last, node = slot[-1], nodes.get(slot[-1].node_id)
     if last.ended_in_failure:
         others = f" and {len(slots) - 1} more" if len(slots) > 1 else ""

@@ -12,7 +12,7 @@ from skep.manager.cluster import node_name
 from skep.model.logs import LogLine, LogQuery, LogStream
 from skep.model.node import Node
 from skep.model.service import Service
-from skep.model.task import Task
+from skep.model.task import Task, state_age
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.times import unix_ns
 from skep.store.interface import View
@@ -47,7 +47,7 @@ def kept_lines(view: View, query: LogQuery, nodes: Collection[NodeId]) -> Iterat
     """Yield the lines stored with ended tasks of silent or removed ``nodes``, with a sentence before each
     task's lines.
     """
-    for task in sorted(_tasks(view, query), key=lambda task: (unix_ns(task.status.timestamp), task.id)):
+    for task in sorted(_tasks(view, query), key=state_age):
         end = task.status.end
         if end is None or task.node_id not in nodes:
             continue

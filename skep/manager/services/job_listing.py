@@ -9,7 +9,7 @@ from skep.manager.services.job_runs import FAILED, RUNNING, is_going, of_present
 from skep.model.options.labels import is_stopped
 from skep.model.options.schedules import CRON, CRON_SUSPEND, CRON_TIME_ZONE, parsed_schedule, schedule_of
 from skep.model.service import JobStart, JobStatus, Service
-from skep.model.task import Task, TaskState
+from skep.model.task import Task, TaskState, state_age
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import ServiceId
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
@@ -97,14 +97,14 @@ def failure(view: View, service: Service) -> str:
     """
     tasks = of_present_run(service, view.find(Task, service_id=service.id))
     failed = [one for one in tasks if one.status.state in (TaskState.FAILED, TaskState.REJECTED)]
-    last = max(failed, key=lambda one: (unix_ns(one.status.timestamp), one.id), default=None)
+    last = max(failed, key=state_age, default=None)
     return failure_of(last)[1] if last is not None else stop_of(view, tasks)
 
 
 def stop_of(view: View, tasks: Iterable[Task]) -> str:
     """Return why one of a job's ``tasks`` was stopped, or an empty text."""
     stopped = [one for one in tasks if one.stop_cause is not None and not one.is_done]
-    last = max(stopped, key=lambda one: (unix_ns(one.status.timestamp), one.id), default=None)
+    last = max(stopped, key=state_age, default=None)
     if last is None or last.stop_cause is None:
         return ""
     return f"its task was stopped, because {last.stop_cause.words(node_name(view, last.node_id))}"

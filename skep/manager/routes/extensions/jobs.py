@@ -26,12 +26,12 @@ from skep.model.logs import LogQuery
 from skep.model.node import Node
 from skep.model.options.schedules import JOB_MODES
 from skep.model.service import HealthState, JobStart, Service
-from skep.model.task import Task, TaskState
+from skep.model.task import Task, TaskState, state_age
 from skep.model.task_end import TaskEnd
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.meta import Version
-from skep.model.values.times import Timestamp, unix_ns
+from skep.model.values.times import Timestamp
 from skep.store.interface import View
 
 routes = Routes()
@@ -140,7 +140,7 @@ async def list_runs(request: web.Request) -> web.StreamResponse:
     view = await current_view(request)
     service = view.resolve(Service, request.match_info["id"])
     tasks = [task for task in view.find(Task, service_id=service.id) if task.status.state.is_terminal]
-    tasks = sorted(tasks, key=lambda task: (unix_ns(task.status.timestamp), task.id))[-RUNS_MAX:]
+    tasks = sorted(tasks, key=state_age)[-RUNS_MAX:]
     starts = past_starts(view, service)
     lines: dict[TaskId, deque[str]] = {task.id: deque(maxlen=tail) for task in tasks}
     incomplete = await _collect(request, lines, tail) if tail and tasks else ""
