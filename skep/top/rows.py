@@ -172,8 +172,8 @@ def task_rows(snapshot: Snapshot, known: dict[str, KnownRow], *, with_ended: boo
         del known[gone]
     rows: list[ScreenRow] = []
     for id, task in snapshot.tasks.items():
-        service, node = services.get(task.service_id, ""), nodes.get(task.node_id, "")
-        found, words = known.get(id), (service, node, snapshot.task_error(task))
+        words = services.get(task.service_id, ""), nodes.get(task.node_id, ""), snapshot.task_error(task)
+        found = known.get(id)
         if found is None or found.task is not task or found.words != words:
             known[id] = found = KnownRow(task, words, _task(snapshot, task))
         if with_ended or task.is_shown:

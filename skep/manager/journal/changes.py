@@ -189,8 +189,8 @@ def _changed_task(old: Task, new: Task, view: View) -> Iterator[JournalEntry]:
 
 def _is_given_up(task: Task) -> bool:
     """Return whether a service's task is lost with its node and has no successor.  The node does not report its end."""
-    is_lost = task.stop_cause is StopCause.NODE_DOWN and not task.status.state.is_terminal
-    return is_lost and task.was_stopped_for_good and task.job_iteration is None
+    is_unreported = task.stop_cause is StopCause.NODE_DOWN and not task.status.state.is_terminal
+    return is_unreported and task.was_stopped_for_good and task.job_iteration is None
 
 
 def _task(task: Task, action: str, view: View, severity: Severity = Severity.INFO) -> JournalEntry:
